@@ -1,0 +1,286 @@
+"""Bundles: a directory with the artifact, its text rules, and a manifest that says what it is.
+
+``manifest.json`` is written last and names every other file with its size and SHA-256: a directory
+without it is not a bundle, and a bundle with a changed byte is refused. A path in it never leaves
+the directory.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Self, TypeVar
+
+from edgekit.errors import BundleError, DisagreementError
+
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """One file as it was when the bundle was made."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """The files of one format, and which of them its runtime opens."""
+
+    format: str
+    recipe: str
+    entry: str  # relative to the bundle, like every name here
+    files: dict[str, FileRecord]
+    substitutions: tuple[str, ...] = ()  # weights stored otherwise than the recipe asked, and why
+
+    @property
+    def size_bytes(self) -> int:
+        """All files together."""
+        return sum(record.size_bytes for record in self.files.values())
+
+    @classmethod
+    def of_directory(
+        cls,
+        directory: Path,
+        entry: str,
+        *,
+        format: str,
+        recipe: str,
+        substitutions: tuple[str, ...] = (),
+    ) -> Self:
+        """Describe what lies in ``directory``: every file but the manifest."""
+        return cls(
+            format=format,
+            recipe=recipe,
+            entry=entry,
+            files=_records(directory),
+            substitutions=substitutions,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRules:
+    """What the runner needs beside ``tokenizer.json`` and ``chat_template.jinja``."""
+
+    stop_ids: tuple[int, ...]  # any of these ends an answer
+    special_tokens: dict[str, str]  # the names a template may use: {"bos_token": "<s>", …}
+    adds_bos: bool  # whether plain text, outside a template, starts with the BOS token
+    chat_template_sha256: str | None  # None: the model has no template
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord:
+    """Where the weights came from."""
+
+    name: str
+    sha256: str  # over the config and every weight file, in order of name
+    architecture: str  # the checkpoint's model_type
+    parameters: int
+    licence: str | None = None
+    adapter: str | None = None
+    adapter_sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """One condition an artifact must meet, and what was found."""
+
+    name: str
+    passed: bool
+    finding: str  # "mean KL 3.1e-7 (<= 1e-4) over 1 021 positions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """The proof that the artifact says what the checkpoint says."""
+
+    gates: tuple[Gate, ...]
+    positions: int
+    mean_kl_nats: float  # of next-token distributions, checkpoint against artifact
+    p99_kl_nats: float
+    same_top_token: float  # share of positions, 0 to 1
+    perplexity_ratio: float  # artifact / checkpoint, on the same text
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate holds."""
+        return all(gate.passed for gate in self.gates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """An exported model for one target."""
+
+    directory: Path
+    model: ModelRecord
+    target: str
+    context_tokens: int
+    text: TextRules
+    artifact: Artifact
+    agreement: Agreement | None  # None: exported with --no-verify
+    predicted: dict[str, float]  # the plan's numbers: artifact_bytes, peak_memory_bytes, …
+    tools: dict[str, str]  # package -> version that took part
+
+    @property
+    def artifact_path(self) -> Path:
+        """What the runtime opens."""
+        return self.directory / self.artifact.entry
+
+    def save(self) -> None:
+        """Write ``manifest.json``, at once: it is there whole or not at all."""
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "model": asdict(self.model),
+            "target": self.target,
+            "context_tokens": self.context_tokens,
+            "text": asdict(self.text),
+            "artifact": asdict(self.artifact),
+            "agreement": asdict(self.agreement) if self.agreement else None,
+            "predicted": self.predicted,
+            "tools": self.tools,
+        }
+        temporary = self.directory / f"{MANIFEST}.part"
+        text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(self.directory / MANIFEST)
+
+    @classmethod
+    def load(cls, directory: Path, *, check_hashes: bool = True) -> Self:
+        """Open a bundle and check that its files are the ones the manifest describes.
+
+        Args:
+            directory: The bundle.
+            check_hashes: False checks names and sizes only, in a millisecond.
+
+        Raises:
+            BundleError: If the manifest is missing, unreadable or of another schema, or a file is
+                missing, new, or changed; the message names it.
+        """
+        bundle = cls._from_manifest(directory, _read_manifest(directory))
+        bundle._check_files(check_hashes=check_hashes)
+        return bundle
+
+    @classmethod
+    def _from_manifest(cls, directory: Path, manifest: Mapping[str, Any]) -> Self:
+        try:
+            artifact = dict(manifest["artifact"])
+            artifact["files"] = {k: FileRecord(**v) for k, v in artifact["files"].items()}
+            artifact["substitutions"] = tuple(artifact["substitutions"])
+            text = dict(manifest["text"])
+            text["stop_ids"] = tuple(text["stop_ids"])
+            return cls(
+                directory=directory,
+                model=ModelRecord(**manifest["model"]),
+                target=manifest["target"],
+                context_tokens=manifest["context_tokens"],
+                text=TextRules(**text),
+                artifact=Artifact(**artifact),
+                agreement=_agreement(manifest["agreement"]),
+                predicted=manifest["predicted"],
+                tools=manifest["tools"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{directory / MANIFEST} is not a manifest: {error!r}") from error
+
+    def _check_files(self, *, check_hashes: bool) -> None:
+        for name in self.artifact.files:
+            _refuse_to_leave(self.directory, name)
+        present = {
+            str(PurePosixPath(path.relative_to(self.directory)))
+            for path in _files(self.directory)
+        }
+        for name in sorted(self.artifact.files.keys() - present):
+            raise BundleError(f"{self.directory / name} is missing", hint="copy the bundle again")
+        for name, record in self.artifact.files.items():
+            _check_file(self.directory / name, record, check_hash=check_hashes)
+        for name in sorted(present - self.artifact.files.keys()):
+            raise BundleError(
+                f"{self.directory / name} does not belong to the bundle", hint="move it elsewhere"
+            )
+        if self.artifact.entry not in self.artifact.files:
+            raise BundleError(f"{self.directory} has no file {self.artifact.entry!r} to open")
+
+    def with_agreement(self, agreement: Agreement) -> Self:
+        """Return the same bundle with its proof.
+
+        Raises:
+            DisagreementError: If a gate does not hold; the message lists each that failed.
+        """
+        failed = [f"{gate.name}: {gate.finding}" for gate in agreement.gates if not gate.passed]
+        if failed:
+            raise DisagreementError(
+                "the artifact does not say what the checkpoint says\n  " + "\n  ".join(failed),
+                hint="nothing was written; --no-verify keeps the artifact for inspection",
+            )
+        return replace(self, agreement=agreement)
+
+
+def _agreement(fields: Mapping[str, Any] | None) -> Agreement | None:
+    if fields is None:
+        return None
+    gates = tuple(Gate(**gate) for gate in fields["gates"])
+    return Agreement(**{**fields, "gates": gates})
+
+
+def _read_manifest(directory: Path) -> Mapping[str, Any]:
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(
+            f"{directory} is no bundle: it has no {MANIFEST}",
+            hint="pass the directory that `edgekit export` printed",
+        ) from None
+    except ValueError as error:
+        raise BundleError(f"{directory / MANIFEST} is not JSON: {error}") from error
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{directory} has schema {version!r}, this edgekit reads {SCHEMA_VERSION}",
+            hint="export again, or install the edgekit that made it",
+        )
+    return dict(manifest)
+
+
+def _refuse_to_leave(directory: Path, name: str) -> None:
+    path = PurePosixPath(name)
+    inside = not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    if not inside or not (directory / name).resolve().is_relative_to(directory.resolve()):
+        raise BundleError(f"{directory / MANIFEST} names {name!r}, outside the bundle")
+
+
+def _check_file(path: Path, record: FileRecord, *, check_hash: bool) -> None:
+    size = path.stat().st_size
+    if size != record.size_bytes:
+        raise BundleError(
+            f"{path} has {size} bytes, the manifest says {record.size_bytes}",
+            hint="copy the bundle again",
+        )
+    if check_hash and sha256_of(path) != record.sha256:
+        raise BundleError(
+            f"{path} is not what was exported: its SHA-256 differs", hint="copy the bundle again"
+        )
+
+
+def _records(directory: Path) -> dict[str, FileRecord]:
+    return {
+        str(PurePosixPath(path.relative_to(directory))): FileRecord(
+            sha256=sha256_of(path), size_bytes=path.stat().st_size
+        )
+        for path in _files(directory)
+    }
+
+
+def _files(directory: Path) -> list[Path]:
+    found = (path for path in directory.rglob("*") if path.is_file() or path.is_symlink())
+    return sorted(path for path in found if path != directory / MANIFEST)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,349 @@
+"""Checkpoints: a model on disk, known from its headers, read one tensor at a time.
+
+Only safetensors is read: never a pickle, never code from the model's directory.
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from edgekit import families
+from edgekit.config import Config
+from edgekit.decoder import DecoderSpec, Shape
+from edgekit.errors import UsageError
+from edgekit.tokenizer_files import TokenizerFiles
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reference implementation
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+# Tables that older transformers stored beside the weights; they are computed, never read.
+_COMPUTED_TENSORS = ("rotary_emb.inv_freq", "self_attn.bias", "self_attn.masked_bias")
+
+
+class Tensor(Protocol):
+    """One tensor of a checkpoint, or one made from several, not in memory until it is read."""
+
+    @property
+    def shape(self) -> Shape:
+        """Its dimensions, slowest first."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """How much of the checkpoint it takes."""
+        ...
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "npt.NDArray[np.float32]":
+        """Return some rows, or all, in float32."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a safetensors file."""
+
+    path: Path
+    offset: int  # from the start of the file
+    dtype: str  # F32, F16 or BF16
+    shape: Shape
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes it takes in the file."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "npt.NDArray[np.float32]":
+        """Return some rows, or all, in float32."""
+        import numpy as np
+
+        rows = self.shape[0] - first_row if rows is None else rows
+        row_items = math.prod(self.shape[1:])
+        stored = np.dtype({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[self.dtype])
+        values = np.fromfile(
+            self.path,
+            dtype=stored,
+            count=rows * row_items,
+            offset=self.offset + first_row * row_items * stored.itemsize,
+        )
+        if self.dtype == "BF16":  # the upper half of a float32
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32, copy=False).reshape(rows, *self.shape[1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecord:
+    """An adapter whose deltas are part of a checkpoint's tensors."""
+
+    directory: Path
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model directory in the layout of transformers."""
+
+    directory: Path
+    architecture: str  # the model_type of its config
+    spec: DecoderSpec
+    tensors: Mapping[str, Tensor]
+    text: TokenizerFiles
+    licence: str | None = None
+    adapter: AdapterRecord | None = None
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Read the config, the tokenizer's files and the tensor headers; no weight is loaded.
+
+        Raises:
+            UsageError: If this is no checkpoint, one edgekit does not understand, or a damaged one.
+        """
+        fields = _read_config(directory)
+        architecture = str(fields.get("model_type", ""))
+        family = families.get(architecture)
+        config = Config(fields, origin=str(directory / "config.json"))
+        spec = family.describe(config)
+        config.refuse_unread()
+        tensors = _read_headers(directory)
+        checkpoint = cls(
+            directory=directory,
+            architecture=architecture,
+            spec=spec,
+            tensors=tensors,
+            text=TokenizerFiles.open(directory, config=fields),
+            licence=_read_licence(directory),
+        )
+        checkpoint.refuse_mismatch()
+        return checkpoint
+
+    @property
+    def name(self) -> str:
+        """The last part of the path: ``SmolLM2-135M-Instruct``."""
+        return self.directory.resolve().name
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the decoder has, tied ones once."""
+        return sum(math.prod(shape) for _, shape in self.spec.weights())
+
+    @cached_property
+    def sha256(self) -> str:
+        """A hash over the config and every weight file, in order of name."""
+        digest = hashlib.sha256()
+        for path in [self.directory / "config.json", *_weight_files(self.directory)]:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def weight(self, role: str) -> "npt.NDArray[np.float32]":
+        """Return one weight of ``spec.weights()`` in float32.
+
+        Raises:
+            UsageError: If it holds NaN or infinity; the message names the tensor.
+        """
+        import numpy as np
+
+        source = families.get(self.architecture).source(role, self.spec)
+        values = self.tensors[source.tensor].read(source.first_row, source.rows)
+        if not np.isfinite(values).all():
+            raise UsageError(
+                f"{source.tensor} in {self.directory} holds NaN or infinity",
+                hint="the training diverged, or the file was damaged; take an earlier checkpoint",
+            )
+        return values
+
+    def refuse_mismatch(self) -> None:
+        """Check that every weight is there in its shape and every tensor is used.
+
+        Raises:
+            UsageError: If a tensor is missing, of another shape, or one that nothing would read.
+        """
+        family = families.get(self.architecture)
+        used: dict[str, int] = {}
+        for role, shape in self.spec.weights():
+            source = family.source(role, self.spec)
+            tensor = self.tensors.get(source.tensor)
+            if tensor is None:
+                raise UsageError(f"{self.directory} lacks the tensor {source.tensor}")
+            found = tensor.shape if source.rows is None else (source.rows, *tensor.shape[1:])
+            if found != shape or source.first_row + shape[0] > tensor.shape[0]:
+                raise UsageError(
+                    f"{source.tensor} in {self.directory} has shape {list(tensor.shape)}, "
+                    f"the config asks for {list(shape)}"
+                )
+            used[source.tensor] = used.get(source.tensor, 0) + shape[0]
+        self._refuse_unused(used)
+
+    def _refuse_unused(self, used_rows: Mapping[str, int]) -> None:
+        for name, tensor in self.tensors.items():
+            if name not in used_rows:
+                if name.endswith(_COMPUTED_TENSORS):
+                    continue
+                if self.spec.is_tied and name == "lm_head.weight":
+                    continue  # transformers ties it over whatever is stored
+                raise UsageError(
+                    f"{self.directory} has a tensor that {self.architecture} does not use: {name}",
+                    hint="a merged adapter, a vision tower or another architecture?",
+                )
+            if used_rows[name] != tensor.shape[0]:
+                raise UsageError(
+                    f"{name} in {self.directory} has {tensor.shape[0]} rows, "
+                    f"the config uses {used_rows[name]}"
+                )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UsageError(
+            f"{directory} is no checkpoint: it has no config.json",
+            hint="pass a Hugging Face model directory, a GGUF file, or `demo`",
+        )
+    return read_json_object(path)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        UsageError: If the file is no JSON, or holds no object.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise UsageError(f"{path} holds a {type(fields).__name__}, expected an object")
+    return fields
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(read_json_object(index).get("weight_map", {}).values())
+        for shard in shards:
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise UsageError(f"{index} names {shard!r}, which is no file beside it")
+        return [directory / shard for shard in sorted(shards)]
+    files = sorted(directory.glob("*.safetensors"))
+    return [path for path in files if path.name != "adapter_model.safetensors"]
+
+
+def _read_headers(directory: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    files = _weight_files(directory)
+    if not files:
+        pickles = [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")]
+        raise UsageError(
+            f"{directory} has no *.safetensors",
+            hint="edgekit never opens pickles: save with `safe_serialization=True`"
+            if pickles
+            else "is this a Hugging Face model directory?",
+        )
+    for path in files:
+        for name, tensor in read_safetensors(path):
+            if name in tensors:
+                raise UsageError(f"{directory} holds the tensor {name} twice")
+            tensors[name] = tensor
+    return tensors
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield the tensors of one file from its header: a few kilobytes, whatever its size.
+
+    Raises:
+        UsageError: If the file is missing, truncated, or its header contradicts itself; the
+            message names the file and the field or offset.
+
+    Source: https://github.com/huggingface/safetensors#format (8-byte little-endian length, then
+    that many bytes of JSON, then the data, without holes or overlaps).
+    """
+    header, data_start, file_bytes = _read_header(path)
+    end = 0
+    for name, field in sorted(header.items(), key=_first_offset):
+        tensor = _stored_tensor(path, name, field, data_start=data_start)
+        first, last = field["data_offsets"]
+        if first != end or last - first != tensor.size_bytes:
+            raise UsageError(
+                f"{path}: {name} claims bytes {first} to {last}, expected {end} to "
+                f"{end + tensor.size_bytes}",
+                hint="the file is damaged; download it again",
+            )
+        end = last
+        yield name, tensor
+    if data_start + end != file_bytes:
+        raise UsageError(
+            f"{path} has {file_bytes} bytes, its header describes {data_start + end}",
+            hint="the file is truncated or damaged; download it again",
+        )
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    try:
+        file_bytes = os.stat(path).st_size  # noqa: PTH116 - one call for missing and size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(MAX_HEADER_BYTES, file_bytes - 8):
+                raise UsageError(
+                    f"{path}: the header claims {length} bytes, the file has {file_bytes}",
+                    hint="the file is truncated or damaged; download it again",
+                )
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise UsageError(f"{path} is missing", hint="copy every shard of the model") from None
+    except (struct.error, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise UsageError(f"{path}: the header is no JSON object")
+    header.pop("__metadata__", None)
+    return header, 8 + length, file_bytes
+
+
+def _first_offset(item: tuple[str, Any]) -> int:
+    try:
+        first, last = item[1]["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        first = last = None
+    if not isinstance(first, int) or not isinstance(last, int):
+        raise UsageError(f"the tensor {item[0]} has no data_offsets", hint="the file is damaged")
+    return first
+
+
+def _stored_tensor(path: Path, name: str, field: Any, *, data_start: int) -> StoredTensor:
+    shape, dtype = field.get("shape"), field.get("dtype")
+    if dtype not in _ITEM_BYTES:
+        raise UsageError(
+            f"{path}: {name} has dtype {dtype!r}, expected one of {', '.join(_ITEM_BYTES)}",
+            hint="quantised checkpoints are not read; pass the 16-bit model",
+        )
+    if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise UsageError(f"{path}: {name} has shape {shape!r}")
+    return StoredTensor(
+        path=path,
+        offset=data_start + field["data_offsets"][0],
+        dtype=dtype,
+        shape=tuple(shape),
+    )
+
+
+def _read_licence(directory: Path) -> str | None:
+    """Return the ``license`` of the model card's front matter, if it says one."""
+    card = directory / "README.md"
+    if not card.is_file():
+        return None
+    for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:60]:
+        if line.startswith("license:"):
+            return line.removeprefix("license:").strip() or None
+    return None

@@ -1,0 +1,185 @@
+"""A decoder as data: everything in which small language models differ.
+
+A family reads a ``config.json`` into a `DecoderSpec`; a format turns a `DecoderSpec` into its own
+keys, graph or module. Neither knows the other, so seven families and four formats are eleven files.
+
+Weights carry format-neutral role names: ``token_embedding``, ``layers.3.query``, ``final_norm``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+
+Activation = Literal["silu", "gelu_tanh"]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """A normalisation over the last axis.
+
+    ``rms`` is ``x / sqrt(mean(x ** 2) + epsilon) * w``; ``layer`` subtracts the mean first.
+    """
+
+    kind: Literal["rms", "layer"]
+    epsilon: float
+    has_bias: bool = False
+    adds_one: bool = False  # Gemma stores w and multiplies by 1 + w
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Every frequency divided by the same factor."""
+
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Slow frequencies divided by ``factor``, fast ones kept, a ramp between (Llama 3.1)."""
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_context_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRopeScaling:
+    """One divisor per frequency, another set once the text outgrows the original context."""
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_context_tokens: int
+    attention_factor: float
+
+
+RopeScaling = LinearScaling | Llama3Scaling | LongRopeScaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary positions on the first ``width`` channels of every head, halves rotated together."""
+
+    width: int
+    theta: float
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Grouped-query attention; the same in every layer."""
+
+    heads: int
+    key_value_heads: int
+    head_width: int
+    score_scale: float  # multiplies q · k
+    score_cap: float | None = None  # Gemma 2: cap * tanh(score / cap)
+    query_key_norm: Norm | None = None
+    has_norm_per_head: bool = False  # StableLM 2 12B: one weight row per head, not one for all
+    has_qkv_bias: bool = False
+    has_output_bias: bool = False
+
+    @property
+    def query_width(self) -> int:
+        """Columns of all queries together."""
+        return self.heads * self.head_width
+
+    @property
+    def key_value_width(self) -> int:
+        """Columns of all keys together; the values have as many."""
+        return self.key_value_heads * self.head_width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What may change from one layer to the next."""
+
+    rope: Rope | None  # SmolLM3 leaves it out of every fourth layer
+    window_tokens: int | None = None  # attends to this many last tokens, itself included
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSpec:
+    """A decoder-only transformer with a gated MLP.
+
+    ``serial`` residuals add attention before the MLP reads; ``parallel`` ones let both read the
+    same normalised input.
+    """
+
+    vocabulary: int
+    hidden_width: int
+    mlp_width: int
+    context_tokens: int
+    layers: tuple[Layer, ...]
+    attention: Attention
+    norm: Norm
+    activation: Activation = "silu"
+    residual: Literal["serial", "parallel"] = "serial"
+    has_post_norms: bool = False  # Gemma 2: also after attention and after the MLP
+    has_mlp_bias: bool = False
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None
+    is_tied: bool = False  # the output head is the token embedding
+
+    def weights(self) -> Iterator[tuple[str, Shape]]:
+        """Yield every weight the decoder needs, by role, with its shape, in the order of use.
+
+        Matrices are ``(rows out, columns in)``, as a checkpoint stores them.
+        """
+        yield "token_embedding", (self.vocabulary, self.hidden_width)
+        for index in range(len(self.layers)):
+            for role, shape in self._layer_weights():
+                yield f"layers.{index}.{role}", shape
+        yield from _norm_weights("final_norm", self.norm, (self.hidden_width,))
+        if not self.is_tied:
+            yield "output_head", (self.vocabulary, self.hidden_width)
+
+    def _layer_weights(self) -> Iterator[tuple[str, Shape]]:
+        hidden = (self.hidden_width,)
+        yield from _norm_weights("attention_norm", self.norm, hidden)
+        yield from self._attention_weights()
+        if self.has_post_norms:
+            yield from _norm_weights("attention_post_norm", self.norm, hidden)
+        if self.residual == "serial":
+            yield from _norm_weights("mlp_norm", self.norm, hidden)
+        yield from _linear_weights("gate", self.mlp_width, self.hidden_width, self.has_mlp_bias)
+        yield from _linear_weights("up", self.mlp_width, self.hidden_width, self.has_mlp_bias)
+        yield from _linear_weights("down", self.hidden_width, self.mlp_width, self.has_mlp_bias)
+        if self.has_post_norms:
+            yield from _norm_weights("mlp_post_norm", self.norm, hidden)
+
+    def _attention_weights(self) -> Iterator[tuple[str, Shape]]:
+        a, hidden = self.attention, self.hidden_width
+        yield from _linear_weights("query", a.query_width, hidden, a.has_qkv_bias)
+        yield from _linear_weights("key", a.key_value_width, hidden, a.has_qkv_bias)
+        yield from _linear_weights("value", a.key_value_width, hidden, a.has_qkv_bias)
+        if a.query_key_norm:
+            for role, heads in (("query_norm", a.heads), ("key_norm", a.key_value_heads)):
+                shape = (heads, a.head_width) if a.has_norm_per_head else (a.head_width,)
+                yield from _norm_weights(role, a.query_key_norm, shape)
+        yield from _linear_weights("attention_output", hidden, a.query_width, a.has_output_bias)
+
+
+def _linear_weights(
+    role: str, rows: int, columns: int, has_bias: bool
+) -> Iterator[tuple[str, Shape]]:
+    yield role, (rows, columns)
+    if has_bias:
+        yield f"{role}_bias", (rows,)
+
+
+def _norm_weights(role: str, norm: Norm, shape: Shape) -> Iterator[tuple[str, Shape]]:
+    yield role, shape
+    if norm.has_bias:
+        yield f"{role}_bias", shape
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a weight lives in the checkpoint: a tensor, or some rows of a fused one."""
+
+    tensor: str
+    first_row: int = 0
+    rows: int | None = None  # None: all of them

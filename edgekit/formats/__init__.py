@@ -1,0 +1,150 @@
+"""Formats: how an artifact is written on a workstation and loaded on a device.
+
+One module, or one package, is one format. Put ``tflite.py`` here with the names of `Format` and it
+is a choice of ``--format``, a line of ``edgekit formats``, and a case of ``tests/test_formats.py``;
+nothing else needs an edit. Heavy packages are imported inside the functions, so that a Raspberry
+Pi opens a GGUF file without torch.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from edgekit.errors import UsageError
+from edgekit.recipe import Recipe, Storage
+from edgekit.session import Session
+
+
+if TYPE_CHECKING:
+    from edgekit.checkpoint import Checkpoint
+
+
+Progress = Callable[[int], None]  # called with the number of source bytes just done
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """One weight in an artifact: how it is stored, and how the recipe wanted it."""
+
+    role: str
+    parameters: int
+    storage: str
+    wanted: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What an artifact will hold, known from headers alone."""
+
+    placements: tuple[Placement, ...]
+    artifact_bytes: int
+    is_exact: bool  # whether the file has this size to the byte
+
+    @property
+    def substituted(self) -> tuple[Placement, ...]:
+        """The weights that are stored otherwise than the recipe asked."""
+        return tuple(p for p in self.placements if p.storage != p.wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """What a runtime holds while it answers, in bytes, part by part."""
+
+    weights_bytes: int
+    cache_bytes: int
+    compute_bytes: int
+    runtime_bytes: int  # interpreter, libraries, tokenizer
+
+    @property
+    def peak_bytes(self) -> int:
+        """All parts together."""
+        return self.weights_bytes + self.cache_bytes + self.compute_bytes + self.runtime_bytes
+
+
+class Format(Protocol):
+    """What a module in this package offers; for a module, PEP 544 ignores ``self``."""
+
+    STORAGES: Mapping[str, Storage]  # by name; the support matrix is made from these
+    RECIPES: Mapping[str, Recipe]  # the values of --quant, most faithful first
+    DEFAULT_RECIPES: tuple[str, ...]  # the ones a plan considers unasked, most faithful first
+    EXTRA: str  # `pip install 'edgekit[EXTRA]'` makes and proves artifacts
+    RUN_EXTRA: str  # `pip install 'edgekit[RUN_EXTRA]'` runs them
+
+    def lay_out(self, checkpoint: "Checkpoint", recipe: Recipe) -> Layout:
+        """Return what an artifact would hold, from headers alone.
+
+        Raises:
+            UsageError: If the format cannot express this decoder or hold this recipe.
+        """
+        ...
+
+    def memory_use(
+        self, checkpoint: "Checkpoint", layout: Layout, *, context_tokens: int, repacks: bool
+    ) -> MemoryUse:
+        """Return what the runtime will hold; ``repacks`` if the device has fast kernels."""
+        ...
+
+    def convert(
+        self, checkpoint: "Checkpoint", recipe: Recipe, directory: Path, *, progress: Progress
+    ) -> str:
+        """Write the artifact into ``directory``, one tensor in memory at a time.
+
+        Returns:
+            The name of the file that `load` opens, relative to ``directory``.
+        """
+        ...
+
+    def load(self, path: Path, *, context_tokens: int, threads: int | None = None) -> Session:
+        """Open an artifact in its runtime.
+
+        Args:
+            path: The file `convert` named.
+            context_tokens: How many tokens the cache shall hold.
+            threads: None takes as many as there are performance cores.
+
+        Raises:
+            MissingDependencyError: If the runtime is not installed.
+            BundleError: If the runtime refuses the file.
+        """
+        ...
+
+    def runtime_ids(self, path: Path, texts: Sequence[str]) -> list[list[int]] | None:
+        """Return what the runtime's own tokenizer makes of ``texts``, special tokens parsed.
+
+        None if the runtime has no tokenizer of its own, so that edgekit's is always used.
+        """
+        ...
+
+    def contents(self, path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+        """Return ``(tensor, shape, storage)`` of everything an artifact really holds.
+
+        Raises:
+            BundleError: If the file is damaged; the message names the field and the offset.
+        """
+        ...
+
+
+def names() -> list[str]:
+    """Return the names of all formats, without importing them."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def get(name: str) -> Format:
+    """Import one format.
+
+    Raises:
+        UsageError: If there is no such format.
+    """
+    if name not in names():
+        raise UsageError(f"no format named {name!r}", hint=f"formats: {', '.join(names())}")
+    return cast("Format", importlib.import_module(f"{__name__}.{name}"))
+
+
+def get_all() -> Iterator[tuple[str, Format]]:
+    """Yield every format with its name."""
+    for name in names():
+        yield name, get(name)
