@@ -147,8 +147,10 @@ class Checkpoint:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
-    def weight(self, role: str) -> "npt.NDArray[np.float32]":
-        """Return one weight of ``spec.weights()`` in float32.
+    def weight(
+        self, role: str, first_row: int = 0, rows: int | None = None
+    ) -> "npt.NDArray[np.float32]":
+        """Return one weight of ``spec.weights()``, or some rows of it, in float32.
 
         Raises:
             UsageError: If it holds NaN or infinity; the message names the tensor.
@@ -156,7 +158,9 @@ class Checkpoint:
         import numpy as np
 
         source = families.get(self.architecture).source(role, self.spec)
-        values = self.tensors[source.tensor].read(source.first_row, source.rows)
+        if rows is None and source.rows is not None:
+            rows = source.rows - first_row
+        values = self.tensors[source.tensor].read(source.first_row + first_row, rows)
         if not np.isfinite(values).all():
             raise UsageError(
                 f"{source.tensor} in {self.directory} holds NaN or infinity",

@@ -5,22 +5,35 @@ bias. So a family reads every field through `Config`, names the ones that cannot
 and `Config.refuse_unread` stops at the rest.
 """
 
-from typing import Any, TypeVar, cast
+import sys
+from typing import Any, Self, TypeVar, cast
 
 from edgekit.errors import UsageError
 
 
 T = TypeVar("T")
 
-# Written by every transformers model and without effect on the logits of a decoder at inference.
+# Written by transformers models, training tools and old versions, and without effect on the logits
+# of a decoder at inference. The second block are generation settings that version 4 kept here.
 NEUTRAL = frozenset({
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
-    "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
-    "hidden_dropout", "id2label", "initializer_range", "is_encoder_decoder", "is_llama_config",
-    "label2id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
-    "pretraining_tp", "problem_type", "return_dict", "rope_interleaved", "torch_dtype",
+    "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled",
+    "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "auto_map",
+    "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "dtype", "embd_pdrop",
+    "eos_token_id", "finetuning_task", "gradient_checkpointing", "hidden_dropout", "id2label",
+    "initializer_range", "is_decoder", "is_encoder_decoder", "is_llama_config", "label2id",
+    "mask_token_id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
+    "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "rope_interleaved",
+    "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
     "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
-    "use_cache",
+    "use_bfloat16", "use_cache",
+
+    "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty",
+    "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "length_penalty", "max_length", "max_new_tokens", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix",
+    "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
+    "temperature", "top_k", "top_p", "typical_p",
 })  # fmt: skip
 
 
@@ -37,6 +50,9 @@ class Config:
         """The file the fields came from, for messages."""
         return self._origin
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._fields
+
     def get(self, name: str, default: T) -> T:
         """Return a field, or ``default`` where it is absent or null.
 
@@ -47,31 +63,61 @@ class Config:
         value: Any = self._fields.get(name)
         if value is None:
             return default
-        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if default is not None and not isinstance(value, type(default)):
+        if not isinstance(value, type(default)):
             expected = type(default).__name__
             raise UsageError(f"{self._origin}: {name} = {value!r}, expected {expected}")
         return cast("T", value)
 
-    def integer(self, name: str) -> int:
+    def integer(self, name: str, *, most: int = 2**31 - 1) -> int:
         """Return a positive integer that must be there.
 
         Raises:
-            UsageError: If it is absent, no integer, or not between 1 and 2**31.
+            UsageError: If it is absent, no integer, or not between 1 and ``most``.
         """
         self._read.add(name)
         value = self._fields.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise UsageError(f"{self._origin}: {name} = {value!r}, expected a positive integer")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+            raise UsageError(
+                f"{self._origin}: {name} = {value!r}, expected an integer from 1 to {most}"
+            )
         return value
 
-    def optional_integer(self, name: str) -> int | None:
-        """Return a positive integer, or None where the field is absent or null."""
-        if self._fields.get(name) is None:
-            self._read.add(name)
-            return None
-        return self.integer(name)
+    def optional_integer(self, name: str, *, absent: int | None = None) -> int | None:
+        """Return a positive integer, None where the field is null, ``absent`` where it is not there."""
+        self._read.add(name)
+        if name not in self._fields:
+            return absent
+        return None if self._fields[name] is None else self.integer(name)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """Return a positive number, or ``default`` where it is absent or null.
+
+        Raises:
+            UsageError: If it is no finite number above zero, or absent without a default.
+        """
+        self._read.add(name)
+        value = self._fields.get(name)
+        if value is None:
+            value = default
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < sys.float_info.max:
+            raise UsageError(f"{self._origin}: {name} = {value!r}, expected a positive number")
+        return float(value)
+
+    def optional_number(self, name: str, *, absent: float | None = None) -> float | None:
+        """Return a positive number, None where the field is null, ``absent`` where it is not there."""
+        self._read.add(name)
+        if name not in self._fields:
+            return absent
+        return None if self._fields[name] is None else self.number(name)
+
+    def section(self, name: str) -> Self:
+        """Return the object in a field, empty where it is absent or null.
+
+        Whoever reads it calls its `refuse_unread`.
+        """
+        fields = self.get(name, dict[str, Any]())
+        return type(self)(fields, origin=f"{self._origin}: {name}")
 
     def expect(self, **fields: object) -> None:
         """Accept fields whose other values this family does not implement.
@@ -93,8 +139,15 @@ class Config:
         self._read.update(names)
 
     def refuse_unread(self) -> None:
-        """Stop at fields that nobody read: they might change what the model says."""
-        unread = sorted(self._fields.keys() - self._read)
+        """Stop at fields that nobody read: they might change what the model says.
+
+        A null is an absent field.
+
+        Raises:
+            UsageError: Naming the fields.
+        """
+        found = {name for name, value in self._fields.items() if value is not None}
+        unread = sorted(found - self._read)
         if unread:
             raise UsageError(
                 f"{self._origin} has fields this family does not know: {', '.join(unread)}",

@@ -1,0 +1,308 @@
+"""The metadata keys that describe a decoder to llama.cpp, written from a spec and read into one.
+
+Both directions stand here so that what is written is what is read: a GGUF file found in the wild
+becomes a `DecoderSpec` again, and from that an ordinary checkpoint.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgekit.decoder import (
+    Attention,
+    DecoderSpec,
+    Layer,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Norm,
+    Rope,
+    RopeScaling,
+)
+from edgekit.errors import UsageError
+from edgekit.formats.gguf import architectures
+from edgekit.formats.gguf.architectures import Architecture
+
+
+if TYPE_CHECKING:
+    from edgekit.formats.gguf.layout import Value
+
+
+def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
+    """Return the keys of a decoder, typed."""
+    a, rope = spec.attention, first_rope(spec)
+    epsilon = "layer_norm_epsilon" if spec.norm.kind == "layer" else "layer_norm_rms_epsilon"
+    keys: dict[str, Value] = {
+        "vocab_size": ("uint32", spec.vocabulary),
+        "context_length": ("uint32", architectures.context_limit(spec).tokens),
+        "embedding_length": ("uint32", spec.hidden_width),
+        "block_count": ("uint32", len(spec.layers)),
+        "feed_forward_length": ("uint32", spec.mlp_width),
+        "attention.head_count": ("uint32", a.heads),
+        "attention.head_count_kv": ("uint32", a.key_value_heads),
+        "attention.key_length": ("uint32", a.head_width),
+        "attention.value_length": ("uint32", a.head_width),
+        f"attention.{epsilon}": ("float32", spec.norm.epsilon),
+        "rope.dimension_count": ("uint32", rope.width),
+        "rope.freq_base": ("float32", rope.theta),
+    }
+    keys |= _scaling_keys(rope.scaling)
+    if architecture.has_windows:
+        keys |= _window_keys(spec)
+    if a.score_cap is not None:
+        keys["attn_logit_softcapping"] = ("float32", a.score_cap)
+    if spec.logit_cap is not None:
+        keys["final_logit_softcapping"] = ("float32", spec.logit_cap)
+    if architecture.can_be_parallel:
+        keys["use_parallel_residual"] = ("bool", spec.residual == "parallel")
+    return {f"{architecture.name}.{key}": value for key, value in keys.items()}
+
+
+def first_rope(spec: DecoderSpec) -> Rope:
+    """Return the rope of the layers without a window, or of the first that has one."""
+    ropes = [layer.rope for layer in spec.layers if layer.rope and not layer.window_tokens]
+    ropes += [layer.rope for layer in spec.layers if layer.rope]
+    if not ropes:
+        raise UsageError("llama.cpp has no decoder without positions in every layer")
+    return ropes[0]
+
+
+def _scaling_keys(scaling: RopeScaling | None) -> dict[str, "Value"]:
+    match scaling:
+        case LinearScaling(factor=factor):
+            return {
+                "rope.scaling.type": ("string", "linear"),
+                "rope.scaling.factor": ("float32", factor),
+            }
+        case LongRopeScaling() as longrope:
+            return {
+                "rope.scaling.type": ("string", "longrope"),
+                "rope.scaling.original_context_length": (
+                    "uint32",
+                    longrope.original_context_tokens,
+                ),
+                "rope.scaling.attn_factor": ("float32", longrope.attention_factor),
+            }
+        case Llama3Scaling() | None:  # Llama 3's factors are a tensor
+            return {}
+
+
+def _window_keys(spec: DecoderSpec) -> dict[str, "Value"]:
+    local = [layer for layer in spec.layers if layer.window_tokens]
+    if not local:
+        return {}
+    keys: dict[str, Value] = {
+        "attention.sliding_window": ("uint32", local[0].window_tokens),
+        "attention.sliding_window_pattern": (
+            "array[bool]",
+            [layer.window_tokens is not None for layer in spec.layers],
+        ),
+    }
+    if local[0].rope:
+        keys["rope.freq_base_swa"] = ("float32", local[0].rope.theta)
+    return keys
+
+
+def rope_tensors(spec: DecoderSpec) -> dict[str, Sequence[float]]:
+    """Return the frequency divisors that llama.cpp reads as tensors, by tensor name."""
+    match first_rope(spec).scaling:
+        case Llama3Scaling() as scaling:
+            return {"rope_freqs.weight": llama3_factors(first_rope(spec), scaling)}
+        case LongRopeScaling() as scaling:
+            return {
+                "rope_factors_long.weight": scaling.long_factors,
+                "rope_factors_short.weight": scaling.short_factors,
+            }
+        case _:
+            return {}
+
+
+def llama3_factors(rope: Rope, scaling: Llama3Scaling) -> list[float]:
+    """Return one divisor per frequency.
+
+    Source: ``_compute_llama3_parameters`` in modeling_rope_utils.py of transformers 5.
+    """
+    factors = []
+    for index in range(0, rope.width, 2):
+        turns = scaling.original_context_tokens / (2 * math.pi) * rope.theta ** (-index / rope.width)
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        kept = min(1.0, max(0.0, (turns - low) / (high - low)))
+        factors.append(1 / ((1 - kept) / scaling.factor + kept))
+    return factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a GGUF file says about its decoder, without the weights themselves."""
+
+    metadata: Mapping[str, Any]
+    tensors: Collection[str]
+    vocabulary: int
+    rope_factors: Mapping[str, Sequence[float]]  # the small tensors named by `rope_tensors`
+
+    @property
+    def architecture(self) -> Architecture:
+        """The graph it was written for."""
+        return architectures.get(str(self.metadata.get("general.architecture")))
+
+    def number(self, key: str, default: Any = None) -> Any:
+        """Return a key of the architecture; a float32 as the shortest decimal that rounds to it."""
+        value = self.metadata.get(f"{self.architecture.name}.{key}", default)
+        if value is None:
+            raise UsageError(f"the GGUF file lacks {self.architecture.name}.{key}")
+        return shortest(value) if isinstance(value, float) else value
+
+    def has_tensor(self, part: str) -> bool:
+        """Whether the first layer has such a tensor."""
+        return f"blk.0.{part}" in self.tensors
+
+
+def shortest(value: float) -> float:
+    """Return the shortest decimal that rounds to the same float32: 9.99999975e-06 is 1e-05."""
+    import numpy as np
+
+    return float(str(np.float32(value)))
+
+
+def read(facts: Facts) -> DecoderSpec:
+    """Return the decoder that a GGUF file describes.
+
+    Raises:
+        UsageError: If a key is missing, or says what edgekit cannot express.
+    """
+    architecture = facts.architecture
+    heads, hidden = facts.number("attention.head_count"), facts.number("embedding_length")
+    head_width = facts.number("attention.key_length", hidden // heads)
+    is_layer_norm = architecture.norm == "layer"
+    epsilon = facts.number(
+        f"attention.{'layer_norm_epsilon' if is_layer_norm else 'layer_norm_rms_epsilon'}"
+    )
+    return DecoderSpec(
+        vocabulary=facts.vocabulary,
+        hidden_width=hidden,
+        mlp_width=facts.number("feed_forward_length"),
+        context_tokens=facts.number("context_length"),
+        layers=_read_layers(facts, head_width),
+        attention=_read_attention(facts, head_width=head_width, epsilon=epsilon),
+        norm=Norm(
+            kind=architecture.norm,
+            epsilon=epsilon,
+            has_bias=is_layer_norm,
+            adds_one=architecture.norm_adds_one,
+        ),
+        activation=architecture.activation,
+        residual="parallel"
+        if architecture.can_be_parallel and not facts.has_tensor("ffn_norm.weight")
+        else "serial",
+        has_post_norms=architecture.has_post_norms,
+        has_mlp_bias=facts.has_tensor("ffn_down.bias"),
+        embedding_scale=math.sqrt(hidden) if architecture.scales_embedding else 1.0,
+        logit_cap=facts.number("final_logit_softcapping", 0.0) or None,
+        is_tied="output.weight" not in facts.tensors,
+    )
+
+
+def _read_attention(facts: Facts, *, head_width: int, epsilon: float) -> Attention:
+    architecture, heads = facts.architecture, facts.number("attention.head_count")
+    has_norms = facts.has_tensor("attn_q_norm.weight")
+    is_layer_norm = architecture.norm == "layer"
+    cap = facts.number("attn_logit_softcapping", 50.0) if architecture.caps_scores else None
+    scale_width = (
+        facts.number("embedding_length") // heads
+        if facts.number("block_count") == architecture.scales_scores_by_hidden_at
+        else head_width
+    )
+    return Attention(
+        heads=heads,
+        key_value_heads=facts.number("attention.head_count_kv", heads),
+        head_width=head_width,
+        score_scale=scale_width**-0.5,
+        score_cap=cap,
+        query_key_norm=Norm(
+            kind=architecture.norm, epsilon=epsilon, adds_one=architecture.norm_adds_one
+        )
+        if has_norms
+        else None,
+        has_norm_per_head=has_norms and is_layer_norm,
+        has_qkv_bias=facts.has_tensor("attn_q.bias") or facts.has_tensor("attn_qkv.bias"),
+        has_output_bias=facts.has_tensor("attn_output.bias"),
+    )
+
+
+def _read_layers(facts: Facts, head_width: int) -> tuple[Layer, ...]:
+    architecture, depth = facts.architecture, facts.number("block_count")
+    rope = Rope(
+        width=facts.number("rope.dimension_count", head_width),
+        theta=float(facts.number("rope.freq_base", 10_000.0)),
+        scaling=None,
+    )
+    rope = Rope(width=rope.width, theta=rope.theta, scaling=_read_scaling(facts, rope))
+    skips = architecture.skips_rope_every
+    windows = _read_windows(facts, depth)
+    local_theta = float(
+        facts.number("rope.freq_base_swa", 10_000.0 if architecture.name == "gemma3" else rope.theta)
+    )
+    local_rope = Rope(width=rope.width, theta=local_theta)
+    return tuple(
+        Layer(
+            rope=None if skips and (index + 1) % skips == 0 else local_rope if window else rope,
+            window_tokens=window,
+        )
+        for index, window in enumerate(windows)
+    )
+
+
+def _read_windows(facts: Facts, depth: int) -> list[int | None]:
+    """Return each layer's window; without a pattern the graph's own default applies.
+
+    Source: ``load_swa_pattern`` and the calls to it: every second layer of Gemma 2 is global,
+    every sixth of Gemma 3.
+    """
+    if not facts.architecture.has_windows:
+        return [None] * depth
+    default = 4096 if facts.architecture.name == "gemma2" else 0
+    window = facts.number("attention.sliding_window", default)
+    pattern = facts.number(
+        "attention.sliding_window_pattern", 2 if facts.architecture.name == "gemma2" else 6
+    )
+    if isinstance(pattern, int):
+        pattern = [(index + 1) % pattern != 0 for index in range(depth)]
+    return [window if window and is_local else None for is_local in pattern]
+
+
+def _read_scaling(facts: Facts, rope: Rope) -> RopeScaling | None:
+    kind = facts.number("rope.scaling.type", "none")
+    if "rope_factors_long.weight" in facts.rope_factors:
+        return LongRopeScaling(
+            short_factors=tuple(map(shortest, facts.rope_factors["rope_factors_short.weight"])),
+            long_factors=tuple(map(shortest, facts.rope_factors["rope_factors_long.weight"])),
+            original_context_tokens=facts.number("rope.scaling.original_context_length"),
+            attention_factor=facts.number("rope.scaling.attn_factor", 1.0),
+        )
+    if "rope_freqs.weight" in facts.rope_factors:
+        return _read_llama3(rope, facts.rope_factors["rope_freqs.weight"])
+    if kind == "linear" and facts.number("rope.scaling.factor", 1.0) != 1.0:
+        return LinearScaling(factor=facts.number("rope.scaling.factor"))
+    if kind not in {"none", "linear"}:
+        raise UsageError(f"GGUF files with {kind} rope scaling are not read")
+    return None
+
+
+def _read_llama3(rope: Rope, factors: Sequence[float]) -> Llama3Scaling | None:
+    """Recover Llama 3's parameters; the file has only the divisors they gave.
+
+    Every published model has the ramp from 1 to 4 turns over 8192 tokens.
+    """
+    if all(factor == 1.0 for factor in factors):
+        return None
+    scaling = Llama3Scaling(
+        factor=shortest(max(factors)),
+        low_frequency_factor=1.0,
+        high_frequency_factor=4.0,
+        original_context_tokens=8192,
+    )
+    expected = llama3_factors(rope, scaling)
+    if any(not math.isclose(a, b, rel_tol=1e-5) for a, b in zip(expected, factors, strict=True)):
+        raise UsageError("the GGUF file's rope_freqs are not those of a Llama 3 model")
+    return scaling
