@@ -205,6 +205,10 @@ class Bundle:
         if self.artifact.entry not in self.artifact.files:
             raise BundleError(f"{self.directory} has no file {self.artifact.entry!r} to open")
 
+    def with_artifact(self, artifact: Artifact) -> Self:
+        """Return the same bundle with its files as they are now."""
+        return replace(self, artifact=artifact)
+
     def with_agreement(self, agreement: Agreement) -> Self:
         """Return the same bundle with its proof.
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from edgekit import families
 from edgekit.config import Config
-from edgekit.decoder import DecoderSpec, Shape
+from edgekit.decoder import DecoderSpec, Shape, Source
 from edgekit.errors import UsageError
 from edgekit.tokenizer_files import TokenizerFiles
 
@@ -77,9 +78,37 @@ class StoredTensor:
             count=rows * row_items,
             offset=self.offset + first_row * row_items * stored.itemsize,
         )
+        if values.size != rows * row_items:
+            raise UsageError(f"{self.path} became shorter while edgekit read it")
         if self.dtype == "BF16":  # the upper half of a float32
-            values = (values.astype(np.uint32) << 16).view(np.float32)
+            wide = values.astype(np.uint32)
+            wide <<= 16
+            return wide.view(np.float32).reshape(rows, *self.shape[1:])
         return values.astype(np.float32, copy=False).reshape(rows, *self.shape[1:])
+
+
+@dataclass(frozen=True)
+class StackedTensors:
+    """Tensors of one shape, each a row of the whole."""
+
+    parts: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> Shape:
+        """The number of parts, then the dimensions of one."""
+        return (len(self.parts), *self.parts[0].shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """How much of the checkpoint they take together."""
+        return sum(part.size_bytes for part in self.parts)
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "npt.NDArray[np.float32]":
+        """Return some parts, or all, in float32."""
+        import numpy as np
+
+        last_row = None if rows is None else first_row + rows
+        return np.stack([part.read() for part in self.parts[first_row:last_row]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +118,7 @@ class AdapterRecord:
     directory: Path
     name: str
     sha256: str
+    notes: tuple[str, ...] = ()  # what a user should know about the merge, one sentence each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +190,18 @@ class Checkpoint:
         source = families.get(self.architecture).source(role, self.spec)
         if rows is None and source.rows is not None:
             rows = source.rows - first_row
-        values = self.tensors[source.tensor].read(source.first_row + first_row, rows)
+        values = self._tensor(source).read(source.first_row + first_row, rows)
         if not np.isfinite(values).all():
             raise UsageError(
                 f"{source.tensor} in {self.directory} holds NaN or infinity",
                 hint="the training diverged, or the file was damaged; take an earlier checkpoint",
             )
         return values
+
+    def _tensor(self, source: Source) -> Tensor:
+        if source.siblings:
+            return StackedTensors(tuple(self.tensors[name] for name in source.tensors))
+        return self.tensors[source.tensor]
 
     def refuse_mismatch(self) -> None:
         """Check that every weight is there in its shape and every tensor is used.
@@ -175,20 +210,29 @@ class Checkpoint:
             UsageError: If a tensor is missing, of another shape, or one that nothing would read.
         """
         family = families.get(self.architecture)
-        used: dict[str, int] = {}
+        used_rows: Counter[str] = Counter()
         for role, shape in self.spec.weights():
             source = family.source(role, self.spec)
-            tensor = self.tensors.get(source.tensor)
-            if tensor is None:
-                raise UsageError(f"{self.directory} lacks the tensor {source.tensor}")
-            found = tensor.shape if source.rows is None else (source.rows, *tensor.shape[1:])
-            if found != shape or source.first_row + shape[0] > tensor.shape[0]:
+            for name in source.tensors:
+                if name not in self.tensors:
+                    raise UsageError(f"{self.directory} lacks the tensor {name}")
+            self._refuse_shape(source, shape)
+            for name in source.tensors:
+                used_rows[name] += shape[1] if source.siblings else shape[0]
+        self._refuse_unused(used_rows)
+
+    def _refuse_shape(self, source: Source, shape: Shape) -> None:
+        """Check that a weight of this shape is where it should be."""
+        expected = shape[1:] if source.siblings else shape
+        for name in source.tensors:
+            found = whole = self.tensors[name].shape
+            if source.rows is not None and whole and source.first_row + source.rows <= whole[0]:
+                found = (source.rows, *whole[1:])
+            if found != expected:
                 raise UsageError(
-                    f"{source.tensor} in {self.directory} has shape {list(tensor.shape)}, "
-                    f"the config asks for {list(shape)}"
+                    f"{name} in {self.directory} has shape {list(whole)}, "
+                    f"the config asks for {list(expected)}"
                 )
-            used[source.tensor] = used.get(source.tensor, 0) + shape[0]
-        self._refuse_unused(used)
 
     def _refuse_unused(self, used_rows: Mapping[str, int]) -> None:
         for name, tensor in self.tensors.items():
@@ -234,15 +278,24 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(directory: Path) -> list[Path]:
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return [single]  # before an index, as transformers does
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(read_json_object(index).get("weight_map", {}).values())
-        for shard in shards:
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                raise UsageError(f"{index} names {shard!r}, which is no file beside it")
-        return [directory / shard for shard in sorted(shards)]
+        return [directory / shard for shard in _shards(index)]
     files = sorted(directory.glob("*.safetensors"))
     return [path for path in files if path.name != "adapter_model.safetensors"]
+
+
+def _shards(index: Path) -> list[str]:
+    shards = read_json_object(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise UsageError(f"{index} has no weight_map")
+    for shard in shards.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise UsageError(f"{index} names {shard!r}, which is no file beside it")
+    return sorted(set(shards.values()))
 
 
 def _read_headers(directory: Path) -> dict[str, Tensor]:
@@ -276,7 +329,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     """
     header, data_start, file_bytes = _read_header(path)
     end = 0
-    for name, field in sorted(header.items(), key=_first_offset):
+    for name, field in _by_offset(path, header):
         tensor = _stored_tensor(path, name, field, data_start=data_start)
         first, last = field["data_offsets"]
         if first != end or last - first != tensor.size_bytes:
@@ -315,14 +368,16 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + length, file_bytes
 
 
-def _first_offset(item: tuple[str, Any]) -> int:
-    try:
-        first, last = item[1]["data_offsets"]
-    except (TypeError, KeyError, ValueError):
-        first = last = None
-    if not isinstance(first, int) or not isinstance(last, int):
-        raise UsageError(f"the tensor {item[0]} has no data_offsets", hint="the file is damaged")
-    return first
+def _by_offset(path: Path, header: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the header's entries in the order of their data."""
+    for name, field in header.items():
+        offsets = field.get("data_offsets") if isinstance(field, dict) else None
+        if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int]:
+            raise UsageError(
+                f"{path}: {name} has data_offsets {offsets!r}, expected two integers",
+                hint="the file is damaged; download it again",
+            )
+    return sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"]))
 
 
 def _stored_tensor(path: Path, name: str, field: Any, *, data_start: int) -> StoredTensor:

@@ -6,7 +6,7 @@ and `Config.refuse_unread` stops at the rest.
 """
 
 import sys
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
 from edgekit.errors import UsageError
 
@@ -66,7 +66,7 @@ class Config:
         if not isinstance(value, type(default)):
             expected = type(default).__name__
             raise UsageError(f"{self._origin}: {name} = {value!r}, expected {expected}")
-        return cast("T", value)
+        return value
 
     def integer(self, name: str, *, most: int = 2**31 - 1) -> int:
         """Return a positive integer that must be there.
@@ -83,7 +83,7 @@ class Config:
         return value
 
     def optional_integer(self, name: str, *, absent: int | None = None) -> int | None:
-        """Return a positive integer, None where the field is null, ``absent`` where it is not there."""
+        """Return a positive integer, None where it is null, ``absent`` where it is not there."""
         self._read.add(name)
         if name not in self._fields:
             return absent
@@ -96,7 +96,7 @@ class Config:
             UsageError: If it is no finite number above zero, or absent without a default.
         """
         self._read.add(name)
-        value = self._fields.get(name)
+        value: Any = self._fields.get(name)
         if value is None:
             value = default
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -105,7 +105,7 @@ class Config:
         return float(value)
 
     def optional_number(self, name: str, *, absent: float | None = None) -> float | None:
-        """Return a positive number, None where the field is null, ``absent`` where it is not there."""
+        """Return a positive number, None where it is null, ``absent`` where it is not there."""
         self._read.add(name)
         if name not in self._fields:
             return absent

@@ -6,6 +6,7 @@ keys, graph or module. Neither knows the other, so seven families and four forma
 Weights carry format-neutral role names: ``token_embedding``, ``layers.3.query``, ``final_norm``.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -44,6 +45,13 @@ class Llama3Scaling:
     high_frequency_factor: float
     original_context_tokens: int
 
+    def divisor(self, wave_tokens: float) -> float:
+        """Return what divides the frequency whose full turn takes ``wave_tokens``."""
+        turns = self.original_context_tokens / wave_tokens
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+        return 1 / ((1 - kept) / self.factor + kept)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LongRopeScaling:
@@ -65,6 +73,32 @@ class Rope:
     width: int
     theta: float
     scaling: RopeScaling | None = None
+
+    @property
+    def attention_factor(self) -> float:
+        """What multiplies sine and cosine."""
+        scaling = self.scaling
+        return scaling.attention_factor if isinstance(scaling, LongRopeScaling) else 1.0
+
+    def divisors(self, text_tokens: int) -> tuple[float, ...]:
+        """Return what divides each frequency ``theta ** (-2 i / width)`` in a text of this length.
+
+        Only longrope looks at the length: past the original context, *every* position of the text
+        takes the long factors.
+        """
+        match self.scaling:
+            case None:
+                return (1.0,) * (self.width // 2)
+            case LinearScaling(factor=factor):
+                return (factor,) * (self.width // 2)
+            case Llama3Scaling() as scaling:
+                waves = (
+                    2 * math.pi * self.theta ** (2 * i / self.width) for i in range(self.width // 2)
+                )
+                return tuple(scaling.divisor(wave) for wave in waves)
+            case LongRopeScaling() as scaling:
+                is_long = text_tokens > scaling.original_context_tokens
+                return scaling.long_factors if is_long else scaling.short_factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,8 +212,18 @@ def _norm_weights(role: str, norm: Norm, shape: Shape) -> Iterator[tuple[str, Sh
 
 @dataclass(frozen=True)
 class Source:
-    """Where a weight lives in the checkpoint: a tensor, or some rows of a fused one."""
+    """Where a weight lives in the checkpoint: a tensor, or some rows of a fused one.
+
+    Or in several: StableLM 2 12B stores the norm of each head by itself. Then ``siblings`` are the
+    rows after the first, one tensor each.
+    """
 
     tensor: str
     first_row: int = 0
     rows: int | None = None  # None: all of them
+    siblings: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Every tensor it reads."""
+        return (self.tensor, *self.siblings)

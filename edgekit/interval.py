@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 CONFIDENCE = 0.95  # of each one-sided bound
@@ -24,10 +25,10 @@ class MedianBounds:
     samples: int
     confidence: float  # of one side
 
-    @property
-    def basis(self) -> str:
-        """How the bound came about, in words."""
-        place = "largest" if self.rank == self.samples else f"{ordinal(self.rank)}"
+    def basis(self, side: Literal["low", "high"]) -> str:
+        """How one bound came about, in words."""
+        extreme = "largest" if (side == "high") == (self.rank == self.samples) else "smallest"
+        place = extreme if self.rank == self.samples else f"{ordinal(self.rank)} {extreme}"
         return f"{place} of {self.samples} samples, {self.confidence:.1%} sure"
 
 

@@ -6,6 +6,7 @@ of a browser fills in the same document. So whatever only Linux knows may be nul
 
 import dataclasses
 import json
+import math
 import types
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -40,7 +41,6 @@ class Workload:
     context_tokens: int
     generations: int = 2  # timed, for each prompt length, after one that only warms up
     threads: int | None = None  # None: the runtime decides
-    has_cold_start: bool = True  # ask the kernel to forget the artifact before it is loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,16 @@ class Conditions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ColdStart:
+    """A process that found the artifact in storage only, as after a boot."""
+
+    load_s: float
+    first_token_s: float
+    prompt_tokens: int
+    cached_before_load: float | None  # share of the artifact that was in memory all the same
+
+
+@dataclass(frozen=True, kw_only=True)
 class Repetition:
     """One fresh process: load, warm-up, generations."""
 
@@ -123,6 +133,7 @@ class Measurement:
     workload: Workload
     environment: Environment
     repetitions: tuple[Repetition, ...]
+    cold_start: ColdStart | None = None
     deaths: tuple[str, ...] = ()  # repetitions that the system killed, and how
     doubts: tuple[str, ...] = ()  # what the runner itself found wrong with the measurement
 
@@ -237,9 +248,14 @@ def _read_scalar(hint: type, value: object, of: str) -> Any:
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise _mismatch(of, value, {float: "a number", int: "an integer"}.get(hint, hint.__name__))
-    if hint in {int, float} and not 0 <= value < float("inf"):  # type: ignore[operator]
+    if isinstance(value, int | float) and not _is_possible(value, of):
         raise _mismatch(of, value, "a finite number of at least 0")
     return value
+
+
+def _is_possible(value: float, of: str) -> bool:
+    """Only a temperature may be negative."""
+    return math.isfinite(value) and (value >= 0 or of.endswith("_c"))
 
 
 def _mismatch(of: str, value: object, expected: str) -> UsageError:

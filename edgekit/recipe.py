@@ -2,7 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
+
+from edgekit.decoder import DecoderSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +21,27 @@ class Storage:
         return self.block_bytes * 8 / self.block_weights
 
 
+Layers = Literal["all", "sensitive", "first_two", "first_four", "first_eighth", "first_sixteenth"]
+Decoders = Literal["all", "tied", "grouped"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """Weights whose role, without its layer, matches ``pattern`` get ``storage``."""
 
     pattern: str  # a regular expression for the whole role: "value|down"
     storage: str
-    layers: Literal["all", "sensitive"] = "all"
+    layers: Layers = "all"
+    decoders: Decoders = "all"  # tied: the head is the embedding; grouped: 4 or more queries a key
+
+    def applies_to(self, role: str, spec: DecoderSpec) -> bool:
+        """Tell whether this rule is about one weight of a decoder."""
+        layer, part = split_role(role)
+        if not re.fullmatch(self.pattern, part) or not _is_meant(self.decoders, spec):
+            return False
+        if layer is None:  # the embedding, the head, the last norm
+            return self.layers == "all"
+        return _is_chosen(self.layers, layer, depth=len(spec.layers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,27 +51,49 @@ class Recipe:
     name: str
     default: str
     rules: tuple[Rule, ...] = ()
+    max_mean_kl_nats: float  # above, an artifact does not say what the checkpoint says
+    min_same_top_token: float  # share of positions, 0 to 1
 
-    def storage_for(self, role: str, *, depth: int) -> str:
-        """Return the storage of one weight of a decoder of ``depth`` layers.
-
-        >>> Recipe(name="x", default="Q4_K", rules=(Rule(pattern="down", storage="Q6_K"),)
-        ...       ).storage_for("layers.3.down", depth=8)
-        'Q6_K'
-        """
-        layer, part = split_role(role)
+    def storage_for(self, role: str, spec: DecoderSpec) -> str:
+        """Return the storage this recipe wants for one weight of a decoder."""
         for rule in self.rules:
-            if rule.layers == "sensitive" and not (
-                layer is not None and is_sensitive(layer, depth=depth)
-            ):
-                continue
-            if re.fullmatch(rule.pattern, part):
+            if rule.applies_to(role, spec):
                 return rule.storage
         return self.default
 
 
+def _is_meant(decoders: Decoders, spec: DecoderSpec) -> bool:
+    match decoders:
+        case "all":
+            return True
+        case "tied":
+            return spec.is_tied
+        case "grouped":
+            return spec.attention.heads // spec.attention.key_value_heads >= 4
+        case _:
+            assert_never(decoders)
+
+
+def _is_chosen(layers: Layers, layer: int, *, depth: int) -> bool:
+    match layers:
+        case "all":
+            return True
+        case "sensitive":
+            return is_sensitive(layer, depth=depth)
+        case "first_two":
+            return layer < 2
+        case "first_four":
+            return layer < 4
+        case "first_eighth":
+            return layer < depth // 8
+        case "first_sixteenth":
+            return layer < depth // 16
+        case _:
+            assert_never(layers)
+
+
 def split_role(role: str) -> tuple[int | None, str]:
-    """Split ``layers.3.down`` into ``(3, "down")`` and ``final_norm`` into ``(None, "final_norm")``."""
+    """Split ``layers.3.down`` into its layer and the rest; ``final_norm`` has no layer."""
     if role.startswith("layers."):
         _, layer, part = role.split(".")
         return int(layer), part

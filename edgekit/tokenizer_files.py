@@ -1,11 +1,14 @@
 """What a checkpoint's files say about text: the tokenizer, the chat template, where to stop."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from edgekit.bundle import TextRules
 from edgekit.errors import UsageError
 
 
@@ -51,6 +54,47 @@ class TokenizerFiles:
             declared_stop_ids=tuple(sorted({id for ids in by_file.values() for id in ids})),
             stop_ids_by_file=by_file,
         )
+
+    def with_stop_id(self, id: int, *, origin: str) -> Self:
+        """Return the same files with one more id that ends an answer."""
+        return replace(
+            self,
+            declared_stop_ids=tuple(sorted({*self.declared_stop_ids, id})),
+            stop_ids_by_file={**self.stop_ids_by_file, origin: (id,)},
+        )
+
+    def copy_into(self, directory: Path) -> TextRules:
+        """Write what the runner reads into a bundle, and return the rules that go with it."""
+        shutil.copyfile(self.tokenizer_json, directory / "tokenizer.json")
+        template = self.chat_template
+        if template is not None:
+            (directory / "chat_template.jinja").write_bytes(template.encode())
+        return self.rules()
+
+    def rules(self) -> TextRules:
+        """Return what the runner must know beside the files.
+
+        Raises:
+            UsageError: If nothing says where an answer ends.
+        """
+        if not self.declared_stop_ids:
+            raise UsageError(
+                f"nothing in {self.tokenizer_json.parent} says which token ends an answer",
+                hint="set eos_token_id in generation_config.json",
+            )
+        template = self.chat_template
+        return TextRules(
+            stop_ids=self.declared_stop_ids,
+            special_tokens=self.special_tokens,
+            adds_bos=self._adds_bos(),
+            chat_template_sha256=template and hashlib.sha256(template.encode()).hexdigest(),
+        )
+
+    def _adds_bos(self) -> bool:
+        """Tell whether the tokenizer puts its BOS token before plain text."""
+        processor = json.dumps(_json(self.tokenizer_json).get("post_processor"))
+        bos = self.special_tokens.get("bos_token")
+        return bos is not None and json.dumps(bos) in processor
 
 
 def added_tokens(tokenizer_json: Path) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """Families: what makes each kind of model different, and nothing else.
 
 The module's name is the ``model_type`` of ``config.json``: put ``mamba.py`` here and every format
-has it, or refuses it in one sentence. A family that is another one plus a difference calls it.
+has it, or refuses it in one sentence. A family that is another one plus a difference calls it;
+modules with an underscore are what families share.
 """
 
 import importlib
@@ -35,7 +36,8 @@ class Family(Protocol):
 
 def names() -> list[str]:
     """Return every supported ``model_type``."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in modules if not name.startswith("_"))
 
 
 def get(model_type: str) -> Family:

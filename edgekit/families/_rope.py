@@ -60,8 +60,8 @@ def read_rope(
 
 def _section(config: Config) -> Config:
     """Return the rope's object; an older one counts where both are there, as in transformers 5."""
-    older, newer = config.section("rope_scaling"), config.section("rope_parameters")
-    return older if "type" in older or "rope_type" in older else newer
+    newer = config.section("rope_parameters")
+    return config.section("rope_scaling") if config.get("rope_scaling", dict[str, Any]()) else newer
 
 
 def read_fields(
@@ -74,9 +74,11 @@ def read_fields(
 ) -> Rope:
     """Read one rope object; ``theta`` where it does not say."""
     if width < 2 or width % 2:
-        raise UsageError(f"{fields.origin} turns {width} channels of a head, expected an even count")
+        raise UsageError(
+            f"{fields.origin} turns {width} channels of a head, expected an even count"
+        )
     rope = Rope(width=width, theta=fields.number("rope_theta", theta))
-    inner = fields.get("original_max_position_embeddings", context_tokens)
+    inner = fields.optional_integer("original_max_position_embeddings") or context_tokens
     original = original_context_tokens or inner
     match _kind(fields):
         case "default":
@@ -119,6 +121,8 @@ def _read_llama3(fields: Config, original_context_tokens: int) -> Llama3Scaling:
 def _read_longrope(
     fields: Config, original_context_tokens: int, context_tokens: int, width: int
 ) -> LongRopeScaling:
+    if original_context_tokens < 2:
+        raise UsageError(f"{fields.origin}: an original context of 1 token cannot be stretched")
     factor = fields.number("factor", context_tokens / original_context_tokens)
     stretch = max(factor, 1.0)
     # Both contexts logarithmic, as _compute_longrope_parameters of transformers 5 has it

@@ -4,26 +4,26 @@ from dataclasses import replace
 from typing import Any
 
 from edgekit.config import Config
-from edgekit.decoder import DecoderSpec, Layer
-from edgekit.families import llama
+from edgekit.decoder import DecoderSpec
+from edgekit.families import _common, llama
 
+
+DEFAULTS = _common.Defaults(key_value_heads=8)
 
 source = llama.source
 
 
 def describe(config: Config) -> DecoderSpec:
     """Read a Mistral config."""
-    spec = llama.describe(config)
-    window = config.optional_integer("sliding_window")
-    layers = tuple(Layer(rope=layer.rope, window_tokens=window) for layer in spec.layers)
+    config.expect(attention_bias=False, mlp_bias=False)
+    spec = llama.read(config, DEFAULTS)
+    # A null window is none; an absent one is what transformers fills in.
+    window = config.optional_integer("sliding_window", absent=4096)
+    layers = tuple(replace(layer, window_tokens=window) for layer in spec.layers)
     return replace(spec, layers=layers)
 
 
 def config(spec: DecoderSpec) -> dict[str, Any]:
     """Return the Mistral config of a decoder."""
-    fields = llama.config(spec) | {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "sliding_window": spec.layers[0].window_tokens,
-    }
-    return {name: value for name, value in fields.items() if not name.endswith("_bias")}
+    fields = llama.write(spec, model_type="mistral", architecture="MistralForCausalLM")
+    return fields | {"sliding_window": spec.layers[0].window_tokens}

@@ -5,38 +5,50 @@ from typing import Any
 
 from edgekit.config import Config
 from edgekit.decoder import DecoderSpec, Layer
-from edgekit.families import llama
+from edgekit.families import _common, llama
 
+
+DEFAULTS = _common.Defaults(key_value_heads=32)
 
 source = llama.source
 
 
 def describe(config: Config) -> DecoderSpec:
-    """Read a Qwen 2 config; windows apply only from layer ``max_window_layers`` on, if at all."""
-    spec = llama.describe(config)
-    attention = replace(spec.attention, has_qkv_bias=True, has_output_bias=False)
-    return replace(spec, attention=attention, layers=read_windows(config, spec.layers))
+    """Read a Qwen 2 config."""
+    config.ignore("attention_bias")  # transformers always has these three and never a fourth
+    config.expect(mlp_bias=False, use_mrope=False)
+    spec = llama.read(config, DEFAULTS)
+    return replace(
+        spec,
+        attention=replace(spec.attention, has_qkv_bias=True),
+        layers=read_windows(config, spec.layers),
+    )
 
 
 def read_windows(config: Config, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
-    """Return ``layers`` with the windows of a Qwen config."""
-    window = config.optional_integer("sliding_window")
-    first = config.get("max_window_layers", len(layers))
-    is_used = config.get("use_sliding_window", default=False)
-    kinds = config.get("layer_types", list[str]()) or [
-        "sliding_attention" if index >= first else "full_attention" for index in range(len(layers))
+    """Return ``layers`` with the windows of a Qwen config.
+
+    Windows are off unless ``use_sliding_window``, whatever ``sliding_window`` says; then layers
+    from ``max_window_layers`` on have them.
+    """
+    window = config.optional_integer("sliding_window", absent=4096)
+    if not config.get("use_sliding_window", default=False):
+        window = None
+    first = config.get("max_window_layers", 28)
+    kinds: list[_common.LayerKind] = [
+        "sliding_attention" if window and index >= first else "full_attention"
+        for index in range(len(layers))
     ]
-    return tuple(
-        replace(layer, window_tokens=window if is_used and kind == "sliding_attention" else None)
-        for layer, kind in zip(layers, kinds, strict=True)
-    )
+    return _common.with_windows(config, layers, _common.read_layer_kinds(config, kinds), window)
 
 
 def config(spec: DecoderSpec) -> dict[str, Any]:
     """Return the Qwen 2 config of a decoder."""
-    fields = llama.config(spec) | {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "use_sliding_window": False,
-    }
-    return {name: value for name, value in fields.items() if not name.endswith("_bias")}
+    fields = llama.write(spec, model_type="qwen2", architecture="Qwen2ForCausalLM")
+    return fields | write_windows(spec)
+
+
+def write_windows(spec: DecoderSpec) -> dict[str, Any]:
+    """Return the fields that `read_windows` reads."""
+    fields = _common.write_layer_kinds(spec)
+    return fields | {"use_sliding_window": fields["sliding_window"] is not None}

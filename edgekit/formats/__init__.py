@@ -65,6 +65,14 @@ class MemoryUse:
         return self.weights_bytes + self.cache_bytes + self.compute_bytes + self.runtime_bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class ContextLimit:
+    """How far a runtime agrees with a checkpoint, and why no further."""
+
+    tokens: int
+    reason: str
+
+
 class Format(Protocol):
     """What a module in this package offers; for a module, PEP 544 ignores ``self``."""
 
@@ -80,6 +88,10 @@ class Format(Protocol):
         Raises:
             UsageError: If the format cannot express this decoder or hold this recipe.
         """
+        ...
+
+    def context_limit(self, checkpoint: "Checkpoint") -> ContextLimit:
+        """Return the longest context in which the runtime says what the checkpoint says."""
         ...
 
     def memory_use(

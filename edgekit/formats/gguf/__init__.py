@@ -1,1 +1,88 @@
 """GGUF: what llama.cpp loads."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekit.errors import BundleError, UsageError
+from edgekit.formats import ContextLimit, Layout, MemoryUse, Progress
+from edgekit.formats.gguf import architectures, memory, runtime
+from edgekit.formats.gguf.storage import RECIPES, STORAGES
+from edgekit.recipe import Recipe
+
+
+if TYPE_CHECKING:
+    from edgekit.checkpoint import Checkpoint
+
+
+__all__ = [
+    "DEFAULT_RECIPES",
+    "EXTRA",
+    "RECIPES",
+    "RUN_EXTRA",
+    "STORAGES",
+    "contents",
+    "context_limit",
+    "convert",
+    "lay_out",
+    "load",
+    "memory_use",
+    "runtime_ids",
+]
+
+EXTRA = "gguf"
+RUN_EXTRA = "run-gguf"
+# F32, F16 and BF16 are twice and four times as large as Q8_0 and say the same.
+DEFAULT_RECIPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+
+
+def lay_out(checkpoint: "Checkpoint", recipe: Recipe) -> Layout:
+    """Return what the file will hold and its exact size, from headers alone."""
+    from edgekit.formats.gguf import conversion
+
+    return conversion.lay_out(checkpoint, recipe)
+
+
+def context_limit(checkpoint: "Checkpoint") -> ContextLimit:
+    """Return how far llama.cpp agrees with the checkpoint."""
+    return architectures.context_limit(checkpoint.spec)
+
+
+def memory_use(
+    checkpoint: "Checkpoint", layout: Layout, *, context_tokens: int, repacks: bool
+) -> MemoryUse:
+    """Return what llama.cpp will hold, by the sizes of its buffers."""
+    del repacks  # files are read, not mapped, so a repacked weight is held once too
+    return memory.use(checkpoint.spec, layout, context_tokens=context_tokens)
+
+
+def convert(
+    checkpoint: "Checkpoint", recipe: Recipe, directory: Path, *, progress: Progress
+) -> str:
+    """Write ``model.gguf``."""
+    from edgekit.formats.gguf import conversion
+    from edgekit import corpus
+    from edgekit.formats.gguf import pretokenizers
+
+    pre = pretokenizers.find_pre(checkpoint.text, corpus=corpus.lines())
+    return conversion.convert(checkpoint, recipe, directory, pre=pre, progress=progress)
+
+
+def load(path: Path, *, context_tokens: int, threads: int | None = None) -> runtime.GgufSession:
+    """Open a file in llama.cpp."""
+    return runtime.GgufSession(path, context_tokens=context_tokens, threads=threads)
+
+
+def runtime_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Return what llama.cpp's own tokenizer makes of ``texts``, special tokens parsed."""
+    return runtime.runtime_ids(path, texts)
+
+
+def contents(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """Return name, shape and storage of every tensor in a file."""
+    from edgekit.formats.gguf import layout
+
+    try:
+        return [(info.name, info.shape, info.storage) for info in layout.read(path).tensors]
+    except UsageError as error:
+        raise BundleError(str(error), hint=error.hint) from error

@@ -21,6 +21,7 @@ from edgekit.decoder import (
     RopeScaling,
 )
 from edgekit.errors import UsageError
+from edgekit.formats import ContextLimit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,14 +226,6 @@ def get(name: str) -> Architecture:
             return architecture
     known = ", ".join(architecture.name for architecture in ARCHITECTURES)
     raise UsageError(f"GGUF files of architecture {name!r} are not read", hint=f"read: {known}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContextLimit:
-    """How far a graph agrees with the checkpoint, and why no further."""
-
-    tokens: int
-    reason: str
 
 
 def context_limit(spec: DecoderSpec) -> ContextLimit:

@@ -1,0 +1,211 @@
+"""The main job: from a checkpoint to a bundle that fits a target, proven to say the same."""
+
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgekit import formats, oracle, plan, source, target, verify, workdir
+from edgekit.bundle import Artifact, Bundle, ModelRecord
+from edgekit.checkpoint import Checkpoint
+from edgekit.plan import Plan
+from edgekit.progress import Listener, Silent
+from edgekit.target import Target
+from edgekit.units import format_bytes, format_rate
+from edgekit.verify import Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a user asked for."""
+
+    model: str | Path
+    target: Target
+    adapters: tuple[Path, ...] = ()
+    format: str | None = None
+    quant: str | None = None
+    context_tokens: int | None = None
+    out: Path | None = None
+    is_verified: bool = True
+
+
+def export(  # noqa: PLR0913 - the request, spelled out for Python users
+    model: str | Path,
+    target_name: str | Target,
+    *,
+    adapters: Sequence[Path] = (),
+    format: str | None = None,
+    quant: str | None = None,
+    context_tokens: int | None = None,
+    out: Path | None = None,
+    verify: bool = True,
+    listener: Listener | None = None,
+) -> Bundle:
+    """Export a model for a target and return the bundle on disk.
+
+    Args:
+        model: A Hugging Face directory, a GGUF file, or ``"demo"``.
+        target_name: A name from `edgekit targets`, a TOML file, or a `Target`.
+        adapters: PEFT adapters, merged in this order.
+        format: None takes the target's best that fits.
+        quant: None takes the most faithful that fits.
+        context_tokens: How much the runner must hold; None takes the target's.
+        out: The bundle directory to create; None names it after model, target and recipe.
+        verify: False skips the proof; such a bundle never passes `validate`.
+        listener: Who is told what happens.
+
+    Raises:
+        BudgetError: If nothing fits, before anything slow has started.
+        UsageError: If ``out`` exists, or an input is not what it should be.
+        DisagreementError: If the artifact does not say what the checkpoint says.
+    """
+    found = target_name if isinstance(target_name, Target) else target.load(target_name)
+    request = Request(
+        model=model,
+        target=found,
+        adapters=tuple(adapters),
+        format=format,
+        quant=quant,
+        context_tokens=context_tokens,
+        out=out,
+        is_verified=verify,
+    )
+    return make(request, listener=listener or Silent())
+
+
+def make(request: Request, *, listener: Listener) -> Bundle:
+    """Do the job, step by step."""
+    if request.out:
+        workdir.refuse_existing(request.out)
+    if request.is_verified:
+        oracle.require()
+    checkpoint = source.open_checkpoint(
+        request.model, adapters=request.adapters, listener=listener
+    )
+    chosen = plan.make(
+        checkpoint,
+        request.target,
+        format=request.format,
+        quant=request.quant,
+        context_tokens=request.context_tokens,
+    )
+    for line in describe(checkpoint, chosen, request.target):
+        listener.say(line)
+    out = request.out or default_out(checkpoint, chosen, request.target)
+    with workdir.new_directory(out) as work:
+        bundle = _fill(work, checkpoint, chosen, request, listener)
+        bundle.save()
+    return Bundle.load(out, check_hashes=False)
+
+
+def _fill(
+    work: Path, checkpoint: Checkpoint, chosen: Plan, request: Request, listener: Listener
+) -> Bundle:
+    """Write everything but the manifest into ``work`` and return what describes it."""
+    fmt = formats.get(chosen.format)
+    with listener.track(f"convert to {chosen.recipe.name}", checkpoint.parameters) as advance:
+        entry = fmt.convert(checkpoint, chosen.recipe, work, progress=advance)
+    rules = checkpoint.text.copy_into(work)
+    bundle = Bundle(
+        directory=work,
+        model=_record(checkpoint),
+        target=request.target.name,
+        context_tokens=chosen.context_tokens,
+        text=rules,
+        artifact=_artifact(work, entry, chosen),
+        agreement=None,
+        predicted=_predicted(chosen),
+        tools=_tools(),
+    )
+    if not request.is_verified:
+        return bundle
+    subject = Subject(
+        checkpoint=checkpoint,
+        directory=work,
+        entry=entry,
+        format=chosen.format,
+        recipe=chosen.recipe,
+        layout=chosen.layout,
+        rules=rules,
+        context_tokens=chosen.context_tokens,
+    )
+    proof = verify.check(subject, listener=listener)
+    for gate in proof.agreement.gates:
+        listener.say(f"{'ok  ' if gate.passed else 'FAIL'} {gate.name}: {gate.finding}")
+    proof.goldens.save(work)
+    return bundle.with_artifact(_artifact(work, entry, chosen)).with_agreement(proof.agreement)
+
+
+def describe(checkpoint: Checkpoint, chosen: Plan, to: Target) -> list[str]:
+    """Return the plan in a few lines, for a person."""
+    estimate = chosen.estimate
+    lines = [
+        f"{checkpoint.name}: {checkpoint.architecture}, {checkpoint.parameters / 1e6:.0f} million "
+        f"parameters" + (f", with {checkpoint.adapter.name}" if checkpoint.adapter else ""),
+        f"plan for {to.title}: {chosen.format} {chosen.recipe.name}, "
+        f"{format_bytes(estimate.artifact_bytes)}, {chosen.context_tokens} tokens of context",
+        f"expected there: {format_bytes(estimate.memory.peak_bytes)} of memory at most, "
+        f"{format_rate(estimate.decode_tokens_per_s.low)} to "
+        f"{format_rate(estimate.decode_tokens_per_s.high)}",
+    ]
+    lines += [f"rejected {c.name}: {'; '.join(c.misses)}" for c in chosen.rejected]
+    lines += [f"note: {note}" for note in chosen.notes]
+    if checkpoint.adapter:
+        lines += [f"note: {note}" for note in checkpoint.adapter.notes]
+    return lines
+
+
+def default_out(checkpoint: Checkpoint, chosen: Plan, to: Target) -> Path:
+    """Return a name that says what is inside: ``bundles/SmolLM2-raspberry-pi-5-8gb-gguf-Q8_0``."""
+    parts = [checkpoint.name, to.name, chosen.format, chosen.recipe.name]
+    if checkpoint.adapter:
+        parts.insert(1, checkpoint.adapter.name)
+    return Path("bundles") / "-".join(parts)
+
+
+def _artifact(work: Path, entry: str, chosen: Plan) -> Artifact:
+    return Artifact.of_directory(
+        work,
+        entry,
+        format=chosen.format,
+        recipe=chosen.recipe.name,
+        substitutions=tuple(plan.substitutions(chosen.layout)),
+    )
+
+
+def _record(checkpoint: Checkpoint) -> ModelRecord:
+    adapter = checkpoint.adapter
+    return ModelRecord(
+        name=checkpoint.name,
+        sha256=checkpoint.sha256,
+        architecture=checkpoint.architecture,
+        parameters=checkpoint.parameters,
+        licence=checkpoint.licence,
+        adapter=adapter and adapter.name,
+        adapter_sha256=adapter and adapter.sha256,
+    )
+
+
+def _predicted(chosen: Plan) -> dict[str, float]:
+    estimate = chosen.estimate
+    firsts = {
+        f"first_token_s_after_{tokens}": interval.likely
+        for tokens, interval in estimate.first_token_s.items()
+    }
+    return {
+        "artifact_bytes": estimate.artifact_bytes,
+        "peak_memory_bytes": estimate.memory.peak_bytes,
+        "decode_tokens_per_s": estimate.decode_tokens_per_s.likely,
+        "decode_tokens_per_s_low": estimate.decode_tokens_per_s.low,
+        "decode_tokens_per_s_high": estimate.decode_tokens_per_s.high,
+    } | firsts
+
+
+def _tools() -> dict[str, str]:
+    found = {}
+    for package in ("edgekit", "llama-cpp-python", "tokenizers", "torch", "transformers", "peft"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

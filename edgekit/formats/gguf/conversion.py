@@ -1,0 +1,290 @@
+"""From a checkpoint to one GGUF file: what it will hold, how large it gets, and the writing of it.
+
+The list of parts is made from headers alone, so that a plan knows the file to the byte; converting
+walks the same list and holds one block of rows at a time.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekit.decoder import DecoderSpec, Shape
+from edgekit.errors import UsageError
+from edgekit.formats import Layout, Placement, Progress
+from edgekit.formats.gguf import (
+    architectures,
+    hyperparameters,
+    pretokenizers,
+    storage,
+    vocabulary,
+)
+from edgekit.formats.gguf.architectures import Architecture
+from edgekit.formats.gguf.layout import TensorEntry, Value, Writer, file_bytes
+from edgekit.recipe import Recipe, split_role
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from edgekit.checkpoint import Checkpoint
+
+    Rows = npt.NDArray[np.float32]
+
+
+ENTRY = "model.gguf"
+BLOCK_WEIGHTS = 2**23  # 32 MiB of float32 are read, rounded and written at once
+
+TENSOR_NAMES = {
+    "token_embedding": "token_embd.weight",
+    "final_norm": "output_norm.weight",
+    "final_norm_bias": "output_norm.bias",
+    "output_head": "output.weight",
+}
+LAYER_TENSOR_NAMES = {
+    "attention_norm": "attn_norm.weight",
+    "attention_norm_bias": "attn_norm.bias",
+    "query": "attn_q.weight",
+    "query_bias": "attn_q.bias",
+    "key": "attn_k.weight",
+    "key_bias": "attn_k.bias",
+    "value": "attn_v.weight",
+    "value_bias": "attn_v.bias",
+    "query_norm": "attn_q_norm.weight",
+    "key_norm": "attn_k_norm.weight",
+    "attention_output": "attn_output.weight",
+    "attention_output_bias": "attn_output.bias",
+    "attention_post_norm": "post_attention_norm.weight",
+    "mlp_norm": "ffn_norm.weight",
+    "mlp_norm_bias": "ffn_norm.bias",
+    "gate": "ffn_gate.weight",
+    "gate_bias": "ffn_gate.bias",
+    "up": "ffn_up.weight",
+    "up_bias": "ffn_up.bias",
+    "down": "ffn_down.weight",
+    "down_bias": "ffn_down.bias",
+    "mlp_post_norm": "post_ffw_norm.weight",
+}
+
+
+def tensor_name(role: str) -> str:
+    """Return llama.cpp's name of a weight."""
+    layer, part = split_role(role)
+    return TENSOR_NAMES[part] if layer is None else f"blk.{layer}.{LAYER_TENSOR_NAMES[part]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One tensor of the file, and the weights of the checkpoint that fill it, one after another."""
+
+    entry: TensorEntry
+    roles: tuple[str, ...]
+    wanted: str  # the storage the recipe asked for
+
+
+def parts(checkpoint: "Checkpoint", recipe: Recipe) -> list[Part]:
+    """Return every tensor made from weights, in the order of the file.
+
+    Raises:
+        UsageError: If no graph of llama.cpp computes this decoder.
+    """
+    spec, architecture = checkpoint.spec, architectures.choose(checkpoint.spec)
+    found = [
+        _part(roles, shape, recipe, spec) for roles, shape in _stacked(spec, architecture)
+    ]
+    if architecture.ties == "never" and spec.is_tied:
+        embedding = ("token_embedding",)
+        head = _part(embedding, (spec.vocabulary, spec.hidden_width), recipe, spec)
+        entry = TensorEntry(
+            name=tensor_name("output_head"), shape=head.entry.shape, storage=head.entry.storage
+        )
+        found.append(Part(entry=entry, roles=embedding, wanted=head.wanted))
+    return found
+
+
+def _stacked(
+    spec: DecoderSpec, architecture: Architecture
+) -> Iterator[tuple[tuple[str, ...], Shape]]:
+    """Yield weights with their shape; where the graph wants gate and up in one, both together."""
+    for role, shape in spec.weights():
+        prefix, _, part = role.rpartition(".")
+        if architecture.fuses_gate_and_up and part == "gate":
+            continue
+        if architecture.fuses_gate_and_up and part == "up":
+            yield (f"{prefix}.gate", role), (2 * shape[0], shape[1])
+        else:
+            yield (role,), shape
+
+
+def _part(roles: tuple[str, ...], shape: Shape, recipe: Recipe, spec: DecoderSpec) -> Part:
+    wanted = recipe.storage_for(roles[-1], spec)
+    entry = TensorEntry(
+        name=tensor_name(roles[-1]), shape=shape, storage=storage.stored_as(wanted, shape[-1])
+    )
+    return Part(entry=entry, roles=roles, wanted=wanted)
+
+
+def lay_out(checkpoint: "Checkpoint", recipe: Recipe) -> Layout:
+    """Return what the file will hold and its exact size, from headers alone."""
+    found = parts(checkpoint, recipe)
+    placements = tuple(
+        Placement(
+            role=part.roles[-1],
+            parameters=part.entry.shape[0] * (part.entry.shape[1] if part.entry.shape[1:] else 1),
+            storage=part.entry.storage,
+            wanted=part.wanted,
+            size_bytes=part.entry.size_bytes,
+        )
+        for part in found
+    )
+    keys = metadata(checkpoint, recipe, pre=pretokenizers.likely_pre(checkpoint.text))
+    return Layout(
+        placements=placements,
+        artifact_bytes=file_bytes(keys, _entries(checkpoint, found)),
+        is_exact=True,
+    )
+
+
+def _entries(checkpoint: "Checkpoint", found: list[Part]) -> list[TensorEntry]:
+    ropes = hyperparameters.rope_tensors(checkpoint.spec)
+    factors = [
+        TensorEntry(name=name, shape=(len(values),), storage="F32")
+        for name, values in ropes.items()
+    ]
+    return [*factors, *(part.entry for part in found)]
+
+
+def metadata(checkpoint: "Checkpoint", recipe: Recipe, *, pre: str) -> dict[str, Value]:
+    """Return every key of the file: what it is, the decoder, the tokenizer."""
+    architecture = architectures.choose(checkpoint.spec)
+    keys: dict[str, Value] = {
+        "general.architecture": ("string", architecture.name),
+        "general.type": ("string", "model"),
+        "general.name": ("string", vocabulary.model_name(checkpoint.text, checkpoint.name)),
+        "general.size_label": ("string", size_label(checkpoint.parameters)),
+        "general.file_type": ("uint32", storage.FILE_TYPES[recipe.name]),
+        "general.quantization_version": ("uint32", storage.QUANTIZATION_VERSION),
+    }
+    if checkpoint.licence:
+        keys["general.license"] = ("string", checkpoint.licence)
+    if checkpoint.adapter:
+        keys["general.finetune"] = ("string", checkpoint.adapter.name)
+    keys |= hyperparameters.write(checkpoint.spec, architecture)
+    keys |= vocabulary.read_vocabulary(
+        checkpoint.text, vocabulary_tokens=checkpoint.spec.vocabulary, pre=pre
+    )
+    return keys
+
+
+def size_label(parameters: int) -> str:
+    """Return a size for people, as model names carry it: ``135M``, ``1.2B``."""
+    if parameters >= 999_500_000:
+        return re.sub(r"\.0B$", "B", f"{parameters / 1e9:.1f}B")
+    if parameters >= 999_500:
+        return f"{parameters / 1e6:.0f}M"
+    return f"{parameters / 1e3:.0f}K"
+
+
+def convert(
+    checkpoint: "Checkpoint", recipe: Recipe, directory: Path, *, pre: str, progress: Progress
+) -> str:
+    """Write ``model.gguf`` into ``directory``, one block of rows in memory at a time."""
+    found = parts(checkpoint, recipe)
+    keys = metadata(checkpoint, recipe, pre=pre)
+    architecture = architectures.choose(checkpoint.spec)
+    with Writer(directory / ENTRY, keys, _entries(checkpoint, found)) as writer:
+        _write_ropes(writer, checkpoint.spec)
+        for part in found:
+            for block in _blocks(checkpoint, part, architecture):
+                writer.write(part.entry.name, _encode(block, part))
+                progress(block.size)
+    return ENTRY
+
+
+def _write_ropes(writer: Writer, spec: DecoderSpec) -> None:
+    import numpy as np
+
+    for name, values in hyperparameters.rope_tensors(spec).items():
+        writer.write(name, np.asarray(values, np.float32).tobytes())
+
+
+def _encode(block: "Rows", part: Part) -> "npt.NDArray[np.uint8]":
+    try:
+        return storage.quantise(block, part.entry.storage)
+    except UsageError as error:
+        raise UsageError(f"{part.entry.name}: {error}", hint=error.hint) from error
+
+
+def _blocks(
+    checkpoint: "Checkpoint", part: Part, architecture: Architecture
+) -> Iterator["Rows"]:
+    """Yield the rows of a part as llama.cpp wants them, some million weights at a time."""
+    for role in part.roles:
+        change = _change(role, checkpoint.spec, architecture)
+        if len(part.entry.shape) == 1:
+            yield change(checkpoint.weight(role))
+            continue
+        rows = dict(_row_counts(checkpoint.spec))[role]
+        step = _step(role, part.entry.shape[1], checkpoint.spec)
+        for first in range(0, rows, step):
+            yield change(checkpoint.weight(role, first, min(step, rows - first)))
+
+
+def _row_counts(spec: DecoderSpec) -> Iterator[tuple[str, int]]:
+    for role, shape in spec.weights():
+        yield role, shape[0]
+
+
+def _step(role: str, columns: int, spec: DecoderSpec) -> int:
+    """Return how many rows to take at once: whole heads where rows of a head change places."""
+    rows = max(1, BLOCK_WEIGHTS // columns)
+    if split_role(role)[1] in {"query", "key"}:
+        width = spec.attention.head_width
+        return max(width, rows // width * width)
+    return rows
+
+
+def _change(
+    role: str, spec: DecoderSpec, architecture: Architecture
+) -> Callable[["Rows"], "Rows"]:
+    """Return what happens to the rows of a weight on the way."""
+    part = split_role(role)[1]
+    if architecture.rope_pairs == "neighbours" and re.fullmatch("(query|key)(_bias)?", part):
+        return lambda rows: interleave_halves(rows, spec.attention.head_width)
+    if part.endswith("norm") and _adds_one(part, spec):
+        return lambda rows: rows + 1
+    return lambda rows: rows
+
+
+def _adds_one(part: str, spec: DecoderSpec) -> bool:
+    norm = spec.attention.query_key_norm if part in {"query_norm", "key_norm"} else spec.norm
+    return norm is not None and norm.adds_one
+
+
+def interleave_halves(rows: "Rows", head_width: int) -> "Rows":
+    """Reorder the rows of each head so that ggml rotates neighbours where others rotate halves.
+
+    Args:
+        rows: float32, shape ``(heads * head_width, …)``: in each head first the real halves of
+            all pairs, then the imaginary ones.
+
+    Returns:
+        The same shape, each pair side by side.
+    """
+    heads = rows.shape[0] // head_width
+    pairs = rows.reshape(heads, 2, head_width // 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def separate_halves(rows: "Rows", head_width: int) -> "Rows":
+    """Undo `interleave_halves`."""
+    heads = rows.shape[0] // head_width
+    pairs = rows.reshape(heads, head_width // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def roles_by_tensor(spec: DecoderSpec) -> Mapping[str, str]:
+    """Return the weight that each tensor of a file holds, for reading it back."""
+    return {tensor_name(role): role for role, _ in spec.weights()}

@@ -1,0 +1,53 @@
+"""What llama.cpp holds in memory while it answers, by the sizes of its buffers."""
+
+from edgekit.decoder import DecoderSpec, Layer
+from edgekit.formats import Layout, MemoryUse
+from edgekit.formats.gguf.runtime import BATCH_TOKENS
+
+
+CACHE_ITEM_BYTES = 2  # float16 keys and values, llama.cpp's default
+CACHE_PADDING_TOKENS = 256  # n_ctx is rounded up to this: llama_context in src/llama-context.cpp
+# An interpreter with numpy, llama.cpp's libraries and edgekit: VmHWM before a model is loaded.
+RUNTIME_BYTES = 60 * 2**20
+# What one entry of the vocabulary costs in `tokenizers` and in llama.cpp's own tables together.
+VOCABULARY_ENTRY_BYTES = 1_100
+
+
+def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
+    """Return the parts; the weights are those of the file, read and not mapped."""
+    return MemoryUse(
+        weights_bytes=sum(placement.size_bytes for placement in layout.placements),
+        cache_bytes=cache_bytes(spec, context_tokens=context_tokens),
+        compute_bytes=compute_bytes(spec, context_tokens=context_tokens),
+        runtime_bytes=RUNTIME_BYTES + VOCABULARY_ENTRY_BYTES * spec.vocabulary,
+    )
+
+
+def cache_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
+    """Return the size of all keys and values; a layer with a window keeps no more than it sees."""
+    token_bytes = 2 * spec.attention.key_value_width * CACHE_ITEM_BYTES
+    return sum(token_bytes * _cells(layer, context_tokens) for layer in spec.layers)
+
+
+def _cells(layer: Layer, context_tokens: int) -> int:
+    """Return how many tokens a layer keeps.
+
+    Source: ``llama_kv_cache_iswa`` in src/llama-kv-cache-iswa.cpp of llama.cpp 0c1e57098: a window
+    and one batch, rounded up.
+    """
+    context = _padded(context_tokens)
+    if layer.window_tokens is None:
+        return context
+    return min(context, _padded(layer.window_tokens + BATCH_TOKENS))
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // CACHE_PADDING_TOKENS) * CACHE_PADDING_TOKENS
+
+
+def compute_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
+    """Return the size of the buffer for one batch: activations, mask, and one row of logits."""
+    batch = min(BATCH_TOKENS, context_tokens)
+    widest = max(2 * spec.mlp_width + spec.hidden_width, 4 * spec.hidden_width)
+    mask = _padded(context_tokens) * (4 + 2)  # float32, and its float16 copy for flash attention
+    return batch * (4 * (widest + spec.hidden_width) + mask) + 4 * spec.vocabulary

@@ -1,0 +1,285 @@
+"""How weights are stored: the recipes of llama-quantize, reproduced byte by byte.
+
+Which weight gets which storage is decided here, from its role; the arithmetic of the quantised
+storages is ggml's own, called through the library that ships inside llama-cpp-python.
+Source: ``llama_tensor_get_type_impl`` and ``tensor_type_fallback`` in src/llama-quant.cpp of
+llama.cpp 0c1e57098. What concerns mixtures of experts, Falcon and 70B models is not reproduced.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekit.errors import MissingDependencyError, UsageError
+from edgekit.formats.gguf.layout import ALL_STORAGES, STORAGE_NUMBERS
+from edgekit.recipe import Recipe, Rule, Storage
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    _Rows = npt.NDArray[np.float32]
+    _Bytes = npt.NDArray[np.uint8]
+
+
+STORAGES: Mapping[str, Storage] = {
+    name: ALL_STORAGES[name]
+    for name in (
+        "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0",
+        "IQ4_NL", "Q3_K", "Q2_K",
+    )
+}  # fmt: skip
+
+QUANTIZATION_VERSION = 2  # general.quantization_version: GGML_QNT_VERSION in ggml.h
+FILE_TYPES: Mapping[str, int] = {  # general.file_type: enum llama_ftype in llama.h
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_S": 14,
+    "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "BF16": 32,
+}  # fmt: skip
+
+# ggml adds biases and multiplies norms in float32, and they are small.
+_EXACT = Rule(pattern=".*(norm|bias)", storage="F32")
+# The matrix that makes the logits is the one where rounding hurts most.
+_HEAD = (
+    _EXACT,
+    Rule(pattern="output_head", storage="Q6_K"),
+    Rule(pattern="token_embedding", storage="Q6_K", decoders="tied"),
+)
+
+
+# What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.
+_LIMITS = {
+    "F32": (1e-6, 0.99), "F16": (1e-4, 0.99), "BF16": (1e-3, 0.97), "Q8_0": (0.02, 0.93),
+    "Q6_K": (0.04, 0.90), "Q5_K_M": (0.15, 0.80), "Q5_K_S": (0.15, 0.80), "Q4_K_M": (0.25, 0.75),
+    "Q4_K_S": (0.3, 0.72), "Q4_1": (0.4, 0.65), "IQ4_NL": (0.4, 0.65), "Q4_0": (0.6, 0.60),
+    "Q3_K_M": (0.6, 0.60), "Q2_K": (1.0, 0.50),
+}  # fmt: skip
+
+
+def _recipe(name: str, default: str, *rules: Rule) -> Recipe:
+    mean_kl, same_top = _LIMITS[name]
+    return Recipe(
+        name=name,
+        default=default,
+        rules=rules,
+        max_mean_kl_nats=mean_kl,
+        min_same_top_token=same_top,
+    )
+
+
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _recipe("F32", "F32"),
+        _recipe("F16", "F16", _EXACT),
+        _recipe("BF16", "BF16", _EXACT),
+        _recipe("Q8_0", "Q8_0", _EXACT),
+        _recipe("Q6_K", "Q6_K", _EXACT),
+        _recipe(
+            "Q5_K_M", "Q5_K", *_HEAD,
+            Rule(pattern="value|down", storage="Q6_K", layers="sensitive"),
+        ),
+        _recipe("Q5_K_S", "Q5_K", *_HEAD),
+        _recipe(
+            "Q4_K_M", "Q4_K", *_HEAD,
+            Rule(pattern="value|down", storage="Q6_K", layers="sensitive"),
+        ),
+        _recipe(
+            "Q4_K_S", "Q4_K", *_HEAD,
+            Rule(pattern="value", storage="Q5_K", layers="first_four"),
+            Rule(pattern="down", storage="Q5_K", layers="first_eighth"),
+        ),
+        _recipe("Q4_1", "Q4_1", *_HEAD),
+        _recipe(
+            "IQ4_NL", "IQ4_NL", *_HEAD,
+            Rule(pattern="value", storage="Q5_K", decoders="grouped"),
+            Rule(pattern="down", storage="Q5_K", layers="first_eighth"),
+        ),
+        _recipe("Q4_0", "Q4_0", *_HEAD),
+        _recipe(
+            "Q3_K_M", "Q3_K", *_HEAD,
+            Rule(pattern="value", storage="Q5_K", layers="first_two"),
+            Rule(pattern="down", storage="Q5_K", layers="first_sixteenth"),
+            Rule(pattern="value|down|attention_output", storage="Q4_K"),
+        ),
+        _recipe(
+            "Q2_K", "Q2_K", *_HEAD,
+            Rule(pattern="value", storage="Q4_K", decoders="grouped"),
+            Rule(pattern="value|down|attention_output", storage="Q3_K"),
+        ),
+    )
+}  # fmt: skip
+
+# A row that does not fill blocks of 256 gets blocks of 32, with more bits.
+_SUBSTITUTES = {
+    "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0",
+}  # fmt: skip
+
+
+def stored_as(wanted: str, columns: int) -> str:
+    """Return the storage that rows of ``columns`` weights really get.
+
+    >>> stored_as("Q4_K", 2048), stored_as("Q4_K", 576), stored_as("Q4_K", 100)
+    ('Q4_K', 'Q5_0', 'F16')
+    """
+    for storage in (wanted, _SUBSTITUTES.get(wanted, wanted)):
+        if columns % STORAGES[storage].block_weights == 0:
+            return storage
+    return "F16"
+
+
+def quantise(
+    values: "npt.NDArray[np.float32]",
+    storage: str,
+    *,
+    importance: "npt.NDArray[np.float32] | None" = None,
+) -> "npt.NDArray[np.uint8]":
+    """Encode the rows of a matrix, on all processors.
+
+    Args:
+        values: The last axis holds the columns; every row is encoded by itself.
+        storage: One of `STORAGES`, whose blocks the columns fill.
+        importance: How much an error counts, column by column; one row of weights for all rows.
+
+    Returns:
+        What the file holds: uint8, shape ``(rows, bytes of a row)``.
+
+    Raises:
+        UsageError: If a value is NaN, infinite, or beyond what the storage can hold.
+        MissingDependencyError: If ggml is not installed and this storage needs it.
+    """
+    import numpy as np
+
+    rows = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, values.shape[-1])
+    count, columns = rows.shape
+    block = STORAGES[storage]
+    if columns % block.block_weights:
+        raise ValueError(f"{columns} columns do not fill the blocks of {storage}")
+    encoded = np.empty((count, columns // block.block_weights * block.block_bytes), dtype=np.uint8)
+    encode = _encoder(storage, columns, importance)
+
+    def work(first: int) -> None:
+        part = slice(first, first + step)
+        _refuse_unstorable(rows[part], storage)
+        encode(rows[part], encoded[part])
+
+    step = max(1, _CHUNK_WEIGHTS // columns)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy and ctypes let go of Python's lock
+        for _ in pool.map(work, range(0, count, step)):
+            pass  # raises what the work raised
+    return encoded
+
+
+_CHUNK_WEIGHTS = 2**18  # 1 MiB of float32: stays in the cache, and a call costs nothing beside it
+_MAX_F16 = 65520  # from here on float16 rounds to infinity
+# A block's scale is a float16; K-quants multiply it by a small scale and a code, 2**12 together.
+_MAX_SCALED = 65504 * 2**12
+_WIDER = "only F32 and BF16 hold every float32"
+
+
+def _refuse_unstorable(rows: "_Rows", storage: str) -> None:
+    import numpy as np
+
+    largest = np.maximum(rows.max(), -rows.min())  # NaN if there is one
+    if not np.isfinite(largest):
+        raise UsageError("a weight is NaN or infinite")
+    limits = {"F32": np.inf, "BF16": np.inf, "F16": _MAX_F16}
+    if largest >= limits.get(storage, _MAX_SCALED):
+        raise UsageError(f"a weight is {largest:g}, too large for {storage}", hint=_WIDER)
+
+
+def _encoder(
+    storage: str, columns: int, importance: "_Rows | None"
+) -> Callable[["_Rows", "_Bytes"], None]:
+    """Return what encodes some rows into the bytes of as many."""
+    match storage:
+        case "F32":
+            return _to_f32
+        case "F16":
+            return _to_f16
+        case "BF16":
+            return _to_bf16
+        case _:
+            weights = _column_weights(importance, columns)
+            return functools.partial(_to_blocks, _ggml(), storage, weights)
+
+
+def _to_f32(rows: "_Rows", encoded: "_Bytes") -> None:
+    encoded.view("<f4")[...] = rows
+
+
+def _to_f16(rows: "_Rows", encoded: "_Bytes") -> None:
+    encoded.view("<f2")[...] = rows
+
+
+def _to_bf16(rows: "_Rows", encoded: "_Bytes") -> None:
+    """Keep the upper half of every float32, rounded to nearest, ties to even."""
+    import numpy as np
+
+    bits = rows.view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += bits
+    rounded += 0x7FFF
+    encoded.view("<u2")[...] = rounded >> 16
+
+
+def _to_blocks(
+    ggml: ctypes.CDLL, storage: str, weights: "_Rows | None", rows: "_Rows", encoded: "_Bytes"
+) -> None:
+    number = STORAGE_NUMBERS[storage]
+    importance = None if weights is None else weights.ctypes.data
+    source, target = rows.ctypes.data, encoded.ctypes.data
+    ggml.ggml_quantize_chunk(number, source, target, 0, *rows.shape, importance)
+    if not ggml.ggml_validate_row_data(number, target, encoded.nbytes):
+        raise UsageError(f"a block of weights is too large for {storage}", hint=_WIDER)
+
+
+def _column_weights(importance: "_Rows | None", columns: int) -> "_Rows | None":
+    import numpy as np
+
+    if importance is None:
+        return None
+    weights = np.ascontiguousarray(importance, dtype=np.float32)
+    if weights.shape != (columns,):
+        raise ValueError(f"importance has the shape {weights.shape}, expected ({columns},)")
+    return weights
+
+
+@functools.cache
+def _ggml() -> ctypes.CDLL:
+    """Open ggml's base library without importing llama_cpp, which would load the whole runtime."""
+    path = _ggml_path()
+    try:
+        ggml = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise MissingDependencyError(
+            f"{path} does not load: {error}",
+            hint="build it for this machine: pip install --force-reinstall llama-cpp-python",
+        ) from error
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    ggml.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int, pointer, pointer, number, number, number, pointer,
+    ]  # fmt: skip
+    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+    ggml.ggml_validate_row_data.argtypes = [ctypes.c_int, pointer, ctypes.c_size_t]
+    ggml.ggml_validate_row_data.restype = ctypes.c_bool
+    return ggml
+
+
+def _ggml_path() -> Path:
+    found = importlib.util.find_spec("llama_cpp")
+    if found is not None and found.origin is not None:
+        library = Path(found.origin).parent / "lib"
+        for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll"):
+            if (library / name).exists():
+                return library / name
+    raise MissingDependencyError(
+        "quantising needs ggml, which comes with llama-cpp-python",
+        hint="pip install 'edgekit[gguf]'",
+    )

@@ -1,0 +1,484 @@
+"""Vocabularies: a tokenizer.json as the ``tokenizer.*`` metadata of a GGUF file.
+
+Two kinds of BPE exist among small models. Byte-level BPE becomes llama.cpp's ``gpt2``, which
+follows the merges as they are listed. SentencePiece's BPE becomes its ``llama``, which knows no
+merges: it joins the two neighbours whose union has the best score, so the scores here are the
+ranks of the merges.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from edgekit.errors import UsageError
+from edgekit.formats.gguf.layout import Value
+from edgekit.tokenizer_files import TokenizerFiles
+
+
+# enum llama_token_type in include/llama.h
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+SPACE = "▁"  # U+2581, how SentencePiece writes a space
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+# Control tokens that llama.cpp treats as the end of a turn whatever the file says; the order is the
+# one in which they are preferred as `eot`. Source: impl::load in src/llama-vocab.cpp, 0c1e57098.
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
+MESSAGE_ENDS = ("<|eom_id|>",)
+_KNOWN_ENDS = (*TURN_ENDS, *MESSAGE_ENDS, "</s>", "<eos>", "<EOT>", "<|end_of_text|>", "[EOS]")
+# llama.cpp lets the special tokens of a model *named* so swallow the spaces after them, but for
+# three; it fails to load one that lacks any of the four.
+PHI3_NAMES = ("phi-3", "phi3")
+PHI3_STAYING = ("<unk>", "<s>", "<|endoftext|>")
+
+Kind = Literal["gpt2", "llama"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AddedToken:
+    """A token that is found in the text before anything else is done to it."""
+
+    id: int
+    content: str
+    is_special: bool
+    strips_left: bool
+    strips_right: bool
+    is_single_word: bool
+    is_normalised: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A tokenizer.json, and the special tokens the checkpoint's other files declare."""
+
+    path: Path
+    fields: Mapping[str, Any]
+    special: Mapping[str, str]
+
+    @cached_property
+    def model(self) -> Mapping[str, Any]:
+        model = self.fields.get("model") or {}
+        if model.get("type") != "BPE":
+            raise UsageError(
+                f"{self.path} is a {model.get('type', 'nameless')} tokenizer, GGUF export reads "
+                "BPE (byte-level, or SentencePiece with byte fallback)",
+                hint="export to another format, which ships the tokenizer.json itself",
+            )
+        return model
+
+    @cached_property
+    def ids(self) -> Mapping[str, int]:
+        ids = self.model.get("vocab")
+        if not isinstance(ids, dict) or not all(isinstance(id, int) for id in ids.values()):
+            raise UsageError(f"{self.path}: model.vocab is no object of token ids")
+        return ids
+
+    @cached_property
+    def merges(self) -> list[tuple[str, str]]:
+        return [self._pair(merge) for merge in self.model.get("merges", [])]
+
+    def _pair(self, merge: Any) -> tuple[str, str]:
+        # "a b" until tokenizers 0.20, ["a", "b"] since.
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or len(parts) != 2:
+            raise UsageError(f"{self.path}: the merge {merge!r} is no pair of tokens")
+        return parts[0], parts[1]
+
+    @cached_property
+    def added(self) -> list[_AddedToken]:
+        return [
+            _AddedToken(
+                id=token["id"],
+                content=token["content"],
+                is_special=bool(token.get("special")),
+                strips_left=bool(token.get("lstrip")),
+                strips_right=bool(token.get("rstrip")),
+                is_single_word=bool(token.get("single_word")),
+                is_normalised=bool(token.get("normalized")),
+            )
+            for token in self.fields.get("added_tokens", [])
+        ]
+
+    @cached_property
+    def listed(self) -> set[str]:
+        """The added tokens' texts."""
+        return {token.content for token in self.added}
+
+    @cached_property
+    def all_ids(self) -> Mapping[str, int]:
+        return {**self.ids, **{token.content: token.id for token in self.added}}
+
+    @cached_property
+    def kind(self) -> Kind:
+        """Which of llama.cpp's tokenizers this is."""
+        model = self.model
+        if any(part.get("type") == "ByteLevel" for part in parts(self.fields.get("pre_tokenizer"))):
+            return "gpt2"
+        if not model.get("byte_fallback"):
+            raise UsageError(
+                f"{self.path} cuts neither into bytes nor falls back to them; "
+                "llama.cpp has no tokenizer for it",
+                hint="export to another format, which ships the tokenizer.json itself",
+            )
+        return "llama"
+
+    def special_id(self, name: str) -> int | None:
+        token = self.special.get(name)
+        return None if token is None else self.all_ids.get(token)
+
+
+def read_fields(tokenizer_json: Path) -> dict[str, Any]:
+    """Return the object in a tokenizer.json.
+
+    Raises:
+        UsageError: If the file is no JSON object.
+    """
+    try:
+        fields = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{tokenizer_json} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise UsageError(f"{tokenizer_json} holds no object")
+    return fields
+
+
+def parts(component: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """Yield the steps of a normalizer, pre-tokenizer or post-processor, sequences flattened."""
+    if component is None:
+        return
+    if component.get("type") != "Sequence":
+        yield component
+        return
+    for key in ("normalizers", "pretokenizers", "processors", "decoders"):
+        for part in component.get(key, []):
+            yield from parts(part)
+
+
+def read_vocabulary(
+    tokenizer: TokenizerFiles, *, vocabulary_tokens: int, pre: str | None
+) -> dict[str, Value]:
+    """Return the ``tokenizer.*`` metadata of a GGUF file.
+
+    Args:
+        tokenizer: The text side of the checkpoint.
+        vocabulary_tokens: Rows of the embedding. Ids without a token become unused ones; added
+            tokens beyond the last row, which the model could not read, are left out.
+        pre: llama.cpp's name for the cuts of a byte-level tokenizer, from `find_pre`; None leaves
+            it out, and means nothing to a SentencePiece one.
+
+    Raises:
+        UsageError: If llama.cpp has no such tokenizer; the message names what it lacks.
+    """
+    source = _open(tokenizer)
+    _refuse_foreign_steps(source)
+    tokens, types = _tokens(source, vocabulary_tokens)
+    metadata: dict[str, Value] = {"tokenizer.ggml.model": ("string", source.kind)}
+    if source.kind == "llama":
+        metadata["tokenizer.ggml.pre"] = ("string", "default")
+    elif pre is not None:
+        metadata["tokenizer.ggml.pre"] = ("string", pre)
+    metadata["tokenizer.ggml.tokens"] = ("array[string]", tokens)
+    metadata["tokenizer.ggml.token_type"] = ("array[int32]", types)
+    if source.kind == "llama":
+        metadata["tokenizer.ggml.scores"] = ("array[float32]", _scores(source, tokens, types))
+    else:
+        merges = [f"{left} {right}" for left, right in source.merges]
+        metadata["tokenizer.ggml.merges"] = ("array[string]", merges)
+    metadata |= _special_ids(source, tokenizer.declared_stop_ids)
+    metadata["tokenizer.ggml.add_space_prefix"] = ("bool", _adds_space(source, tokenizer))
+    if tokenizer.chat_template is not None:
+        metadata["tokenizer.chat_template"] = ("string", tokenizer.chat_template)
+    return metadata
+
+
+def _open(tokenizer: TokenizerFiles) -> _Source:
+    path = tokenizer.tokenizer_json
+    return _Source(path=path, fields=read_fields(path), special=tokenizer.special_tokens)
+
+
+def tokenizer_kind(tokenizer: TokenizerFiles) -> Kind:
+    """Return ``tokenizer.ggml.model`` of a tokenizer.
+
+    Raises:
+        UsageError: If llama.cpp has none like it.
+    """
+    return _open(tokenizer).kind
+
+
+def _refuse_foreign_steps(source: _Source) -> None:
+    """Refuse what changes the ids of ordinary text and has no place in a GGUF file."""
+    for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if source.model.get(setting):
+            raise UsageError(
+                f"{source.path} sets {setting} = {source.model[setting]!r}, which llama.cpp lacks",
+                hint="export to another format, which ships the tokenizer.json itself",
+            )
+    allowed = {"gpt2": {"NFC"}, "llama": {"Prepend", "Replace"}}[source.kind]
+    for step in parts(source.fields.get("normalizer")):
+        is_space = step.get("type") == "Replace" and (
+            step.get("pattern") != {"String": " "} or step.get("content") != SPACE
+        )
+        if step.get("type") not in allowed or is_space:
+            raise UsageError(
+                f"{source.path} normalises text with {step.get('type')}, which llama.cpp lacks",
+                hint="export to another format, which ships the tokenizer.json itself",
+            )
+
+
+# Tokens and their types
+
+
+def _tokens(source: _Source, vocabulary_tokens: int) -> tuple[list[str], list[int]]:
+    largest = max(source.ids.values(), default=-1)
+    if largest >= vocabulary_tokens:
+        raise UsageError(
+            f"{source.path} has the token id {largest}, the model has {vocabulary_tokens} "
+            "embeddings",
+            hint="is this another model's tokenizer?",
+        )
+    tokens = [f"[PAD{id}]" for id in range(vocabulary_tokens)]
+    types = [UNUSED] * vocabulary_tokens
+    for token, id in source.ids.items():
+        if token:  # llama.cpp renames an empty one, and nothing can produce it
+            tokens[id] = token
+            types[id] = BYTE if _is_byte(source, token) else NORMAL
+    for added in source.added:
+        if added.id < vocabulary_tokens and added.content:
+            tokens[added.id] = added.content
+            types[added.id] = _type_of(source, added)
+    _refuse_duplicates(source, tokens)
+    return tokens, types
+
+
+def _is_byte(source: _Source, token: str) -> bool:
+    return source.kind == "llama" and BYTE_TOKEN.fullmatch(token) is not None
+
+
+def _type_of(source: _Source, added: _AddedToken) -> int:
+    if source.kind == "llama":
+        if added.content == source.model.get("unk_token"):
+            return UNKNOWN
+        # Gemma's runs of spaces: they are merged like any word, and only a normal token is
+        # turned back into spaces when it is printed.
+        if SPACE in added.content and added.content in source.ids and not added.is_special:
+            return NORMAL
+    return CONTROL if added.is_special else USER_DEFINED
+
+
+def _refuse_duplicates(source: _Source, tokens: Sequence[str]) -> None:
+    seen: dict[str, int] = {}
+    for id, token in enumerate(tokens):
+        if token in seen:
+            raise UsageError(
+                f"{source.path}: {token!r} is both token {seen[token]} and token {id}; "
+                "llama.cpp needs every token once"
+            )
+        seen[token] = id
+
+
+def _scores(source: _Source, tokens: Sequence[str], types: Sequence[int]) -> list[float]:
+    """Return minus the rank of the first merge that makes each token.
+
+    What no merge makes comes after all of them, so that llama.cpp prefers any listed merge.
+    """
+    missing = [f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in source.ids]
+    if missing:
+        raise UsageError(
+            f"{source.path} falls back to bytes but lacks {missing[0]}; llama.cpp would abort"
+        )
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(source.merges):
+        ranks.setdefault(left + right, rank)
+    last = len(source.merges)
+    return [
+        float(-ranks.get(token, last)) if kind in {NORMAL, USER_DEFINED} else 0.0
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+
+
+# Special tokens
+
+
+def _special_ids(source: _Source, stops: Sequence[int]) -> dict[str, Value]:
+    before, after = _template_ids(source)
+    eos = _end_id(source, stops)
+    pad = source.special_id("pad_token")
+    # llama.cpp takes id 11 where a byte-level file does not say: any declared end is better.
+    bos = before[0] if before else source.special_id("bos_token")
+    ids = {
+        "bos": eos if bos is None else bos,
+        "eos": eos,
+        **_other_ends(source, [id for id in stops if id != eos]),
+        "unknown": source.special_id("unk_token"),
+        "padding": pad,
+    }
+    found: dict[str, Value] = {
+        f"tokenizer.ggml.{name}_token_id": ("uint32", id)
+        for name, id in ids.items()
+        if id is not None
+    }
+    found["tokenizer.ggml.add_bos_token"] = ("bool", bool(before))
+    found["tokenizer.ggml.add_eos_token"] = ("bool", after == (eos,))
+    return found
+
+
+def _end_id(source: _Source, stops: Sequence[int]) -> int:
+    declared = source.special_id("eos_token")
+    if declared is not None:
+        return declared
+    if not stops:
+        raise UsageError(
+            f"{source.path.parent} declares no token that ends an answer",
+            hint="set eos_token in tokenizer_config.json, or eos_token_id in config.json",
+        )
+    return stops[0]
+
+
+def _other_ends(source: _Source, stops: Sequence[int]) -> dict[str, int]:
+    """Give the stop ids beside eos the two places a GGUF file has: end of turn, of message.
+
+    Those that llama.cpp knows by their text need no place, so the others go first.
+    """
+    texts = {id: token for token, id in source.all_ids.items()}
+    by_text = [id for id in stops if texts.get(id) in (*TURN_ENDS, *MESSAGE_ENDS)]
+    unknown = [id for id in stops if id not in by_text]
+    turn_ends = sorted(
+        (id for id in by_text if texts[id] in TURN_ENDS), key=lambda id: TURN_ENDS.index(texts[id])
+    )
+    message_ends = [id for id in by_text if texts[id] in MESSAGE_ENDS]
+    return dict(zip(("eot", "eom"), [*unknown, *turn_ends, *message_ends], strict=False))
+
+
+def _template_ids(source: _Source) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids the post-processor puts before and after a single text."""
+    before: list[int] = []
+    after: list[int] = []
+    for step in parts(source.fields.get("post_processor")):
+        if step.get("type") != "TemplateProcessing":
+            continue
+        target = before
+        for piece in step.get("single", []):
+            if "Sequence" in piece:
+                target = after
+            else:
+                target += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    return tuple(before), tuple(after)
+
+
+# Spaces
+
+
+def _adds_space(source: _Source, tokenizer: TokenizerFiles) -> bool:
+    """Tell whether llama.cpp shall put a space before a text, and after every special token.
+
+    A tokenizer that puts one before the first text only has no equal: with a chat template, whose
+    text follows a special token, none is right, and without one the first text counts.
+    """
+    if source.kind == "gpt2":
+        return False
+    scheme = _space_scheme(source)
+    return scheme == "always" or (scheme == "first" and tokenizer.chat_template is None)
+
+
+def _space_scheme(source: _Source) -> Literal["always", "first", "never"]:
+    if any(step.get("type") == "Prepend" for step in parts(source.fields.get("normalizer"))):
+        return "always"
+    for step in parts(source.fields.get("pre_tokenizer")):
+        if step.get("type") == "Metaspace":
+            scheme = step.get("prepend_scheme")
+            if scheme is None:  # before tokenizers 0.15
+                scheme = "always" if step.get("add_prefix_space", True) else "never"
+            return "first" if scheme == "first" else "always" if scheme == "always" else "never"
+    return "never"
+
+
+def is_phi3_like(tokenizer: TokenizerFiles) -> bool:
+    """Tell whether special tokens swallow the spaces after them as llama.cpp does for Phi-3.
+
+    If so, `general.name` has to contain ``phi-3``; if not, it must not.
+    """
+    source = _open(tokenizer)
+    swallowing = {token.content for token in source.added if token.strips_right}
+    return (
+        source.listed >= {*PHI3_STAYING, "</s>"}
+        and bool(swallowing)
+        and swallowing == source.listed - set(PHI3_STAYING)
+    )
+
+
+def model_name(tokenizer: TokenizerFiles, name: str) -> str:
+    """Return a ``general.name`` that makes llama.cpp treat the special tokens as it should."""
+    says_phi3 = any(word in name.lower() for word in PHI3_NAMES)
+    if is_phi3_like(tokenizer):
+        return name if says_phi3 else f"{name} (Phi-3)"
+    return re.sub(r"(?i)phi-?3", "Phi 3", name) if says_phi3 else name
+
+
+def known_differences(tokenizer: TokenizerFiles) -> list[str]:
+    """Return where llama.cpp's own tokenizer will differ from the checkpoint's, in sentences.
+
+    edgekit reads text with the checkpoint's tokenizer.json, so these concern only other programs
+    that open the file.
+    """
+    source = _open(tokenizer)
+    found = list(_text_differences(source, tokenizer))
+    found += _added_differences(source, is_phi3=is_phi3_like(tokenizer))
+    before, after = _template_ids(source)
+    eos = _end_id(source, tokenizer.declared_stop_ids)
+    if len(before) > 1 or after not in ((), (eos,)):
+        found.append(
+            f"it puts the ids {list(before)} before and {list(after)} after a text; "
+            "llama.cpp can put one bos before and one eos after"
+        )
+    return found
+
+
+def _text_differences(source: _Source, tokenizer: TokenizerFiles) -> Iterator[str]:
+    if any(step.get("type") == "NFC" for step in parts(source.fields.get("normalizer"))):
+        yield "it composes characters (NFC) first; llama.cpp takes them as they are"
+    if source.kind == "llama" and _space_scheme(source) == "first":
+        yield (
+            "it puts a space before the first text only; llama.cpp will put none"
+            if tokenizer.chat_template is not None
+            else "it puts a space before the first text only; llama.cpp will also put one after "
+            "every special token"
+        )
+    if source.kind == "llama" and _has_unlisted_merges(source):
+        yield "it leaves some tokens apart that llama.cpp may join: not every pair is a merge"
+
+
+def _added_differences(source: _Source, *, is_phi3: bool) -> Iterator[str]:
+    looking = [token for token in source.added if token.strips_left or token.is_single_word]
+    swallowing = [token for token in source.added if token.strips_right]
+    if looking:
+        yield f"{_listed(looking)} looks at the text beside it; for llama.cpp it does not"
+    if swallowing and not is_phi3:
+        yield f"{_listed(swallowing)} swallows the spaces after it; for llama.cpp it does not"
+    seized = [token for token in _KNOWN_ENDS if token in source.ids and token not in source.listed]
+    if seized:
+        yield f"{seized[0]!r} is ordinary text; for llama.cpp it is a token that ends an answer"
+
+
+def _listed(tokens: Sequence[_AddedToken]) -> str:
+    first = repr(tokens[0].content)
+    return first if len(tokens) == 1 else f"each of {len(tokens)} tokens such as {first}"
+
+
+def _has_unlisted_merges(source: _Source) -> bool:
+    """Tell whether two tokens make a third without a merge that says so."""
+    listed = set(source.merges)
+    return any(
+        pair not in listed
+        for token in source.ids
+        if token not in source.listed and not BYTE_TOKEN.fullmatch(token)
+        for pair in splits(token, source.ids)
+    )
+
+
+def splits(token: str, tokens: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield every way to cut a token into two that exist."""
+    for cut in range(1, len(token)):
+        if token[:cut] in tokens and token[cut:] in tokens:
+            yield token[:cut], token[cut:]

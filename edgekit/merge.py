@@ -1,0 +1,51 @@
+"""`edgekit merge`: a base and its adapters become an ordinary checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgekit import adapter
+from edgekit.checkpoint import Checkpoint
+from edgekit.checkpoint_writer import Precision, write_checkpoint, written_bytes
+from edgekit.errors import UsageError
+from edgekit.progress import Listener, Silent
+from edgekit.workdir import refuse_existing
+
+
+_SILENT = Silent()
+
+
+def merge(
+    model: Path,
+    adapters: Sequence[Path],
+    out: Path,
+    *,
+    precision: Precision | None = None,
+    listener: Listener = _SILENT,
+) -> Path:
+    """Write ``model`` with ``adapters`` merged in, one after the other, to ``out``.
+
+    Args:
+        model: A Hugging Face model directory.
+        adapters: PEFT directories; each sees the base with the earlier ones in it.
+        out: Must not exist.
+        precision: None keeps the type each tensor of the base has.
+        listener: Is told what changes beside the weights, and the progress.
+
+    Returns:
+        ``out``: weights, config, tokenizer and template, as transformers reads them.
+
+    Raises:
+        UsageError: If an adapter does not fit, or ``out`` exists.
+        EdgekitError: If the disk is full.
+    """
+    refuse_existing(out)
+    if not adapters:
+        raise UsageError("there is no adapter to merge", hint="name one with --adapter")
+    checkpoint = Checkpoint.open(model)
+    for directory in adapters:
+        checkpoint = adapter.merge(checkpoint, directory)
+    for note in checkpoint.adapter.notes if checkpoint.adapter else ():
+        listener.say(note)
+    total = written_bytes(checkpoint, precision)
+    with listener.track(f"merging into {model.name}", total) as advance:
+        return write_checkpoint(checkpoint, out, precision=precision, advance=advance)

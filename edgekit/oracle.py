@@ -1,0 +1,118 @@
+"""The checkpoint's own word: transformers in float32, with the adapter beside the base, not merged.
+
+Everything an artifact is compared with comes from here, and nothing here shares code with what
+makes artifacts.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekit.checkpoint import Checkpoint
+from edgekit.errors import MissingDependencyError, UsageError
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+Message = Mapping[str, str]
+
+
+def require() -> None:
+    """Check that a proof is possible here, before slow work.
+
+    Raises:
+        MissingDependencyError: If torch or transformers is not installed.
+    """
+    import importlib.util
+
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if missing:
+        raise MissingDependencyError(
+            f"a proof needs {' and '.join(missing)}",
+            hint="pip install 'edgekit[gguf]', or export with --no-verify",
+        )
+
+
+def logits(
+    checkpoint: Checkpoint, chunks: Sequence[Sequence[int]]
+) -> Iterator["npt.NDArray[np.float32]"]:
+    """Yield the logits after each token of each chunk: float32, shape ``(tokens, vocabulary)``."""
+    import torch
+
+    model = _model(checkpoint)
+    for chunk in chunks:
+        with torch.inference_mode():
+            rows = model(input_ids=torch.tensor([chunk]), use_cache=False).logits[0]
+        yield rows[:, : checkpoint.spec.vocabulary].float().numpy()
+
+
+def _model(checkpoint: Checkpoint) -> Any:
+    import torch
+
+    transformers = _transformers()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint.directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    if checkpoint.adapter:
+        model = _with_adapter(model, checkpoint)
+    return model.eval()
+
+
+def _with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"proving an adapter needs peft ({error})", hint="pip install 'edgekit[gguf]'"
+        ) from error
+    assert checkpoint.adapter is not None  # noqa: S101 - the caller asked
+    if model.get_input_embeddings().weight.shape[0] != checkpoint.spec.vocabulary:
+        model.resize_token_embeddings(checkpoint.spec.vocabulary, mean_resizing=False)
+    return peft.PeftModel.from_pretrained(model, checkpoint.adapter.directory)
+
+
+def tokenizer(checkpoint: Checkpoint) -> Any:
+    """Return transformers' tokenizer of the checkpoint, or of its adapter if that brings one."""
+    directory = checkpoint.text.tokenizer_json.parent
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise UsageError(f"transformers cannot read the tokenizer of {directory}: {error}") from error
+
+
+def ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a text, special tokens parsed and none added."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def rendered(tokenizer: Any, messages: Sequence[Message], *, template: str) -> str:
+    """Return a conversation as the chat template writes it, ready for the answer."""
+    return str(
+        tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    )
+
+
+def _transformers() -> Any:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def weight_bytes(directory: Path) -> int:
+    """Return what the weight files of a model directory take."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))

@@ -1,0 +1,269 @@
+"""Plans: what to make for a target, decided by arithmetic before anything slow starts."""
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from edgekit import formats
+from edgekit.checkpoint import Checkpoint
+from edgekit.errors import BudgetError, UsageError
+from edgekit.formats import ContextLimit, Layout, MemoryUse
+from edgekit.recipe import Recipe
+from edgekit.target import Target
+from edgekit.units import format_bytes, format_duration, format_rate
+
+
+# How far an uncalibrated estimate may be off. Six published rows of one phone and runtime lie
+# within 9 % of one effective bandwidth, four boards within 35 %.
+SPEED_UNCERTAINTY = 0.35
+TOKEN_OVERHEAD_S = 0.0002  # sampling and text, per token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A guess and how far it may be off."""
+
+    low: float
+    likely: float
+    high: float
+
+    @classmethod
+    def around(cls, likely: float) -> "Interval":
+        """Return ``likely`` give or take `SPEED_UNCERTAINTY`."""
+        return cls(
+            low=likely * (1 - SPEED_UNCERTAINTY),
+            likely=likely,
+            high=likely * (1 + SPEED_UNCERTAINTY),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What an artifact will cost on a target."""
+
+    artifact_bytes: int
+    memory: MemoryUse
+    decode_tokens_per_s: Interval
+    first_token_s: dict[int, Interval]  # by prompt length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One recipe in one format, and why it falls, if it does."""
+
+    format: str
+    recipe: Recipe
+    layout: Layout | None
+    estimate: Estimate | None
+    misses: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """``gguf Q4_K_M``."""
+        return f"{self.format} {self.recipe.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One choice, and why the others fell."""
+
+    format: str
+    recipe: Recipe
+    context_tokens: int
+    layout: Layout
+    estimate: Estimate
+    rejected: tuple[Candidate, ...]
+    notes: tuple[str, ...] = ()  # what a user should know: a shortened context, substitutions
+
+
+def make(
+    checkpoint: Checkpoint,
+    target: Target,
+    *,
+    format: str | None = None,
+    quant: str | None = None,
+    context_tokens: int | None = None,
+) -> Plan:
+    """Return the most faithful recipe that fits, in the first format of the target that has one.
+
+    Args:
+        checkpoint: The model, adapter included.
+        target: The device class and its budget.
+        format: Consider only this one.
+        quant: Consider only this recipe; it is planned even if it is not among the usual ones.
+        context_tokens: How many tokens the runner must hold; None takes the budget's.
+
+    Raises:
+        UsageError: If a name is unknown, or the context is longer than the model or runtime can.
+        BudgetError: If nothing fits; the message lists every candidate with its numbers.
+    """
+    rejected: list[Candidate] = []
+    for name in _format_names(target, format=format, quant=quant):
+        limit = formats.get(name).context_limit(checkpoint)
+        context = _context(limit, target, asked=context_tokens)
+        for recipe in _recipes(name, quant):
+            candidate = assess(checkpoint, recipe, target, format=name, context_tokens=context)
+            if candidate.layout and candidate.estimate and not candidate.misses:
+                return Plan(
+                    format=name,
+                    recipe=recipe,
+                    context_tokens=context,
+                    layout=candidate.layout,
+                    estimate=candidate.estimate,
+                    rejected=tuple(rejected),
+                    notes=tuple(_notes(candidate, limit, target, context_tokens=context)),
+                )
+            rejected.append(candidate)
+    raise BudgetError(
+        f"{checkpoint.name} does not fit {target.title}\n"
+        + "\n".join(f"  {candidate.name}: {'; '.join(candidate.misses)}" for candidate in rejected),
+        hint="take a smaller model, a shorter --context, or a target file with a wider budget",
+    )
+
+
+def _format_names(target: Target, *, format: str | None, quant: str | None) -> list[str]:
+    if format is not None:
+        formats.get(format)  # refuses an unknown name
+        return [format]
+    usable = [name for name in target.formats if name in formats.names()]
+    if quant is not None:
+        usable = [name for name in usable if quant in formats.get(name).RECIPES] or usable
+    if not usable:
+        raise UsageError(
+            f"{target.name} takes {', '.join(target.formats)}; "
+            f"this edgekit writes {', '.join(formats.names())}",
+            hint="choose one with --format",
+        )
+    return usable
+
+
+def _recipes(format_name: str, quant: str | None) -> list[Recipe]:
+    fmt = formats.get(format_name)
+    if quant is None:
+        return [fmt.RECIPES[name] for name in fmt.DEFAULT_RECIPES]
+    by_lower = {name.lower(): name for name in fmt.RECIPES}
+    if quant.lower() not in by_lower:
+        near = difflib.get_close_matches(quant.lower(), by_lower, n=3, cutoff=0.5)
+        names = [by_lower[name] for name in near] or list(fmt.RECIPES)
+        raise UsageError(
+            f"{format_name} has no quant named {quant!r}", hint=f"did you mean {', '.join(names)}?"
+        )
+    return [fmt.RECIPES[by_lower[quant.lower()]]]
+
+
+def _context(limit: ContextLimit, target: Target, *, asked: int | None) -> int:
+    if asked is None:
+        return min(target.budget.context_tokens, limit.tokens)
+    if not 0 < asked <= limit.tokens:
+        raise UsageError(
+            f"a context of {asked} tokens is not possible: at most {limit.tokens}, "
+            f"since {limit.reason}",
+            hint=f"--context {limit.tokens}",
+        )
+    return asked
+
+
+def assess(
+    checkpoint: Checkpoint, recipe: Recipe, target: Target, *, format: str, context_tokens: int
+) -> Candidate:
+    """Return what one recipe would cost and which limits of the target it would miss."""
+    try:
+        layout = formats.get(format).lay_out(checkpoint, recipe)
+    except UsageError as error:
+        return Candidate(
+            format=format, recipe=recipe, layout=None, estimate=None, misses=(str(error),)
+        )
+    estimated = estimate(checkpoint, layout, target, format=format, context_tokens=context_tokens)
+    return Candidate(
+        format=format,
+        recipe=recipe,
+        layout=layout,
+        estimate=estimated,
+        misses=tuple(_misses(estimated, target)),
+    )
+
+
+def estimate(
+    checkpoint: Checkpoint, layout: Layout, target: Target, *, format: str, context_tokens: int
+) -> Estimate:
+    """Return the cost of an artifact on a target, without loading a weight."""
+    memory = formats.get(format).memory_use(
+        checkpoint, layout, context_tokens=context_tokens, repacks=target.repacks
+    )
+    token_s = _token_s(checkpoint, layout, memory, target, context_tokens=context_tokens)
+    flop = 2 * sum(p.parameters for p in layout.placements if p.role != "token_embedding")
+    return Estimate(
+        artifact_bytes=layout.artifact_bytes,
+        memory=memory,
+        decode_tokens_per_s=Interval.around(1 / token_s),
+        first_token_s={
+            limit.prompt_tokens: Interval.around(
+                flop * limit.prompt_tokens / target.prefill_flop_per_s + token_s
+            )
+            for limit in target.budget.first_token
+        },
+    )
+
+
+def _token_s(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    memory: MemoryUse,
+    target: Target,
+    *,
+    context_tokens: int,
+) -> float:
+    """Return the time for one token: every weight is read once, and the cache as far as filled.
+
+    Of an embedding that is not also the head, one row is read.
+    """
+    unread = {"token_embedding"} if not checkpoint.spec.is_tied else set[str]()
+    weights_bytes = sum(p.size_bytes for p in layout.placements if p.role not in unread)
+    budget = target.budget
+    filled = min(context_tokens, budget.first_token[0].prompt_tokens + budget.answer_tokens // 2)
+    cache_bytes = memory.cache_bytes * filled / context_tokens
+    return (weights_bytes + cache_bytes) / target.decode_bandwidth_bytes_per_s + TOKEN_OVERHEAD_S
+
+
+def _misses(estimate: Estimate, target: Target) -> Iterator[str]:
+    budget = target.budget
+    if estimate.artifact_bytes > budget.artifact_bytes:
+        yield (
+            f"{format_bytes(estimate.artifact_bytes)} > {format_bytes(budget.artifact_bytes)} "
+            "to download"
+        )
+    if estimate.memory.peak_bytes > budget.peak_memory_bytes:
+        yield (
+            f"{format_bytes(estimate.memory.peak_bytes)} > "
+            f"{format_bytes(budget.peak_memory_bytes)} of memory"
+        )
+    rate = estimate.decode_tokens_per_s.likely
+    if rate < budget.decode_tokens_per_s:
+        yield f"{format_rate(rate)} < {format_rate(budget.decode_tokens_per_s)}"
+    for limit in budget.first_token:
+        first_s = estimate.first_token_s[limit.prompt_tokens].likely
+        if first_s > limit.limit_s:
+            yield (
+                f"first token after {format_duration(first_s)} > {format_duration(limit.limit_s)} "
+                f"for {limit.prompt_tokens} tokens"
+            )
+
+
+def _notes(
+    candidate: Candidate, limit: ContextLimit, target: Target, *, context_tokens: int
+) -> Iterator[str]:
+    if context_tokens == limit.tokens < target.budget.context_tokens:
+        yield f"context is {limit.tokens} tokens, since {limit.reason}"
+    yield from substitutions(candidate.layout) if candidate.layout else ()
+
+
+def substitutions(layout: Layout) -> Iterator[str]:
+    """Yield what is stored otherwise than the recipe asked, kind by kind, with its cost."""
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for placement in layout.substituted:
+        kinds.setdefault((placement.wanted, placement.storage), []).append(placement.size_bytes)
+    for (wanted, stored), sizes in sorted(kinds.items()):
+        yield (
+            f"{len(sizes)} tensors are {stored} instead of {wanted} "
+            f"({format_bytes(sum(sizes))}): their rows do not fill blocks of {wanted}"
+        )

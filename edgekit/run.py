@@ -1,0 +1,344 @@
+"""Run a bundle: text in, text out, one piece at a time."""
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from edgekit import formats
+from edgekit.bundle import Bundle
+from edgekit.errors import UsageError
+from edgekit.generate import FinishReason, Generation, Sampling, generate
+from edgekit.session import Session
+from edgekit.template import Message
+from edgekit.text import Detokenizer, StopStrings, Text
+
+
+DEFAULT_MAX_TOKENS = 512
+GREEDY = Sampling()
+NO_TEMPLATE_NOTE = "the model has no chat template; it goes on with the prompt as it is"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A finished answer, and how fast it came."""
+
+    text: str
+    prompt_tokens: int
+    reused_tokens: int  # of the prompt, already read for the answer before
+    answer_tokens: int
+    finish_reason: FinishReason | None  # None: the reader did not wait for the end
+    time_to_first_token_s: float  # reading the prompt included
+    decode_tokens_per_s: float | None  # after the first token; None if there was only one
+    token_ids: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True, eq=False)
+class Reply(Iterator[str]):
+    """The pieces of an answer, as they are made; `answer` once they have ended."""
+
+    generation: Generation
+    detokenizer: Detokenizer
+    stop_strings: StopStrings
+    notes: tuple[str, ...] = ()
+    on_end: Callable[[], None] | None = None  # called once, if anything was said or it ended
+    _token_ids: list[int] = field(default_factory=list, init=False)
+    _said: list[str] = field(default_factory=list, init=False)
+    _first_token_s: float | None = field(default=None, init=False)
+    _decode_s: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        """Prepare; nothing runs before the first piece is asked for."""
+        self._pieces = self._generate()
+
+    def __iter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> str:
+        """Return the next piece of text, never empty."""
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Make nothing more."""
+        self._pieces.close()
+
+    @property
+    def said(self) -> str:
+        """The text so far."""
+        return "".join(self._said)
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer; what is still to come is waited for."""
+        for _ in self:
+            pass
+        decoded = self.generation.decoded_tokens
+        return Answer(
+            text=self.said,
+            prompt_tokens=len(self.generation.prompt_ids),
+            reused_tokens=self.generation.reused_tokens,
+            answer_tokens=len(self._token_ids),
+            finish_reason=self._finish_reason,
+            time_to_first_token_s=self._first_token_s or 0.0,
+            decode_tokens_per_s=decoded / self._decode_s if decoded else None,
+            token_ids=tuple(self._token_ids),
+            notes=self.notes,
+        )
+
+    @property
+    def _finish_reason(self) -> FinishReason | None:
+        return "stop" if self.stop_strings.found else self.generation.finish_reason
+
+    def _generate(self) -> Generator[str]:
+        is_complete = False
+        try:
+            for piece in filter(None, self._clean_pieces()):
+                self._said.append(piece)
+                yield piece
+            is_complete = True
+        finally:
+            if self.on_end and (is_complete or self._said):
+                self.on_end()
+
+    def _clean_pieces(self) -> Iterator[str]:
+        """Yield the text up to a stop string, empty pieces included."""
+        for token in self._timed_tokens():
+            self._token_ids.append(token)
+            yield self.stop_strings.feed(self.detokenizer.feed(token))
+            if self.stop_strings.found:
+                return
+        yield self.stop_strings.feed(self.detokenizer.finish())
+        yield self.stop_strings.finish()
+
+    def _timed_tokens(self) -> Iterator[int]:
+        """Yield the tokens; only the time within the session's work counts, not the reader's."""
+        while True:
+            started = time.perf_counter()
+            token = next(self.generation, None)
+            elapsed_s = time.perf_counter() - started
+            if self._first_token_s is None:
+                self._first_token_s = elapsed_s
+            else:
+                self._decode_s += elapsed_s
+            if token is None:
+                return
+            yield token
+
+
+@dataclass(kw_only=True, eq=False)
+class Runner:
+    """A loaded bundle: its session, its text, and what the session has read so far.
+
+    One answer at a time: start the next when the last one has ended or is abandoned.
+    """
+
+    session: Session
+    text: Text
+    bundle: Bundle
+    _cached_ids: list[int] = field(default_factory=list, init=False)
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path,
+        *,
+        context_tokens: int | None = None,
+        threads: int | None = None,
+        check_hashes: bool = True,
+    ) -> Self:
+        """Load a bundle.
+
+        Args:
+            directory: What `edgekit export` printed.
+            context_tokens: How much the cache shall hold; None: what the bundle was made for.
+            threads: None leaves the choice to the runtime.
+            check_hashes: False checks names and sizes only: faster, and blind to a changed byte.
+
+        Raises:
+            BundleError: If the bundle is damaged.
+            MissingDependencyError: If its runtime is not installed.
+        """
+        bundle = Bundle.load(directory, check_hashes=check_hashes)
+        text = Text.open(directory, bundle.text)  # cheap, so that its refusals come first
+        session = formats.get(bundle.artifact.format).load(
+            bundle.artifact_path,
+            context_tokens=context_tokens or bundle.context_tokens,
+            threads=threads,
+        )
+        return cls(session=session, text=text, bundle=bundle)
+
+    def ask(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int | None = DEFAULT_MAX_TOKENS,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+    ) -> Reply:
+        """Answer a conversation, ``[{"role": "user", "content": "…"}]``.
+
+        Raises:
+            UsageError: If the template refuses it or it is longer than the context; nothing ran.
+        """
+        ids = self.text.encode_chat(messages)
+        return self._reply(
+            ids, max_tokens=max_tokens, sampling=sampling, stop=stop, continues_prompt=False
+        )
+
+    def complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = DEFAULT_MAX_TOKENS,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+    ) -> Reply:
+        """Go on with plain text, or with token ids.
+
+        Raises:
+            UsageError: If the prompt is empty or longer than the context; nothing ran.
+        """
+        ids = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self._reply(
+            ids, max_tokens=max_tokens, sampling=sampling, stop=stop, continues_prompt=True
+        )
+
+    def close(self) -> None:
+        """Give the session's memory back."""
+        self.session.close()
+
+    def __enter__(self) -> Self:
+        """Return itself; the end of the block closes it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _reply(
+        self,
+        ids: Sequence[int],
+        *,
+        max_tokens: int | None,
+        sampling: Sampling,
+        stop: Sequence[str],
+        continues_prompt: bool,
+    ) -> Reply:
+        generation = generate(
+            self.session,
+            ids,
+            max_tokens=max_tokens,
+            stop_ids=self.text.rules.stop_ids,
+            sampling=sampling,
+            cached_ids=self._cached_ids,
+        )
+        return Reply(
+            generation=generation,
+            detokenizer=self.text.detokenizer(continues=continues_prompt),
+            stop_strings=StopStrings(stop),
+        )
+
+
+def answer(  # noqa: PLR0913 - a request in full
+    runner: Runner,
+    prompt: str,
+    *,
+    system: str | None = None,
+    max_tokens: int | None = DEFAULT_MAX_TOKENS,
+    sampling: Sampling = GREEDY,
+    stop: Sequence[str] = (),
+    raw: bool = False,
+) -> Reply:
+    """Answer one prompt with a loaded bundle.
+
+    Args:
+        runner: The bundle.
+        prompt: What the user says.
+        system: What the system says before.
+        max_tokens: The length of the answer at most; None goes on to the end of the context.
+        sampling: How to choose tokens.
+        stop: Strings that end the answer and are not part of it.
+        raw: Whether to go on with the prompt as it is, without the chat template.
+
+    Raises:
+        UsageError: If a system prompt is given but no template can hold it.
+    """
+    has_template = runner.text.template is not None
+    if has_template and not raw:
+        messages = conversation(prompt, system=system)
+        return runner.ask(messages, max_tokens=max_tokens, sampling=sampling, stop=stop)
+    if system is not None:
+        raise UsageError("a system prompt needs a chat template", hint="put it before the prompt")
+    reply = runner.complete(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop)
+    reply.notes = () if raw else (NO_TEMPLATE_NOTE,)
+    return reply
+
+
+def conversation(prompt: str, *, system: str | None = None) -> list[Message]:
+    """Return a conversation of one question."""
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return [*opening, {"role": "user", "content": prompt}]
+
+
+def run(  # noqa: PLR0913 - a request in full
+    bundle_directory: Path,
+    prompt: str,
+    *,
+    system: str | None = None,
+    max_tokens: int | None = DEFAULT_MAX_TOKENS,
+    sampling: Sampling = GREEDY,
+    stop: Sequence[str] = (),
+    raw: bool = False,
+) -> Iterator[str]:
+    """Load a bundle, yield the pieces of one answer, and close it; see `answer`."""
+    with Runner.open(bundle_directory) as runner:
+        yield from answer(
+            runner,
+            prompt,
+            system=system,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            raw=raw,
+        )
+
+
+@dataclass(kw_only=True)
+class Chat:
+    """A conversation that remembers; the session reads of each turn only what is new."""
+
+    runner: Runner
+    system: str | None = None
+    max_tokens: int | None = DEFAULT_MAX_TOKENS
+    sampling: Sampling = GREEDY
+    stop: Sequence[str] = ()
+    messages: list[Message] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Begin."""
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was said; the system prompt stays."""
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def say(self, prompt: str) -> Reply:
+        """Answer, and remember both once the answer ends; what is cut short is remembered too.
+
+        Raises:
+            UsageError: If the conversation no longer fits the context; it stays as it was.
+        """
+        question: Message = {"role": "user", "content": prompt}
+        reply = self.runner.ask(
+            [*self.messages, question],
+            max_tokens=self.max_tokens,
+            sampling=self.sampling,
+            stop=self.stop,
+        )
+        reply.on_end = lambda: self._remember(question, reply.said)
+        return reply
+
+    def _remember(self, question: Message, said: str) -> None:
+        self.messages += [question, {"role": "assistant", "content": said}]

@@ -1,0 +1,387 @@
+"""Serve a bundle over HTTP, as OpenAI's clients expect it: models, chat and text completions.
+
+One model, one session, one answer at a time; the others wait in line.
+"""
+
+import asyncio
+import hmac
+import importlib.util
+import ipaddress
+import json
+import socket
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from edgekit.errors import EdgekitError, MissingDependencyError, UsageError
+from edgekit.generate import Sampling
+from edgekit.openai_api import ApiError, Ask, Fields, Wire
+from edgekit.run import Answer, Reply, Runner
+
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import Send
+
+    Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
+
+
+MAX_BODY_BYTES = 8 << 20  # a context of a million tokens, escaped, fits
+MAX_WAITING = 64  # connections; more are told 503
+SHUTDOWN_S = 3  # how long Ctrl-C waits for answers under way
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+
+
+@dataclass(kw_only=True, eq=False)
+class Service:
+    """The endpoints over one runner."""
+
+    runner: Runner
+    sampling: Sampling
+    api_key: str | None
+    hosts: Collection[str] | None
+    started: int = field(default_factory=lambda: int(time.time()))
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # held for one answer
+    step: threading.Lock = field(default_factory=threading.Lock)  # held while the session works
+
+    @property
+    def model(self) -> str:
+        """The name clients use."""
+        return self.runner.bundle.model.name
+
+    async def models(self, request: "Request") -> "Response":
+        """GET /v1/models and /v1/models/NAME."""
+        from starlette.responses import JSONResponse
+
+        card = {"id": self.model, "object": "model", "created": self.started, "owned_by": "edgekit"}
+        if "name" not in request.path_params:
+            return JSONResponse({"object": "list", "data": [card]})
+        self._check_model(request.path_params["name"])
+        return JSONResponse(card)
+
+    async def chat_completions(self, request: "Request") -> "Response":
+        """POST /v1/chat/completions."""
+        return await self._complete(request, Ask.chat)
+
+    async def completions(self, request: "Request") -> "Response":
+        """POST /v1/completions."""
+        return await self._complete(request, Ask.text)
+
+    async def _complete(self, request: "Request", read: Callable[..., Ask]) -> "Response":
+        from starlette.concurrency import run_in_threadpool
+        from starlette.responses import JSONResponse
+
+        fields = Fields.parse(await _body(request))
+        self._check_model(fields.take("model"))
+        ask = read(fields, sampling=self.sampling)
+        reply = await run_in_threadpool(self._reply, ask)
+        digest = self.runner.bundle.model.sha256[:12]
+        wire = Wire(ask=ask, model=self.model, fingerprint=f"edgekit-{digest}")
+        if ask.streams:
+            return _event_stream(self._events(reply, wire))
+        answer = await self._whole(request, reply)
+        return _gone() if answer is None else JSONResponse(wire.whole(answer))
+
+    def _reply(self, ask: Ask) -> Reply:
+        """Prepare the answer: everything that can be refused is refused here."""
+        if ask.kind == "chat":
+            return self.runner.ask(
+                ask.messages, max_tokens=ask.max_tokens, sampling=ask.sampling, stop=ask.stop
+            )
+        if not isinstance(ask.prompt, str):
+            _check_ids(ask.prompt, self.runner.session.vocabulary_tokens)
+        return self.runner.complete(
+            ask.prompt, max_tokens=ask.max_tokens, sampling=ask.sampling, stop=ask.stop
+        )
+
+    async def _whole(self, request: "Request", reply: Reply) -> Answer | None:
+        async with self.turn:
+            try:
+                while not await request.is_disconnected():
+                    if await self._next(reply) is None:
+                        return reply.answer
+            finally:
+                self._close(reply)
+        return None
+
+    async def _events(self, reply: Reply, wire: Wire) -> AsyncGenerator[str]:
+        for chunk in wire.head():
+            yield _event(chunk)
+        async with self.turn:
+            try:
+                while (piece := await self._next(reply)) is not None:
+                    yield _event(wire.piece(piece))
+            except EdgekitError as error:
+                yield _event(ApiError.of(error).body)
+                return
+            finally:
+                self._close(reply)
+        for chunk in wire.tail(reply.answer):
+            yield _event(chunk)
+        yield "data: [DONE]\n\n"
+
+    async def _next(self, reply: Reply) -> str | None:
+        from starlette.concurrency import run_in_threadpool
+
+        def step() -> str | None:
+            with self.step:
+                return next(reply, None)
+
+        # A cancelled request waits here for the step under way, so no two ever run at once.
+        return await run_in_threadpool(step)
+
+    def _close(self, reply: Reply) -> None:
+        if self.step.acquire(blocking=False):  # else the whole server is being torn down
+            try:
+                reply.close()
+            finally:
+                self.step.release()
+
+    def _check_model(self, name: Any) -> None:
+        if not isinstance(name, str):
+            raise ApiError("model must be the name of a model", param="model")
+        if name != self.model:
+            raise ApiError(
+                f"no model named {name!r}; this server has {self.model!r}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+
+    def admits(self, handler: "Handler") -> "Handler":
+        """Wrap a handler so that strangers do not reach it."""
+
+        async def admitted(request: "Request") -> "Response":
+            self._check_host(request.headers.get("host", ""))
+            self._check_key(request.headers.get("authorization", ""))
+            return await handler(request)
+
+        return admitted
+
+    def _check_host(self, header: str) -> None:
+        """Refuse a web page that has pointed its own name at this machine (DNS rebinding)."""
+        name = header.rpartition(":")[0] if not header.endswith("]") and ":" in header else header
+        if self.hosts is not None and name.lower() not in self.hosts:
+            raise ApiError(f"this server does not answer to the name {name!r}", status=403)
+
+    def _check_key(self, header: str) -> None:
+        if self.api_key is None:
+            return
+        given = header.removeprefix("Bearer ").encode()
+        if not hmac.compare_digest(given, self.api_key.encode()):
+            raise ApiError("the API key is missing or wrong", status=401, code="invalid_api_key")
+
+
+def _check_ids(ids: list[int], vocabulary_tokens: int) -> None:
+    for token in ids:
+        if not 0 <= token < vocabulary_tokens:
+            raise ApiError(f"prompt has the token id {token}, there is none such", param="prompt")
+
+
+def _gone() -> "Response":
+    from starlette.responses import Response
+
+    return Response(status_code=499)  # nginx's number for a client that did not wait
+
+
+async def _body(request: "Request") -> bytes:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a form on any web page could send something else
+        raise ApiError(f"the body is {kind!r}, expected 'application/json'", status=415)
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_BODY_BYTES:
+            raise ApiError(f"the body is larger than {MAX_BODY_BYTES} bytes", status=413)
+    return bytes(body)
+
+
+def _event(fields: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"
+
+
+def _event_stream(events: AsyncGenerator[str]) -> "Response":
+    from starlette.responses import StreamingResponse
+
+    class EventStream(StreamingResponse):
+        """Server-sent events that end, and free the session, the moment the client is gone."""
+
+        async def stream_response(self, send: "Send") -> None:
+            async with aclosing(events):
+                await super().stream_response(send)
+
+    return EventStream(
+        events, media_type="text/event-stream", headers={"cache-control": "no-store"}
+    )
+
+
+def app(
+    runner: Runner,
+    *,
+    sampling: Sampling | None = None,
+    api_key: str | None = None,
+    hosts: Collection[str] | None = None,
+) -> "Starlette":
+    """Return the ASGI application.
+
+    Args:
+        runner: The loaded bundle; nothing else may use it meanwhile.
+        sampling: What holds where a request says nothing; None: the most likely token.
+        api_key: What clients must send; None: nothing.
+        hosts: The names under which clients may reach it; None: any.
+
+    Raises:
+        MissingDependencyError: If the extra ``serve`` is not installed.
+    """
+    service = Service(runner=runner, sampling=sampling or Sampling(), api_key=api_key, hosts=hosts)
+    return _application(service)
+
+
+def _application(service: Service) -> "Starlette":
+    check_installed()
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    async def refuse(_: "Request", error: Exception) -> "Response":
+        match error:
+            case ClientDisconnect():
+                return _gone()
+            case ApiError():
+                refusal = error
+            case EdgekitError():
+                refusal = ApiError.of(error)
+            case HTTPException():
+                refusal = ApiError(error.detail, status=error.status_code)
+            case _:
+                raise error
+        return JSONResponse(refusal.body, status_code=refusal.status)
+
+    routes = [
+        Route("/v1/models", service.admits(service.models)),
+        Route("/v1/models/{name:path}", service.admits(service.models)),
+        Route("/v1/chat/completions", service.admits(service.chat_completions), methods=["POST"]),
+        Route("/v1/completions", service.admits(service.completions), methods=["POST"]),
+    ]
+    handlers = dict.fromkeys((ApiError, EdgekitError, HTTPException, ClientDisconnect), refuse)
+    return Starlette(routes=routes, exception_handlers=handlers)
+
+
+def check_installed() -> None:
+    """Refuse to go on without the extra.
+
+    Raises:
+        MissingDependencyError: If a part of it is missing.
+    """
+    for package in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(
+                f"{package} is not installed, serving needs it",
+                hint="pip install 'edgekit[serve]'",
+            )
+
+
+def serve(  # noqa: PLR0913 - a request in full
+    bundle_directory: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    api_key: str | None = None,
+    allow_remote: bool = False,
+    context_tokens: int | None = None,
+    threads: int | None = None,
+    say: Callable[[str], object] | None = None,
+) -> None:
+    """Serve a bundle until Ctrl-C.
+
+    Args:
+        bundle_directory: What `edgekit export` printed.
+        host: The address to listen on.
+        port: 0 takes a free one.
+        api_key: What clients must send; None: nothing.
+        allow_remote: Whether ``host`` may be one that other machines reach.
+        context_tokens: How much the cache shall hold; None: what the bundle was made for.
+        threads: None leaves the choice to the runtime.
+        say: Is told the address; None writes to stderr.
+
+    Raises:
+        UsageError: If ``host`` is not this machine's own and ``allow_remote`` is not given, or
+            the port is taken.
+        MissingDependencyError: If the extra ``serve`` or the bundle's runtime is not installed.
+    """
+    check_installed()
+    is_local = _is_loopback(host)
+    if not is_local and not allow_remote:
+        raise UsageError(
+            f"{host} can be reached from other machines", hint="add --allow-remote if it shall be"
+        )
+    say = say or (lambda line: sys.stderr.write(f"{line}\n"))
+    with (
+        _listen(host, port) as listener,
+        Runner.open(bundle_directory, context_tokens=context_tokens, threads=threads) as runner,
+    ):
+        service = Service(
+            runner=runner,
+            sampling=Sampling(),
+            api_key=api_key,
+            hosts=LOOPBACK_HOSTS if is_local else None,
+        )
+        for line in _greeting(service, host, listener.getsockname()[1], is_local=is_local):
+            say(line)
+        _run_server(service, listener)
+
+
+def _greeting(service: Service, host: str, port: int, *, is_local: bool) -> list[str]:
+    name = f"[{host}]" if ":" in host else host
+    lines = [f"serving {service.model} on http://{name}:{port}/v1; Ctrl-C stops it"]
+    if not is_local:
+        key = "who has the API key" if service.api_key else "everyone, as there is no API key"
+        lines.append(f"warning: other machines can reach it: {key}")
+    return lines
+
+
+def _run_server(service: Service, listener: socket.socket) -> None:
+    import uvicorn
+
+    config = uvicorn.Config(
+        _application(service),
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=MAX_WAITING,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        service.step.acquire()  # the session is closed next, no step may follow
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"cannot listen on {host}, port {port}: {error}", hint="--port 0 takes a free port"
+        ) from error

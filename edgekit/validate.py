@@ -1,0 +1,105 @@
+"""Validate: measure a bundle on a device and judge it against the budget of a target."""
+
+from pathlib import Path
+
+from edgekit import measure
+from edgekit.bundle import Bundle
+from edgekit.device import Device, connect
+from edgekit.errors import UsageError
+from edgekit.measure import DEFAULT_REPETITIONS, Progress
+from edgekit.measurement import Environment, Measurement, Workload
+from edgekit.report import Result
+from edgekit.target import Target
+from edgekit.verdict import judge
+
+
+MOST_SAMPLES = 40  # of a time or a rate; what is unclear then stays unstable
+
+
+def validate(
+    bundle_directory: Path,
+    target: Target,
+    *,
+    device: str = "this",
+    repetitions: int = DEFAULT_REPETITIONS,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Return what a device did with a bundle, and the verdict.
+
+    While chance is all that stands between the verdict and a pass or a fail, the number of
+    repetitions is doubled, up to `MOST_SAMPLES` samples of each time.
+
+    Args:
+        bundle_directory: The bundle.
+        target: Whose budget is enforced.
+        device: ``"this"`` or ``"ssh://user@host"``, see `edgekit.device.connect`.
+        repetitions: Fresh processes to begin with.
+        threads: None takes the target's decode threads, or the device's cores if they are fewer.
+        progress: Called with the repetitions done and to do.
+
+    Raises:
+        BundleError: If the bundle is damaged.
+        MissingDependencyError: If the device lacks the runtime.
+        ToolchainError: If the device cannot be reached or the runtime fails.
+    """
+    if repetitions < 1:
+        raise UsageError(f"{repetitions} repetitions measure nothing", hint="use 5 or more")
+    bundle = Bundle.load(bundle_directory)
+    with connect(device) as place:
+        environment = measure.environment_of(bundle, place)
+        measurement = measure.measure_bundle(
+            bundle,
+            place,
+            plan_workload(bundle, target, environment, threads=threads),
+            environment=environment,
+            repetitions=repetitions,
+            progress=progress,
+        )
+        measurement = _until_clear(measurement, bundle, target, place, progress)
+    verdict = judge(measurement, bundle, target)
+    return Result(bundle=bundle, target=target, measurement=measurement, verdict=verdict)
+
+
+def plan_workload(
+    bundle: Bundle, target: Target, environment: Environment, *, threads: int | None = None
+) -> Workload:
+    """Return the workload that the budget names, as far as the bundle's context holds it.
+
+    Raises:
+        UsageError: If not even the shortest prompt and its answer fit.
+    """
+    budget = target.budget
+    longest = bundle.context_tokens - budget.answer_tokens
+    lengths = tuple(
+        limit.prompt_tokens for limit in budget.first_token if limit.prompt_tokens <= longest
+    )
+    if not lengths:
+        raise UsageError(
+            f"the bundle's context of {bundle.context_tokens} tokens holds no prompt of the budget",
+            hint=f"export with --context {budget.context_tokens}",
+        )
+    return Workload(
+        prompt_lengths_tokens=lengths,
+        answer_tokens=budget.answer_tokens,
+        context_tokens=bundle.context_tokens,
+        threads=threads or min(target.decode_threads, environment.cores or target.decode_threads),
+    )
+
+
+def _until_clear(
+    measurement: Measurement,
+    bundle: Bundle,
+    target: Target,
+    place: Device,
+    progress: Progress | None,
+) -> Measurement:
+    most = MOST_SAMPLES // measurement.workload.generations
+    while judge(measurement, bundle, target).more_samples_may_help:
+        more = min(len(measurement.repetitions), most - len(measurement.repetitions))
+        if more <= 0:
+            break
+        measurement = measure.add_repetitions(
+            measurement, bundle, place, count=more, progress=progress
+        )
+    return measurement

@@ -1,0 +1,393 @@
+"""Verification: a finished artifact, in its real runtime, must say what the checkpoint says.
+
+Eight gates; an export fails unless all hold. The checkpoint's word comes from `oracle`
+(transformers, float32), the artifact's from the runtime that devices use.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekit import corpus, formats, oracle, source
+from edgekit.bundle import Agreement, Bundle, Gate, TextRules
+from edgekit.checkpoint import Checkpoint
+from edgekit.errors import UsageError
+from edgekit.fidelity import Comparison, Fidelity
+from edgekit.formats import Layout
+from edgekit.generate import Sampling, generate
+from edgekit.goldens import ChatGolden, Goldens, LogitGolden, TextGolden
+from edgekit.progress import Listener, Silent
+from edgekit.recipe import Recipe
+from edgekit.session import Session
+from edgekit.text import Text
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+CHUNK_TOKENS = 256
+POSITIONS = 2048  # enough that the mean KL of 4-bit weights repeats within a tenth
+ANSWER_TOKENS = 24
+GOLDEN_TOKENS = 48
+GREEDY = Sampling()
+QUESTION = "What is the capital of France?"
+
+CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
+    ({"role": "user", "content": QUESTION},),
+    (
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": "  Which colour has the sky?\n"},
+    ),
+    (
+        {"role": "user", "content": "안녕하세요! 你好 👋🏽"},
+        {"role": "assistant", "content": "مرحبا"},
+        {"role": "user", "content": "Say it\n\nagain <b>&amp;</b> {{ x }}"},
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """An artifact and the checkpoint it was made from."""
+
+    checkpoint: Checkpoint
+    directory: Path
+    entry: str
+    format: str
+    recipe: Recipe
+    layout: Layout  # what the plan said the artifact would hold
+    rules: TextRules
+    context_tokens: int
+
+    @property
+    def path(self) -> Path:
+        """The file the runtime opens."""
+        return self.directory / self.entry
+
+    @cached_property
+    def text(self) -> Text:
+        """The text layer of the bundle."""
+        return Text.open(self.directory, self.rules)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer of the checkpoint."""
+        return oracle.tokenizer(self.checkpoint)
+
+    @cached_property
+    def conversations(self) -> list[tuple[dict[str, str], ...]]:
+        """The conversations that this model's template can say; Gemma's has no system role."""
+        return [turns for turns in CONVERSATIONS if self._can_render(turns)]
+
+    def _can_render(self, turns: Sequence[dict[str, str]]) -> bool:
+        if self.text.template is None:
+            return False
+        try:
+            self.text.render(turns)
+        except UsageError:
+            return False
+        return True
+
+    def chunks(self) -> list[list[int]]:
+        """Return the corpus as ids, a share of every text, in pieces the context can hold."""
+        length = min(CHUNK_TOKENS, self.context_tokens)
+        texts = [self.text.encode(text, adds_bos=self.rules.adds_bos) for _, text in corpus.texts()]
+        share = max(length, POSITIONS // len(texts))
+        pieces = [
+            ids[first : first + length]
+            for ids in texts
+            for first in range(0, min(share, len(ids)), length)
+        ]
+        return [piece for piece in pieces if len(piece) > 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """The gates, and what the artifact said, to be asked again on a device."""
+
+    agreement: Agreement
+    goldens: Goldens
+
+
+@dataclass(kw_only=True)
+class _Findings:
+    gates: list[Gate] = field(default_factory=list)
+
+    def add(self, name: str, finding: str, *, passed: bool) -> None:
+        self.gates.append(Gate(name=name, passed=passed, finding=finding))
+
+
+def verify(directory: Path, model: str | Path, *, adapters: Sequence[Path] = (),
+           listener: Listener | None = None) -> Agreement:  # fmt: skip
+    """Repeat the proof of a bundle against its checkpoint.
+
+    Raises:
+        BundleError: If the bundle is damaged.
+        UsageError: If this is not the checkpoint the bundle was made from.
+    """
+    bundle = Bundle.load(directory)
+    checkpoint = source.open_checkpoint(model, adapters=adapters, listener=listener)
+    if checkpoint.sha256 != bundle.model.sha256:
+        raise UsageError(
+            f"{directory} was made from another checkpoint than {model}",
+            hint=f"it was made from {bundle.model.name}",
+        )
+    fmt = formats.get(bundle.artifact.format)
+    recipe = fmt.RECIPES[bundle.artifact.recipe]
+    subject = Subject(
+        checkpoint=checkpoint,
+        directory=directory,
+        entry=bundle.artifact.entry,
+        format=bundle.artifact.format,
+        recipe=recipe,
+        layout=fmt.lay_out(checkpoint, recipe),
+        rules=bundle.text,
+        context_tokens=bundle.context_tokens,
+    )
+    return check(subject, listener=listener).agreement
+
+
+def check(subject: Subject, *, listener: Listener | None = None) -> Proof:
+    """Put an artifact through all gates.
+
+    Returns:
+        The proof; whether its gates hold is for the caller to judge.
+
+    Raises:
+        BundleError, ToolchainError: If the runtime cannot even open or run the artifact.
+    """
+    oracle.require()
+    listener = listener or Silent()
+    found = _Findings()
+    session = formats.get(subject.format).load(
+        subject.path, context_tokens=subject.context_tokens
+    )
+    try:
+        prompt, answer = _check_generation(subject, session, found)
+        fidelity, logit_goldens = _check_logits(subject, session, found, listener)
+        _check_stops(subject, session, prompt, answer, found)
+    finally:
+        session.close()
+    _check_ids(subject, found)
+    _check_template(subject, found)
+    _check_storages(subject, found)
+    _check_size(subject, found)
+    _check_adapter(subject, found)
+    return Proof(
+        agreement=_agreement(found, fidelity),
+        goldens=_goldens(subject, logit_goldens, prompt, answer),
+    )
+
+
+def _agreement(found: _Findings, fidelity: Fidelity) -> Agreement:
+    return Agreement(
+        gates=tuple(found.gates),
+        positions=fidelity.positions,
+        mean_kl_nats=fidelity.mean_kl_nats,
+        p99_kl_nats=fidelity.p99_kl_nats,
+        same_top_token=fidelity.same_top_token,
+        perplexity_ratio=fidelity.perplexity_ratio,
+    )
+
+
+def _check_generation(
+    subject: Subject, session: Session, found: _Findings
+) -> tuple[list[int], list[int]]:
+    """Gate 1: it loads and generates."""
+    prompt = _question(subject)[: subject.context_tokens - 1]
+    tokens = list(generate(session, prompt, max_tokens=ANSWER_TOKENS, stop_ids=(), sampling=GREEDY))
+    found.add(
+        "runs",
+        f"{len(tokens)} tokens from its runtime: {subject.text.decode(tokens)!r}",
+        passed=bool(tokens),
+    )
+    return prompt, tokens
+
+
+def _question(subject: Subject) -> list[int]:
+    if subject.conversations:
+        return subject.text.encode_chat(subject.conversations[0])
+    return subject.text.encode(QUESTION)
+
+
+def _check_logits(
+    subject: Subject, session: Session, found: _Findings, listener: Listener
+) -> tuple[Fidelity, list[LogitGolden]]:
+    """Gate 2: the logits agree with the checkpoint's, as closely as this recipe can."""
+    comparison, goldens = Comparison(), list[LogitGolden]()
+    for chunk, expected, said in _both(subject, session, listener):
+        comparison.add(expected, said, chunk)
+        if len(goldens) < 2:
+            goldens.append(LogitGolden.of(chunk[:GOLDEN_TOKENS].tolist(), said[:GOLDEN_TOKENS]))
+    fidelity = comparison.result()
+    limits = subject.recipe
+    found.add(
+        "logits",
+        f"mean KL {fidelity.mean_kl_nats:.2e} nats (<= {limits.max_mean_kl_nats:g}), same top "
+        f"token {fidelity.same_top_token:.1%} (>= {limits.min_same_top_token:.0%}) over "
+        f"{fidelity.positions} positions",
+        passed=fidelity.mean_kl_nats <= limits.max_mean_kl_nats
+        and fidelity.same_top_token >= limits.min_same_top_token,
+    )
+    return fidelity, goldens
+
+
+def _both(
+    subject: Subject, session: Session, listener: Listener
+) -> Iterator[tuple["npt.NDArray[np.int64]", "npt.NDArray[np.float32]", "npt.NDArray[np.float32]"]]:
+    """Yield ids, the checkpoint's logits and the artifact's, chunk by chunk."""
+    import numpy as np
+
+    chunks = subject.chunks()
+    with listener.track("prove", sum(map(len, chunks))) as advance:
+        for chunk, expected in zip(
+            chunks, oracle.logits(subject.checkpoint, chunks), strict=True
+        ):
+            said = session.all_logits(chunk)[:, : subject.checkpoint.spec.vocabulary]
+            yield np.array(chunk), expected, said
+            advance(len(chunk))
+
+
+def _check_ids(subject: Subject, found: _Findings) -> None:
+    """Gate 3: every tokenizer that will read text makes the checkpoint's ids."""
+    lines = corpus.lines()
+    lines += [subject.text.render(turns) for turns in subject.conversations]
+    expected = [oracle.ids(subject.tokenizer, line) for line in lines]
+    ours = [subject.text.encode(line, adds_bos=False) for line in lines]
+    theirs = formats.get(subject.format).runtime_ids(subject.path, lines)
+    for reader, ids in (("edgekit run", ours), ("the runtime's own tokenizer", theirs)):
+        difference = ids and _first_difference(lines, expected, ids)
+        if difference:
+            found.add("token ids", f"{reader}: {difference}", passed=False)
+            return
+    readers = "edgekit run and the runtime's own tokenizer" if theirs else "edgekit run"
+    found.add("token ids", f"{readers} agree on {len(lines)} lines", passed=True)
+
+
+def _first_difference(
+    lines: Sequence[str], expected: Sequence[list[int]], ids: Sequence[list[int]]
+) -> str | None:
+    for line, wanted, got in zip(lines, expected, ids, strict=True):
+        if wanted != got:
+            at = next(
+                (i for i, pair in enumerate(zip(wanted, got, strict=False)) if pair[0] != pair[1]),
+                min(len(wanted), len(got)),
+            )
+            return (
+                f"{line!r} becomes {got[at : at + 4]} at token {at}, the checkpoint's tokenizer "
+                f"says {wanted[at : at + 4]}"
+            )
+    return None
+
+
+def _check_template(subject: Subject, found: _Findings) -> None:
+    """Gate 4: a conversation becomes the same bytes as in transformers."""
+    template = subject.checkpoint.text.chat_template
+    if template is None:
+        found.add("chat template", "the checkpoint has none", passed=True)
+        return
+    for turns in subject.conversations:
+        expected = oracle.rendered(subject.tokenizer, turns, template=template)
+        if subject.text.render(turns) != expected:
+            found.add("chat template", f"renders otherwise than {expected!r}", passed=False)
+            return
+    found.add(
+        "chat template",
+        f"{len(subject.conversations)} conversations render to the same bytes",
+        passed=bool(subject.conversations),
+    )
+
+
+def _check_stops(
+    subject: Subject, session: Session, prompt: list[int], answer: list[int], found: _Findings
+) -> None:
+    """Gate 5: every file agrees on where an answer ends, and generation ends there."""
+    by_file = subject.checkpoint.text.stop_ids_by_file
+    declared = {id for ids in by_file.values() for id in ids}
+    told = ", ".join(f"{name} {list(ids)}" for name, ids in by_file.items() if ids)
+    last = answer[-1]
+    before = answer[: answer.index(last)]
+    session.reset()
+    again = list(generate(session, prompt, max_tokens=len(answer), stop_ids=(last,), sampling=GREEDY))
+    found.add(
+        "stops",
+        f"at {list(subject.rules.stop_ids)} ({told}); a generation ended at such an id",
+        passed=bool(declared) and set(subject.rules.stop_ids) == declared and again == before,
+    )
+
+
+def _check_storages(subject: Subject, found: _Findings) -> None:
+    """Gate 6: every tensor is stored as the plan said."""
+    contents = formats.get(subject.format).contents(subject.path)
+    held: dict[str, int] = {}
+    for _, _, name in contents:
+        held[name] = held.get(name, 0) + 1
+    planned: dict[str, int] = {}
+    for placement in subject.layout.placements:
+        planned[placement.storage] = planned.get(placement.storage, 0) + 1
+    missing = {name: n for name, n in planned.items() if held.get(name, 0) < n}
+    substituted = len(subject.layout.substituted)
+    found.add(
+        "storages",
+        ", ".join(f"{count} {name}" for name, count in sorted(held.items()))
+        + (f"; {substituted} substituted" if substituted else ""),
+        passed=not missing,
+    )
+
+
+def _check_size(subject: Subject, found: _Findings) -> None:
+    """Gate 7: the bytes on disk are the bytes predicted."""
+    size, predicted = subject.path.stat().st_size, subject.layout.artifact_bytes
+    allowed = 0 if subject.layout.is_exact else predicted // 100
+    found.add(
+        "size",
+        f"{size} bytes, predicted {predicted}",
+        passed=abs(size - predicted) <= allowed,
+    )
+
+
+def _check_adapter(subject: Subject, found: _Findings) -> None:
+    """Gate 8: base and adapter, side by side, say what the merged weights say."""
+    adapter = subject.checkpoint.adapter
+    if adapter is None:
+        return
+    import numpy as np
+
+    from edgekit import reference
+
+    chunk = subject.chunks()[0][:64]
+    beside = next(oracle.logits(subject.checkpoint, [chunk]))
+    merged = next(reference.logits(subject.checkpoint, [chunk]))
+    difference = float(np.abs(beside - merged).max())
+    scale = float(np.abs(beside).max())
+    limit = 1e-4 * max(1.0, scale)
+    found.add(
+        "adapter",
+        f"{adapter.name} merged: logits within {difference:.1e} of base + adapter (<= {limit:.1e})",
+        passed=difference <= limit,
+    )
+
+
+def _goldens(
+    subject: Subject, logits: list[LogitGolden], prompt: list[int], answer: list[int]
+) -> Goldens:
+    text = subject.text
+    return Goldens(
+        texts=tuple(
+            TextGolden(text=line, ids=tuple(text.encode(line, adds_bos=False)))
+            for line in corpus.lines()
+        ),
+        chats=tuple(
+            ChatGolden(
+                messages=turns, rendered=text.render(turns), ids=tuple(text.encode_chat(turns))
+            )
+            for turns in subject.conversations
+        ),
+        logits=tuple(logits),
+        answer_prompt_ids=tuple(prompt),
+        answer_ids=tuple(answer),
+    )
