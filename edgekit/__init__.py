@@ -1,2 +1,74 @@
-"""edgekit"""
+"""Turn a fine-tuned small language model into artifacts that fit a device, and prove that they do.
+
+Read the package in the order of the main job: ``cli`` parses, ``export`` tells the story, ``plan``
+decides, ``formats`` convert, ``verify`` proves, ``bundle`` keeps the result; on the device ``run``
+answers and ``validate`` measures and judges.
+
+Every verb is a function here too: ``edgekit.export("demo", "raspberry-pi-5-8gb")``. A verb's
+function and its module share a name; as an attribute of the package it is the function.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from edgekit.bundle import Bundle as Bundle
+    from edgekit.doctor import doctor as doctor
+    from edgekit.errors import EdgekitError as EdgekitError
+    from edgekit.export import export as export
+    from edgekit.generate import Sampling as Sampling
+    from edgekit.inspect import inspect as inspect
+    from edgekit.merge import merge as merge
+    from edgekit.plan import plan as plan
+    from edgekit.run import Chat as Chat
+    from edgekit.run import Runner as Runner
+    from edgekit.run import run as run
+    from edgekit.serve import serve as serve
+    from edgekit.source import open_checkpoint as open_checkpoint
+    from edgekit.target import Target as Target
+    from edgekit.target import load as load_target  # noqa: F401 - a public name
+    from edgekit.validate import validate as validate
+    from edgekit.verify import verify as verify
+
 __version__ = "0.1.0"
+
+_PLACES = {
+    "Bundle": "bundle", "Chat": "run", "EdgekitError": "errors", "Runner": "run",
+    "Sampling": "generate", "Target": "target", "doctor": "doctor", "export": "export",
+    "inspect": "inspect", "load_target": "target", "merge": "merge",
+    "open_checkpoint": "source", "plan": "plan", "run": "run", "serve": "serve",
+    "validate": "validate", "verify": "verify",
+}  # fmt: skip
+_OTHER_NAMES = {"load_target": "load"}
+
+__all__ = [*_PLACES]  # noqa: PLE0604 - the table is the list
+
+
+class _Package(ModuleType):
+    """Keeps the import of a verb's module from hiding the verb's function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _PLACES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: ``import edgekit`` stays cheap."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(
+        importlib.import_module(f"{__name__}.{_PLACES[name]}"), _OTHER_NAMES.get(name, name)
+    )
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    """List the public names for completion."""
+    return sorted([*globals(), *_PLACES])

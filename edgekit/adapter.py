@@ -86,13 +86,9 @@ def merge(base: Checkpoint, directory: Path) -> Checkpoint:
     _add_updates(fit, tensors)
     _replace_token_rows(fit, tensors)
     spec = _spec_of(fit, tensors)
-    merged = replace(
-        base,
-        spec=spec,
-        tensors=tensors,
-        text=_text_of(fit, vocabulary=spec.vocabulary),
-        adapter=_record_of(fit, spec),
-    )
+    text = _text_of(fit, vocabulary=spec.vocabulary)
+    record = _record_of(fit, spec, text)
+    merged = replace(base, spec=spec, tensors=tensors, text=text, adapter=record)
     merged.refuse_mismatch()
     return merged
 
@@ -223,10 +219,11 @@ def _refuse_unknown(fit: _Fit, module: str, tensors: Mapping[str, Tensor]) -> No
     """Stop if the base has no such module."""
     if f"{module}.weight" in tensors:
         return
-    layer, depth = _layer_of(module), len(fit.base.spec.layers)
-    if layer is not None and layer >= depth:
+    depth = len(fit.base.spec.layers)
+    deepest = max((_layer_of(name) or 0 for name in fit.parts), default=0)
+    if deepest >= depth:
         raise UsageError(
-            f"{fit.path} is for at least {layer + 1} layers, {fit.base.directory} has {depth}",
+            f"{fit.path} is for at least {deepest + 1} layers, {fit.base.directory} has {depth}",
             hint=_hint(fit),
         )
     raise UsageError(
@@ -269,7 +266,7 @@ def _replace_whole(fit: _Fit, tensors: dict[str, Tensor]) -> None:
 def _refuse_shape(
     fit: _Fit, name: str, found: Shape, expected: Shape, *, may_grow: bool = False
 ) -> None:
-    if found == expected or (may_grow and found[1:] == expected[1:]):
+    if found == expected or (may_grow and found[1:] == expected[1:] and found[0] > 0):
         return
     raise UsageError(
         f"{fit.path}: {name} has shape {list(found)}, expected {list(expected)}", hint=_hint(fit)
@@ -410,23 +407,24 @@ def _replace_token_rows(fit: _Fit, tensors: dict[str, Tensor]) -> None:
             values = _twin(fit, values, rows[fit.head])
         both = _with_rows(fit, fit.embedding, tensors, values)
         tensors[fit.embedding] = tensors[fit.head] = both
+        _refuse_untrained(fit, {*rows, fit.head})
     else:
         tensors |= {name: _with_rows(fit, name, tensors, values) for name, values in rows.items()}
+        _refuse_untrained(fit, set(rows))
+
+
+def _refuse_untrained(fit: _Fit, replaced: set[str]) -> None:
+    """Check that the file had the rows of every token the config names."""
     for module in fit.settings.token_ids:
-        if not any(_names_module(module, name, fit) for name in rows):
+        if not any(
+            name.removesuffix(".weight").endswith(module) if module else name == fit.embedding
+            for name in replaced
+        ):
             raise UsageError(
                 f"{fit.settings.origin} trains tokens of {module or 'the embedding'!r}, "
                 f"{fit.path} lacks them",
                 hint="the adapter was saved incompletely; save it again with PEFT",
             )
-
-
-def _names_module(key: str, tensor: str, fit: _Fit) -> bool:
-    if key == "":
-        return tensor == fit.embedding
-    is_tied_head = fit.base.spec.is_tied and tensor == fit.embedding
-    names = {tensor, fit.head} if is_tied_head else {tensor}
-    return any(name.removesuffix(".weight").endswith(key) for name in names)
 
 
 def _are_rows_tied(fit: _Fit, rows: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
@@ -569,7 +567,7 @@ def _template_of(directory: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _record_of(fit: _Fit, spec: DecoderSpec) -> AdapterRecord:
+def _record_of(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> AdapterRecord:
     digest = hashlib.sha256()
     earlier = fit.base.adapter
     if earlier:
@@ -581,11 +579,11 @@ def _record_of(fit: _Fit, spec: DecoderSpec) -> AdapterRecord:
         directory=fit.path.parent,
         name=f"{earlier.name} + {fit.name}" if earlier else fit.name,
         sha256=digest.hexdigest(),
-        notes=(*(earlier.notes if earlier else ()), *_notes(fit, spec)),
+        notes=(*(earlier.notes if earlier else ()), *_notes(fit, spec, text)),
     )
 
 
-def _notes(fit: _Fit, spec: DecoderSpec) -> Iterator[str]:
+def _notes(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> Iterator[str]:
     """Yield what a user should know about this merge, one sentence each."""
     before, made_for = fit.base.spec, fit.settings.base_model
     if before.is_tied and not spec.is_tied:
@@ -604,11 +602,6 @@ def _notes(fit: _Fit, spec: DecoderSpec) -> Iterator[str]:
             f"the adapter was trained on the quantised {made_for!r} and is merged into "
             f"{fit.base.name!r} as it is"
         )
-    yield from _beyond_vocabulary(fit, spec)
-
-
-def _beyond_vocabulary(fit: _Fit, spec: DecoderSpec) -> Iterator[str]:
-    tokenizer = fit.path.parent / "tokenizer.json"
-    tokens = added_tokens(tokenizer) if tokenizer.is_file() else {}
-    if beyond := sorted(token for token, id in tokens.items() if id >= spec.vocabulary):
-        yield f"the model has no row for {len(beyond)} tokens of the tokenizer: {beyond[0]!r} …"
+    ids = added_tokens(text.tokenizer_json)
+    if beyond := [token for token, id in ids.items() if id >= spec.vocabulary]:
+        yield f"the tokenizer knows tokens for which the model has no row: {', '.join(beyond)}"

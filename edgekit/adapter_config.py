@@ -24,6 +24,7 @@ SUPPORTED = (
     "trainable_token_indices"
 )
 ALL_LINEAR = "all-linear"
+_MOST = 2**31  # no rank and no alpha comes near
 _OTHER_KINDS = {
     "ADALORA": "AdaLoRA",
     "BOFT": "BOFT",
@@ -206,7 +207,7 @@ def _settings(config: Config, fields: Mapping[str, Any]) -> AdapterSettings:
         base_model=config.get("base_model_name_or_path", ""),
         rank=config.integer("r"),
         alpha=config.number("lora_alpha", 8),  # PEFT's default
-        rank_pattern=_numbers(config, "rank_pattern"),
+        rank_pattern=_numbers(config, "rank_pattern", whole=True),
         alpha_pattern=_numbers(config, "alpha_pattern"),
         target_modules=_names_or_pattern(fields, "target_modules", config.origin),
         exclude_modules=_names_or_pattern(fields, "exclude_modules", config.origin),
@@ -254,11 +255,14 @@ def _checked_integers(value: Any, name: str, origin: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _numbers(config: Config, name: str) -> dict[str, float]:
+def _numbers(config: Config, name: str, *, whole: bool = False) -> dict[str, float]:
     value = config.get(name, dict[str, Any]())
+    kind = int if whole else int | float
     for key, number in value.items():
-        if not isinstance(number, int | float) or isinstance(number, bool) or number <= 0:
-            raise UsageError(f"{config.origin}: {name}[{key!r}] = {number!r}, expected a number")
+        if not isinstance(number, kind) or isinstance(number, bool) or not 0 < number < _MOST:
+            raise UsageError(
+                f"{config.origin}: {name}[{key!r}] = {number!r}, expected a positive number"
+            )
     return value
 
 

@@ -162,7 +162,7 @@ class Bundle:
                 missing, new, or changed; the message names it.
         """
         bundle = cls._from_manifest(directory, _read_manifest(directory))
-        bundle._check_files(check_hashes=check_hashes)
+        bundle.check_files(check_hashes=check_hashes)
         return bundle
 
     @classmethod
@@ -187,12 +187,16 @@ class Bundle:
         except (KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{directory / MANIFEST} is not a manifest: {error!r}") from error
 
-    def _check_files(self, *, check_hashes: bool) -> None:
+    def check_files(self, *, check_hashes: bool = True) -> None:
+        """Compare what lies in the directory with the manifest.
+
+        Raises:
+            BundleError: If a file is missing, new, or changed; the message names it.
+        """
         for name in self.artifact.files:
             _refuse_to_leave(self.directory, name)
         present = {
-            str(PurePosixPath(path.relative_to(self.directory)))
-            for path in _files(self.directory)
+            str(PurePosixPath(path.relative_to(self.directory))) for path in _files(self.directory)
         }
         for name in sorted(self.artifact.files.keys() - present):
             raise BundleError(f"{self.directory / name} is missing", hint="copy the bundle again")

@@ -141,7 +141,7 @@ class Checkpoint:
             UsageError: If this is no checkpoint, one edgekit does not understand, or a damaged one.
         """
         fields = _read_config(directory)
-        architecture = str(fields.get("model_type", ""))
+        architecture = _architecture(directory, fields)
         family = families.get(architecture)
         config = Config(fields, origin=str(directory / "config.json"))
         spec = family.describe(config)
@@ -262,6 +262,16 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return read_json_object(path)
 
 
+def _architecture(directory: Path, fields: Mapping[str, Any]) -> str:
+    architecture = fields.get("model_type")
+    if not isinstance(architecture, str):
+        raise UsageError(
+            f"{directory / 'config.json'}: model_type = {architecture!r}, expected a name",
+            hint=f"supported: {', '.join(families.names())}",
+        )
+    return architecture
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
@@ -293,7 +303,8 @@ def _shards(index: Path) -> list[str]:
     if not isinstance(shards, dict):
         raise UsageError(f"{index} has no weight_map")
     for shard in shards.values():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        is_name = isinstance(shard, str) and Path(shard).name == shard
+        if not is_name or not shard.endswith(".safetensors"):
             raise UsageError(f"{index} names {shard!r}, which is no file beside it")
     return sorted(set(shards.values()))
 
@@ -382,7 +393,7 @@ def _by_offset(path: Path, header: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _stored_tensor(path: Path, name: str, field: Any, *, data_start: int) -> StoredTensor:
     shape, dtype = field.get("shape"), field.get("dtype")
-    if dtype not in _ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise UsageError(
             f"{path}: {name} has dtype {dtype!r}, expected one of {', '.join(_ITEM_BYTES)}",
             hint="quantised checkpoints are not read; pass the 16-bit model",

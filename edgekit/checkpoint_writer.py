@@ -267,13 +267,25 @@ def _write_text(checkpoint: Checkpoint, directory: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
-    if checkpoint.text.chat_template is not None:  # a file of its own wins over the config's
-        template = checkpoint.text.chat_template
-        (directory / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+    if checkpoint.text.chat_template is not None:
+        _write_template(checkpoint.text.chat_template, directory)
     for place in (source, checkpoint.directory):
         if (place / "generation_config.json").is_file():
             shutil.copyfile(place / "generation_config.json", directory / "generation_config.json")
             break
+
+
+def _write_template(template: str, directory: Path) -> None:
+    """Write a chat template where it reads back as it is; a file of its own wins over the config.
+
+    Whoever reads ``chat_template.jinja`` as text gets a newline for every line end.
+    """
+    if "\r" not in template:
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+        return
+    path = directory / "tokenizer_config.json"
+    settings = read_json_object(path) if path.is_file() else {}
+    _write_json(path, settings | {"chat_template": template})
 
 
 def _write_card(checkpoint: Checkpoint, directory: Path, *, name: str) -> None:
@@ -283,7 +295,7 @@ def _write_card(checkpoint: Checkpoint, directory: Path, *, name: str) -> None:
             if path.is_file():
                 shutil.copyfile(path, directory / path.name)
     licence = f"license: {checkpoint.licence}\n" if checkpoint.licence else ""
-    text = f"---\n{licence}base_model: {checkpoint.name}\n---\n\n# {name}\n\n"
+    text = f"---\n{licence}base_model: {json.dumps(checkpoint.name)}\n---\n\n# {name}\n\n"
     text += f"Written by edgekit from {checkpoint.name}"
     if checkpoint.adapter:
         text += f" with the adapter {checkpoint.adapter.name} merged in"

@@ -28,7 +28,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import edgekit
 from edgekit.bundle import MANIFEST, sha256_of
-from edgekit.errors import MissingDependencyError, ToolchainError, UsageError
+from edgekit.errors import EdgekitError, MissingDependencyError, ToolchainError, UsageError
 
 
 SSH_CONFIG_VARIABLE = "EDGEKIT_SSH_CONFIG"  # a file for `ssh -F`, instead of ~/.ssh/config
@@ -121,7 +121,11 @@ def connect(text: str, *, ssh_config: Path | None = None) -> Device:
     if text.startswith("ssh://"):
         named = os.environ.get(SSH_CONFIG_VARIABLE)
         device = SshDevice.parse(text, config=ssh_config or (Path(named) if named else None))
-        device.check_python()
+        try:
+            device.check_python()
+        except EdgekitError:
+            device.close()
+            raise
         return device
     raise UsageError(
         f"{text!r} is no device", hint="devices: this, ssh://user@host, ssh://user@host:port"
@@ -186,6 +190,7 @@ class SshDevice:
         # Short, because the path of a socket may have 108 bytes at most.
         self._sockets = Path(tempfile.mkdtemp(prefix="edgekit-"))
         self._options = _ssh_options(self._sockets / "s", port=port, config=config)
+        self._address = host if port is None else f"-p {port} {host}"  # as one types it
         self._pushed: dict[Path, str] = {}
         self._library: str | None = None
 
@@ -320,7 +325,7 @@ class SshDevice:
             if sign in log:
                 return ToolchainError(
                     f"cannot connect to {self.label}: {reason}",
-                    hint=hint.format(host=self.host),
+                    hint=hint.format(host=self._address),
                     log=log,
                 )
         return ToolchainError(

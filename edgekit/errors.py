@@ -1,7 +1,7 @@
 """Everything edgekit refuses to do, and the exit status of each refusal.
 
 EdgekitError                 1
-├── UsageError               2   the request is wrong: no such target, no such format, not a checkpoint
+├── UsageError               2   the request is wrong: no such target, not a checkpoint
 ├── BudgetError              3   nothing we can make fits, or what we made does not
 ├── UnstableError            4   measured, but too noisy to judge
 ├── MissingDependencyError   5   a package or toolchain is not installed

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit import formats, oracle, plan, source, target, verify, workdir
+from edgekit import formats, oracle, source, target, workdir
 from edgekit.bundle import Artifact, Bundle, ModelRecord
 from edgekit.checkpoint import Checkpoint
-from edgekit.plan import Plan
+from edgekit.plan import Plan, substitutions
+from edgekit.plan import make as make_plan
 from edgekit.progress import Listener, Silent
 from edgekit.target import Target
 from edgekit.units import format_bytes, format_rate
-from edgekit.verify import Subject
+from edgekit.verify import Subject, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +80,8 @@ def make(request: Request, *, listener: Listener) -> Bundle:
         workdir.refuse_existing(request.out)
     if request.is_verified:
         oracle.require()
-    checkpoint = source.open_checkpoint(
-        request.model, adapters=request.adapters, listener=listener
-    )
-    chosen = plan.make(
+    checkpoint = source.open_checkpoint(request.model, adapters=request.adapters, listener=listener)
+    chosen = make_plan(
         checkpoint,
         request.target,
         format=request.format,
@@ -129,7 +128,7 @@ def _fill(
         rules=rules,
         context_tokens=chosen.context_tokens,
     )
-    proof = verify.check(subject, listener=listener)
+    proof = check(subject, listener=listener)
     for gate in proof.agreement.gates:
         listener.say(f"{'ok  ' if gate.passed else 'FAIL'} {gate.name}: {gate.finding}")
     proof.goldens.save(work)
@@ -169,7 +168,7 @@ def _artifact(work: Path, entry: str, chosen: Plan) -> Artifact:
         entry,
         format=chosen.format,
         recipe=chosen.recipe.name,
-        substitutions=tuple(plan.substitutions(chosen.layout)),
+        substitutions=tuple(substitutions(chosen.layout)),
     )
 
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "context"]
 
 
+_BLOCK = 64  # values of which one maximum is taken
+
+
 class PromptTooLongError(UsageError):
     """The prompt alone is longer than the context."""
 
@@ -240,34 +243,66 @@ def _penalised(logits: "Logits", seen: set[int], penalty: float) -> "Logits":
 def candidates(
     logits: "Logits", sampling: Sampling
 ) -> tuple["npt.NDArray[np.int64]", "npt.NDArray[np.float64]"]:
-    """Return the tokens that may come next, the most likely first, and their probabilities.
+    """Return the tokens that may come next, and their probabilities.
 
     Raises:
         ToolchainError: If a logit is no number.
     """
     import numpy as np
 
-    _check_finite(logits.max())
-    tokens = _top_k(logits, sampling.top_k)
-    scores = logits[tokens].astype(np.float64)
-    order = np.argsort(-scores, kind="stable")
-    tokens, scores = tokens[order], scores[order]
+    largest = logits.max()
+    _check_finite(largest)
+    tokens = largest_of(logits, sampling.top_k or len(logits))
     with np.errstate(over="ignore"):  # a tiny temperature: all but the first become impossible
-        weights = np.exp((scores - scores[0]) / sampling.temperature)
+        weights = np.exp((logits[tokens].astype(np.float64) - largest) / sampling.temperature)
     probabilities = weights / weights.sum()
     if sampling.top_p < 1:
-        # Tokens are kept until their sum reaches top_p, the one that reaches it included.
-        kept = int((probabilities.cumsum() < sampling.top_p).sum()) + 1
-        tokens, probabilities = tokens[:kept], probabilities[:kept]
+        kept = _nucleus(probabilities, sampling.top_p)
+        tokens, probabilities = tokens[kept], probabilities[kept]
     if sampling.min_p > 0:
-        kept = int((probabilities >= sampling.min_p * probabilities[0]).sum())
-        tokens, probabilities = tokens[:kept], probabilities[:kept]
+        is_kept = probabilities >= sampling.min_p * probabilities.max()
+        tokens, probabilities = tokens[is_kept], probabilities[is_kept]
     return tokens, probabilities / probabilities.sum()
 
 
-def _top_k(logits: "Logits", k: int) -> "npt.NDArray[np.int64]":
+def _nucleus(probabilities: "npt.NDArray[np.float64]", top_p: float) -> "npt.NDArray[np.int64]":
+    """Return the fewest indices whose sum reaches ``top_p``, the one that reaches it included."""
+    # Sorting a whole vocabulary takes longer than many a model; a few hundred tokens mostly do.
+    best = _sorted_largest(probabilities, 256)
+    if probabilities[best].sum() < top_p:
+        best = _sorted_largest(probabilities, len(probabilities))
+    return best[: int((probabilities[best].cumsum() < top_p).sum()) + 1]
+
+
+def _sorted_largest(values: "npt.NDArray[np.float64]", k: int) -> "npt.NDArray[np.int64]":
+    best = largest_of(values, k)
+    return best[(-values[best]).argsort(kind="stable")]
+
+
+def largest_of(values: "npt.NDArray[Any]", k: int) -> "npt.NDArray[np.int64]":
+    """Return the indices of the ``k`` largest values, in no order."""
     import numpy as np
 
-    if not 0 < k < len(logits):
-        return np.arange(len(logits))
-    return np.sort(np.argpartition(logits, len(logits) - k)[len(logits) - k :])
+    if k >= len(values):
+        return np.arange(len(values))
+    indices = _best_blocks(values, k)
+    chosen = values[indices].argpartition(len(indices) - k)[len(indices) - k :]
+    best: npt.NDArray[np.int64] = indices[chosen]
+    return best
+
+
+def _best_blocks(values: "npt.NDArray[Any]", k: int) -> "npt.NDArray[np.int64]":
+    """Return the indices of the blocks that hold the ``k`` largest values, and of the rest.
+
+    They lie in the ``k`` blocks with the largest maxima, and a maximum is ten times faster than a
+    partition.
+    """
+    import numpy as np
+
+    blocks = len(values) // _BLOCK
+    if k >= blocks:
+        return np.arange(len(values))
+    maxima = values[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(axis=1)
+    best = maxima.argpartition(blocks - k)[blocks - k :]
+    inside = (best[:, None] * _BLOCK + np.arange(_BLOCK)).ravel()
+    return np.concatenate([inside, np.arange(blocks * _BLOCK, len(values))])

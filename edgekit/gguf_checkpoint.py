@@ -244,9 +244,7 @@ def _swaps(role: str, graph: Architecture) -> bool:
     return is_rotated and graph.rope_pairs == "neighbours"
 
 
-def _restore(
-    role: str, spec: DecoderSpec, graph: Architecture
-) -> Callable[["Rows"], "Rows"]:
+def _restore(role: str, spec: DecoderSpec, graph: Architecture) -> Callable[["Rows"], "Rows"]:
     if _swaps(role, graph):
         return lambda rows: conversion.separate_halves(rows, spec.attention.head_width)
     if split_role(role)[1].endswith("norm") and graph.norm_adds_one:

@@ -50,7 +50,7 @@ class _Vocabulary:
     @classmethod
     def parse(cls, metadata: Mapping[str, Any]) -> "_Vocabulary":
         model = metadata.get("tokenizer.ggml.model")
-        if model not in {"gpt2", "llama"}:
+        if model not in ("gpt2", "llama"):
             raise UsageError(
                 f"the file has a {model!r} tokenizer, edgekit reads 'gpt2' (byte-level BPE) and "
                 "'llama' (SentencePiece BPE)",
@@ -151,7 +151,7 @@ def write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> None:
     _write_json(directory / "generation_config.json", _generation_config(vocabulary))
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
-        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+        (directory / "chat_template.jinja").write_bytes(template.encode())
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

@@ -108,9 +108,7 @@ class Goldens:
         """
         path = directory / GOLDENS
         if not path.is_file():
-            raise BundleError(
-                f"{directory} has no {GOLDENS}", hint="export it without --no-verify"
-            )
+            raise BundleError(f"{directory} has no {GOLDENS}", hint="export it without --no-verify")
         fields = json.loads(path.read_text(encoding="utf-8"))
         return cls(
             texts=tuple(TextGolden(text=t["text"], ids=tuple(t["ids"])) for t in fields["texts"]),

@@ -64,9 +64,10 @@ def quantile(samples: Sequence[float], share: float) -> float:
 
 def coefficient_of_variation(samples: Sequence[float]) -> float:
     """Return the standard deviation as a share of the mean; 0 for fewer than two samples."""
-    if len(samples) < 2:
+    mean = statistics.fmean(samples) if samples else 0.0
+    if len(samples) < 2 or mean == 0:
         return 0.0
-    return statistics.stdev(samples) / statistics.fmean(samples)
+    return statistics.stdev(samples) / mean
 
 
 def drift(samples: Sequence[float]) -> float | None:
@@ -76,9 +77,8 @@ def drift(samples: Sequence[float]) -> float | None:
     neither half. None below ten samples: medians of fewer than five move by chance.
     """
     half = len(samples) // 2
-    if half < 5:
+    if half < 5 or (first := statistics.median(samples[:half])) == 0:
         return None
-    first = statistics.median(samples[:half])
     return statistics.median(samples[-half:]) / first - 1
 
 

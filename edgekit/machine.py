@@ -62,9 +62,8 @@ class Machine:
         cpu = _fields(self.text("proc/cpuinfo"))
         return Environment(
             system=f"{platform.system()} {platform.release()}",
-            model=self.text("proc/device-tree/model") or self.text(
-                "sys/devices/virtual/dmi/id/product_name"
-            ),
+            model=self.text("proc/device-tree/model")
+            or self.text("sys/devices/virtual/dmi/id/product_name"),
             cpu=cpu.get("model name") or cpu.get("Model") or platform.processor() or None,
             cores=usable_cores(),
             cpu_features=tuple((cpu.get("Features") or cpu.get("flags") or "").split()),
@@ -310,7 +309,7 @@ def _share(before_s: float | None, after_s: float | None, wall_s: float) -> floa
 
 def usable_cores() -> int | None:
     """Return how many cores this process may use, which a container may have limited."""
-    if sys.platform == "linux":
+    if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
 

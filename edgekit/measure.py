@@ -52,7 +52,6 @@ def measure_bundle(
     device: Device,
     workload: Workload,
     *,
-    environment: Environment | None = None,
     repetitions: int = DEFAULT_REPETITIONS,
     progress: Progress | None = None,
 ) -> Measurement:
@@ -64,7 +63,6 @@ def measure_bundle(
         bundle: What to measure.
         device: Where.
         workload: What every process does.
-        environment: What `environment_of` returned, to save asking again.
         repetitions: How many processes.
         progress: Called before each repetition and after the last.
 
@@ -76,7 +74,7 @@ def measure_bundle(
         device=device.label,
         artifact_sha256=artifact_sha256(bundle.artifact),
         workload=workload,
-        environment=environment or environment_of(bundle, device),
+        environment=environment_of(bundle, device),
         repetitions=(),
     )
     if progress:
@@ -209,12 +207,10 @@ def repeat(directory: Path, workload: Workload, machine: Machine) -> Repetition:
     cached = _cached_share(bundle)
     with Watch(machine, started=started) as watch:
         session, load_s = _load(bundle, workload)
-        try:
-            warm_up = _warm_up(session, workload)
-            watch.begin()
-            generations = _time_generations(session, workload)
-        finally:
-            session.close()
+        warm_up = _warm_up(session, workload)
+        watch.begin()
+        generations = _time_generations(session, workload)
+    session.close()
     return Repetition(
         load_s=load_s,
         cached_before_load=cached,
@@ -234,10 +230,8 @@ def start_cold(directory: Path, workload: Workload) -> ColdStart:
         forget(bundle.directory / name)
     cached = _cached_share(bundle)
     session, load_s = _load(bundle, workload)
-    try:
-        generation = _warm_up(session, workload)
-    finally:
-        session.close()
+    generation = _warm_up(session, workload)
+    session.close()
     return ColdStart(
         load_s=load_s,
         first_token_s=generation.first_token_s,

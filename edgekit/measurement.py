@@ -244,13 +244,12 @@ def _read_dict(key: Any, item: Any, *, value: object, of: str) -> dict[str, Any]
 
 
 def _read_scalar(hint: type, value: object, of: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+    kinds = (int, float) if hint is float else hint
+    if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
         raise _mismatch(of, value, {float: "a number", int: "an integer"}.get(hint, hint.__name__))
     if isinstance(value, int | float) and not _is_possible(value, of):
         raise _mismatch(of, value, "a finite number of at least 0")
-    return value
+    return hint(value)
 
 
 def _is_possible(value: float, of: str) -> bool:

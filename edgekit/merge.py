@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgekit import adapter
-from edgekit.checkpoint import Checkpoint
+from edgekit import source
 from edgekit.checkpoint_writer import Precision, write_checkpoint, written_bytes
 from edgekit.errors import UsageError
 from edgekit.progress import Listener, Silent
@@ -15,7 +14,7 @@ _SILENT = Silent()
 
 
 def merge(
-    model: Path,
+    model: str | Path,
     adapters: Sequence[Path],
     out: Path,
     *,
@@ -25,7 +24,7 @@ def merge(
     """Write ``model`` with ``adapters`` merged in, one after the other, to ``out``.
 
     Args:
-        model: A Hugging Face model directory.
+        model: A Hugging Face model directory, a GGUF file, or ``"demo"``.
         adapters: PEFT directories; each sees the base with the earlier ones in it.
         out: Must not exist.
         precision: None keeps the type each tensor of the base has.
@@ -41,11 +40,9 @@ def merge(
     refuse_existing(out)
     if not adapters:
         raise UsageError("there is no adapter to merge", hint="name one with --adapter")
-    checkpoint = Checkpoint.open(model)
-    for directory in adapters:
-        checkpoint = adapter.merge(checkpoint, directory)
+    checkpoint = source.open_checkpoint(model, adapters=adapters, listener=listener)
     for note in checkpoint.adapter.notes if checkpoint.adapter else ():
         listener.say(note)
     total = written_bytes(checkpoint, precision)
-    with listener.track(f"merging into {model.name}", total) as advance:
+    with listener.track(f"merge into {checkpoint.name}", total) as advance:
         return write_checkpoint(checkpoint, out, precision=precision, advance=advance)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Values = npt.NDArray[np.float32]
 
 
-_CHUNK_BYTES = 32 * 2**20  # of float32 values, where a whole tensor has to pass by
+_CHUNK_BYTES = 16 * 2**20  # of float32 values, where a whole tensor has to pass by
 
 
 def stored_dtype(tensor: Tensor) -> str:
@@ -61,9 +61,19 @@ class MergedTensor(ABC):
         """The type its base is stored in."""
         return stored_dtype(self.base)
 
-    @abstractmethod
     def read(self, first_row: int = 0, rows: int | None = None) -> "Values":
-        """Return some rows, or all, in float32."""
+        """Return some rows, or all, in float32.
+
+        Numbers that overflow become infinite without a warning: whoever reads refuses those.
+        """
+        import numpy as np
+
+        rows = self.shape[0] - first_row if rows is None else rows
+        with np.errstate(all="ignore"):
+            return self._merged(first_row, rows)
+
+    @abstractmethod
+    def _merged(self, first_row: int, rows: int) -> "Values": ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +84,7 @@ class LowRankUpdate(MergedTensor):
     up: Tensor  # lora_B: (rows, rank)
     scale: float
 
-    def read(self, first_row: int = 0, rows: int | None = None) -> "Values":
-        """Return some rows, or all, in float32."""
+    def _merged(self, first_row: int, rows: int) -> "Values":
         values: Values = self.up.read(first_row, rows) @ self.down.read()
         values *= self.scale
         values += self.base.read(first_row, rows)
@@ -90,10 +99,9 @@ class EmbeddingUpdate(MergedTensor):
     up: Tensor  # lora_embedding_B: (columns, rank)
     scale: float
 
-    def read(self, first_row: int = 0, rows: int | None = None) -> "Values":
-        """Return some rows, or all, in float32."""
-        last_row = self.shape[0] if rows is None else first_row + rows
-        values: Values = self.down.read()[:, first_row:last_row].T @ self.up.read().T
+    def _merged(self, first_row: int, rows: int) -> "Values":
+        down = self.down.read()[:, first_row : first_row + rows]
+        values: Values = down.T @ self.up.read().T
         values *= self.scale
         values += self.base.read(first_row, rows)
         return values
@@ -105,15 +113,14 @@ class RowMagnitudes(MergedTensor):
 
     magnitudes: Tensor  # (rows,)
 
-    def read(self, first_row: int = 0, rows: int | None = None) -> "Values":
-        """Return some rows, or all, in float32."""
+    def _merged(self, first_row: int, rows: int) -> "Values":
         import numpy as np
 
         values = self.base.read(first_row, rows)
-        lengths = np.linalg.norm(values, axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):  # whoever reads refuses infinity
-            scales: Values = self.magnitudes.read(first_row, rows) / lengths
-        return values * scales[:, None]
+        squares = np.einsum("ij,ij->i", values, values, dtype=np.float64)
+        scales = self.magnitudes.read(first_row, rows) / np.sqrt(squares)
+        scaled: Values = values * scales.astype(np.float32)[:, None]
+        return scaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +137,9 @@ class ColumnMagnitudes(MergedTensor):
         for first_row, rows in row_chunks(self.base):
             values = self.base.read(first_row, rows)
             squares += np.einsum("ij,ij->j", values, values, dtype=np.float64)
-        with np.errstate(divide="ignore", invalid="ignore"):  # whoever reads refuses infinity
-            return (self.magnitudes.read() / np.sqrt(squares)).astype(np.float32)
+        return (self.magnitudes.read() / np.sqrt(squares)).astype(np.float32)
 
-    def read(self, first_row: int = 0, rows: int | None = None) -> "Values":
-        """Return some rows, or all, in float32."""
+    def _merged(self, first_row: int, rows: int) -> "Values":
         return self.base.read(first_row, rows) * self._scales
 
 
@@ -145,8 +150,7 @@ class ReplacedRows(MergedTensor):
     replaced: tuple[int, ...]
     values: Tensor  # one row for each of ``replaced``
 
-    def read(self, first_row: int = 0, rows: int | None = None) -> "Values":
-        """Return some rows, or all, in float32."""
+    def _merged(self, first_row: int, rows: int) -> "Values":
         result = self.base.read(first_row, rows).copy()
         values = self.values.read()
         for index, row in enumerate(self.replaced):
@@ -162,8 +166,7 @@ class Sum(MergedTensor):
     addend: Tensor
     scale: float
 
-    def read(self, first_row: int = 0, rows: int | None = None) -> "Values":
-        """Return some rows, or all, in float32."""
+    def _merged(self, first_row: int, rows: int) -> "Values":
         values = self.addend.read(first_row, rows) * self.scale
         values += self.base.read(first_row, rows)
         return values
@@ -171,17 +174,12 @@ class Sum(MergedTensor):
 
 @dataclass(frozen=True, kw_only=True)
 class Twin(MergedTensor):
-    """A tensor that is stored twice and must be the same in both places."""
+    """A tensor that is stored twice; reading it refuses two that differ."""
 
     other: Tensor
     complaint: str
 
-    def read(self, first_row: int = 0, rows: int | None = None) -> "Values":
-        """Return some rows, or all, in float32.
-
-        Raises:
-            UsageError: If the two differ.
-        """
+    def _merged(self, first_row: int, rows: int) -> "Values":
         import numpy as np
 
         values = self.base.read(first_row, rows)

@@ -83,7 +83,9 @@ def tokenizer(checkpoint: Checkpoint) -> Any:
             directory, local_files_only=True, trust_remote_code=False
         )
     except (ValueError, OSError, KeyError) as error:
-        raise UsageError(f"transformers cannot read the tokenizer of {directory}: {error}") from error
+        raise UsageError(
+            f"transformers cannot read the tokenizer of {directory}: {error}"
+        ) from error
 
 
 def ids(tokenizer: Any, text: str) -> list[int]:

@@ -1,15 +1,17 @@
 """Plans: what to make for a target, decided by arithmetic before anything slow starts."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from edgekit import formats
+from edgekit import formats, source
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import ContextLimit, Layout, MemoryUse
 from edgekit.recipe import Recipe
 from edgekit.target import Target
+from edgekit.target import load as load_target
 from edgekit.units import format_bytes, format_duration, format_rate
 
 
@@ -74,6 +76,24 @@ class Plan:
     estimate: Estimate
     rejected: tuple[Candidate, ...]
     notes: tuple[str, ...] = ()  # what a user should know: a shortened context, substitutions
+
+
+def plan(
+    model: str | Path,
+    target_name: str | Target,
+    *,
+    adapters: Sequence[Path] = (),
+    format: str | None = None,
+    quant: str | None = None,
+    context_tokens: int | None = None,
+) -> Plan:
+    """Return what `edgekit export` would make of a model; nothing is changed.
+
+    The arguments and errors are those of `edgekit.export`.
+    """
+    found = target_name if isinstance(target_name, Target) else load_target(target_name)
+    checkpoint = source.open_checkpoint(model, adapters=adapters)
+    return make(checkpoint, found, format=format, quant=quant, context_tokens=context_tokens)
 
 
 def make(

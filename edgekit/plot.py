@@ -4,16 +4,16 @@ No plotting library: a device has none, and a report must be one file that needs
 """
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
 
 Formatter = Callable[[float], str]
 
-_WIDTH = 640
-_LEFT, _RIGHT, _TOP, _BOTTOM = 84, 20, 16, 44
-_ROW_HEIGHT = 34
+_WIDTH, _HEIGHT = 640, 280
+_LEFT, _RIGHT, _TOP, _BOTTOM = 92, 20, 16, 46
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,18 @@ class Line:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Frame:
+    """What stands around a plot; both axes start at zero."""
+
+    title: str  # for those who cannot see the plot
+    format: Formatter  # writes the values
+    across: str = ""  # the name of the lying axis, where it is not the values'
+    format_across: Formatter = "{:g}".format
+    limit: float | None = None  # drawn where it is near enough not to squeeze the rest
+    unit: float = 1  # the marks are round multiples of it
+
+
+@dataclass(frozen=True, kw_only=True)
 class Axis:
     """A linear axis from ``low`` to a round number, mapped to pixels."""
 
@@ -50,8 +62,10 @@ class Axis:
         return self.start + share * (self.end - self.start)
 
 
-def ticks(low: float, high: float, *, most: int = 6) -> list[float]:
-    """Return round numbers from ``low`` to at least ``high``: steps of 1, 2 or 5."""
+def ticks(low: float, high: float, *, most: int = 6, unit: float = 1) -> list[float]:
+    """Return round multiples of ``unit``, from ``low`` to at least ``high``: steps of 1, 2 or 5."""
+    if unit != 1:
+        return [mark * unit for mark in ticks(low / unit, high / unit, most=most)]
     span = max(high - low, 1e-12)
     rough = span / (most - 1)
     power = 10.0 ** math.floor(math.log10(rough))
@@ -61,55 +75,46 @@ def ticks(low: float, high: float, *, most: int = 6) -> list[float]:
     return [index * step for index in range(first, max(last, first + 1) + 1)]
 
 
-def dots(
-    rows: Sequence[Row], *, format: Formatter, title: str, limit: float | None = None
-) -> str:
-    """Draw each row's samples as dots along one axis from zero, with their median."""
+def dots(rows: Sequence[Row], frame: Frame) -> str:
+    """Draw each row's samples as dots along one axis, with their median."""
     every = [value for row in rows for value in (*row.samples, *row.apart)]
-    marks = ticks(0, _reach(every, limit))
-    height = _TOP + _ROW_HEIGHT * len(rows) + _BOTTOM
+    marks = ticks(0, _reach(every, frame.limit), unit=frame.unit)
+    row_height = (_HEIGHT - _TOP - _BOTTOM) / max(1, len(rows))
     axis = Axis(low=0, high=marks[-1], start=_LEFT, end=_WIDTH - _RIGHT)
-    parts = [_vertical(axis(mark), format(mark), height) for mark in marks]
-    parts += [_limit_line(axis(limit), height)] if limit is not None and limit <= axis.high else []
+    parts = [_vertical(axis(mark), frame.format(mark)) for mark in marks]
     for index, row in enumerate(rows):
-        y = _TOP + _ROW_HEIGHT * (index + 0.5)
-        parts.append(_text(_LEFT - 10, y + 4, row.label, "row"))
-        parts += [_dot(axis(value), y, format(value), "dot") for value in row.samples]
-        parts += [_dot(axis(value), y, format(value), "apart") for value in row.apart]
-        if row.samples:
-            x = axis(sorted(row.samples)[len(row.samples) // 2])
-            parts.append(f'<path class="median" d="M{x:.1f} {y - 11:.1f}v22"/>')
-    return _frame(parts, height, title)
+        parts += _row(row, axis, _TOP + row_height * (index + 0.5), frame.format)
+    return _framed(parts, frame.title)
 
 
-def lines(
-    series: Sequence[Line],
-    *,
-    format: Formatter,
-    title: str,
-    across: str,
-    format_across: Formatter = lambda value: f"{value:g}",
-    limit: float | None = None,
-) -> str:
-    """Draw lines and bands over an axis that is named ``across``; the other starts at zero."""
-    height = 280
+def _row(row: Row, axis: Axis, y: float, format: Formatter) -> Iterator[str]:
+    yield _text(_LEFT - 10, y + 4, row.label, "row")
+    for style, values in (("dot", row.samples), ("apart", row.apart)):
+        for value in values:
+            yield _dot(axis(value), y, format(value), style)
+    if row.samples:
+        x = axis(statistics.median(row.samples))
+        yield f'<path class="median" d="M{x:.1f} {y - 13:.1f}v26"/>'
+
+
+def lines(series: Sequence[Line], frame: Frame) -> str:
+    """Draw lines and bands; a later one lies above an earlier one."""
     xs = [x for line in series for x, _ in line.points]
     ys = [y for line in series for _, y in line.points]
-    marks = ticks(0, _reach(ys, limit))
-    marks_across = ticks(0, max(xs, default=1), most=7)
-    rise = Axis(low=0, high=marks[-1], start=height - _BOTTOM, end=_TOP)
+    marks = ticks(0, _reach(ys, frame.limit), unit=frame.unit)
+    rise = Axis(low=0, high=marks[-1], start=_HEIGHT - _BOTTOM, end=_TOP)
     run = Axis(low=0, high=max(xs, default=1), start=_LEFT, end=_WIDTH - _RIGHT)
-    parts = [_horizontal(rise(mark), format(mark)) for mark in marks]
-    for mark in marks_across:
-        if mark <= run.high:
-            parts.append(_text(run(mark), height - _BOTTOM + 18, format_across(mark), "tick"))
-    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, height - 6, across, "tick"))
-    if limit is not None and limit <= rise.high:
-        y = rise(limit)
-        parts.append(f'<path class="limit" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(_text(_WIDTH - _RIGHT, y - 6, "limit", "limit-name"))
+    parts = [_horizontal(rise(mark), frame.format(mark)) for mark in marks]
+    parts += [
+        _text(run(mark), _HEIGHT - _BOTTOM + 18, frame.format_across(mark), "tick")
+        for mark in ticks(0, run.high, most=7)
+        if mark <= run.high
+    ]
+    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, frame.across, "tick"))
     parts += [_line(line, run, rise) for line in series]
-    return _frame(parts, height, title)
+    if frame.limit is not None and frame.limit <= rise.high:
+        parts.append(_limit(rise(frame.limit)))
+    return _framed(parts, frame.title)
 
 
 def bar(used: float, samples: Sequence[float], outcome: str, title: str) -> str:
@@ -157,9 +162,9 @@ def _dot(x: float, y: float, label: str, style: str) -> str:
     )
 
 
-def _vertical(x: float, label: str, height: int) -> str:
-    grid = f'<path class="grid" d="M{x:.1f} {_TOP}V{height - _BOTTOM}"/>'
-    return grid + _text(x, height - _BOTTOM + 18, label, "tick")
+def _vertical(x: float, label: str) -> str:
+    grid = f'<path class="grid" d="M{x:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>'
+    return grid + _text(x, _HEIGHT - _BOTTOM + 18, label, "tick")
 
 
 def _horizontal(y: float, label: str) -> str:
@@ -167,17 +172,17 @@ def _horizontal(y: float, label: str) -> str:
     return grid + _text(_LEFT - 10, y + 4, label, "row")
 
 
-def _limit_line(x: float, height: int) -> str:
-    line = f'<path class="limit" d="M{x:.1f} {_TOP - 4}V{height - _BOTTOM}"/>'
-    return line + _text(x - 6, _TOP + 4, "limit", "limit-name")
+def _limit(y: float) -> str:
+    line = f'<path class="limit" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>'
+    return line + _text(_WIDTH - _RIGHT, y - 6, "limit", "limit-name")
 
 
 def _text(x: float, y: float, text: str, style: str) -> str:
     return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
 
 
-def _frame(parts: Sequence[str], height: int, title: str) -> str:
+def _framed(parts: Sequence[str], title: str) -> str:
     return (
-        f'<svg class="plot" viewBox="0 0 {_WIDTH} {height}" role="img">'
+        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">'
         f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
     )

@@ -6,6 +6,7 @@ people's models, so every text is escaped.
 
 import dataclasses
 import json
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
-from xml.etree import ElementTree as Xml
+from xml.etree import ElementTree as ET
 
 from edgekit import __version__, plot
 from edgekit.bundle import Bundle
@@ -63,6 +64,7 @@ def as_text(result: Result) -> str:
     lines = ["  ".join(_pad(row, widths)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     unclear = [check for check in result.verdict.checks if check.outcome == "inconclusive"]
+    unclear = [check for check in unclear if not check.is_void]
     lines += [""] if unclear or result.verdict.doubts or result.verdict.notes else []
     lines += [f"{check.name}: {check.basis}" for check in unclear]
     lines += [f"doubt: {doubt}" for doubt in result.verdict.doubts]
@@ -101,7 +103,7 @@ def as_junit(result: Result) -> str:
     """
     checks = result.verdict.checks
     unclear = sum(check.outcome != "pass" for check in checks) + bool(result.verdict.doubts)
-    suite = Xml.Element(
+    suite = ET.Element(
         "testsuite",
         name=_printable(f"edgekit validate {result.bundle.model.name}"),
         tests=str(len(checks) + 1),
@@ -111,18 +113,18 @@ def as_junit(result: Result) -> str:
     )
     group = f"edgekit.{result.target.name}"
     for check in checks:
-        case = Xml.SubElement(suite, "testcase", classname=group, name=check.name)
+        case = ET.SubElement(suite, "testcase", classname=group, name=check.name)
         if check.outcome != "pass":
             _add_failure(case, check.outcome, _sentence(check))
-    case = Xml.SubElement(suite, "testcase", classname=group, name="trustworthy measurement")
+    case = ET.SubElement(suite, "testcase", classname=group, name="trustworthy measurement")
     if result.verdict.doubts:
         _add_failure(case, "inconclusive", "; ".join(result.verdict.doubts))
     if result.verdict.notes:
-        Xml.SubElement(case, "system-out").text = _printable("\n".join(result.verdict.notes))
-    suites = Xml.Element("testsuites")
+        ET.SubElement(case, "system-out").text = _printable("\n".join(result.verdict.notes))
+    suites = ET.Element("testsuites")
     suites.append(suite)
-    Xml.indent(suites)
-    return Xml.tostring(suites, encoding="unicode", xml_declaration=True)
+    ET.indent(suites)
+    return ET.tostring(suites, encoding="unicode", xml_declaration=True)
 
 
 def as_html(result: Result) -> str:
@@ -163,18 +165,18 @@ def summarize(result: Result) -> str:
     missed = [check.name for check in checks if check.outcome == "fail"]
     unclear = [check.name for check in checks if check.outcome == "inconclusive"]
     if missed:
-        return f"misses the budget in {_listed(missed)}."
+        return f"It misses the budget in {_listed(missed)}."
     if not unclear and not doubts:
-        return f"keeps the budget in all {len(checks)} checks, steadily."
-    reasons = [f"{_listed(unclear)} cannot be judged"] if unclear else []
-    reasons += [_counted(len(doubts), "doubt") + " about the measurement"] if doubts else []
-    return f"no miss, but no proof of a pass: {'; '.join(reasons)}."
+        return f"It keeps the budget in all {len(checks)} checks, steadily."
+    reasons = [f"{_counted(len(unclear), 'check')} cannot be judged"] if unclear else []
+    reasons += [f"there is {_counted(len(doubts), 'doubt')}"] if doubts else []
+    return f"No miss, but no proof of a pass: {' and '.join(reasons)}."
 
 
 def format_value(value: float | None, unit: Unit) -> str:
     """Return a measured number or a limit for people."""
     if value is None:
-        return "–"
+        return "n/a"
     match unit:
         case "bytes":
             return format_bytes(value)
@@ -200,7 +202,7 @@ def _cells(check: Check) -> tuple[str, ...]:
         format_value(check.measured, check.unit),
         format_value(check.judged, check.unit),
         f"{'<=' if check.direction == 'at most' else '>='} {format_value(check.limit, check.unit)}",
-        "–" if used is None else f"{used:.0%}",
+        "n/a" if used is None else f"{used:.0%}",
         check.outcome,
     )
 
@@ -216,9 +218,9 @@ def _sentence(check: Check) -> str:
     return f"{check.name}: {judged}, {check.direction} {limit} allowed ({check.basis})"
 
 
-def _add_failure(case: Xml.Element, outcome: CheckOutcome, message: str) -> None:
+def _add_failure(case: ET.Element, outcome: CheckOutcome, message: str) -> None:
     kind = "fail" if outcome == "fail" else "unstable"
-    Xml.SubElement(case, "failure", type=kind, message=_printable(message))
+    ET.SubElement(case, "failure", type=kind, message=_printable(message))
 
 
 def _printable(text: str) -> str:
@@ -292,7 +294,7 @@ def _first_token_html(result: Result) -> str:
         f"{format_duration(limit.limit_s)} after {limit.prompt_tokens}"
         for limit in result.target.budget.first_token
     )
-    graph = plot.dots(rows, format=format_duration, title="Time to the first token")
+    graph = plot.dots(rows, plot.Frame(format=format_duration, title="Time to the first token"))
     legend = _key("one", "a generation") + _key("mark", "median")
     legend += _key("ring", "after a cold start, not judged") if cold else ""
     return _card("First token", f"by length of the prompt; allowed are {limits}", graph, legend)
@@ -308,10 +310,12 @@ def _decoding_html(result: Result) -> str:
         legend += _key(style, name)
     graph = plot.lines(
         series,
-        format=format_duration,
-        title="Time of each token",
-        across="token of the answer",
-        limit=limit,
+        plot.Frame(
+            format=format_duration,
+            title="Time of each token",
+            across="token of the answer",
+            limit=limit,
+        ),
     )
     caption = (
         f"median of all answers, and the band that holds 80&nbsp;% of them; the budget allows "
@@ -344,11 +348,14 @@ def _memory_html(result: Result) -> str:
     limit = result.target.budget.peak_memory_bytes
     graph = plot.lines(
         series,
-        format=format_bytes,
-        title="Memory over time",
-        across="time since the process started",
-        format_across=format_duration,
-        limit=limit,
+        plot.Frame(
+            format=format_bytes,
+            title="Memory over time",
+            across="time since the process started",
+            format_across=format_duration,
+            limit=limit,
+            unit=2**20,
+        ),
     )
     legend = _key("one", "resident: what is judged, weights included")
     legend += _key("two", "of it, what only the process can free")
@@ -368,10 +375,12 @@ def _order_html(result: Result) -> str:
         legend += _key(style, name)
     graph = plot.lines(
         series,
-        format=lambda value: f"{value:g}",
-        title="Decode rate of each answer",
-        across="answer, in the order of time",
-        limit=result.target.budget.decode_tokens_per_s,
+        plot.Frame(
+            format=lambda value: f"{value:g}",
+            title="Decode rate of each answer",
+            across="answer, in the order of time",
+            limit=result.target.budget.decode_tokens_per_s,
+        ),
     )
     caption = "tokens per second; a slope would be a device that heats up or fills up"
     return _card("Does it last?", caption, graph, legend)
@@ -459,12 +468,18 @@ def _prediction_html(result: Result) -> str:
 
 
 def _predictions(result: Result) -> Iterator[tuple[str, str, str, str]]:
-    measured = measured_by_name(result)
-    for name, predicted in result.bundle.predicted.items():
-        words, unit = _unit_of(name)
+    predictions, measured = result.bundle.predicted, measured_by_name(result)
+    for name, predicted in predictions.items():
+        words, unit = _words_and_unit(name)
+        if unit is None or name.endswith(("_low", "_high")):
+            continue
         found = measured.get(name)
-        ratio = f"{found / predicted:.2f}" if found is not None and predicted else "–"
-        yield words, format_value(predicted, unit), format_value(found, unit), ratio
+        ratio = f"{found / predicted:.2f}" if found is not None and predicted else ""
+        there = format_value(found, unit) if found is not None else ""
+        expected = format_value(predicted, unit)
+        if (low := predictions.get(f"{name}_low")) and (high := predictions.get(f"{name}_high")):
+            expected += f" ({format_value(low, unit)} to {format_value(high, unit)})"
+        yield words, expected, there, ratio
 
 
 def measured_by_name(result: Result) -> dict[str, float]:
@@ -477,24 +492,23 @@ def measured_by_name(result: Result) -> dict[str, float]:
         "peak_memory_bytes": max(peaks, default=None),
         "load_s": statistics.median(measurement.load_s) if measurement.load_s else None,
     }
-    if lengths := measurement.prompt_lengths_tokens:
-        shortest = measurement.generations(lengths[0])
-        rates = decode_rates(shortest)
-        firsts = [generation.first_token_s for generation in shortest]
+    for length in reversed(measurement.prompt_lengths_tokens):  # the shortest gives the rate
+        done = measurement.generations(length)
+        rates, firsts = decode_rates(done), [g.first_token_s for g in done]
         values["decode_tokens_per_s"] = statistics.median(rates) if rates else None
-        values["first_token_s"] = statistics.median(firsts) if firsts else None
+        values[f"first_token_s_after_{length}"] = statistics.median(firsts) if firsts else None
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def _unit_of(name: str) -> tuple[str, Unit]:
-    """Split ``"decode_tokens_per_s"`` into words and its unit."""
-    suffixes: tuple[tuple[str, Unit], ...] = (
-        ("_tokens_per_s", "tokens/s"), ("_bytes", "bytes"), ("_tokens", "tokens"), ("_s", "s"),
-    )  # fmt: skip
-    for suffix, unit in suffixes:
-        if name.endswith(suffix):
-            return name.removesuffix(suffix).replace("_", " "), unit
-    return name.replace("_", " "), "tokens"
+def _words_and_unit(name: str) -> tuple[str, Unit | None]:
+    """Split ``"first_token_s_after_128"`` into words and its unit; None if it names no unit."""
+    units: dict[str, Unit] = {
+        "tokens_per_s": "tokens/s", "bytes": "bytes", "tokens": "tokens", "s": "s",
+    }  # fmt: skip
+    found = re.fullmatch(r"(.+?)_(tokens_per_s|bytes|tokens|s)(_.+)?", name)
+    if found is None:
+        return name, None
+    return f"{found[1]}{found[3] or ''}".replace("_", " "), units[found[2]]
 
 
 def _proof_html(bundle: Bundle) -> str:

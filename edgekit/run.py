@@ -291,7 +291,7 @@ def run(  # noqa: PLR0913 - a request in full
     sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
     raw: bool = False,
-) -> Iterator[str]:
+) -> Generator[str]:
     """Load a bundle, yield the pieces of one answer, and close it; see `answer`."""
     with Runner.open(bundle_directory) as runner:
         yield from answer(

@@ -1,4 +1,4 @@
-"""What MODEL may be: a Hugging Face directory, a GGUF file, or ``demo``; all become a checkpoint."""
+"""What MODEL may be: a Hugging Face directory, a GGUF file, or ``demo``."""
 
 import os
 from collections.abc import Sequence

@@ -99,8 +99,13 @@ class TokenizerFiles:
 
 def added_tokens(tokenizer_json: Path) -> dict[str, int]:
     """Return the ids of the tokens that are matched before the tokenizer splits text."""
-    fields = _json(tokenizer_json)
-    return {token["content"]: token["id"] for token in fields.get("added_tokens", [])}
+    entries = _json(tokenizer_json).get("added_tokens", [])
+    try:
+        return {str(entry["content"]): int(entry["id"]) for entry in entries}
+    except (TypeError, KeyError, ValueError) as error:
+        raise UsageError(
+            f"{tokenizer_json}: added_tokens is no list of tokens with content and id"
+        ) from error
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -131,10 +136,14 @@ def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     """Return the template: a file of its own wins, of several in the config the default one."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise UsageError(f"{path} is not UTF-8: {error}") from error
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        entries = (entry for entry in template if isinstance(entry, dict))
+        named = {entry.get("name"): entry.get("template") for entry in entries}
         template = named.get("default")
     return template if isinstance(template, str) else None
 

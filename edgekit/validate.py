@@ -16,7 +16,7 @@ from edgekit.verdict import judge
 MOST_SAMPLES = 40  # of a time or a rate; what is unclear then stays unstable
 
 
-def validate(
+def validate(  # noqa: PLR0913  # the options of the verb
     bundle_directory: Path,
     target: Target,
     *,
@@ -52,11 +52,32 @@ def validate(
             bundle,
             place,
             plan_workload(bundle, target, environment, threads=threads),
-            environment=environment,
             repetitions=repetitions,
             progress=progress,
         )
         measurement = _until_clear(measurement, bundle, target, place, progress)
+    verdict = judge(measurement, bundle, target)
+    return Result(bundle=bundle, target=target, measurement=measurement, verdict=verdict)
+
+
+def judge_document(bundle_directory: Path, target: Target, document: Path) -> Result:
+    """Return the verdict on a measurement that another runner wrote, a phone's or a browser's.
+
+    Raises:
+        UsageError: If the document does not follow the schema, or measured another artifact.
+    """
+    bundle = Bundle.load(bundle_directory)
+    try:
+        measurement = Measurement.from_json(document.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {document}: {error}") from error
+    expected = measure.artifact_sha256(bundle.artifact)
+    if measurement.artifact_sha256 != expected:
+        raise UsageError(
+            f"{document} measured another artifact: {measurement.artifact_sha256[:16]}…, "
+            f"this bundle's is {expected[:16]}…",
+            hint="measure this bundle, or pass the bundle that was measured",
+        )
     verdict = judge(measurement, bundle, target)
     return Result(bundle=bundle, target=target, measurement=measurement, verdict=verdict)
 

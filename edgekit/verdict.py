@@ -8,10 +8,10 @@ speed of something else.
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from edgekit.bundle import Bundle
-from edgekit.interval import bounds_of_median, coefficient_of_variation, drift
+from edgekit.interval import MedianBounds, bounds_of_median, coefficient_of_variation, drift
 from edgekit.machine import THROTTLED_NOW, THROTTLED_SINCE_BOOT
 from edgekit.measurement import JUDGED_METRICS, Generation, Measurement, MemoryMetric
 from edgekit.target import Budget, Target
@@ -51,6 +51,7 @@ class Check:
     basis: str  # what `judged` is, and why the outcome is not a pass
     samples: tuple[float, ...] = ()
     more_samples_may_help: bool = False
+    is_void: bool = False  # not judged at all; the verdict's doubts say why
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +202,8 @@ def _check_speed(measurement: Measurement, target: Target, *, is_void: bool) -> 
 
 
 def decode_rates(generations: Sequence[Generation]) -> tuple[float, ...]:
-    """Return one rate for each answer of more than one token."""
-    return tuple(g.decode_tokens_per_s for g in generations if g.decode_s)
+    """Return one rate for each answer of more than one token, as far as the clock could tell."""
+    return tuple(g.decode_tokens_per_s for g in generations if sum(g.decode_s) > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,11 +223,8 @@ class _Judging:
         direction: Direction,
     ) -> Check:
         bounds = bounds_of_median(samples)
-        bad, good = _BAD_SIDE[direction], _GOOD_SIDE[direction]
-        worse = getattr(bounds, bad, None)
-        better = getattr(bounds, good, None)
-        outcome, reason, may_help = self._judge(samples, limit, worse, better, direction)
-        side = good if outcome == "fail" else bad
+        ruling = self._rule_out(bounds, limit, direction) or self._rule_on_steadiness(samples)
+        side = _GOOD_SIDE[direction] if ruling.outcome == "fail" else _BAD_SIDE[direction]
         basis = bounds.basis(side) if bounds else f"{len(samples)} samples"
         return Check(
             name=name,
@@ -234,40 +232,46 @@ class _Judging:
             direction=direction,
             limit=limit,
             measured=statistics.median(samples) if samples else None,
-            judged=better if outcome == "fail" else worse,
-            outcome=outcome,
-            basis="; ".join(filter(None, (basis, reason))),
+            judged=getattr(bounds, side, None),
+            outcome=ruling.outcome,
+            basis="; ".join(filter(None, (basis, ruling.reason))),
             samples=samples,
-            more_samples_may_help=may_help,
+            more_samples_may_help=ruling.more_samples_may_help,
+            is_void=self.is_void,
         )
 
-    def _judge(
-        self,
-        samples: Sequence[float],
-        limit: float,
-        worse: float | None,
-        better: float | None,
-        direction: Direction,
-    ) -> tuple[CheckOutcome, str, bool]:
-        """Return the outcome, its reason, and whether more samples may change it."""
+    def _rule_out(
+        self, bounds: MedianBounds | None, limit: float, direction: Direction
+    ) -> "_Ruling | None":
+        """Return why this is no pass; None if even the worse bound holds the limit."""
         if self.is_void:
-            return "inconclusive", "not judged, see the doubts", False
-        if worse is None or better is None:
-            return "inconclusive", "too few for a bound", True
-        if not _holds(better, limit, direction):
-            return "fail", "even the better bound misses", False
-        if not _holds(worse, limit, direction):
-            return "inconclusive", "the limit lies between the bounds", True
-        spread, change = coefficient_of_variation(samples), drift(samples)
+            return _Ruling("inconclusive", "not judged, see the doubts")
+        if bounds is None:
+            return _Ruling("inconclusive", "too few for a bound", more_samples_may_help=True)
+        if not _holds(getattr(bounds, _GOOD_SIDE[direction]), limit, direction):
+            return _Ruling("fail", "even the better bound misses")
+        if not _holds(getattr(bounds, _BAD_SIDE[direction]), limit, direction):
+            reason = "the limit lies between the bounds"
+            return _Ruling("inconclusive", reason, more_samples_may_help=True)
+        return None
+
+    def _rule_on_steadiness(self, samples: Sequence[float]) -> "_Ruling":
         if self.max_spread is None:
-            return "pass", "", False
+            return _Ruling("pass")
+        spread, change = coefficient_of_variation(samples), drift(samples)
         if spread > self.max_spread:
             reason = f"unsteady: varies by {spread:.1%}, {self.max_spread:.1%} allowed"
-            return "inconclusive", reason, False
+            return _Ruling("inconclusive", reason)
         if change is not None and abs(change) > LARGEST_DRIFT:
             reason = f"drifts by {change:+.1%} from the first half to the second"
-            return "inconclusive", reason, True
-        return "pass", "", False
+            return _Ruling("inconclusive", reason, more_samples_may_help=True)
+        return _Ruling("pass")
+
+
+class _Ruling(NamedTuple):
+    outcome: CheckOutcome
+    reason: str = ""
+    more_samples_may_help: bool = False
 
 
 _BAD_SIDE: dict[Direction, Literal["low", "high"]] = {"at most": "high", "at least": "low"}

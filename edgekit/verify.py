@@ -75,7 +75,7 @@ class Subject:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """transformers' tokenizer of the checkpoint."""
+        """The checkpoint's tokenizer in transformers."""
         return oracle.tokenizer(self.checkpoint)
 
     @cached_property
@@ -163,9 +163,7 @@ def check(subject: Subject, *, listener: Listener | None = None) -> Proof:
     oracle.require()
     listener = listener or Silent()
     found = _Findings()
-    session = formats.get(subject.format).load(
-        subject.path, context_tokens=subject.context_tokens
-    )
+    session = formats.get(subject.format).load(subject.path, context_tokens=subject.context_tokens)
     try:
         prompt, answer = _check_generation(subject, session, found)
         fidelity, logit_goldens = _check_logits(subject, session, found, listener)
@@ -244,9 +242,7 @@ def _both(
 
     chunks = subject.chunks()
     with listener.track("prove", sum(map(len, chunks))) as advance:
-        for chunk, expected in zip(
-            chunks, oracle.logits(subject.checkpoint, chunks), strict=True
-        ):
+        for chunk, expected in zip(chunks, oracle.logits(subject.checkpoint, chunks), strict=True):
             said = session.all_logits(chunk)[:, : subject.checkpoint.spec.vocabulary]
             yield np.array(chunk), expected, said
             advance(len(chunk))
@@ -312,7 +308,9 @@ def _check_stops(
     last = answer[-1]
     before = answer[: answer.index(last)]
     session.reset()
-    again = list(generate(session, prompt, max_tokens=len(answer), stop_ids=(last,), sampling=GREEDY))
+    again = list(
+        generate(session, prompt, max_tokens=len(answer), stop_ids=(last,), sampling=GREEDY)
+    )
     found.add(
         "stops",
         f"at {list(subject.rules.stop_ids)} ({told}); a generation ended at such an id",

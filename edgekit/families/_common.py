@@ -109,8 +109,15 @@ def with_windows(
 
 
 def write_decoder(spec: DecoderSpec, *, model_type: str, architecture: str) -> dict[str, Any]:
-    """Return the fields that `read_decoder` reads."""
+    """Return the fields that `read_decoder` reads.
+
+    The special tokens are null until someone who has the tokenizer says otherwise: absent, they
+    would be those of the family's first model.
+    """
     return {
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
         "architectures": [architecture],
         "model_type": model_type,
         "vocab_size": spec.vocabulary,

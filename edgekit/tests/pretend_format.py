@@ -4,8 +4,11 @@
 any interpreter that has its directory on PYTHONPATH, through a ``sitecustomize`` beside it.
 """
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+from edgekit import formats
 from edgekit.bundle import Agreement, Artifact, Bundle, Gate, ModelRecord, TextRules
 from edgekit.target import Budget, FirstTokenLimit, Target, load
 
@@ -82,6 +85,13 @@ def install(directory: Path) -> Path:
     return directory
 
 
+def use(directory: Path, monkeypatch) -> None:
+    """Put the format in place for this process and for those that it starts."""
+    monkeypatch.setenv("PYTHONPATH", str(install(directory)))
+    monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(directory / "formats")])
+    monkeypatch.delitem(sys.modules, "edgekit.formats.pretend", raising=False)
+
+
 def make_bundle(directory: Path, *, is_proven: bool = True, size_bytes: int = 200_000) -> Bundle:
     """Write a bundle of this format."""
     directory.mkdir()
@@ -100,9 +110,7 @@ def make_bundle(directory: Path, *, is_proven: bool = True, size_bytes: int = 20
         model=ModelRecord(name="tiny", sha256="0" * 64, architecture="llama", parameters=1000),
         target="raspberry-pi-5-8gb",
         context_tokens=64,
-        text=TextRules(
-            stop_ids=(2,), special_tokens={}, adds_bos=False, chat_template_sha256=None
-        ),
+        text=TextRules(stop_ids=(2,), special_tokens={}, adds_bos=False, chat_template_sha256=None),
         artifact=Artifact.of_directory(directory, "model.bin", format="pretend", recipe="none"),
         agreement=proof if is_proven else None,
         predicted={"artifact_bytes": 200_000.0, "peak_memory_bytes": 45e6},
@@ -114,8 +122,6 @@ def make_bundle(directory: Path, *, is_proven: bool = True, size_bytes: int = 20
 
 def make_target(**limits) -> Target:
     """Return a target with a budget that anything meets, ``limits`` apart."""
-    from dataclasses import replace
-
     budget = Budget(
         artifact_bytes=10**9,
         peak_memory_bytes=10**9,
@@ -125,6 +131,4 @@ def make_target(**limits) -> Target:
         answer_tokens=8,
         context_tokens=64,
     )
-    return replace(
-        load("raspberry-pi-5-8gb"), cpu_features=(), budget=replace(budget, **limits)
-    )
+    return replace(load("raspberry-pi-5-8gb"), cpu_features=(), budget=replace(budget, **limits))

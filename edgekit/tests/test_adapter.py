@@ -137,6 +137,16 @@ def test_a_grown_vocabulary_needs_its_tokenizer(tied_base, tmp_path):
     assert merged.text.tokenizer_json == directory / "tokenizer.json"
 
 
+def test_tokens_of_a_tied_head_that_the_file_lacks_are_missed(tied_base, tmp_path):
+    rows = {"model.embed_tokens.token_adapter.trainable_tokens_delta": random(2, 16)}
+    directory = tiny.write_adapter(
+        tmp_path / "a",
+        tiny.q_proj_updates() | rows,
+        trainable_token_indices={"embed_tokens": [7, 3], "lm_head": [20]},
+    )
+    assert "'lm_head'" in refusal(tied_base, directory)
+
+
 def test_the_adapters_tokenizer_keeps_the_stop_ids_of_the_base(base, tmp_path):
     directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
     tiny.write_tokenizer(directory, template="adapted {{ messages }}")
@@ -191,7 +201,8 @@ def test_another_kind_of_adapter_is_refused_by_name(base, tmp_path, kind, name):
      ("task_type", "SEQ_CLS"), ("bias", "some"), ("init_lora_weights", "pissa_niter_4"),
      ("init_lora_weights", "olora"), ("init_lora_weights", "loftq"),
      ("target_modules", "q_proj("), ("trainable_token_indices", [-1]), ("r", 0),
-     ("rank_pattern", {"q_proj": "4"}), ("modules_to_save", [1])],
+     ("rank_pattern", {"q_proj": "4"}), ("rank_pattern", {"q_proj": 0.5}),
+     ("alpha_pattern", {"q_proj": float("inf")}), ("modules_to_save", [1])],
 )  # fmt: skip
 def test_an_option_that_is_not_merged_is_refused_by_name(base, tmp_path, option, value):
     directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates(), **{option: value})
@@ -308,6 +319,26 @@ def test_a_bias_that_the_family_cannot_have_is_refused(tmp_path):
     assert "up_proj" in refusal(base, directory)
 
 
+def test_a_damaged_adapter_is_refused_and_never_crashes(base, tmp_path):
+    seed = np.random.default_rng(7)
+    directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
+    whole = {path: path.read_bytes() for path in directory.iterdir()}
+    refused = 0
+    for _ in range(300):
+        for path, data in whole.items():
+            damaged = bytearray(
+                data[: seed.integers(1, len(data))] if seed.random() < 0.2 else data
+            )
+            for position in seed.integers(0, min(len(damaged), 900), size=2):
+                damaged[position] = seed.integers(0, 256)
+            path.write_bytes(damaged)
+        try:
+            adapter.merge(base, directory)
+        except UsageError:
+            refused += 1
+    assert refused > 200
+
+
 def test_a_sixteen_bit_base_is_merged_in_float32_and_rounded_once(tmp_path):
     base = Checkpoint.open(tiny.write_base(tmp_path / "base", dtype="BF16"))
     updates = tiny.q_proj_updates()
@@ -324,6 +355,10 @@ def test_a_sixteen_bit_base_is_merged_in_float32_and_rounded_once(tmp_path):
 
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 QWEN2 = {"model_type": "qwen2"}
+GEMMA2 = {
+    "model_type": "gemma2", "head_dim": 8, "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True, "query_pre_attn_scalar": 8, "sliding_window": 32,
+}  # fmt: skip
 PHI3 = {"model_type": "phi3", "pad_token_id": 0, "bos_token_id": 1}
 # name: (base, what PEFT is asked for, whether the result is tied)
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
@@ -480,6 +515,12 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "fused projections": (
         PHI3,
         {"target_modules": ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"]},
+        False,
+    ),
+    "embedding that is scaled, tied": (GEMMA2, {"target_modules": ["embed_tokens"]}, False),
+    "DoRA on an embedding that is scaled, tied": (
+        GEMMA2,
+        {"target_modules": ["embed_tokens", "o_proj"], "use_dora": True},
         False,
     ),
     "DoRA on fused projections": (

@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from edgekit.errors import DisagreementError, UsageError
 from edgekit.formats.gguf.pretokenizers import (
     PRE_TOKENIZERS,
+    _Trial,
     candidate_pre,
     find_pre,
     patterns_of,
@@ -16,13 +18,14 @@ from edgekit.formats.gguf.vocabulary import (
     CONTROL,
     NORMAL,
     UNUSED,
-    USER_DEFINED,
+    Source,
     known_differences,
     model_name,
     read_vocabulary,
+    steps_of,
 )
-from edgekit.tests import tiny_tokenizers
-from edgekit.tests.tiny_tokenizers import BYTES_ONLY, CHAT, CHAT_SPECIAL, TEXTS
+from edgekit.tests import gguf_vocabularies
+from edgekit.tests.gguf_vocabularies import BYTES_ONLY, CHAT, CHAT_SPECIAL, TEXTS
 from edgekit.tokenizer_files import TokenizerFiles
 
 
@@ -31,18 +34,21 @@ VOCABULARY = 2000
 
 
 def hand_made(directory, *, model=None, special=None, **fields):
-    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]} | (
-        model or {}
-    )
+    bpe = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
     fields = {
         "pre_tokenizer": {"type": "ByteLevel", "use_regex": True},
         "added_tokens": [{"id": 3, "content": "</s>", "special": True}],
-        "model": model,
+        "model": bpe | (model or {}),
     } | fields
-    (directory / "tokenizer.json").write_text(json.dumps(fields))
-    settings = {"eos_token": "</s>"} | (special or {})
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    return TokenizerFiles.open(directory, config={})
+    path = directory / "tokenizer.json"
+    path.write_text(json.dumps(fields))
+    return TokenizerFiles(
+        tokenizer_json=path,
+        special_tokens={"eos_token": "</s>"} if special is None else special,
+        chat_template=None,
+        declared_stop_ids=(),
+        stop_ids_by_file={},
+    )
 
 
 def llama_ids(tokenizer, path, texts, *, pre=None):
@@ -106,7 +112,7 @@ def test_a_normalizer_llama_cpp_lacks_is_refused_by_name(tmp_path):
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path):
-    tokenizer = hand_made(tmp_path, special={"eos_token": None})
+    tokenizer = hand_made(tmp_path, special={})
 
     with pytest.raises(UsageError, match="no token that ends an answer"):
         read_vocabulary(tokenizer, vocabulary_tokens=9, pre="gpt-2")
@@ -118,9 +124,7 @@ def test_further_stop_ids_take_the_places_of_turn_and_message(tmp_path):
         {"id": 4, "content": "<|im_end|>", "special": True},
         {"id": 5, "content": "<|done|>", "special": True},
     ]
-    tokenizer = hand_made(tmp_path, added_tokens=added)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4, 5]}')
-    tokenizer = TokenizerFiles.open(tmp_path, config={})
+    tokenizer = replace(hand_made(tmp_path, added_tokens=added), declared_stop_ids=(3, 4, 5))
     metadata = read_vocabulary(tokenizer, vocabulary_tokens=9, pre="gpt-2")
 
     assert metadata["tokenizer.ggml.eos_token_id"] == ("uint32", 3)
@@ -166,11 +170,35 @@ def test_a_score_is_minus_the_rank_of_the_merge(tmp_path):
     assert types["<0x41>"] == BYTE
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"added_tokens": "none"}, "added_tokens is no array"),
+        ({"added_tokens": [{"id": -1, "content": "x"}]}, "no id or no content"),
+        ({"pre_tokenizer": ["ByteLevel"]}, "pre_tokenizer is malformed"),
+        ({"normalizer": {"type": "Sequence", "normalizers": 3}}, "normalizers is no array"),
+        ({"post_processor": {"type": "TemplateProcessing"}}, "post_processor is malformed"),
+        ({"model": None}, "is a nameless tokenizer"),
+        ({"model": {"type": "BPE", "vocab": [], "merges": []}}, "model.vocab is no object"),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": ["a b c"]}}, "is no pair of tokens"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}, "make a third"),
+        ({"model": {"type": "BPE", "vocab": {"\ud800": 0}, "merges": []}}, "surrogate"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_with_the_field(fields, message, tmp_path):
+    tokenizer = hand_made(tmp_path)
+    whole = json.loads(tokenizer.tokenizer_json.read_text())
+    tokenizer.tokenizer_json.write_text(json.dumps(whole | fields))
+
+    with pytest.raises(UsageError, match=message):
+        read_vocabulary(tokenizer, vocabulary_tokens=9, pre="gpt-2")
+
+
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_a_pre_tokenizer_comes_back_from_its_json(name):
     pre = PRE_TOKENIZERS[name]
 
-    assert patterns_of(to_tokenizer_json(pre)) == pre.patterns
+    assert patterns_of(steps_of(to_tokenizer_json(pre))) == pre.patterns
 
 
 def test_cuts_nobody_named_have_no_candidate(tmp_path):
@@ -201,6 +229,31 @@ def test_known_differences_name_the_token(tmp_path):
     assert "<mask>" in mask
 
 
+def test_a_special_id_beyond_the_embedding_is_refused(tmp_path):
+    added = [{"id": 3, "content": "</s>", "special": True}]
+    tokenizer = hand_made(tmp_path, added_tokens=added)
+
+    with pytest.raises(UsageError, match="the bos id 3 is no token of the model"):
+        read_vocabulary(tokenizer, vocabulary_tokens=3, pre="gpt-2")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "split", "words"),
+    [("always", False, "no space before a text that begins with one"), ("never", True, "within")],
+)
+def test_what_a_metaspace_does_that_llama_cpp_does_not_is_said(scheme, split, words, tmp_path):
+    ids = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, "▁": 257, "a▁": 258}
+    tokenizer = hand_made(
+        tmp_path,
+        model={"byte_fallback": True, "vocab": ids, "merges": [["a", "▁"]]},
+        pre_tokenizer=gguf_vocabularies.metaspace(scheme, split=split),
+        added_tokens=[{"id": 259, "content": "</s>", "special": True}],
+    )
+    (difference,) = known_differences(tokenizer)
+
+    assert words in difference
+
+
 def test_a_name_never_turns_on_phi3_by_accident(tmp_path):
     tokenizer = hand_made(tmp_path)
 
@@ -226,7 +279,7 @@ def test_a_phi3_tokenizer_gets_the_name_that_strips(tmp_path):
 @pytest.mark.parametrize("name", BYTE_LEVEL_NAMES)
 def test_llama_cpp_reads_byte_level_bpe_as_the_checkpoint_does(name, tmp_path):
     pre = PRE_TOKENIZERS[name]
-    tokenizer = tiny_tokenizers.byte_level(
+    tokenizer = gguf_vocabularies.byte_level(
         tmp_path,
         to_tokenizer_json(pre),
         user_defined=("<tool>", "    "),
@@ -236,39 +289,39 @@ def test_llama_cpp_reads_byte_level_bpe_as_the_checkpoint_does(name, tmp_path):
 
     assert candidate_pre(tokenizer)[0] == name
     found = llama_ids(tokenizer, tmp_path / "v.gguf", texts, pre=name)
-    assert found == tiny_tokenizers.reference_ids(tmp_path, texts)
+    assert found == gguf_vocabularies.reference_ids(tmp_path, texts)
 
 
 @pytest.mark.toolchain
 @pytest.mark.parametrize("space", ["every", "never"])
 def test_llama_cpp_reads_sentencepiece_bpe_as_the_checkpoint_does(space, tmp_path):
-    tokenizer = tiny_tokenizers.sentencepiece(tmp_path, space=space, user_defined=("<tool>",))
+    tokenizer = gguf_vocabularies.sentencepiece(tmp_path, space=space, user_defined=("<tool>",))
     texts = [*TEXTS, CHAT, "a<tool>b <tool> c", "<s>one</s> two"]
 
     found = llama_ids(tokenizer, tmp_path / "v.gguf", texts)
-    assert found == tiny_tokenizers.reference_ids(tmp_path, texts)
+    assert found == gguf_vocabularies.reference_ids(tmp_path, texts)
     assert known_differences(tokenizer) == []
 
 
 @pytest.mark.toolchain
 def test_llama_cpp_reads_gemmas_bpe_as_the_checkpoint_does(tmp_path):
-    tokenizer = tiny_tokenizers.gemma(tmp_path)
+    tokenizer = gguf_vocabularies.gemma(tmp_path)
     chat = "<bos><start_of_turn>user\nHi,   you<end_of_turn>\n<start_of_turn>model\n\n\n\nx"
     texts = [*TEXTS, chat, "<table>a"]
 
     found = llama_ids(tokenizer, tmp_path / "v.gguf", texts)
-    assert found == tiny_tokenizers.reference_ids(tmp_path, texts)
+    assert found == gguf_vocabularies.reference_ids(tmp_path, texts)
 
 
 @pytest.mark.toolchain
 def test_a_space_before_the_first_text_only_is_exact_after_a_special_token(tmp_path):
-    tokenizer = tiny_tokenizers.sentencepiece(
-        tmp_path, space="first", template=tiny_tokenizers.TEMPLATE
+    tokenizer = gguf_vocabularies.sentencepiece(
+        tmp_path, space="first", template=gguf_vocabularies.TEMPLATE
     )
     texts = ["<s>" + text for text in TEXTS] + [CHAT]
 
     found = llama_ids(tokenizer, tmp_path / "v.gguf", texts)
-    assert found == tiny_tokenizers.reference_ids(tmp_path, texts)
+    assert found == gguf_vocabularies.reference_ids(tmp_path, texts)
     assert any("before the first text only" in line for line in known_differences(tokenizer))
 
 
@@ -276,8 +329,8 @@ def test_a_space_before_the_first_text_only_is_exact_after_a_special_token(tmp_p
 def test_llama_cpp_puts_the_same_bos_in_front(tmp_path):
     from edgekit.formats.gguf.runtime import library, open_model
 
-    with_bos = tiny_tokenizers.sentencepiece(tmp_path / "with", space="every", puts_bos=True)
-    without = tiny_tokenizers.sentencepiece(tmp_path / "without", space="every", puts_bos=False)
+    with_bos = gguf_vocabularies.sentencepiece(tmp_path / "with", space="every", puts_bos=True)
+    without = gguf_vocabularies.sentencepiece(tmp_path / "without", space="every", puts_bos=False)
     for tokenizer, expected in ((with_bos, True), (without, False)):
         path = tokenizer.tokenizer_json.parent / "v.gguf"
         write_vocabulary(path, read_vocabulary(tokenizer, vocabulary_tokens=VOCABULARY, pre=None))
@@ -290,7 +343,7 @@ def test_llama_cpp_puts_the_same_bos_in_front(tmp_path):
 
 @pytest.mark.toolchain
 def test_the_search_settles_on_the_likeliest_name(tmp_path):
-    tokenizer = tiny_tokenizers.byte_level(
+    tokenizer = gguf_vocabularies.byte_level(
         tmp_path, to_tokenizer_json(PRE_TOKENIZERS["smollm"]), special=CHAT_SPECIAL
     )
     assert find_pre(tokenizer, corpus=[*TEXTS, CHAT]) == "smollm"
@@ -306,7 +359,7 @@ def test_the_search_sees_through_cuts_that_are_spelt_otherwise(tmp_path):
         "invert": False,
     }
     cuts = {"type": "Sequence", "pretokenizers": [respelt, BYTES_ONLY]}
-    tokenizer = tiny_tokenizers.byte_level(tmp_path, cuts)
+    tokenizer = gguf_vocabularies.byte_level(tmp_path, cuts)
 
     assert candidate_pre(tokenizer) == []
     found = find_pre(tokenizer, corpus=[*TEXTS, CHAT])
@@ -322,15 +375,39 @@ def test_cuts_llama_cpp_lacks_are_refused_with_the_first_difference(tmp_path):
         "invert": False,
     }
     cuts = {"type": "Sequence", "pretokenizers": [every_letter, BYTES_ONLY]}
-    tokenizer = tiny_tokenizers.byte_level(tmp_path, cuts)
+    tokenizer = gguf_vocabularies.byte_level(tmp_path, cuts)
 
-    with pytest.raises(DisagreementError, match="the closest is '.*', where \"The ferry"):
+    with pytest.raises(DisagreementError, match=r"the closest is '.*', where .The ferry"):
         find_pre(tokenizer, corpus=TEXTS)
 
 
 @pytest.mark.toolchain
+def test_a_name_that_aborts_llama_cpp_does_not_end_the_search(tmp_path):
+    tokenizer = gguf_vocabularies.byte_level(tmp_path, to_tokenizer_json(PRE_TOKENIZERS["gpt-2"]))
+    trial = _Trial.prepare(Source.open(tokenizer), TEXTS, tmp_path)
+
+    # No merges of this vocabulary are its kind: llama.cpp asserts.
+    assert dict(trial.run(["whitespace", "gpt-2"])) == {"gpt-2": None}
+
+
+@pytest.mark.toolchain
+def test_a_corpus_longer_than_the_tokenizer_truncates_is_compared_whole(tmp_path):
+    tokenizer = gguf_vocabularies.byte_level(tmp_path, to_tokenizer_json(PRE_TOKENIZERS["gpt-2"]))
+    fields = json.loads(tokenizer.tokenizer_json.read_text(encoding="utf-8"))
+    fields["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    tokenizer.tokenizer_json.write_text(json.dumps(fields))
+
+    assert find_pre(tokenizer, corpus=TEXTS) == "gpt-2"
+
+
+@pytest.mark.toolchain
 def test_text_that_is_not_composed_is_compared_as_the_checkpoint_sees_it(tmp_path):
-    tokenizer = tiny_tokenizers.byte_level(
+    tokenizer = gguf_vocabularies.byte_level(
         tmp_path, to_tokenizer_json(PRE_TOKENIZERS["qwen2"]), normalizer={"type": "NFC"}
     )
     assert find_pre(tokenizer, corpus=[*TEXTS, "cafe\u0301"]) == "qwen2"

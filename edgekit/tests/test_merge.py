@@ -24,6 +24,7 @@ class Notebook:
 
     @contextmanager
     def track(self, title, total):
+        self.lines.append(title)
         self.total = total
         yield self.count
 

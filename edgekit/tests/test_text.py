@@ -7,7 +7,7 @@ import pytest
 
 from edgekit.bundle import TextRules
 from edgekit.errors import BundleError, UsageError
-from edgekit.template import ChatTemplate
+from edgekit.template import ChatTemplate, Message
 from edgekit.tests.tiny_runner import (
     CHATML,
     TEXTS,
@@ -17,8 +17,6 @@ from edgekit.tests.tiny_runner import (
 )
 from edgekit.text import StopStrings, Text
 
-
-pytest.importorskip("tokenizers")
 
 TOKENIZERS = {
     "byte level": byte_level_tokenizer,
@@ -257,7 +255,8 @@ def test_nested_doubling_is_refused(pair, monkeypatch):
 
 
 ENDLESS = {
-    "silent loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "silent loops": "{% for a in range(99999) %}{% for b in range(99999) %}"
+    "{% endfor %}{% endfor %}",
     "a macro that calls itself twice": "{% macro m(n) %}{% if n %}{% set a = m(n - 1) %}"
     "{% set b = m(n - 1) %}{% endif %}{% endmacro %}{{ m(60) }}",
     "sums": "{% for i in range(9999) %}{% set x = range(99999) | sum %}{% endfor %}",
@@ -396,7 +395,7 @@ TEMPLATES = {
 {{ messages | selectattr('role', 'equalto', 'user') | list | length in [1, 2, 3] }}
 """,
 }
-CONVERSATIONS = {
+CONVERSATIONS: dict[str, list[Message]] = {
     "one question": [{"role": "user", "content": "Hello, world"}],
     "with a system": [
         {"role": "system", "content": " You are terse.\n"},
@@ -418,7 +417,9 @@ CONVERSATIONS = {
 def reference():
     transformers = pytest.importorskip("transformers")
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=byte_level_tokenizer(), bos_token="<s>", eos_token="</s>"  # noqa: S106
+        tokenizer_object=byte_level_tokenizer(),
+        bos_token="<s>",  # noqa: S106
+        eos_token="</s>",  # noqa: S106
     )
 
 

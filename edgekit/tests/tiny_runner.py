@@ -3,16 +3,7 @@
 import hashlib
 from pathlib import Path
 
-import numpy as np  # noqa: TID253 - tests may
-from tokenizers import (  # noqa: TID253
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    trainers,
-)
+import pytest
 
 from edgekit.bundle import Artifact, Bundle, ModelRecord, TextRules
 from edgekit.errors import UsageError
@@ -20,15 +11,23 @@ from edgekit.run import Runner
 from edgekit.text import Text
 
 
+np = pytest.importorskip("numpy")
+tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+
+AddedToken, Tokenizer = tokenizers.AddedToken, tokenizers.Tokenizer
+decoders, models, normalizers = tokenizers.decoders, tokenizers.models, tokenizers.normalizers
+pre_tokenizers, trainers = tokenizers.pre_tokenizers, tokenizers.trainers
+
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, again and again.",
     "대한민국의 수도는 서울입니다. 안녕하세요, 반갑습니다!",
-    "法国的首都是巴黎。你好，世界！",
+    "法国的首都是巴黎。你好，世界！",  # noqa: RUF001 - as Chinese is written
     "عاصمة فرنسا هي باريس. مرحبا بالعالم",
     "👩‍👩‍👧 family, 🇰🇷 flag, 🙂🙃 e\u0301",
     "def f(x):\n\tif x:\n        return  x ** 2  # two  spaces\r\n",
     "   leading, trailing   \n\n\n  lines \t\t end",
-    "naïve café – “quotes” … ½ ∑ 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \ufffd replacement",
+    "naïve café – “quotes” … ½ ∑ 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \ufffd replacement",  # noqa: RUF001
 )
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<end>"]
 CHATML = (
@@ -171,9 +170,7 @@ def bundle_in(directory: Path, rules: TextRules) -> Bundle:
         target="any",
         context_tokens=512,
         text=rules,
-        artifact=Artifact.of_directory(
-            directory, "model.bin", format="in_memory", recipe="f32"
-        ),
+        artifact=Artifact.of_directory(directory, "model.bin", format="in_memory", recipe="f32"),
         agreement=None,
         predicted={},
         tools={},

@@ -91,9 +91,7 @@ def parts(checkpoint: "Checkpoint", recipe: Recipe) -> list[Part]:
         UsageError: If no graph of llama.cpp computes this decoder.
     """
     spec, architecture = checkpoint.spec, architectures.choose(checkpoint.spec)
-    found = [
-        _part(roles, shape, recipe, spec) for roles, shape in _stacked(spec, architecture)
-    ]
+    found = [_part(roles, shape, recipe, spec) for roles, shape in _stacked(spec, architecture)]
     if architecture.ties == "never" and spec.is_tied:
         embedding = ("token_embedding",)
         head = _part(embedding, (spec.vocabulary, spec.hidden_width), recipe, spec)
@@ -217,9 +215,7 @@ def _encode(block: "Rows", part: Part) -> "npt.NDArray[np.uint8]":
         raise UsageError(f"{part.entry.name}: {error}", hint=error.hint) from error
 
 
-def _blocks(
-    checkpoint: "Checkpoint", part: Part, architecture: Architecture
-) -> Iterator["Rows"]:
+def _blocks(checkpoint: "Checkpoint", part: Part, architecture: Architecture) -> Iterator["Rows"]:
     """Yield the rows of a part as llama.cpp wants them, some million weights at a time."""
     for role in part.roles:
         change = _change(role, checkpoint.spec, architecture)
@@ -246,9 +242,7 @@ def _step(role: str, columns: int, spec: DecoderSpec) -> int:
     return rows
 
 
-def _change(
-    role: str, spec: DecoderSpec, architecture: Architecture
-) -> Callable[["Rows"], "Rows"]:
+def _change(role: str, spec: DecoderSpec, architecture: Architecture) -> Callable[["Rows"], "Rows"]:
     """Return what happens to the rows of a weight on the way."""
     part = split_role(role)[1]
     if architecture.rope_pairs == "neighbours" and re.fullmatch("(query|key)(_bias)?", part):
@@ -269,6 +263,7 @@ def interleave_halves(rows: "Rows", head_width: int) -> "Rows":
     Args:
         rows: float32, shape ``(heads * head_width, …)``: in each head first the real halves of
             all pairs, then the imaginary ones.
+        head_width: Rows of one head.
 
     Returns:
         The same shape, each pair side by side.

@@ -125,7 +125,9 @@ def llama3_factors(rope: Rope, scaling: Llama3Scaling) -> list[float]:
     """
     factors = []
     for index in range(0, rope.width, 2):
-        turns = scaling.original_context_tokens / (2 * math.pi) * rope.theta ** (-index / rope.width)
+        turns = (
+            scaling.original_context_tokens / (2 * math.pi) * rope.theta ** (-index / rope.width)
+        )
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
         kept = min(1.0, max(0.0, (turns - low) / (high - low)))
         factors.append(1 / ((1 - kept) / scaling.factor + kept))
@@ -241,7 +243,9 @@ def _read_layers(facts: Facts, head_width: int) -> tuple[Layer, ...]:
     skips = architecture.skips_rope_every
     windows = _read_windows(facts, depth)
     local_theta = float(
-        facts.number("rope.freq_base_swa", 10_000.0 if architecture.name == "gemma3" else rope.theta)
+        facts.number(
+            "rope.freq_base_swa", 10_000.0 if architecture.name == "gemma3" else rope.theta
+        )
     )
     local_rope = Rope(width=rope.width, theta=local_theta)
     return tuple(

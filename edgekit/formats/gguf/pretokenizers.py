@@ -11,14 +11,15 @@ import subprocess
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.errors import DisagreementError, ToolchainError
+import edgekit
+from edgekit.errors import DisagreementError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats.gguf.layout import Value, encode_header
-from edgekit.formats.gguf.vocabulary import parts, read_fields, read_vocabulary, tokenizer_kind
+from edgekit.formats.gguf.vocabulary import Source, vocabulary_of
 from edgekit.tokenizer_files import TokenizerFiles
 
 
@@ -103,6 +104,9 @@ _SEARCHED_ONLY = (
     *("bailingmoe", "poro-chat", "viking", "chameleon", "granite-embed-multi-97m", "tiny_aya"),
     *("superbpe", "afmoe", "laguna", "exaone-moe", "spark2_5", "kimi-k2", "whitespace"),
 )
+# How a Split keeps everything: pieces and gaps, or the pieces of a pattern that matches everything,
+# which is how conversions from tiktoken say it.
+_CUTS = (("Isolated", False), ("Removed", True))
 _SEARCH_S = 120  # for one child; all names over a large vocabulary take half of it
 
 
@@ -147,10 +151,10 @@ def _step_of(pattern: str) -> dict[str, Any]:
     }
 
 
-def patterns_of(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...] | None:
+def patterns_of(steps: Iterable[Mapping[str, Any]]) -> tuple[str, ...] | None:
     """Return the cuts a tokenizer.json asks for, or None if they are no such sequence."""
     patterns: list[str] = []
-    for step in parts(pre_tokenizer):
+    for step in steps:
         cut = _pattern_of(step)
         if cut is None:
             return None
@@ -167,11 +171,12 @@ def _pattern_of(step: Mapping[str, Any]) -> list[str] | None:
         case "Punctuation" if step.get("behavior") == "Contiguous":
             return [_ASCII_PUNCTUATION]
         case "Split":
-            # Tiktoken conversions drop what does not match; their patterns match everything.
             kept = (step.get("behavior"), bool(step.get("invert")))
-            regex = step.get("pattern", {}).get("Regex")
-            is_cut = kept in {("Isolated", False), ("Removed", True)} and isinstance(regex, str)
-            return [regex] if is_cut else None
+            pattern = step.get("pattern")
+            regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+            if not isinstance(regex, str) or kept not in _CUTS:
+                return None
+            return [regex]
         case _:
             return None
 
@@ -182,9 +187,12 @@ def candidate_pre(tokenizer: TokenizerFiles) -> list[str]:
     Names that stand for exactly these patterns come first, those that also agree on ignoring
     merges before the others. The list is empty for cuts nobody named.
     """
-    fields = read_fields(tokenizer.tokenizer_json)
-    patterns = patterns_of(fields.get("pre_tokenizer"))
-    ignores_merges = bool(fields.get("model", {}).get("ignore_merges"))
+    return _candidates(Source.open(tokenizer))
+
+
+def _candidates(source: Source) -> list[str]:
+    patterns = patterns_of(source.steps("pre_tokenizer"))
+    ignores_merges = bool(source.model.get("ignore_merges"))
     same = [name for name, pre in PRE_TOKENIZERS.items() if pre.patterns == patterns]
     return sorted(same, key=lambda name: PRE_TOKENIZERS[name].ignores_merges != ignores_merges)
 
@@ -225,15 +233,14 @@ def find_pre(tokenizer: TokenizerFiles, *, corpus: Sequence[str]) -> str:
         DisagreementError: If no name agrees; the message shows the first difference of the best.
         MissingDependencyError: If llama.cpp or tokenizers is not installed.
     """
-    if tokenizer_kind(tokenizer) == "llama":
+    source = Source.open(tokenizer)
+    if source.kind == "llama":
         return "default"  # what llama.cpp takes for a vocabulary without cuts, whatever it is told
-    candidates = candidate_pre(tokenizer)
-    every_name = dict.fromkeys([*PRE_TOKENIZERS, *_SEARCHED_ONLY])
-    others = [name for name in every_name if name not in candidates]
+    likeliest, *others = dict.fromkeys([*_candidates(source), *PRE_TOKENIZERS, *_SEARCHED_ONLY])
     closest: _Difference | None = None
     with tempfile.TemporaryDirectory(prefix="edgekit-pre-") as directory:
-        trial = _Trial.prepare(tokenizer, corpus, Path(directory))
-        for names in (candidates, others):
+        trial = _Trial.prepare(source, corpus, Path(directory))
+        for names in ([likeliest], others):
             for name, difference in trial.run(names):
                 if difference is None:
                     return name
@@ -258,17 +265,15 @@ class _Trial:
     expected: list[list[int]]
 
     @classmethod
-    def prepare(cls, tokenizer: TokenizerFiles, corpus: Sequence[str], directory: Path) -> "_Trial":
-        from tokenizers import Tokenizer
-
-        reference = Tokenizer.from_file(str(tokenizer.tokenizer_json))
+    def prepare(cls, source: Source, corpus: Sequence[str], directory: Path) -> "_Trial":
+        reference = _open_reference(source.path)
         # llama.cpp does not compose characters; where the checkpoint does, what it would see.
-        composes = _composes(read_fields(tokenizer.tokenizer_json))
+        composes = _composes(source)
         texts = [unicodedata.normalize("NFC", text) if composes else text for text in corpus]
         encodings = reference.encode_batch(texts, add_special_tokens=False)
-        tokens = reference.get_vocab_size(with_added_tokens=True)
+        tokens = 1 + max(source.all_ids.values(), default=0)
         path = directory / "vocabulary.gguf"
-        write_vocabulary(path, read_vocabulary(tokenizer, vocabulary_tokens=tokens, pre=None))
+        write_vocabulary(path, vocabulary_of(source, vocabulary_tokens=tokens, pre=None))
         return cls(gguf=path, texts=texts, expected=[encoding.ids for encoding in encodings])
 
     def run(self, names: Sequence[str]) -> Iterator[tuple[str, _Difference | None]]:
@@ -284,13 +289,13 @@ class _Trial:
 
     def _answers(self, names: Sequence[str]) -> list[dict[str, Any]]:
         request = {"gguf": str(self.gguf), "names": list(names), "texts": self.texts}
-        command = [sys.executable, "-m", "edgekit.formats.gguf.tokenizer_probe"]
+        command = [sys.executable, "-P", "-m", "edgekit.formats.gguf.tokenizer_probe"]
         try:
             child = subprocess.run(
                 command,
                 input=json.dumps(request).encode(),
                 capture_output=True,
-                env=os.environ | {"GGML_NO_BACKTRACE": "1"},
+                env=_environment(),
                 timeout=_SEARCH_S,
                 check=False,
             )
@@ -317,12 +322,38 @@ class _Trial:
         )
 
 
+def _open_reference(path: Path) -> Any:
+    try:
+        import tokenizers
+    except ModuleNotFoundError:
+        raise MissingDependencyError(
+            "tokenizers is not installed, every model needs it",
+            hint="pip install 'edgekit[run-gguf]'",
+        ) from None
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers raises the bare class
+            raise
+        raise UsageError(f"{path} is not a tokenizer: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _environment() -> dict[str, str]:
+    """Let the child import this edgekit, installed or not, and nothing from where the user is."""
+    paths = [str(Path(edgekit.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    joined = os.pathsep.join(filter(None, paths))
+    return os.environ | {"PYTHONPATH": joined, "GGML_NO_BACKTRACE": "1"}
+
+
 def _whole_lines(output: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output[: output.rfind(b"\n") + 1].splitlines()]
 
 
-def _composes(fields: Mapping[str, Any]) -> bool:
-    return any(step.get("type") == "NFC" for step in parts(fields.get("normalizer")))
+def _composes(source: Source) -> bool:
+    return any(step.get("type") == "NFC" for step in source.steps("normalizer"))
 
 
 def write_vocabulary(path: Path, metadata: Mapping[str, Value]) -> None:

@@ -10,8 +10,8 @@ import ctypes
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     _Rows = npt.NDArray[np.float32]
     _Bytes = npt.NDArray[np.uint8]
+    _Started = tuple[_Bytes, list[Future[None]]]
 
 
 STORAGES: Mapping[str, Storage] = {
@@ -153,6 +154,51 @@ def quantise(
         UsageError: If a value is NaN, infinite, or beyond what the storage can hold.
         MissingDependencyError: If ggml is not installed and this storage needs it.
     """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return _finish(_start(pool, values, storage, importance))
+
+
+def quantise_each(
+    blocks: "Iterable[tuple[str, _Rows, str]]", *, importance: "Mapping[str, _Rows] | None" = None
+) -> "Iterator[tuple[str, _Bytes]]":
+    """Encode one block of rows after another, as `quantise` does.
+
+    While one is encoded, the next is made and the one before is in the hands of the caller, so
+    that reading and writing cost no time of their own; two blocks are in memory at a time.
+
+    Args:
+        blocks: A tensor's name, some of its rows, and their storage.
+        importance: By name of the tensor, where it is known.
+
+    Yields:
+        The tensor's name and the encoded rows, in the order of ``blocks``.
+
+    Raises:
+        UsageError: As `quantise`; the message begins with the tensor's name.
+    """
+    importance = importance or {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        before: tuple[str, _Started] | None = None
+        for name, rows, storage in blocks:
+            started = _start(pool, rows, storage, importance.get(name))
+            if before:
+                yield _finish_named(*before)
+            before = name, started
+        if before:
+            yield _finish_named(*before)
+
+
+def _finish_named(name: str, started: "_Started") -> "tuple[str, _Bytes]":
+    try:
+        return name, _finish(started)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}", hint=error.hint) from error
+
+
+def _start(
+    pool: ThreadPoolExecutor, values: "_Rows", storage: str, importance: "_Rows | None"
+) -> "_Started":
+    """Return where the bytes will be and what fills it; numpy and ggml let go of Python's lock."""
     import numpy as np
 
     rows = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, values.shape[-1])
@@ -169,9 +215,13 @@ def quantise(
         encode(rows[part], encoded[part])
 
     step = max(1, _CHUNK_WEIGHTS // columns)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy and ctypes let go of Python's lock
-        for _ in pool.map(work, range(0, count, step)):
-            pass  # raises what the work raised
+    return encoded, [pool.submit(work, first) for first in range(0, count, step)]
+
+
+def _finish(started: "_Started") -> "_Bytes":
+    encoded, futures = started
+    for future in futures:
+        future.result()  # raises what the work raised
     return encoded
 
 

@@ -46,23 +46,37 @@ class _AddedToken:
     strips_left: bool
     strips_right: bool
     is_single_word: bool
-    is_normalised: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A tokenizer.json, and the special tokens the checkpoint's other files declare."""
+class Source:
+    """A tokenizer.json, parsed once, with what the checkpoint's other files say about it."""
 
-    path: Path
+    files: TokenizerFiles
     fields: Mapping[str, Any]
-    special: Mapping[str, str]
+
+    @classmethod
+    def open(cls, tokenizer: TokenizerFiles) -> "Source":
+        """Parse the tokenizer.json.
+
+        Raises:
+            UsageError: If it is no JSON object.
+        """
+        return cls(files=tokenizer, fields=_read_fields(tokenizer.tokenizer_json))
+
+    @property
+    def path(self) -> Path:
+        """The tokenizer.json."""
+        return self.files.tokenizer_json
 
     @cached_property
     def model(self) -> Mapping[str, Any]:
-        model = self.fields.get("model") or {}
-        if model.get("type") != "BPE":
+        """The merges and the vocabulary."""
+        model = self.fields.get("model")
+        kind = model.get("type") if isinstance(model, dict) else None
+        if not isinstance(model, dict) or kind != "BPE":
             raise UsageError(
-                f"{self.path} is a {model.get('type', 'nameless')} tokenizer, GGUF export reads "
+                f"{self.path} is a {kind or 'nameless'} tokenizer, GGUF export reads "
                 "BPE (byte-level, or SentencePiece with byte fallback)",
                 hint="export to another format, which ships the tokenizer.json itself",
             )
@@ -70,36 +84,51 @@ class _Source:
 
     @cached_property
     def ids(self) -> Mapping[str, int]:
+        """The ids of the tokens that are merged."""
         ids = self.model.get("vocab")
-        if not isinstance(ids, dict) or not all(isinstance(id, int) for id in ids.values()):
+        if not isinstance(ids, dict) or not all(
+            isinstance(id, int) and id >= 0 for id in ids.values()
+        ):
             raise UsageError(f"{self.path}: model.vocab is no object of token ids")
         return ids
 
     @cached_property
     def merges(self) -> list[tuple[str, str]]:
-        return [self._pair(merge) for merge in self.model.get("merges", [])]
+        """The pairs that are joined, the first one first."""
+        merges = self.model.get("merges")
+        if not isinstance(merges, list):
+            raise UsageError(f"{self.path}: model.merges is no array")
+        return [self._pair(merge) for merge in merges]
 
     def _pair(self, merge: Any) -> tuple[str, str]:
         # "a b" until tokenizers 0.20, ["a", "b"] since.
         parts = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(parts, list) or len(parts) != 2:
+        is_pair = isinstance(parts, list) and len(parts) == 2
+        if not is_pair or not all(isinstance(part, str) for part in parts):
             raise UsageError(f"{self.path}: the merge {merge!r} is no pair of tokens")
         return parts[0], parts[1]
 
     @cached_property
     def added(self) -> list[_AddedToken]:
-        return [
-            _AddedToken(
-                id=token["id"],
-                content=token["content"],
-                is_special=bool(token.get("special")),
-                strips_left=bool(token.get("lstrip")),
-                strips_right=bool(token.get("rstrip")),
-                is_single_word=bool(token.get("single_word")),
-                is_normalised=bool(token.get("normalized")),
-            )
-            for token in self.fields.get("added_tokens", [])
-        ]
+        """The tokens that are found before text is cut."""
+        entries = self.fields.get("added_tokens") or []
+        if not isinstance(entries, list):
+            raise UsageError(f"{self.path}: added_tokens is no array")
+        return [self._added_token(entry) for entry in entries]
+
+    def _added_token(self, entry: Any) -> _AddedToken:
+        fields = entry if isinstance(entry, dict) else {}
+        id, content = fields.get("id"), fields.get("content")
+        if not isinstance(id, int) or id < 0 or not isinstance(content, str):
+            raise UsageError(f"{self.path}: the added token {entry!r} has no id or no content")
+        return _AddedToken(
+            id=id,
+            content=content,
+            is_special=bool(fields.get("special")),
+            strips_left=bool(fields.get("lstrip")),
+            strips_right=bool(fields.get("rstrip")),
+            is_single_word=bool(fields.get("single_word")),
+        )
 
     @cached_property
     def listed(self) -> set[str]:
@@ -108,13 +137,14 @@ class _Source:
 
     @cached_property
     def all_ids(self) -> Mapping[str, int]:
+        """The ids of all tokens."""
         return {**self.ids, **{token.content: token.id for token in self.added}}
 
     @cached_property
     def kind(self) -> Kind:
         """Which of llama.cpp's tokenizers this is."""
         model = self.model
-        if any(part.get("type") == "ByteLevel" for part in parts(self.fields.get("pre_tokenizer"))):
+        if any(part.get("type") == "ByteLevel" for part in self.steps("pre_tokenizer")):
             return "gpt2"
         if not model.get("byte_fallback"):
             raise UsageError(
@@ -124,12 +154,20 @@ class _Source:
             )
         return "llama"
 
+    def steps(self, name: str) -> list[Mapping[str, Any]]:
+        """Return the steps of the normalizer, the pre-tokenizer or the post-processor."""
+        try:
+            return list(steps_of(self.fields.get(name)))
+        except (TypeError, RecursionError) as error:
+            raise UsageError(f"{self.path}: {name} is malformed: {error}") from error
+
     def special_id(self, name: str) -> int | None:
-        token = self.special.get(name)
+        """Return the id of ``bos_token`` and the like, if the checkpoint has one."""
+        token = self.files.special_tokens.get(name)
         return None if token is None else self.all_ids.get(token)
 
 
-def read_fields(tokenizer_json: Path) -> dict[str, Any]:
+def _read_fields(tokenizer_json: Path) -> dict[str, Any]:
     """Return the object in a tokenizer.json.
 
     Raises:
@@ -144,16 +182,25 @@ def read_fields(tokenizer_json: Path) -> dict[str, Any]:
     return fields
 
 
-def parts(component: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps of a normalizer, pre-tokenizer or post-processor, sequences flattened."""
+def steps_of(component: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the steps of a part of a tokenizer.json, sequences flattened.
+
+    Raises:
+        TypeError: If one is no object.
+    """
     if component is None:
         return
+    if not isinstance(component, dict):
+        raise TypeError(f"{component!r} is no object")
     if component.get("type") != "Sequence":
         yield component
         return
     for key in ("normalizers", "pretokenizers", "processors", "decoders"):
-        for part in component.get(key, []):
-            yield from parts(part)
+        inner = component.get(key, [])
+        if not isinstance(inner, list):
+            raise TypeError(f"{key} is no array")
+        for step in inner:
+            yield from steps_of(step)
 
 
 def read_vocabulary(
@@ -171,9 +218,15 @@ def read_vocabulary(
     Raises:
         UsageError: If llama.cpp has no such tokenizer; the message names what it lacks.
     """
-    source = _open(tokenizer)
+    return vocabulary_of(Source.open(tokenizer), vocabulary_tokens=vocabulary_tokens, pre=pre)
+
+
+def vocabulary_of(source: Source, *, vocabulary_tokens: int, pre: str | None) -> dict[str, Value]:
+    """Do what `read_vocabulary` does with a file that is already parsed."""
     _refuse_foreign_steps(source)
     tokens, types = _tokens(source, vocabulary_tokens)
+    _refuse_half_characters(source, tokens)
+    _refuse_foreign_merges(source)
     metadata: dict[str, Value] = {"tokenizer.ggml.model": ("string", source.kind)}
     if source.kind == "llama":
         metadata["tokenizer.ggml.pre"] = ("string", "default")
@@ -186,28 +239,14 @@ def read_vocabulary(
     else:
         merges = [f"{left} {right}" for left, right in source.merges]
         metadata["tokenizer.ggml.merges"] = ("array[string]", merges)
-    metadata |= _special_ids(source, tokenizer.declared_stop_ids)
-    metadata["tokenizer.ggml.add_space_prefix"] = ("bool", _adds_space(source, tokenizer))
-    if tokenizer.chat_template is not None:
-        metadata["tokenizer.chat_template"] = ("string", tokenizer.chat_template)
+    metadata |= _special_ids(source, vocabulary_tokens)
+    metadata["tokenizer.ggml.add_space_prefix"] = ("bool", _adds_space(source))
+    if source.files.chat_template is not None:
+        metadata["tokenizer.chat_template"] = ("string", source.files.chat_template)
     return metadata
 
 
-def _open(tokenizer: TokenizerFiles) -> _Source:
-    path = tokenizer.tokenizer_json
-    return _Source(path=path, fields=read_fields(path), special=tokenizer.special_tokens)
-
-
-def tokenizer_kind(tokenizer: TokenizerFiles) -> Kind:
-    """Return ``tokenizer.ggml.model`` of a tokenizer.
-
-    Raises:
-        UsageError: If llama.cpp has none like it.
-    """
-    return _open(tokenizer).kind
-
-
-def _refuse_foreign_steps(source: _Source) -> None:
+def _refuse_foreign_steps(source: Source) -> None:
     """Refuse what changes the ids of ordinary text and has no place in a GGUF file."""
     for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if source.model.get(setting):
@@ -215,8 +254,8 @@ def _refuse_foreign_steps(source: _Source) -> None:
                 f"{source.path} sets {setting} = {source.model[setting]!r}, which llama.cpp lacks",
                 hint="export to another format, which ships the tokenizer.json itself",
             )
-    allowed = {"gpt2": {"NFC"}, "llama": {"Prepend", "Replace"}}[source.kind]
-    for step in parts(source.fields.get("normalizer")):
+    allowed = {"gpt2": ("NFC",), "llama": ("Prepend", "Replace")}[source.kind]
+    for step in source.steps("normalizer"):
         is_space = step.get("type") == "Replace" and (
             step.get("pattern") != {"String": " "} or step.get("content") != SPACE
         )
@@ -230,7 +269,7 @@ def _refuse_foreign_steps(source: _Source) -> None:
 # Tokens and their types
 
 
-def _tokens(source: _Source, vocabulary_tokens: int) -> tuple[list[str], list[int]]:
+def _tokens(source: Source, vocabulary_tokens: int) -> tuple[list[str], list[int]]:
     largest = max(source.ids.values(), default=-1)
     if largest >= vocabulary_tokens:
         raise UsageError(
@@ -252,11 +291,11 @@ def _tokens(source: _Source, vocabulary_tokens: int) -> tuple[list[str], list[in
     return tokens, types
 
 
-def _is_byte(source: _Source, token: str) -> bool:
+def _is_byte(source: Source, token: str) -> bool:
     return source.kind == "llama" and BYTE_TOKEN.fullmatch(token) is not None
 
 
-def _type_of(source: _Source, added: _AddedToken) -> int:
+def _type_of(source: Source, added: _AddedToken) -> int:
     if source.kind == "llama":
         if added.content == source.model.get("unk_token"):
             return UNKNOWN
@@ -267,7 +306,7 @@ def _type_of(source: _Source, added: _AddedToken) -> int:
     return CONTROL if added.is_special else USER_DEFINED
 
 
-def _refuse_duplicates(source: _Source, tokens: Sequence[str]) -> None:
+def _refuse_duplicates(source: Source, tokens: Sequence[str]) -> None:
     seen: dict[str, int] = {}
     for id, token in enumerate(tokens):
         if token in seen:
@@ -278,7 +317,26 @@ def _refuse_duplicates(source: _Source, tokens: Sequence[str]) -> None:
         seen[token] = id
 
 
-def _scores(source: _Source, tokens: Sequence[str], types: Sequence[int]) -> list[float]:
+def _refuse_half_characters(source: Source, tokens: Sequence[str]) -> None:
+    try:
+        "".join([*tokens, source.files.chat_template or ""]).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{source.path}: a token or the chat template holds half a surrogate pair"
+        ) from error
+
+
+def _refuse_foreign_merges(source: Source) -> None:
+    ids = source.ids
+    for left, right in source.merges:
+        if left not in ids or right not in ids or left + right not in ids:
+            raise UsageError(
+                f"{source.path}: the merge {[left, right]} is not of two tokens that make a third",
+                hint="the file is damaged; download it again",
+            )
+
+
+def _scores(source: Source, tokens: Sequence[str], types: Sequence[int]) -> list[float]:
     """Return minus the rank of the first merge that makes each token.
 
     What no merge makes comes after all of them, so that llama.cpp prefers any listed merge.
@@ -301,33 +359,36 @@ def _scores(source: _Source, tokens: Sequence[str], types: Sequence[int]) -> lis
 # Special tokens
 
 
-def _special_ids(source: _Source, stops: Sequence[int]) -> dict[str, Value]:
+def _special_ids(source: Source, vocabulary_tokens: int) -> dict[str, Value]:
     before, after = _template_ids(source)
-    eos = _end_id(source, stops)
+    eos = _end_id(source)
     pad = source.special_id("pad_token")
     # llama.cpp takes id 11 where a byte-level file does not say: any declared end is better.
     bos = before[0] if before else source.special_id("bos_token")
     ids = {
         "bos": eos if bos is None else bos,
         "eos": eos,
-        **_other_ends(source, [id for id in stops if id != eos]),
+        **_other_ends(source, [id for id in source.files.declared_stop_ids if id != eos]),
         "unknown": source.special_id("unk_token"),
         "padding": pad,
     }
-    found: dict[str, Value] = {
-        f"tokenizer.ggml.{name}_token_id": ("uint32", id)
-        for name, id in ids.items()
-        if id is not None
-    }
+    found: dict[str, Value] = {}
+    for name, id in ids.items():
+        if id is None:
+            continue
+        if not 0 <= id < vocabulary_tokens:
+            raise UsageError(f"{source.path.parent}: the {name} id {id} is no token of the model")
+        found[f"tokenizer.ggml.{name}_token_id"] = ("uint32", id)
     found["tokenizer.ggml.add_bos_token"] = ("bool", bool(before))
     found["tokenizer.ggml.add_eos_token"] = ("bool", after == (eos,))
     return found
 
 
-def _end_id(source: _Source, stops: Sequence[int]) -> int:
+def _end_id(source: Source) -> int:
     declared = source.special_id("eos_token")
     if declared is not None:
         return declared
+    stops = source.files.declared_stop_ids
     if not stops:
         raise UsageError(
             f"{source.path.parent} declares no token that ends an answer",
@@ -336,7 +397,7 @@ def _end_id(source: _Source, stops: Sequence[int]) -> int:
     return stops[0]
 
 
-def _other_ends(source: _Source, stops: Sequence[int]) -> dict[str, int]:
+def _other_ends(source: Source, stops: Sequence[int]) -> dict[str, int]:
     """Give the stop ids beside eos the two places a GGUF file has: end of turn, of message.
 
     Those that llama.cpp knows by their text need no place, so the others go first.
@@ -351,26 +412,32 @@ def _other_ends(source: _Source, stops: Sequence[int]) -> dict[str, int]:
     return dict(zip(("eot", "eom"), [*unknown, *turn_ends, *message_ends], strict=False))
 
 
-def _template_ids(source: _Source) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _template_ids(source: Source) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the ids the post-processor puts before and after a single text."""
     before: list[int] = []
     after: list[int] = []
-    for step in parts(source.fields.get("post_processor")):
-        if step.get("type") != "TemplateProcessing":
-            continue
-        target = before
-        for piece in step.get("single", []):
-            if "Sequence" in piece:
-                target = after
-            else:
-                target += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    try:
+        for step in source.steps("post_processor"):
+            if step.get("type") == "TemplateProcessing":
+                _collect_template(step, before, after)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{source.path}: post_processor is malformed: {error}") from error
     return tuple(before), tuple(after)
+
+
+def _collect_template(step: Mapping[str, Any], before: list[int], after: list[int]) -> None:
+    target = before
+    for piece in step["single"]:
+        if "Sequence" in piece:
+            target = after
+        else:
+            target += [int(id) for id in step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]]
 
 
 # Spaces
 
 
-def _adds_space(source: _Source, tokenizer: TokenizerFiles) -> bool:
+def _adds_space(source: Source) -> bool:
     """Tell whether llama.cpp shall put a space before a text, and after every special token.
 
     A tokenizer that puts one before the first text only has no equal: with a chat template, whose
@@ -379,13 +446,13 @@ def _adds_space(source: _Source, tokenizer: TokenizerFiles) -> bool:
     if source.kind == "gpt2":
         return False
     scheme = _space_scheme(source)
-    return scheme == "always" or (scheme == "first" and tokenizer.chat_template is None)
+    return scheme == "always" or (scheme == "first" and source.files.chat_template is None)
 
 
-def _space_scheme(source: _Source) -> Literal["always", "first", "never"]:
-    if any(step.get("type") == "Prepend" for step in parts(source.fields.get("normalizer"))):
+def _space_scheme(source: Source) -> Literal["always", "first", "never"]:
+    if any(step.get("type") == "Prepend" for step in source.steps("normalizer")):
         return "always"
-    for step in parts(source.fields.get("pre_tokenizer")):
+    for step in source.steps("pre_tokenizer"):
         if step.get("type") == "Metaspace":
             scheme = step.get("prepend_scheme")
             if scheme is None:  # before tokenizers 0.15
@@ -394,12 +461,8 @@ def _space_scheme(source: _Source) -> Literal["always", "first", "never"]:
     return "never"
 
 
-def is_phi3_like(tokenizer: TokenizerFiles) -> bool:
-    """Tell whether special tokens swallow the spaces after them as llama.cpp does for Phi-3.
-
-    If so, `general.name` has to contain ``phi-3``; if not, it must not.
-    """
-    source = _open(tokenizer)
+def _is_phi3_like(source: Source) -> bool:
+    """Tell whether added tokens swallow the spaces after them as llama.cpp does for Phi-3."""
     swallowing = {token.content for token in source.added if token.strips_right}
     return (
         source.listed >= {*PHI3_STAYING, "</s>"}
@@ -411,7 +474,7 @@ def is_phi3_like(tokenizer: TokenizerFiles) -> bool:
 def model_name(tokenizer: TokenizerFiles, name: str) -> str:
     """Return a ``general.name`` that makes llama.cpp treat the special tokens as it should."""
     says_phi3 = any(word in name.lower() for word in PHI3_NAMES)
-    if is_phi3_like(tokenizer):
+    if _is_phi3_like(Source.open(tokenizer)):
         return name if says_phi3 else f"{name} (Phi-3)"
     return re.sub(r"(?i)phi-?3", "Phi 3", name) if says_phi3 else name
 
@@ -422,11 +485,10 @@ def known_differences(tokenizer: TokenizerFiles) -> list[str]:
     edgekit reads text with the checkpoint's tokenizer.json, so these concern only other programs
     that open the file.
     """
-    source = _open(tokenizer)
-    found = list(_text_differences(source, tokenizer))
-    found += _added_differences(source, is_phi3=is_phi3_like(tokenizer))
+    source = Source.open(tokenizer)
+    found = [*_text_differences(source), *_added_differences(source)]
     before, after = _template_ids(source)
-    eos = _end_id(source, tokenizer.declared_stop_ids)
+    eos = _end_id(source)
     if len(before) > 1 or after not in ((), (eos,)):
         found.append(
             f"it puts the ids {list(before)} before and {list(after)} after a text; "
@@ -435,26 +497,39 @@ def known_differences(tokenizer: TokenizerFiles) -> list[str]:
     return found
 
 
-def _text_differences(source: _Source, tokenizer: TokenizerFiles) -> Iterator[str]:
-    if any(step.get("type") == "NFC" for step in parts(source.fields.get("normalizer"))):
+def _text_differences(source: Source) -> Iterator[str]:
+    if any(step.get("type") == "NFC" for step in source.steps("normalizer")):
         yield "it composes characters (NFC) first; llama.cpp takes them as they are"
-    if source.kind == "llama" and _space_scheme(source) == "first":
+    if source.kind == "gpt2":
+        return
+    if _space_scheme(source) == "first":
         yield (
             "it puts a space before the first text only; llama.cpp will put none"
-            if tokenizer.chat_template is not None
+            if source.files.chat_template is not None
             else "it puts a space before the first text only; llama.cpp will also put one after "
             "every special token"
         )
-    if source.kind == "llama" and _has_unlisted_merges(source):
+    yield from _metaspace_differences(source)
+    if _has_unlisted_merges(source):
         yield "it leaves some tokens apart that llama.cpp may join: not every pair is a merge"
 
 
-def _added_differences(source: _Source, *, is_phi3: bool) -> Iterator[str]:
+def _metaspace_differences(source: Source) -> Iterator[str]:
+    for step in source.steps("pre_tokenizer"):
+        if step.get("type") != "Metaspace":
+            continue
+        if _space_scheme(source) == "always":
+            yield "it puts no space before a text that begins with one; llama.cpp does"
+        if step.get("split", True) and any(SPACE in token[1:] for token in source.ids):
+            yield "it merges within words only; llama.cpp also merges across spaces"
+
+
+def _added_differences(source: Source) -> Iterator[str]:
     looking = [token for token in source.added if token.strips_left or token.is_single_word]
     swallowing = [token for token in source.added if token.strips_right]
     if looking:
         yield f"{_listed(looking)} looks at the text beside it; for llama.cpp it does not"
-    if swallowing and not is_phi3:
+    if swallowing and not _is_phi3_like(source):
         yield f"{_listed(swallowing)} swallows the spaces after it; for llama.cpp it does not"
     seized = [token for token in _KNOWN_ENDS if token in source.ids and token not in source.listed]
     if seized:
@@ -466,7 +541,7 @@ def _listed(tokens: Sequence[_AddedToken]) -> str:
     return first if len(tokens) == 1 else f"each of {len(tokens)} tokens such as {first}"
 
 
-def _has_unlisted_merges(source: _Source) -> bool:
+def _has_unlisted_merges(source: Source) -> bool:
     """Tell whether two tokens make a third without a merge that says so."""
     listed = set(source.merges)
     return any(

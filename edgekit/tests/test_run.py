@@ -1,0 +1,227 @@
+import dataclasses
+
+import pytest
+
+from edgekit import formats
+from edgekit.errors import BundleError, UsageError
+from edgekit.generate import PromptTooLongError, Sampling
+from edgekit.run import NO_TEMPLATE_NOTE, Chat, Runner, answer, run
+from edgekit.tests.tiny_runner import (
+    CHATML,
+    DIALOGUE,
+    QUESTION,
+    bundle_in,
+    runner_in,
+    sentencepiece_tokenizer,
+)
+
+
+PARIS = DIALOGUE[1]["content"]
+
+
+@pytest.fixture
+def runner(tmp_path):
+    return runner_in(tmp_path)
+
+
+@pytest.fixture
+def on_disk(tmp_path, monkeypatch):
+    """A runner whose bundle is on disk, of a format that hands out the runner's session."""
+    runner = runner_in(tmp_path)
+    bundle_in(tmp_path, runner.text.rules).save()
+
+    class InMemory:
+        def load(self, path, *, context_tokens, **_):
+            assert path.is_file()
+            runner.session.context_tokens = context_tokens
+            return runner.session
+
+    monkeypatch.setattr(formats, "get", {"in_memory": InMemory()}.__getitem__)
+    return runner
+
+
+# One answer
+
+
+def test_a_question_is_answered_in_pieces_of_whole_characters(runner):
+    reply = answer(runner, QUESTION)
+    pieces = list(reply)
+    assert len(pieces) > 5
+    assert "🙂" in "".join(pieces)
+    assert all(pieces)
+    assert "".join(pieces) == reply.answer.text == PARIS
+
+
+def test_an_answer_says_how_it_came_about(runner):
+    record = answer(runner, QUESTION).answer
+    assert record.finish_reason == "stop"
+    assert record.prompt_tokens == len(
+        runner.text.encode_chat([{"role": "user", "content": QUESTION}])
+    )
+    assert runner.text.decode(record.token_ids) == PARIS
+    assert record.answer_tokens == len(record.token_ids)
+    assert record.time_to_first_token_s > 0
+    assert record.decode_tokens_per_s is not None
+    assert record.decode_tokens_per_s > 0
+    assert record.notes == ()
+
+
+def test_an_answer_of_one_token_has_no_decode_rate(runner):
+    record = answer(runner, QUESTION, max_tokens=1).answer
+    assert (record.answer_tokens, record.finish_reason) == (1, "length")
+    assert record.decode_tokens_per_s is None
+
+
+def test_a_stop_string_ends_the_answer_before_it(runner):
+    record = answer(runner, QUESTION, stop=["of course"]).answer
+    assert (record.text, record.finish_reason) == ("It is Paris, 파리 🙂 ", "stop")
+
+
+def test_a_raw_prompt_goes_on_as_it_is(runner):
+    record = answer(runner, "one two three", raw=True, max_tokens=200).answer
+    assert record.text.startswith(" four five six seven")
+    assert record.notes == ()
+
+
+@pytest.mark.parametrize("decoder", ["fuse", "metaspace"])
+def test_a_raw_prompt_goes_on_with_its_space_in_sentencepiece_too(tmp_path, decoder):
+    runner = runner_in(tmp_path, tokenizer=sentencepiece_tokenizer(decoder=decoder))
+    assert answer(runner, "one two", raw=True, max_tokens=6).answer.text == " three f"
+
+
+def test_a_model_without_template_says_so(tmp_path):
+    runner = runner_in(tmp_path, template=None)
+    record = answer(runner, "one two three", max_tokens=4).answer
+    assert record.notes == (NO_TEMPLATE_NOTE,)
+    assert record.text.startswith(" four")
+
+
+def test_a_system_prompt_without_template_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="needs a chat template"):
+        answer(runner_in(tmp_path, template=None), "hi", system="be kind")
+
+
+def test_a_system_prompt_opens_the_conversation(runner):
+    reply = answer(runner, QUESTION, system="be kind")
+    prompt = runner.text.tokenizer.decode(reply.generation.prompt_ids, skip_special_tokens=False)
+    assert prompt.startswith("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nWhat")
+
+
+def test_sampling_with_a_seed_repeats(runner):
+    warm = Sampling(temperature=20, seed=3)
+    first, second = (answer(runner, QUESTION, sampling=warm, max_tokens=9).answer for _ in "12")
+    assert first.token_ids == second.token_ids
+    assert first.text != PARIS[: len(first.text)]
+
+
+def test_a_full_context_ends_an_answer_in_good_order(tmp_path):
+    tokens = len(runner_in(tmp_path).text.encode_chat(DIALOGUE[:1]))
+    runner = runner_in(tmp_path, context_tokens=tokens + 3)
+    record = answer(runner, QUESTION).answer
+    assert (record.answer_tokens, record.finish_reason) == (4, "context")
+    with pytest.raises(PromptTooLongError, match=f"context holds {tokens + 3}"):
+        answer(runner, QUESTION + " and so on")
+
+
+# A bundle on disk
+
+
+def test_a_bundle_runs_from_its_directory(on_disk):
+    assert "".join(run(on_disk.bundle.directory, QUESTION)) == PARIS
+
+
+def test_a_run_that_is_cut_short_closes_the_session(on_disk):
+    pieces = run(on_disk.bundle.directory, QUESTION)
+    next(pieces)
+    session = on_disk.session
+    assert not session.is_closed
+    pieces.close()
+    assert session.is_closed
+
+
+def test_the_context_is_the_bundles_unless_asked_otherwise(on_disk):
+    with Runner.open(on_disk.bundle.directory) as runner:
+        assert runner.session.context_tokens == runner.bundle.context_tokens
+    with Runner.open(on_disk.bundle.directory, context_tokens=99) as runner:
+        assert runner.session.context_tokens == 99
+
+
+def test_a_changed_byte_is_refused_unless_hashes_are_waived(on_disk):
+    model = on_disk.bundle.directory / "model.bin"
+    model.write_bytes(model.read_bytes().replace(b"n-gram", b"N-gram"))
+    with pytest.raises(BundleError, match="SHA-256"):
+        Runner.open(on_disk.bundle.directory)
+    Runner.open(on_disk.bundle.directory, check_hashes=False).close()
+
+
+# A chat
+
+
+def test_the_second_turn_reads_only_what_is_new(runner):
+    chat = Chat(runner=runner)
+    first = chat.say(QUESTION).answer
+    runner.session.reads.clear()
+    second = chat.say("Sure?").answer
+    assert second.text == "Yes."
+    # The stop token was chosen but never read, so it comes with the new turn.
+    assert second.reused_tokens == first.prompt_tokens + first.answer_tokens
+    assert runner.session.reads[0] == second.prompt_tokens - second.reused_tokens < 40
+    assert chat.messages == list(DIALOGUE)
+
+
+def test_a_chat_from_a_warm_cache_says_what_a_cold_one_says(tmp_path, runner):
+    warm, cold = Chat(runner=runner), Chat(runner=runner_in(tmp_path))
+    for chat in (warm, cold):
+        chat.say(QUESTION).answer  # noqa: B018 - waits for the end
+    cold.runner.session.reset()
+    cold.runner._cached_ids.clear()
+    assert warm.say("Sure?").answer.token_ids == cold.say("Sure?").answer.token_ids
+
+
+def test_another_conversation_does_not_inherit_the_cache(runner):
+    Chat(runner=runner).say("one two").answer  # noqa: B018
+    record = Chat(runner=runner).say(QUESTION).answer
+    assert (record.text, record.reused_tokens) == (PARIS, 0)
+
+
+def test_an_answer_cut_short_is_remembered_as_far_as_it_went(runner):
+    chat = Chat(runner=runner)
+    reply = chat.say(QUESTION)
+    said = next(reply) + next(reply)
+    reply.close()
+    assert reply.answer.finish_reason is None
+    assert chat.messages[-1] == {"role": "assistant", "content": said}
+    assert chat.say("Sure?").answer.reused_tokens > 0
+
+
+def test_a_reply_nobody_read_is_not_remembered(runner):
+    chat = Chat(runner=runner)
+    chat.say(QUESTION).close()
+    assert chat.messages == []
+
+
+def test_a_turn_too_long_leaves_the_chat_as_it_was(tmp_path):
+    chat = Chat(runner=runner_in(tmp_path, context_tokens=120), system="be kind")
+    with pytest.raises(PromptTooLongError):
+        chat.say("long " * 200)
+    assert chat.messages == [{"role": "system", "content": "be kind"}]
+
+
+def test_a_cleared_chat_keeps_its_system_prompt(runner):
+    chat = Chat(runner=runner, system="be kind")
+    chat.say(QUESTION).answer  # noqa: B018
+    assert len(chat.messages) == 3
+    chat.clear()
+    assert chat.messages == [{"role": "system", "content": "be kind"}]
+
+
+def test_a_template_that_refuses_a_role_says_so(tmp_path):
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    runner = runner_in(tmp_path, template=refuse + CHATML)
+    with pytest.raises(UsageError, match="no system"):
+        answer(runner, QUESTION, system="be kind")
+    assert answer(runner, QUESTION).answer.text == PARIS
+
+
+def test_records_are_plain_data(runner):
+    assert dataclasses.asdict(answer(runner, QUESTION).answer)["text"] == PARIS

@@ -1,0 +1,431 @@
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from edgekit.errors import MissingDependencyError, ToolchainError, UsageError
+from edgekit.generate import Sampling
+from edgekit.openai_api import ApiError, Ask, Fields
+from edgekit.serve import LOOPBACK_HOSTS, MAX_BODY_BYTES, Service, _greeting, app, serve
+from edgekit.tests.tiny_runner import CHATML, DIALOGUE, QUESTION, runner_in
+
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("starlette")
+uvicorn = pytest.importorskip("uvicorn")
+
+PARIS = DIALOGUE[1]["content"]
+ASK = list(DIALOGUE[:1])
+MODEL = "tiny/ngram"
+
+
+@contextlib.contextmanager
+def served(application):
+    """Run a real server on a free port and yield its address."""
+    config = uvicorn.Config(application, log_level="error", ws="none", lifespan="off")
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    refuse = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    return runner_in(tmp_path_factory.mktemp("bundle"), template=refuse + CHATML)
+
+
+@pytest.fixture(scope="module")
+def url(runner):
+    with served(app(runner)) as address:
+        yield address
+
+
+@pytest.fixture
+def client(url):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=url, api_key="unused", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def http(url):
+    with httpx.Client(base_url=url) as client:
+        yield client
+
+
+# OpenAI's own client
+
+
+def test_the_model_is_listed_and_found_by_its_name(client):
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).owned_by == "edgekit"
+
+
+def test_a_chat_is_answered(client, runner):
+    answer = client.chat.completions.create(model=MODEL, messages=ASK)
+    assert answer.choices[0].message.content == PARIS
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.prompt_tokens == len(runner.text.encode_chat(ASK))
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_a_chat_streams(client):
+    options = {"include_usage": True}
+    chunks = list(
+        client.chat.completions.create(
+            model=MODEL, messages=ASK, stream=True, stream_options=options
+        )
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    *said, last, usage = chunks
+    assert "".join(chunk.choices[0].delta.content for chunk in said) == PARIS
+    assert len(said) > 5
+    assert (last.choices[0].finish_reason, last.choices[0].delta.content) == ("stop", None)
+    assert usage.choices == []
+    assert usage.usage.completion_tokens > len(said) - 2
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_the_next_turn_of_a_chat_reads_only_what_is_new(client):
+    client.chat.completions.create(model=MODEL, messages=ASK)
+    answer = client.chat.completions.create(model=MODEL, messages=DIALOGUE[:3])
+    assert answer.choices[0].message.content == "Yes."
+    assert answer.usage.prompt_tokens - answer.usage.prompt_tokens_details.cached_tokens < 40
+
+
+def test_text_is_completed(client, runner):
+    prompt = "one two three"
+    answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=5)
+    assert answer.object == "text_completion"
+    assert answer.choices[0].text.startswith(" four")
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 5)
+    ids = runner.text.encode(prompt)
+    same = client.completions.create(model=MODEL, prompt=ids, max_tokens=5)
+    assert same.choices[0].text == answer.choices[0].text
+
+
+def test_text_streams(client):
+    stream = client.completions.create(
+        model=MODEL, prompt=["one two three"], max_tokens=99, stop=["seven"], stream=True
+    )
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == " four five six "
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_completion_length_defaults_to_what_openai_documents(client):
+    answer = client.completions.create(model=MODEL, prompt="one two three")
+    assert answer.usage.completion_tokens == 16
+
+
+def test_an_answer_has_the_length_and_the_chance_it_was_asked_for(client):
+    answers = [
+        client.chat.completions.create(
+            model=MODEL, messages=ASK, max_completion_tokens=7, temperature=50, seed=seed, top_p=0.9
+        )
+        for seed in (4, 4, 5)
+    ]
+    assert answers[0].choices[0].finish_reason == "length"
+    assert answers[0].usage.completion_tokens == 7
+    said = [answer.choices[0].message.content for answer in answers]
+    assert said[0] == said[1] != said[2]
+
+
+def test_parts_of_text_are_joined(client):
+    parts = [{"type": "text", "text": QUESTION[:9]}, {"type": "text", "text": QUESTION[9:]}]
+    answer = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": parts}]
+    )
+    assert answer.choices[0].message.content == PARIS
+
+
+def test_a_stranger_to_the_model_list_is_told_which_there_is(client):
+    openai = pytest.importorskip("openai")
+    with pytest.raises(openai.NotFoundError, match="no model named 'gpt-9'") as refusal:
+        client.chat.completions.create(model="gpt-9", messages=ASK)
+    assert refusal.value.code == "model_not_found"
+
+
+def test_a_prompt_too_long_has_the_code_clients_look_for(client):
+    openai = pytest.importorskip("openai")
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="context holds 512") as refusal:
+            client.completions.create(model=MODEL, prompt="long " * 999, stream=stream)
+        assert refusal.value.code == "context_length_exceeded"
+
+
+def test_many_clients_at_once_are_answered_in_turn(url):
+    openai = pytest.importorskip("openai")
+    answers = []
+
+    def ask():
+        with openai.OpenAI(base_url=url, api_key="unused", max_retries=0) as client:
+            stream = client.chat.completions.create(model=MODEL, messages=ASK, stream=True)
+            answers.append("".join(c.choices[0].delta.content or "" for c in stream))
+
+    threads = [threading.Thread(target=ask) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [PARIS] * 5
+
+
+# What is refused, and how
+
+REFUSED = {
+    "n": 2,
+    "logprobs": True,
+    "top_logprobs": 3,
+    "frequency_penalty": 0.5,
+    "logit_bias": {"5": 1},
+    "tools": [{"type": "function"}],
+    "response_format": {"type": "json_object"},
+    "temperature": "warm",
+    "top_p": 0,
+    "seed": 1.5,
+    "stop": [""],
+    "max_tokens": 0,
+    "max_completion_tokens": 0,
+    "stream": "yes",
+    "messages": [],
+    "tempature": 1,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_field_that_cannot_be_honoured_is_named(http, name):
+    body = {"model": MODEL, "messages": ASK, name: REFUSED[name]}
+    response = http.post("/chat/completions", json=body)
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert error["param"].removeprefix("max_completion_") in {name, "max_tokens", "tokens"}
+    assert error["type"] == "invalid_request_error"
+    assert (error["param"] if name != "max_completion_tokens" else "max_tokens") in error["message"]
+
+
+def test_values_that_ask_for_nothing_are_accepted():
+    neutral: dict[str, object] = {
+        "n": 1,
+        "logprobs": None,
+        "presence_penalty": 0,
+        "tools": [],
+        "user": "someone",
+    }
+    ask = Ask.chat(Fields(values={"messages": ASK, **neutral}), sampling=Sampling())
+    assert ask.messages == ASK
+
+
+@pytest.mark.parametrize(
+    ("message", "where"),
+    [
+        ({"role": "user", "content": [{"type": "image_url"}]}, "messages[0].content[0]"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0]"),
+        ({"role": "user", "content": 3}, "messages[0].content"),
+        ({"content": "hi"}, "messages[0]"),
+        ("hi", "messages[0]"),
+    ],
+)
+def test_a_message_that_is_no_text_is_refused_with_its_place(message, where):
+    with pytest.raises(ApiError) as refusal:
+        Ask.chat(Fields(values={"messages": [message]}), sampling=Sampling())
+    assert refusal.value.param == where
+
+
+def test_a_developer_speaks_as_the_system():
+    fields = Fields(values={"messages": [{"role": "developer", "content": "be kind"}]})
+    assert Ask.chat(fields, sampling=Sampling()).messages[0]["role"] == "system"
+
+
+@pytest.mark.parametrize("prompt", [None, [], ["x", "y"], [[1], [2]], [True], {"a": 1}])
+def test_a_prompt_that_is_not_one_text_is_refused(prompt):
+    with pytest.raises(ApiError) as refusal:
+        Ask.text(Fields(values={"prompt": prompt}), sampling=Sampling())
+    assert refusal.value.param == "prompt"
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"[" * 100_000, b""])
+def test_a_body_that_is_no_json_object_is_refused(http, body):
+    headers = {"content-type": "application/json"}
+    response = http.post("/chat/completions", content=body, headers=headers)
+    assert response.status_code == 400
+    assert "the body is" in response.json()["error"]["message"]
+
+
+def test_other_requests_are_refused_in_the_same_shape(http):
+    as_form = http.post("/chat/completions", data={"a": 1})
+    too_large = http.post("/completions", json={"prompt": "x" * (MAX_BODY_BYTES + 1)})
+    no_model = http.post("/completions", json={"prompt": "x"})
+    bad_id = http.post("/completions", json={"model": MODEL, "prompt": [10**6]})
+    surrogate = http.post(
+        "/completions",
+        content=json.dumps({"model": MODEL, "prompt": "\ud83d"}),
+        headers={"content-type": "application/json"},
+    )
+    by_template = http.post(
+        "/chat/completions",
+        json={"model": MODEL, "messages": [{"role": "tool", "content": "x"}]},
+    )
+    responses = {
+        415: as_form,
+        413: too_large,
+        404: http.get("/nothing"),
+        405: http.get("/completions"),
+    }
+    assert {status: r.status_code for status, r in responses.items()} == {s: s for s in responses}
+    for response in (no_model, bad_id, surrogate, by_template):
+        assert response.status_code == 400
+    for response in (*responses.values(), no_model, bad_id, surrogate, by_template):
+        assert response.json()["error"]["message"]
+    assert "no tools" in by_template.json()["error"]["message"]
+
+
+def test_a_key_is_asked_for_when_there_is_one(runner):
+    with served(app(runner, api_key="s3cret")) as url:
+        statuses = [
+            httpx.get(f"{url}/models", headers=headers).status_code
+            for headers in (
+                {},
+                {"authorization": "Bearer wrong"},
+                {"authorization": "Bearer s3cret"},
+            )
+        ]
+    assert statuses == [401, 401, 200]
+
+
+def test_a_page_that_points_its_own_name_here_is_refused(runner):
+    with served(app(runner, hosts=LOOPBACK_HOSTS)) as url:
+        statuses = [
+            httpx.get(f"{url}/models", headers={"host": host}).status_code
+            for host in ("evil.example:80", "localhost:1", "127.0.0.1", "[::1]:5", "[::1]", "")
+        ]
+    assert statuses == [403, 200, 200, 200, 200, 403]
+
+
+# The session
+
+
+@pytest.fixture
+def slow(tmp_path, monkeypatch):
+    """A runner that takes its time, so that one can interrupt it."""
+    runner = runner_in(tmp_path, template=None)
+    decode = runner.session.decode
+
+    def decode_slowly(token):
+        time.sleep(0.01)
+        return decode(token)
+
+    monkeypatch.setattr(runner.session, "decode", decode_slowly)
+    return runner
+
+
+def eventually_stands_still(session):
+    seen = -1
+    deadline = time.monotonic() + 10
+    while seen != len(session.reads) and time.monotonic() < deadline:
+        seen = len(session.reads)
+        time.sleep(0.1)
+    return len(session.reads)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_the_session(slow, stream):
+    body = {"model": MODEL, "prompt": "one two", "max_tokens": 400, "stream": stream}
+    with served(app(slow)) as url:
+        with (
+            contextlib.suppress(httpx.ReadTimeout),
+            httpx.stream("POST", f"{url}/completions", json=body, timeout=0.3) as response,
+        ):
+            next(response.iter_lines())
+        assert eventually_stands_still(slow.session) < 100
+        body |= {"max_tokens": 2, "stream": False}
+        assert httpx.post(f"{url}/completions", json=body).json()["choices"][0]["text"]
+
+
+def test_a_runtime_that_fails_mid_answer_is_reported_in_the_stream(slow, monkeypatch):
+    def fail(token):
+        raise ToolchainError("the runtime gave up")
+
+    monkeypatch.setattr(slow.session, "decode", fail)
+    body = {"model": MODEL, "prompt": "one two", "stream": True}
+    with served(app(slow)) as url:
+        lines = httpx.post(f"{url}/completions", json=body).text.split("\n\n")
+        whole = httpx.post(f"{url}/completions", json=body | {"stream": False})
+    assert json.loads(lines[-2].removeprefix("data: "))["error"]["type"] == "server_error"
+    assert "[DONE]" not in lines[-1]
+    assert whole.status_code == 500
+    assert whole.json()["error"]["message"] == "the runtime gave up"
+
+
+# The verb
+
+
+def test_an_address_others_can_reach_must_be_wanted(tmp_path):
+    with pytest.raises(UsageError, match=r"0\.0\.0\.0 can be reached from other machines"):
+        serve(tmp_path, host="0.0.0.0")  # noqa: S104
+
+
+def test_an_address_others_can_reach_is_said_aloud(runner):
+    service = Service(runner=runner, sampling=Sampling(), api_key=None, hosts=None)
+    _, warning = _greeting(service, "0.0.0.0", 80, is_local=False)  # noqa: S104
+    assert "everyone, as there is no API key" in warning
+
+
+def test_a_port_that_is_taken_is_refused(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1, port {port}"):
+            serve(tmp_path, port=port)
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(MissingDependencyError) as refusal:
+        serve(tmp_path)
+    assert refusal.value.hint == "pip install 'edgekit[serve]'"
+
+
+@pytest.mark.toolchain
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_the_verb_serves_a_bundle_until_ctrl_c(tmp_path):
+    program = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from edgekit import formats
+        from edgekit.serve import serve
+        from edgekit.tests.tiny_runner import runner_in
+
+        directory = Path(sys.argv[1])
+        runner = runner_in(directory)
+        runner.bundle.save()
+        runner.load = lambda path, **_: runner.session
+        formats.get = lambda name: runner
+        try:
+            serve(directory, port=0, say=lambda line: print(line, flush=True))
+        except KeyboardInterrupt:
+            print("closed" if runner.session.is_closed else "open")
+    """)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        greeting = process.stdout.readline()
+        url = greeting.split()[3].rstrip(";")
+        assert httpx.get(f"{url}/models").json()["data"][0]["id"] == MODEL
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20)[0] == "closed\n"

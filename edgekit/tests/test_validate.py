@@ -1,0 +1,144 @@
+import dataclasses
+
+import pytest
+
+from edgekit import measure
+from edgekit.errors import BundleError, UsageError
+from edgekit.target import FirstTokenLimit
+from edgekit.tests import pretend_format
+from edgekit.tests.made_up_measurement import ENVIRONMENT, STEADY_S, make_measurement
+from edgekit.validate import judge_document, plan_workload, validate
+
+
+@pytest.fixture
+def bundle(tmp_path, monkeypatch):
+    pretend_format.use(tmp_path / "place", monkeypatch)
+    return pretend_format.make_bundle(tmp_path / "bundle")
+
+
+@pytest.mark.toolchain
+def test_a_bundle_that_misses_its_budget_fails(bundle):
+    target = pretend_format.make_target(artifact_bytes=1000)
+
+    result = validate(bundle.directory, target, repetitions=1)
+
+    assert result.verdict.outcome == "fail"
+    assert result.measurement.artifact_sha256 == measure.artifact_sha256(bundle.artifact)
+    assert result.measurement.workload.prompt_lengths_tokens == (8,)
+
+
+@pytest.mark.toolchain
+def test_a_device_without_enough_memory_fails_and_is_measured_no_further(bundle, monkeypatch):
+    monkeypatch.setenv("PRETEND_MOOD", "no memory")
+
+    result = validate(bundle.directory, pretend_format.make_target(), repetitions=2)
+
+    assert result.verdict.outcome == "fail"
+    assert len(result.measurement.deaths) == 1
+
+
+def test_a_damaged_bundle_is_refused_before_anything_is_measured(bundle):
+    bundle.artifact_path.write_bytes(b"!" * bundle.artifact.size_bytes)
+
+    with pytest.raises(BundleError, match="SHA-256"):
+        validate(bundle.directory, pretend_format.make_target())
+
+
+def test_no_repetitions_are_refused(bundle):
+    with pytest.raises(UsageError, match="0 repetitions"):
+        validate(bundle.directory, pretend_format.make_target(), repetitions=0)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Replaces the slow part by made-up repetitions; counts how many were asked for."""
+    asked = []
+
+    def add(measurement, bundle, device, *, count, progress=None):
+        asked.append(count)
+        total = len(measurement.repetitions) + count
+        samples = (STEADY_S * 4)[: 2 * total]
+        made = make_measurement(first_token_s=samples, token_s=samples)
+        return dataclasses.replace(measurement, repetitions=made.repetitions)
+
+    monkeypatch.setattr(measure, "environment_of", lambda bundle, device: ENVIRONMENT)
+    monkeypatch.setattr(measure, "_start_cold", lambda measurement, bundle, device: measurement)
+    monkeypatch.setattr(measure, "add_repetitions", add)
+    return asked
+
+
+def test_what_is_clear_is_not_measured_again(bundle, counted):
+    result = validate(bundle.directory, pretend_format.make_target())
+
+    assert counted == [5]
+    assert result.verdict.outcome == "pass"
+
+
+def test_what_chance_left_open_is_measured_again_up_to_forty_samples(bundle, counted):
+    """Half of the samples stay on each side of the limit, however many there are."""
+    limit = FirstTokenLimit(prompt_tokens=8, limit_s=0.1)
+
+    result = validate(bundle.directory, pretend_format.make_target(first_token=(limit,)))
+
+    assert counted == [5, 5, 10]
+    assert result.verdict.outcome == "unstable"
+
+
+def test_too_few_repetitions_are_topped_up(bundle, counted):
+    result = validate(bundle.directory, pretend_format.make_target(), repetitions=1)
+
+    assert counted == [1, 1, 2, 4]
+    assert result.verdict.outcome == "pass"
+
+
+@pytest.mark.parametrize(
+    ("cores", "asked", "threads"), [(2, None, 2), (8, None, 4), (None, None, 4), (2, 3, 3)]
+)
+def test_threads_are_the_targets_but_no_more_than_cores(bundle, cores, asked, threads):
+    environment = dataclasses.replace(ENVIRONMENT, cores=cores)
+    target = pretend_format.make_target()
+    assert target.decode_threads == 4
+
+    workload = plan_workload(bundle, target, environment, threads=asked)
+
+    assert workload.threads == threads
+
+
+def test_prompts_that_do_not_fit_the_context_are_left_out(bundle):
+    limits = tuple(FirstTokenLimit(prompt_tokens=n, limit_s=1.0) for n in (8, 56, 57))
+
+    workload = plan_workload(bundle, pretend_format.make_target(first_token=limits), ENVIRONMENT)
+
+    assert workload.prompt_lengths_tokens == (8, 56)
+
+
+def test_a_context_that_holds_no_prompt_is_refused(bundle):
+    target = pretend_format.make_target(answer_tokens=60)
+
+    with pytest.raises(UsageError, match="holds no prompt") as caught:
+        plan_workload(bundle, target, ENVIRONMENT)
+    assert "--context 64" in caught.value.hint
+
+
+def test_a_phone_measures_and_edgekit_judges(bundle, tmp_path):
+    sha256 = measure.artifact_sha256(bundle.artifact)
+    document = tmp_path / "phone.json"
+    document.write_text(make_measurement(artifact_sha256=sha256, device="iPhone 16").to_json())
+
+    result = judge_document(bundle.directory, pretend_format.make_target(), document)
+
+    assert result.verdict.outcome == "pass"
+    assert result.measurement.device == "iPhone 16"
+
+
+def test_a_measurement_of_another_artifact_is_refused(bundle, tmp_path):
+    document = tmp_path / "phone.json"
+    document.write_text(make_measurement().to_json())
+
+    with pytest.raises(UsageError, match="another artifact"):
+        judge_document(bundle.directory, pretend_format.make_target(), document)
+
+
+def test_a_measurement_that_is_not_there_is_refused(bundle, tmp_path):
+    with pytest.raises(UsageError, match="cannot read"):
+        judge_document(bundle.directory, pretend_format.make_target(), tmp_path / "none.json")
