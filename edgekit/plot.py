@@ -23,6 +23,7 @@ class Row:
     label: str
     samples: tuple[float, ...]
     apart: tuple[float, ...] = ()
+    limit: float | None = None  # drawn where it is near enough not to squeeze the rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +78,8 @@ def ticks(low: float, high: float, *, most: int = 6, unit: float = 1) -> list[fl
 
 def dots(rows: Sequence[Row], frame: Frame) -> str:
     """Draw each row's samples as dots along one axis, with their median."""
-    every = [value for row in rows for value in (*row.samples, *row.apart)]
-    marks = ticks(0, _reach(every, frame.limit), unit=frame.unit)
+    reaches = (_reach((*row.samples, *row.apart), row.limit) for row in rows)
+    marks = ticks(0, max(reaches, default=1), unit=frame.unit)
     row_height = (_HEIGHT - _TOP - _BOTTOM) / max(1, len(rows))
     axis = Axis(low=0, high=marks[-1], start=_LEFT, end=_WIDTH - _RIGHT)
     parts = [_vertical(axis(mark), frame.format(mark)) for mark in marks]
@@ -95,6 +96,10 @@ def _row(row: Row, axis: Axis, y: float, format: Formatter) -> Iterator[str]:
     if row.samples:
         x = axis(statistics.median(row.samples))
         yield f'<path class="median" d="M{x:.1f} {y - 13:.1f}v26"/>'
+    if row.limit is not None and row.limit <= axis.high:
+        x = axis(row.limit)
+        yield f'<path class="limit" d="M{x:.1f} {y - 22:.1f}v44"/>'
+        yield _text(x - 6, y - 16, "limit", "limit-name")
 
 
 def lines(series: Sequence[Line], frame: Frame) -> str:

@@ -285,15 +285,14 @@ def _key(style: str, name: str) -> str:
 
 def _first_token_html(result: Result) -> str:
     measurement, cold = result.measurement, result.measurement.cold_start
+    limits_s = {limit.prompt_tokens: limit.limit_s for limit in result.target.budget.first_token}
     rows = []
     for length in measurement.prompt_lengths_tokens:
         firsts = tuple(g.first_token_s for g in measurement.generations(length))
         apart = (cold.first_token_s,) if cold and cold.prompt_tokens == length else ()
-        rows.append(plot.Row(label=f"{length} tokens", samples=firsts, apart=apart))
-    limits = ", ".join(
-        f"{format_duration(limit.limit_s)} after {limit.prompt_tokens}"
-        for limit in result.target.budget.first_token
-    )
+        label, limit = f"{length} tokens", limits_s.get(length)
+        rows.append(plot.Row(label=label, samples=firsts, apart=apart, limit=limit))
+    limits = ", ".join(f"{format_duration(s)} after {length}" for length, s in limits_s.items())
     graph = plot.dots(rows, plot.Frame(format=format_duration, title="Time to the first token"))
     legend = _key("one", "a generation") + _key("mark", "median")
     legend += _key("ring", "after a cold start, not judged") if cold else ""

@@ -249,7 +249,7 @@ def _application(service: Service) -> "Starlette":
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
-    from starlette.responses import JSONResponse
+    from starlette.responses import Response
     from starlette.routing import Route
 
     async def refuse(_: "Request", error: Exception) -> "Response":
@@ -264,7 +264,8 @@ def _application(service: Service) -> "Starlette":
                 refusal = ApiError(error.detail, status=error.status_code)
             case _:
                 raise error
-        return JSONResponse(refusal.body, status_code=refusal.status)
+        # As ASCII: a refusal may quote what is no Unicode.
+        return Response(json.dumps(refusal.body), refusal.status, media_type="application/json")
 
     routes = [
         Route("/v1/models", service.admits(service.models)),

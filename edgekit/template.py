@@ -337,31 +337,43 @@ def _checked_call(
             raise UsageError("the chat template calls translate(), which edgekit does not offer")
         case "format" | "format_map":
             _check_pattern(text, (*args, *kwargs.values()))
-        case "replace" if len(args) >= 2 and all(isinstance(a, str) for a in args[:2]):
-            if len(text) + text.count(args[0]) * len(args[1]) > _MAX_FILTER_CHARACTERS:
-                raise _too_large()
+        case "replace":
+            _check_replacement(text, args)
         case "join" if args:
             parts = list(args[0])  # it may be a generator
             if _size(parts) + len(parts) * len(text) > _MAX_FILTER_CHARACTERS:
                 raise _too_large()
             return (parts,)
-        case _:
+        case "center" | "ljust" | "rjust" | "zfill" | "expandtabs":
             _check_product((text, *args, *kwargs.values()))
+        case _:
+            pass  # makes no more than it is given
     return args
+
+
+def _check_replacement(text: str, arguments: Sequence[Any]) -> None:
+    old, new = (*arguments, "", "")[:2]
+    if isinstance(old, str) and isinstance(new, str):
+        made = len(text) + text.count(old) * len(new)
+        if made > _MAX_FILTER_CHARACTERS:
+            raise _too_large()
 
 
 def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a filter so that what it makes is measured."""
+    name = function.__name__
 
     @functools.wraps(function)
     def limited(*args: Any, **kwargs: Any) -> Any:
         _check_time()
-        # What is piped in may be any number: `1700000000 | string`.
-        sized = args[1:] if isinstance(args[0], int) else args
-        if function.__name__ == "do_format":
-            _check_pattern(str(args[0]), (*args[1:], *kwargs.values()))
-        elif function.__name__ not in _FILTERS_THAT_TAKE_ANY_NUMBER:
-            _check_product((*sized, *kwargs.values()))
+        given = (*args, *kwargs.values())
+        if name == "do_format":
+            _check_pattern(str(args[0]), given[1:])
+        elif name == "do_replace":  # after the evaluation context
+            _check_replacement(str(args[1]), given[2:])
+        elif name not in _FILTERS_THAT_TAKE_ANY_NUMBER:
+            # What is piped in may be any number, too: `1700000000 | string`.
+            _check_product(given[1:] if isinstance(args[0], int) else given)
         return _bounded(function(*args, **kwargs))
 
     return limited

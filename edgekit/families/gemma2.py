@@ -34,9 +34,8 @@ def describe(config: Config) -> DecoderSpec:
 
 def read(config: Config, rope: Rope | None) -> DecoderSpec:
     """Read what Gemma 2 and 3 share."""
-    # The older field is there too, with another name for the same function; transformers reads
-    # the newer one.
-    config.ignore("hidden_act")
+    # Google's first configs say some things twice; transformers reads the other spelling.
+    config.ignore("hidden_act", "sliding_window_size")
     config.expect(hidden_activation="gelu_pytorch_tanh", use_bidirectional_attention=False)
     spec = _common.read_decoder(config, DEFAULTS, rope=rope)
     has_bias = config.get("attention_bias", default=False)

@@ -12,6 +12,8 @@ BYTES_ONLY = {
     "trim_offsets": True,
     "use_regex": False,
 }
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 TO_MARK = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _CODE = """\
 def area(width, height=10):
@@ -85,11 +87,8 @@ def sentencepiece(
     if space == "first":
         fields["pre_tokenizer"] = metaspace("first", split=False)
     elif space == "every":
-        prepend = {"type": "Prepend", "prepend": "▁"}
-        fields["normalizer"] = {"type": "Sequence", "normalizers": [prepend, TO_MARK]}
-        fields["decoder"]["decoders"].append(
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-        )
+        fields["normalizer"] = {"type": "Sequence", "normalizers": [PREPEND, TO_MARK]}
+        fields["decoder"]["decoders"].append(STRIP)
     else:
         fields["normalizer"] = TO_MARK
     fields["post_processor"] = _bos_in_front(fields, "<s>") if puts_bos else None
@@ -122,6 +121,19 @@ def gemma(directory):
         "pad_token": "<pad>",
     }
     return save(directory, fields, names, generation={"eos_token_id": [1, 5]})
+
+
+def phi3(directory):
+    """Train a tokenizer with Phi-3's pipeline: most added tokens swallow the spaces after them."""
+    special = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|end|>")
+    fields = _train_sentencepiece(special, user_defined=())
+    fields["model"]["merges"] = _all_merges(fields)
+    for token in fields["added_tokens"]:
+        token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+    fields["normalizer"] = {"type": "Sequence", "normalizers": [PREPEND, TO_MARK]}
+    fields["decoder"]["decoders"].append(STRIP)
+    names = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "unk_token": "<unk>"}
+    return save(directory, fields, names)
 
 
 def metaspace(scheme, *, split):

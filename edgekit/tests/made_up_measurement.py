@@ -8,6 +8,7 @@ from edgekit.measurement import (
     Environment,
     Generation,
     Measurement,
+    MemoryMetric,
     MemoryPoint,
     Repetition,
     Workload,
@@ -27,7 +28,7 @@ def make_measurement(
     peak_bytes: int = 10**8,
     major_faults: int = 0,
     conditions: Conditions = QUIET,
-    metric: str = "working_set",
+    metric: MemoryMetric = "working_set",
     **fields,
 ) -> Measurement:
     """Return one process for every two generations; ``token_s`` is each one's time per token."""

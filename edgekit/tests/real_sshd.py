@@ -41,7 +41,7 @@ class Server:
 
     directory: Path
     port: int
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     home: Path
 
     @property
@@ -118,10 +118,10 @@ def _make_key(path: Path) -> None:
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+        return int(listener.getsockname()[1])
 
 
-def _wait_for(port: int, process: subprocess.Popen) -> None:
+def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         assert process.poll() is None, "sshd ended at once"

@@ -124,6 +124,20 @@ def test_two_versions_of_a_tied_matrix_are_refused_when_read(tied_base, tmp_path
         merged.weight("token_embedding")
 
 
+def test_the_head_stays_what_a_saved_embedding_was_a_copy_of(tied_base, tmp_path):
+    saved, original = random(41, 16), random(41, 16, seed=6)
+    tensors = tiny.q_proj_updates() | {
+        EMBEDDING: saved,
+        "model.embed_tokens.modules_to_save.default.weight": saved,
+        "model.embed_tokens.original_module.weight": original,
+    }
+    directory = tiny.write_adapter(tmp_path / "a", tensors, modules_to_save=["embed_tokens"])
+    tiny.write_tokenizer(directory, words=[*tiny.WORDS, "<a>"])
+    merged = adapter.merge(tied_base, directory)
+    np.testing.assert_array_equal(merged.weight("token_embedding"), saved)
+    np.testing.assert_array_equal(merged.weight("output_head"), original)
+
+
 def test_a_grown_vocabulary_needs_its_tokenizer(tied_base, tmp_path):
     directory = tiny.write_adapter(
         tmp_path / "a", tiny.q_proj_updates() | {EMBEDDING: random(42, 16)}

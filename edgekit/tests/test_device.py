@@ -57,7 +57,7 @@ def test_this_machine_runs_modules_with_these_sources():
     [(132, "newer processor"), (137, "memory"), (139, "segmentation"), (143, "signal 15")],
 )
 def test_a_death_by_signal_is_said_in_words(status, words):
-    assert words in Finished(status=status, output="", log="").death
+    assert words in str(Finished(status=status, output="", log="").death)
 
 
 @pytest.mark.parametrize("text", ["that", "adb:pixel", "ssh:", "pi@pi5"])
@@ -109,7 +109,7 @@ def test_a_zip_of_the_sources_runs_where_edgekit_is_not_installed(tmp_path):
 def test_a_bundle_is_measured_over_ssh(remote, bundle):
     found = measure_bundle(bundle, remote, WORKLOAD, repetitions=1)
 
-    assert found.device.startswith("root@127.0.0.1:") or "@127.0.0.1:" in found.device
+    assert "@127.0.0.1:" in found.device
     assert len(found.generations(4)) == 2
 
 
@@ -164,7 +164,7 @@ def test_no_space_on_the_device_is_an_error_that_names_it(remote, bundle, server
     (cache / "bundles").write_text("a file in the way")
 
     try:
-        with pytest.raises(ToolchainError, match="127.0.0.1"):
+        with pytest.raises(ToolchainError, match="could not"):
             remote.push(bundle.directory)
     finally:
         (cache / "bundles").unlink()

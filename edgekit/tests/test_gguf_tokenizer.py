@@ -15,7 +15,7 @@ from edgekit.formats.gguf.pretokenizers import (
     to_tokenizer_json,
     write_vocabulary,
 )
-from edgekit.formats.gguf.vocabulary import known_differences, read_vocabulary
+from edgekit.formats.gguf.vocabulary import known_differences, model_name, read_vocabulary
 from edgekit.gguf_tokenizer import write_tokenizer
 from edgekit.tests import gguf_vocabularies
 from edgekit.tests.gguf_vocabularies import CHAT, TEXTS
@@ -46,7 +46,8 @@ def written(metadata, directory, name="tokenizer.json"):
 def round_trip(tokenizer, directory, *, pre=None):
     """Write a tokenizer's metadata to a file and a checkpoint's files from what is read back."""
     path = directory / "vocabulary.gguf"
-    write_vocabulary(path, read_vocabulary(tokenizer, vocabulary_tokens=2000, pre=pre))
+    metadata = read_vocabulary(tokenizer, vocabulary_tokens=2000, pre=pre)
+    write_vocabulary(path, {"general.name": ("string", model_name(tokenizer, "x")), **metadata})
     back = directory / "back"
     back.mkdir()
     write_tokenizer(layout.read(path).metadata, back)
@@ -209,6 +210,15 @@ def test_gemmas_bpe_survives_the_way_there_and_back(tmp_path):
     assert TokenizerFiles.open(back, config={}).declared_stop_ids == (1, 5)
 
 
+@pytest.mark.toolchain
+def test_phi3s_stripping_survives_the_way_there_and_back(tmp_path):
+    tokenizer = gguf_vocabularies.phi3(tmp_path / "there")
+    back = round_trip(tokenizer, tmp_path)
+
+    chat = "<s><|user|>\nHi   you<|end|>\n \n<|user|>  x<|endoftext|>  y<unk> z</s> w"
+    assert_same_ids(tmp_path / "there", back, [*TEXTS, chat])
+
+
 def assert_same_ids(one, other, texts):
     from tokenizers import Tokenizer
 
@@ -235,7 +245,7 @@ def test_the_real_model_is_read_as_llama_cpp_reads_it(tmp_path):
     texts = [*TEXTS, CHAT, "1 22 333 4444", "a<repo_name>b"]
 
     assert gguf_vocabularies.reference_ids(tmp_path, texts) == runtime_ids(path, texts)
-    assert candidate_pre(TokenizerFiles.open(tmp_path, config={})) == ["smollm"]
+    assert candidate_pre(TokenizerFiles.open(tmp_path, config={}))[0] == "smollm"
 
 
 @pytest.mark.toolchain

@@ -54,7 +54,8 @@ def hand_made(directory, *, model=None, special=None, **fields):
 def llama_ids(tokenizer, path, texts, *, pre=None):
     from edgekit.formats.gguf.runtime import runtime_ids
 
-    write_vocabulary(path, read_vocabulary(tokenizer, vocabulary_tokens=VOCABULARY, pre=pre))
+    metadata = read_vocabulary(tokenizer, vocabulary_tokens=VOCABULARY, pre=pre)
+    write_vocabulary(path, {"general.name": ("string", model_name(tokenizer, "x")), **metadata})
     return runtime_ids(path, list(texts))
 
 
@@ -91,9 +92,9 @@ def test_an_added_token_beyond_the_embedding_is_left_out(tmp_path):
         {"id": 3, "content": "</s>", "special": True},
         {"id": 4, "content": "<image>", "special": True},
     ]
-    metadata = read_vocabulary(
-        hand_made(tmp_path, added_tokens=added), vocabulary_tokens=4, pre="gpt-2"
-    )
+    ids = {"a": 0, "b": 1, "ab": 2, "</s>": 3, "<image>": 4}  # Gemma lists them here, too
+    tokenizer = hand_made(tmp_path, model={"vocab": ids}, added_tokens=added)
+    metadata = read_vocabulary(tokenizer, vocabulary_tokens=4, pre="gpt-2")
 
     assert metadata["tokenizer.ggml.tokens"][1] == ["a", "b", "ab", "</s>"]
 
@@ -211,10 +212,19 @@ def test_cuts_nobody_named_have_no_candidate(tmp_path):
 def test_ignoring_merges_decides_between_names_with_the_same_cuts(tmp_path):
     cuts = to_tokenizer_json(PRE_TOKENIZERS["dbrx"])
     following = hand_made(tmp_path, pre_tokenizer=cuts)
-    assert candidate_pre(following) == ["dbrx", "llama-bpe"]
+    assert candidate_pre(following) == ["dbrx", "llama-bpe", "glm4"]
 
     ignoring = hand_made(tmp_path, pre_tokenizer=cuts, model={"ignore_merges": True})
-    assert candidate_pre(ignoring) == ["llama-bpe", "dbrx"]
+    assert candidate_pre(ignoring) == ["llama-bpe", "glm4", "dbrx"]
+
+
+def test_composing_decides_between_names_that_are_else_alike(tmp_path):
+    cuts = to_tokenizer_json(PRE_TOKENIZERS["qwen2"])
+    plain = hand_made(tmp_path, pre_tokenizer=cuts)
+    assert candidate_pre(plain) == ["stablelm2", "qwen2"]
+
+    composing = hand_made(tmp_path, pre_tokenizer=cuts, normalizer={"type": "NFC"})
+    assert candidate_pre(composing) == ["qwen2", "stablelm2"]
 
 
 def test_known_differences_name_the_token(tmp_path):
@@ -254,6 +264,15 @@ def test_what_a_metaspace_does_that_llama_cpp_does_not_is_said(scheme, split, wo
     assert words in difference
 
 
+def test_ordinary_text_that_llama_cpp_takes_for_an_end_is_named(tmp_path):
+    ids = {"a": 0, "b": 1, "ab": 2, "<eos>": 3}
+    added = [{"id": 4, "content": "</s>", "special": True}]
+    tokenizer = hand_made(tmp_path, model={"vocab": ids}, added_tokens=added)
+    (difference,) = known_differences(tokenizer)
+
+    assert "'<eos>' is ordinary text" in difference
+
+
 def test_a_name_never_turns_on_phi3_by_accident(tmp_path):
     tokenizer = hand_made(tmp_path)
 
@@ -284,6 +303,7 @@ def test_llama_cpp_reads_byte_level_bpe_as_the_checkpoint_does(name, tmp_path):
         to_tokenizer_json(pre),
         user_defined=("<tool>", "    "),
         ignore_merges=pre.ignores_merges,
+        normalizer={"type": "NFC"} if pre.composes else None,
     )
     texts = [*TEXTS, CHAT, "a<tool>b <tool> c"]
 
@@ -311,6 +331,17 @@ def test_llama_cpp_reads_gemmas_bpe_as_the_checkpoint_does(tmp_path):
 
     found = llama_ids(tokenizer, tmp_path / "v.gguf", texts)
     assert found == gguf_vocabularies.reference_ids(tmp_path, texts)
+
+
+@pytest.mark.toolchain
+def test_llama_cpp_strips_after_phi3s_tokens_as_the_checkpoint_does(tmp_path):
+    tokenizer = gguf_vocabularies.phi3(tmp_path)
+    chat = "<s><|user|>\nHi   you<|end|>\n \n<|user|>  x<|endoftext|>  y<unk> z</s> w"
+    texts = [*TEXTS, chat]
+
+    found = llama_ids(tokenizer, tmp_path / "v.gguf", texts)
+    assert found == gguf_vocabularies.reference_ids(tmp_path, texts)
+    assert known_differences(tokenizer) == []
 
 
 @pytest.mark.toolchain

@@ -51,7 +51,8 @@ def test_every_repetition_is_a_fresh_process_and_every_sample_is_kept(bundle, sc
     for length in (4, 8):
         generations = found.generations(length)
         assert len(generations) == 2 * 3
-        assert all(len(g.decode_s) == len(g.decode_cpu_s) == 6 - 1 for g in generations)
+        assert all(len(g.decode_s) == len(g.decode_cpu_s or ()) == 6 - 1 for g in generations)
+    assert found.cold_start is not None
     assert found.cold_start.load_s > 0
     assert min(found.memory_peaks_bytes("working_set")) > 2**20
     assert Measurement.from_json(found.to_json()) == found
@@ -127,7 +128,7 @@ def test_a_bundle_with_a_changed_byte_is_found_by_check(bundle, capsys):
 
 def test_a_device_that_says_nothing_is_an_error(bundle):
     class Mute(ThisMachine):
-        def run_module(self, module, arguments):
+        def run_module(self, *_):
             return Finished(status=0, output="hello\n", log="")
 
     with pytest.raises(ToolchainError, match="ended with status 0"):
@@ -192,7 +193,7 @@ def _broken(**change):
         (_broken(repetitions="none"), "repetitions = 'none', expected a list"),
         (_broken(cold_start={
             "load_s": -1, "first_token_s": 1, "prompt_tokens": 1, "cached_before_load": None,
-        }), "load_s = -1.0, expected a finite number of at least 0"),
+        }), "load_s = -1, expected a finite number of at least 0"),
         ([], "is list, expected an object"),
     ],
 )  # fmt: skip
@@ -221,7 +222,7 @@ def test_frost_is_no_error():
 @pytest.mark.parametrize("quote", ["'", '"'])
 def test_requirements_of_an_extra_are_those_of_the_package(monkeypatch, quote):
     lines = ["click>=8", f"numpy>=1.26 ; extra == {quote}run-gguf{quote}", "x; extra == 'serve'"]
-    monkeypatch.setattr(measure.metadata, "requires", lambda name: lines)
+    monkeypatch.setattr("edgekit.measure.metadata.requires", lambda _: lines)
 
     assert measure.requirements_of("run-gguf") == ["numpy>=1.26"]
     assert measure.requirements_of("run-onnx") == ["edgekit[run-onnx]"]
@@ -231,4 +232,4 @@ def test_the_environment_of_a_machine_names_the_versions_that_take_part(bundle):
     found = measure._describe(bundle.directory, Machine())
 
     assert set(found.versions) >= {"edgekit"}
-    assert found.cores >= 1
+    assert found.cores

@@ -8,9 +8,11 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+import edgekit
 from edgekit.errors import MissingDependencyError, ToolchainError, UsageError
 from edgekit.generate import Sampling
 from edgekit.openai_api import ApiError, Ask, Fields
@@ -260,7 +262,7 @@ def test_a_prompt_that_is_not_one_text_is_refused(prompt):
     assert refusal.value.param == "prompt"
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"[" * 100_000, b""])
+@pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"[" * 100_000, b"", b"9" * 9999])
 def test_a_body_that_is_no_json_object_is_refused(http, body):
     headers = {"content-type": "application/json"}
     response = http.post("/chat/completions", content=body, headers=headers)
@@ -278,6 +280,11 @@ def test_other_requests_are_refused_in_the_same_shape(http):
         content=json.dumps({"model": MODEL, "prompt": "\ud83d"}),
         headers={"content-type": "application/json"},
     )
+    odd_name = http.post(
+        "/completions",
+        content=json.dumps({"model": MODEL, "prompt": "x", "\ud83d": 1}),
+        headers={"content-type": "application/json"},
+    )
     by_template = http.post(
         "/chat/completions",
         json={"model": MODEL, "messages": [{"role": "tool", "content": "x"}]},
@@ -289,9 +296,9 @@ def test_other_requests_are_refused_in_the_same_shape(http):
         405: http.get("/completions"),
     }
     assert {status: r.status_code for status, r in responses.items()} == {s: s for s in responses}
-    for response in (no_model, bad_id, surrogate, by_template):
+    for response in (no_model, bad_id, surrogate, odd_name, by_template):
         assert response.status_code == 400
-    for response in (*responses.values(), no_model, bad_id, surrogate, by_template):
+    for response in (*responses.values(), no_model, bad_id, surrogate, odd_name, by_template):
         assert response.json()["error"]["message"]
     assert "no tools" in by_template.json()["error"]["message"]
 
@@ -349,11 +356,11 @@ def test_a_client_that_leaves_frees_the_session(slow, stream):
     body = {"model": MODEL, "prompt": "one two", "max_tokens": 400, "stream": stream}
     with served(app(slow)) as url:
         with (
-            contextlib.suppress(httpx.ReadTimeout),
+            contextlib.suppress(httpx.TimeoutException),
             httpx.stream("POST", f"{url}/completions", json=body, timeout=0.3) as response,
         ):
             next(response.iter_lines())
-        assert eventually_stands_still(slow.session) < 100
+        assert eventually_stands_still(slow.session) < 300
         body |= {"max_tokens": 2, "stream": False}
         assert httpx.post(f"{url}/completions", json=body).json()["choices"][0]["text"]
 
@@ -422,7 +429,8 @@ def test_the_verb_serves_a_bundle_until_ctrl_c(tmp_path):
             print("closed" if runner.session.is_closed else "open")
     """)
     command = [sys.executable, "-c", program, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    root = Path(edgekit.__file__).parents[1]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
         assert process.stdout
         greeting = process.stdout.readline()
         url = greeting.split()[3].rstrip(";")

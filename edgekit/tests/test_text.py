@@ -241,13 +241,15 @@ GROWING = {
 
 
 @pytest.mark.parametrize("name", GROWING)
-def test_a_template_that_grows_without_end_is_refused(name):
+def test_a_template_that_grows_without_end_is_refused(name, monkeypatch):
+    monkeypatch.setattr("edgekit.template.MAX_SECONDS", 60)
     with pytest.raises(UsageError, match="more than 1048576 characters"):
         ChatTemplate.compile(GROWING[name]).render([], {})
 
 
 @pytest.mark.parametrize("pair", ["[n.x, n.x]", "(n.x, n.x)", "{'a': n.x, 'b': n.x}"])
 def test_nested_doubling_is_refused(pair, monkeypatch):
+    monkeypatch.setattr("edgekit.template.MAX_SECONDS", 60)
     monkeypatch.setattr("edgekit.template.MAX_CHARACTERS", 10_000)
     grow = "{% set n = namespace(x='x') %}{% for a in range(60) %}{% set n.x = "
     with pytest.raises(UsageError, match="more than 10000 characters"):
@@ -297,9 +299,15 @@ def test_large_numbers_that_grow_nothing_are_fine():
     assert ChatTemplate.compile(source).render([], {}) == "1700000000 1700000000 1000000006"
 
 
-def test_a_long_conversation_is_no_attack(text):
-    messages = [{"role": "user", "content": "word " * 1000}] * 100
-    assert len(text.render(messages)) > 500_000
+def test_a_long_conversation_is_no_attack(tmp_path):
+    template = (
+        "{% set n = namespace(all='') %}{% for m in messages %}{% set n.all = n.all ~ m.content"
+        " | replace('<think>', '<|thought|>') ~ m.content.split('</think>')[-1] %}"
+        "{% endfor %}{{ n.all.replace('\\n', ' ') | trim }}"
+    )
+    text = text_in(tmp_path, byte_level_tokenizer(), template=template)
+    messages = [{"role": "user", "content": "<think>word</think>\n" * 9000}] * 2
+    assert len(text.render(messages)) > 400_000
 
 
 # The same bytes as transformers

@@ -1,4 +1,4 @@
-"""The tiny models are what other tests stand on: they must be like the real ones, and repeatable."""
+"""The tiny models other tests stand on: they must be like the real ones, and repeatable."""
 
 import hashlib
 

@@ -50,19 +50,24 @@ def test_no_repetitions_are_refused(bundle):
 
 
 @pytest.fixture
-def counted(monkeypatch):
+def samples_s():
+    return STEADY_S * 4
+
+
+@pytest.fixture
+def counted(monkeypatch, samples_s):
     """Replaces the slow part by made-up repetitions; counts how many were asked for."""
     asked = []
 
     def add(measurement, bundle, device, *, count, progress=None):
         asked.append(count)
         total = len(measurement.repetitions) + count
-        samples = (STEADY_S * 4)[: 2 * total]
+        samples = samples_s[: 2 * total]
         made = make_measurement(first_token_s=samples, token_s=samples)
         return dataclasses.replace(measurement, repetitions=made.repetitions)
 
-    monkeypatch.setattr(measure, "environment_of", lambda bundle, device: ENVIRONMENT)
-    monkeypatch.setattr(measure, "_start_cold", lambda measurement, bundle, device: measurement)
+    monkeypatch.setattr(measure, "environment_of", lambda *_: ENVIRONMENT)
+    monkeypatch.setattr(measure, "_start_cold", lambda measurement, *_: measurement)
     monkeypatch.setattr(measure, "add_repetitions", add)
     return asked
 
@@ -74,6 +79,7 @@ def test_what_is_clear_is_not_measured_again(bundle, counted):
     assert result.verdict.outcome == "pass"
 
 
+@pytest.mark.parametrize("samples_s", [(0.0995, 0.1005) * 20])
 def test_what_chance_left_open_is_measured_again_up_to_forty_samples(bundle, counted):
     """Half of the samples stay on each side of the limit, however many there are."""
     limit = FirstTokenLimit(prompt_tokens=8, limit_s=0.1)
@@ -142,3 +148,24 @@ def test_a_measurement_of_another_artifact_is_refused(bundle, tmp_path):
 def test_a_measurement_that_is_not_there_is_refused(bundle, tmp_path):
     with pytest.raises(UsageError, match="cannot read"):
         judge_document(bundle.directory, pretend_format.make_target(), tmp_path / "none.json")
+
+
+@pytest.mark.toolchain
+def test_a_real_artifact_is_measured_in_its_real_runtime(tmp_path):
+    pytest.importorskip("llama_cpp")
+    from edgekit.export import export
+    from edgekit.tests.tiny_checkpoints import write_tiny_checkpoint
+
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "llama")
+    target = pretend_format.make_target()
+    bundle = export(
+        checkpoint, target, quant="Q8_0", context_tokens=64, out=tmp_path / "out", verify=False
+    )
+
+    result = validate(bundle.directory, target, repetitions=1, threads=1)
+
+    assert result.verdict.outcome == "unstable"
+    assert any("without verification" in doubt for doubt in result.verdict.doubts)
+    assert len(result.measurement.generations(8)) == 2
+    assert [check.outcome for check in result.verdict.checks[:2]] == ["pass"] * 2
+    assert min(result.measurement.memory_peaks_bytes("working_set")) > bundle.artifact.size_bytes

@@ -24,6 +24,9 @@ from edgekit.errors import UsageError
 from edgekit.formats import ContextLimit
 
 
+CONTEXT_PADDING_TOKENS = 256  # n_ctx is rounded up to this: llama_context in llama-context.cpp
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """One graph of llama.cpp: what it computes, and what it cannot."""
@@ -104,7 +107,7 @@ class Architecture:
         for index, layer in enumerate(spec.layers):
             skips = self.skips_rope_every is not None and (index + 1) % self.skips_rope_every == 0
             if (layer.rope is None) != skips:
-                yield f"{'no ' if layer.rope is None else ''}positions in layer {index}"
+                yield f"layer {index} {'without' if layer.rope is None else 'with'} positions"
                 return
         ropes = {layer.rope for layer in spec.layers if layer.rope}
         if len(ropes) > 1 and not self._has_two_ropes(spec):
@@ -238,13 +241,27 @@ def context_limit(spec: DecoderSpec) -> ContextLimit:
             reason="llama.cpp ignores this model's attention window, which changes longer texts",
         )
     for scaling in (layer.rope.scaling for layer in spec.layers if layer.rope):
-        if isinstance(scaling, LongRopeScaling) and scaling.original_context_tokens < limit.tokens:
-            limit = ContextLimit(
-                tokens=scaling.original_context_tokens,
-                reason="llama.cpp chooses the long rope factors by the size of the cache, "
-                "the checkpoint by the length of the text",
-            )
+        if isinstance(scaling, LongRopeScaling):
+            limit = _longrope_limit(scaling, limit)
     return limit
+
+
+def _longrope_limit(scaling: LongRopeScaling, limit: ContextLimit) -> ContextLimit:
+    """Return how far the short factors reach; a cache that is rounded up must not cross it."""
+    original = scaling.original_context_tokens
+    if original >= limit.tokens:
+        return limit
+    if original < CONTEXT_PADDING_TOKENS:
+        raise UsageError(
+            f"llama.cpp rounds a context up to {CONTEXT_PADDING_TOKENS} tokens, where it would "
+            f"take the long rope factors of this model, made for {original}",
+            hint="another --format may; see `edgekit formats`",
+        )
+    return ContextLimit(
+        tokens=original // CONTEXT_PADDING_TOKENS * CONTEXT_PADDING_TOKENS,
+        reason="llama.cpp chooses the long rope factors by the size of the cache, the checkpoint "
+        "by the length of the text",
+    )
 
 
 def _norm_name(norm: Norm) -> str:

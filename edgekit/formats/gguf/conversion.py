@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from edgekit.checkpoint import Checkpoint
 
     Rows = npt.NDArray[np.float32]
+    Block = tuple[str, Rows, str]  # tensor, some of its rows, storage
 
 
 ENTRY = "model.gguf"
-BLOCK_WEIGHTS = 2**23  # 32 MiB of float32 are read, rounded and written at once
+BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
 
 TENSOR_NAMES = {
     "token_embedding": "token_embd.weight",
@@ -194,11 +195,21 @@ def convert(
     architecture = architectures.choose(checkpoint.spec)
     with Writer(directory / ENTRY, keys, _entries(checkpoint, found)) as writer:
         _write_ropes(writer, checkpoint.spec)
-        for part in found:
-            for block in _blocks(checkpoint, part, architecture):
-                writer.write(part.entry.name, _encode(block, part))
-                progress(block.size)
+        blocks = (
+            (part.entry.name, block, part.entry.storage)
+            for part in found
+            for block in _blocks(checkpoint, part, architecture)
+        )
+        for name, encoded in storage.quantise_each(counted(blocks, progress)):
+            writer.write(name, encoded)
     return ENTRY
+
+
+def counted(blocks: "Iterator[Block]", progress: Progress) -> "Iterator[Block]":
+    """Tell the progress as blocks are taken."""
+    for block in blocks:
+        yield block
+        progress(block[1].size)
 
 
 def _write_ropes(writer: Writer, spec: DecoderSpec) -> None:
@@ -206,13 +217,6 @@ def _write_ropes(writer: Writer, spec: DecoderSpec) -> None:
 
     for name, values in hyperparameters.rope_tensors(spec).items():
         writer.write(name, np.asarray(values, np.float32).tobytes())
-
-
-def _encode(block: "Rows", part: Part) -> "npt.NDArray[np.uint8]":
-    try:
-        return storage.quantise(block, part.entry.storage)
-    except UsageError as error:
-        raise UsageError(f"{part.entry.name}: {error}", hint=error.hint) from error
 
 
 def _blocks(checkpoint: "Checkpoint", part: Part, architecture: Architecture) -> Iterator["Rows"]:

@@ -2,11 +2,11 @@
 
 from edgekit.decoder import DecoderSpec, Layer
 from edgekit.formats import Layout, MemoryUse
+from edgekit.formats.gguf.architectures import CONTEXT_PADDING_TOKENS
 from edgekit.formats.gguf.runtime import BATCH_TOKENS
 
 
 CACHE_ITEM_BYTES = 2  # float16 keys and values, llama.cpp's default
-CACHE_PADDING_TOKENS = 256  # n_ctx is rounded up to this: llama_context in src/llama-context.cpp
 # An interpreter with numpy, llama.cpp's libraries and edgekit: VmHWM before a model is loaded.
 RUNTIME_BYTES = 60 * 2**20
 # What one entry of the vocabulary costs in `tokenizers` and in llama.cpp's own tables together.
@@ -42,7 +42,7 @@ def _cells(layer: Layer, context_tokens: int) -> int:
 
 
 def _padded(tokens: int) -> int:
-    return -(-tokens // CACHE_PADDING_TOKENS) * CACHE_PADDING_TOKENS
+    return -(-tokens // CONTEXT_PADDING_TOKENS) * CONTEXT_PADDING_TOKENS
 
 
 def compute_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:

@@ -5,6 +5,7 @@ compiled into llama.cpp. One table reads both ways. What it proposes is not beli
 has llama.cpp tokenize a corpus under that name, and tries all others when the ids differ.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import edgekit
 from edgekit.errors import DisagreementError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats.gguf.layout import Value, encode_header
+from edgekit.formats.gguf.runtime import library
 from edgekit.formats.gguf.vocabulary import Source, vocabulary_of
 from edgekit.tokenizer_files import TokenizerFiles
 
@@ -74,10 +75,14 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "gpt-2": PreTokenizer(patterns=(GPT2,)),
     "smollm": PreTokenizer(patterns=(ONE_DIGIT, GPT2)),
     "qwen2": PreTokenizer(patterns=(_QWEN2,), composes=True),
+    "stablelm2": PreTokenizer(patterns=(_QWEN2,)),
     "llama-bpe": PreTokenizer(patterns=(_LLAMA3,), ignores_merges=True, adds_bos=True),
     "gpt-4o": PreTokenizer(patterns=(_GPT4O,)),
     "tekken": PreTokenizer(patterns=(_TEKKEN,), ignores_merges=True, adds_bos=True),
     "dbrx": PreTokenizer(patterns=(_LLAMA3,)),
+    "glm4": PreTokenizer(patterns=(_LLAMA3,), ignores_merges=True),
+    "olmo": PreTokenizer(patterns=(GPT2,), composes=True),
+    "command-r": PreTokenizer(patterns=(ONE_DIGIT, GPT2), composes=True),
     "qwen35": PreTokenizer(patterns=(_QWEN35,), composes=True),
     "deepseek-v3": PreTokenizer(patterns=(r"\p{N}{1,3}", _CHINESE_JAPANESE, _DEEPSEEK3_WORDS)),
     "falcon": PreTokenizer(patterns=(_ASCII_PUNCTUATION, GPT2, _THREE_DIGITS)),
@@ -88,40 +93,36 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
 }
 _SAME_AS: Mapping[str, str] = {
     **dict.fromkeys(("phi-2", "mpt", "jais", "mellum", "gigachat", "a.x-4.0", "exaone4"), "gpt-2"),
-    **dict.fromkeys(("olmo", "trillion", "granite-docling", "modern-bert"), "gpt-2"),
-    **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone"), "smollm"),
+    **dict.fromkeys(("trillion", "granite-docling"), "gpt-2"),
+    **dict.fromkeys(("starcoder", "refact", "codeshell", "exaone"), "smollm"),
     **dict.fromkeys(("minerva-7b", "mellum2"), "smollm"),
     **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral"), "llama-bpe"),
     **dict.fromkeys(("midm-2.0", "lfm2"), "llama-bpe"),
     **dict.fromkeys(("llama4", "kanana2", "talkie", "minimax-m2"), "gpt-4o"),
     **dict.fromkeys(("smaug-bpe", "chatglm-bpe"), "dbrx"),
+    **dict.fromkeys(("deepseek-r1-qwen", "kormo", "megrez", "hunyuan"), "stablelm2"),
+    **dict.fromkeys(("grok-2", "solar-open"), "stablelm2"),
 }
-# Qwen2's cuts in models that do not normalise.
-_QWEN2_WITHOUT_NFC = ("stablelm2", "deepseek-r1-qwen", "kormo", "megrez", "hunyuan", "grok-2")
 # Names whose cuts only llama.cpp knows here; the search tries them too.
 _SEARCHED_ONLY = (
-    *("deepseek-llm", "deepseek-coder", "glm4", "jais-2", "youtu", "minicpm5", "seed-coder"),
+    *("deepseek-llm", "deepseek-coder", "jais-2", "youtu", "minicpm5", "seed-coder"),
     *("bailingmoe", "poro-chat", "viking", "chameleon", "granite-embed-multi-97m", "tiny_aya"),
     *("superbpe", "afmoe", "laguna", "exaone-moe", "spark2_5", "kimi-k2", "whitespace"),
 )
 # How a Split keeps everything: pieces and gaps, or the pieces of a pattern that matches everything,
 # which is how conversions from tiktoken say it.
 _CUTS = (("Isolated", False), ("Removed", True))
-_SEARCH_S = 120  # for one child; all names over a large vocabulary take half of it
+_SEARCH_S = 300  # for one child; all names over 128 000 tokens took 40 s on two busy cores
 
 
 def known_pre_tokenizer(name: str) -> PreTokenizer | None:
     """Return what a name of llama.cpp's stands for, if the table holds it."""
-    if name in _QWEN2_WITHOUT_NFC or name == "solar-open":
-        return PreTokenizer(patterns=(_QWEN2,))
-    if name == "glm4":
-        return PreTokenizer(patterns=(_LLAMA3,), ignores_merges=True)
     return PRE_TOKENIZERS.get(_SAME_AS.get(name, name))
 
 
 def known_names() -> list[str]:
     """Return every name `known_pre_tokenizer` answers."""
-    return sorted({*PRE_TOKENIZERS, *_SAME_AS, *_QWEN2_WITHOUT_NFC, "solar-open", "glm4"})
+    return sorted({*PRE_TOKENIZERS, *_SAME_AS})
 
 
 def to_tokenizer_json(pre: PreTokenizer) -> dict[str, Any]:
@@ -184,17 +185,21 @@ def _pattern_of(step: Mapping[str, Any]) -> list[str] | None:
 def candidate_pre(tokenizer: TokenizerFiles) -> list[str]:
     """Return llama.cpp's names for a byte-level tokenizer's cuts, the likeliest first.
 
-    Names that stand for exactly these patterns come first, those that also agree on ignoring
-    merges before the others. The list is empty for cuts nobody named.
+    They all stand for exactly these patterns; those that also agree on ignoring merges, then on
+    normalising, come first. The list is empty for cuts nobody named.
     """
     return _candidates(Source.open(tokenizer))
 
 
 def _candidates(source: Source) -> list[str]:
     patterns = patterns_of(source.steps("pre_tokenizer"))
-    ignores_merges = bool(source.model.get("ignore_merges"))
     same = [name for name, pre in PRE_TOKENIZERS.items() if pre.patterns == patterns]
-    return sorted(same, key=lambda name: PRE_TOKENIZERS[name].ignores_merges != ignores_merges)
+    return sorted(same, key=lambda name: _unlikeness(PRE_TOKENIZERS[name], source))
+
+
+def _unlikeness(pre: PreTokenizer, source: Source) -> tuple[bool, bool]:
+    ignores_merges = bool(source.model.get("ignore_merges"))
+    return pre.ignores_merges != ignores_merges, pre.composes != _composes(source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +241,8 @@ def find_pre(tokenizer: TokenizerFiles, *, corpus: Sequence[str]) -> str:
     source = Source.open(tokenizer)
     if source.kind == "llama":
         return "default"  # what llama.cpp takes for a vocabulary without cuts, whatever it is told
+    if importlib.util.find_spec("llama_cpp") is None:
+        library()  # says what to install; otherwise only the child needs it
     likeliest, *others = dict.fromkeys([*_candidates(source), *PRE_TOKENIZERS, *_SEARCHED_ONLY])
     closest: _Difference | None = None
     with tempfile.TemporaryDirectory(prefix="edgekit-pre-") as directory:
@@ -343,7 +350,7 @@ def _open_reference(path: Path) -> Any:
 
 def _environment() -> dict[str, str]:
     """Let the child import this edgekit, installed or not, and nothing from where the user is."""
-    paths = [str(Path(edgekit.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
     joined = os.pathsep.join(filter(None, paths))
     return os.environ | {"PYTHONPATH": joined, "GGML_NO_BACKTRACE": "1"}
 

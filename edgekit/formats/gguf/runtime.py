@@ -95,7 +95,16 @@ def open_model(path: Path, *, vocabulary_only: bool = False) -> Any:
 class GgufSession:
     """A model in llama.cpp with its cache; satisfies `edgekit.session.Session`."""
 
-    def __init__(self, path: Path, *, context_tokens: int, threads: int | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        context_tokens: int,
+        threads: int | None = None,
+        has_exact_cache: bool = False,
+    ) -> None:
+        """Load a file; with an exact cache, attention keeps float32: slower, to prove weights."""
+        self._has_exact_cache = has_exact_cache
         self._llama = library()
         self._model = open_model(path)
         self._threads = threads or performance_cores()
@@ -174,6 +183,9 @@ class GgufSession:
         parameters.n_outputs_max = rows
         parameters.n_threads = parameters.n_threads_batch = self._threads
         parameters.no_perf = True
+        if self._has_exact_cache:
+            # GGML_TYPE_F32 instead of F16, and no flash attention: that rounds to float16 inside.
+            parameters.type_k = parameters.type_v = parameters.flash_attn_type = 0
         context = self._llama.llama_init_from_model(self._model, parameters)
         if not context:
             raise ToolchainError(

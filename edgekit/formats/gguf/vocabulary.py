@@ -270,7 +270,8 @@ def _refuse_foreign_steps(source: Source) -> None:
 
 
 def _tokens(source: Source, vocabulary_tokens: int) -> tuple[list[str], list[int]]:
-    largest = max(source.ids.values(), default=-1)
+    merged = (id for token, id in source.ids.items() if token not in source.listed)
+    largest = max(merged, default=-1)
     if largest >= vocabulary_tokens:
         raise UsageError(
             f"{source.path} has the token id {largest}, the model has {vocabulary_tokens} "
@@ -280,7 +281,8 @@ def _tokens(source: Source, vocabulary_tokens: int) -> tuple[list[str], list[int
     tokens = [f"[PAD{id}]" for id in range(vocabulary_tokens)]
     types = [UNUSED] * vocabulary_tokens
     for token, id in source.ids.items():
-        if token:  # llama.cpp renames an empty one, and nothing can produce it
+        # llama.cpp renames an empty one, and nothing can produce it.
+        if token and id < vocabulary_tokens:
             tokens[id] = token
             types[id] = BYTE if _is_byte(source, token) else NORMAL
     for added in source.added:
