@@ -81,11 +81,15 @@ def json_option(command: Command) -> Command:
 @click.argument("model")
 @choice_options
 @click.option("-o", "--out", type=DIRECTORY, help="Bundle directory to create.")
+@click.option(
+    "--replace", is_flag=True, help="Replace the bundle at OUT, once the new one is whole."
+)
 @click.option("--no-verify", is_flag=True, help="Skip the proof; such a bundle never passes.")
 @json_option
 def export_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
-    quant: str | None, context_tokens: int | None, out: Path | None, no_verify: bool, as_json: bool,
+    quant: str | None, context_tokens: int | None, out: Path | None, replace: bool,
+    no_verify: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Export MODEL for a device, and prove that the artifact says what MODEL says.
 
@@ -102,7 +106,8 @@ def export_command(
 
     bundle = export(
         model, target_name, adapters=adapters, format=format, quant=quant,
-        context_tokens=context_tokens, out=out, verify=not no_verify, listener=Terminal(),
+        context_tokens=context_tokens, out=out, replace=replace, verify=not no_verify,
+        listener=Terminal(),
     )  # fmt: skip
     if as_json:
         print_json(bundle)

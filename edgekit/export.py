@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit import formats, oracle, source, target, workdir
-from edgekit.bundle import Artifact, Bundle, ModelRecord
+from edgekit.bundle import MANIFEST, Artifact, Bundle, ModelRecord
 from edgekit.checkpoint import Checkpoint
 from edgekit.plan import Plan, substitutions
 from edgekit.plan import make as make_plan
@@ -27,6 +27,7 @@ class Request:
     quant: str | None = None
     context_tokens: int | None = None
     out: Path | None = None
+    replaces: bool = False
     is_verified: bool = True
 
 
@@ -39,6 +40,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
     quant: str | None = None,
     context_tokens: int | None = None,
     out: Path | None = None,
+    replace: bool = False,
     verify: bool = True,
     listener: Listener | None = None,
 ) -> Bundle:
@@ -52,6 +54,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         quant: None takes the most faithful that fits.
         context_tokens: How much the runner must hold; None takes the target's.
         out: The bundle directory to create; None names it after model, target and recipe.
+        replace: Whether ``out`` may be a bundle already, which is then replaced at the very end.
         verify: False skips the proof; such a bundle never passes `validate`.
         listener: Who is told what happens.
 
@@ -69,6 +72,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         quant=quant,
         context_tokens=context_tokens,
         out=out,
+        replaces=replace,
         is_verified=verify,
     )
     return make(request, listener=listener or Silent())
@@ -76,8 +80,9 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
 
 def make(request: Request, *, listener: Listener) -> Bundle:
     """Do the job, step by step."""
+    replaces = MANIFEST if request.replaces else None
     if request.out:
-        workdir.refuse_existing(request.out)
+        workdir.refuse_existing(request.out, replaces=replaces)
     if request.is_verified:
         oracle.require()
     checkpoint = source.open_checkpoint(request.model, adapters=request.adapters, listener=listener)
@@ -91,7 +96,7 @@ def make(request: Request, *, listener: Listener) -> Bundle:
     for line in describe(checkpoint, chosen, request.target):
         listener.say(line)
     out = request.out or default_out(checkpoint, chosen, request.target)
-    with workdir.new_directory(out) as work:
+    with workdir.new_directory(out, replaces=replaces) as work:
         bundle = _fill(work, checkpoint, chosen, request, listener)
         bundle.save()
     return Bundle.load(out, check_hashes=False)

@@ -80,7 +80,10 @@ def as_json(result: Result) -> str:
         "schema_version": SCHEMA_VERSION,
         "edgekit": __version__,
         "outcome": verdict.outcome,
-        "checks": [dataclasses.asdict(check) for check in verdict.checks],
+        "checks": [
+            {**dataclasses.asdict(check), "statistics": _statistics(check.samples)}
+            for check in verdict.checks
+        ],
         "doubts": verdict.doubts,
         "notes": verdict.notes,
         "bundle": {
@@ -93,6 +96,20 @@ def as_json(result: Result) -> str:
         "measurement": {"schema_version": MEASUREMENT_VERSION, **measurement},
     }
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _statistics(samples: Sequence[float]) -> dict[str, float] | None:
+    if not samples:
+        return None
+    return {
+        "samples": len(samples),
+        "median": statistics.median(samples),
+        "p10": quantile(samples, 0.1),
+        "p90": quantile(samples, 0.9),
+        "min": min(samples),
+        "max": max(samples),
+        "coefficient_of_variation": coefficient_of_variation(samples),
+    }
 
 
 def as_junit(result: Result) -> str:
@@ -259,8 +276,14 @@ def _check_html(check: Check) -> str:
         f'<span class="end">{sign} {format_value(check.limit, check.unit)}</span>'
         f'<span class="end"><span class="chip">{_WORDS[check.outcome]}</span></span>'
         f'<span class="why">{share}: {format_value(check.judged, check.unit)}, '
-        f"{escape(check.basis)}</span></div>"
+        f"{escape(check.basis)}{_spread_in_words(check)}</span></div>"
     )
+
+
+def _spread_in_words(check: Check) -> str:
+    if len(check.samples) < 2 or "varies by" in check.basis:
+        return ""
+    return f"; varies by {coefficient_of_variation(check.samples):.1%}"
 
 
 def _plots_html(result: Result) -> Iterator[str]:

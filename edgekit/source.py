@@ -10,7 +10,7 @@ from edgekit.checkpoint import Checkpoint
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.progress import Listener, Silent
 from edgekit.template import ChatTemplate
-from edgekit.text import Text
+from edgekit.text import Text, open_tokenizer
 from edgekit.tokenizer_files import TokenizerFiles
 
 
@@ -110,10 +110,9 @@ def _template_stop(files: TokenizerFiles) -> int | None:
     if files.chat_template is None:
         return None
     try:
-        import tokenizers
-
         template = ChatTemplate.compile(files.chat_template)
-    except (ImportError, MissingDependencyError):
+        tokenizer = open_tokenizer(files.tokenizer_json)
+    except MissingDependencyError:
         return None
     rules = TextRules(
         stop_ids=(),
@@ -121,7 +120,6 @@ def _template_stop(files: TokenizerFiles) -> int | None:
         adds_bos=False,
         chat_template_sha256=None,
     )
-    tokenizer = tokenizers.Tokenizer.from_file(str(files.tokenizer_json))
     try:
         return Text(tokenizer=tokenizer, template=template, rules=rules).stop_id_of_template()
     except UsageError:  # a template may refuse to end with an answer

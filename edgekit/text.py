@@ -45,7 +45,7 @@ class Text:
         """
         source = _template_source(directory / CHAT_TEMPLATE, rules.chat_template_sha256)
         return cls(
-            tokenizer=_open_tokenizer(directory / TOKENIZER),
+            tokenizer=open_tokenizer(directory / TOKENIZER),
             template=None if source is None else ChatTemplate.compile(source),
             rules=rules,
         )
@@ -325,7 +325,13 @@ def _template_source(path: Path, expected_sha256: str | None) -> str | None:
         raise BundleError(f"{path} is not UTF-8 at byte {error.start}") from error
 
 
-def _open_tokenizer(path: Path) -> Any:
+def open_tokenizer(path: Path) -> Any:
+    """Load a ``tokenizer.json`` as it is, without its truncation and padding.
+
+    Raises:
+        BundleError: If it is missing or no tokenizer.
+        MissingDependencyError: If tokenizers is not installed.
+    """
     try:
         import tokenizers
     except ModuleNotFoundError:

@@ -15,7 +15,7 @@ from edgekit.errors import UsageError
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # compared by identity, so that it can be a key
 class TokenizerFiles:
     """The text side of a checkpoint, parsed but not loaded into a tokenizer."""
 

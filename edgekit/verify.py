@@ -340,7 +340,8 @@ def _check_storages(subject: Subject, found: _Findings) -> None:
 def _check_size(subject: Subject, found: _Findings) -> None:
     """Gate 7: the bytes on disk are the bytes predicted."""
     size, predicted = subject.path.stat().st_size, subject.layout.artifact_bytes
-    allowed = 0 if subject.layout.is_exact else predicted // 100
+    # The name under which llama.cpp cuts text is found by trial, and may lengthen the header.
+    allowed = 64 if subject.layout.is_exact else predicted // 100
     found.add(
         "size",
         f"{size} bytes, predicted {predicted}",

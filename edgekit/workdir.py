@@ -11,21 +11,26 @@ from edgekit.errors import EdgekitError, UsageError
 
 
 @contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
+def new_directory(out: Path, *, replaces: str | None = None) -> Iterator[Path]:
     """Yield an empty directory that becomes ``out`` when the block ends well.
 
     An exception, Ctrl-C included, removes it; what a killed process left is removed by the next.
+
+    Args:
+        out: Where the result shall be.
+        replaces: None refuses an ``out`` that exists; else one that holds a file of this name may
+            be replaced, at the very end.
 
     Raises:
         UsageError: If ``out`` exists, or its parent cannot be written.
         EdgekitError: If the disk is full; nothing is left behind.
     """
-    refuse_existing(out)
+    refuse_existing(out, replaces=replaces)
     work = _create_sibling(out)
     try:
         yield work
         _sync(work)
-        work.rename(out)
+        _put(work, out)
         _sync_directory(out.parent)
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
@@ -37,14 +42,32 @@ def new_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path, *, replaces: str | None = None) -> None:
     """Stop before slow work if the result would have no place.
 
     Raises:
-        UsageError: If ``out`` exists.
+        UsageError: If ``out`` exists, and is not of the kind that may be replaced.
     """
-    if out.exists() or out.is_symlink():
+    if not out.exists() and not out.is_symlink():
+        return
+    if replaces is None:
         raise UsageError(f"{out} exists", hint="remove it, or choose another with -o")
+    if out.is_symlink() or not (out / replaces).is_file():
+        raise UsageError(
+            f"{out} exists and is not what would replace it: it has no {replaces}",
+            hint="choose another with -o",
+        )
+
+
+def _put(work: Path, out: Path) -> None:
+    """Move the finished directory into place; what was there goes only when it is known whole."""
+    if not out.exists():
+        work.rename(out)
+        return
+    old = work.with_suffix(".old")
+    out.rename(old)
+    work.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _create_sibling(out: Path) -> Path:

@@ -64,6 +64,8 @@ def test_the_json_holds_the_verdict_and_the_whole_measurement(bundle):
     assert [check["name"] for check in document["checks"]][:3] == [
         "artifact", "context", "peak memory",
     ]  # fmt: skip
+    assert document["checks"][-1]["statistics"]["p90"] == pytest.approx(1 / 0.099)
+    assert document["checks"][0]["statistics"] is None
     again = Measurement.from_json(json.dumps(document["measurement"]))
     assert again == result.measurement
 

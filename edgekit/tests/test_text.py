@@ -259,6 +259,8 @@ def test_nested_doubling_is_refused(pair, monkeypatch):
 ENDLESS = {
     "silent loops": "{% for a in range(99999) %}{% for b in range(99999) %}"
     "{% endfor %}{% endfor %}",
+    "loops without a call": "{% set r = range(99999) %}{% for a in r %}{% for b in r %}"
+    "{% endfor %}{% endfor %}",
     "a macro that calls itself twice": "{% macro m(n) %}{% if n %}{% set a = m(n - 1) %}"
     "{% set b = m(n - 1) %}{% endif %}{% endmacro %}{{ m(60) }}",
     "sums": "{% for i in range(9999) %}{% set x = range(99999) | sum %}{% endfor %}",

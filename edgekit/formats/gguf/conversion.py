@@ -4,6 +4,7 @@ The list of parts is made from headers alone, so that a plan knows the file to t
 walks the same list and holds one block of rows at a time.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edgekit.checkpoint import Checkpoint
+    from edgekit.tokenizer_files import TokenizerFiles
 
     Rows = npt.NDArray[np.float32]
     Block = tuple[str, Rows, str]  # tensor, some of its rows, storage
@@ -138,12 +140,17 @@ def lay_out(checkpoint: "Checkpoint", recipe: Recipe) -> Layout:
         )
         for part in found
     )
-    keys = metadata(checkpoint, recipe, pre=pretokenizers.likely_pre(checkpoint.text))
+    keys = metadata(checkpoint, recipe, pre=_likely_pre(checkpoint.text))
     return Layout(
         placements=placements,
         artifact_bytes=file_bytes(keys, _entries(checkpoint, found)),
         is_exact=True,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _likely_pre(text: "TokenizerFiles") -> str:
+    return pretokenizers.likely_pre(text)
 
 
 def _entries(checkpoint: "Checkpoint", found: list[Part]) -> list[TensorEntry]:
@@ -171,10 +178,14 @@ def metadata(checkpoint: "Checkpoint", recipe: Recipe, *, pre: str) -> dict[str,
     if checkpoint.adapter:
         keys["general.finetune"] = ("string", checkpoint.adapter.name)
     keys |= hyperparameters.write(checkpoint.spec, architecture)
-    keys |= vocabulary.read_vocabulary(
-        checkpoint.text, vocabulary_tokens=checkpoint.spec.vocabulary, pre=pre
-    )
+    keys |= _vocabulary(checkpoint.text, checkpoint.spec.vocabulary, pre)
     return keys
+
+
+@functools.lru_cache(maxsize=1)
+def _vocabulary(text: "TokenizerFiles", tokens: int, pre: str) -> Mapping[str, Value]:
+    """Return the tokenizer's keys: half a second for a large one, and every recipe has the same."""
+    return vocabulary.read_vocabulary(text, vocabulary_tokens=tokens, pre=pre)
 
 
 def size_label(parameters: int) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # for the logits and the attention scores grows with it.
 BATCH_TOKENS = 256
 LOG_LINES = 40
-_WARNING = 2  # GGML_LOG_LEVEL_WARN
+_WARNING = 3  # GGML_LOG_LEVEL_WARN in ggml.h; the binding's own table is older
 
 
 def library() -> Any:
