@@ -7,6 +7,7 @@ the directory.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -184,7 +185,7 @@ class Bundle:
                 predicted=manifest["predicted"],
                 tools=manifest["tools"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"{directory / MANIFEST} is not a manifest: {error!r}") from error
 
     def check_files(self, *, check_hashes: bool = True) -> None:
@@ -206,7 +207,7 @@ class Bundle:
             raise BundleError(
                 f"{self.directory / name} does not belong to the bundle", hint="move it elsewhere"
             )
-        if self.artifact.entry not in self.artifact.files:
+        if self.artifact.entry not in [*self.artifact.files]:
             raise BundleError(f"{self.directory} has no file {self.artifact.entry!r} to open")
 
     def with_artifact(self, artifact: Artifact) -> Self:
@@ -243,7 +244,9 @@ def _read_manifest(directory: Path) -> Mapping[str, Any]:
             f"{directory} is no bundle: it has no {MANIFEST}",
             hint="pass the directory that `edgekit export` printed",
         ) from None
-    except ValueError as error:
+    except OSError as error:
+        raise BundleError(f"{directory / MANIFEST} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{directory / MANIFEST} is not JSON: {error}") from error
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if version != SCHEMA_VERSION:
@@ -256,12 +259,25 @@ def _read_manifest(directory: Path) -> Mapping[str, Any]:
 
 def _refuse_to_leave(directory: Path, name: str) -> None:
     path = PurePosixPath(name)
-    inside = not path.is_absolute() and ".." not in path.parts and "\\" not in name
-    if not inside or not (directory / name).resolve().is_relative_to(directory.resolve()):
+    inside = not path.is_absolute() and ".." not in path.parts and not {"\\", "\0"} & {*name}
+    if not inside or not _real(directory / name).is_relative_to(_real(directory)):
         raise BundleError(f"{directory / MANIFEST} names {name!r}, outside the bundle")
 
 
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve() raises where symlinks run in a circle
+
+
 def _check_file(path: Path, record: FileRecord, *, check_hash: bool) -> None:
+    try:
+        _compare(path, record, check_hash=check_hash)
+    except OSError as error:  # a symlink to nowhere, for one
+        raise BundleError(
+            f"{path} cannot be read: {error.strerror}", hint="copy the bundle again"
+        ) from error
+
+
+def _compare(path: Path, record: FileRecord, *, check_hash: bool) -> None:
     size = path.stat().st_size
     if size != record.size_bytes:
         raise BundleError(

@@ -372,19 +372,20 @@ def inspect_command(path: Path, tensors: bool, as_json: bool) -> None:
 @click.argument("bundle", type=DIRECTORY)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=int, default=8080, show_default=True)
+@click.option("--allow-remote", is_flag=True, help="Let --host be reachable from other machines.")
 @click.option("--api-key", envvar="EDGEKIT_API_KEY", metavar="KEY", help="Ask clients for this.")
 @click.option("--threads", type=int, metavar="N", help="Default: the performance cores.")
 @click.option("--context", "context_tokens", type=int, metavar="N", help="Tokens to hold.")
 def serve_command(
-    bundle: Path, host: str, port: int, api_key: str | None, threads: int | None,
-    context_tokens: int | None,
+    bundle: Path, host: str, port: int, allow_remote: bool, api_key: str | None,
+    threads: int | None, context_tokens: int | None,
 ) -> None:  # fmt: skip
     """Serve BUNDLE over HTTP as OpenAI's clients expect it: /v1/chat/completions and more."""
     from edgekit.serve import serve
 
     serve(
-        bundle, host=host, port=port, api_key=api_key, threads=threads,
-        context_tokens=context_tokens,
+        bundle, host=host, port=port, allow_remote=allow_remote, api_key=api_key,
+        threads=threads, context_tokens=context_tokens,
     )  # fmt: skip
 
 

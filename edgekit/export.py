@@ -144,14 +144,22 @@ def describe(checkpoint: Checkpoint, chosen: Plan, to: Target) -> list[str]:
     """Return the plan in a few lines, for a person."""
     estimate = chosen.estimate
     lines = [
-        f"{checkpoint.name}: {checkpoint.architecture}, {checkpoint.parameters / 1e6:.0f} million "
-        f"parameters" + (f", with {checkpoint.adapter.name}" if checkpoint.adapter else ""),
-        f"plan for {to.title}: {chosen.format} {chosen.recipe.name}, "
-        f"{format_bytes(estimate.artifact_bytes)}, {chosen.context_tokens} tokens of context",
-        f"expected there: {format_bytes(estimate.memory.peak_bytes)} of memory at most, "
-        f"{format_rate(estimate.decode_tokens_per_s.low)} to "
-        f"{format_rate(estimate.decode_tokens_per_s.high)}",
+        (
+            f"{checkpoint.name}: {checkpoint.architecture}, "
+            f"{checkpoint.parameters / 1e6:.0f} million parameters"
+        ),
+        (
+            f"plan for {to.title}: {chosen.format} {chosen.recipe.name}, "
+            f"{format_bytes(estimate.artifact_bytes)}, {chosen.context_tokens} tokens of context"
+        ),
+        (
+            f"expected there: {format_bytes(estimate.memory.peak_bytes)} of memory at most, "
+            f"{format_rate(estimate.decode_tokens_per_s.low)} to "
+            f"{format_rate(estimate.decode_tokens_per_s.high)}"
+        ),
     ]
+    if checkpoint.adapter:
+        lines.insert(1, f"with the adapter {checkpoint.adapter.name} merged in")
     lines += [f"rejected {c.name}: {'; '.join(c.misses)}" for c in chosen.rejected]
     lines += [f"note: {note}" for note in chosen.notes]
     if checkpoint.adapter:

@@ -60,7 +60,8 @@ class Comparison:
         log_p, log_q = _log_softmax(reference), _log_softmax(candidate)
         self._kl += (np.exp(log_p) * (log_p - log_q)).sum(axis=1).tolist()
         self._same_top += int((reference.argmax(axis=1) == candidate.argmax(axis=1)).sum())
-        self._max_difference = max(self._max_difference, float(np.abs(reference - candidate).max()))
+        difference = np.abs(reference - candidate).max()
+        self._max_difference = float(np.maximum(self._max_difference, difference))  # NaN stays
         rows = np.arange(len(following))
         self._reference_loss += (-log_p[rows, following]).tolist()
         self._candidate_loss += (-log_q[rows, following]).tolist()

@@ -197,7 +197,7 @@ def _joined(found: list[tuple[int, Tensor]]) -> Tensor:
     return parts[0] if len(parts) == 1 else ConcatenatedTensor(parts)
 
 
-def _role_tensor(  # noqa: PLR0913 - the file, the weight, and the two descriptions between them
+def _role_tensor(  # noqa: PLR0913, PLR0917 - the file, the weight, and the two descriptions between them
     file: GgufFile,
     infos: Mapping[str, TensorInfo],
     role: str,

@@ -104,12 +104,21 @@ class Goldens:
         """Read ``goldens.json``.
 
         Raises:
-            BundleError: If the bundle has none, since it was exported without proof.
+            BundleError: If the bundle has none, since it was exported without proof, or they are
+                damaged.
         """
         path = directory / GOLDENS
         if not path.is_file():
             raise BundleError(f"{directory} has no {GOLDENS}", hint="export it without --no-verify")
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return cls._of_json(json.loads(path.read_text(encoding="utf-8")))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise BundleError(
+                f"{path} holds no goldens: {error!r}", hint="copy the bundle again"
+            ) from error
+
+    @classmethod
+    def _of_json(cls, fields: Any) -> Self:
         return cls(
             texts=tuple(TextGolden(text=t["text"], ids=tuple(t["ids"])) for t in fields["texts"]),
             chats=tuple(

@@ -78,7 +78,7 @@ class Plan:
     notes: tuple[str, ...] = ()  # what a user should know: a shortened context, substitutions
 
 
-def plan(
+def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     model: str | Path,
     target_name: str | Target,
     *,

@@ -149,9 +149,11 @@ def as_html(result: Result) -> str:
     outcome = result.verdict.outcome
     model, target = escape(result.bundle.model.name), escape(result.target.title)
     artifact = result.bundle.artifact
+    environment = result.measurement.environment
+    board = environment.model or environment.cpu or environment.system
     subtitle = (
         f"{artifact.format} {artifact.recipe}, {result.bundle.model.parameters / 1e6:,.0f} M "
-        f"parameters; measured on {result.measurement.device}, "
+        f"parameters; measured on {result.measurement.device} ({board}), "
         f"{len(result.measurement.repetitions)} processes"
     )
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(

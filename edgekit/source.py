@@ -1,6 +1,7 @@
 """What MODEL may be: a Hugging Face directory, a GGUF file, or ``demo``."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,8 +82,7 @@ def _unpacked(file: Path, listener: Listener) -> Path:
 
 def _model_name(file: Path) -> str:
     """Drop the quantisation from a file name: ``SmolLM2-135M-Instruct.Q4_1`` loses its end."""
-    stem, _, last = file.stem.rpartition(".")
-    return stem if stem and last[:1] in "QFBI" and last[-1:].isalnum() else file.stem
+    return re.sub(r"(?i)(?<=.)\.(I?Q\d\w*|B?F16|F32)$", "", file.stem)
 
 
 def cache_directory() -> Path:

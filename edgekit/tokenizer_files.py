@@ -12,7 +12,8 @@ from edgekit.bundle import TextRules
 from edgekit.errors import UsageError
 
 
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token",
+                  "mask_token")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # compared by identity, so that it can be a key

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgekit.checkpoint import Checkpoint
 
 
-Progress = Callable[[int], None]  # called with the number of source bytes just done
+Progress = Callable[[int], None]  # called with the number of weights just read
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -184,6 +184,24 @@ def test_an_absurd_size_is_refused_by_the_name_of_its_field(model_type, name, va
     assert name.removeprefix("num_").split("_")[0] in str(refusal.value)
 
 
+ODD_VALUES = [None, True, 0, -1, 1, 3, 2**40, 10**400, 0.5, math.nan, math.inf, "", "x", [], {},
+              [None], ["x"], [1] * 6, {"x": 1}, {"rope_type": "longrope"}, {"rope_type": 3},
+              {"full_attention": 1}]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_whatever_a_field_holds_is_read_or_refused(name):
+    model_type, fields = CASES[name]
+    for changed in [*fields, "rope_parameters", "layer_types", "original_max_position_embeddings"]:
+        for value in ODD_VALUES:
+            odd = fields | {changed: value}
+            try:
+                spec = families.get(model_type).describe(Config(odd, origin="config.json"))
+            except UsageError:
+                continue
+            assert len(list(spec.weights())) > len(spec.layers), (changed, value)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"])
 def test_an_unknown_activation_is_refused(model_type):
     with pytest.raises(UsageError, match="hidden_act = 'relu2'"):

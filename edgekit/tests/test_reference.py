@@ -21,8 +21,19 @@ from edgekit.tests.tiny_checkpoints import (
 
 pytestmark = pytest.mark.toolchain
 
-# 520 positions; past every window, and on both sides of the context before stretching.
-LENGTHS = (200, 160, 120, 40)
+# Past every window, and on both sides of the context before stretching, to the token.
+LENGTHS = (200, 160, 65, 64, 40)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Several threads wait for each other longer than these sums take."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def random_texts(vocabulary, lengths=LENGTHS, seed=1):
@@ -56,7 +67,7 @@ def compare(expected, found):
 def test_the_lengths_reach_past_every_edge():
     assert sum(LENGTHS) >= 500
     assert max(LENGTHS) <= CONTEXT_TOKENS
-    assert min(LENGTHS) < ORIGINAL_TOKENS < max(LENGTHS)
+    assert {ORIGINAL_TOKENS, ORIGINAL_TOKENS + 1} < set(LENGTHS)
     assert max(LENGTHS) > 2 * WINDOW_TOKENS
 
 

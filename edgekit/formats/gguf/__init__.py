@@ -60,9 +60,8 @@ def convert(
     checkpoint: "Checkpoint", recipe: Recipe, directory: Path, *, progress: Progress
 ) -> str:
     """Write ``model.gguf``."""
-    from edgekit.formats.gguf import conversion
     from edgekit import corpus
-    from edgekit.formats.gguf import pretokenizers
+    from edgekit.formats.gguf import conversion, pretokenizers
 
     pre = pretokenizers.find_pre(checkpoint.text, corpus=corpus.lines())
     return conversion.convert(checkpoint, recipe, directory, pre=pre, progress=progress)

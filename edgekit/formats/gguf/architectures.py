@@ -43,6 +43,7 @@ class Architecture:
     has_output_bias: bool = False
     has_mlp_bias: bool = False
     has_windows: bool = False
+    local_rope_scaling: Literal["none", "shared"] = "none"  # of the layers with a window
     caps_scores: bool = False
     caps_logits: bool = False
     has_post_norms: bool = False
@@ -57,6 +58,7 @@ class Architecture:
     def refusals(self, spec: DecoderSpec) -> Iterator[str]:
         """Yield what this graph would compute otherwise than ``spec`` asks."""
         yield from self._refuse_norms(spec)
+        yield from self._refuse_query_key_norms(spec)
         yield from self._refuse_attention(spec)
         yield from self._refuse_ropes(spec)
         yield from self._refuse_rest(spec)
@@ -68,6 +70,8 @@ class Architecture:
             yield "layer normalisation without bias"
         if spec.has_post_norms != self.has_post_norms:
             yield "norms after attention and MLP" if spec.has_post_norms else "no post norms"
+
+    def _refuse_query_key_norms(self, spec: DecoderSpec) -> Iterator[str]:
         norm = spec.attention.query_key_norm
         match self.query_key_norm:
             case "none":
@@ -112,6 +116,8 @@ class Architecture:
         ropes = {layer.rope for layer in spec.layers if layer.rope}
         if len(ropes) > 1 and not self._has_two_ropes(spec):
             yield "ropes that differ between layers"
+        if self.has_windows and not self._scales_windows_alike(spec):
+            yield "other rope scaling in the layers with a window"
         for rope in ropes:
             if rope.width != spec.attention.head_width and not self.has_partial_rope:
                 yield f"rope on {rope.width} of {spec.attention.head_width} channels"
@@ -121,9 +127,14 @@ class Architecture:
     def _has_two_ropes(self, spec: DecoderSpec) -> bool:
         """Whether layers with a window may have one rope and the others another (Gemma 3)."""
         pairs = {(layer.window_tokens is not None, layer.rope) for layer in spec.layers}
-        local = [rope for is_local, rope in pairs if is_local]
-        is_plain = len(local) == 1 and local[0] is not None and local[0].scaling is None
-        return self.has_windows and len(pairs) == 2 and is_plain
+        return self.has_windows and len(pairs) == 2 == len({is_local for is_local, _ in pairs})
+
+    def _scales_windows_alike(self, spec: DecoderSpec) -> bool:
+        """Whether layers with a window are scaled as the graph fixes it: it has one key for all."""
+        ropes = [(layer.rope, layer.window_tokens) for layer in spec.layers]
+        scalings = {rope.scaling for rope, _ in ropes if rope}
+        local = {rope.scaling for rope, window in ropes if rope and window is not None}
+        return len(scalings) <= 1 if self.local_rope_scaling == "shared" else local <= {None}
 
     def _refuse_rest(self, spec: DecoderSpec) -> Iterator[str]:
         scale = math.sqrt(spec.hidden_width) if self.scales_embedding else 1.0
@@ -165,6 +176,7 @@ ARCHITECTURES = (  # of several that fit, the first is taken
         name="gemma2",
         norm_adds_one=True,
         has_windows=True,
+        local_rope_scaling="shared",
         caps_scores=True,
         caps_logits=True,
         has_post_norms=True,

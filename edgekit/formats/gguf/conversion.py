@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.decoder import DecoderSpec, Shape
-from edgekit.errors import UsageError
 from edgekit.formats import Layout, Placement, Progress
 from edgekit.formats.gguf import (
     architectures,
@@ -293,8 +292,3 @@ def separate_halves(rows: "Rows", head_width: int) -> "Rows":
     heads = rows.shape[0] // head_width
     pairs = rows.reshape(heads, head_width // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-def roles_by_tensor(spec: DecoderSpec) -> Mapping[str, str]:
-    """Return the weight that each tensor of a file holds, for reading it back."""
-    return {tensor_name(role): role for role, _ in spec.weights()}

@@ -64,6 +64,10 @@ class Log:
         """What was said, oldest first."""
         return "".join(self._lines).strip()
 
+    def forget(self) -> None:
+        """Begin anew, so that a refusal quotes nothing about another file."""
+        self._lines.clear()
+
 
 _LOG: list[Log] = []  # one for the process: the library keeps a single callback
 
@@ -82,6 +86,7 @@ def open_model(path: Path, *, vocabulary_only: bool = False) -> Any:
         BundleError: If llama.cpp refuses the file; the message carries its last words.
     """
     llama, said = library(), log()
+    said.forget()
     parameters = llama.llama_model_default_params()
     parameters.vocab_only = vocabulary_only
     # Plain reads: with a memory map the pages of repacked weights would be held twice.
