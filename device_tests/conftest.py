@@ -1,8 +1,7 @@
 """The conformance suite: a finished bundle, asked on a device whether it is what was exported.
 
-``pytest device_tests --bundle=DIR --target=NAME`` runs on the device itself; it needs this
-directory, ``edgekit[run-gguf]`` (or the extra of another format) and pytest, and no torch. Write
-``--bundle=DIR`` in one word: pytest takes a word of its own for a directory with tests in it.
+``pytest device_tests --bundle DIR --target NAME`` runs on the device itself; it needs this
+directory, ``edgekit[run-gguf]`` (or the extra of another format) and pytest, and no torch.
 
 ``--device=ssh://user@host`` reaches another machine with the system's ssh. It gets the bundle, and
 what `edgekit validate` can do from afar runs there: hashes, memory, latency. The other tests hold
@@ -12,6 +11,8 @@ the model in their own process; for them copy this directory to the device and r
 ``-m "not slow"`` the reading of a prompt as long as the whole context.
 """
 
+import itertools
+import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,7 @@ LEAST_MEAN_KL_NATS = 1e-3
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    _refuse_code_in_the_bundle()
     group = parser.getgroup("edgekit", "the bundle under test")
     group.addoption("--bundle", type=Path, metavar="DIR", help="what `edgekit export` printed")
     group.addoption(
@@ -68,6 +70,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="fresh processes to begin the latency test with (default: %(default)s)",
     )
+
+
+def _refuse_code_in_the_bundle() -> None:
+    """Keep pytest from running a ``conftest.py`` that came with a stranger's model.
+
+    pytest reads the command line before it knows our options, so in ``--bundle DIR`` it takes DIR
+    for a place with tests, in the order of the words; ``--bundle=DIR`` it leaves alone.
+    """
+    for option, word in itertools.pairwise(sys.argv):
+        directory = Path(word)
+        if option == "--bundle" and directory.is_dir():
+            found = [*directory.glob("conftest.py"), *directory.glob("test*/conftest.py")]
+            if found:
+                raise pytest.UsageError(f"{found[0]} does not belong to a bundle; nothing was run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -135,11 +151,6 @@ def device_name(pytestconfig: pytest.Config) -> str:
 def threads(pytestconfig: pytest.Config) -> int | None:
     chosen: int | None = pytestconfig.option.threads
     return chosen
-
-
-@pytest.fixture(scope="session")
-def repetitions(pytestconfig: pytest.Config) -> int:
-    return int(pytestconfig.option.repetitions)
 
 
 @pytest.fixture(scope="session")

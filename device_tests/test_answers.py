@@ -19,9 +19,10 @@ Record = Callable[[str, object], None]
 QUESTION = "What is the capital of France?"
 GENEROUS_TOKENS = 128  # a sentence is 10 to 30
 ANSWER_TOKENS = 12
-# Of one position, where the limit of the goldens is one for a mean: the 99th percentile of the
-# proof is about six times its mean (Q8_0, SmolLM2-135M).
+# For one position, where the limit of the goldens is for a mean: the 99th percentile of a proof is
+# about six times its mean (Q8_0, SmolLM2-135M). The other limit is conftest's largest.
 MEAN_TO_WORST = 10
+LARGEST_KL_NATS = 0.2
 
 
 def _fresh(runner: Runner) -> Runner:
@@ -164,7 +165,8 @@ def test_what_was_read_before_is_not_read_again_and_not_forgotten(
     reused = continued.complete(longer, max_tokens=1).answer.reused_tokens
     assert reused >= len(prompt), f"{reused} tokens reused, expected at least {len(prompt)}"
     at_once = LogitGolden.of(longer[-1:], runner.session.all_logits(longer)[-1:])
-    kl, limit = at_once.mean_kl_nats(in_parts[-1][None]), MEAN_TO_WORST * mean_kl_limit_nats
+    kl = at_once.mean_kl_nats(in_parts[-1][None])
+    limit = min(MEAN_TO_WORST * mean_kl_limit_nats, LARGEST_KL_NATS)
     assert kl <= limit, f"read in parts and at once: KL {kl:.1e} nats, expected <= {limit:g}"
     record_property("read in parts and at once", f"KL {kl:.1e} nats (<= {limit:g})")
 

@@ -9,7 +9,7 @@ import pytest
 from edgekit.bundle import Bundle
 from edgekit.device import Device
 from edgekit.measure import environment_of, measure_bundle
-from edgekit.report import as_text, summarize
+from edgekit.report import Result, as_text, summarize
 from edgekit.target import Target
 from edgekit.units import format_bytes
 from edgekit.validate import plan_workload, validate
@@ -41,18 +41,22 @@ def test_the_memory_of_fresh_processes_stays_within_the_budget(
     record_property("peak memory", finding)
 
 
-@pytest.mark.latency
-def test_the_budget_is_kept_steadily(  # noqa: PLR0913 - fixtures
-    bundle_directory: Path,
-    target: Target,
-    device_name: str,
-    threads: int | None,
-    repetitions: int,
-    record_property: Record,
-):
-    result = validate(
-        bundle_directory, target, device=device_name, repetitions=repetitions, threads=threads
+@pytest.fixture
+def result(
+    bundle_directory: Path, target: Target, device_name: str, pytestconfig: pytest.Config
+) -> Result:
+    options = pytestconfig.option
+    return validate(
+        bundle_directory,
+        target,
+        device=device_name,
+        repetitions=options.repetitions,
+        threads=options.threads,
     )
+
+
+@pytest.mark.latency
+def test_the_budget_is_kept_steadily(result: Result, record_property: Record):
     verdict = result.verdict
     if verdict.outcome == "fail":
         pytest.fail(f"found {verdict.outcome!r}, expected 'pass'\n{as_text(result)}", pytrace=False)

@@ -84,9 +84,11 @@ def _refusal(directory: Path, *, damage: str) -> str:
     try:
         Runner.open(directory, threads=1).close()
     except BundleError as error:
-        assert error.exit_status == 6, f"exit status {error.exit_status}, expected 6"
-        return str(error)
-    pytest.fail(f"opened in spite of {damage}; expected a refusal with exit status 6")
+        refusal = error
+    else:
+        pytest.fail(f"opened in spite of {damage}; expected a refusal with exit status 6")
+    assert refusal.exit_status == 6, f"exit status {refusal.exit_status}, expected 6"
+    return str(refusal)
 
 
 def _assert_names(refusal: str, expected: str) -> None:

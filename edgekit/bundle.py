@@ -207,7 +207,7 @@ class Bundle:
             raise BundleError(
                 f"{self.directory / name} does not belong to the bundle", hint="move it elsewhere"
             )
-        if self.artifact.entry not in [*self.artifact.files]:
+        if self.artifact.entry not in self.artifact.files:
             raise BundleError(f"{self.directory} has no file {self.artifact.entry!r} to open")
 
     def with_artifact(self, artifact: Artifact) -> Self:

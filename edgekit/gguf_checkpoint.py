@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 _SMALL = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_COMPUTED = (*_SMALL, "attn_rot_embd.weight")  # tables made from the metadata
 
 
 def write_from_gguf(file: Path, directory: Path, *, listener: Listener) -> None:
@@ -180,6 +181,7 @@ def _tensors(
     """Return the file's weights under the names a checkpoint of that family gives them."""
     infos = {info.name: info for info in file.tensors}
     family = families.get(family_name)
+    _refuse_unused(file, infos, spec, graph)
     pieces: dict[str, list[tuple[int, Tensor]]] = {}
     for role, shape in spec.weights():
         tensor = _role_tensor(file, infos, role, shape, spec, graph)
@@ -190,6 +192,19 @@ def _tensors(
         else:
             pieces.setdefault(source.tensor, []).append((source.first_row, tensor))
     return {name: _joined(found) for name, found in pieces.items()}
+
+
+def _refuse_unused(
+    file: GgufFile, infos: Mapping[str, TensorInfo], spec: DecoderSpec, graph: Architecture
+) -> None:
+    """Check that every tensor is one the decoder needs: what is left out would be missed."""
+    used = {_place(infos, role, spec, graph).name for role, _ in spec.weights()}
+    unused = sorted(name for name in infos.keys() - used if not name.endswith(_COMPUTED))
+    if unused:
+        raise UsageError(
+            f"{file.path} holds {unused[0]}, which no {graph.name} decoder of edgekit uses",
+            hint="a mixture of experts, or another kind of model under the same name?",
+        )
 
 
 def _joined(found: list[tuple[int, Tensor]]) -> Tensor:
@@ -205,38 +220,48 @@ def _role_tensor(  # noqa: PLR0913, PLR0917 - the file, the weight, and the two 
     spec: DecoderSpec,
     graph: Architecture,
 ) -> RoleTensor:
-    name, first_row = _place(infos, role, spec, graph)
-    if name not in infos:
-        raise UsageError(f"{file.path} lacks the tensor {name}")
-    info = infos[name]
-    if math.prod(info.shape) < math.prod(shape) or info.shape[-1] != shape[-1]:
+    place = _place(infos, role, spec, graph)
+    if place.name not in infos:
+        raise UsageError(f"{file.path} lacks the tensor {place.name}")
+    info, expected = infos[place.name], (place.rows or shape[0], *shape[1:])
+    if info.shape != expected:
         raise UsageError(
-            f"{file.path}: {name} has shape {list(info.shape)}, expected {list(shape)}"
+            f"{file.path}: {place.name} has shape {list(info.shape)}, expected {list(expected)}"
         )
     return RoleTensor(
         file=file,
         info=info,
         shape=shape,
-        first_row=first_row,
+        first_row=place.first_row,
         group_rows=spec.attention.head_width if _swaps(role, graph) else 1,
         restore=_restore(role, spec, graph),
     )
 
 
+@dataclass(frozen=True)
+class _Place:
+    """The tensor that holds a weight; if it is a fused one, where, and all of its rows."""
+
+    name: str
+    first_row: int = 0
+    rows: int | None = None
+
+
 def _place(
     infos: Mapping[str, TensorInfo], role: str, spec: DecoderSpec, graph: Architecture
-) -> tuple[str, int]:
-    """Return the tensor that holds a weight, and the weight's first row in it."""
+) -> _Place:
     layer, part = split_role(role)
     name = conversion.tensor_name(role)
     kind, _, bias = part.partition("_")
     fused = f"blk.{layer}.attn_qkv.{'bias' if bias == 'bias' else 'weight'}"
     if kind in {"query", "key", "value"} and bias in {"", "bias"} and fused in infos:
         queries, keys = spec.attention.query_width, spec.attention.key_value_width
-        return fused, {"query": 0, "key": queries, "value": queries + keys}[kind]
+        first_row = {"query": 0, "key": queries, "value": queries + keys}[kind]
+        return _Place(fused, first_row, queries + 2 * keys)
     if graph.fuses_gate_and_up and part in {"gate", "up"}:
-        return f"blk.{layer}.ffn_up.weight", 0 if part == "gate" else spec.mlp_width
-    return name, 0
+        first_row = 0 if part == "gate" else spec.mlp_width
+        return _Place(f"blk.{layer}.ffn_up.weight", first_row, 2 * spec.mlp_width)
+    return _Place(name)
 
 
 def _swaps(role: str, graph: Architecture) -> bool:

@@ -1,6 +1,7 @@
 """Work happens in a temporary sibling that is renamed at the end: OUT is whole or not there."""
 
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,6 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgekit.errors import EdgekitError, UsageError
+
+
+_OURS: set[Path] = set()  # what this process is working in
 
 
 @contextmanager
@@ -30,6 +34,7 @@ def new_directory(out: Path, *, replaces: str | None = None) -> Iterator[Path]:
     try:
         yield work
         _sync(work)
+        refuse_existing(out, replaces=replaces)  # it may have come meanwhile
         _put(work, out)
         _sync_directory(out.parent)
     except OSError as error:
@@ -40,6 +45,7 @@ def new_directory(out: Path, *, replaces: str | None = None) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        _OURS.discard(work)
 
 
 def refuse_existing(out: Path, *, replaces: str | None = None) -> None:
@@ -48,7 +54,7 @@ def refuse_existing(out: Path, *, replaces: str | None = None) -> None:
     Raises:
         UsageError: If ``out`` exists, and is not of the kind that may be replaced.
     """
-    if not out.exists() and not out.is_symlink():
+    if not os.path.lexists(out):
         return
     if replaces is None:
         raise UsageError(f"{out} exists", hint="remove it, or choose another with -o")
@@ -66,7 +72,11 @@ def _put(work: Path, out: Path) -> None:
         return
     old = work.with_suffix(".old")
     out.rename(old)
-    work.rename(out)
+    try:
+        work.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -74,9 +84,10 @@ def _create_sibling(out: Path) -> Path:
     parent = out.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(parent, out.name)
+        _remove_orphans(out)
         work = parent / f".{out.name}.{os.getpid()}.part"
         work.mkdir()
+        _OURS.add(work)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(
@@ -85,12 +96,22 @@ def _create_sibling(out: Path) -> Path:
     return work
 
 
-def _remove_orphans(parent: Path, name: str) -> None:
+def _remove_orphans(out: Path) -> None:
     """Remove what killed processes left of this same output."""
-    for path in parent.glob(f".{name}.*.part"):
-        pid = path.name.rsplit(".", 2)[1]
-        if pid.isdigit() and not _is_running(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in out.absolute().parent.glob(f".{glob.escape(out.name)}.*.*"):
+        pid, kind = path.name.rsplit(".", 2)[1:]
+        if kind not in {"part", "old"} or not pid.isdigit() or path in _OURS:
+            continue
+        # A container gives every process the same id: what has ours and is not ours is left over.
+        if int(pid) == os.getpid() or not _is_running(int(pid)):
+            _remove_orphan(path, out)
+
+
+def _remove_orphan(path: Path, out: Path) -> None:
+    if path.suffix == ".old" and not os.path.lexists(out):
+        path.rename(out)  # the process died between the two renames
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_running(pid: int) -> bool:

@@ -110,13 +110,22 @@ class Format(Protocol):
         """
         ...
 
-    def load(self, path: Path, *, context_tokens: int, threads: int | None = None) -> Session:
+    def load(
+        self,
+        path: Path,
+        *,
+        context_tokens: int,
+        threads: int | None = None,
+        has_exact_cache: bool = False,
+    ) -> Session:
         """Open an artifact in its runtime.
 
         Args:
             path: The file `convert` named.
             context_tokens: How many tokens the cache shall hold.
             threads: None takes as many as there are performance cores.
+            has_exact_cache: Whether attention shall keep float32 where the runtime would round:
+                slower, to judge the weights by themselves.
 
         Raises:
             MissingDependencyError: If the runtime is not installed.

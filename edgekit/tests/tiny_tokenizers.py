@@ -46,7 +46,7 @@ class Voice:
     pad: str | None = None
     unk: str | None = None
     adds_bos: bool = False
-    strips_right: bool = False  # the last tokens swallow the whitespace after them
+    strips_right: bool = False  # Phi-3's swallow the whitespace after them, but for three
     stops: tuple[str, ...]
     template: str
 
@@ -256,13 +256,18 @@ def train(name: str) -> str:
     is_sentencepiece = voice.pipeline in ("sentencepiece", "gemma")
     tokenizer = _train_sentencepiece(voice) if is_sentencepiece else _train_byte_level(voice)
     tokenizer.add_special_tokens([
-        AddedToken(token, normalized=False, rstrip=voice.strips_right and token != voice.eos)
+        AddedToken(token, normalized=False, rstrip=token in _swallowing(voice))
         for token in (*voice.first_tokens, *voice.last_tokens)
     ])  # fmt: skip
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in voice.plain_tokens])
     if voice.adds_bos:
         tokenizer.post_processor = _bos_processor(tokenizer, str(voice.bos))
     return str(tokenizer.to_str())
+
+
+def _swallowing(voice: Voice) -> set[str]:
+    tokens = {*voice.first_tokens, *voice.last_tokens} - {"<unk>", "<s>", voice.eos}
+    return tokens if voice.strips_right else set()
 
 
 def _training_texts() -> list[str]:

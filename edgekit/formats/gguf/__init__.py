@@ -67,9 +67,13 @@ def convert(
     return conversion.convert(checkpoint, recipe, directory, pre=pre, progress=progress)
 
 
-def load(path: Path, *, context_tokens: int, threads: int | None = None) -> runtime.GgufSession:
+def load(
+    path: Path, *, context_tokens: int, threads: int | None = None, has_exact_cache: bool = False
+) -> runtime.GgufSession:
     """Open a file in llama.cpp."""
-    return runtime.GgufSession(path, context_tokens=context_tokens, threads=threads)
+    return runtime.GgufSession(
+        path, context_tokens=context_tokens, threads=threads, has_exact_cache=has_exact_cache
+    )
 
 
 def runtime_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:

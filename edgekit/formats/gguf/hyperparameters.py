@@ -107,8 +107,8 @@ def _window_keys(spec: DecoderSpec) -> dict[str, "Value"]:
 def rope_tensors(spec: DecoderSpec) -> dict[str, Sequence[float]]:
     """Return the frequency divisors that llama.cpp reads as tensors, by tensor name."""
     match first_rope(spec).scaling:
-        case Llama3Scaling() as scaling:
-            return {"rope_freqs.weight": llama3_factors(first_rope(spec), scaling)}
+        case Llama3Scaling():
+            return {"rope_freqs.weight": first_rope(spec).divisors(spec.context_tokens)}
         case LongRopeScaling() as scaling:
             return {
                 "rope_factors_long.weight": scaling.long_factors,
@@ -116,22 +116,6 @@ def rope_tensors(spec: DecoderSpec) -> dict[str, Sequence[float]]:
             }
         case _:
             return {}
-
-
-def llama3_factors(rope: Rope, scaling: Llama3Scaling) -> list[float]:
-    """Return one divisor per frequency.
-
-    Source: ``_compute_llama3_parameters`` in modeling_rope_utils.py of transformers 5.
-    """
-    factors = []
-    for index in range(0, rope.width, 2):
-        turns = (
-            scaling.original_context_tokens / (2 * math.pi) * rope.theta ** (-index / rope.width)
-        )
-        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-        kept = min(1.0, max(0.0, (turns - low) / (high - low)))
-        factors.append(1 / ((1 - kept) / scaling.factor + kept))
-    return factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +132,30 @@ class Facts:
         """The graph it was written for."""
         return architectures.get(str(self.metadata.get("general.architecture")))
 
-    def number(self, key: str, default: Any = None) -> Any:
-        """Return a key of the architecture; a float32 as the shortest decimal that rounds to it."""
-        value = self.metadata.get(f"{self.architecture.name}.{key}", default)
+    def value(self, key: str, default: Any) -> Any:
+        """Return a key of the architecture."""
+        return self.metadata.get(f"{self.architecture.name}.{key}", default)
+
+    def number(self, key: str, default: float | None = None) -> Any:
+        """Return a number; a float32 as the shortest decimal that rounds to it."""
+        value = self.value(key, default)
         if value is None:
             raise UsageError(f"the GGUF file lacks {self.architecture.name}.{key}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UsageError(
+                f"{self.architecture.name}.{key} = {value!r} in the GGUF file, expected one number"
+            )
         return shortest(value) if isinstance(value, float) else value
+
+    def count(self, key: str, default: int | None = None, *, most: int = 2**31 - 1) -> int:
+        """Return how many there are of something: at least one."""
+        value = self.number(key, default)
+        if not isinstance(value, int) or not 0 < value <= most:
+            raise UsageError(
+                f"{self.architecture.name}.{key} = {value!r} in the GGUF file, "
+                f"expected a count up to {most}"
+            )
+        return value
 
     def has_tensor(self, part: str) -> bool:
         """Whether the first layer has such a tensor."""
@@ -174,8 +176,8 @@ def read(facts: Facts) -> DecoderSpec:
         UsageError: If a key is missing, or says what edgekit cannot express.
     """
     architecture = facts.architecture
-    heads, hidden = facts.number("attention.head_count"), facts.number("embedding_length")
-    head_width = facts.number("attention.key_length", hidden // heads)
+    heads, hidden = facts.count("attention.head_count"), facts.count("embedding_length")
+    head_width = facts.count("attention.key_length", hidden // heads)
     is_layer_norm = architecture.norm == "layer"
     epsilon = facts.number(
         f"attention.{'layer_norm_epsilon' if is_layer_norm else 'layer_norm_rms_epsilon'}"
@@ -183,8 +185,8 @@ def read(facts: Facts) -> DecoderSpec:
     return DecoderSpec(
         vocabulary=facts.vocabulary,
         hidden_width=hidden,
-        mlp_width=facts.number("feed_forward_length"),
-        context_tokens=facts.number("context_length"),
+        mlp_width=facts.count("feed_forward_length"),
+        context_tokens=facts.count("context_length"),
         layers=_read_layers(facts, head_width),
         attention=_read_attention(facts, head_width=head_width, epsilon=epsilon),
         norm=Norm(
@@ -206,18 +208,18 @@ def read(facts: Facts) -> DecoderSpec:
 
 
 def _read_attention(facts: Facts, *, head_width: int, epsilon: float) -> Attention:
-    architecture, heads = facts.architecture, facts.number("attention.head_count")
+    architecture, heads = facts.architecture, facts.count("attention.head_count")
     has_norms = facts.has_tensor("attn_q_norm.weight")
     is_layer_norm = architecture.norm == "layer"
     cap = facts.number("attn_logit_softcapping", 50.0) if architecture.caps_scores else None
     scale_width = (
-        facts.number("embedding_length") // heads
-        if facts.number("block_count") == architecture.scales_scores_by_hidden_at
+        facts.count("embedding_length") // heads
+        if facts.count("block_count") == architecture.scales_scores_by_hidden_at
         else head_width
     )
     return Attention(
         heads=heads,
-        key_value_heads=facts.number("attention.head_count_kv", heads),
+        key_value_heads=facts.count("attention.head_count_kv", heads),
         head_width=head_width,
         score_scale=scale_width**-0.5,
         score_cap=cap,
@@ -233,9 +235,11 @@ def _read_attention(facts: Facts, *, head_width: int, epsilon: float) -> Attenti
 
 
 def _read_layers(facts: Facts, head_width: int) -> tuple[Layer, ...]:
-    architecture, depth = facts.architecture, facts.number("block_count")
+    # Every layer has tensors of its own.
+    architecture = facts.architecture
+    depth = facts.count("block_count", most=len(facts.tensors))
     rope = Rope(
-        width=facts.number("rope.dimension_count", head_width),
+        width=facts.count("rope.dimension_count", head_width),
         theta=float(facts.number("rope.freq_base", 10_000.0)),
         scaling=None,
     )
@@ -247,7 +251,11 @@ def _read_layers(facts: Facts, head_width: int) -> tuple[Layer, ...]:
             "rope.freq_base_swa", 10_000.0 if architecture.name == "gemma3" else rope.theta
         )
     )
-    local_rope = Rope(width=rope.width, theta=local_theta)
+    local_rope = Rope(
+        width=rope.width,
+        theta=local_theta,
+        scaling=rope.scaling if architecture.local_rope_scaling == "shared" else None,
+    )
     return tuple(
         Layer(
             rope=None if skips and (index + 1) % skips == 0 else local_rope if window else rope,
@@ -267,27 +275,31 @@ def _read_windows(facts: Facts, depth: int) -> list[int | None]:
         return [None] * depth
     default = 4096 if facts.architecture.name == "gemma2" else 0
     window = facts.number("attention.sliding_window", default)
-    pattern = facts.number(
-        "attention.sliding_window_pattern", 2 if facts.architecture.name == "gemma2" else 6
-    )
-    if isinstance(pattern, int):
-        pattern = [(index + 1) % pattern != 0 for index in range(depth)]
-    return [window if window and is_local else None for is_local in pattern]
+    key = "attention.sliding_window_pattern"
+    pattern = facts.value(key, None)
+    if not isinstance(pattern, list):
+        period = facts.count(key, 2 if facts.architecture.name == "gemma2" else 6)
+        pattern = [(index + 1) % period != 0 for index in range(depth)]
+    if len(pattern) < depth:
+        raise UsageError(f"the GGUF file's {key} has {len(pattern)} layers, expected {depth}")
+    return [window if window and is_local else None for is_local in pattern[:depth]]
 
 
 def _read_scaling(facts: Facts, rope: Rope) -> RopeScaling | None:
-    kind = facts.number("rope.scaling.type", "none")
+    # Absent means linear to llama.cpp, and a factor of 0 means none.
+    kind = facts.value("rope.scaling.type", "linear")
     if "rope_factors_long.weight" in facts.rope_factors:
         return LongRopeScaling(
             short_factors=tuple(map(shortest, facts.rope_factors["rope_factors_short.weight"])),
             long_factors=tuple(map(shortest, facts.rope_factors["rope_factors_long.weight"])),
-            original_context_tokens=facts.number("rope.scaling.original_context_length"),
+            original_context_tokens=facts.count("rope.scaling.original_context_length"),
             attention_factor=facts.number("rope.scaling.attn_factor", 1.0),
         )
     if "rope_freqs.weight" in facts.rope_factors:
         return _read_llama3(rope, facts.rope_factors["rope_freqs.weight"])
-    if kind == "linear" and facts.number("rope.scaling.factor", 1.0) != 1.0:
-        return LinearScaling(factor=facts.number("rope.scaling.factor"))
+    factor = facts.number("rope.scaling.factor", facts.number("rope.scale_linear", 0.0))
+    if kind == "linear" and factor not in {0.0, 1.0}:
+        return LinearScaling(factor=factor)
     if kind not in {"none", "linear"}:
         raise UsageError(f"GGUF files with {kind} rope scaling are not read")
     return None
@@ -306,7 +318,9 @@ def _read_llama3(rope: Rope, factors: Sequence[float]) -> Llama3Scaling | None:
         high_frequency_factor=4.0,
         original_context_tokens=8192,
     )
-    expected = llama3_factors(rope, scaling)
-    if any(not math.isclose(a, b, rel_tol=1e-5) for a, b in zip(expected, factors, strict=True)):
+    expected = Rope(width=rope.width, theta=rope.theta, scaling=scaling).divisors(0)
+    if len(factors) != len(expected) or not all(
+        math.isclose(a, b, rel_tol=1e-5) for a, b in zip(expected, factors, strict=True)
+    ):
         raise UsageError("the GGUF file's rope_freqs are not those of a Llama 3 model")
     return scaling

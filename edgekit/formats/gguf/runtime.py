@@ -117,8 +117,13 @@ class GgufSession:
             self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self._model))
         )
         self.context_tokens = context_tokens
-        self._context = self._new_context(rows=1)
+        self._context: Any = None
         self._scoring: Any = None  # a context that keeps every row of logits, made when asked for
+        try:
+            self._context = self._new_context(rows=1)
+        except ToolchainError:
+            self.close()
+            raise
         self._cached_tokens = 0
         self._single = (ctypes.c_int32 * 1)()
         self._single_batch = self._llama.llama_batch_get_one(self._single, 1)

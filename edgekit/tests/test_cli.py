@@ -1,0 +1,199 @@
+"""The command line: results on stdout, everything else on stderr, one status for each refusal."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from edgekit.cli import cli, main
+
+
+def run(capsys, *words):
+    with pytest.raises(SystemExit) as exit_:
+        main([str(word) for word in words])
+    said = capsys.readouterr()
+    return exit_.value.code, said.out, said.err
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_every_command_explains_itself(name, capsys):
+    status, out, _ = run(capsys, name, "--help")
+    assert status == 0
+    assert out.startswith(f"Usage: edgekit {name}")
+
+
+def test_the_help_starts_with_three_commands_that_work_in_this_order(capsys):
+    _, out, _ = run(capsys, "--help")
+    assert out.index("edgekit export demo") < out.index("edgekit run out") < out.index(
+        "edgekit validate out"
+    )
+
+
+def test_an_unknown_command_or_option_is_a_usage_error(capsys):
+    assert run(capsys, "exprot")[0] == 2
+    assert run(capsys, "export", "demo", "--taget", "x")[0] == 2
+
+
+def test_a_misspelt_target_gets_a_suggestion_and_status_2(capsys):
+    status, out, err = run(capsys, "export", "demo", "--target", "rasberry-pi-5-8gb")
+    assert (status, out) == (2, "")
+    assert "no target named 'rasberry-pi-5-8gb'" in err
+    assert "raspberry-pi-5-8gb" in err.split("hint:")[1]
+
+
+def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path, capsys):
+    status, _, err = run(capsys, "plan", tmp_path, "--target", "raspberry-pi-5-8gb")
+    assert status == 2
+    assert "it has no config.json" in err
+
+
+def test_an_unsupported_architecture_names_the_supported_ones(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba9"}')
+    status, _, err = run(capsys, "plan", tmp_path, "--target", "raspberry-pi-5-8gb")
+    assert status == 2
+    assert "'mamba9' are not supported" in err
+    assert "llama" in err
+    assert "qwen2" in err
+
+
+def test_a_directory_that_is_no_bundle_has_status_6(tmp_path, capsys):
+    status, _, err = run(capsys, "run", tmp_path, "hello")
+    assert status == 6
+    assert "no bundle" in err
+
+
+def test_targets_are_listed_and_shown_with_the_origin_of_every_number(capsys):
+    _, out, _ = run(capsys, "targets")
+    assert "raspberry-pi-5-8gb" in out
+    _, out, _ = run(capsys, "targets", "raspberry-pi-5-8gb")
+    assert "https://" in out
+    assert "policy" in out
+    _, out, _ = run(capsys, "targets", "--json")
+    assert json.loads(out)["raspberry-pi-5-8gb"] == "Raspberry Pi 5, 8 GB"
+    _, out, _ = run(capsys, "targets", "--schema")
+    assert json.loads(out)["type"] == "object"
+
+
+def test_formats_lists_what_quant_may_be(capsys):
+    _, out, _ = run(capsys, "formats")
+    assert "Q4_K_M" in out
+    _, out, _ = run(capsys, "formats", "--json")
+    assert "Q8_0" in json.loads(out)["gguf"]
+
+
+@pytest.mark.toolchain
+def test_export_prints_the_bundle_on_stdout_and_nothing_else(tiny_checkpoint, tmp_path, capsys):
+    out_directory = tmp_path / "out"
+    status, out, err = run(
+        capsys, "export", tiny_checkpoint, "--target", "raspberry-pi-5-8gb", "--quant", "F32",
+        "--context", 64, "-o", out_directory,
+    )  # fmt: skip
+    assert (status, out) == (0, f"{out_directory}\n")
+    assert "plan for Raspberry Pi 5" in err
+
+
+@pytest.mark.toolchain
+def test_plan_prints_expected_beside_limit_and_changes_nothing(tiny_checkpoint, capsys):
+    before = sorted(tiny_checkpoint.iterdir())
+    _, out, _ = run(capsys, "plan", tiny_checkpoint, "--target", "raspberry-pi-5-8gb")
+    assert "to download" in out
+    assert "exactly" in out
+    assert sorted(tiny_checkpoint.iterdir()) == before
+    _, out, _ = run(capsys, "plan", tiny_checkpoint, "--target", "raspberry-pi-5-8gb", "--json")
+    assert json.loads(out)["layout"]["is_exact"] is True
+
+
+@pytest.mark.toolchain
+def test_run_streams_an_answer_and_json_gives_the_numbers(tiny_bundle, capsys):
+    status, out, _ = run(
+        capsys, "run", tiny_bundle, "hello", "--max-tokens", 5, "--threads", 1, "--json"
+    )
+    answer = json.loads(out)
+    assert status == 0
+    assert answer["answer_tokens"] <= 5
+    assert answer["prompt_tokens"] > 0
+    _, text, _ = run(capsys, "run", tiny_bundle, "hello", "--max-tokens", 5, "--threads", 1)
+    assert text == answer["text"] + "\n"
+
+
+@pytest.mark.toolchain
+def test_the_same_seed_says_the_same(tiny_bundle, capsys):
+    words = ("run", tiny_bundle, "hi", "--max-tokens", 8, "--threads", 1, "--temperature", 1)
+    assert run(capsys, *words, "--seed", 7)[1] == run(capsys, *words, "--seed", 7)[1]
+
+
+@pytest.mark.toolchain
+def test_without_a_prompt_standard_input_is_read(tiny_bundle):
+    done = subprocess.run(
+        [sys.executable, "-m", "edgekit", "run", str(tiny_bundle), "--max-tokens", "4", "--json",
+         "--threads", "1"],
+        input="hello there\n", capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["prompt_tokens"] > 0
+
+
+@pytest.mark.toolchain
+def test_a_chat_at_a_terminal_remembers_and_ends_at_ctrl_d(tiny_bundle):
+    """A real pseudo-terminal, so that edgekit chats instead of reading standard input."""
+    import os
+    import pty
+
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgekit", "run", str(tiny_bundle), "--max-tokens", "4",
+         "--threads", "1"],
+        stdin=follower, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.write(leader, b"hello\n/clear\nhello\n\x04")
+    out, err = process.communicate(timeout=120)
+    os.close(leader)
+    os.close(follower)
+    assert process.returncode == 0, err
+    assert "Ctrl-D leaves" in err
+    answers = [line for line in out.replace("> ", "\n").splitlines() if line.strip()]
+    assert len(answers) == 2
+    assert answers[0] == answers[1]  # it forgot, so it says the same again
+
+
+@pytest.mark.toolchain
+def test_a_changed_byte_is_noticed_before_the_runtime_sees_it(tiny_bundle, tmp_path, capsys):
+    import shutil
+
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+    content = bytearray((copy / "model.gguf").read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / "model.gguf").write_bytes(content)
+    status, _, err = run(capsys, "run", copy, "hello")
+    assert status == 6
+    assert "model.gguf is not what was exported" in err
+
+
+@pytest.mark.toolchain
+def test_inspect_tells_what_is_inside(tiny_bundle, capsys):
+    _, out, _ = run(capsys, "inspect", tiny_bundle, "--tensors")
+    assert "blk.0.attn_q.weight" in out
+    assert "proof: ok   logits" in out
+    _, out, _ = run(capsys, "inspect", tiny_bundle / "model.gguf", "--json")
+    assert json.loads(out)["format"] == "gguf"
+
+
+@pytest.mark.toolchain
+def test_verify_repeats_the_proof(tiny_bundle, tiny_checkpoint, capsys):
+    status, out, _ = run(capsys, "verify", tiny_bundle, tiny_checkpoint)
+    assert status == 0
+    assert "ok   logits" in out
+
+
+def test_a_missing_extra_names_the_pip_line(tmp_path, capsys, monkeypatch):
+    import importlib.util
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "torch" else find_spec(name, *rest),
+    )
+    status, _, err = run(capsys, "export", "demo", "--target", "raspberry-pi-5-8gb")
+    assert status == 5
+    assert "pip install 'edgekit[gguf]'" in err

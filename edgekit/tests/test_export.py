@@ -1,0 +1,200 @@
+"""The main job, seen from outside: what lies on the disk afterwards, and what does not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from edgekit.bundle import Bundle
+from edgekit.errors import BudgetError, DisagreementError, UsageError
+from edgekit.export import default_out, export
+from edgekit.goldens import Goldens
+from edgekit.plan import make
+from edgekit.source import open_checkpoint
+
+
+pytestmark = pytest.mark.toolchain
+
+
+class Lines:
+    def __init__(self):
+        self.said = []
+
+    def say(self, line):
+        self.said.append(line)
+
+    def track(self, title, total):
+        from contextlib import nullcontext
+
+        self.said.append(title)
+        assert total > 0
+        return nullcontext(lambda _: None)
+
+
+def test_a_bundle_holds_the_artifact_its_text_its_goldens_and_a_manifest(tiny_bundle):
+    assert sorted(path.name for path in tiny_bundle.iterdir()) == [
+        "Modelfile", "chat_template.jinja", "goldens.json", "manifest.json", "model.gguf",
+        "tokenizer.json",
+    ]  # fmt: skip
+    bundle = Bundle.load(tiny_bundle)
+    assert bundle.artifact.recipe == "F16"
+    assert bundle.context_tokens == 128
+    assert bundle.agreement.passed
+    assert {gate.name for gate in bundle.agreement.gates} == {
+        "runs", "logits", "token ids", "chat template", "stops", "storages", "size",
+    }  # fmt: skip
+    assert Goldens.load(tiny_bundle).answer_ids
+
+
+def test_the_manifest_says_what_it_was_made_from_and_with(tiny_bundle, tiny_checkpoint):
+    manifest = json.loads((tiny_bundle / "manifest.json").read_text())
+    assert manifest["model"]["name"] == "tiny-llama"
+    assert manifest["model"]["sha256"] == open_checkpoint(tiny_checkpoint).sha256
+    assert {"edgekit", "llama-cpp-python", "transformers"} <= manifest["tools"].keys()
+    assert str(tiny_checkpoint.parent) not in json.dumps(manifest)
+
+
+def test_the_plan_and_the_proof_are_told_before_the_result(tiny_checkpoint, tmp_path):
+    listener = Lines()
+    export(
+        tiny_checkpoint, "raspberry-pi-5-8gb", quant="F32", context_tokens=64,
+        out=tmp_path / "out", listener=listener,
+    )  # fmt: skip
+    text = "\n".join(listener.said)
+    assert text.index("plan for Raspberry Pi 5") < text.index("convert to F32")
+    assert text.index("convert to F32") < text.index("prove") < text.index("ok   logits: mean KL")
+
+
+def test_two_exports_have_the_same_bytes(tiny_checkpoint, tmp_path):
+    for name in ("a", "b"):
+        export(
+            tiny_checkpoint, "raspberry-pi-5-8gb", quant="Q8_0", context_tokens=64,
+            out=tmp_path / name, verify=False,
+        )  # fmt: skip
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "b").iterdir())
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_an_out_that_exists_is_refused_before_the_model_is_even_opened(tmp_path):
+    with pytest.raises(UsageError, match="exists"):
+        export(tmp_path / "no-model", "raspberry-pi-5-8gb", out=tmp_path)
+
+
+def test_a_bundle_may_be_replaced_but_nothing_else(tiny_checkpoint, tmp_path):
+    out = tmp_path / "out"
+    ask = {"quant": "F32", "context_tokens": 64, "out": out, "verify": False}
+    export(tiny_checkpoint, "raspberry-pi-5-8gb", **ask)
+    assert Bundle.load(out).artifact.recipe == "F32"
+    export(tiny_checkpoint, "raspberry-pi-5-8gb", **(ask | {"quant": "F16"}), replace=True)
+    assert Bundle.load(out).artifact.recipe == "F16"
+    (out / "manifest.json").unlink()
+    with pytest.raises(UsageError, match="is not what would replace it"):
+        export(tiny_checkpoint, "raspberry-pi-5-8gb", **ask, replace=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_an_artifact_that_disagrees_leaves_nothing(tiny_checkpoint, tmp_path, monkeypatch):
+    from edgekit.formats.gguf import conversion
+
+    monkeypatch.setattr(conversion, "interleave_halves", lambda rows, _width: rows)
+    with pytest.raises(DisagreementError, match="logits: mean KL"):
+        export(
+            tiny_checkpoint, "raspberry-pi-5-8gb", quant="F32", context_tokens=64,
+            out=tmp_path / "out",
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_proof_the_manifest_says_so(tiny_checkpoint, tmp_path):
+    bundle = export(
+        tiny_checkpoint, "raspberry-pi-5-8gb", quant="F32", context_tokens=64,
+        out=tmp_path / "out", verify=False,
+    )  # fmt: skip
+    assert bundle.agreement is None
+
+
+def test_a_model_that_cannot_fit_is_refused_by_arithmetic(tiny_checkpoint, tmp_path):
+    small = tmp_path / "thimble.toml"
+    from edgekit.target import names
+
+    assert "raspberry-pi-zero-2w" in names()
+    text = _target_text("raspberry-pi-zero-2w")
+    small.write_text(text.replace('artifact = { value = "150 MB"', 'artifact = { value = "1 kB"'))
+    with pytest.raises(BudgetError, match="gguf Q2_K: .* > 1.* to download"):
+        export(tiny_checkpoint, str(small), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _target_text(name):
+    from edgekit import target
+
+    return target._files()[name].read_text()
+
+
+def test_ctrl_c_leaves_nothing(tiny_checkpoint, tmp_path):
+    """A real SIGINT to a real process, while it converts."""
+    program = (
+        "import sys, time, edgekit.formats.gguf.storage as storage\n"
+        "from edgekit.cli import main\n"
+        "slow = storage.quantise_each\n"
+        "def crawl(blocks, **kw):\n"
+        "    for item in slow(blocks, **kw):\n"
+        "        print('block', flush=True); time.sleep(0.2); yield item\n"
+        "storage.quantise_each = crawl\n"
+        "main(sys.argv[1:])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "export", str(tiny_checkpoint), "--target",
+         "raspberry-pi-5-8gb", "--quant", "F32", "-o", str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "block\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tiny_checkpoint, tmp_path):
+    program = (
+        "import sys, time, edgekit.workdir as w\n"
+        "from pathlib import Path\n"
+        "with w.new_directory(Path(sys.argv[1])) as work:\n"
+        "    (work / 'half').write_text('x'); print('here', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "here\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    process.stdout.close()
+    assert not (tmp_path / "out").exists()
+    time.sleep(0)
+    export(
+        tiny_checkpoint, "raspberry-pi-5-8gb", quant="F32", context_tokens=64,
+        out=tmp_path / "out", verify=False,
+    )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_bundle_is_named_after_what_is_in_it(tiny_checkpoint, pi):
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    made = make(checkpoint, pi, quant="Q4_0")
+    assert default_out(checkpoint, made, pi).as_posix() == (
+        "bundles/tiny-llama-raspberry-pi-5-8gb-gguf-Q4_0"
+    )
+
+
+@pytest.mark.slow
+def test_the_demo_model_says_paris(demo_bundle):
+    from edgekit.run import run
+
+    assert "Paris" in "".join(run(demo_bundle, "Name the capital of France.", max_tokens=24))

@@ -1,0 +1,120 @@
+"""Plans: arithmetic that is right to the byte, and reasons a person understands."""
+
+from dataclasses import replace
+
+import pytest
+
+from edgekit.errors import BudgetError, UsageError
+from edgekit.formats.gguf import RECIPES
+from edgekit.plan import estimate, make, substitutions
+from edgekit.source import open_checkpoint
+
+
+pytestmark = pytest.mark.toolchain  # transformers writes the tiny checkpoint
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint):
+    return open_checkpoint(tiny_checkpoint)
+
+
+def with_budget(target, **limits):
+    return replace(target, budget=replace(target.budget, **limits))
+
+
+def test_the_most_faithful_recipe_that_fits_is_chosen(checkpoint, pi):
+    assert make(checkpoint, pi).recipe.name == "Q8_0"
+
+
+def test_what_does_not_fit_is_listed_with_its_reason(checkpoint, pi):
+    first = make(checkpoint, pi)
+    tight = with_budget(pi, artifact_bytes=first.layout.artifact_bytes - 1)
+    made = make(checkpoint, tight)
+    assert made.recipe.name != "Q8_0"
+    assert made.rejected[0].name == "gguf Q8_0"
+    assert "to download" in made.rejected[0].misses[0]
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"artifact_bytes": 1}, "to download"),
+        ({"peak_memory_bytes": 1}, "of memory"),
+        ({"decode_tokens_per_s": 1e9}, "tokens/s"),
+    ],
+)
+def test_a_budget_nothing_fits_says_which_limit_for_every_candidate(
+    checkpoint, pi, limits, reason
+):
+    with pytest.raises(BudgetError) as refusal:
+        make(checkpoint, with_budget(pi, **limits))
+    lines = str(refusal.value).splitlines()[1:]
+    assert len(lines) == 7
+    assert all(reason in line for line in lines)
+    assert "smaller model" in refusal.value.hint
+
+
+def test_a_misspelt_quant_gets_a_suggestion(checkpoint, pi):
+    with pytest.raises(UsageError, match="no quant named 'Q4_KM'") as refusal:
+        make(checkpoint, pi, quant="Q4_KM")
+    assert "Q4_K_M" in refusal.value.hint
+
+
+def test_a_quant_may_be_written_in_lower_case(checkpoint, pi):
+    assert make(checkpoint, pi, quant="q4_k_m").recipe.name == "Q4_K_M"
+
+
+def test_an_unknown_format_is_refused(checkpoint, pi):
+    with pytest.raises(UsageError, match="no format named 'tflite'"):
+        make(checkpoint, pi, format="tflite")
+
+
+def test_a_target_that_takes_only_formats_we_lack_says_what_we_have(checkpoint, pi):
+    with pytest.raises(UsageError, match="this edgekit writes .*gguf"):
+        make(checkpoint, replace(pi, formats=("tflite",)))
+
+
+def test_a_context_beyond_the_model_is_refused_with_the_longest(checkpoint, pi):
+    with pytest.raises(UsageError, match="300 tokens is not possible: at most 256"):
+        make(checkpoint, pi, context_tokens=300)
+
+
+def test_the_context_is_shortened_to_what_the_model_can_and_that_is_said(checkpoint, pi):
+    made = make(checkpoint, pi)
+    assert made.context_tokens == 256 < pi.budget.context_tokens
+    assert any("context is 256 tokens" in note for note in made.notes)
+
+
+def test_substitutions_are_told_with_their_cost(checkpoint, pi):
+    made = make(checkpoint, pi, quant="Q4_K_M")
+    told = list(substitutions(made.layout))
+    assert any("instead of Q4_K" in line and "KiB" in line for line in told)
+    assert set(told) <= set(made.notes)
+
+
+def test_an_embedding_that_is_not_the_head_is_not_read_for_every_token(checkpoint, pi):
+    def rate(tied):
+        spec = replace(checkpoint.spec, is_tied=tied, vocabulary=500_000)
+        model = replace(checkpoint, spec=spec)
+        from edgekit.formats import get
+
+        layout = get("gguf").lay_out(checkpoint, RECIPES["F32"])
+        big = [replace(p, size_bytes=10**9) if p.role == "token_embedding" else p
+               for p in layout.placements]  # fmt: skip
+        layout = replace(layout, placements=tuple(big))
+        made = estimate(model, layout, pi, format="gguf", context_tokens=128)
+        return made.decode_tokens_per_s.likely
+
+    assert rate(tied=False) > 5 * rate(tied=True)
+
+
+def test_a_longer_context_takes_more_memory_and_the_cache_is_exact(checkpoint, pi):
+    from edgekit.formats import get
+
+    layout = get("gguf").lay_out(checkpoint, RECIPES["F32"])
+    use = get("gguf").memory_use(checkpoint, layout, context_tokens=256, repacks=True)
+    a = checkpoint.spec.attention
+    assert use.cache_bytes == 3 * 256 * 2 * a.key_value_width * 2
+    assert use.peak_bytes == (
+        use.weights_bytes + use.cache_bytes + use.compute_bytes + use.runtime_bytes
+    )
