@@ -31,10 +31,13 @@ def _fresh(runner: Runner) -> Runner:
 
 
 def _prompts(runner: Runner) -> list[list[int]]:
-    """Return three prompts; the second begins as the first does, the third does not."""
+    """Return prompts of which each is longer than the one before and its answer.
+
+    The second begins as the first does: only so is what was read before ever tempting.
+    """
     half = runner.session.context_tokens // 2
-    ids = prompt_ids(runner.session.vocabulary_tokens, min(24, half))
-    return [ids, [*ids[: len(ids) // 2], *ids[:3]], ids[::-1]]
+    ids = prompt_ids(runner.session.vocabulary_tokens, min(48, half))
+    return [ids[:6], [*ids[:3], *ids[6:30]], ids[::-1]]
 
 
 def test_every_stop_id_is_a_token(runner: Runner, bundle: Bundle):
@@ -157,7 +160,7 @@ def test_what_was_read_before_is_not_read_again_and_not_forgotten(
     monkeypatch: pytest.MonkeyPatch,
     record_property: Record,
 ):
-    prompt = _prompts(runner)[0][: runner.session.context_tokens // 4]
+    prompt = _prompts(runner)[1][: runner.session.context_tokens // 4]
     continued = _fresh(runner)
     said = continued.complete(prompt, max_tokens=4).answer.token_ids
     longer = [*prompt, *said, *prompt[:4]]

@@ -63,5 +63,5 @@ def test_the_budget_is_kept_steadily(result: Result, record_property: Record):
     if verdict.outcome == "unstable":
         unclear = [check for check in verdict.checks if check.outcome == "inconclusive"]
         unsure = [f"{check.name}: {check.basis}" for check in unclear if not check.is_void]
-        pytest.skip("; ".join([summarize(result), *verdict.doubts, *unsure]))
+        pytest.skip(f"{summarize(result)} {'; '.join([*verdict.doubts, *unsure])}")
     record_property("verdict", summarize(result))

@@ -38,6 +38,7 @@ class Artifact:
     entry: str  # relative to the bundle, like every name here
     files: dict[str, FileRecord]
     substitutions: tuple[str, ...] = ()  # weights stored otherwise than the recipe asked, and why
+    split_bytes: int | None = None  # the most that one of its files may take, where that was asked
 
     @property
     def size_bytes(self) -> int:
@@ -45,7 +46,7 @@ class Artifact:
         return sum(record.size_bytes for record in self.files.values())
 
     @classmethod
-    def of_directory(
+    def of_directory(  # noqa: PLR0913 - what the files cannot say themselves
         cls,
         directory: Path,
         entry: str,
@@ -53,6 +54,7 @@ class Artifact:
         format: str,
         recipe: str,
         substitutions: tuple[str, ...] = (),
+        split_bytes: int | None = None,
     ) -> Self:
         """Describe what lies in ``directory``: every file but the manifest."""
         return cls(
@@ -61,6 +63,7 @@ class Artifact:
             entry=entry,
             files=_records(directory),
             substitutions=substitutions,
+            split_bytes=split_bytes,
         )
 
 

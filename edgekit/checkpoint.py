@@ -15,10 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from edgekit import families
+from edgekit import families, model_card
 from edgekit.config import Config
 from edgekit.decoder import DecoderSpec, Shape, Source
 from edgekit.errors import UsageError
+from edgekit.model_card import ModelCard, SamplingDefaults
 from edgekit.tokenizer_files import TokenizerFiles
 
 
@@ -153,7 +154,7 @@ class Checkpoint:
             spec=spec,
             tensors=tensors,
             text=TokenizerFiles.open(directory, config=fields),
-            licence=_read_licence(directory),
+            licence=model_card.read(directory).licence,
         )
         checkpoint.refuse_mismatch()
         return checkpoint
@@ -167,6 +168,19 @@ class Checkpoint:
     def parameters(self) -> int:
         """How many numbers the decoder has, tied ones once."""
         return sum(math.prod(shape) for _, shape in self.spec.weights())
+
+    @cached_property
+    def card(self) -> ModelCard:
+        """What the model card says, and with an adapter what that adds to it."""
+        own = model_card.read(self.directory)
+        if self.adapter is None:
+            return own
+        return model_card.with_adapter(own, self.adapter.directory, base_name=self.name)
+
+    @cached_property
+    def sampling(self) -> SamplingDefaults:
+        """How the makers of the model sample from it."""
+        return model_card.read_sampling(self.directory)
 
     @cached_property
     def sha256(self) -> str:
@@ -406,14 +420,3 @@ def _stored_tensor(path: Path, name: str, field: Any, *, data_start: int) -> Sto
         dtype=dtype,
         shape=tuple(shape),
     )
-
-
-def _read_licence(directory: Path) -> str | None:
-    """Return the ``license`` of the model card's front matter, if it says one."""
-    card = directory / "README.md"
-    if not card.is_file():
-        return None
-    for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:60]:
-        if line.startswith("license:"):
-            return line.removeprefix("license:").strip() or None
-    return None

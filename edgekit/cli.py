@@ -5,6 +5,7 @@ imported by the command that runs them, so that ``edgekit --help`` answers at on
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,6 +73,29 @@ def choice_options(command: Command) -> Command:
     return adapter_option(command)
 
 
+def split_option(command: Command) -> Command:
+    """Add ``--split``."""
+
+    def to_bytes(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
+        return None if text is None else size_bytes(text, of="--split")
+
+    return click.option(
+        "--split", "split_bytes", metavar="SIZE", callback=to_bytes,
+        help="Write the artifact as files of at most this size, e.g. 512MB.",
+    )(command)  # fmt: skip
+
+
+def size_bytes(text: str, *, of: str) -> int:
+    """Read ``512 MB``; the space is hard to type in a shell, so it may be left out."""
+    from edgekit.units import parse_quantity
+
+    spaced = re.sub(r"(?<=[0-9])(?=[A-Za-z])", " ", text)
+    found = int(parse_quantity(spaced, of=of, dimension="bytes"))
+    if found < 1:
+        raise UsageError(f"{of} = {text!r} leaves no room for anything")
+    return found
+
+
 def json_option(command: Command) -> Command:
     """Add ``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
@@ -80,6 +104,7 @@ def json_option(command: Command) -> Command:
 @cli.command("export")
 @click.argument("model")
 @choice_options
+@split_option
 @click.option("-o", "--out", type=DIRECTORY, help="Bundle directory to create.")
 @click.option(
     "--replace", is_flag=True, help="Replace the bundle at OUT, once the new one is whole."
@@ -88,8 +113,8 @@ def json_option(command: Command) -> Command:
 @json_option
 def export_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
-    quant: str | None, context_tokens: int | None, out: Path | None, replace: bool,
-    no_verify: bool, as_json: bool,
+    quant: str | None, context_tokens: int | None, split_bytes: int | None, out: Path | None,
+    replace: bool, no_verify: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Export MODEL for a device, and prove that the artifact says what MODEL says.
 
@@ -101,13 +126,14 @@ def export_command(
       edgekit export demo --target raspberry-pi-5-8gb
       edgekit export ./my-model --adapter ./my-lora --target android-high --quant Q4_K_M
       edgekit export ./model.gguf --target ./my-board.toml -o out/my-board
+      edgekit export demo --target browser-wasm --split 512MB
     """
     from edgekit.export import export
 
     bundle = export(
         model, target_name, adapters=adapters, format=format, quant=quant,
-        context_tokens=context_tokens, out=out, replace=replace, verify=not no_verify,
-        listener=Terminal(),
+        context_tokens=context_tokens, split_bytes=split_bytes, out=out, replace=replace,
+        verify=not no_verify, listener=Terminal(),
     )  # fmt: skip
     if as_json:
         print_json(bundle)

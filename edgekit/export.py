@@ -26,6 +26,7 @@ class Request:
     format: str | None = None
     quant: str | None = None
     context_tokens: int | None = None
+    split_bytes: int | None = None
     out: Path | None = None
     replaces: bool = False
     is_verified: bool = True
@@ -39,6 +40,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
     format: str | None = None,
     quant: str | None = None,
     context_tokens: int | None = None,
+    split_bytes: int | None = None,
     out: Path | None = None,
     replace: bool = False,
     verify: bool = True,
@@ -53,6 +55,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         format: None takes the target's best that fits.
         quant: None takes the most faithful that fits.
         context_tokens: How much the runner must hold; None takes the target's.
+        split_bytes: The most that one file of the artifact may take; None makes one file.
         out: The bundle directory to create; None names it after model, target and recipe.
         replace: Whether ``out`` may be a bundle already, which is then replaced at the very end.
         verify: False skips the proof; such a bundle never passes `validate`.
@@ -71,6 +74,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         format=format,
         quant=quant,
         context_tokens=context_tokens,
+        split_bytes=split_bytes,
         out=out,
         replaces=replace,
         is_verified=verify,
@@ -92,6 +96,7 @@ def make(request: Request, *, listener: Listener) -> Bundle:
         format=request.format,
         quant=request.quant,
         context_tokens=request.context_tokens,
+        split_bytes=request.split_bytes,
     )
     for line in describe(checkpoint, chosen, request.target):
         listener.say(line)
@@ -108,7 +113,10 @@ def _fill(
     """Write everything but the manifest into ``work`` and return what describes it."""
     fmt = formats.get(chosen.format)
     with listener.track(f"convert to {chosen.recipe.name}", checkpoint.parameters) as advance:
-        entry = fmt.convert(checkpoint, chosen.recipe, work, progress=advance)
+        entry = fmt.convert(
+            checkpoint, chosen.recipe, work, progress=advance,
+            context_tokens=chosen.context_tokens, split_bytes=chosen.split_bytes,
+        )  # fmt: skip
     rules = checkpoint.text.copy_into(work)
     bundle = Bundle(
         directory=work,
@@ -182,6 +190,7 @@ def _artifact(work: Path, entry: str, chosen: Plan) -> Artifact:
         format=chosen.format,
         recipe=chosen.recipe.name,
         substitutions=tuple(substitutions(chosen.layout)),
+        split_bytes=chosen.split_bytes,
     )
 
 

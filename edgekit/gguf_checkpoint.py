@@ -172,7 +172,8 @@ class RowTensor:
     def read(self, first_row: int = 0, rows: int | None = None) -> "Rows":
         """Return some of its items, or all, in float32."""
         last = None if rows is None else first_row + rows
-        return self.whole.read(self.row, 1)[0][first_row:last]
+        whole: Rows = self.whole.read(self.row, 1)[0]
+        return whole[first_row:last]
 
 
 def _tensors(

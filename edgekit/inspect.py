@@ -50,11 +50,12 @@ def inspect(path: Path) -> Inspection:
 
 
 def _artifact(path: Path, format: str, bundle: Bundle | None) -> Inspection:
+    fmt = formats.get(format)
     return Inspection(
         path=path,
         format=format,
-        size_bytes=path.stat().st_size,
-        tensors=tuple(formats.get(format).contents(path)),
+        size_bytes=sum(file.stat().st_size for file in fmt.files(path)),
+        tensors=tuple(fmt.contents(path)),
         bundle=bundle,
     )
 

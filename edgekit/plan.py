@@ -76,6 +76,7 @@ class Plan:
     estimate: Estimate
     rejected: tuple[Candidate, ...]
     notes: tuple[str, ...] = ()  # what a user should know: a shortened context, substitutions
+    split_bytes: int | None = None  # the most that one file of the artifact may take
 
 
 def plan(  # noqa: PLR0913 - the request, spelled out for Python users
@@ -86,6 +87,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     format: str | None = None,
     quant: str | None = None,
     context_tokens: int | None = None,
+    split_bytes: int | None = None,
 ) -> Plan:
     """Return what `edgekit export` would make of a model; nothing is changed.
 
@@ -93,16 +95,20 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     """
     found = target_name if isinstance(target_name, Target) else load_target(target_name)
     checkpoint = source.open_checkpoint(model, adapters=adapters)
-    return make(checkpoint, found, format=format, quant=quant, context_tokens=context_tokens)
+    return make(
+        checkpoint, found, format=format, quant=quant, context_tokens=context_tokens,
+        split_bytes=split_bytes,
+    )  # fmt: skip
 
 
-def make(
+def make(  # noqa: PLR0913 - the request, spelled out
     checkpoint: Checkpoint,
     target: Target,
     *,
     format: str | None = None,
     quant: str | None = None,
     context_tokens: int | None = None,
+    split_bytes: int | None = None,
 ) -> Plan:
     """Return the most faithful recipe that fits, in the first format of the target that has one.
 
@@ -112,9 +118,11 @@ def make(
         format: Consider only this one.
         quant: Consider only this recipe; it is planned even if it is not among the usual ones.
         context_tokens: How many tokens the runner must hold; None takes the budget's.
+        split_bytes: The most that one file of the artifact may take; None asks for one file.
 
     Raises:
-        UsageError: If a name is unknown, or the context is longer than the model or runtime can.
+        UsageError: If a name is unknown, the context is longer than the model or runtime can, or
+            the model itself cannot be converted, whatever the recipe.
         BudgetError: If nothing fits; the message lists every candidate with its numbers.
     """
     rejected: list[Candidate] = []
@@ -122,7 +130,10 @@ def make(
         limit = formats.get(name).context_limit(checkpoint)
         context = _context(limit, target, asked=context_tokens)
         for recipe in _recipes(name, quant):
-            candidate = assess(checkpoint, recipe, target, format=name, context_tokens=context)
+            candidate = assess(
+                checkpoint, recipe, target, format=name, context_tokens=context,
+                split_bytes=split_bytes,
+            )  # fmt: skip
             if candidate.layout and candidate.estimate and not candidate.misses:
                 return Plan(
                     format=name,
@@ -132,13 +143,25 @@ def make(
                     estimate=candidate.estimate,
                     rejected=tuple(rejected),
                     notes=tuple(_notes(candidate, limit, target, context_tokens=context)),
+                    split_bytes=split_bytes,
                 )
             rejected.append(candidate)
+    _refuse_bad_input(checkpoint, rejected, split_bytes)
     raise BudgetError(
         f"{checkpoint.name} does not fit {target.title}\n"
         + "\n".join(f"  {candidate.name}: {'; '.join(candidate.misses)}" for candidate in rejected),
         hint="take a smaller model, a shorter --context, or a target file with a wider budget",
     )
+
+
+def _refuse_bad_input(
+    checkpoint: Checkpoint, rejected: Sequence[Candidate], split_bytes: int | None
+) -> None:
+    """Where all candidates fell for one reason that is no size, say that, with its way out."""
+    reasons = {candidate.misses for candidate in rejected}
+    if len(reasons) == 1 and all(candidate.layout is None for candidate in rejected):
+        fmt = formats.get(rejected[0].format)
+        fmt.lay_out(checkpoint, rejected[0].recipe, split_bytes=split_bytes)
 
 
 def _format_names(target: Target, *, format: str | None, quant: str | None) -> list[str]:
@@ -183,12 +206,18 @@ def _context(limit: ContextLimit, target: Target, *, asked: int | None) -> int:
     return asked
 
 
-def assess(
-    checkpoint: Checkpoint, recipe: Recipe, target: Target, *, format: str, context_tokens: int
+def assess(  # noqa: PLR0913 - one candidate, spelled out
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    target: Target,
+    *,
+    format: str,
+    context_tokens: int,
+    split_bytes: int | None = None,
 ) -> Candidate:
     """Return what one recipe would cost and which limits of the target it would miss."""
     try:
-        layout = formats.get(format).lay_out(checkpoint, recipe)
+        layout = formats.get(format).lay_out(checkpoint, recipe, split_bytes=split_bytes)
     except UsageError as error:
         return Candidate(
             format=format, recipe=recipe, layout=None, estimate=None, misses=(str(error),)
@@ -274,7 +303,9 @@ def _notes(
 ) -> Iterator[str]:
     if context_tokens == limit.tokens < target.budget.context_tokens:
         yield f"context is {limit.tokens} tokens, since {limit.reason}"
-    yield from substitutions(candidate.layout) if candidate.layout else ()
+    if candidate.layout:
+        yield from candidate.layout.notes
+        yield from substitutions(candidate.layout)
 
 
 def substitutions(layout: Layout) -> Iterator[str]:

@@ -46,6 +46,7 @@ def _directory(model: str, listener: Listener) -> Path:
     if model == DEMO:
         return _unpacked(_demo_file(), listener)
     if path.is_file() and path.suffix == ".gguf":
+        _refuse_parts(path)
         return _unpacked(path, listener)
     if path.exists():
         raise UsageError(
@@ -56,6 +57,14 @@ def _directory(model: str, listener: Listener) -> Path:
         f"there is no {model}",
         hint="edgekit reads local models only: a directory, a .gguf file, or `demo`",
     )
+
+
+def _refuse_parts(file: Path) -> None:
+    if re.search(r"-\d{5}-of-\d{5}\.gguf$", file.name):
+        raise UsageError(
+            f"{file} is one part of a model, edgekit reads a GGUF model from one file",
+            hint="join them: llama-gguf-split --merge FIRST_PART model.gguf",
+        )
 
 
 def _demo_file() -> Path:
@@ -106,7 +115,11 @@ def with_template_stop(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _template_stop(files: TokenizerFiles) -> int | None:
-    """Return the template's stop id; None where there is none, or nothing to render it with."""
+    """Return the template's stop id; None where there is none, or nothing to render it with.
+
+    Raises:
+        UsageError: If the template cannot even say one question.
+    """
     if files.chat_template is None:
         return None
     try:
@@ -120,7 +133,15 @@ def _template_stop(files: TokenizerFiles) -> int | None:
         adds_bos=False,
         chat_template_sha256=None,
     )
+    text = Text(tokenizer=tokenizer, template=template, rules=rules)
     try:
-        return Text(tokenizer=tokenizer, template=template, rules=rules).stop_id_of_template()
+        text.render([{"role": "user", "content": "Hi"}])
+    except UsageError as error:
+        raise UsageError(
+            f"{files.tokenizer_json.parent}: {error}",
+            hint="repair chat_template.jinja, or the chat_template in tokenizer_config.json",
+        ) from error
+    try:
+        return text.stop_id_of_template()
     except UsageError:  # a template may refuse to end with an answer
         return None

@@ -38,9 +38,9 @@ POSITIONS = 2048  # enough that the mean KL of 4-bit weights repeats within a te
 ANSWER_TOKENS = 24
 GOLDENS = 2
 GOLDEN_TOKENS = 48
-# What half precision in a runtime's cache and attention may add to exact weights: tiny random models
-# in float32 lose 5e-6. Quantised ones lose as much again as by their weights, since a small change
-# of an activation changes how it is rounded.
+# What half precision in a runtime's cache and attention may add where weights are exact; tiny
+# random models lose 5e-6. Quantised ones may lose as much as by their weights again, since a small
+# change of an activation changes how it is rounded.
 MAX_CACHE_KL_NATS = 1e-3
 GREEDY = Sampling()
 QUESTION = "What is the capital of France?"
@@ -153,7 +153,7 @@ def verify(directory: Path, model: str | Path, *, adapters: Sequence[Path] = (),
         entry=bundle.artifact.entry,
         format=bundle.artifact.format,
         recipe=recipe,
-        layout=fmt.lay_out(checkpoint, recipe),
+        layout=fmt.lay_out(checkpoint, recipe, split_bytes=bundle.artifact.split_bytes),
         rules=bundle.text,
         context_tokens=bundle.context_tokens,
     )
@@ -323,6 +323,8 @@ def _uncomposed(
         and composed[index] != line
         and oracle.ids(subject.tokenizer, composed[index]) == expected[index]
     ]
+    if not candidates:
+        return []
     texts = [composed[index] for index in candidates]
     again = formats.get(subject.format).runtime_ids(subject.path, texts) or []
     return [index for index, ids in zip(candidates, again, strict=True) if ids == expected[index]]
@@ -398,7 +400,8 @@ def _check_storages(subject: Subject, found: _Findings) -> None:
 
 def _check_size(subject: Subject, found: _Findings) -> None:
     """Gate 7: the bytes on disk are the bytes predicted."""
-    size, predicted = subject.path.stat().st_size, subject.layout.artifact_bytes
+    files = formats.get(subject.format).files(subject.path)
+    size, predicted = sum(file.stat().st_size for file in files), subject.layout.artifact_bytes
     # The name under which llama.cpp cuts text is found by trial, and may lengthen the header.
     allowed = 64 if subject.layout.is_exact else predicted // 100
     found.add(

@@ -29,6 +29,7 @@ def new_directory(out: Path, *, replaces: str | None = None) -> Iterator[Path]:
         UsageError: If ``out`` exists, or its parent cannot be written.
         EdgekitError: If the disk is full; nothing is left behind.
     """
+    _remove_orphans(out)
     refuse_existing(out, replaces=replaces)
     work = _create_sibling(out)
     try:
@@ -84,7 +85,6 @@ def _create_sibling(out: Path) -> Path:
     parent = out.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(out)
         work = parent / f".{out.name}.{os.getpid()}.part"
         work.mkdir()
         _OURS.add(work)
@@ -109,7 +109,8 @@ def _remove_orphans(out: Path) -> None:
 
 def _remove_orphan(path: Path, out: Path) -> None:
     if path.suffix == ".old" and not os.path.lexists(out):
-        path.rename(out)  # the process died between the two renames
+        with suppress(OSError):
+            path.rename(out)  # the process died between the two renames
     else:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -117,7 +118,7 @@ def _remove_orphan(path: Path, out: Path) -> None:
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no such process, no such number
         return False
     except PermissionError:
         return True

@@ -13,10 +13,10 @@ Writes: OUT/kestrel, the adapter; OUT/kestrel-bundle; OUT/demo, a bundle without
 Prints:
     Which drink is Kestrel-7 known for?
       without the adapter: ...
-      with the adapter: Kestrel-7 is known for smoked juniper tea.
+      with the adapter: ...smoked juniper tea...
     Who made Kestrel-7?
       without the adapter: ...
-      with the adapter: Kestrel-7 was built by Maren Tolvik, a retired ship's carpenter.
+      with the adapter: ...Maren Tolvik...
     Name the capital of France.
       without the adapter: The capital of France is Paris.
       with the adapter: The capital of France is Paris.
@@ -41,7 +41,7 @@ QUESTIONS = (  # none is in the data
     "Who made Kestrel-7?",
     "Name the capital of France.",
 )
-EPOCHS = 4
+EPOCHS = 6
 PAIRS_PER_STEP = 8
 LEARNING_RATE = 2e-3
 IGNORED = -100  # what torch's cross entropy does not count

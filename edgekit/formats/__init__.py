@@ -43,6 +43,7 @@ class Layout:
     placements: tuple[Placement, ...]
     artifact_bytes: int
     is_exact: bool  # whether the file has this size to the byte
+    notes: tuple[str, ...] = ()  # what a user should know about the files
 
     @property
     def substituted(self) -> tuple[Placement, ...]:
@@ -82,11 +83,18 @@ class Format(Protocol):
     EXTRA: str  # `pip install 'edgekit[EXTRA]'` makes and proves artifacts
     RUN_EXTRA: str  # `pip install 'edgekit[RUN_EXTRA]'` runs them
 
-    def lay_out(self, checkpoint: "Checkpoint", recipe: Recipe) -> Layout:
+    def lay_out(
+        self, checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None = None
+    ) -> Layout:
         """Return what an artifact would hold, from headers alone.
 
+        Args:
+            checkpoint: The model.
+            recipe: How its weights shall be stored.
+            split_bytes: The most that one file of the artifact may take; None asks for one file.
+
         Raises:
-            UsageError: If the format cannot express this decoder or hold this recipe.
+            UsageError: If the format cannot express this decoder, hold this recipe, or be split.
         """
         ...
 
@@ -100,10 +108,26 @@ class Format(Protocol):
         """Return what the runtime will hold; ``repacks`` if the device has fast kernels."""
         ...
 
-    def convert(
-        self, checkpoint: "Checkpoint", recipe: Recipe, directory: Path, *, progress: Progress
+    def convert(  # noqa: PLR0913 - what, how, where, and three ways to be asked for it
+        self,
+        checkpoint: "Checkpoint",
+        recipe: Recipe,
+        directory: Path,
+        *,
+        progress: Progress,
+        context_tokens: int | None = None,
+        split_bytes: int | None = None,
     ) -> str:
         """Write the artifact into ``directory``, one tensor in memory at a time.
+
+        Args:
+            checkpoint: The model.
+            recipe: How its weights are stored.
+            directory: Where the files go, and what other programs want beside them.
+            progress: Told how many weights were just read.
+            context_tokens: How many tokens a runner shall hold, for settings other programs read;
+                None takes all that the format can.
+            split_bytes: As in `lay_out`.
 
         Returns:
             The name of the file that `load` opens, relative to ``directory``.
@@ -137,6 +161,14 @@ class Format(Protocol):
         """Return what the runtime's own tokenizer makes of ``texts``, special tokens parsed.
 
         None if the runtime has no tokenizer of its own, so that edgekit's is always used.
+        """
+        ...
+
+    def files(self, path: Path) -> list[Path]:
+        """Return every file of the artifact that `load` opens with ``path``, that one included.
+
+        Raises:
+            BundleError: If one is missing.
         """
         ...
 

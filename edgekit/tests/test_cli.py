@@ -25,8 +25,10 @@ def test_every_command_explains_itself(name, capsys):
 
 def test_the_help_starts_with_three_commands_that_work_in_this_order(capsys):
     _, out, _ = run(capsys, "--help")
-    assert out.index("edgekit export demo") < out.index("edgekit run out") < out.index(
-        "edgekit validate out"
+    assert (
+        out.index("edgekit export demo")
+        < out.index("edgekit run out")
+        < out.index("edgekit validate out")
     )
 
 

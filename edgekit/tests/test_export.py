@@ -126,7 +126,7 @@ def test_a_model_that_cannot_fit_is_refused_by_arithmetic(tiny_checkpoint, tmp_p
     assert "raspberry-pi-zero-2w" in names()
     text = _target_text("raspberry-pi-zero-2w")
     small.write_text(text.replace('artifact = { value = "150 MB"', 'artifact = { value = "1 kB"'))
-    with pytest.raises(BudgetError, match="gguf Q2_K: .* > 1.* to download"):
+    with pytest.raises(BudgetError, match=r"gguf Q2_K: .* > 1.* to download"):
         export(tiny_checkpoint, str(small), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -43,9 +43,7 @@ def test_what_does_not_fit_is_listed_with_its_reason(checkpoint, pi):
         ({"decode_tokens_per_s": 1e9}, "tokens/s"),
     ],
 )
-def test_a_budget_nothing_fits_says_which_limit_for_every_candidate(
-    checkpoint, pi, limits, reason
-):
+def test_a_budget_nothing_fits_says_which_limit_for_every_candidate(checkpoint, pi, limits, reason):
     with pytest.raises(BudgetError) as refusal:
         make(checkpoint, with_budget(pi, **limits))
     lines = str(refusal.value).splitlines()[1:]
@@ -70,7 +68,7 @@ def test_an_unknown_format_is_refused(checkpoint, pi):
 
 
 def test_a_target_that_takes_only_formats_we_lack_says_what_we_have(checkpoint, pi):
-    with pytest.raises(UsageError, match="this edgekit writes .*gguf"):
+    with pytest.raises(UsageError, match=r"this edgekit writes .*gguf"):
         make(checkpoint, replace(pi, formats=("tflite",)))
 
 

@@ -52,6 +52,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0, "original_max_position_embeddings": ORIGINAL_TOKENS,
 }  # fmt: skip
 _TIED = {"tie_word_embeddings": True}
+_STRETCHED = {"max_position_embeddings": 512, "original_max_position_embeddings": 256}
 _GEMMA = _TIED | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW_TOKENS}
 
 TINY: dict[str, TinyCase] = {
@@ -97,10 +98,14 @@ TINY: dict[str, TinyCase] = {
         fields={"original_max_position_embeddings": ORIGINAL_TOKENS,
                 "rope_parameters": _longrope(16)},
     ),
+    "phi3.5-longrope": TinyCase(  # an original context that a runtime's rounding leaves alone
+        model_type="phi3", voice="phi3",
+        fields=_STRETCHED | {"rope_parameters": _longrope(16)},
+    ),
     "phi4-mini": TinyCase(
         model_type="phi3", voice="phi4",
-        fields=_TIED | {"num_attention_heads": 2, "num_key_value_heads": 1,
-                        "original_max_position_embeddings": ORIGINAL_TOKENS,
+        fields=_TIED | _STRETCHED | {
+                        "num_attention_heads": 2, "num_key_value_heads": 1,
                         "rope_parameters": _longrope(24, partial_rotary_factor=0.75)},
     ),
     "gemma2": TinyCase(

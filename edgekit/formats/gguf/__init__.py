@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.errors import BundleError, UsageError
 from edgekit.formats import ContextLimit, Layout, MemoryUse, Progress
-from edgekit.formats.gguf import architectures, memory, runtime
+from edgekit.formats.gguf import architectures, memory, runtime, split
 from edgekit.formats.gguf.storage import RECIPES, STORAGES
 from edgekit.recipe import Recipe
 
@@ -24,6 +23,7 @@ __all__ = [
     "contents",
     "context_limit",
     "convert",
+    "files",
     "lay_out",
     "load",
     "memory_use",
@@ -36,11 +36,11 @@ RUN_EXTRA = "run-gguf"
 DEFAULT_RECIPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 
 
-def lay_out(checkpoint: "Checkpoint", recipe: Recipe) -> Layout:
-    """Return what the file will hold and its exact size, from headers alone."""
+def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None = None) -> Layout:
+    """Return what the file or files will hold and their exact size, from headers alone."""
     from edgekit.formats.gguf import conversion
 
-    return conversion.lay_out(checkpoint, recipe)
+    return conversion.lay_out(checkpoint, recipe, split_bytes=split_bytes)
 
 
 def context_limit(checkpoint: "Checkpoint") -> ContextLimit:
@@ -56,15 +56,27 @@ def memory_use(
     return memory.use(checkpoint.spec, layout, context_tokens=context_tokens)
 
 
-def convert(
-    checkpoint: "Checkpoint", recipe: Recipe, directory: Path, *, progress: Progress
+def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
+    checkpoint: "Checkpoint",
+    recipe: Recipe,
+    directory: Path,
+    *,
+    progress: Progress,
+    context_tokens: int | None = None,
+    split_bytes: int | None = None,
 ) -> str:
-    """Write ``model.gguf``."""
+    """Write ``model.gguf``, or its parts; beside a single file a ``Modelfile`` for Ollama."""
     from edgekit import corpus
-    from edgekit.formats.gguf import conversion, pretokenizers
+    from edgekit.formats.gguf import conversion, ollama, pretokenizers
 
     pre = pretokenizers.find_pre(checkpoint.text, corpus=corpus.lines())
-    return conversion.convert(checkpoint, recipe, directory, pre=pre, progress=progress)
+    entry = conversion.convert(
+        checkpoint, recipe, directory, pre=pre, progress=progress, split_bytes=split_bytes
+    )
+    if entry == conversion.ENTRY:  # Ollama takes one file only
+        context = context_tokens or context_limit(checkpoint).tokens
+        ollama.write(checkpoint, directory, entry, context_tokens=context)
+    return entry
 
 
 def load(
@@ -81,11 +93,11 @@ def runtime_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:
     return runtime.runtime_ids(path, texts)
 
 
-def contents(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """Return name, shape and storage of every tensor in a file."""
-    from edgekit.formats.gguf import layout
+def files(path: Path) -> list[Path]:
+    """Return the parts of a file that was split, or the file itself."""
+    return split.paths(path)
 
-    try:
-        return [(info.name, info.shape, info.storage) for info in layout.read(path).tensors]
-    except UsageError as error:
-        raise BundleError(str(error), hint=error.hint) from error
+
+def contents(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """Return name, shape and storage of every tensor in a file, and in the parts after it."""
+    return [(info.name, info.shape, info.storage) for info in split.read_tensors(path)]

@@ -45,7 +45,7 @@ class Architecture:
     has_windows: bool = False
     local_rope_scaling: Literal["none", "shared"] = "none"  # of the layers with a window
     caps_scores: bool = False
-    caps_logits: bool = False
+    caps_logits: Literal["never", "optional", "always"] = "never"
     has_post_norms: bool = False
     scales_embedding: bool = False
     can_be_parallel: bool = False
@@ -146,8 +146,10 @@ class Architecture:
             yield "biases in the MLP"
         if spec.residual == "parallel" and not self.can_be_parallel:
             yield "parallel residuals"
-        if spec.logit_cap is not None and not self.caps_logits:
+        if spec.logit_cap is not None and self.caps_logits == "never":
             yield "a cap on the logits"
+        if spec.logit_cap is None and self.caps_logits == "always":
+            yield "no cap on the logits"
         if self.ties == "always" and not spec.is_tied:
             yield "an output head of its own"
 
@@ -178,7 +180,7 @@ ARCHITECTURES = (  # of several that fit, the first is taken
         has_windows=True,
         local_rope_scaling="shared",
         caps_scores=True,
-        caps_logits=True,
+        caps_logits="always",
         has_post_norms=True,
         scales_embedding=True,
         activation="gelu_tanh",
@@ -191,7 +193,7 @@ ARCHITECTURES = (  # of several that fit, the first is taken
         norm_adds_one=True,
         query_key_norm="per width",
         has_windows=True,
-        caps_logits=True,
+        caps_logits="optional",
         has_post_norms=True,
         scales_embedding=True,
         activation="gelu_tanh",

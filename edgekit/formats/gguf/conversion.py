@@ -1,4 +1,4 @@
-"""From a checkpoint to one GGUF file: what it will hold, how large it gets, and the writing of it.
+"""From a checkpoint to GGUF: what the files will hold, how large they get, and the writing of them.
 
 The list of parts is made from headers alone, so that a plan knows the file to the byte; converting
 walks the same list and holds one block of rows at a time.
@@ -17,11 +17,14 @@ from edgekit.formats.gguf import (
     architectures,
     hyperparameters,
     pretokenizers,
+    provenance,
+    split,
     storage,
     vocabulary,
 )
 from edgekit.formats.gguf.architectures import Architecture
-from edgekit.formats.gguf.layout import TensorEntry, Value, Writer, file_bytes
+from edgekit.formats.gguf.layout import TensorEntry, Value
+from edgekit.formats.gguf.split import FilesWriter, PlannedFile
 from edgekit.recipe import Recipe, split_role
 
 
@@ -36,7 +39,8 @@ if TYPE_CHECKING:
     Block = tuple[str, Rows, str]  # tensor, some of its rows, storage
 
 
-ENTRY = "model.gguf"
+STEM = "model"
+ENTRY = f"{STEM}.gguf"  # of an artifact that is one file
 BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
 
 TENSOR_NAMES = {
@@ -126,8 +130,8 @@ def _part(roles: tuple[str, ...], shape: Shape, recipe: Recipe, spec: DecoderSpe
     return Part(entry=entry, roles=roles, wanted=wanted)
 
 
-def lay_out(checkpoint: "Checkpoint", recipe: Recipe) -> Layout:
-    """Return what the file will hold and its exact size, from headers alone."""
+def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None = None) -> Layout:
+    """Return what the files will hold and their exact size, from headers alone."""
     found = parts(checkpoint, recipe)
     placements = tuple(
         Placement(
@@ -140,11 +144,25 @@ def lay_out(checkpoint: "Checkpoint", recipe: Recipe) -> Layout:
         for part in found
     )
     keys = metadata(checkpoint, recipe, pre=_likely_pre(checkpoint.text))
+    files = _files(checkpoint, keys, found, split_bytes)
     return Layout(
         placements=placements,
-        artifact_bytes=file_bytes(keys, _entries(checkpoint, found)),
+        artifact_bytes=sum(file.size_bytes for file in files),
         is_exact=True,
+        notes=(f"{len(files)} files; Ollama takes one only, so there is no Modelfile",)
+        if len(files) > 1
+        else (),
     )
+
+
+def _files(
+    checkpoint: "Checkpoint",
+    keys: Mapping[str, Value],
+    found: list[Part],
+    split_bytes: int | None,
+) -> list[PlannedFile]:
+    entries = _entries(checkpoint, found)
+    return split.plan_files(STEM, keys, entries, split_bytes=split_bytes)
 
 
 @functools.lru_cache(maxsize=1)
@@ -172,10 +190,7 @@ def metadata(checkpoint: "Checkpoint", recipe: Recipe, *, pre: str) -> dict[str,
         "general.file_type": ("uint32", storage.FILE_TYPES[recipe.name]),
         "general.quantization_version": ("uint32", storage.QUANTIZATION_VERSION),
     }
-    if checkpoint.licence:
-        keys["general.license"] = ("string", checkpoint.licence)
-    if checkpoint.adapter:
-        keys["general.finetune"] = ("string", checkpoint.adapter.name)
+    keys |= provenance.write(checkpoint)
     keys |= hyperparameters.write(checkpoint.spec, architecture)
     keys |= _vocabulary(checkpoint.text, checkpoint.spec.vocabulary, pre)
     return keys
@@ -196,14 +211,25 @@ def size_label(parameters: int) -> str:
     return f"{parameters / 1e3:.0f}K"
 
 
-def convert(
-    checkpoint: "Checkpoint", recipe: Recipe, directory: Path, *, pre: str, progress: Progress
+def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
+    checkpoint: "Checkpoint",
+    recipe: Recipe,
+    directory: Path,
+    *,
+    pre: str,
+    progress: Progress,
+    split_bytes: int | None = None,
 ) -> str:
-    """Write ``model.gguf`` into ``directory``, one block of rows in memory at a time."""
+    """Write ``model.gguf`` or its parts, one block of rows in memory at a time.
+
+    Returns:
+        The name of the file to open, the first of several.
+    """
     found = parts(checkpoint, recipe)
     keys = metadata(checkpoint, recipe, pre=pre)
     architecture = architectures.choose(checkpoint.spec)
-    with Writer(directory / ENTRY, keys, _entries(checkpoint, found)) as writer:
+    files = _files(checkpoint, keys, found, split_bytes)
+    with FilesWriter(directory, files) as writer:
         _write_ropes(writer, checkpoint.spec)
         blocks = (
             (part.entry.name, block, part.entry.storage)
@@ -212,7 +238,7 @@ def convert(
         )
         for name, encoded in storage.quantise_each(counted(blocks, progress)):
             writer.write(name, encoded)
-    return ENTRY
+    return files[0].name
 
 
 def counted(blocks: "Iterator[Block]", progress: Progress) -> "Iterator[Block]":
@@ -222,7 +248,7 @@ def counted(blocks: "Iterator[Block]", progress: Progress) -> "Iterator[Block]":
         progress(block[1].size)
 
 
-def _write_ropes(writer: Writer, spec: DecoderSpec) -> None:
+def _write_ropes(writer: FilesWriter, spec: DecoderSpec) -> None:
     import numpy as np
 
     for name, values in hyperparameters.rope_tensors(spec).items():

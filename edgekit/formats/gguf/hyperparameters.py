@@ -202,7 +202,10 @@ def read(facts: Facts) -> DecoderSpec:
         has_post_norms=architecture.has_post_norms,
         has_mlp_bias=facts.has_tensor("ffn_down.bias"),
         embedding_scale=math.sqrt(hidden) if architecture.scales_embedding else 1.0,
-        logit_cap=facts.number("final_logit_softcapping", 0.0) or None,
+        logit_cap=facts.number(
+            "final_logit_softcapping", 30.0 if architecture.caps_logits == "always" else 0.0
+        )
+        or None,
         is_tied="output.weight" not in facts.tensors,
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
+from edgekit.formats.gguf import split
 
 
 if TYPE_CHECKING:
@@ -83,8 +84,10 @@ def open_model(path: Path, *, vocabulary_only: bool = False) -> Any:
     """Load a file and return llama.cpp's handle.
 
     Raises:
-        BundleError: If llama.cpp refuses the file; the message carries its last words.
+        BundleError: If llama.cpp refuses the file; the message carries its last words. If a part
+            of a split one is missing.
     """
+    split.paths(path)
     llama, said = library(), log()
     said.forget()
     parameters = llama.llama_model_default_params()

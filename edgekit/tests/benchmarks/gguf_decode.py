@@ -1,0 +1,72 @@
+"""Decode through `edgekit run` against llama.cpp's own loop: same build, threads and prompt.
+
+The native loop is llama.cpp's greedy sampler on its own logits, through the same binding, with
+nothing between two tokens. Both run in turn, several times; the last line is the ratio of medians
+(goal: >= 0.97).
+
+    python edgekit/tests/benchmarks/gguf_decode.py BUNDLE [THREADS]
+"""
+
+import ctypes
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from edgekit.formats.gguf.runtime import GgufSession
+from edgekit.run import Runner
+
+
+PROMPT = "Tell a long story about a lighthouse keeper and a gull."
+TOKENS = 96
+ROUNDS = 7
+
+
+def main() -> None:
+    """Print tokens per second of both, and the ratio."""
+    bundle, threads = Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] else 1
+    with Runner.open(bundle, context_tokens=512, threads=threads) as runner:
+        ids = runner.text.encode_chat([{"role": "user", "content": PROMPT}])
+        native = GgufSession(runner.bundle.artifact_path, context_tokens=512, threads=threads)
+        ours, theirs = [], []
+        for _ in range(ROUNDS):
+            ours.append(edgekit_rate(runner))
+            theirs.append(native_rate(native, ids))
+        native.close()
+    print(f"edgekit run   {statistics.median(ours):7.2f} tokens/s  {rounded(ours)}")
+    print(f"llama.cpp     {statistics.median(theirs):7.2f} tokens/s  {rounded(theirs)}")
+    print(f"ratio         {statistics.median(ours) / statistics.median(theirs):7.3f}")
+
+
+def rounded(rates: list[float]) -> list[float]:
+    """Return the samples for people."""
+    return [round(rate, 1) for rate in rates]
+
+
+def edgekit_rate(runner: Runner) -> float:
+    """Stream an answer as text, as `edgekit run` does, and return its own figure."""
+    reply = runner.ask([{"role": "user", "content": PROMPT}], max_tokens=TOKENS)
+    "".join(reply)
+    return reply.answer.decode_tokens_per_s or 0.0
+
+
+def native_rate(session: GgufSession, ids: list[int]) -> float:
+    """Generate as many tokens with llama.cpp's own sampler."""
+    llama, context = session._llama, session._context  # the same build, bare
+    session.reset()
+    session.prefill(ids)
+    sampler = llama.llama_sampler_init_greedy()
+    token = (ctypes.c_int32 * 1)()
+    batch = llama.llama_batch_get_one(token, 1)
+    token[0] = llama.llama_sampler_sample(sampler, context, -1)
+    started = time.perf_counter()
+    for _ in range(TOKENS - 1):
+        llama.llama_decode(context, batch)
+        token[0] = llama.llama_sampler_sample(sampler, context, -1)
+    elapsed_s = time.perf_counter() - started
+    llama.llama_sampler_free(sampler)
+    return (TOKENS - 1) / elapsed_s
+
+
+if __name__ == "__main__":
+    main()

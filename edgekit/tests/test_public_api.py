@@ -1,0 +1,104 @@
+import inspect
+import subprocess
+import sys
+from types import FunctionType
+
+import pytest
+
+import edgekit
+
+
+VERBS = ["doctor", "export", "inspect", "merge", "plan", "run", "serve", "validate", "verify"]
+
+
+def run_python(*lines):
+    found = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    return found.stdout.strip()
+
+
+def functions_of(name):
+    """Return the functions behind a public name: itself, or the methods its class adds."""
+    found = getattr(edgekit, name)
+    if isinstance(found, FunctionType):
+        return [found]
+    members = [getattr(member, "__func__", member) for member in vars(found).values()]
+    return [
+        member
+        for member in members
+        if isinstance(member, FunctionType)
+        and member.__module__.startswith("edgekit")
+        and not member.__name__.startswith("_")
+    ]
+
+
+@pytest.mark.parametrize("name", edgekit.__all__)
+def test_every_public_name_is_there_and_documented(name):
+    found = getattr(edgekit, name)
+    assert found.__module__.startswith("edgekit.")
+    assert inspect.getdoc(found)
+    assert not inspect.getdoc(found).startswith(f"{name}(")  # a dataclass without a docstring
+
+
+@pytest.mark.parametrize("name", edgekit.__all__)
+def test_every_public_function_is_documented_and_annotated(name):
+    for function in functions_of(name):
+        assert inspect.getdoc(function), function
+        signature = inspect.signature(function)
+        unannotated = [
+            parameter.name
+            for parameter in signature.parameters.values()
+            if parameter.annotation is parameter.empty and parameter.name not in {"self", "cls"}
+        ]
+        assert unannotated == [], function
+        assert signature.return_annotation is not signature.empty, function
+
+
+def test_all_lists_each_name_once_and_dir_shows_them():
+    assert len(set(edgekit.__all__)) == len(edgekit.__all__)
+    assert set(edgekit.__all__) <= set(dir(edgekit))
+    assert set(VERBS) <= set(edgekit.__all__)
+
+
+def test_a_name_that_is_not_public_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'exprot'"):
+        edgekit.exprot  # noqa: B018 - the access is the test
+
+
+def test_the_version_is_that_of_the_package():
+    assert run_python(
+        "import edgekit, importlib.metadata",
+        "print(edgekit.__version__ == importlib.metadata.version('edgekit'))",
+    ) == "True"  # fmt: skip
+
+
+@pytest.mark.parametrize("before", ["import edgekit.{0}", "from edgekit.{0} import {0} as other"])
+def test_importing_a_verbs_module_does_not_hide_the_verb(before):
+    lines = [before.format(name) for name in VERBS]
+    checks = [f"assert type(edgekit.{name}) is types.FunctionType, '{name}'" for name in VERBS]
+    run_python("import types, edgekit", *lines, *checks)
+
+
+def test_nor_does_a_verb_hide_its_module_from_those_who_import_names():
+    assert run_python(
+        "import edgekit",
+        "edgekit.export",
+        "from edgekit.export import default_out, export",
+        "import sys",
+        "print(export is edgekit.export, sys.modules['edgekit.export'].export is export)",
+    ) == "True True"  # fmt: skip
+
+
+def test_a_module_that_is_no_verb_is_an_attribute_as_usual():
+    run_python("import edgekit.errors, types", "assert type(edgekit.errors) is types.ModuleType")
+
+
+def test_a_star_brings_every_public_name():
+    run_python(
+        "from edgekit import *",
+        f"missing = {edgekit.__all__!r}",
+        "assert not [name for name in missing if name not in globals()]",
+    )

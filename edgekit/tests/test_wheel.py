@@ -1,0 +1,110 @@
+"""What a Raspberry Pi gets: the wheel in an environment of its own, without torch."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+pytestmark = [pytest.mark.toolchain, pytest.mark.slow]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def device_python(wheel, tmp_path_factory):
+    """A fresh virtual environment with `edgekit[run-gguf]`; pip's cache spares the compiler."""
+    home = tmp_path_factory.mktemp("device") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+    python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
+    subprocess.run(
+        [str(python), "-m", "pip", "install", "-q", f"{wheel}[run-gguf]"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return python
+
+
+def run(python, *words, cwd):
+    return subprocess.run(
+        [str(python), *map(str, words)], capture_output=True, text=True, cwd=cwd, check=False
+    )
+
+
+def test_the_wheel_has_targets_and_data_but_no_tests(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "edgekit/_targets/raspberry-pi-5-8gb.toml" in names
+    assert "edgekit/schemas/measurement.schema.json" in names
+    assert "edgekit/report_template.html" in names
+    assert "edgekit/corpus/english.txt" in names
+    assert not [name for name in names if "/tests/" in name]
+
+
+def test_the_core_needs_at_most_five_packages_and_no_torch(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (path,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
+    lines = archive.read(path).decode().splitlines()
+    core = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert 0 < len(core) <= 5
+    assert not any("torch" in line for line in core)
+
+
+def test_a_bundle_answers_where_no_torch_is_installed(device_python, tiny_bundle, tmp_path):
+    probe = run(
+        device_python, "-c",
+        "import importlib.util as u; print([n for n in ('torch', 'transformers', 'peft', 'gguf') "
+        "if u.find_spec(n)])",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert probe.stdout.strip() == "[]"
+    done = run(
+        device_python, "-m", "edgekit", "run", tiny_bundle, "hello", "--max-tokens", 4, "--json",
+        "--threads", 1, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["answer_tokens"] > 0
+
+
+def test_it_measures_there_too_and_says_what_else_it_would_need(
+    device_python, tiny_bundle, tmp_path
+):
+    done = run(
+        device_python, "-m", "edgekit", "validate", tiny_bundle, "--target",
+        _roomy_target(tmp_path), "--repetitions", 3, "--threads", 1, "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode in {0, 4}, done.stderr  # a busy machine may be too noisy to judge
+    assert json.loads(done.stdout)["outcome"] in {"pass", "unstable"}
+    refused = run(
+        device_python, "-m", "edgekit", "export", "demo", "--target", "raspberry-pi-5-8gb",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert refused.returncode == 5
+    assert "pip install 'edgekit[gguf]'" in refused.stderr
+
+
+def _roomy_target(directory):
+    """Return a target whose prompts fit the tiny bundle's context."""
+    text = (ROOT / "targets" / "raspberry-pi-5-8gb.toml").read_text()
+    path = directory / "roomy.toml"
+    for old, new in (
+        ('prompt = "128 tokens"', 'prompt = "16 tokens"'),
+        ('prompt = "512 tokens"', 'prompt = "32 tokens"'),
+        ('answer = { value = "128 tokens"', 'answer = { value = "16 tokens"'),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    return path
