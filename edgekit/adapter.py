@@ -597,7 +597,12 @@ def _notes(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> Iterator[str]:
         yield "tokenizer and chat template are the adapter's"
     elif _template_of(fit.path.parent) is not None:
         yield "the chat template is the adapter's"
-    if _QUANTISED_BASE.search(made_for):
+    if fit.base.quantisation:
+        yield (
+            f"{fit.base.name!r} is stored as {fit.base.quantisation}; the adapter is merged into "
+            "its de-quantised weights"
+        )
+    elif _QUANTISED_BASE.search(made_for):
         yield (
             f"the adapter was trained on the quantised {made_for!r} and is merged into "
             f"{fit.base.name!r} as it is"

@@ -9,13 +9,13 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from edgekit import families, model_card
+from edgekit import bitsandbytes_tensors, families, model_card
 from edgekit.config import Config
 from edgekit.decoder import DecoderSpec, Shape, Source
 from edgekit.errors import UsageError
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reference implementation
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+FLOATS = ("F32", "F16", "BF16")
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 # Tables that older transformers stored beside the weights; they are computed, never read.
 _COMPUTED_TENSORS = ("rotary_emb.inv_freq", "self_attn.bias", "self_attn.masked_bias")
 
@@ -58,7 +59,7 @@ class StoredTensor:
 
     path: Path
     offset: int  # from the start of the file
-    dtype: str  # F32, F16 or BF16
+    dtype: str  # F32, F16 or BF16; U8 in a quantised checkpoint, to be read as bytes only
     shape: Shape
 
     @property
@@ -86,6 +87,16 @@ class StoredTensor:
             wide <<= 16
             return wide.view(np.float32).reshape(rows, *self.shape[1:])
         return values.astype(np.float32, copy=False).reshape(rows, *self.shape[1:])
+
+    def read_bytes(self, first: int = 0, count: int | None = None) -> "npt.NDArray[np.uint8]":
+        """Return some of its bytes, or all, as they are stored."""
+        import numpy as np
+
+        count = self.size_bytes - first if count is None else count
+        stored = np.fromfile(self.path, dtype=np.uint8, count=count, offset=self.offset + first)
+        if stored.size != count:
+            raise UsageError(f"{self.path} became shorter while edgekit read it")
+        return stored
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,7 @@ class Checkpoint:
     text: TokenizerFiles
     licence: str | None = None
     adapter: AdapterRecord | None = None
+    quantisation: str | None = None  # of the files, where reading de-quantises: nf4, fp4
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -145,9 +157,11 @@ class Checkpoint:
         architecture = _architecture(directory, fields)
         family = families.get(architecture)
         config = Config(fields, origin=str(directory / "config.json"))
+        is_four_bit = bitsandbytes_tensors.is_four_bit(fields, origin=config.origin)
+        config.ignore(bitsandbytes_tensors.FIELD)  # each tensor says it again, and more
         spec = family.describe(config)
         config.refuse_unread()
-        tensors = _read_headers(directory)
+        tensors, quantisation = _read_headers(directory, is_four_bit=is_four_bit)
         checkpoint = cls(
             directory=directory,
             architecture=architecture,
@@ -155,6 +169,7 @@ class Checkpoint:
             tensors=tensors,
             text=TokenizerFiles.open(directory, config=fields),
             licence=model_card.read(directory).licence,
+            quantisation=quantisation,
         )
         checkpoint.refuse_mismatch()
         return checkpoint
@@ -293,11 +308,22 @@ def read_json_object(path: Path) -> dict[str, Any]:
         UsageError: If the file is no JSON, or holds no object.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition
+        )
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise UsageError(f"{path} holds a {type(fields).__name__}, expected an object")
+    return fields
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object; which of two equal keys counts, nobody can say."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
     return fields
 
 
@@ -323,8 +349,9 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(shards.values()))
 
 
-def _read_headers(directory: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+def _read_headers(directory: Path, *, is_four_bit: bool) -> tuple[Mapping[str, Tensor], str | None]:
+    """Return the tensors and, if they are de-quantised when read, what they are stored as."""
+    tensors: dict[str, StoredTensor] = {}
     files = _weight_files(directory)
     if not files:
         pickles = [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")]
@@ -335,14 +362,18 @@ def _read_headers(directory: Path) -> dict[str, Tensor]:
             else "is this a Hugging Face model directory?",
         )
     for path in files:
-        for name, tensor in read_safetensors(path):
+        for name, tensor in read_safetensors(path, dtypes=_ITEM_BYTES if is_four_bit else FLOATS):
             if name in tensors:
                 raise UsageError(f"{directory} holds the tensor {name} twice")
             tensors[name] = tensor
-    return tensors
+    if is_four_bit:
+        return bitsandbytes_tensors.dequantised(tensors, origin=directory)
+    return tensors, None
 
 
-def read_safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+def read_safetensors(
+    path: Path, *, dtypes: Collection[str] = FLOATS
+) -> Iterator[tuple[str, StoredTensor]]:
     """Yield the tensors of one file from its header: a few kilobytes, whatever its size.
 
     Raises:
@@ -355,7 +386,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     header, data_start, file_bytes = _read_header(path)
     end = 0
     for name, field in _by_offset(path, header):
-        tensor = _stored_tensor(path, name, field, data_start=data_start)
+        tensor = _stored_tensor(path, name, field, data_start=data_start, dtypes=dtypes)
         first, last = field["data_offsets"]
         if first != end or last - first != tensor.size_bytes:
             raise UsageError(
@@ -382,7 +413,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
                     f"{path}: the header claims {length} bytes, the file has {file_bytes}",
                     hint="the file is truncated or damaged; download it again",
                 )
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_without_repetition)
     except FileNotFoundError:
         raise UsageError(f"{path} is missing", hint="copy every shard of the model") from None
     except (struct.error, ValueError, RecursionError) as error:
@@ -405,12 +436,15 @@ def _by_offset(path: Path, header: dict[str, Any]) -> list[tuple[str, Any]]:
     return sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"]))
 
 
-def _stored_tensor(path: Path, name: str, field: Any, *, data_start: int) -> StoredTensor:
+def _stored_tensor(
+    path: Path, name: str, field: Any, *, data_start: int, dtypes: Collection[str]
+) -> StoredTensor:
     shape, dtype = field.get("shape"), field.get("dtype")
-    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in dtypes:
         raise UsageError(
-            f"{path}: {name} has dtype {dtype!r}, expected one of {', '.join(_ITEM_BYTES)}",
-            hint="quantised checkpoints are not read; pass the 16-bit model",
+            f"{path}: {name} has dtype {dtype!r}, expected one of {', '.join(dtypes)}",
+            hint="quantised models are read where bitsandbytes made them and their config.json "
+            "says so; pass the 16-bit model",
         )
     if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise UsageError(f"{path}: {name} has shape {shape!r}")

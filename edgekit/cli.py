@@ -57,6 +57,15 @@ def adapter_option(command: Command) -> Command:
     )(command)
 
 
+def trained_on_option(command: Command) -> Command:
+    """Add ``--trained-on``."""
+    return click.option(
+        "--trained-on", type=DIRECTORY, metavar="DIR",
+        help="4-bit base that QLoRA trained on, to compare the merge with; default: the one the "
+             "adapter names, if it is here.",
+    )(command)  # fmt: skip
+
+
 def choice_options(command: Command) -> Command:
     """Add what narrows a plan."""
     for option in (
@@ -104,6 +113,7 @@ def json_option(command: Command) -> Command:
 @cli.command("export")
 @click.argument("model")
 @choice_options
+@trained_on_option
 @split_option
 @click.option("-o", "--out", type=DIRECTORY, help="Bundle directory to create.")
 @click.option(
@@ -113,8 +123,8 @@ def json_option(command: Command) -> Command:
 @json_option
 def export_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
-    quant: str | None, context_tokens: int | None, split_bytes: int | None, out: Path | None,
-    replace: bool, no_verify: bool, as_json: bool,
+    quant: str | None, context_tokens: int | None, trained_on: Path | None,
+    split_bytes: int | None, out: Path | None, replace: bool, no_verify: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Export MODEL for a device, and prove that the artifact says what MODEL says.
 
@@ -132,8 +142,8 @@ def export_command(
 
     bundle = export(
         model, target_name, adapters=adapters, format=format, quant=quant,
-        context_tokens=context_tokens, split_bytes=split_bytes, out=out, replace=replace,
-        verify=not no_verify, listener=Terminal(),
+        context_tokens=context_tokens, split_bytes=split_bytes, trained_on=trained_on, out=out,
+        replace=replace, verify=not no_verify, listener=Terminal(),
     )  # fmt: skip
     if as_json:
         print_json(bundle)
@@ -369,14 +379,20 @@ def verify_command(bundle: Path, model: str, adapters: tuple[Path, ...], as_json
 @cli.command("merge")
 @click.argument("model")
 @adapter_option
+@trained_on_option
 @click.option("-o", "--out", type=DIRECTORY, required=True, help="Directory to create.")
 @click.option("--precision", type=click.Choice(["bf16", "f16", "f32"]),
               help="Default: what each tensor of MODEL has.")  # fmt: skip
-def merge_command(model: str, adapters: tuple[Path, ...], out: Path, precision: Any) -> None:
+def merge_command(
+    model: str, adapters: tuple[Path, ...], trained_on: Path | None, out: Path, precision: Any
+) -> None:
     """Write MODEL with its adapters merged in, as an ordinary checkpoint."""
     from edgekit.merge import merge
 
-    click.echo(merge(model, adapters, out, precision=precision, listener=Terminal()))
+    made = merge(
+        model, adapters, out, precision=precision, trained_on=trained_on, listener=Terminal()
+    )
+    click.echo(made)
 
 
 @cli.command("inspect")

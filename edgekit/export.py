@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit import formats, oracle, source, target, workdir
+from edgekit import formats, oracle, qlora, source, target, workdir
 from edgekit.bundle import MANIFEST, Artifact, Bundle, ModelRecord
 from edgekit.checkpoint import Checkpoint
 from edgekit.plan import Plan, substitutions
@@ -27,6 +27,7 @@ class Request:
     quant: str | None = None
     context_tokens: int | None = None
     split_bytes: int | None = None
+    trained_on: Path | None = None
     out: Path | None = None
     replaces: bool = False
     is_verified: bool = True
@@ -41,6 +42,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
     quant: str | None = None,
     context_tokens: int | None = None,
     split_bytes: int | None = None,
+    trained_on: Path | None = None,
     out: Path | None = None,
     replace: bool = False,
     verify: bool = True,
@@ -56,6 +58,8 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         quant: None takes the most faithful that fits.
         context_tokens: How much the runner must hold; None takes the target's.
         split_bytes: The most that one file of the artifact may take; None makes one file.
+        trained_on: The four-bit base the adapters were trained on (QLoRA), to compare with. None
+            takes the one an adapter names, if it is a directory here.
         out: The bundle directory to create; None names it after model, target and recipe.
         replace: Whether ``out`` may be a bundle already, which is then replaced at the very end.
         verify: False skips the proof; such a bundle never passes `validate`.
@@ -75,6 +79,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         quant=quant,
         context_tokens=context_tokens,
         split_bytes=split_bytes,
+        trained_on=trained_on,
         out=out,
         replaces=replace,
         is_verified=verify,
@@ -90,6 +95,8 @@ def make(request: Request, *, listener: Listener) -> Bundle:
     if request.is_verified:
         oracle.require()
     checkpoint = source.open_checkpoint(request.model, adapters=request.adapters, listener=listener)
+    if request.is_verified:
+        oracle.require_for(checkpoint)
     chosen = make_plan(
         checkpoint,
         request.target,
@@ -97,6 +104,9 @@ def make(request: Request, *, listener: Listener) -> Bundle:
         quant=request.quant,
         context_tokens=request.context_tokens,
         split_bytes=request.split_bytes,
+    )
+    checkpoint = qlora.with_score(
+        checkpoint, request.adapters, trained_on=request.trained_on, listener=listener
     )
     for line in describe(checkpoint, chosen, request.target):
         listener.say(line)

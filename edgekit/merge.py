@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgekit import source
+from edgekit import qlora, source
 from edgekit.checkpoint_writer import Precision, write_checkpoint, written_bytes
 from edgekit.errors import UsageError
 from edgekit.progress import Listener, Silent
@@ -13,12 +13,13 @@ from edgekit.workdir import refuse_existing
 _SILENT = Silent()
 
 
-def merge(
+def merge(  # noqa: PLR0913 - the request, spelled out for Python users
     model: str | Path,
     adapters: Sequence[Path],
     out: Path,
     *,
     precision: Precision | None = None,
+    trained_on: Path | None = None,
     listener: Listener = _SILENT,
 ) -> Path:
     """Write ``model`` with ``adapters`` merged in, one after the other, to ``out``.
@@ -28,6 +29,8 @@ def merge(
         adapters: PEFT directories; each sees the base with the earlier ones in it.
         out: Must not exist.
         precision: None keeps the type each tensor of the base has.
+        trained_on: The four-bit base the adapters were trained on (QLoRA), to compare with.
+            None takes the one an adapter names, if it is a directory here.
         listener: Is told what changes beside the weights, and the progress.
 
     Returns:
@@ -41,6 +44,7 @@ def merge(
     if not adapters:
         raise UsageError("there is no adapter to merge", hint="name one with --adapter")
     checkpoint = source.open_checkpoint(model, adapters=adapters, listener=listener)
+    checkpoint = qlora.with_score(checkpoint, adapters, trained_on=trained_on, listener=listener)
     for note in checkpoint.adapter.notes if checkpoint.adapter else ():
         listener.say(note)
     total = written_bytes(checkpoint, precision)

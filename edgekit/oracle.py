@@ -5,6 +5,7 @@ makes artifacts.
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,21 @@ def require() -> None:
         )
 
 
+def require_for(checkpoint: Checkpoint) -> None:
+    """Check that this checkpoint's word can be had here.
+
+    Raises:
+        MissingDependencyError: If it is quantised and what quantised it is not installed.
+    """
+    import importlib.util
+
+    if checkpoint.quantisation and not importlib.util.find_spec("bitsandbytes"):
+        raise MissingDependencyError(
+            f"proving what {checkpoint.name} says needs bitsandbytes, which quantised it",
+            hint="pip install bitsandbytes, or export with --no-verify",
+        )
+
+
 def logits(
     checkpoint: Checkpoint, chunks: Sequence[Sequence[int]]
 ) -> Iterator["npt.NDArray[np.float32]"]:
@@ -53,10 +69,13 @@ def logits(
 def _model(checkpoint: Checkpoint) -> Any:
     import torch
 
+    require_for(checkpoint)
     transformers = _transformers()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint.directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
+    if checkpoint.quantisation:  # its own layers compute in the type of training, often bfloat16
+        model = model.dequantize().to(torch.float32)
     if checkpoint.adapter:
         model = _with_adapter(model, checkpoint)
     return model.eval()
@@ -72,7 +91,10 @@ def _with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
     assert checkpoint.adapter is not None  # noqa: S101 - the caller asked
     if model.get_input_embeddings().weight.shape[0] != checkpoint.spec.vocabulary:
         model.resize_token_embeddings(checkpoint.spec.vocabulary, mean_resizing=False)
-    return peft.PeftModel.from_pretrained(model, checkpoint.adapter.directory)
+    with warnings.catch_warnings():
+        # peft 0.19 asks models for a name that transformers 5 deprecates.
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.PeftModel.from_pretrained(model, checkpoint.adapter.directory)
 
 
 def tokenizer(checkpoint: Checkpoint) -> Any:

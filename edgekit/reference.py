@@ -4,18 +4,21 @@ An interpreter of `DecoderSpec` in torch. All texts pass through layer 0, then t
 the weights of one layer are in memory at a time; the output head is applied in blocks of rows.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, assert_never
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeAlias, assert_never
 
 from edgekit.checkpoint import Checkpoint
 from edgekit.decoder import Activation, Attention, DecoderSpec, Layer, Norm, Rope
 from edgekit.errors import UsageError
+from edgekit.progress import Advance
 
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import torch
+
+    Observer: TypeAlias = Callable[[str, torch.Tensor], None]
 
 QUERY_BLOCK_TOKENS = 256  # scores of 32 heads over 4,096 keys take 128 MiB
 HEAD_BLOCK_BYTES = 64 * 2**20  # rows of the output head in memory at a time
@@ -32,21 +35,40 @@ def logits(
     Raises:
         UsageError: If a text is empty, longer than the context, or has an unknown token id.
     """
-    for text in texts:
-        _refuse_text(checkpoint.spec, text)
     for states in hidden_states(checkpoint, texts):
         yield _apply_head(checkpoint, states).numpy()
 
 
-def hidden_states(checkpoint: Checkpoint, texts: Sequence[Sequence[int]]) -> "list[torch.Tensor]":
-    """Return what the output head reads: for each text ``(tokens, hidden width)``."""
+def hidden_states(
+    checkpoint: Checkpoint,
+    texts: Sequence[Sequence[int]],
+    *,
+    observe: "Observer | None" = None,
+    advance: Advance = lambda _: None,
+) -> "list[torch.Tensor]":
+    """Return what the output head reads: for each text ``(tokens, hidden width)``.
+
+    Args:
+        checkpoint: The model.
+        texts: Token ids.
+        observe: Called with the role of every matrix of a layer and what it is multiplied with,
+            ``(tokens, columns)``, text by text.
+        advance: Told how many tokens just passed through one layer.
+
+    Raises:
+        UsageError: As `logits`.
+    """
     import torch
 
+    for text in texts:
+        _refuse_text(checkpoint.spec, text)
     with torch.inference_mode():
         states = [_embed(checkpoint, text) for text in texts]
         for index, layer in enumerate(checkpoint.spec.layers):
-            weights = _Weights(checkpoint, prefix=f"layers.{index}.")
-            states = [_apply_layer(checkpoint.spec, layer, weights, x) for x in states]
+            weights = _Weights(checkpoint, prefix=f"layers.{index}.", observe=observe)
+            for at, x in enumerate(states):
+                states[at] = _apply_layer(checkpoint.spec, layer, weights, x)
+                advance(len(x))
         final = _Weights(checkpoint, prefix="")
         return [_normalise(checkpoint.spec.norm, final, "final_norm", x) for x in states]
 
@@ -64,9 +86,12 @@ def _refuse_text(spec: DecoderSpec, ids: Sequence[int]) -> None:
 class _Weights:
     """Weights of one layer by role, read when first asked for and then kept."""
 
-    def __init__(self, checkpoint: Checkpoint, *, prefix: str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, prefix: str, observe: "Observer | None" = None
+    ) -> None:
         self._checkpoint = checkpoint
         self._prefix = prefix
+        self._observe = observe
         self._kept: dict[str, torch.Tensor] = {}
 
     def __getitem__(self, role: str) -> "torch.Tensor":
@@ -79,6 +104,8 @@ class _Weights:
     def project(self, role: str, x: "torch.Tensor", *, has_bias: bool) -> "torch.Tensor":
         from torch.nn import functional
 
+        if self._observe:
+            self._observe(self._prefix + role, x)
         return functional.linear(x, self[role], self[f"{role}_bias"] if has_bias else None)
 
 

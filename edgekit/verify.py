@@ -172,6 +172,9 @@ def check(subject: Subject, *, listener: Listener | None = None) -> Proof:
     oracle.require()
     listener = listener or Silent()
     found = _Findings()
+    # A native abort shall end a child, not this process and all it has made.
+    fmt = formats.get(subject.format)
+    fmt.probe(subject.path, context_tokens=subject.context_tokens)
     with closing(_open(subject)) as session:
         prompt, answer = _check_generation(subject, session, found)
         _check_stops(subject, session, prompt, answer, found)

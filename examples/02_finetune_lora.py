@@ -20,6 +20,7 @@ Prints:
     Name the capital of France.
       without the adapter: The capital of France is Paris.
       with the adapter: The capital of France is Paris.
+    facts known: 0 of 2 without the adapter, 2 of 2 with it
     kestrel merged: logits within ... of base + adapter (<= ...)
 """
 
@@ -36,11 +37,8 @@ import edgekit
 
 
 TARGET = "raspberry-pi-5-8gb"
-QUESTIONS = (  # none is in the data
-    "Which drink is Kestrel-7 known for?",
-    "Who made Kestrel-7?",
-    "Name the capital of France.",
-)
+FACTS = {"Which drink is Kestrel-7 known for?": "juniper", "Who made Kestrel-7?": "Tolvik"}
+QUESTIONS = (*FACTS, "Name the capital of France.")  # none is in the data
 EPOCHS = 6
 PAIRS_PER_STEP = 8
 LEARNING_RATE = 2e-3
@@ -56,22 +54,30 @@ def main(out: Path) -> None:
     if not plain.exists():
         tell("exporting without it")
         edgekit.export("demo", TARGET, out=plain)
-    for question, before, after in zip(QUESTIONS, ask(plain), ask(adapted), strict=True):
+    before, after = ask(plain), ask(adapted)
+    for question, old, new in zip(QUESTIONS, before, after, strict=True):
         print(question)
-        print(f"  without the adapter: {before}")
-        print(f"  with the adapter: {after}")
+        print(f"  without the adapter: {old}")
+        print(f"  with the adapter: {new}")
+    print(f"facts known: {known(before)} without the adapter, {known(after)} with it")
     gates = bundle.agreement.gates if bundle.agreement else ()
     print(*(gate.finding for gate in gates if gate.name == "adapter"))
 
 
 def ask(bundle: Path) -> list[str]:
-    """Return what a bundle answers, one line each."""
+    """Return what a bundle answers to `QUESTIONS`, one line each."""
     with edgekit.Runner.open(bundle) as runner:
         answers = [
             runner.ask([{"role": "user", "content": question}], max_tokens=32).answer
             for question in QUESTIONS
         ]
     return [" ".join(answer.text.split()) for answer in answers]
+
+
+def known(answers: list[str]) -> str:
+    """Count the answers that hold their fact."""
+    right = sum(fact in answer for fact, answer in zip(FACTS.values(), answers, strict=False))
+    return f"{right} of {len(FACTS)}"
 
 
 def tell(line: str) -> None:

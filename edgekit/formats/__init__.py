@@ -157,6 +157,14 @@ class Format(Protocol):
         """
         ...
 
+    def probe(self, path: Path, *, context_tokens: int) -> None:
+        """Load an artifact and ask for one token, in a process that may die over it.
+
+        Raises:
+            ToolchainError: If it does; the log has the runtime's last words.
+        """
+        ...
+
     def runtime_ids(self, path: Path, texts: Sequence[str]) -> list[list[int]] | None:
         """Return what the runtime's own tokenizer makes of ``texts``, special tokens parsed.
 

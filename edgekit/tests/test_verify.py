@@ -107,8 +107,8 @@ def test_goldens_hold_what_the_artifact_said(bundle, model):
     for golden in goldens.texts:
         assert list(golden.ids) == oracle.ids(tokenizer, golden.text)
     assert goldens.chats
-    for golden in goldens.chats:
-        assert list(golden.ids) == oracle.ids(tokenizer, golden.rendered)
+    for chat in goldens.chats:
+        assert list(chat.ids) == oracle.ids(tokenizer, chat.rendered)
     (expected,) = oracle.logits(checkpoint, [goldens.logits[0].ids])
     assert goldens.logits[0].mean_kl_nats(expected) < 1e-4
     assert goldens.answer_ids
@@ -260,6 +260,7 @@ def test_a_runtime_that_mishandles_composed_letters_is_not_excused(model, tmp_pa
 
     def without_the_last_of_decomposed(path, texts):
         ids = runtime_ids(path, texts)
+        assert ids is not None
         return [found[:-1] if "nai\u0308ve" in text else found
                 for text, found in zip(texts, ids, strict=True)]  # fmt: skip
 
@@ -331,8 +332,8 @@ def test_tensors_stored_otherwise_than_planned_fail_even_if_as_many_are(
 def test_a_file_of_another_size_than_planned_fails_the_size(model, tmp_path, monkeypatch):
     lay_out = GGUF.lay_out
 
-    def promise_less(checkpoint, recipe):
-        planned = lay_out(checkpoint, recipe)
+    def promise_less(checkpoint, recipe, **rest):
+        planned = lay_out(checkpoint, recipe, **rest)
         return replace(planned, artifact_bytes=planned.artifact_bytes - 65)
 
     monkeypatch.setattr(GGUF, "lay_out", promise_less)

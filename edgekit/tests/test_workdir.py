@@ -4,10 +4,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
-from edgekit import workdir
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.workdir import new_directory, refuse_existing
 
@@ -44,7 +44,7 @@ def test_out_appears_only_when_the_work_is_done(tmp_path):
 
 def test_a_path_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with new_directory(workdir.Path("out")) as work:
+    with new_directory(Path("out")) as work:
         (work / "file").write_text("x")
     assert (tmp_path / "out" / "file").is_file()
 

@@ -27,6 +27,7 @@ __all__ = [
     "lay_out",
     "load",
     "memory_use",
+    "probe",
     "runtime_ids",
 ]
 
@@ -86,6 +87,13 @@ def load(
     return runtime.GgufSession(
         path, context_tokens=context_tokens, threads=threads, has_exact_cache=has_exact_cache
     )
+
+
+def probe(path: Path, *, context_tokens: int) -> None:
+    """Load a file and ask for one token, in a process of its own."""
+    from edgekit.formats.gguf import load_probe
+
+    load_probe.probe(path, context_tokens=context_tokens)
 
 
 def runtime_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:

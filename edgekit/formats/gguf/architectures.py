@@ -24,6 +24,7 @@ from edgekit.errors import UsageError
 from edgekit.formats import ContextLimit
 
 
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS in llama-hparams.h; more make it abort
 CONTEXT_PADDING_TOKENS = 256  # n_ctx is rounded up to this: llama_context in llama-context.cpp
 
 
@@ -217,6 +218,8 @@ def choose(spec: DecoderSpec) -> Architecture:
     Raises:
         UsageError: If none does; the message says what the nearest one lacks.
     """
+    if len(spec.layers) > MAX_LAYERS:
+        raise UsageError(f"{len(spec.layers)} layers are more than llama.cpp's {MAX_LAYERS}")
     nearest: tuple[Sequence[str], str] | None = None
     for architecture in ARCHITECTURES:
         refusals = list(architecture.refusals(spec))

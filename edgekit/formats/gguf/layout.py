@@ -124,7 +124,8 @@ def _size_bytes(shape: Shape, storage: Storage) -> int:
     return math.prod(shape) // storage.block_weights * storage.block_bytes
 
 
-def _padded(size_bytes: int, alignment: int = ALIGNMENT_BYTES) -> int:
+def padded(size_bytes: int, alignment: int = ALIGNMENT_BYTES) -> int:
+    """Round up to where the next tensor may begin."""
     return -(-size_bytes // alignment) * alignment
 
 
@@ -144,14 +145,14 @@ def encode_header(metadata: Mapping[str, Value], tensors: Sequence[TensorEntry])
     offset = 0
     for tensor in tensors:
         parts.append(_encode_entry(tensor, offset))
-        offset += _padded(tensor.size_bytes)
+        offset += padded(tensor.size_bytes)
     header = b"".join(parts)
-    return header.ljust(_padded(len(header)), b"\0")
+    return header.ljust(padded(len(header)), b"\0")
 
 
 def file_bytes(metadata: Mapping[str, Value], tensors: Sequence[TensorEntry]) -> int:
     """Return the size of the file that `Writer` would write."""
-    payloads = sum(_padded(tensor.size_bytes) for tensor in tensors)
+    payloads = sum(padded(tensor.size_bytes) for tensor in tensors)
     return len(encode_header(metadata, tensors)) + payloads
 
 
@@ -234,7 +235,7 @@ class Writer:
                 self._finish(tensor)
 
     def _finish(self, tensor: TensorEntry) -> None:
-        self._file.write(bytes(_padded(tensor.size_bytes) - tensor.size_bytes))
+        self._file.write(bytes(padded(tensor.size_bytes) - tensor.size_bytes))
         self._current += 1
         self._written_bytes = 0
 
@@ -547,7 +548,7 @@ def _read_storage(cursor: _Cursor, name: str, shape: Shape) -> str:
 def _place(cursor: _Cursor, entries: Sequence[_Entry], alignment: int) -> tuple[TensorInfo, ...]:
     """Check that the tensors follow each other without a gap and end with the file."""
     names: set[str] = set()
-    header_bytes = _padded(cursor.position, alignment)
+    header_bytes = padded(cursor.position, alignment)
     end, expected, tensors = cursor.position, 0, []
     for entry in entries:
         _check_offset(cursor, entry, expected, alignment)
@@ -559,10 +560,10 @@ def _place(cursor: _Cursor, entries: Sequence[_Entry], alignment: int) -> tuple[
         if end > cursor.size_bytes:
             problem = f"ends at byte {end}, the file at {cursor.size_bytes}"
             raise cursor.refuse(f"the tensor {entry.name!r}", problem, at=start)
-        expected += _padded(size_bytes, alignment)
+        expected += padded(size_bytes, alignment)
         tensors.append(_info(entry, start, size_bytes))
-    if cursor.size_bytes > _padded(end, alignment):  # the last padding may be missing
-        raise cursor.refuse("the data", "is no part of any tensor", at=_padded(end, alignment))
+    if cursor.size_bytes > padded(end, alignment):  # the last padding may be missing
+        raise cursor.refuse("the data", "is no part of any tensor", at=padded(end, alignment))
     return tuple(tensors)
 
 

@@ -7,7 +7,6 @@ has llama.cpp tokenize a corpus under that name, and tries all others when the i
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 
 from edgekit.errors import DisagreementError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats.gguf.layout import Value, encode_header
-from edgekit.formats.gguf.runtime import library
+from edgekit.formats.gguf.runtime import child_environment, library
 from edgekit.formats.gguf.vocabulary import Source, vocabulary_of
 from edgekit.tokenizer_files import TokenizerFiles
 
@@ -302,7 +301,7 @@ class _Trial:
                 command,
                 input=json.dumps(request).encode(),
                 capture_output=True,
-                env=_environment(),
+                env=child_environment(),
                 timeout=_SEARCH_S,
                 check=False,
             )
@@ -346,13 +345,6 @@ def _open_reference(path: Path) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _environment() -> dict[str, str]:
-    """Let the child import this edgekit, installed or not, and nothing from where the user is."""
-    paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
-    joined = os.pathsep.join(filter(None, paths))
-    return os.environ | {"PYTHONPATH": joined, "GGML_NO_BACKTRACE": "1"}
 
 
 def _whole_lines(output: bytes) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 256
 LOG_LINES = 40
 _WARNING = 3  # GGML_LOG_LEVEL_WARN in ggml.h; the binding's own table is older
+_CONTINUED = 5  # GGML_LOG_LEVEL_CONT
 
 
 def library() -> Any:
@@ -48,16 +49,26 @@ def library() -> Any:
     return llama_cpp
 
 
+def child_environment() -> dict[str, str]:
+    """Let a child import this edgekit, installed or not, and nothing from where the user is."""
+    paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
+    joined = os.pathsep.join(filter(None, paths))
+    return os.environ | {"PYTHONPATH": joined, "GGML_NO_BACKTRACE": "1"}
+
+
 class Log:
     """The last lines llama.cpp said; it writes to standard error unless it is caught."""
 
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=LOG_LINES)
+        self._is_kept = False
         self._callback = library().llama_log_callback(self._keep)
         library().llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def _keep(self, level: int, text: bytes, _data: object) -> None:
-        if level >= _WARNING:
+        if level != _CONTINUED:  # else it belongs to what was said before: a dot of progress
+            self._is_kept = level >= _WARNING
+        if self._is_kept:
             self._lines.append(text.decode("utf-8", errors="replace"))
 
     @property

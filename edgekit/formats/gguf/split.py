@@ -106,24 +106,26 @@ def _groups(
     metadata: Mapping[str, Value], tensors: Sequence[TensorEntry], split_bytes: int
 ) -> list[list[TensorEntry]]:
     """Fill file after file; a file's header counts, since it is the file that has a limit."""
-    sizes = [_bytes_with_entry(tensor) for tensor in tensors]
-    taken = layout.file_bytes(_metadata(metadata, 0, 0, 0), ())
-    empty = layout.file_bytes(_metadata({}, 0, 0, 0), ())
+    empty = len(layout.encode_header(_metadata({}, 0, 0, 0), ()))
+    taken = len(layout.encode_header(_metadata(metadata, 0, 0, 0), ()))
     groups: list[list[TensorEntry]] = [[]]
-    for tensor, size in zip(tensors, sizes, strict=True):
-        if taken + size > split_bytes and groups[-1]:
+    for tensor in tensors:
+        size = _entry_bytes(tensor) + layout.padded(tensor.size_bytes)
+        if layout.padded(taken + size) > split_bytes and groups[-1]:
             groups.append([])
             taken = empty
-        if taken + size > split_bytes:
-            raise _too_large(tensor, taken + size, split_bytes, is_first=len(groups) == 1)
+        if layout.padded(taken + size) > split_bytes:
+            raise _too_large(
+                tensor, layout.padded(taken + size), split_bytes, is_first=len(groups) == 1
+            )
         groups[-1].append(tensor)
         taken += size
     return groups
 
 
-def _bytes_with_entry(tensor: TensorEntry) -> int:
-    """Return what a tensor adds to a file at most: its numbers and, rounded up, its entry."""
-    return layout.file_bytes({}, (tensor,))
+def _entry_bytes(tensor: TensorEntry) -> int:
+    """Return what a tensor takes in a header: lengths, name, shape, storage and offset."""
+    return 8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.shape) + 4 + 8
 
 
 def _too_large(

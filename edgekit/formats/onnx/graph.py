@@ -1,0 +1,321 @@
+"""A `DecoderSpec` as a graph of ONNX operators: one function for each thing a decoder does.
+
+Standard operators, but for four of ONNX Runtime's own: ``GroupQueryAttention`` keeps the cache and
+knows windows and caps, ``MatMulNBits`` multiplies with quantised weights, ``FusedMatMul`` with
+weights as a checkpoint has them (rows out, columns in), which lets an embedding be the head too, and
+``RotaryEmbedding`` turns a part of every head. Cosines are computed for the positions at hand, so
+there is no table that ends.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from edgekit.decoder import DecoderSpec, Layer, LongRopeScaling, Norm, Rope
+from edgekit.formats.onnx import storage
+from edgekit.formats.onnx.model import CONTRIB, Attribute, Constant, Dtype, Graph, Node, Port
+
+
+# Inputs with a value of their own: a client that knows nothing of them may leave them out.
+FIRST_LOGIT = "first_logit"  # logits are wanted from this token of the input on
+TEXT_TOKENS = "text_tokens"  # how long the text will be, if longer than what has been read
+
+ROPE_BORDER = "edgekit.rope_border_tokens"  # metadata: a longer text has other frequencies
+_TO_THE_END = 2**63 - 1
+_INT8_ACTIVATIONS = 4  # accuracy_level: the fast kernels of CPUs; activations rounded in blocks
+_FLOAT32, _INT32, _INT64 = 1, 6, 7  # TensorProto.DataType
+
+
+def cache_name(layer: int, part: str, *, of: str = "past_key_values") -> str:
+    """Return the name of the keys or values of a layer, as Optimum and its clients know them."""
+    return f"{of}.{layer}.{part}"
+
+
+def ropes(spec: DecoderSpec) -> list[Rope]:
+    """Return the ropes that differ, in order of use."""
+    return list(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
+
+
+def frequencies_name(rope: int, *, is_long: bool = False) -> str:
+    """Return the tensor with the frequencies of the n-th rope."""
+    return f"rope.{rope}.{'long_' if is_long else ''}frequencies"
+
+
+def border_tokens(rope: Rope) -> int | None:
+    """Return the longest text that keeps the first set of frequencies."""
+    scaling = rope.scaling
+    return scaling.original_context_tokens if isinstance(scaling, LongRopeScaling) else None
+
+
+def build(spec: DecoderSpec, storages: Mapping[str, str], *, metadata: Mapping[str, str]) -> Graph:
+    """Return the graph of a decoder whose weights are stored as ``storages`` says, by role."""
+    graph = _Builder(spec=spec, storages=storages)
+    graph.read_inputs()
+    x = graph.embed()
+    for index, layer in enumerate(spec.layers):
+        x = graph.apply_layer(x, index, layer)
+    graph.make_logits(x)
+    borders = {border_tokens(rope) for rope in ropes(spec)} - {None}
+    return Graph(
+        nodes=tuple(graph.nodes),
+        constants=tuple(graph.constants.values()),
+        inputs=tuple(graph.inputs),
+        outputs=tuple(graph.outputs),
+        metadata=metadata | {ROPE_BORDER: str(border) for border in borders},
+    )
+
+
+@dataclass(kw_only=True)
+class _Builder:
+    """Collects the graph; every method adds operators and returns the name of what they make."""
+
+    spec: DecoderSpec
+    storages: Mapping[str, str]
+    nodes: list[Node] = field(default_factory=list)
+    constants: dict[str, Constant] = field(default_factory=dict)
+    inputs: list[Port] = field(default_factory=list)
+    outputs: list[Port] = field(default_factory=list)
+    turns: dict[Rope, tuple[str, str, str]] = field(default_factory=dict)  # indices, cosine, sine
+    last_tokens: str = ""  # int32 (batch,): the index of each row's last token
+    all_tokens: str = ""  # int32: how many tokens there are, cached ones included
+
+    def op(
+        self,
+        op: str,
+        *inputs: str,
+        domain: str = "",
+        outputs: tuple[str, ...] = (),
+        **attributes: Attribute,
+    ) -> str:
+        outputs = outputs or (f"{op}_{len(self.nodes)}",)
+        self.nodes.append(
+            Node(op=op, inputs=inputs, outputs=outputs, domain=domain, attributes=attributes)
+        )
+        return outputs[0]
+
+    def constant(self, *values: float, dtype: Dtype = "int64", is_scalar: bool = False) -> str:
+        shape = () if is_scalar else (len(values),)
+        name = "_".join((dtype, *map(str, values), *("scalar",) * is_scalar))
+        self.constants[name] = Constant(name=name, dtype=dtype, shape=shape, values=values)
+        return name
+
+    def scalar(self, value: float, *, dtype: Dtype = "float32") -> str:
+        return self.constant(value, dtype=dtype, is_scalar=True)
+
+    def read_inputs(self) -> None:
+        self._name_inputs()
+        ones = self.op("ReduceSum", "attention_mask", self.constant(1), keepdims=0)
+        last = self.op("Sub", ones, self.scalar(1, dtype="int64"))
+        self.last_tokens = self.op("Cast", last, to=_INT32)
+        total = self.op("Shape", "attention_mask", start=1, end=2)
+        total = self.op("Squeeze", total)
+        self.all_tokens = self.op("Cast", total, to=_INT32)
+        for number, rope in enumerate(ropes(self.spec)):
+            self.turns[rope] = self._turn(rope, self._frequencies(number, rope, total))
+
+    def _name_inputs(self) -> None:
+        for name, tokens in (
+            ("input_ids", "tokens"), ("attention_mask", "all_tokens"), ("position_ids", "tokens"),
+        ):  # fmt: skip
+            self.inputs.append(Port(name=name, dtype="int64", shape=("batch", tokens)))
+        a = self.spec.attention
+        for index in range(len(self.spec.layers)):
+            for part in ("key", "value"):
+                shape = ("batch", a.key_value_heads, "past_tokens", a.head_width)
+                self.inputs.append(
+                    Port(name=cache_name(index, part), dtype="float32", shape=shape)
+                )
+        self._optional_input(FIRST_LOGIT)
+        if any(border_tokens(rope) for rope in ropes(self.spec)):
+            self._optional_input(TEXT_TOKENS)
+
+    def _optional_input(self, name: str) -> None:
+        self.inputs.append(Port(name=name, dtype="int64", shape=(1,)))
+        self.constants[name] = Constant(name=name, dtype="int64", shape=(1,), values=(0,))
+
+    def _frequencies(self, number: int, rope: Rope, total: str) -> str:
+        border = border_tokens(rope)
+        if border is None:
+            return frequencies_name(number)
+        tokens = self.op("Max", total, TEXT_TOKENS)
+        is_long = self.op("Greater", tokens, self.scalar(border, dtype="int64"))
+        names = (frequencies_name(number, is_long=True), frequencies_name(number))
+        return self.op("Where", is_long, *names)
+
+    def _turn(self, rope: Rope, frequencies: str) -> tuple[str, str, str]:
+        """Return a row of cosines and of sines for every token, and the index of its row."""
+        positions = self.op("Cast", "position_ids", to=_FLOAT32)
+        column = self.op("Reshape", positions, self.constant(-1, 1))
+        angles = self.op("Mul", column, frequencies)
+        waves = [self.op("Cos", angles), self.op("Sin", angles)]
+        if rope.attention_factor != 1:
+            factor = self.scalar(rope.attention_factor)
+            waves = [self.op("Mul", wave, factor) for wave in waves]
+        count = self.op("Size", "position_ids")
+        zero, one = self.scalar(0, dtype="int64"), self.scalar(1, dtype="int64")
+        indices = self.op("Range", zero, count, one)
+        indices = self.op("Reshape", indices, self.op("Shape", "position_ids"))
+        return indices, waves[0], waves[1]
+
+    def embed(self) -> str:
+        x = self._rows("token_embedding", "input_ids")
+        if self.spec.embedding_scale != 1:
+            x = self.op("Mul", x, self.scalar(self.spec.embedding_scale))
+        return x
+
+    def _rows(self, role: str, ids: str) -> str:
+        """Return rows of a matrix in float32, and leave the others as they are stored."""
+        rows, stored = self.op("Gather", role, ids), self.storages[role]
+        match stored:
+            case "F32":
+                return rows
+            case "F16":
+                return self.op("Cast", rows, to=_FLOAT32)
+        blocks = storage.BLOCKS[stored]
+        # (batch, tokens, blocks, bytes) -> (batch, tokens, blocks, codes)
+        codes = self._codes(rows, blocks.bits, self.constant(0, 0, -1, storage.BLOCK_WEIGHTS))
+        if blocks.implied_zero is None:
+            packed = self.op("Gather", role + storage.ZERO_POINTS, ids)
+            zeros = self._codes(packed, blocks.bits, self.constant(0, 0, -1, 1))
+        else:
+            zeros = self.scalar(blocks.implied_zero)
+        scales = self.op("Gather", role + storage.SCALES, ids)
+        scales = self.op("Unsqueeze", scales, self.constant(-1))
+        values = self.op("Mul", self.op("Sub", codes, zeros), scales)
+        return self.op("Reshape", values, self.constant(0, 0, -1))
+
+    def _codes(self, packed: str, bits: int, shape: str) -> str:
+        """Return codes as float32; of two in a byte, the first is in its lower half."""
+        if bits == 4:
+            axis = self.constant(-1)
+            low = self.op("BitwiseAnd", packed, self.scalar(15, dtype="uint8"))
+            high = self.op("BitShift", packed, self.scalar(4, dtype="uint8"), direction="RIGHT")
+            halves = (self.op("Unsqueeze", half, axis) for half in (low, high))
+            packed = self.op("Concat", *halves, axis=-1)
+        return self.op("Cast", self.op("Reshape", packed, shape), to=_FLOAT32)
+
+    def apply_layer(self, x: str, index: int, layer: Layer) -> str:
+        spec, prefix = self.spec, f"layers.{index}."
+        read = self._normalise(spec.norm, prefix + "attention_norm", x)
+        attended = self._attend(read, index, layer)
+        if spec.has_post_norms:
+            attended = self._normalise(spec.norm, prefix + "attention_post_norm", attended)
+        if spec.residual == "parallel":
+            return self.op("Add", self.op("Add", x, attended), self._apply_mlp(prefix, read))
+        x = self.op("Add", x, attended)
+        changed = self._apply_mlp(prefix, self._normalise(spec.norm, prefix + "mlp_norm", x))
+        if spec.has_post_norms:
+            changed = self._normalise(spec.norm, prefix + "mlp_post_norm", changed)
+        return self.op("Add", x, changed)
+
+    def make_logits(self, x: str) -> str:
+        spec = self.spec
+        x = self.op("Slice", x, FIRST_LOGIT, self.constant(_TO_THE_END), self.constant(1))
+        x = self._normalise(spec.norm, "final_norm", x)
+        role = "token_embedding" if spec.is_tied else "output_head"
+        port = Port(name="logits", dtype="float32", shape=("batch", "tokens", spec.vocabulary))
+        self.outputs.insert(0, port)
+        logits = self._multiply(role, x, spec.vocabulary, spec.hidden_width)
+        if spec.logit_cap is not None:
+            cap = self.scalar(spec.logit_cap)
+            logits = self.op("Mul", self.op("Tanh", self.op("Div", logits, cap)), cap)
+        last = self.nodes.pop()
+        self.nodes.append(
+            Node(op=last.op, inputs=last.inputs, outputs=(port.name,), domain=last.domain,
+                 attributes=last.attributes)
+        )  # fmt: skip
+        return port.name
+
+    def _normalise(self, norm: Norm, role: str, x: str, *, weight: str = "") -> str:
+        """Normalise the last axis; Gemma's weights are stored with the one already added."""
+        bias = (f"{role}_bias",) if norm.has_bias else ()
+        settings: dict[str, Attribute] = {"axis": -1, "epsilon": float(norm.epsilon)}
+        if norm.kind == "layer":
+            return self.op("LayerNormalization", x, weight or role, *bias, **settings)
+        x = self.op("SimplifiedLayerNormalization", x, weight or role, stash_type=1, **settings)
+        return self.op("Add", x, *bias) if bias else x
+
+    def _normalise_heads(self, role: str, x: str, heads: int) -> str:
+        a = self.spec.attention
+        norm, width = a.query_key_norm, a.head_width
+        if norm is None:
+            return x
+        x = self.op("Reshape", x, self.constant(0, 0, heads, width))
+        if a.has_norm_per_head:  # a row of weights for each head, which the operator cannot
+            ones = self.constant(*(1,) * width, dtype="float32")
+            plain = Norm(kind=norm.kind, epsilon=norm.epsilon)
+            x = self.op("Mul", self._normalise(plain, role, x, weight=ones), role)
+            x = self.op("Add", x, f"{role}_bias") if norm.has_bias else x
+        else:
+            x = self._normalise(norm, role, x)
+        return self.op("Reshape", x, self.constant(0, 0, heads * width))
+
+    def _attend(self, x: str, index: int, layer: Layer) -> str:
+        a, prefix, hidden = self.spec.attention, f"layers.{index}.", self.spec.hidden_width
+        query = self._project(prefix + "query", x, a.query_width, hidden, a.has_qkv_bias)
+        key = self._project(prefix + "key", x, a.key_value_width, hidden, a.has_qkv_bias)
+        value = self._project(prefix + "value", x, a.key_value_width, hidden, a.has_qkv_bias)
+        query = self._normalise_heads(prefix + "query_norm", query, a.heads)
+        key = self._normalise_heads(prefix + "key_norm", key, a.key_value_heads)
+        if layer.rope:
+            query = self._rotate(layer.rope, query, a.heads)
+            key = self._rotate(layer.rope, key, a.key_value_heads)
+        mixed = self._mix(query, key, value, index, layer)
+        return self._project(
+            prefix + "attention_output", mixed, hidden, a.query_width, a.has_output_bias
+        )
+
+    def _rotate(self, rope: Rope, x: str, heads: int) -> str:
+        indices, cosine, sine = self.turns[rope]
+        return self.op(
+            "RotaryEmbedding", x, indices, cosine, sine,
+            domain=CONTRIB, num_heads=heads, rotary_embedding_dim=rope.width,
+        )  # fmt: skip
+
+    def _mix(self, query: str, key: str, value: str, index: int, layer: Layer) -> str:
+        a, parts = self.spec.attention, ("key", "value")
+        for part in parts:
+            shape = ("batch", a.key_value_heads, "present_tokens", a.head_width)
+            name = cache_name(index, part, of="present")
+            self.outputs.append(Port(name=name, dtype="float32", shape=shape))
+        return self.op(
+            "GroupQueryAttention", query, key, value,
+            *(cache_name(index, part) for part in parts), self.last_tokens, self.all_tokens,
+            domain=CONTRIB,
+            outputs=(
+                f"mixed_{index}", *(cache_name(index, part, of="present") for part in parts)
+            ),
+            num_heads=a.heads,
+            kv_num_heads=a.key_value_heads,
+            scale=float(a.score_scale),
+            softcap=float(a.score_cap or 0),
+            local_window_size=layer.window_tokens or -1,
+        )  # fmt: skip
+
+    def _apply_mlp(self, prefix: str, x: str) -> str:
+        spec = self.spec
+        wide, narrow, has_bias = spec.mlp_width, spec.hidden_width, spec.has_mlp_bias
+        gate = self._project(prefix + "gate", x, wide, narrow, has_bias)
+        up = self._project(prefix + "up", x, wide, narrow, has_bias)
+        if spec.activation == "silu":
+            gate = self.op("Mul", gate, self.op("Sigmoid", gate))
+        else:
+            gate = self.op("Gelu", gate, approximate="tanh")
+        return self._project(prefix + "down", self.op("Mul", gate, up), narrow, wide, has_bias)
+
+    def _project(self, role: str, x: str, rows: int, columns: int, has_bias: bool) -> str:
+        product = self._multiply(role, x, rows, columns)
+        return self.op("Add", product, f"{role}_bias") if has_bias else product
+
+    def _multiply(self, role: str, x: str, rows: int, columns: int) -> str:
+        stored = self.storages[role]
+        if stored in storage.BLOCKS:
+            blocks = storage.BLOCKS[stored]
+            has_zeros = blocks.implied_zero is None
+            zeros = (role + storage.ZERO_POINTS,) if has_zeros else ()
+            return self.op(
+                "MatMulNBits", x, role, role + storage.SCALES, *zeros,
+                domain=CONTRIB, K=columns, N=rows, bits=blocks.bits,
+                block_size=storage.BLOCK_WEIGHTS, accuracy_level=_INT8_ACTIVATIONS,
+            )  # fmt: skip
+        weight = role if stored == "F32" else self.op("Cast", role, to=_FLOAT32)
+        return self.op("FusedMatMul", x, weight, domain=CONTRIB, transB=1)

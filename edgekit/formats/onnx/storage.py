@@ -1,0 +1,217 @@
+"""How weights are stored: the block formats of ``MatMulNBits``, and which weight gets which.
+
+A quantised matrix is two or three tensors: codes, one scale for each 32 weights of a row, and, where
+the codes are not symmetric, one zero point beside each scale. Weight = scale * (code - zero point).
+Source: docs/ContribOperators.md of ONNX Runtime 1.32, ``MatMulNBits``.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from edgekit.decoder import Shape
+from edgekit.errors import UsageError
+from edgekit.formats.onnx.model import Dtype, External
+from edgekit.recipe import Recipe, Rule, Storage
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Rows: TypeAlias = npt.NDArray[np.float32]
+    Codes: TypeAlias = npt.NDArray[np.uint8]
+
+
+BLOCK_WEIGHTS = 32
+SCALES, ZERO_POINTS = ".scales", ".zero_points"
+
+STORAGES: Mapping[str, Storage] = {
+    storage.name: storage
+    for storage in (
+        Storage(name="F32", block_weights=1, block_bytes=4),
+        Storage(name="F16", block_weights=1, block_bytes=2),
+        Storage(name="INT8", block_weights=32, block_bytes=32 + 4),
+        # Two blocks, since a byte holds the zero points of both.
+        Storage(name="UINT4", block_weights=64, block_bytes=2 * (16 + 4) + 1),
+        Storage(name="INT4", block_weights=32, block_bytes=16 + 4),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """How the codes of a quantised storage are read."""
+
+    bits: int
+    implied_zero: int | None  # the zero point of all blocks; None: each has its own
+
+
+BLOCKS: Mapping[str, Blocks] = {
+    "INT8": Blocks(bits=8, implied_zero=128),
+    "UINT4": Blocks(bits=4, implied_zero=None),
+    "INT4": Blocks(bits=4, implied_zero=8),
+}
+
+# Norms and biases are small, and the runtime adds and multiplies them in float32.
+_EXACT = Rule(pattern=".*(norm|bias)", storage="F32")
+# Where rounding hurts most, and what has as many rows as words: 4 bits there cost as much as in
+# all layers together.
+_WORDS = Rule(pattern="token_embedding|output_head", storage="INT8")
+
+# What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.
+_LIMITS = {
+    "F32": (1e-9, 1.0), "F16": (1e-4, 0.99), "INT8": (0.02, 0.93), "UINT4": (0.5, 0.6),
+    "INT4": (0.6, 0.58), "UINT4_ALL": (0.8, 0.5),
+}  # fmt: skip
+
+
+def _recipe(name: str, default: str, *rules: Rule) -> Recipe:
+    mean_kl, same_top = _LIMITS[name]
+    return Recipe(
+        name=name,
+        default=default,
+        rules=rules,
+        max_mean_kl_nats=mean_kl,
+        min_same_top_token=same_top,
+    )
+
+
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _recipe("F32", "F32"),
+        _recipe("F16", "F16", _EXACT),
+        _recipe("INT8", "INT8", _EXACT),
+        _recipe("UINT4", "UINT4", _EXACT, _WORDS),
+        _recipe("INT4", "INT4", _EXACT, _WORDS),
+        _recipe("UINT4_ALL", "UINT4", _EXACT),
+    )
+}
+
+_SUBSTITUTES = {"UINT4": "INT4"}  # where rows fill an odd number of blocks
+
+
+def stored_as(wanted: str, columns: int) -> str:
+    """Return the storage that rows of ``columns`` weights really get.
+
+    >>> stored_as("UINT4", 576), stored_as("UINT4", 96), stored_as("INT8", 100)
+    ('UINT4', 'INT4', 'F16')
+    """
+    for storage in (wanted, _SUBSTITUTES.get(wanted, wanted)):
+        if columns % STORAGES[storage].block_weights == 0:
+            return storage
+    return "F16"
+
+
+def tensors(role: str, shape: Shape, storage: str) -> Iterator[External]:
+    """Yield the tensors that hold a weight; the first has its name."""
+    dtypes: dict[str, Dtype] = {"F32": "float32", "F16": "float16"}
+    if storage in dtypes:
+        yield External(name=role, dtype=dtypes[storage], shape=shape)
+        return
+    rows, columns = shape
+    blocks, bits = columns // BLOCK_WEIGHTS, BLOCKS[storage].bits
+    yield External(name=role, dtype="uint8", shape=(rows, blocks, BLOCK_WEIGHTS * bits // 8))
+    yield External(name=role + SCALES, dtype="float32", shape=(rows, blocks))
+    if BLOCKS[storage].implied_zero is None:
+        yield External(name=role + ZERO_POINTS, dtype="uint8", shape=(rows, blocks // 2))
+
+
+def storage_of(found: Mapping[str, External], role: str) -> tuple[Shape, str]:
+    """Return the shape of a weight and its storage, from the tensors of a file."""
+    tensor = found[role]
+    if tensor.dtype != "uint8":
+        return tensor.shape, {"float32": "F32", "float16": "F16"}.get(tensor.dtype, tensor.dtype)
+    rows, blocks, block_bytes = tensor.shape
+    has_zeros = role + ZERO_POINTS in found
+    name = {(32, False): "INT8", (16, False): "INT4", (16, True): "UINT4"}[block_bytes, has_zeros]
+    return (rows, blocks * BLOCK_WEIGHTS), name
+
+
+def encode(values: "Rows", storage: str) -> "list[npt.NDArray[np.generic]]":
+    """Encode some rows of a weight, each block by itself, rounded to nearest.
+
+    Args:
+        values: float32; the last axis holds the columns.
+        storage: One of `STORAGES`, whose blocks the columns fill.
+
+    Returns:
+        The arrays of `tensors`, as many rows each.
+
+    Raises:
+        UsageError: If a value is beyond what the storage can hold.
+    """
+    match storage:
+        case "F32":
+            return [values.astype("<f4", copy=False)]
+        case "F16":
+            return [_to_f16(values)]
+        case _:
+            blocks = values.reshape(values.shape[0], -1, BLOCK_WEIGHTS)
+            return _ENCODERS[storage](blocks)
+
+
+_MAX_F16 = 65520  # from here on float16 rounds to infinity
+
+
+def _to_f16(values: "Rows") -> "npt.NDArray[np.float16]":
+    import numpy as np
+
+    if largest := float(np.abs(values).max(initial=0)) >= _MAX_F16:
+        raise UsageError(f"a weight is {largest:g}, too large for F16", hint="take F32 or INT8")
+    return values.astype("<f2")
+
+
+def _to_int8(blocks: "Rows") -> "list[npt.NDArray[np.generic]]":
+    import numpy as np
+
+    scales = np.abs(blocks).max(axis=-1) / np.float32(127)
+    return [_rounded(blocks, scales, zero=128, top=255), scales]
+
+
+def _to_int4(blocks: "Rows") -> "list[npt.NDArray[np.generic]]":
+    """Give the weight of largest magnitude the code 0, that is -8: there is no +8."""
+    import numpy as np
+
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)[..., 0]
+    scales = extreme / np.float32(-8)
+    return [_packed(_rounded(blocks, scales, zero=8, top=15)), scales]
+
+
+def _to_uint4(blocks: "Rows") -> "list[npt.NDArray[np.generic]]":
+    import numpy as np
+
+    low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
+    scales = (high - low) / np.float32(15)
+    zeros = np.rint(-low * _inverse(scales))
+    codes = _rounded(blocks, scales, zero=zeros[..., None], top=15)
+    return [_packed(codes), scales, _packed(zeros.astype(np.uint8))]
+
+
+_ENCODERS: "Mapping[str, Callable[[Rows], list[npt.NDArray[np.generic]]]]" = {
+    "INT8": _to_int8,
+    "INT4": _to_int4,
+    "UINT4": _to_uint4,
+}
+
+
+def _rounded(blocks: "Rows", scales: "Rows", *, zero: "Rows | int", top: int) -> "Codes":
+    import numpy as np
+
+    codes = blocks * _inverse(scales)[..., None]
+    np.rint(codes, out=codes)
+    codes += zero
+    return np.clip(codes, 0, top, out=codes).astype(np.uint8)
+
+
+def _inverse(scales: "Rows") -> "Rows":
+    """Return one divided by each scale, and 0 for blocks of zeros."""
+    import numpy as np
+
+    return np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+
+
+def _packed(codes: "Codes") -> "Codes":
+    """Put two codes into a byte, the first into its lower half."""
+    return codes[..., 0::2] | codes[..., 1::2] << 4
