@@ -580,6 +580,7 @@ def _record_of(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> AdapterRec
         name=f"{earlier.name} + {fit.name}" if earlier else fit.name,
         sha256=digest.hexdigest(),
         notes=(*(earlier.notes if earlier else ()), *_notes(fit, spec, text)),
+        earlier=earlier,
     )
 
 

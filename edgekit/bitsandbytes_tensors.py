@@ -50,6 +50,7 @@ _BLOCK_ITEMS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+_CHUNK_ITEMS = 2**20  # decoded at once: looking codes up takes several times their size
 _MAX_STATE_BYTES = 4096  # a real one has less than 200
 
 
@@ -142,27 +143,38 @@ class FourBitTensor:
         import numpy as np
 
         rows = self.shape[0] - first_row if rows is None else rows
-        width, block_items = math.prod(self.shape[1:]), self.state.block_items
-        first, last = first_row * width, (first_row + rows) * width
-        first_block, end_block = first // block_items, -(-last // block_items)
-        values = np.zeros((end_block - first_block, block_items), dtype=np.float32)
-        start = first - first_block * block_items
-        inside = slice(start, start + last - first)
-        codes = np.array(_CODES[self.state.quant_type], dtype=np.float32)
-        values.reshape(-1)[inside] = codes[self._nibbles(first, last)]
-        values *= self._scales(first_block, end_block)[:, None]
-        return _rounded(values.reshape(-1)[inside], self.dtype).reshape(rows, *self.shape[1:])
+        width = self.shape[1]
+        values = np.empty((rows, width), dtype=np.float32)
+        step = max(1, _CHUNK_ITEMS // width)
+        for row in range(0, rows, step):
+            part = values[row : row + step]
+            first = (first_row + row) * width
+            part[:] = self._items(first, first + part.size).reshape(part.shape)
+        return values
 
-    def _nibbles(self, first: int, last: int) -> "Bytes":
-        """Return the codes from ``first`` up to ``last``; the upper half of a byte comes first."""
+    def _items(self, first: int, end: int) -> "Values":
+        """Return the values from ``first`` up to ``end``, counted through the whole matrix."""
         import numpy as np
 
-        first_byte, end_byte = first // 2, -(-last // 2)
+        block_items = self.state.block_items
+        first_block, end_block = first // block_items, -(-end // block_items)
+        values = np.zeros((end_block - first_block, block_items), dtype=np.float32)
+        start = first - first_block * block_items
+        inside = values.reshape(-1)[start : start + end - first]
+        inside[:] = self._codes(first, end)
+        values *= self._scales(first_block, end_block)[:, None]
+        return _rounded(inside, self.dtype)
+
+    def _codes(self, first: int, end: int) -> "Values":
+        """Return what the codes mean; the upper half of a byte comes first."""
+        import numpy as np
+
+        codes = np.array(_CODES[self.state.quant_type], dtype=np.float32)
+        byte = np.arange(256)
+        pairs = np.stack((codes[byte >> 4], codes[byte & 15]), axis=1)
+        first_byte, end_byte = first // 2, -(-end // 2)
         packed = self.packed.read_bytes(first_byte, end_byte - first_byte)
-        nibbles = np.empty(2 * packed.size, dtype=np.uint8)
-        nibbles[0::2] = packed >> 4
-        nibbles[1::2] = packed & 15
-        return nibbles[first - 2 * first_byte : last - 2 * first_byte]
+        return pairs[packed].reshape(-1)[first - 2 * first_byte : end - 2 * first_byte]
 
     def _scales(self, first: int, end: int) -> "Values":
         import numpy as np

@@ -39,6 +39,7 @@ class Artifact:
     files: dict[str, FileRecord]
     substitutions: tuple[str, ...] = ()  # weights stored otherwise than the recipe asked, and why
     split_bytes: int | None = None  # the most that one of its files may take, where that was asked
+    calibration: str | None = None  # SHA-256 of the text that led the fit of its weights, if any
 
     @property
     def size_bytes(self) -> int:
@@ -55,6 +56,7 @@ class Artifact:
         recipe: str,
         substitutions: tuple[str, ...] = (),
         split_bytes: int | None = None,
+        calibration: str | None = None,
     ) -> Self:
         """Describe what lies in ``directory``: every file but the manifest."""
         return cls(
@@ -64,6 +66,7 @@ class Artifact:
             files=_records(directory),
             substitutions=substitutions,
             split_bytes=split_bytes,
+            calibration=calibration,
         )
 
 

@@ -12,11 +12,12 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit import reference, source
-from edgekit.checkpoint import Checkpoint
+from edgekit.checkpoint import Calibration, Checkpoint
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.progress import Listener, Silent
 from edgekit.recipe import split_role
@@ -45,6 +46,20 @@ _SHARING = {
     "gate": ("gate", "up"),
     "down": ("down",),
 }
+
+
+def announce(checkpoint: Checkpoint, *, own_text: str | None = None) -> Checkpoint:
+    """Return the checkpoint, to be calibrated on a known text: all that a plan needs."""
+    return replace(checkpoint, calibration=Calibration(text_sha256=text_sha256(own_text)))
+
+
+def measure(
+    checkpoint: Checkpoint, *, own_text: str | None = None, listener: Listener | None = None
+) -> Checkpoint:
+    """Return the checkpoint with the importance of its columns; arguments are `importance`'s."""
+    found = importance(checkpoint, own_text=own_text, listener=listener)
+    calibration = Calibration(text_sha256=text_sha256(own_text), importance=found)
+    return replace(checkpoint, calibration=calibration)
 
 
 def require() -> None:

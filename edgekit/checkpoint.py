@@ -10,7 +10,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -131,6 +131,16 @@ class AdapterRecord:
     name: str
     sha256: str
     notes: tuple[str, ...] = ()  # what a user should know about the merge, one sentence each
+    earlier: "AdapterRecord | None" = None  # the one that was merged before it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What leads the fit of quantised weights: how large their inputs are, on some text."""
+
+    text_sha256: str
+    # The mean of squares, by role, of shape (columns,); empty until it is measured.
+    importance: Mapping[str, "npt.NDArray[np.float32]"] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +154,7 @@ class Checkpoint:
     text: TokenizerFiles
     licence: str | None = None
     adapter: AdapterRecord | None = None
+    calibration: Calibration | None = None  # None: an error counts the same in every column
     quantisation: str | None = None  # of the files, where reading de-quantises: nf4, fp4
 
     @classmethod
@@ -308,9 +319,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         UsageError: If the file is no JSON, or holds no object.
     """
     try:
-        fields = json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition
-        )
+        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):

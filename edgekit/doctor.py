@@ -73,7 +73,11 @@ def _packages() -> Iterator[Finding]:
 def extras() -> dict[str, list[str]]:
     """Return the packages of each extra, from edgekit's own metadata."""
     found: dict[str, list[str]] = {}
-    for requirement in importlib.metadata.requires("edgekit") or []:
+    try:
+        requirements = importlib.metadata.requires("edgekit") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a tree that is not installed
+        requirements = []
+    for requirement in requirements:
         specification, _, marker = requirement.partition(";")
         name = re.findall(r"[A-Za-z0-9._-]+", specification)[0]
         if "extra ==" in marker and name != "edgekit":

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from edgekit import formats, oracle, qlora, source, target, workdir
 from edgekit.bundle import MANIFEST, Artifact, Bundle, ModelRecord
+from edgekit.calibrate import announce, measure, read_own_text, require
 from edgekit.checkpoint import Checkpoint
+from edgekit.errors import UsageError
 from edgekit.plan import Plan, substitutions
 from edgekit.plan import make as make_plan
 from edgekit.progress import Listener, Silent
@@ -28,6 +30,8 @@ class Request:
     context_tokens: int | None = None
     split_bytes: int | None = None
     trained_on: Path | None = None
+    calibration: Path | None = None
+    is_calibrated: bool = True
     out: Path | None = None
     replaces: bool = False
     is_verified: bool = True
@@ -43,6 +47,8 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
     context_tokens: int | None = None,
     split_bytes: int | None = None,
     trained_on: Path | None = None,
+    calibration: Path | None = None,
+    calibrate: bool = True,
     out: Path | None = None,
     replace: bool = False,
     verify: bool = True,
@@ -60,6 +66,9 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         split_bytes: The most that one file of the artifact may take; None makes one file.
         trained_on: The four-bit base the adapters were trained on (QLoRA), to compare with. None
             takes the one an adapter names, if it is a directory here.
+        calibration: A text like those the model will be used on, to join edgekit's own.
+        calibrate: False lets an error count the same in every column of a weight, where otherwise
+            one pass of a text through the model finds how large the inputs of each are.
         out: The bundle directory to create; None names it after model, target and recipe.
         replace: Whether ``out`` may be a bundle already, which is then replaced at the very end.
         verify: False skips the proof; such a bundle never passes `validate`.
@@ -80,6 +89,8 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         context_tokens=context_tokens,
         split_bytes=split_bytes,
         trained_on=trained_on,
+        calibration=calibration,
+        is_calibrated=calibrate,
         out=out,
         replaces=replace,
         is_verified=verify,
@@ -92,11 +103,14 @@ def make(request: Request, *, listener: Listener) -> Bundle:
     replaces = MANIFEST if request.replaces else None
     if request.out:
         workdir.refuse_existing(request.out, replaces=replaces)
+    own_text = _own_text(request)
     if request.is_verified:
         oracle.require()
     checkpoint = source.open_checkpoint(request.model, adapters=request.adapters, listener=listener)
     if request.is_verified:
         oracle.require_for(checkpoint)
+    if request.is_calibrated:
+        checkpoint = announce(checkpoint, own_text=own_text)
     chosen = make_plan(
         checkpoint,
         request.target,
@@ -108,13 +122,34 @@ def make(request: Request, *, listener: Listener) -> Bundle:
     checkpoint = qlora.with_score(
         checkpoint, request.adapters, trained_on=request.trained_on, listener=listener
     )
+    _refuse_unused(own_text, chosen)
     for line in describe(checkpoint, chosen, request.target):
         listener.say(line)
+    if chosen.layout.calibration:
+        checkpoint = measure(checkpoint, own_text=own_text, listener=listener)
     out = request.out or default_out(checkpoint, chosen, request.target)
     with workdir.new_directory(out, replaces=replaces) as work:
         bundle = _fill(work, checkpoint, chosen, request, listener)
         bundle.save()
     return Bundle.load(out, check_hashes=False)
+
+
+def _own_text(request: Request) -> str | None:
+    if request.calibration is None:
+        return None
+    if not request.is_calibrated:
+        raise UsageError("there is a text to calibrate on, and the wish not to calibrate")
+    return read_own_text(request.calibration)
+
+
+def _refuse_unused(own_text: str | None, chosen: Plan) -> None:
+    if chosen.layout.calibration:
+        require()
+    elif own_text is not None:
+        raise UsageError(
+            f"no weight in {chosen.recipe.name} can be led by a calibration",
+            hint="leave out the text, or choose a coarser --quant",
+        )
 
 
 def _fill(
@@ -201,6 +236,7 @@ def _artifact(work: Path, entry: str, chosen: Plan) -> Artifact:
         recipe=chosen.recipe.name,
         substitutions=tuple(substitutions(chosen.layout)),
         split_bytes=chosen.split_bytes,
+        calibration=chosen.layout.calibration,
     )
 
 

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.checkpoint import Checkpoint
+from edgekit import reference
+from edgekit.checkpoint import AdapterRecord, Checkpoint
 from edgekit.errors import MissingDependencyError, UsageError
+from edgekit.progress import Listener, Silent
 
 
 if TYPE_CHECKING:
@@ -54,9 +56,41 @@ def require_for(checkpoint: Checkpoint) -> None:
 
 
 def logits(
+    checkpoint: Checkpoint,
+    chunks: Sequence[Sequence[int]],
+    *,
+    listener: Listener | None = None,
+) -> Iterator["npt.NDArray[np.float32]"]:
+    """Return the logits after each token of each chunk: float32, shape ``(tokens, vocabulary)``.
+
+    Where transformers cannot hold the model, `reference` computes it layer by layer: an interpreter
+    of its own, which the tests prove against transformers on every family. All layers are done
+    when this returns, so that what is loaded next does not lie beside them in memory.
+    """
+    if holds(checkpoint):
+        return _transformers_logits(checkpoint, chunks)
+    total = len(checkpoint.spec.layers) * sum(map(len, chunks))
+    with (listener or Silent()).track("read the checkpoint layer by layer", total) as advance:
+        states = reference.hidden_states(checkpoint, chunks, advance=advance)
+    return (reference.apply_head(checkpoint, x).numpy() for x in states)
+
+
+def holds(checkpoint: Checkpoint) -> bool:
+    """Tell whether transformers can hold a model in float32 in half of the memory that is free."""
+    return 4 * checkpoint.parameters <= _free_memory_bytes() // 2
+
+
+def _free_memory_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux: take what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def _transformers_logits(
     checkpoint: Checkpoint, chunks: Sequence[Sequence[int]]
 ) -> Iterator["npt.NDArray[np.float32]"]:
-    """Yield the logits after each token of each chunk: float32, shape ``(tokens, vocabulary)``."""
     import torch
 
     model = _model(checkpoint)
@@ -77,24 +111,26 @@ def _model(checkpoint: Checkpoint) -> Any:
     if checkpoint.quantisation:  # its own layers compute in the type of training, often bfloat16
         model = model.dequantize().to(torch.float32)
     if checkpoint.adapter:
-        model = _with_adapter(model, checkpoint)
+        model = _with_adapter(model, checkpoint.adapter, vocabulary=checkpoint.spec.vocabulary)
     return model.eval()
 
 
-def _with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
+def _with_adapter(model: Any, adapter: AdapterRecord, *, vocabulary: int) -> Any:
+    """Put an adapter beside a model; those that came before it are part of what it saw."""
     try:
         import peft
     except ImportError as error:
         raise MissingDependencyError(
             f"proving an adapter needs peft ({error})", hint="pip install 'edgekit[gguf]'"
         ) from error
-    assert checkpoint.adapter is not None  # noqa: S101 - the caller asked
-    if model.get_input_embeddings().weight.shape[0] != checkpoint.spec.vocabulary:
-        model.resize_token_embeddings(checkpoint.spec.vocabulary, mean_resizing=False)
+    if adapter.earlier:
+        model = _with_adapter(model, adapter.earlier, vocabulary=vocabulary).merge_and_unload()
+    if model.get_input_embeddings().weight.shape[0] != vocabulary:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
     with warnings.catch_warnings():
         # peft 0.19 asks models for a name that transformers 5 deprecates.
         warnings.simplefilter("ignore", FutureWarning)
-        return peft.PeftModel.from_pretrained(model, checkpoint.adapter.directory)
+        return peft.PeftModel.from_pretrained(model, adapter.directory)
 
 
 def tokenizer(checkpoint: Checkpoint) -> Any:
@@ -135,8 +171,3 @@ def _transformers() -> Any:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
-
-
-def weight_bytes(directory: Path) -> int:
-    """Return what the weight files of a model directory take."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit import formats, source
+from edgekit.calibrate import announce
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import ContextLimit, Layout, MemoryUse
@@ -88,6 +89,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     quant: str | None = None,
     context_tokens: int | None = None,
     split_bytes: int | None = None,
+    calibrate: bool = True,
 ) -> Plan:
     """Return what `edgekit export` would make of a model; nothing is changed.
 
@@ -95,6 +97,8 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     """
     found = target_name if isinstance(target_name, Target) else load_target(target_name)
     checkpoint = source.open_checkpoint(model, adapters=adapters)
+    if calibrate:
+        checkpoint = announce(checkpoint)
     return make(
         checkpoint, found, format=format, quant=quant, context_tokens=context_tokens,
         split_bytes=split_bytes,

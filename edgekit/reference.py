@@ -36,7 +36,7 @@ def logits(
         UsageError: If a text is empty, longer than the context, or has an unknown token id.
     """
     for states in hidden_states(checkpoint, texts):
-        yield _apply_head(checkpoint, states).numpy()
+        yield apply_head(checkpoint, states).numpy()
 
 
 def hidden_states(
@@ -118,7 +118,8 @@ def _embed(checkpoint: Checkpoint, ids: Sequence[int]) -> "torch.Tensor":
     return found * checkpoint.spec.embedding_scale
 
 
-def _apply_head(checkpoint: Checkpoint, states: "torch.Tensor") -> "torch.Tensor":
+def apply_head(checkpoint: Checkpoint, states: "torch.Tensor") -> "torch.Tensor":
+    """Return the logits of hidden states, with some rows of the head in memory at a time."""
     import torch
 
     spec = checkpoint.spec

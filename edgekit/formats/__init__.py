@@ -44,6 +44,7 @@ class Layout:
     artifact_bytes: int
     is_exact: bool  # whether the file has this size to the byte
     notes: tuple[str, ...] = ()  # what a user should know about the files
+    calibration: str | None = None  # SHA-256 of the text that leads the fit, if any is led
 
     @property
     def substituted(self) -> tuple[Placement, ...]:

@@ -34,9 +34,10 @@ CASES = [*((name, width) for name in FAMILIES for width in ("256", "96")), ("lla
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def checkpoint(request, tmp_path_factory):
     name, width = request.param
-    sizes = SIZES[width] | {"num_hidden_layers": 9, "num_key_value_heads": 2}
+    sizes = SIZES[width] | {"num_hidden_layers": 5, "num_key_value_heads": 2}
     if name == "gemma3":
-        sizes |= {"head_dim": sizes["hidden_size"] // 4}
+        width = sizes["hidden_size"] // sizes["num_attention_heads"]
+        sizes |= {"head_dim": width, "query_pre_attn_scalar": width}
     path = write_tiny_checkpoint(tmp_path_factory.mktemp("native") / "model", name, **sizes)
     return Checkpoint.open(path)
 

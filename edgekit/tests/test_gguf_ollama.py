@@ -65,7 +65,9 @@ def test_what_is_quoted_reads_back(text):
     assert value_of(f"{quoted}\nPARAMETER x 1\n") == (text, "\nPARAMETER x 1\n")
 
 
-@pytest.mark.parametrize("text", ['"""\nx', 'a\nb"""\nc', "zero\0", "\x1b[0m", "a\u200bb", "\u00a0"])
+@pytest.mark.parametrize(
+    "text", ['"""\nx', 'a\nb"""\nc', "zero\0", "\x1b[0m", "a\u200bb", "\u00a0"]
+)
 def test_what_a_modelfile_cannot_hold_is_not_quoted(text):
     assert quote(text) is None
 

@@ -16,6 +16,7 @@ from edgekit.formats import Layout, Placement, Progress
 from edgekit.formats.gguf import (
     architectures,
     hyperparameters,
+    importance,
     pretokenizers,
     provenance,
     split,
@@ -152,6 +153,7 @@ def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None
         notes=(f"{len(files)} files; Ollama takes one only, so there is no Modelfile",)
         if len(files) > 1
         else (),
+        calibration=importance.text_sha256(checkpoint.calibration, found),
     )
 
 
@@ -191,6 +193,7 @@ def metadata(checkpoint: "Checkpoint", recipe: Recipe, *, pre: str) -> dict[str,
         "general.quantization_version": ("uint32", storage.QUANTIZATION_VERSION),
     }
     keys |= provenance.write(checkpoint)
+    keys |= importance.keys(checkpoint.calibration, parts(checkpoint, recipe))
     keys |= hyperparameters.write(checkpoint.spec, architecture)
     keys |= _vocabulary(checkpoint.text, checkpoint.spec.vocabulary, pre)
     return keys
@@ -236,7 +239,9 @@ def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
             for part in found
             for block in _blocks(checkpoint, part, architecture)
         )
-        for name, encoded in storage.quantise_each(counted(blocks, progress)):
+        weights = importance.weights(checkpoint.calibration, found)
+        encoding = storage.quantise_each(counted(blocks, progress), importance=weights)
+        for name, encoded in encoding:
             writer.write(name, encoded)
     return files[0].name
 
@@ -262,15 +267,10 @@ def _blocks(checkpoint: "Checkpoint", part: Part, architecture: Architecture) ->
         if len(part.entry.shape) == 1:
             yield change(checkpoint.weight(role))
             continue
-        rows = dict(_row_counts(checkpoint.spec))[role]
+        rows = part.entry.shape[0] // len(part.roles)
         step = _step(role, part.entry.shape[1], checkpoint.spec)
         for first in range(0, rows, step):
             yield change(checkpoint.weight(role, first, min(step, rows - first)))
-
-
-def _row_counts(spec: DecoderSpec) -> Iterator[tuple[str, int]]:
-    for role, shape in spec.weights():
-        yield role, shape[0]
 
 
 def _step(role: str, columns: int, spec: DecoderSpec) -> int:

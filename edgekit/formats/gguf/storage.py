@@ -37,6 +37,9 @@ STORAGES: Mapping[str, Storage] = {
     )
 }  # fmt: skip
 
+# The fit of these can be led by how much an error counts, column by column.
+WEIGHTED = STORAGES.keys() - {"F32", "F16", "BF16", "Q8_0"}
+
 QUANTIZATION_VERSION = 2  # general.quantization_version: GGML_QNT_VERSION in ggml.h
 FILE_TYPES: Mapping[str, int] = {  # general.file_type: enum llama_ftype in llama.h
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_S": 14,

@@ -25,6 +25,11 @@ _INT8_ACTIVATIONS = 4  # accuracy_level: the fast kernels of CPUs; activations r
 _FLOAT32, _INT32, _INT64 = 1, 6, 7  # TensorProto.DataType
 
 
+def cache_width(spec: DecoderSpec) -> int:
+    """Return how wide a head is in the cache: the operator takes multiples of 8 only."""
+    return -(-spec.attention.head_width // 8) * 8
+
+
 def cache_name(layer: int, part: str, *, of: str = "past_key_values") -> str:
     """Return the name of the keys or values of a layer, as Optimum and its clients know them."""
     return f"{of}.{layer}.{part}"
@@ -120,10 +125,8 @@ class _Builder:
         a = self.spec.attention
         for index in range(len(self.spec.layers)):
             for part in ("key", "value"):
-                shape = ("batch", a.key_value_heads, "past_tokens", a.head_width)
-                self.inputs.append(
-                    Port(name=cache_name(index, part), dtype="float32", shape=shape)
-                )
+                shape = ("batch", a.key_value_heads, "past_tokens", cache_width(self.spec))
+                self.inputs.append(Port(name=cache_name(index, part), dtype="float32", shape=shape))
         self._optional_input(FIRST_LOGIT)
         if any(border_tokens(rope) for rope in ropes(self.spec)):
             self._optional_input(TEXT_TOKENS)
@@ -273,11 +276,13 @@ class _Builder:
 
     def _mix(self, query: str, key: str, value: str, index: int, layer: Layer) -> str:
         a, parts = self.spec.attention, ("key", "value")
+        query = self._widen(query, a.heads)
+        key, value = (self._widen(x, a.key_value_heads) for x in (key, value))
         for part in parts:
-            shape = ("batch", a.key_value_heads, "present_tokens", a.head_width)
+            shape = ("batch", a.key_value_heads, "present_tokens", cache_width(self.spec))
             name = cache_name(index, part, of="present")
             self.outputs.append(Port(name=name, dtype="float32", shape=shape))
-        return self.op(
+        mixed = self.op(
             "GroupQueryAttention", query, key, value,
             *(cache_name(index, part) for part in parts), self.last_tokens, self.all_tokens,
             domain=CONTRIB,
@@ -290,6 +295,25 @@ class _Builder:
             softcap=float(a.score_cap or 0),
             local_window_size=layer.window_tokens or -1,
         )  # fmt: skip
+        return self._narrow(mixed)
+
+    def _widen(self, x: str, heads: int) -> str:
+        """Put zeros behind every head, which change no score and no sum."""
+        width, wide = self.spec.attention.head_width, cache_width(self.spec)
+        if width == wide:
+            return x
+        x = self.op("Reshape", x, self.constant(0, 0, heads, width))
+        ends = self.constant(0, 0, 0, 0, 0, 0, 0, wide - width)
+        return self.op("Reshape", self.op("Pad", x, ends), self.constant(0, 0, heads * wide))
+
+    def _narrow(self, x: str) -> str:
+        """Undo `_widen` for what was mixed."""
+        a, wide = self.spec.attention, cache_width(self.spec)
+        if a.head_width == wide:
+            return x
+        x = self.op("Reshape", x, self.constant(0, 0, a.heads, wide))
+        ends = (self.constant(0), self.constant(a.head_width), self.constant(-1))
+        return self.op("Reshape", self.op("Slice", x, *ends), self.constant(0, 0, a.query_width))
 
     def _apply_mlp(self, prefix: str, x: str) -> str:
         spec = self.spec

@@ -210,7 +210,9 @@ def _refuse_misplaced(path: Path, tensor: External) -> None:
     """Check that a tensor lies inside a regular file of this directory."""
     beside = path.parent / tensor.file
     if not tensor.file or tensor.file in {".", ".."} or Path(tensor.file).name != tensor.file:
-        raise BundleError(f"{path}: {tensor.name} is in {tensor.file!r}, which is no file beside it")
+        raise BundleError(
+            f"{path}: {tensor.name} is in {tensor.file!r}, which is no file beside it"
+        )
     if beside.is_symlink():
         raise BundleError(f"{beside} is a link; weights are read from regular files only")
     if not beside.is_file():
@@ -263,5 +265,3 @@ def file_sizes(tensors: Sequence[External]) -> dict[str, int]:
         end = tensor.offset + tensor.size_bytes
         sizes[tensor.file] = max(sizes.get(tensor.file, 0), end)
     return sizes
-
-

@@ -158,7 +158,8 @@ _MAX_F16 = 65520  # from here on float16 rounds to infinity
 def _to_f16(values: "Rows") -> "npt.NDArray[np.float16]":
     import numpy as np
 
-    if largest := float(np.abs(values).max(initial=0)) >= _MAX_F16:
+    largest = float(np.abs(values).max(initial=0))
+    if largest >= _MAX_F16:
         raise UsageError(f"a weight is {largest:g}, too large for F16", hint="take F32 or INT8")
     return values.astype("<f2")
 

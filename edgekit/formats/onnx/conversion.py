@@ -1,0 +1,235 @@
+"""From a checkpoint to ONNX: what the files will hold, how large they get, and the writing of them.
+
+The graph and the place of every weight are made from headers alone, so a plan knows the files to
+the byte; converting writes the same and holds one block of rows at a time.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from edgekit.decoder import DecoderSpec, Rope
+from edgekit.errors import UsageError
+from edgekit.formats import Layout, Placement, Progress
+from edgekit.formats.onnx import graph, model, storage
+from edgekit.formats.onnx.model import External
+from edgekit.recipe import Recipe, split_role
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from edgekit.checkpoint import Checkpoint
+
+    Rows = npt.NDArray[np.float32]
+
+
+ENTRY = "model.onnx"
+DATA = "model.onnx_data"  # the name that transformers.js asks for
+BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
+MIN_SPLIT_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """One weight of the checkpoint, and the tensors that hold it."""
+
+    role: str
+    wanted: str  # the storage the recipe asked for
+    stored: str
+    tensors: tuple[External, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """An artifact before its weights are written."""
+
+    weights: tuple[Weight, ...]
+    frequencies: tuple[External, ...]
+    model: bytes  # the model file
+
+    @property
+    def tensors(self) -> list[External]:
+        """Everything in the data files."""
+        return [*self.frequencies, *(tensor for w in self.weights for tensor in w.tensors)]
+
+
+def plan(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None = None) -> Planned:
+    """Return the files of an artifact, down to the place of every weight."""
+    spec = checkpoint.spec
+    refuse(spec)
+    weights = tuple(_weights(spec, recipe))
+    frequencies = tuple(_frequency_tensors(spec))
+    loose = [*frequencies, *(tensor for weight in weights for tensor in weight.tensors)]
+    _refuse_split(loose, split_bytes)
+    placed = {
+        tensor.name: tensor for tensor in model.place(loose, stem=DATA, split_bytes=split_bytes)
+    }
+    storages = {weight.role: weight.stored for weight in weights}
+    made = graph.build(spec, storages, metadata={"edgekit.recipe": recipe.name})
+    return Planned(
+        weights=tuple(_with_places(weight, placed) for weight in weights),
+        frequencies=tuple(placed[tensor.name] for tensor in frequencies),
+        model=model.encode(made, list(placed.values())),
+    )
+
+
+def _with_places(weight: Weight, placed: Mapping[str, External]) -> Weight:
+    return Weight(
+        role=weight.role,
+        wanted=weight.wanted,
+        stored=weight.stored,
+        tensors=tuple(placed[tensor.name] for tensor in weight.tensors),
+    )
+
+
+def refuse(spec: DecoderSpec) -> None:
+    """Check that ONNX Runtime's operators compute a decoder.
+
+    Raises:
+        UsageError: If they do not; the message says what they lack.
+    """
+    borders = {graph.border_tokens(rope) for rope in graph.ropes(spec)} - {None}
+    if len(borders) > 1:
+        raise UsageError(f"longrope with several original contexts: {sorted(map(str, borders))}")
+
+
+def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[Weight]:
+    for role, shape in spec.weights():
+        wanted = recipe.storage_for(role, spec)
+        stored = storage.stored_as(wanted, shape[-1])
+        yield Weight(
+            role=role,
+            wanted=wanted,
+            stored=stored,
+            tensors=tuple(storage.tensors(role, shape, stored)),
+        )
+
+
+def _frequency_tensors(spec: DecoderSpec) -> Iterator[External]:
+    for number, rope in enumerate(graph.ropes(spec)):
+        for is_long in (False, True) if graph.border_tokens(rope) else (False,):
+            name = graph.frequencies_name(number, is_long=is_long)
+            yield External(name=name, dtype="float32", shape=(rope.width // 2,))
+
+
+def frequencies(rope: Rope, text_tokens: int) -> "npt.NDArray[np.float32]":
+    """Return the angle of one token's step, for each pair of channels, in float32 throughout.
+
+    transformers computes them so, and an angle after 100,000 steps shows how they were rounded.
+    """
+    import numpy as np
+
+    exponents = np.arange(0, rope.width, 2, dtype=np.float32) / np.float32(rope.width)
+    divisors = np.array(rope.divisors(text_tokens), np.float32)
+    return np.float32(1) / (divisors * np.float32(rope.theta) ** exponents)
+
+
+def _refuse_split(tensors: list[External], split_bytes: int | None) -> None:
+    if split_bytes is None:
+        return
+    largest = max(tensors, key=lambda tensor: tensor.size_bytes)
+    smallest = max(largest.size_bytes, MIN_SPLIT_BYTES)
+    if split_bytes < smallest:
+        raise UsageError(
+            f"files of {split_bytes} bytes are too small: {largest.name} alone takes "
+            f"{largest.size_bytes}",
+            hint=f"split into files of {smallest} bytes or more",
+        )
+
+
+def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None = None) -> Layout:
+    """Return what the files will hold and their exact size, from headers alone."""
+    planned = plan(checkpoint, recipe, split_bytes=split_bytes)
+    sizes = model.file_sizes(planned.tensors)
+    shapes = dict(checkpoint.spec.weights())
+    return Layout(
+        placements=tuple(_placement(weight, shapes[weight.role]) for weight in planned.weights),
+        artifact_bytes=len(planned.model) + sum(sizes.values()),
+        is_exact=True,
+    )
+
+
+def _placement(weight: Weight, shape: tuple[int, ...]) -> Placement:
+    return Placement(
+        role=weight.role,
+        parameters=shape[0] * (shape[1] if shape[1:] else 1),
+        storage=weight.stored,
+        wanted=weight.wanted,
+        size_bytes=sum(tensor.size_bytes for tensor in weight.tensors),
+    )
+
+
+def convert(
+    checkpoint: "Checkpoint",
+    recipe: Recipe,
+    directory: Path,
+    *,
+    progress: Progress,
+    split_bytes: int | None = None,
+) -> str:
+    """Write ``model.onnx`` and its data files, one block of rows in memory at a time.
+
+    Returns:
+        The name of the model file.
+    """
+    planned = plan(checkpoint, recipe, split_bytes=split_bytes)
+    with ExitStack() as stack:
+        files: dict[str, BinaryIO] = {}
+        for name, size_bytes in model.file_sizes(planned.tensors).items():
+            files[name] = stack.enter_context((directory / name).open("wb"))
+            files[name].truncate(size_bytes)
+        _write_frequencies(checkpoint.spec, planned, files)
+        for weight in planned.weights:
+            for first, rows in _blocks(checkpoint, weight):
+                _write_rows(files, weight, first, rows)
+                progress(rows.size)
+    (directory / ENTRY).write_bytes(planned.model)
+    return ENTRY
+
+
+def _write_frequencies(spec: DecoderSpec, planned: Planned, files: Mapping[str, BinaryIO]) -> None:
+    by_name = {tensor.name: tensor for tensor in planned.frequencies}
+    for number, rope in enumerate(graph.ropes(spec)):
+        border = graph.border_tokens(rope)
+        for is_long in (False, True) if border else (False,):
+            tensor = by_name[graph.frequencies_name(number, is_long=is_long)]
+            values = frequencies(rope, (border or 0) + 1 if is_long else 1)
+            _write(files[tensor.file], tensor.offset, values.astype("<f4"))
+
+
+def _blocks(checkpoint: "Checkpoint", weight: Weight) -> "Iterator[tuple[int, Rows]]":
+    """Yield the rows of a weight, some million numbers at a time, with the number of the first."""
+    shape = weight.tensors[0].shape
+    if len(shape) == 1:
+        rows = checkpoint.weight(weight.role)
+        yield 0, rows + 1 if _adds_one(weight.role, checkpoint.spec) else rows
+        return
+    columns = dict(checkpoint.spec.weights())[weight.role][1]
+    step = max(1, BLOCK_WEIGHTS // columns)
+    for first in range(0, shape[0], step):
+        yield first, checkpoint.weight(weight.role, first, min(step, shape[0] - first))
+
+
+def _adds_one(role: str, spec: DecoderSpec) -> bool:
+    part = split_role(role)[1]
+    norm = spec.attention.query_key_norm if part in {"query_norm", "key_norm"} else spec.norm
+    return part.endswith("norm") and norm is not None and norm.adds_one
+
+
+def _write_rows(files: Mapping[str, BinaryIO], weight: Weight, first: int, rows: "Rows") -> None:
+    try:
+        encoded = storage.encode(rows, weight.stored)
+    except UsageError as error:
+        raise UsageError(f"{weight.role}: {error}", hint=error.hint) from error
+    for tensor, part in zip(weight.tensors, encoded, strict=True):
+        row_bytes = tensor.size_bytes // tensor.shape[0]
+        _write(files[tensor.file], tensor.offset + first * row_bytes, part)
+
+
+def _write(file: BinaryIO, offset: int, values: "npt.NDArray[np.generic]") -> None:
+    file.seek(offset)
+    file.write(values.tobytes())

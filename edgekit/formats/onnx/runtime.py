@@ -1,0 +1,193 @@
+"""ONNX Runtime: load a model, and drive it token by token over one cache that never moves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
+from edgekit.formats.onnx import model
+from edgekit.formats.onnx.graph import FIRST_LOGIT, ROPE_BORDER, TEXT_TOKENS
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from edgekit.session import Logits
+
+
+# Rows of a prompt computed at once; attention needs heads x rows x context floats for them.
+BATCH_TOKENS = 256
+_FATAL_ONLY = 4  # ORT_LOGGING_LEVEL_FATAL: errors are raised, and need not be printed too
+
+
+def library() -> Any:
+    """Import ONNX Runtime.
+
+    Raises:
+        MissingDependencyError: If it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"ONNX Runtime is not installed ({error})", hint="pip install 'edgekit[run-onnx]'"
+        ) from error
+    return onnxruntime
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """Return what ONNX Runtime raises; its exceptions have no base of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return (
+        state.EPFail, state.EngineError, state.Fail, state.InvalidArgument, state.InvalidGraph,
+        state.InvalidProtobuf, state.NoModel, state.NoSuchFile, state.NotImplemented,
+        state.RuntimeException, RuntimeError,
+    )  # fmt: skip
+
+
+def open_model(path: Path, *, threads: int | None = None) -> Any:
+    """Load a model after a look at its files and return ONNX Runtime's session.
+
+    Raises:
+        BundleError: If a file is damaged or missing, or ONNX Runtime refuses it.
+    """
+    onnxruntime = library()
+    model.read(path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0  # 0: as many as there are cores
+    options.log_severity_level = _FATAL_ONLY
+    # Memory goes back when a prompt has been read, instead of being kept for the next.
+    options.enable_cpu_mem_arena = False
+    # Threads wait without turning while the token is chosen and written.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return onnxruntime.InferenceSession(
+            str(path), sess_options=options, providers=["CPUExecutionProvider"]
+        )
+    except refusals() as error:
+        raise BundleError(f"ONNX Runtime refuses {path}: {error}") from error
+
+
+class OnnxSession:
+    """A model in ONNX Runtime with its cache; satisfies `edgekit.session.Session`."""
+
+    def __init__(self, path: Path, *, context_tokens: int, threads: int | None = None) -> None:
+        """Load a model; its cache takes memory as it fills."""
+        self._session = open_model(path, threads=threads)
+        self._binding = self._session.io_binding()
+        self._cache: list[npt.NDArray[np.float32]] = []
+        (self.vocabulary_tokens,) = self._session.get_outputs()[0].shape[2:]
+        self.context_tokens = context_tokens
+        self._border_tokens = self._read_border()
+        self._read: list[int] = []  # what is cached
+        self._bind_cache()
+        self._allocate()
+
+    def prefill(self, ids: Sequence[int]) -> "Logits":
+        """Read ``ids`` after what is cached; return the logits after the last one."""
+        if not ids:
+            raise UsageError("an empty prompt has no next token", hint="pass at least one token")
+        return self._append(ids)
+
+    def decode(self, token: int) -> "Logits":
+        """Read one token after what is cached; return the logits after it."""
+        return self._append([token])
+
+    def all_logits(self, ids: Sequence[int]) -> "Logits":
+        """Empty the cache, read ``ids``, and return the logits after each of them."""
+        import numpy as np
+
+        self.reset()
+        self._refuse_overflow(len(ids))
+        rows = np.empty((len(ids), self.vocabulary_tokens), np.float32)
+        for first in range(0, len(ids), BATCH_TOKENS):
+            part = ids[first : first + BATCH_TOKENS]
+            self._run(part, rows[first : first + len(part)], text_tokens=len(ids))
+        return rows
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self._read.clear()
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._binding = self._session = None
+        self._cache.clear()
+
+    def _append(self, ids: Sequence[int]) -> "Logits":
+        self._refuse_overflow(len(ids))
+        if self._crosses_border(len(ids)):
+            # As transformers' generate: what was cached has the other frequencies.
+            ids = [*self._read, *ids]
+            self.reset()
+        text_tokens = len(self._read) + len(ids)
+        for first in range(0, len(ids), BATCH_TOKENS):
+            self._run(ids[first : first + BATCH_TOKENS], self._last, text_tokens=text_tokens)
+        return self._last[0]
+
+    def _crosses_border(self, new_tokens: int) -> bool:
+        border, cached = self._border_tokens, len(self._read)
+        return border is not None and 0 < cached <= border < cached + new_tokens
+
+    def _run(self, ids: Sequence[int], logits: "Logits", *, text_tokens: int) -> None:
+        """Read some tokens; the logits after the last of them fill as many rows as are given."""
+        cached, count, bind = len(self._read), len(ids), self._bind
+        self._ids[:count] = ids
+        self._first_logit[0] = count - len(logits)
+        bind("input_ids", self._ids, (1, count))
+        bind("position_ids", self._positions[cached:], (1, count))
+        bind("attention_mask", self._mask, (1, cached + count))
+        bind(FIRST_LOGIT, self._first_logit, (1,))
+        if self._border_tokens is not None:
+            self._text_tokens[0] = text_tokens
+            bind(TEXT_TOKENS, self._text_tokens, (1,))
+        self._binding.bind_output(
+            "logits", "cpu", 0, logits.dtype, (1, *logits.shape), logits.ctypes.data
+        )
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except refusals() as error:
+            raise ToolchainError("ONNX Runtime failed", log=str(error)) from error
+        self._read += ids
+
+    def _bind(self, name: str, values: "npt.NDArray[np.int64]", shape: tuple[int, ...]) -> None:
+        self._binding.bind_input(name, "cpu", 0, values.dtype, shape, values.ctypes.data)
+
+    def _bind_cache(self) -> None:
+        """Let the runtime write keys and values where it reads them."""
+        import numpy as np
+
+        past = [port for port in self._session.get_inputs() if port.name.startswith("past_")]
+        for port in past:
+            _, heads, _, width = port.shape
+            values = np.zeros((1, heads, self.context_tokens, width), np.float32)
+            present = port.name.replace("past_key_values", "present")
+            place = ("cpu", 0, values.dtype, values.shape, values.ctypes.data)
+            self._binding.bind_input(port.name, *place)
+            self._binding.bind_output(present, *place)
+            self._cache.append(values)
+
+    def _allocate(self) -> None:
+        """Make what every call reads and writes, once."""
+        import numpy as np
+
+        self._ids = np.empty(BATCH_TOKENS, np.int64)
+        self._positions = np.arange(self.context_tokens, dtype=np.int64)
+        self._mask = np.ones(self.context_tokens, np.int64)
+        self._first_logit = np.zeros(1, np.int64)
+        self._text_tokens = np.zeros(1, np.int64)
+        self._last = np.empty((1, self.vocabulary_tokens), np.float32)
+
+    def _read_border(self) -> int | None:
+        found = self._session.get_modelmeta().custom_metadata_map.get(ROPE_BORDER)
+        return None if found is None else int(found)
+
+    def _refuse_overflow(self, tokens: int) -> None:
+        if len(self._read) + tokens > self.context_tokens:
+            raise UsageError(
+                f"{len(self._read)} cached and {tokens} new tokens exceed the context of "
+                f"{self.context_tokens}",
+                hint="shorten the prompt, or export with a larger --context",
+            )
