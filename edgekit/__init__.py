@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from edgekit.serve import serve as serve
     from edgekit.source import open_checkpoint as open_checkpoint
     from edgekit.target import Target as Target
-    from edgekit.target import load as load_target  # noqa: F401 - a public name
+    from edgekit.target import load
     from edgekit.validate import validate as validate
     from edgekit.verify import verify as verify
+
+    load_target = load
 
 __version__ = "0.1.0"
 

@@ -6,6 +6,7 @@ of `reference` finds them: one layer's weights are in memory at a time. What was
 disk under a hash of all it depends on.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -166,14 +167,14 @@ def _chats(text: Text, content: str) -> Iterator[list[int]]:
     """Yield each question with its answer as the model's template writes them."""
     turns = content.strip("\n").split(TURN)
     for asked, answered in zip(turns[::2], turns[1::2], strict=True):
-        if text.template is None:
-            yield text.encode(f"{asked}\n\n{answered}\n")
-            continue
         messages = [
             {"role": "user", "content": asked},
             {"role": "assistant", "content": answered},
         ]
-        yield text.encode_chat(messages, add_generation_prompt=False)
+        try:
+            yield text.encode_chat(messages, add_generation_prompt=False)
+        except UsageError:  # no template, or one for another use
+            yield text.encode(f"{asked}\n\n{answered}\n")
 
 
 def _cut(ids: list[int], length: int) -> Iterator[list[int]]:
@@ -231,7 +232,7 @@ def _read(path: Path, checkpoint: Checkpoint) -> "dict[str, Columns] | None":
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             found = {role: arrays[role] for role in arrays.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
@@ -245,11 +246,12 @@ def _write(path: Path, found: "Mapping[str, Columns]") -> None:
     """Keep what was found, at once: two processes may do so at the same time."""
     import numpy as np
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             np.savez(file, allow_pickle=False, **found)
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    except OSError:  # a full or read-only disk: it is measured again next time
+        with contextlib.suppress(OSError):
+            part.unlink()

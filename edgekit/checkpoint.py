@@ -10,7 +10,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -139,8 +139,8 @@ class Calibration:
     """What leads the fit of quantised weights: how large their inputs are, on some text."""
 
     text_sha256: str
-    # The mean of squares, by role, of shape (columns,); empty until it is measured.
-    importance: Mapping[str, "npt.NDArray[np.float32]"] = field(default_factory=dict, repr=False)
+    # The mean of squares, by role, of shape (columns,); None until it is measured.
+    importance: Mapping[str, "npt.NDArray[np.float32]"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

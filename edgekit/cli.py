@@ -82,6 +82,14 @@ def choice_options(command: Command) -> Command:
     return adapter_option(command)
 
 
+def no_calibration_option(command: Command) -> Command:
+    """Add ``--no-calibration``."""
+    return click.option(
+        "--no-calibration", is_flag=True,
+        help="Round every weight by itself, without asking how large its inputs are.",
+    )(command)  # fmt: skip
+
+
 def split_option(command: Command) -> Command:
     """Add ``--split``."""
 
@@ -115,6 +123,10 @@ def json_option(command: Command) -> Command:
 @choice_options
 @trained_on_option
 @split_option
+@click.option("--calibration", type=DIRECTORY, metavar="FILE",
+              help="Text to calibrate on beside edgekit's own: like what the model will read.",
+              )  # fmt: skip
+@no_calibration_option
 @click.option("-o", "--out", type=DIRECTORY, help="Bundle directory to create.")
 @click.option(
     "--replace", is_flag=True, help="Replace the bundle at OUT, once the new one is whole."
@@ -124,7 +136,8 @@ def json_option(command: Command) -> Command:
 def export_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
     quant: str | None, context_tokens: int | None, trained_on: Path | None,
-    split_bytes: int | None, out: Path | None, replace: bool, no_verify: bool, as_json: bool,
+    split_bytes: int | None, calibration: Path | None, no_calibration: bool, out: Path | None,
+    replace: bool, no_verify: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Export MODEL for a device, and prove that the artifact says what MODEL says.
 
@@ -142,8 +155,9 @@ def export_command(
 
     bundle = export(
         model, target_name, adapters=adapters, format=format, quant=quant,
-        context_tokens=context_tokens, split_bytes=split_bytes, trained_on=trained_on, out=out,
-        replace=replace, verify=not no_verify, listener=Terminal(),
+        context_tokens=context_tokens, split_bytes=split_bytes, trained_on=trained_on,
+        calibration=calibration, calibrate=not no_calibration, out=out, replace=replace,
+        verify=not no_verify, listener=Terminal(),
     )  # fmt: skip
     if as_json:
         print_json(bundle)
@@ -154,10 +168,11 @@ def export_command(
 @cli.command("plan")
 @click.argument("model")
 @choice_options
+@no_calibration_option
 @json_option
 def plan_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
-    quant: str | None, context_tokens: int | None, as_json: bool,
+    quant: str | None, context_tokens: int | None, no_calibration: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what `export` would make of MODEL, what it would cost, and why the rest falls."""
     from edgekit.plan import plan
@@ -165,8 +180,9 @@ def plan_command(
 
     target = load(target_name)
     made = plan(
-        model, target, adapters=adapters, format=format, quant=quant, context_tokens=context_tokens
-    )
+        model, target, adapters=adapters, format=format, quant=quant,
+        context_tokens=context_tokens, calibrate=not no_calibration,
+    )  # fmt: skip
     if as_json:
         print_json(made)
         return

@@ -119,10 +119,10 @@ def make(request: Request, *, listener: Listener) -> Bundle:
         context_tokens=request.context_tokens,
         split_bytes=request.split_bytes,
     )
+    _refuse_unused(own_text, chosen)
     checkpoint = qlora.with_score(
         checkpoint, request.adapters, trained_on=request.trained_on, listener=listener
     )
-    _refuse_unused(own_text, chosen)
     for line in describe(checkpoint, chosen, request.target):
         listener.say(line)
     if chosen.layout.calibration:

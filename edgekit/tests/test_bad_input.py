@@ -311,7 +311,8 @@ def test_an_abort_in_the_proof_is_an_error_with_its_log_and_nothing_left(
     out = tmp_path / "outputs" / "bundle"
     with pytest.raises(SystemExit) as caught:
         main([
-            "export", str(model), "--target", "raspberry-pi-5-8gb", "--quant", "F16", "-o", str(out),
+            "export", str(model), "--target", "raspberry-pi-5-8gb", "--quant", "F16",
+            "-o", str(out),
         ])  # fmt: skip
     said = capsys.readouterr().err
     assert caught.value.code == ToolchainError.exit_status

@@ -96,9 +96,10 @@ def test_every_recipe_makes_the_tensors_that_llama_quantize_makes(
 
 # llama.cpp's converter is Python of its own, and comes with its source only.
 
+KINDS = ("F32", "F16", "BF16", "Q8_0")  # the storages it writes and edgekit has
 CONVERTER = """
 import runpy, sys
-tree = sys.argv.pop(1)
+tree, model, out, *kinds = sys.argv[1:]
 sys.path[:0] = [tree, tree + "/gguf-py"]
 import conversion
 find = conversion.get_model_class
@@ -107,12 +108,16 @@ def find_without_vocabulary(*args, **options):  # it knows no tokenizer that a t
     found.set_vocab = lambda self: None
     return found
 conversion.get_model_class = find_without_vocabulary
-sys.argv[0] = tree + "/convert_hf_to_gguf.py"
-runpy.run_path(sys.argv[0], run_name="__main__")
+for kind in kinds:
+    sys.argv = [
+        tree + "/convert_hf_to_gguf.py", model, "--outfile", f"{out}/{kind}.gguf",
+        "--outtype", kind.lower(),
+    ]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def llama_cpp_tree():
     tree = os.environ.get("EDGEKIT_LLAMA_CPP")
     if not tree:
@@ -121,23 +126,23 @@ def llama_cpp_tree():
     return tree
 
 
-def natively_converted(tree, checkpoint, out, *, kind):
+@pytest.fixture(scope="module")
+def natively_converted(checkpoint, llama_cpp_tree, tmp_path_factory):
+    """Return a directory with one file for each of `KINDS`."""
+    out = tmp_path_factory.mktemp("theirs")
     command = [
-        sys.executable, "-c", CONVERTER, tree, str(checkpoint.directory), "--outfile", str(out),
-        "--outtype", kind,
+        sys.executable, "-c", CONVERTER, llama_cpp_tree, str(checkpoint.directory), str(out), *KINDS
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     return out
 
 
-@pytest.mark.parametrize("recipe", ["F32", "F16", "BF16", "Q8_0"])
-def test_llama_cpps_converter_makes_the_same_tensors(recipe, checkpoint, llama_cpp_tree, tmp_path):
-    theirs = tensors(
-        natively_converted(
-            llama_cpp_tree, checkpoint, tmp_path / "theirs.gguf", kind=recipe.lower()
-        )
-    )
+@pytest.mark.parametrize("recipe", KINDS)
+def test_llama_cpps_converter_makes_the_same_tensors(
+    recipe, checkpoint, natively_converted, tmp_path
+):
+    theirs = tensors(natively_converted / f"{recipe}.gguf")
     ours = tensors(convert(checkpoint, recipe, tmp_path))
     assert ours.keys() == theirs.keys()
     for name, (storage, columns, content) in theirs.items():

@@ -15,10 +15,14 @@ SYSTEM = """\
 {%- if messages[0]['role'] != 'system' -%}<s>You are "Ada".
 You help.</s>{%- endif -%}
 {%- for m in messages -%}
-{%- if m['role'] == 'system' -%}<s>{{ m['content'] }}</s>{%- else -%}[{{ m['content'] }}]{%- endif -%}
+{%- if m['role'] == 'system' -%}<s>{{ m['content'] }}</s>
+{%- else -%}[{{ m['content'] }}]{%- endif -%}
 {%- endfor -%}"""
 PLAIN = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
-NO_SYSTEM = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}[{{ m['content'] }}]{% endfor %}"  # noqa: E501 - as templates are written
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    "[{{ m['content'] }}]{% endfor %}"
+)
 
 
 def instructions(text):
@@ -55,9 +59,9 @@ def value_of(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["<|im_end|>", "two words", " edges ", 'say "hi"', '"', '""', 'ends in """', '"""', 'a\nb',
-     'a "b"\nc\n', "\n", "tab\there", "# no comment", "FROM x", "日本語 👋🏽", "", 'x"""y\nz', "a\r\nb",
-     '"quoted"'],
+    ["<|im_end|>", "two words", " edges ", 'say "hi"', '"', '""', 'ends in """', '"""', "a\nb",
+     'a "b"\nc\n', "\n", "tab\there", "# no comment", "FROM x", "日本語 👋🏽", "", 'x"""y\nz',
+     "a\r\nb", '"quoted"'],
 )  # fmt: skip
 def test_what_is_quoted_reads_back(text):
     quoted = quote(text)
@@ -78,8 +82,7 @@ def model(tmp_path):
     pytest.importorskip("numpy")
     pytest.importorskip("jinja2")
     (tmp_path / "made").mkdir()
-    path = write_checkpoint(_tiny_checkpoint(tmp_path / "made"), tmp_path / "model")
-    return path
+    return write_checkpoint(_tiny_checkpoint(tmp_path / "made"), tmp_path / "model")
 
 
 def stop_at(model, texts):
@@ -125,11 +128,9 @@ def test_a_stop_that_cannot_be_written_is_told_in_a_comment(model):
 
 
 def test_sampling_is_what_the_checkpoint_states(model):
-    fields = json.loads((model / "generation_config.json").read_text()) if (
-        model / "generation_config.json").exists() else {}  # fmt: skip
     stated = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.05,
               "repetition_penalty": 1.1}  # fmt: skip
-    write(model, "generation_config.json", fields | stated)
+    write(model, "generation_config.json", stated)
     found = dict(instructions(modelfile_of(model)))
     assert {name: found[f"PARAMETER {name}"] for name in (
         "temperature", "top_p", "top_k", "min_p", "repeat_penalty")} == {

@@ -79,9 +79,10 @@ def test_a_directory_without_a_card_says_nothing(tmp_path):
     [("license: mit", ("mit",)), ("license:   mit  # c", ("mit",)), ("license: 'm''i'", ("m'i",)),
      (r'license: "a\"b"', ('a"b',)), ("license: [mit]", ("mit",)), ("license: []", None),
      ("license: null", None), ("license: ~", None), ("license: &a mit", None),
-     ("license: *a", None), ("license: |", None), ("license: {a: b}", None), ("license: !t x", None),
-     ("license: a\x07b", None), ('license: "half', None), ("license: no", ("no",)),
-     ("license: 2.0", ("2.0",)), ("license:mit", None), ("license: [a, 'b, c']", ("a", "b, c"))],
+     ("license: *a", None), ("license: |", None), ("license: {a: b}", None),
+     ("license: !t x", None), ("license: a\x07b", None), ('license: "half', None),
+     ("license: no", ("no",)), ("license: 2.0", ("2.0",)), ("license:mit", None),
+     ("license: [a, 'b, c']", ("a", "b, c"))],
 )  # fmt: skip
 def test_only_what_is_surely_a_name_is_taken(line, value):
     assert front_matter(f"---\n{line}\n---\n").get("license") == value

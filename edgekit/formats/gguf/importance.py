@@ -4,7 +4,6 @@ Source of the keys: ``llama_model_quantize`` in tools/quantize/quantize.cpp of l
 The choice of storages stays as it is without a calibration, where llama-quantize changes two rules.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgekit.formats.gguf import storage
@@ -12,6 +11,8 @@ from edgekit.recipe import split_role
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     import numpy.typing as npt
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from edgekit.formats.gguf.layout import Value
 
 
-# Of the mean, added to every column, so that no column is free to err.
-DAMPING = 0.1
+# Of the mean, added to every column, so that none is free to err. On SmolLM2 in 14 languages and
+# kinds of text, 0 to 0.1 differ by less than chance, and 1 is worse by a tenth.
+DAMPING = 0.01
 
 
 def is_led(part: "Part") -> bool:
@@ -54,8 +56,10 @@ def weights(
     calibration: "Calibration | None", found: "Sequence[Part]"
 ) -> "dict[str, npt.NDArray[np.float32]]":
     """Return how much an error counts, by tensor, column by column."""
-    if calibration is None:
+    if text_sha256(calibration, found) is None:
         return {}
+    if calibration is None or calibration.importance is None:
+        raise ValueError("the calibration is announced, but not measured")
     measured = calibration.importance
     return {part.entry.name: _damped(measured[part.roles[-1]]) for part in found if is_led(part)}
 
@@ -66,4 +70,5 @@ def _damped(squares: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float32]":
     mean = squares.mean(dtype=np.float64)
     if mean == 0:  # nothing ever passed here
         return np.ones_like(squares)
-    return (squares / mean + DAMPING).astype(np.float32)
+    damped: npt.NDArray[np.float32] = (squares / mean + DAMPING).astype(np.float32)
+    return damped

@@ -7,10 +7,12 @@ Source: docs/ContribOperators.md of ONNX Runtime 1.32, ``MatMulNBits``.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from edgekit.decoder import Shape
-from edgekit.errors import UsageError
+from edgekit.errors import BundleError, UsageError
+from edgekit.formats.onnx import model
 from edgekit.formats.onnx.model import Dtype, External
 from edgekit.recipe import Recipe, Rule, Storage
 
@@ -118,15 +120,33 @@ def tensors(role: str, shape: Shape, storage: str) -> Iterator[External]:
         yield External(name=role + ZERO_POINTS, dtype="uint8", shape=(rows, blocks // 2))
 
 
-def storage_of(found: Mapping[str, External], role: str) -> tuple[Shape, str]:
-    """Return the shape of a weight and its storage, from the tensors of a file."""
-    tensor = found[role]
-    if tensor.dtype != "uint8":
-        return tensor.shape, {"float32": "F32", "float16": "F16"}.get(tensor.dtype, tensor.dtype)
-    rows, blocks, block_bytes = tensor.shape
-    has_zeros = role + ZERO_POINTS in found
-    name = {(32, False): "INT8", (16, False): "INT4", (16, True): "UINT4"}[block_bytes, has_zeros]
-    return (rows, blocks * BLOCK_WEIGHTS), name
+def contents(path: Path) -> list[tuple[str, Shape, str]]:
+    """Return name, shape and storage of every weight of a model file.
+
+    Raises:
+        BundleError: If the file is damaged, or holds a weight in an unknown storage.
+    """
+    found = {tensor.name: tensor for tensor in model.read(path)}
+    return [
+        (tensor.name, *_describe(path, tensor, found))
+        for tensor in found.values()
+        if not tensor.name.endswith((SCALES, ZERO_POINTS))
+    ]
+
+
+def _describe(
+    path: Path, tensor: External, found: Mapping[str, External]
+) -> tuple[Shape, str]:
+    """Return shape and storage of a weight, by the tensors that there are."""
+    shape, names = tensor.shape, ["F32", "F16"]
+    if tensor.dtype == "uint8" and len(shape) == 3:
+        shape, names = (shape[0], shape[1] * BLOCK_WEIGHTS), [*BLOCKS]
+    held = [found.get(tensor.name + part) for part in ("", SCALES, ZERO_POINTS)]
+    for name in names:
+        expected = [*tensors(tensor.name, shape, name)]
+        if [(t.dtype, t.shape) for t in held if t] == [(t.dtype, t.shape) for t in expected]:
+            return shape, name
+    raise BundleError(f"{path}: {tensor.name} is stored in a way that edgekit never writes")
 
 
 def encode(values: "Rows", storage: str) -> "list[npt.NDArray[np.generic]]":

@@ -1,0 +1,226 @@
+"""Every family through an ONNX graph in ONNX Runtime, against transformers in float32."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgekit import oracle, source
+from edgekit.checkpoint import Checkpoint, Tensor
+from edgekit.errors import UsageError
+from edgekit.fidelity import Comparison, Fidelity
+from edgekit.formats.onnx import conversion, model, storage
+from edgekit.formats.onnx.runtime import OnnxSession
+from edgekit.tests.tiny_checkpoints import TINY, WINDOW_TOKENS, write_tiny_checkpoint
+
+
+pytestmark = pytest.mark.toolchain
+np = pytest.importorskip("numpy")
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+
+F32 = storage.RECIPES["F32"]
+MIN_POSITIONS = 500
+MAX_KL_NATS = 1e-9
+STRETCHED = ("phi3-longrope", "phi3.5-longrope", "phi4-mini")
+LONGER = {"max_position_embeddings": 192}  # three times the context before it was stretched
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A checkpoint and the model made of it."""
+
+    checkpoint: Checkpoint
+    path: Path
+
+    def open(self) -> OnnxSession:
+        tokens = self.checkpoint.spec.context_tokens
+        return OnnxSession(self.path, context_tokens=tokens, threads=1)
+
+    def chunks(self) -> Iterator[list[int]]:
+        """Yield random texts as long as can be, until there are enough positions."""
+        spec, random, left = self.checkpoint.spec, np.random.default_rng(0), MIN_POSITIONS
+        while left > 0:
+            left -= spec.context_tokens
+            yield random.integers(0, spec.vocabulary, spec.context_tokens).tolist()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def open_tiny(directory: Path, name: str, **fields: Any) -> Checkpoint:
+    return source.open_checkpoint(write_tiny_checkpoint(directory / "model", name, **fields))
+
+
+def make(directory: Path, name: str, **fields: Any) -> Made:
+    checkpoint = open_tiny(directory, name, **fields)
+    entry = conversion.convert(checkpoint, F32, directory, progress=lambda _: None)
+    return Made(checkpoint=checkpoint, path=directory / entry)
+
+
+@pytest.fixture(scope="module", params=TINY)
+def made(request, tmp_path_factory):
+    return make(tmp_path_factory.mktemp("onnx"), request.param)
+
+
+def compare(expected, said, ids) -> Fidelity:
+    comparison = Comparison()
+    comparison.add(expected, np.stack(said), np.array(ids))
+    return comparison.result()
+
+
+def last_kl_nats(expected, said) -> float:
+    """Return how far the logits after a text's last token are off."""
+    return compare(expected[[-1, -1]], [said, said], [0, 0]).mean_kl_nats
+
+
+def test_logits_are_those_of_transformers(made):
+    chunks, comparison, session = list(made.chunks()), Comparison(), made.open()
+    for ids, expected in zip(chunks, oracle.logits(made.checkpoint, chunks), strict=True):
+        comparison.add(expected, session.all_logits(ids), np.array(ids))
+    session.close()
+    found = comparison.result()
+    assert found.positions >= MIN_POSITIONS
+    assert found.mean_kl_nats <= MAX_KL_NATS
+    assert found.same_top_token == 1
+
+
+def test_token_by_token_and_in_a_second_turn_too(made):
+    ids, session = next(made.chunks())[: 4 * WINDOW_TOKENS], made.open()
+    (expected,) = oracle.logits(made.checkpoint, [ids])
+    said = [session.prefill(ids[:10]).copy(), *(session.decode(id).copy() for id in ids[10:30])]
+    said += [session.prefill(ids[30:55]).copy(), *(session.decode(id).copy() for id in ids[55:])]
+    session.close()
+    rows = [*range(9, 30), *range(54, len(ids))]
+    found = compare(expected[rows], said, np.array(ids)[rows])
+    assert found.mean_kl_nats <= MAX_KL_NATS
+    assert found.same_top_token == 1
+
+
+def test_the_files_are_as_planned(made):
+    planned = conversion.lay_out(made.checkpoint, F32)
+    size = sum(file.stat().st_size for file in model.files(made.path))
+    assert (planned.is_exact, planned.artifact_bytes) == (True, size)
+    held = {name: (shape, kind) for name, shape, kind in storage.contents(made.path)}
+    for role, shape in made.checkpoint.spec.weights():
+        assert held.pop(role) == (shape, "F32")
+    assert all(name.startswith("rope.") for name in held)
+
+
+def test_the_onnx_package_reads_what_was_written(made):
+    onnx = pytest.importorskip("onnx")
+    proto = onnx.load(str(made.path))
+    assert proto.SerializeToString() != b""
+    for weight in proto.graph.initializer:
+        values = onnx.numpy_helper.to_array(weight)
+        if weight.name == "layers.1.gate":
+            np.testing.assert_array_equal(values, made.checkpoint.weight("layers.1.gate"))
+            return
+    pytest.fail("the gate of layer 1 is not there")
+
+
+# Every tensor, once
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A tensor that notes which of its rows are read."""
+
+    tensor: Tensor
+    name: str
+    seen: Counter[tuple[str, int]]
+
+    @property
+    def shape(self):
+        return self.tensor.shape
+
+    @property
+    def size_bytes(self):
+        return self.tensor.size_bytes
+
+    def read(self, first_row=0, rows=None):
+        found = self.tensor.read(first_row, rows)
+        self.seen.update((self.name, row) for row in range(first_row, first_row + len(found)))
+        return found
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "stablelm-12b", "gemma3", "llama-bias"])
+def test_every_row_of_every_tensor_is_read_once(name, tmp_path):
+    checkpoint, seen = open_tiny(tmp_path, name), Counter[tuple[str, int]]()
+    counted = {key: Counted(tensor, key, seen) for key, tensor in checkpoint.tensors.items()}
+    watched = replace(checkpoint, tensors=counted)
+    conversion.convert(watched, storage.RECIPES["UINT4"], tmp_path, progress=lambda _: None)
+    expected = {
+        (key, row) for key, tensor in checkpoint.tensors.items() for row in range(tensor.shape[0])
+    }
+    assert set(seen) == expected
+    assert set(seen.values()) == {1}
+
+
+# Longrope
+
+
+@pytest.mark.parametrize("name", STRETCHED)
+@pytest.mark.parametrize("steps", [[60, 1, 1, 1, 1, 1, 1, 1], [70, 1, 20], [30, 60, 1]])
+def test_past_the_original_context_every_position_takes_the_long_factors(name, steps, tmp_path):
+    """As in transformers' ``generate``, which reads the text anew where it outgrows the border."""
+    fields = {} if name == "phi3-longrope" else {"original_max_position_embeddings": 64}
+    made = make(tmp_path, name, **fields | LONGER)
+    ids, session, read = next(made.chunks()), made.open(), 0
+    for step in steps:
+        part = ids[read : read + step]
+        said = session.decode(part[0]) if step == 1 else session.prefill(part)
+        read += step
+        (expected,) = oracle.logits(made.checkpoint, [ids[:read]])
+        assert last_kl_nats(expected, said) <= MAX_KL_NATS, read
+    session.close()
+
+
+def test_a_prompt_of_several_batches_takes_them_from_the_first_batch_on(tmp_path):
+    made = make(tmp_path, "phi4-mini", original_max_position_embeddings=300)
+    ids = next(made.chunks())
+    assert len(ids) == 512
+    (expected,) = oracle.logits(made.checkpoint, [ids])
+    session = made.open()
+    assert last_kl_nats(expected, session.prefill(ids)) <= MAX_KL_NATS
+    session.close()
+
+
+def test_a_long_text_in_wide_windows_is_read_alike(tmp_path):
+    made = make(tmp_path, "gemma2", max_position_embeddings=600, sliding_window=300)
+    ids = next(made.chunks())
+    (expected,) = oracle.logits(made.checkpoint, [ids])
+    session = made.open()
+    assert compare(expected, session.all_logits(ids), ids).mean_kl_nats <= MAX_KL_NATS
+    session.close()
+
+
+# Files of a size
+
+
+def test_the_weights_can_be_split_over_files_which_any_runtime_finds(tmp_path):
+    checkpoint = open_tiny(tmp_path, "llama", hidden_size=512, intermediate_size=1024)
+    expected_sizes = conversion.lay_out(checkpoint, F32, split_bytes=3 * 2**20)
+    entry = conversion.convert(
+        checkpoint, F32, tmp_path, progress=lambda _: None, split_bytes=3 * 2**20
+    )
+    files = model.files(tmp_path / entry)
+    sizes = [file.stat().st_size for file in files]
+    assert [file.name for file in files[:3]] == ["model.onnx", "model.onnx_data", "model.onnx_data_1"]
+    assert max(sizes) <= 3 * 2**20
+    assert sum(sizes) == expected_sizes.artifact_bytes
+    ids = [3, 1, 4, 1, 5]
+    session = OnnxSession(tmp_path / entry, context_tokens=32, threads=1)
+    (expected,) = oracle.logits(checkpoint, [ids])
+    np.testing.assert_allclose(session.all_logits(ids), expected, rtol=0, atol=1e-3)
+    session.close()
+    with pytest.raises(UsageError, match="too small: .* alone takes"):
+        conversion.lay_out(checkpoint, F32, split_bytes=2**20 - 1)

@@ -1,0 +1,145 @@
+"""ONNX Runtime as a `Session`: what the protocol promises, on a tiny real model."""
+
+import pytest
+
+from edgekit.doctor import _tiny_checkpoint
+from edgekit.errors import BundleError, ToolchainError, UsageError
+from edgekit.formats.onnx import conversion, load_probe, storage
+from edgekit.formats.onnx.runtime import BATCH_TOKENS, OnnxSession
+
+
+pytestmark = pytest.mark.toolchain
+np = pytest.importorskip("numpy")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("tokenizers")
+
+CONTEXT_TOKENS = BATCH_TOKENS + 20  # two batches
+VOCABULARY_TOKENS = 257
+IDS = [72, 101, 108, 108, 111, 220, 4, 9]
+CLOSE = {"rtol": 0, "atol": 1e-4}
+
+
+def convert(directory, recipe):
+    checkpoint = _tiny_checkpoint(directory)
+    entry = conversion.convert(
+        checkpoint, storage.RECIPES[recipe], directory, progress=lambda _: None
+    )
+    return directory / entry
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return convert(tmp_path_factory.mktemp("tiny"), "F32")
+
+
+@pytest.fixture
+def session(path):
+    session = OnnxSession(path, context_tokens=CONTEXT_TOKENS, threads=1)
+    yield session
+    session.close()
+
+
+def test_it_has_the_width_of_the_vocabulary_and_the_context_asked_for(session):
+    assert session.vocabulary_tokens == VOCABULARY_TOKENS
+    assert session.context_tokens == CONTEXT_TOKENS
+    logits = session.prefill(IDS)
+    assert logits.shape == (VOCABULARY_TOKENS,)
+    assert logits.dtype == np.float32
+    assert logits.std() > 0.01
+
+
+def test_a_prompt_may_come_in_one_piece_in_several_or_token_by_token(session):
+    whole = session.prefill(IDS).copy()
+    session.reset()
+    session.prefill(IDS[:3])
+    pieces = session.prefill(IDS[3:]).copy()
+    session.reset()
+    single = [session.decode(token).copy() for token in IDS][-1]
+    np.testing.assert_allclose(pieces, whole, **CLOSE)
+    np.testing.assert_allclose(single, whole, **CLOSE)
+
+
+def test_all_logits_are_those_of_each_token(session):
+    rows = session.all_logits(IDS)
+    assert rows.shape == (len(IDS), VOCABULARY_TOKENS)
+    session.reset()
+    for index, token in enumerate(IDS):
+        np.testing.assert_allclose(session.decode(token), rows[index], **CLOSE)
+
+
+def test_a_text_longer_than_a_batch_has_every_row(session):
+    ids = [(7 * index) % 256 for index in range(CONTEXT_TOKENS)]
+    rows = session.all_logits(ids)
+    session.reset()
+    np.testing.assert_allclose(session.prefill(ids), rows[-1], **CLOSE)
+    session.reset()
+    np.testing.assert_allclose(session.prefill(ids[:5]), rows[4], **CLOSE)
+    assert np.abs(rows[BATCH_TOKENS]).max() > 0.01
+
+
+def test_all_logits_belong_to_the_caller(session):
+    rows = session.all_logits(IDS)
+    kept = rows.copy()
+    session.all_logits(IDS[::-1])
+    session.reset()
+    session.prefill(IDS)
+    np.testing.assert_array_equal(rows, kept)
+
+
+def test_a_reset_forgets(session):
+    first = session.prefill(IDS).copy()
+    session.reset()
+    session.prefill(IDS[::-1])
+    session.reset()
+    np.testing.assert_allclose(session.prefill(IDS), first, **CLOSE)
+
+
+@pytest.mark.parametrize("tokens", [CONTEXT_TOKENS + 1, 2 * CONTEXT_TOKENS])
+def test_more_than_the_context_is_refused(session, tokens):
+    with pytest.raises(UsageError, match=f"{tokens} new tokens exceed the context"):
+        session.prefill([1] * tokens)
+    with pytest.raises(UsageError, match="exceed the context"):
+        session.all_logits([1] * tokens)
+    session.reset()
+    session.prefill([1] * CONTEXT_TOKENS)
+    with pytest.raises(UsageError, match="1 new tokens exceed"):
+        session.decode(1)
+
+
+def test_no_tokens_have_no_next_token(session):
+    with pytest.raises(UsageError, match="empty prompt"):
+        session.prefill([])
+
+
+@pytest.mark.parametrize("token", [-VOCABULARY_TOKENS - 1, VOCABULARY_TOKENS, 2**40])
+def test_a_token_that_does_not_exist_is_an_error_of_the_runtime(session, token):
+    with pytest.raises(ToolchainError, match="ONNX Runtime failed") as refusal:
+        session.decode(token)
+    assert "input_ids" in refusal.value.log or "indices" in refusal.value.log
+
+
+@pytest.mark.parametrize("recipe", list(storage.RECIPES))
+def test_every_recipe_runs_in_both_ways(recipe, tmp_path):
+    session = OnnxSession(convert(tmp_path, recipe), context_tokens=32, threads=1)
+    rows = session.all_logits(IDS)
+    session.reset()
+    for index, token in enumerate(IDS):
+        # Activations are rounded to 8 bits in blocks; a last digit may fall otherwise.
+        np.testing.assert_allclose(session.decode(token), rows[index], rtol=0, atol=0.05)
+    session.close()
+
+
+def test_a_probe_says_nothing_of_a_good_model_and_tells_what_is_wrong_with_another(path, tmp_path):
+    load_probe.probe(path, context_tokens=32)
+    with pytest.raises(ToolchainError, match="failed over") as refusal:
+        load_probe.probe(tmp_path / "absent.onnx", context_tokens=32)
+    assert "cannot be read" in refusal.value.log
+
+
+def test_a_graph_the_runtime_does_not_know_is_a_damaged_bundle(path, tmp_path):
+    changed = path.read_bytes().replace(b"GroupQueryAttention", b"GroupQueryAttenti0n")
+    (tmp_path / path.name).write_bytes(changed)
+    data = path.with_name(conversion.DATA)
+    (tmp_path / data.name).write_bytes(data.read_bytes())
+    with pytest.raises(BundleError, match="ONNX Runtime refuses .* GroupQueryAttenti0n"):
+        OnnxSession(tmp_path / path.name, context_tokens=32)
