@@ -111,11 +111,14 @@ def test_no_tokens_have_no_next_token(session):
         session.prefill([])
 
 
-@pytest.mark.parametrize("token", [-VOCABULARY_TOKENS - 1, VOCABULARY_TOKENS, 2**40])
-def test_a_token_that_does_not_exist_is_an_error_of_the_runtime(session, token):
-    with pytest.raises(ToolchainError, match="ONNX Runtime failed") as refusal:
+@pytest.mark.parametrize("token", [-1, VOCABULARY_TOKENS, 2**40])
+def test_a_token_that_does_not_exist_is_refused_and_nothing_is_read(session, token):
+    session.prefill(IDS[:2])
+    with pytest.raises(UsageError, match=f"token id {token}, the vocabulary has 257"):
         session.decode(token)
-    assert "input_ids" in refusal.value.log or "indices" in refusal.value.log
+    said = session.prefill(IDS[2:]).copy()
+    session.reset()
+    np.testing.assert_allclose(session.prefill(IDS), said, **CLOSE)
 
 
 @pytest.mark.parametrize("recipe", list(storage.RECIPES))
@@ -141,5 +144,5 @@ def test_a_graph_the_runtime_does_not_know_is_a_damaged_bundle(path, tmp_path):
     (tmp_path / path.name).write_bytes(changed)
     data = path.with_name(conversion.DATA)
     (tmp_path / data.name).write_bytes(data.read_bytes())
-    with pytest.raises(BundleError, match="ONNX Runtime refuses .* GroupQueryAttenti0n"):
+    with pytest.raises(BundleError, match=r"ONNX Runtime refuses .*:GroupQueryAttenti0n"):
         OnnxSession(tmp_path / path.name, context_tokens=32)

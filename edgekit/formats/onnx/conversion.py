@@ -4,7 +4,7 @@ The graph and the place of every weight are made from headers alone, so a plan k
 the byte; converting writes the same and holds one block of rows at a time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,11 @@ class Weight:
     stored: str
     tensors: tuple[External, ...]
 
+    @property
+    def is_led(self) -> bool:
+        """Whether the inputs of a calibration lead its fit: in layers, not the head's."""
+        return self.stored in storage.LED and split_role(self.role)[0] is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
@@ -50,6 +55,7 @@ class Planned:
     weights: tuple[Weight, ...]
     frequencies: tuple[External, ...]
     model: bytes  # the model file
+    calibration: str | None  # SHA-256 of the text that leads the fit, if any is led
 
     @property
     def tensors(self) -> list[External]:
@@ -69,12 +75,22 @@ def plan(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None = 
         tensor.name: tensor for tensor in model.place(loose, stem=DATA, split_bytes=split_bytes)
     }
     storages = {weight.role: weight.stored for weight in weights}
-    made = graph.build(spec, storages, metadata={"edgekit.recipe": recipe.name})
+    metadata = {"edgekit.recipe": recipe.name}
+    calibration = _calibration(checkpoint, weights)
+    if calibration:
+        metadata["edgekit.calibration"] = calibration
+    made = graph.build(spec, storages, metadata=metadata)
     return Planned(
+        calibration=calibration,
         weights=tuple(_with_places(weight, placed) for weight in weights),
         frequencies=tuple(placed[tensor.name] for tensor in frequencies),
         model=model.encode(made, list(placed.values())),
     )
+
+
+def _calibration(checkpoint: "Checkpoint", weights: Iterable[Weight]) -> str | None:
+    announced = checkpoint.calibration
+    return announced.text_sha256 if announced and any(w.is_led for w in weights) else None
 
 
 def _with_places(weight: Weight, placed: Mapping[str, External]) -> Weight:
@@ -150,6 +166,7 @@ def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None
         placements=tuple(_placement(weight, shapes[weight.role]) for weight in planned.weights),
         artifact_bytes=len(planned.model) + sum(sizes.values()),
         is_exact=True,
+        calibration=planned.calibration,
     )
 
 
@@ -184,11 +201,21 @@ def convert(
             files[name].truncate(size_bytes)
         _write_frequencies(checkpoint.spec, planned, files)
         for weight in planned.weights:
+            importance = _importance(checkpoint, weight)
             for first, rows in _blocks(checkpoint, weight):
-                _write_rows(files, weight, first, rows)
+                _write_rows(files, weight, first, rows, importance)
                 progress(rows.size)
     (directory / ENTRY).write_bytes(planned.model)
     return ENTRY
+
+
+def _importance(checkpoint: "Checkpoint", weight: Weight) -> "Rows | None":
+    calibration = checkpoint.calibration
+    if calibration is None or not weight.is_led:
+        return None
+    if calibration.importance is None:
+        raise ValueError("the calibration is announced, but not measured")
+    return calibration.importance[weight.role]
 
 
 def _write_frequencies(spec: DecoderSpec, planned: Planned, files: Mapping[str, BinaryIO]) -> None:

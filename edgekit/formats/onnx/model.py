@@ -171,9 +171,13 @@ def read(path: Path) -> list[External]:
         data = path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
-    graph = Message.whole(data, origin=str(path)).message(7)
+    whole = Message.whole(data, origin=str(path))
+    graph = whole.message(7)
     if graph is None or not graph.messages(1):
         raise BundleError(f"{path} is no ONNX model: it has no graph")
+    opsets = {entry.text(1): entry.integer(2) for entry in whole.messages(8)}
+    if opsets != {"": OPSET, CONTRIB: 1}:
+        raise BundleError(f"{path} asks for operators {opsets}, this edgekit writes opset {OPSET}")
     found = [_external(path, tensor) for tensor in graph.messages(5) if tensor.integer(14)]
     for tensor in found:
         _refuse_misplaced(path, tensor)

@@ -100,7 +100,7 @@ class OnnxSession:
         import numpy as np
 
         self.reset()
-        self._refuse_overflow(len(ids))
+        self._refuse(ids)
         rows = np.empty((len(ids), self.vocabulary_tokens), np.float32)
         for first in range(0, len(ids), BATCH_TOKENS):
             part = ids[first : first + BATCH_TOKENS]
@@ -117,7 +117,7 @@ class OnnxSession:
         self._cache.clear()
 
     def _append(self, ids: Sequence[int]) -> "Logits":
-        self._refuse_overflow(len(ids))
+        self._refuse(ids)
         if self._crosses_border(len(ids)):
             # As transformers' generate: what was cached has the other frequencies.
             ids = [*self._read, *ids]
@@ -184,10 +184,16 @@ class OnnxSession:
         found = self._session.get_modelmeta().custom_metadata_map.get(ROPE_BORDER)
         return None if found is None else int(found)
 
-    def _refuse_overflow(self, tokens: int) -> None:
-        if len(self._read) + tokens > self.context_tokens:
+    def _refuse(self, ids: Sequence[int]) -> None:
+        tokens, cached = len(ids), len(self._read)
+        if cached + tokens > self.context_tokens:
             raise UsageError(
-                f"{len(self._read)} cached and {tokens} new tokens exceed the context of "
+                f"{cached} cached and {tokens} new tokens exceed the context of "
                 f"{self.context_tokens}",
                 hint="shorten the prompt, or export with a larger --context",
             )
+        for id in ids:
+            if not 0 <= id < self.vocabulary_tokens:  # a negative one would count from the end
+                raise UsageError(
+                    f"there is no token id {id}, the vocabulary has {self.vocabulary_tokens}"
+                )

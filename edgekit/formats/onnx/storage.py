@@ -5,14 +5,14 @@ the codes are not symmetric, one zero point beside each scale. Weight = scale * 
 Source: docs/ContribOperators.md of ONNX Runtime 1.32, ``MatMulNBits``.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from edgekit.decoder import Shape
 from edgekit.errors import BundleError, UsageError
-from edgekit.formats.onnx import model
+from edgekit.formats.onnx import fit, model
 from edgekit.formats.onnx.model import Dtype, External
 from edgekit.recipe import Recipe, Rule, Storage
 
@@ -54,6 +54,8 @@ BLOCKS: Mapping[str, Blocks] = {
     "UINT4": Blocks(bits=4, implied_zero=None),
     "INT4": Blocks(bits=4, implied_zero=8),
 }
+
+LED = frozenset({"UINT4", "INT4"})  # storages so coarse that the inputs of a weight shall lead its fit
 
 # Norms and biases are small, and the runtime adds and multiplies them in float32.
 _EXACT = Rule(pattern=".*(norm|bias)", storage="F32")
@@ -149,12 +151,15 @@ def _describe(
     raise BundleError(f"{path}: {tensor.name} is stored in a way that edgekit never writes")
 
 
-def encode(values: "Rows", storage: str) -> "list[npt.NDArray[np.generic]]":
-    """Encode some rows of a weight, each block by itself, rounded to nearest.
+def encode(
+    values: "Rows", storage: str, *, importance: "Rows | None" = None
+) -> "list[npt.NDArray[np.generic]]":
+    """Encode some rows of a weight, each block by itself.
 
     Args:
         values: float32; the last axis holds the columns.
         storage: One of `STORAGES`, whose blocks the columns fill.
+        importance: How much an error counts, column by column, where it leads the fit.
 
     Returns:
         The arrays of `tensors`, as many rows each.
@@ -167,9 +172,12 @@ def encode(values: "Rows", storage: str) -> "list[npt.NDArray[np.generic]]":
             return [values.astype("<f4", copy=False)]
         case "F16":
             return [_to_f16(values)]
-        case _:
-            blocks = values.reshape(values.shape[0], -1, BLOCK_WEIGHTS)
-            return _ENCODERS[storage](blocks)
+    blocks = values.reshape(values.shape[0], -1, BLOCK_WEIGHTS)
+    if storage == "INT8":
+        return _to_int8(blocks)
+    found = fit.fit(blocks, importance, is_symmetric=storage == "INT4")
+    zeros = [] if storage == "INT4" else [_packed(found.zeros)]
+    return [_packed(found.codes), found.scales, *zeros]
 
 
 _MAX_F16 = 65520  # from here on float16 rounds to infinity
@@ -188,49 +196,8 @@ def _to_int8(blocks: "Rows") -> "list[npt.NDArray[np.generic]]":
     import numpy as np
 
     scales = np.abs(blocks).max(axis=-1) / np.float32(127)
-    return [_rounded(blocks, scales, zero=128, top=255), scales]
-
-
-def _to_int4(blocks: "Rows") -> "list[npt.NDArray[np.generic]]":
-    """Give the weight of largest magnitude the code 0, that is -8: there is no +8."""
-    import numpy as np
-
-    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)[..., 0]
-    scales = extreme / np.float32(-8)
-    return [_packed(_rounded(blocks, scales, zero=8, top=15)), scales]
-
-
-def _to_uint4(blocks: "Rows") -> "list[npt.NDArray[np.generic]]":
-    import numpy as np
-
-    low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
-    scales = (high - low) / np.float32(15)
-    zeros = np.rint(-low * _inverse(scales))
-    codes = _rounded(blocks, scales, zero=zeros[..., None], top=15)
-    return [_packed(codes), scales, _packed(zeros.astype(np.uint8))]
-
-
-_ENCODERS: "Mapping[str, Callable[[Rows], list[npt.NDArray[np.generic]]]]" = {
-    "INT8": _to_int8,
-    "INT4": _to_int4,
-    "UINT4": _to_uint4,
-}
-
-
-def _rounded(blocks: "Rows", scales: "Rows", *, zero: "Rows | int", top: int) -> "Codes":
-    import numpy as np
-
-    codes = blocks * _inverse(scales)[..., None]
-    np.rint(codes, out=codes)
-    codes += zero
-    return np.clip(codes, 0, top, out=codes).astype(np.uint8)
-
-
-def _inverse(scales: "Rows") -> "Rows":
-    """Return one divided by each scale, and 0 for blocks of zeros."""
-    import numpy as np
-
-    return np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    codes = np.rint(blocks * fit.inverse(scales)[..., None]) + 128
+    return [codes.astype(np.uint8), scales]
 
 
 def _packed(codes: "Codes") -> "Codes":

@@ -1,0 +1,208 @@
+"""How ONNX files store weights, against the formula and against what ONNX Runtime makes of them."""
+
+import pytest
+
+from edgekit.doctor import _tiny_checkpoint
+from edgekit.errors import UsageError
+from edgekit.formats.onnx import conversion, graph, model, storage
+from edgekit.formats.onnx.model import CONTRIB, Graph, Node, Port
+from edgekit.formats.onnx.storage import BLOCKS, RECIPES, STORAGES
+
+
+np = pytest.importorskip("numpy")
+
+ROWS, COLUMNS = 6, 128
+
+
+@pytest.fixture
+def weights():
+    random = np.random.default_rng(0)
+    values = random.normal(0, 0.2, (ROWS, COLUMNS)).astype(np.float32)
+    values[0, :32] = 0  # a block without a scale
+    values[1, :32] = np.abs(values[1, :32]) + 0.1  # all on one side
+    values[2] *= 100
+    return values
+
+
+def decode(parts, kind):
+    """Return the weights that codes stand for, by the formula of MatMulNBits alone."""
+    codes, scales = parts[0], parts[1]
+    codes = _unpacked(codes) if BLOCKS[kind].bits == 4 else codes
+    zeros = np.full(scales.shape, BLOCKS[kind].implied_zero or 0)
+    if kind == "UINT4":
+        zeros = _unpacked(parts[2])
+    values = (codes.astype(np.float32) - zeros[..., None]) * scales[..., None]
+    return values.reshape(len(codes), -1)
+
+
+def _unpacked(codes):
+    return np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+
+
+def blocks_of(values):
+    return values.reshape(len(values), -1, storage.BLOCK_WEIGHTS)
+
+
+def nearest(values, *, is_symmetric):
+    """Return what rounding to nearest makes of weights: the range of a block decides."""
+    blocks = blocks_of(values)
+    if is_symmetric:
+        scales, zeros, bottom = np.abs(blocks).max(-1, keepdims=True) / 7, 0, -7
+    else:
+        low = np.minimum(blocks.min(-1, keepdims=True), 0)
+        scales = (np.maximum(blocks.max(-1, keepdims=True), 0) - low) / 15
+        scales[scales == 0] = 1
+        zeros, bottom = np.rint(-low / scales), 0
+    scales[scales == 0] = 1
+    codes = np.clip(np.rint(blocks / scales) + zeros, bottom, bottom + 15)
+    return ((codes - zeros) * scales).reshape(values.shape)
+
+
+def error(values, decoded, importance=1.0):
+    return float((importance * np.square(values - decoded)).sum())
+
+
+def test_eight_bits_come_back_within_half_a_step(weights):
+    parts = storage.encode(weights, "INT8")
+    errors = np.abs(blocks_of(decode(parts, "INT8") - weights))
+    assert (errors <= np.abs(parts[1])[..., None] / 2 + 1e-6).all()
+    assert errors.max() > 0
+
+
+@pytest.mark.parametrize("kind", ["UINT4", "INT4"])
+def test_four_bits_are_closer_than_the_nearest_of_the_whole_range(kind, weights):
+    found = error(weights, decode(storage.encode(weights, kind), kind))
+    assert 0 < found < 0.95 * error(weights, nearest(weights, is_symmetric=kind == "INT4"))
+
+
+@pytest.mark.parametrize("kind", ["UINT4", "INT4"])
+def test_columns_with_large_inputs_come_back_closer(kind, weights):
+    importance = np.where(np.arange(COLUMNS) % 4 == 0, 100, 1).astype(np.float32)
+    led = decode(storage.encode(weights, kind, importance=importance), kind)
+    plain = decode(storage.encode(weights, kind), kind)
+    assert error(weights, led, importance) < 0.8 * error(weights, plain, importance)
+    assert error(weights, led) > error(weights, plain)
+
+
+@pytest.mark.parametrize("kind", ["UINT4", "INT4"])
+def test_inputs_that_are_all_zero_lead_nothing(kind, weights):
+    importance = np.zeros(COLUMNS, np.float32)
+    led, plain = (storage.encode(weights, kind, importance=i) for i in (importance, None))
+    assert error(decode(led, kind), decode(plain, kind)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_zeros_stay_zeros(kind, weights):
+    assert (decode(storage.encode(weights, kind), kind)[0, :32] == 0).all()
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_what_is_on_the_grid_comes_back_as_it_was(kind, weights):
+    once = decode(storage.encode(weights, kind), kind)
+    again = decode(storage.encode(once, kind), kind)
+    np.testing.assert_allclose(again, once, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_a_storage_costs_what_it_says(kind, weights):
+    parts = storage.encode(weights, kind)
+    described = list(storage.tensors("layers.0.up", weights.shape, kind))
+    assert [part.shape for part in parts] == [tensor.shape for tensor in described]
+    assert [part.dtype.name for part in parts] == [tensor.dtype for tensor in described]
+    bits = 8 * sum(part.nbytes for part in parts) / weights.size
+    assert bits == STORAGES[kind].bits_per_weight
+    assert bits == {"F32": 32, "F16": 16, "INT8": 9, "UINT4": 5.125, "INT4": 5}[kind]
+
+
+def test_a_weight_too_large_for_float16_is_refused(weights):
+    weights[3, 3] = -70_000
+    with pytest.raises(UsageError, match="a weight is 70000, too large for F16"):
+        storage.encode(weights, "F16")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "columns", "stored"),
+    [("UINT4", 128, "UINT4"), ("UINT4", 96, "INT4"), ("UINT4", 40, "F16"), ("INT8", 40, "F16"),
+     ("INT8", 96, "INT8"), ("F32", 7, "F32")],
+)  # fmt: skip
+def test_rows_that_fill_no_blocks_are_stored_otherwise(wanted, columns, stored):
+    assert storage.stored_as(wanted, columns) == stored
+
+
+def test_four_bits_leave_the_words_at_eight_unless_all_is_asked_for(tmp_path):
+    spec = _tiny_checkpoint(tmp_path).spec
+    for recipe, words in (("INT4", "INT8"), ("UINT4", "INT8"), ("UINT4_ALL", "UINT4")):
+        assert RECIPES[recipe].storage_for("token_embedding", spec) == words
+        assert RECIPES[recipe].storage_for("layers.1.attention_norm", spec) == "F32"
+
+
+# What the runtime makes of the codes
+
+
+def run(tmp_path, nodes, inputs, shape, weights, kind, fed):
+    """Return what ONNX Runtime computes with one weight called ``w``."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    parts = storage.encode(weights, kind)
+    placed = list(model.place(list(storage.tensors("w", weights.shape, kind)), stem="data"))
+    held = bytearray(model.file_sizes(placed)["data"])
+    for tensor, part in zip(placed, parts, strict=True):
+        held[tensor.offset : tensor.offset + tensor.size_bytes] = part.tobytes()
+    (tmp_path / "data").write_bytes(held)
+    made = Graph(
+        nodes=tuple(nodes.nodes),
+        constants=tuple(nodes.constants.values()),
+        inputs=inputs,
+        outputs=(Port(name=nodes.nodes[-1].outputs[0], dtype="float32", shape=shape),),
+        metadata={},
+    )
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.encode(made, placed))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, fed)[0]
+
+
+def exact(node: Node) -> Node:
+    """Return the same multiplication with activations in float32."""
+    return Node(
+        op=node.op, inputs=node.inputs, outputs=node.outputs, domain=CONTRIB,
+        attributes={**node.attributes, "accuracy_level": 0},
+    )  # fmt: skip
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_the_runtime_multiplies_with_what_the_codes_stand_for(kind, weights, tmp_path):
+    built = graph._Builder(spec=_tiny_checkpoint(tmp_path).spec, storages={"w": kind})
+    built._multiply("w", "x", ROWS, COLUMNS)
+    built.nodes = [exact(node) for node in built.nodes]
+    inputs = (Port(name="x", dtype="float32", shape=("n", COLUMNS)),)
+    fed = {"x": np.eye(COLUMNS, dtype=np.float32)}
+    found = run(tmp_path, built, inputs, ("n", ROWS), weights, kind, fed)
+    np.testing.assert_allclose(found.T, decode(storage.encode(weights, kind), kind), rtol=1e-6)
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_rows_of_an_embedding_are_those_the_head_multiplies_with(kind, weights, tmp_path):
+    built = graph._Builder(spec=_tiny_checkpoint(tmp_path).spec, storages={"w": kind})
+    built._rows("w", "ids")
+    inputs = (Port(name="ids", dtype="int64", shape=("batch", "n")),)
+    fed = {"ids": np.array([[5, 0, 2], [1, 1, 4]])}
+    found = run(tmp_path, built, inputs, ("batch", "n", COLUMNS), weights, kind, fed)
+    expected = decode(storage.encode(weights, kind), kind)
+    np.testing.assert_allclose(found, expected[fed["ids"]], rtol=1e-6)
+
+
+# A file read back
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_contents_are_told_from_the_tensors(recipe, tmp_path):
+    checkpoint = _tiny_checkpoint(tmp_path)
+    entry = conversion.convert(checkpoint, RECIPES[recipe], tmp_path, progress=lambda _: None)
+    held = {name: (shape, kind) for name, shape, kind in storage.contents(tmp_path / entry)}
+    layout = conversion.lay_out(checkpoint, RECIPES[recipe])
+    shapes = dict(checkpoint.spec.weights())
+    planned = {p.role: (shapes[p.role], p.storage) for p in layout.placements}
+    assert planned.items() <= held.items()
+    assert set(held) - set(planned) == {"rope.0.frequencies"}
