@@ -248,8 +248,8 @@ def _record(checkpoint: Checkpoint) -> ModelRecord:
         architecture=checkpoint.architecture,
         parameters=checkpoint.parameters,
         licence=checkpoint.licence,
-        adapter=adapter and adapter.name,
-        adapter_sha256=adapter and adapter.sha256,
+        adapter=adapter.name if adapter else None,
+        adapter_sha256=adapter.sha256 if adapter else None,
     )
 
 

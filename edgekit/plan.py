@@ -116,6 +116,9 @@ def make(  # noqa: PLR0913 - the request, spelled out
 ) -> Plan:
     """Return the most faithful recipe that fits, in the first format of the target that has one.
 
+    The largest counts as the most faithful. Which of two is larger depends on the model: rows that
+    do not fill blocks of 256 make Q3_K_M larger than Q4_0.
+
     Args:
         checkpoint: The model, adapter included.
         target: The device class and its budget.
@@ -133,15 +136,18 @@ def make(  # noqa: PLR0913 - the request, spelled out
     for name in _format_names(target, format=format, quant=quant):
         limit = formats.get(name).context_limit(checkpoint)
         context = _context(limit, target, asked=context_tokens)
-        for recipe in _recipes(name, quant):
-            candidate = assess(
+        candidates = [
+            assess(
                 checkpoint, recipe, target, format=name, context_tokens=context,
                 split_bytes=split_bytes,
-            )  # fmt: skip
+            )
+            for recipe in _recipes(name, quant)
+        ]  # fmt: skip
+        for candidate in sorted(candidates, key=_size, reverse=True):
             if candidate.layout and candidate.estimate and not candidate.misses:
                 return Plan(
                     format=name,
-                    recipe=recipe,
+                    recipe=candidate.recipe,
                     context_tokens=context,
                     layout=candidate.layout,
                     estimate=candidate.estimate,
@@ -158,6 +164,10 @@ def make(  # noqa: PLR0913 - the request, spelled out
     )
 
 
+def _size(candidate: Candidate) -> int:
+    return candidate.layout.artifact_bytes if candidate.layout else 0
+
+
 def _refuse_bad_input(
     checkpoint: Checkpoint, rejected: Sequence[Candidate], split_bytes: int | None
 ) -> None:
@@ -172,7 +182,7 @@ def _format_names(target: Target, *, format: str | None, quant: str | None) -> l
     if format is not None:
         formats.get(format)  # refuses an unknown name
         return [format]
-    usable = [name for name in target.formats if name in formats.names()]
+    usable: list[str] = [name for name in target.formats if name in formats.names()]
     if quant is not None:
         usable = [name for name in usable if quant in formats.get(name).RECIPES] or usable
     if not usable:

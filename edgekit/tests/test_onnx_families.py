@@ -214,7 +214,11 @@ def test_the_weights_can_be_split_over_files_which_any_runtime_finds(tmp_path):
     )
     files = model.files(tmp_path / entry)
     sizes = [file.stat().st_size for file in files]
-    assert [file.name for file in files[:3]] == ["model.onnx", "model.onnx_data", "model.onnx_data_1"]
+    assert [file.name for file in files[:3]] == [
+        "model.onnx",
+        "model.onnx_data",
+        "model.onnx_data_1",
+    ]
     assert max(sizes) <= 3 * 2**20
     assert sum(sizes) == expected_sizes.artifact_bytes
     ids = [3, 1, 4, 1, 5]

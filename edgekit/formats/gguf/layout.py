@@ -153,7 +153,23 @@ def encode_header(metadata: Mapping[str, Value], tensors: Sequence[TensorEntry])
 def file_bytes(metadata: Mapping[str, Value], tensors: Sequence[TensorEntry]) -> int:
     """Return the size of the file that `Writer` would write."""
     payloads = sum(padded(tensor.size_bytes) for tensor in tensors)
-    return len(encode_header(metadata, tensors)) + payloads
+    return _header_bytes(metadata, tensors) + payloads
+
+
+def _header_bytes(metadata: Mapping[str, Value], tensors: Sequence[TensorEntry]) -> int:
+    """Return the length of `encode_header` without encoding: a plan asks for every recipe."""
+    keys = sum(8 + len(key.encode()) + 4 + _value_bytes(value) for key, value in metadata.items())
+    entries = sum(8 + len(t.name.encode()) + 4 + 8 * len(t.shape) + 4 + 8 for t in tensors)
+    return padded(len(MAGIC) + 4 + 8 + 8 + keys + entries)
+
+
+def _value_bytes(value: Value) -> int:
+    word, content = value
+    item = word.removeprefix("array[").removesuffix("]")
+    items, prefix = (content, 4 + 8) if item != word else ([content], 0)
+    if item == "string":
+        return prefix + sum(8 + len(text.encode()) for text in items)
+    return prefix + len(items) * struct.calcsize(f"<{_CODES[item]}")
 
 
 def _encode_entry(tensor: TensorEntry, offset: int) -> bytes:

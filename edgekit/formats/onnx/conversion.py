@@ -247,9 +247,15 @@ def _adds_one(role: str, spec: DecoderSpec) -> bool:
     return part.endswith("norm") and norm is not None and norm.adds_one
 
 
-def _write_rows(files: Mapping[str, BinaryIO], weight: Weight, first: int, rows: "Rows") -> None:
+def _write_rows(
+    files: Mapping[str, BinaryIO],
+    weight: Weight,
+    first: int,
+    rows: "Rows",
+    importance: "Rows | None",
+) -> None:
     try:
-        encoded = storage.encode(rows, weight.stored)
+        encoded = storage.encode(rows, weight.stored, importance=importance)
     except UsageError as error:
         raise UsageError(f"{weight.role}: {error}", hint=error.hint) from error
     for tensor, part in zip(weight.tensors, encoded, strict=True):

@@ -55,7 +55,9 @@ BLOCKS: Mapping[str, Blocks] = {
     "INT4": Blocks(bits=4, implied_zero=8),
 }
 
-LED = frozenset({"UINT4", "INT4"})  # storages so coarse that the inputs of a weight shall lead its fit
+LED = frozenset(
+    {"UINT4", "INT4"}
+)  # storages so coarse that the inputs of a weight shall lead its fit
 
 # Norms and biases are small, and the runtime adds and multiplies them in float32.
 _EXACT = Rule(pattern=".*(norm|bias)", storage="F32")
@@ -136,9 +138,7 @@ def contents(path: Path) -> list[tuple[str, Shape, str]]:
     ]
 
 
-def _describe(
-    path: Path, tensor: External, found: Mapping[str, External]
-) -> tuple[Shape, str]:
+def _describe(path: Path, tensor: External, found: Mapping[str, External]) -> tuple[Shape, str]:
     """Return shape and storage of a weight, by the tensors that there are."""
     shape, names = tensor.shape, ["F32", "F16"]
     if tensor.dtype == "uint8" and len(shape) == 3:
