@@ -4,6 +4,7 @@ Everything an artifact is compared with comes from here, and nothing here shares
 makes artifacts.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,6 +105,7 @@ def _model(checkpoint: Checkpoint) -> Any:
     import torch
 
     require_for(checkpoint)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels nobody needs here
     transformers = _transformers()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint.directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False

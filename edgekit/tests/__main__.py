@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
-STEPS = {
+STEPS: dict[str, list[str | Path]] = {
     "format": [SCRIPTS / "ruff", "format", "--check"],
     "lint": [SCRIPTS / "ruff", "check"],
     "types": [SCRIPTS / "mypy"],
@@ -26,7 +26,7 @@ def main() -> int:
     for name, command in STEPS.items():
         print(f"=== {name}", flush=True)  # noqa: T201 - the program's output
         started = time.monotonic()
-        status = subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ, check=False)
+        status = subprocess.run(command, cwd=ROOT, env=os.environ, check=False)
         print(f"=== {name}: {time.monotonic() - started:.0f} s", flush=True)  # noqa: T201
         if status.returncode:
             return status.returncode

@@ -13,6 +13,7 @@ from edgekit.errors import UsageError
 from edgekit.export import export
 from edgekit.fidelity import Comparison
 from edgekit.formats.gguf import conversion, importance, layout, storage
+from edgekit.plan import plan
 from edgekit.progress import Silent
 from edgekit.tests.tiny_checkpoints import write_tiny_checkpoint
 from edgekit.verify import verify
@@ -375,6 +376,16 @@ def test_a_bundle_records_what_led_its_fit_and_can_be_verified_again(tiny_checkp
     assert bundle.artifact_path.stat().st_size <= bundle.predicted["artifact_bytes"]
     agreement = verify(tmp_path / "led", tiny_checkpoint)
     assert {gate.name: gate.passed for gate in agreement.gates}["size"]
+
+
+@pytest.mark.toolchain
+def test_a_plan_counts_the_keys_of_a_calibration(tiny_checkpoint):
+    for quant, is_larger in [("Q4_0", True), ("F16", False)]:
+        led, bare = (
+            plan(tiny_checkpoint, "raspberry-pi-5-8gb", quant=quant, calibrate=wish)
+            for wish in (True, False)
+        )
+        assert (led.layout.artifact_bytes > bare.layout.artifact_bytes) is is_larger
 
 
 @pytest.mark.toolchain

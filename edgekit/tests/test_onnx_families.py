@@ -226,5 +226,5 @@ def test_the_weights_can_be_split_over_files_which_any_runtime_finds(tmp_path):
     (expected,) = oracle.logits(checkpoint, [ids])
     np.testing.assert_allclose(session.all_logits(ids), expected, rtol=0, atol=1e-3)
     session.close()
-    with pytest.raises(UsageError, match="too small: .* alone takes"):
+    with pytest.raises(UsageError, match=r"too small: .* alone takes"):
         conversion.lay_out(checkpoint, F32, split_bytes=2**20 - 1)

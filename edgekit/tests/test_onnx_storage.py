@@ -139,7 +139,7 @@ def test_four_bits_leave_the_words_at_eight_unless_all_is_asked_for(tmp_path):
 # What the runtime makes of the codes
 
 
-def run(tmp_path, nodes, inputs, shape, weights, kind, fed):
+def run(tmp_path, nodes, *, inputs, shape, weights, kind, fed):
     """Return what ONNX Runtime computes with one weight called ``w``."""
     onnxruntime = pytest.importorskip("onnxruntime")
     parts = storage.encode(weights, kind)
@@ -177,7 +177,9 @@ def test_the_runtime_multiplies_with_what_the_codes_stand_for(kind, weights, tmp
     built.nodes = [exact(node) for node in built.nodes]
     inputs = (Port(name="x", dtype="float32", shape=("n", COLUMNS)),)
     fed = {"x": np.eye(COLUMNS, dtype=np.float32)}
-    found = run(tmp_path, built, inputs, ("n", ROWS), weights, kind, fed)
+    found = run(
+        tmp_path, built, inputs=inputs, shape=("n", ROWS), weights=weights, kind=kind, fed=fed
+    )
     np.testing.assert_allclose(found.T, decode(storage.encode(weights, kind), kind), rtol=1e-6)
 
 
@@ -188,7 +190,8 @@ def test_rows_of_an_embedding_are_those_the_head_multiplies_with(kind, weights, 
     built._rows("w", "ids")
     inputs = (Port(name="ids", dtype="int64", shape=("batch", "n")),)
     fed = {"ids": np.array([[5, 0, 2], [1, 1, 4]])}
-    found = run(tmp_path, built, inputs, ("batch", "n", COLUMNS), weights, kind, fed)
+    shape = ("batch", "n", COLUMNS)
+    found = run(tmp_path, built, inputs=inputs, shape=shape, weights=weights, kind=kind, fed=fed)
     expected = decode(storage.encode(weights, kind), kind)
     np.testing.assert_allclose(found, expected[fed["ids"]], rtol=1e-6)
 

@@ -11,6 +11,7 @@ import pytest
 from edgekit import adapter, bitsandbytes_tensors, qlora, reference
 from edgekit.checkpoint import Checkpoint, read_safetensors
 from edgekit.checkpoint_writer import to_bfloat16
+from edgekit.cli import main
 from edgekit.errors import UsageError
 from edgekit.merge import merge
 from edgekit.progress import Silent
@@ -429,6 +430,18 @@ def test_the_base_an_adapter_names_is_compared_with_unasked(base, quantised, tmp
     assert any("as it was trained" in note for note in scored(base, here))
     text = (merge(base, [here], tmp_path / "out") / "README.md").read_text()
     assert "as it was trained, this merge has mean KL" in text
+
+
+@pytest.mark.toolchain
+def test_the_command_line_tells_the_comparison(base, quantised, tmp_path, capsys):
+    directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
+    arguments = ["merge", base, "--adapter", directory, "--trained-on", quantised]
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, arguments), "-o", str(tmp_path / "out")])
+    assert ended.value.code == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{tmp_path / 'out'}\n"
+    assert "as it was trained, this merge has mean KL" in printed.err.replace("\n", " ")
 
 
 def test_a_base_that_is_not_here_or_not_quantised_is_not_compared_with(base, tmp_path):

@@ -132,7 +132,7 @@ def _frequency_tensors(spec: DecoderSpec) -> Iterator[External]:
             yield External(name=name, dtype="float32", shape=(rope.width // 2,))
 
 
-def frequencies(rope: Rope, text_tokens: int) -> "npt.NDArray[np.float32]":
+def frequencies(rope: Rope, text_tokens: int) -> "Rows":
     """Return the angle of one token's step, for each pair of channels, in float32 throughout.
 
     transformers computes them so, and an angle after 100,000 steps shows how they were rounded.
@@ -141,7 +141,8 @@ def frequencies(rope: Rope, text_tokens: int) -> "npt.NDArray[np.float32]":
 
     exponents = np.arange(0, rope.width, 2, dtype=np.float32) / np.float32(rope.width)
     divisors = np.array(rope.divisors(text_tokens), np.float32)
-    return np.float32(1) / (divisors * np.float32(rope.theta) ** exponents)
+    found: Rows = np.reciprocal(divisors * np.float32(rope.theta) ** exponents)
+    return found
 
 
 def _refuse_split(tensors: list[External], split_bytes: int | None) -> None:

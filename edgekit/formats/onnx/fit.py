@@ -81,7 +81,7 @@ def _fit_part(blocks: "Rows", weights: "Rows", is_symmetric: bool) -> Fitted:
     return search.result()
 
 
-def _starts(blocks: "Rows", *, is_symmetric: bool) -> "Iterator[tuple[Rows, Rows]]":
+def _starts(blocks: "Rows", *, is_symmetric: bool) -> Iterator["tuple[Rows, Rows]"]:
     """Yield scales and zero points to try."""
     import numpy as np
 
@@ -102,8 +102,8 @@ def _starts(blocks: "Rows", *, is_symmetric: bool) -> "Iterator[tuple[Rows, Rows
 class _Search:
     """Keeps, block by block, the best of all that is tried.
 
-    With codes less their zero point c and weights w, the best scale for x is sum(w x c) / sum(w c c),
-    and it takes sum(w x c)^2 / sum(w c c) off the squared error.
+    With codes less their zero point c and importance w, the best scale for x is
+    sum(w x c) / sum(w c c), and it takes sum(w x c)^2 / sum(w c c) off the squared error.
     """
 
     def __init__(self, blocks: "Rows", weights: "Rows") -> None:

@@ -1,10 +1,10 @@
 """A `DecoderSpec` as a graph of ONNX operators: one function for each thing a decoder does.
 
-Standard operators, but for four of ONNX Runtime's own: ``GroupQueryAttention`` keeps the cache and
+Standard operators, but for some of ONNX Runtime's own: ``GroupQueryAttention`` keeps the cache and
 knows windows and caps, ``MatMulNBits`` multiplies with quantised weights, ``FusedMatMul`` with
-weights as a checkpoint has them (rows out, columns in), which lets an embedding be the head too, and
-``RotaryEmbedding`` turns a part of every head. Cosines are computed for the positions at hand, so
-there is no table that ends.
+weights as a checkpoint has them (rows out, columns in), so that an embedding can be the head too,
+``RotaryEmbedding`` turns a part of every head, ``SimplifiedLayerNormalization`` is the RMS norm.
+Cosines are computed for the positions at hand, so there is no table that ends.
 """
 
 from collections.abc import Mapping
@@ -60,12 +60,15 @@ def build(spec: DecoderSpec, storages: Mapping[str, str], *, metadata: Mapping[s
         x = graph.apply_layer(x, index, layer)
     graph.make_logits(x)
     borders = {border_tokens(rope) for rope in ropes(spec)} - {None}
+    found = dict(metadata)
+    if borders:
+        found[ROPE_BORDER] = str(borders.pop())  # `conversion` refuses more than one
     return Graph(
         nodes=tuple(graph.nodes),
         constants=tuple(graph.constants.values()),
         inputs=tuple(graph.inputs),
         outputs=tuple(graph.outputs),
-        metadata=metadata | {ROPE_BORDER: str(border) for border in borders},
+        metadata=found,
     )
 
 
@@ -168,11 +171,10 @@ class _Builder:
     def _rows(self, role: str, ids: str) -> str:
         """Return rows of a matrix in float32, and leave the others as they are stored."""
         rows, stored = self.op("Gather", role, ids), self.storages[role]
-        match stored:
-            case "F32":
-                return rows
-            case "F16":
-                return self.op("Cast", rows, to=_FLOAT32)
+        if stored == "F32":
+            return rows
+        if stored == "F16":
+            return self.op("Cast", rows, to=_FLOAT32)
         blocks = storage.BLOCKS[stored]
         # (batch, tokens, blocks, bytes) -> (batch, tokens, blocks, codes)
         codes = self._codes(rows, blocks.bits, self.constant(0, 0, -1, storage.BLOCK_WEIGHTS))
@@ -231,10 +233,14 @@ class _Builder:
     def _normalise(self, norm: Norm, role: str, x: str, *, weight: str = "") -> str:
         """Normalise the last axis; Gemma's weights are stored with the one already added."""
         bias = (f"{role}_bias",) if norm.has_bias else ()
-        settings: dict[str, Attribute] = {"axis": -1, "epsilon": float(norm.epsilon)}
+        epsilon = float(norm.epsilon)
         if norm.kind == "layer":
-            return self.op("LayerNormalization", x, weight or role, *bias, **settings)
-        x = self.op("SimplifiedLayerNormalization", x, weight or role, stash_type=1, **settings)
+            ins = (x, weight or role, *bias)
+            return self.op("LayerNormalization", *ins, axis=-1, epsilon=epsilon)
+        x = self.op(
+            "SimplifiedLayerNormalization", x, weight or role,
+            axis=-1, epsilon=epsilon, stash_type=_FLOAT32,
+        )  # fmt: skip
         return self.op("Add", x, *bias) if bias else x
 
     def _normalise_heads(self, role: str, x: str, heads: int) -> str:

@@ -1,31 +1,47 @@
 """What ONNX Runtime holds in memory while it answers."""
 
-from collections.abc import Iterator
-
 from edgekit.decoder import DecoderSpec
 from edgekit.formats import Layout, MemoryUse, Placement
 from edgekit.formats.onnx.graph import cache_width
 from edgekit.formats.onnx.runtime import BATCH_TOKENS
+from edgekit.formats.onnx.storage import BLOCK_WEIGHTS, BLOCKS
 
 
 CACHE_ITEM_BYTES = 4  # float32 keys and values
+# An interpreter with numpy, the library, its picture of the graph, and edgekit; what one entry of
+# the vocabulary costs in `tokenizers`.
 RUNTIME_BYTES = 64 * 2**20
-VOCABULARY_ENTRY_BYTES = 800
+LAYER_BYTES = 2**19
+VOCABULARY_ENTRY_BYTES = 500
+_SCALE_BYTES = 4
 
 
 def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
-    """Return the parts."""
+    """Return the parts, when the most is held: weights are packed while the file is mapped."""
     return MemoryUse(
-        weights_bytes=sum(_weight_bytes(spec, layout)),
+        weights_bytes=sum(weight_bytes(spec, placement) for placement in layout.placements),
         cache_bytes=cache_bytes(spec, context_tokens=context_tokens),
         compute_bytes=compute_bytes(spec, context_tokens=context_tokens),
-        runtime_bytes=RUNTIME_BYTES + VOCABULARY_ENTRY_BYTES * spec.vocabulary,
+        runtime_bytes=RUNTIME_BYTES
+        + LAYER_BYTES * len(spec.layers)
+        + VOCABULARY_ENTRY_BYTES * spec.vocabulary,
     )
 
 
-def _weight_bytes(spec: DecoderSpec, layout: Layout) -> Iterator[int]:
-    for placement in layout.placements:
-        yield placement.size_bytes
+def weight_bytes(spec: DecoderSpec, placement: Placement) -> int:
+    """Return what a weight takes in memory: packed for multiplication, and what that leaves over.
+
+    Scales are packed with their codes and kept beside them; float16 is made float32; an embedding
+    that is also the head is there in both forms.
+    """
+    packed, role = placement.size_bytes, placement.role
+    if role == "token_embedding" and not spec.is_tied:
+        return packed
+    if placement.storage in BLOCKS:
+        packed += placement.parameters // BLOCK_WEIGHTS * _SCALE_BYTES
+    elif placement.storage == "F16":
+        packed = 4 * placement.parameters
+    return packed + placement.size_bytes if role == "token_embedding" else packed
 
 
 def cache_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:

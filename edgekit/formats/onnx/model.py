@@ -144,7 +144,8 @@ def encode(graph: Graph, weights: Sequence[External]) -> bytes:
     content = (
         *(nested(1, node.encode()) for node in graph.nodes),
         text(2, "decoder"),
-        *(nested(5, tensor.encode()) for tensor in (*graph.constants, *weights)),
+        *(nested(5, constant.encode()) for constant in graph.constants),
+        *(nested(5, weight.encode()) for weight in weights),
         *(nested(11, port.encode()) for port in graph.inputs),
         *(nested(12, port.encode()) for port in graph.outputs),
     )

@@ -65,7 +65,7 @@ class Message:
         """Return the outermost message of a file."""
         return cls(data=data, first=0, end=len(data), origin=origin)
 
-    def fields(self) -> "Iterator[tuple[int, int | Message]]":
+    def fields(self) -> Iterator["tuple[int, int | Message]"]:
         """Yield the number and value of each field; fixed-width ones are passed over.
 
         Raises:
@@ -111,7 +111,8 @@ class Message:
 
     def message(self, field: int) -> "Message | None":
         """Return the last message of a field."""
-        return (self.messages(field) or [None])[-1]
+        found = self.messages(field)
+        return found[-1] if found else None
 
     def text(self, field: int) -> str:
         """Return a string, empty if it is absent."""

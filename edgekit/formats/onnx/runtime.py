@@ -125,7 +125,8 @@ class OnnxSession:
         text_tokens = len(self._read) + len(ids)
         for first in range(0, len(ids), BATCH_TOKENS):
             self._run(ids[first : first + BATCH_TOKENS], self._last, text_tokens=text_tokens)
-        return self._last[0]
+        last: Logits = self._last[0]
+        return last
 
     def _crosses_border(self, new_tokens: int) -> bool:
         border, cached = self._border_tokens, len(self._read)

@@ -1,7 +1,7 @@
 """How weights are stored: the block formats of ``MatMulNBits``, and which weight gets which.
 
-A quantised matrix is two or three tensors: codes, one scale for each 32 weights of a row, and, where
-the codes are not symmetric, one zero point beside each scale. Weight = scale * (code - zero point).
+A quantised matrix is two or three tensors: codes, a scale for each 32 weights of a row, and, where
+the codes are not symmetric, a zero point beside each scale. Weight = scale * (code - zero point).
 Source: docs/ContribOperators.md of ONNX Runtime 1.32, ``MatMulNBits``.
 """
 
@@ -167,11 +167,10 @@ def encode(
     Raises:
         UsageError: If a value is beyond what the storage can hold.
     """
-    match storage:
-        case "F32":
-            return [values.astype("<f4", copy=False)]
-        case "F16":
-            return [_to_f16(values)]
+    if storage == "F32":
+        return [values.astype("<f4", copy=False)]
+    if storage == "F16":
+        return [_to_f16(values)]
     blocks = values.reshape(values.shape[0], -1, BLOCK_WEIGHTS)
     if storage == "INT8":
         return _to_int8(blocks)
@@ -202,4 +201,7 @@ def _to_int8(blocks: "Rows") -> "list[npt.NDArray[np.generic]]":
 
 def _packed(codes: "Codes") -> "Codes":
     """Put two codes into a byte, the first into its lower half."""
-    return codes[..., 0::2] | codes[..., 1::2] << 4
+    import numpy as np
+
+    packed: Codes = np.bitwise_or(codes[..., 0::2], np.left_shift(codes[..., 1::2], 4))
+    return packed
