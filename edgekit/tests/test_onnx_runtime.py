@@ -62,7 +62,6 @@ def test_a_prompt_may_come_in_one_piece_in_several_or_token_by_token(session):
 def test_all_logits_are_those_of_each_token(session):
     rows = session.all_logits(IDS)
     assert rows.shape == (len(IDS), VOCABULARY_TOKENS)
-    session.reset()
     for index, token in enumerate(IDS):
         np.testing.assert_allclose(session.decode(token), rows[index], **CLOSE)
 
@@ -70,7 +69,6 @@ def test_all_logits_are_those_of_each_token(session):
 def test_a_text_longer_than_a_batch_has_every_row(session):
     ids = [(7 * index) % 256 for index in range(CONTEXT_TOKENS)]
     rows = session.all_logits(ids)
-    session.reset()
     np.testing.assert_allclose(session.prefill(ids), rows[-1], **CLOSE)
     session.reset()
     np.testing.assert_allclose(session.prefill(ids[:5]), rows[4], **CLOSE)
@@ -139,10 +137,12 @@ def test_a_probe_says_nothing_of_a_good_model_and_tells_what_is_wrong_with_anoth
     assert "cannot be read" in refusal.value.log
 
 
-def test_a_graph_the_runtime_does_not_know_is_a_damaged_bundle(path, tmp_path):
-    changed = path.read_bytes().replace(b"GroupQueryAttention", b"GroupQueryAttenti0n")
+@pytest.mark.parametrize("name", [b"GroupQueryAttenti0n", b"GroupQueryAttenti\xf3n"])
+def test_a_graph_the_runtime_does_not_know_is_a_damaged_bundle(name, path, tmp_path, capfd):
+    changed = path.read_bytes().replace(b"GroupQueryAttention", name)
     (tmp_path / path.name).write_bytes(changed)
     data = path.with_name(conversion.DATA)
     (tmp_path / data.name).write_bytes(data.read_bytes())
-    with pytest.raises(BundleError, match=r"ONNX Runtime refuses .*:GroupQueryAttenti0n"):
+    with pytest.raises(BundleError, match=r"ONNX Runtime refuses"):
         OnnxSession(tmp_path / path.name, context_tokens=32)
+    assert capfd.readouterr() == ("", "")

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from edgekit.formats.gguf.layout import Value
 
 
-# Of the mean, added to every column, so that none is free to err. On SmolLM2 in 14 languages and
-# kinds of text, 0 to 0.1 differ by less than chance, and 1 is worse by a tenth.
+# Of the mean, added to every column, so that none is free to err. Mean KL of SmolLM2 as Q4_0,
+# Q4_K_M and Q2_K on 14 texts: 0, 0.01 and 0.1 lie within 2 % of each other; 1 costs Q4_0 a tenth.
 DAMPING = 0.01
 
 

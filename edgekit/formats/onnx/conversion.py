@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from edgekit.decoder import DecoderSpec, Rope
 from edgekit.errors import UsageError
 from edgekit.formats import Layout, Placement, Progress
-from edgekit.formats.onnx import graph, model, storage
+from edgekit.formats.onnx import clients, graph, model, storage
 from edgekit.formats.onnx.model import External
 from edgekit.recipe import Recipe, split_role
 
@@ -167,6 +167,7 @@ def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None
         placements=tuple(_placement(weight, shapes[weight.role]) for weight in planned.weights),
         artifact_bytes=len(planned.model) + sum(sizes.values()),
         is_exact=True,
+        notes=(clients.NOTE,),
         calibration=planned.calibration,
     )
 

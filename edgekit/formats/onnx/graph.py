@@ -30,7 +30,7 @@ def cache_width(spec: DecoderSpec) -> int:
     return -(-spec.attention.head_width // 8) * 8
 
 
-def cache_name(layer: int, part: str, *, of: str = "past_key_values") -> str:
+def cache_name(layer: int | str, part: str, *, of: str = "past_key_values") -> str:
     """Return the name of the keys or values of a layer, as Optimum and its clients know them."""
     return f"{of}.{layer}.{part}"
 

