@@ -5,6 +5,7 @@ has it, or refuses it in one sentence. A family that is another one plus a diffe
 modules with an underscore are what families share.
 """
 
+import functools
 import importlib
 import pkgutil
 from typing import Any, Protocol, cast
@@ -40,6 +41,7 @@ def names() -> list[str]:
     return sorted(name for name in modules if not name.startswith("_"))
 
 
+@functools.cache  # asked for every weight
 def get(model_type: str) -> Family:
     """Import one family.
 

@@ -40,6 +40,23 @@ def test_the_settings_say_what_the_graph_is(tmp_path):
 
 
 @pytest.mark.toolchain
+def test_the_settings_of_the_checkpoint_are_those_of_the_artifact(tmp_path):
+    pytest.importorskip("torch")
+    directory = write_tiny_checkpoint(tmp_path / "model", "llama")
+    config = json.loads((directory / "config.json").read_text())
+    checkpoint = source.open_checkpoint(directory)
+    quantised = config | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    (directory / "config.json").write_text(json.dumps(quantised))
+    found = clients.transformers_files(checkpoint, data_files=2)
+    told = found["config.json"].pop("transformers.js_config")
+    assert told == {"dtype": "fp32", "use_external_data_format": 2}
+    assert found["config.json"] == {k: v for k, v in config.items() if v is not None}
+    stops = found["generation_config.json"]["eos_token_id"]
+    assert stops == list(checkpoint.text.declared_stop_ids)
+    assert found["tokenizer_config.json"]["chat_template"] == checkpoint.text.chat_template
+
+
+@pytest.mark.toolchain
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [("llama", "F32"), ("llama", "UINT4"), ("odd-sizes", "F32"), ("qwen2-window", "F32"),

@@ -3,7 +3,7 @@
 import pytest
 
 from edgekit.doctor import _tiny_checkpoint
-from edgekit.errors import BundleError, ToolchainError, UsageError
+from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats.onnx import conversion, load_probe, storage
 from edgekit.formats.onnx.runtime import BATCH_TOKENS, OnnxSession
 
@@ -128,6 +128,14 @@ def test_every_recipe_runs_in_both_ways(recipe, tmp_path):
         # Activations are rounded to 8 bits in blocks; a last digit may fall otherwise.
         np.testing.assert_allclose(session.decode(token), rows[index], rtol=0, atol=0.05)
     session.close()
+
+
+def test_a_version_that_errs_is_refused(path, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    with pytest.raises(MissingDependencyError, match=r"1\.23\.2 is too old"):
+        OnnxSession(path, context_tokens=32)
 
 
 def test_a_probe_says_nothing_of_a_good_model_and_tells_what_is_wrong_with_another(path, tmp_path):

@@ -144,7 +144,7 @@ def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None
         )
         for part in found
     )
-    keys = metadata(checkpoint, recipe, pre=_likely_pre(checkpoint.text))
+    keys = metadata(checkpoint, recipe, pre=likely_pre(checkpoint.text))
     files = _files(checkpoint, keys, found, split_bytes)
     return Layout(
         placements=placements,
@@ -168,7 +168,8 @@ def _files(
 
 
 @functools.lru_cache(maxsize=1)
-def _likely_pre(text: "TokenizerFiles") -> str:
+def likely_pre(text: "TokenizerFiles") -> str:
+    """Return the name under which llama.cpp most likely cuts text as this tokenizer does."""
     return pretokenizers.likely_pre(text)
 
 

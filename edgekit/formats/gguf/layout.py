@@ -192,11 +192,21 @@ def _encode_value(value: Value) -> bytes:
 
 def _encode_items(word: str, items: Sequence[Any]) -> bytes:
     if word == "string":
-        return b"".join(map(_encode_string, items))
+        return _encode_strings(items)
     try:
         return struct.pack(f"<{len(items)}{_CODES[word]}", *items)
     except (struct.error, OverflowError) as error:
         raise ValueError(f"not every item is a {word}: {error}") from error
+
+
+def _encode_strings(texts: Sequence[str]) -> bytes:
+    """Return each text with its length before it; a vocabulary has hundreds of thousands."""
+    encoded = [text.encode() for text in texts]
+    lengths = struct.pack(f"<{len(encoded)}Q", *map(len, encoded))
+    starts = range(0, len(lengths), 8)
+    return b"".join(
+        part for at, text in zip(starts, encoded, strict=True) for part in (lengths[at : at + 8], text)
+    )
 
 
 def _encode_string(text: str) -> bytes:

@@ -1,10 +1,15 @@
-"""What other programs want beside the model: ONNX Runtime GenAI opens the directory as it is."""
+"""What other programs want beside the model, so that they open the directory as it is.
+
+ONNX Runtime GenAI reads ``genai_config.json``. transformers.js reads ``config.json``, and is to be
+told that there are no folders: ``pipeline("text-generation", directory, { subfolder: "" })``.
+"""
 
 import json
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekit.formats.onnx import model
 from edgekit.formats.onnx.graph import cache_name, cache_width
 from edgekit.tokenizer_files import added_tokens
 
@@ -13,22 +18,48 @@ if TYPE_CHECKING:
     from edgekit.checkpoint import Checkpoint
 
 
-GENAI_CONFIG = "genai_config.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 NOTE = (
-    f"{GENAI_CONFIG} is for ONNX Runtime GenAI, which reads text with a tokenizer of its own: "
-    "the proof does not cover that one"
+    "ONNX Runtime GenAI and transformers.js open the files too, but read text with tokenizers of "
+    "their own, which the proof does not cover"
 )
 
 
 def write(checkpoint: "Checkpoint", directory: Path, entry: str, *, context_tokens: int) -> None:
-    """Write ``genai_config.json`` and what GenAI's tokenizer reads beside ``tokenizer.json``."""
-    config = genai_config(checkpoint, entry, context_tokens=context_tokens)
-    text = json.dumps(config, indent=2) + "\n"
-    (directory / GENAI_CONFIG).write_text(text, encoding="utf-8")
-    settings = checkpoint.text.tokenizer_json.with_name(TOKENIZER_CONFIG)
-    if settings.is_file():
-        shutil.copyfile(settings, directory / TOKENIZER_CONFIG)
+    """Write the settings of every client beside the model."""
+    data_files = len(model.files(directory / entry)) - 1
+    genai = genai_config(checkpoint, entry, context_tokens=context_tokens)
+    _write_json(directory / "genai_config.json", genai)
+    for name, fields in transformers_files(checkpoint, data_files=data_files).items():
+        _write_json(directory / name, fields)
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def transformers_files(checkpoint: "Checkpoint", *, data_files: int) -> dict[str, dict[str, Any]]:
+    """Return the checkpoint's own settings by file, as far as it has them, true for this artifact.
+
+    Weights are no longer quantised as they were, every stop id ends an answer, and transformers.js
+    4.3 looks for the chat template among the tokenizer's settings only.
+    """
+    changes: dict[str, dict[str, Any]] = {
+        "config.json": {
+            "quantization_config": None,
+            "vocab_size": checkpoint.spec.vocabulary,
+            "transformers.js_config": {"dtype": "fp32", "use_external_data_format": data_files},
+        },
+        "generation_config.json": {"eos_token_id": list(checkpoint.text.declared_stop_ids)},
+        "tokenizer_config.json": {"chat_template": checkpoint.text.chat_template},
+    }
+    found = {}
+    for name, changed in changes.items():
+        text = checkpoint.text.tokenizer_json.parent if "tokenizer" in name else None
+        path = (text or checkpoint.directory) / name
+        if path.is_file():
+            fields = json.loads(path.read_text(encoding="utf-8")) | changed
+            found[name] = {key: value for key, value in fields.items() if value is not None}
+    return found
 
 
 def genai_config(checkpoint: "Checkpoint", entry: str, *, context_tokens: int) -> dict[str, Any]:

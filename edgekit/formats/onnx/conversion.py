@@ -6,7 +6,7 @@ the byte; converting writes the same and holds one block of rows at a time.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -94,12 +94,7 @@ def _calibration(checkpoint: "Checkpoint", weights: Iterable[Weight]) -> str | N
 
 
 def _with_places(weight: Weight, placed: Mapping[str, External]) -> Weight:
-    return Weight(
-        role=weight.role,
-        wanted=weight.wanted,
-        stored=weight.stored,
-        tensors=tuple(placed[tensor.name] for tensor in weight.tensors),
-    )
+    return replace(weight, tensors=tuple(placed[tensor.name] for tensor in weight.tensors))
 
 
 def refuse(spec: DecoderSpec) -> None:

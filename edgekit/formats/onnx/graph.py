@@ -121,14 +121,17 @@ class _Builder:
             self.turns[rope] = self._turn(rope, self._frequencies(number, rope, total))
 
     def _name_inputs(self) -> None:
+        """Declare inputs with Optimum's names, of sizes too: transformers.js reads those."""
         for name, tokens in (
-            ("input_ids", "tokens"), ("attention_mask", "all_tokens"), ("position_ids", "tokens"),
-        ):  # fmt: skip
-            self.inputs.append(Port(name=name, dtype="int64", shape=("batch", tokens)))
-        a = self.spec.attention
+            ("input_ids", "sequence_length"),
+            ("attention_mask", "total_sequence_length"),
+            ("position_ids", "sequence_length"),
+        ):
+            self.inputs.append(Port(name=name, dtype="int64", shape=("batch_size", tokens)))
+        a, width = self.spec.attention, cache_width(self.spec)
         for index in range(len(self.spec.layers)):
             for part in ("key", "value"):
-                shape = ("batch", a.key_value_heads, "past_tokens", cache_width(self.spec))
+                shape = ("batch_size", a.key_value_heads, "past_sequence_length", width)
                 self.inputs.append(Port(name=cache_name(index, part), dtype="float32", shape=shape))
         self._optional_input(FIRST_LOGIT)
         if any(border_tokens(rope) for rope in ropes(self.spec)):
@@ -217,7 +220,8 @@ class _Builder:
         x = self.op("Slice", x, FIRST_LOGIT, self.constant(_TO_THE_END), self.constant(1))
         x = self._normalise(spec.norm, "final_norm", x)
         role = "token_embedding" if spec.is_tied else "output_head"
-        port = Port(name="logits", dtype="float32", shape=("batch", "tokens", spec.vocabulary))
+        shape = ("batch_size", "sequence_length", spec.vocabulary)
+        port = Port(name="logits", dtype="float32", shape=shape)
         self.outputs.insert(0, port)
         logits = self._multiply(role, x, spec.vocabulary, spec.hidden_width)
         if spec.logit_cap is not None:
@@ -281,11 +285,11 @@ class _Builder:
         )  # fmt: skip
 
     def _mix(self, query: str, key: str, value: str, index: int, layer: Layer) -> str:
-        a, parts = self.spec.attention, ("key", "value")
+        a, width, parts = self.spec.attention, cache_width(self.spec), ("key", "value")
         query = self._widen(query, a.heads)
         key, value = (self._widen(x, a.key_value_heads) for x in (key, value))
         for part in parts:
-            shape = ("batch", a.key_value_heads, "present_tokens", cache_width(self.spec))
+            shape = ("batch_size", a.key_value_heads, "present_sequence_length", width)
             name = cache_name(index, part, of="present")
             self.outputs.append(Port(name=name, dtype="float32", shape=shape))
         mixed = self.op(

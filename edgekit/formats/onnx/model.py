@@ -6,7 +6,7 @@ Source: onnx/onnx.proto of ONNX 1.18 for the field numbers.
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -257,9 +257,7 @@ def place(
         if split_bytes is not None and start and start + tensor.size_bytes > split_bytes:
             number, start = number + 1, 0
         file = f"{stem}_{number}" if number else stem
-        yield External(
-            name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, file=file, offset=start
-        )
+        yield replace(tensor, file=file, offset=start)
         end = start + tensor.size_bytes
 
 

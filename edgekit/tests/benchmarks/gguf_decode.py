@@ -1,8 +1,8 @@
 """Decode through `edgekit run` against llama.cpp's own loop: same build, threads and prompt.
 
 The native loop is llama.cpp's greedy sampler on its own logits, through the same binding and in
-the same memory, with nothing between two tokens. Both run in turn, several times; the last line is the ratio of medians
-(goal: >= 0.97).
+the same memory, with nothing between two tokens. Both run in turn, several times; the last line is
+the ratio of medians (goal: >= 0.97).
 
     python edgekit/tests/benchmarks/gguf_decode.py BUNDLE [THREADS]
 """

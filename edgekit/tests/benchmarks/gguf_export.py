@@ -2,7 +2,9 @@
 
     python edgekit/tests/benchmarks/gguf_export.py [--model demo|1b] [--adapter] [RECIPE ...]
 
-Ours reads the checkpoint, merges the adapter if there is one, converts, quantises and writes.
+Ours reads the checkpoint, merges the adapter if there is one, converts, quantises and writes; what
+it does before that, opening the model, turning its tokenizer into metadata and trying that out in
+llama.cpp, is told apart.
 llama.cpp's quantiser reads the same weights from a GGUF file in the checkpoint's own precision
 (which its converter would have had to write before; that is not counted) and writes. Each run is
 a fresh process, in turn. Clocks start after the imports. Peak memory is VmHWM less what the process
@@ -24,12 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit import formats, source
+from edgekit import corpus, formats, source
 from edgekit.checkpoint import Checkpoint
 from edgekit.checkpoint_writer import write_checkpoint
 from edgekit.decoder import Attention, DecoderSpec, Layer, Llama3Scaling, Norm, Rope, Shape
 from edgekit.families import llama
-from edgekit.formats.gguf import layout, storage
+from edgekit.formats.gguf import conversion, layout, pretokenizers, storage
 
 
 if TYPE_CHECKING:
@@ -83,7 +85,11 @@ def compare(model: Path, adapter: Path | None, native: Path, recipe: str, *, run
         for clock in ("wall_s", "cpu_s")
     )
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    print(f"{recipe}: wall {wall:.2f}, processors {cpu:.2f} (ours / llama.cpp, medians)")
+    before_s = statistics.median(s["before_s"] for s in ours)
+    print(
+        f"{recipe}: wall {wall:.2f}, processors {cpu:.2f} (ours / llama.cpp, medians); "
+        f"{before_s:.2f} s before that"
+    )
     for who, found in (("ours", ours), ("theirs", theirs)):
         times = " ".join(f"{s['wall_s']:.2f}" for s in found)
         peak = max(s["peak_bytes"] - s["imported_bytes"] for s in found)
@@ -114,12 +120,15 @@ def child(who: str, model: Path, adapter: Path | None, out: Path, recipe: str) -
     import llama_cpp
 
     imported_bytes = memory_bytes("VmRSS")
+    opened = time.perf_counter()
+    checkpoint = opened_checkpoint(model, adapter, recipe) if who == "ours" else None
     started, started_cpu = time.perf_counter(), time.process_time()
-    if who == "ours":
-        convert(model, adapter, out, recipe)
+    if checkpoint:
+        convert(checkpoint, out, recipe)
     else:
         quantise(llama_cpp, model, out, recipe)
     sample = {
+        "before_s": started - opened,
         "wall_s": time.perf_counter() - started,
         "cpu_s": time.process_time() - started_cpu,
         "imported_bytes": imported_bytes,
@@ -128,12 +137,22 @@ def child(who: str, model: Path, adapter: Path | None, out: Path, recipe: str) -
     print(json.dumps(sample))
 
 
-def convert(model: Path, adapter: Path | None, out: Path, recipe: str) -> None:
-    """Do what `edgekit export` does between plan and proof."""
+def opened_checkpoint(model: Path, adapter: Path | None, recipe: str) -> Checkpoint:
+    """Do what `edgekit export` does up to the plan."""
     checkpoint = source.open_checkpoint(model, adapters=[adapter] if adapter else [])
     fmt = formats.get("gguf")
+    fmt.lay_out(checkpoint, fmt.RECIPES[recipe])
+    pretokenizers.find_pre(checkpoint.text, corpus=corpus.lines())
+    return checkpoint
+
+
+def convert(checkpoint: Checkpoint, out: Path, recipe: str) -> None:
+    """Read, merge, quantise and write, as `edgekit export` does."""
+    pre = conversion.likely_pre(checkpoint.text)
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
-        entry = fmt.convert(checkpoint, fmt.RECIPES[recipe], Path(work), progress=lambda _: None)
+        entry = conversion.convert(
+            checkpoint, storage.RECIPES[recipe], Path(work), pre=pre, progress=lambda _: None
+        )
         (Path(work) / entry).rename(out)
 
 
@@ -150,7 +169,8 @@ def native_source(work: Path, model: Path, adapter: Path | None) -> Path:
     """Write the same weights as GGUF, in the checkpoint's precision."""
     first = next(iter(source.open_checkpoint(model).tensors.values()))
     recipe = {2: "BF16", 4: "F32"}[first.size_bytes // (first.shape[0] * first.shape[1])]
-    convert(model, adapter, work / "native.gguf", "F32" if adapter else recipe)
+    recipe = "F32" if adapter else recipe
+    convert(opened_checkpoint(model, adapter, recipe), work / "native.gguf", recipe)
     return work / "native.gguf"
 
 
