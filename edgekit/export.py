@@ -9,6 +9,7 @@ from edgekit import formats, oracle, qlora, source, target, workdir
 from edgekit.bundle import MANIFEST, Artifact, Bundle, ModelRecord
 from edgekit.calibrate import announce, measure, read_own_text, require
 from edgekit.checkpoint import Checkpoint
+from edgekit.doctor import extras
 from edgekit.errors import UsageError
 from edgekit.plan import Plan, substitutions
 from edgekit.plan import make as make_plan
@@ -172,7 +173,7 @@ def _fill(
         artifact=_artifact(work, entry, chosen),
         agreement=None,
         predicted=_predicted(chosen),
-        tools=_tools(),
+        tools=_tools(chosen.format),
     )
     if not request.is_verified:
         return bundle
@@ -268,9 +269,11 @@ def _predicted(chosen: Plan) -> dict[str, float]:
     } | firsts
 
 
-def _tools() -> dict[str, str]:
+def _tools(format: str) -> dict[str, str]:
+    """Return the versions of edgekit and of what its extras for a format bring."""
+    fmt, packages = formats.get(format), extras()
     found = {}
-    for package in ("edgekit", "llama-cpp-python", "tokenizers", "torch", "transformers", "peft"):
+    for package in ("edgekit", *packages.get(fmt.EXTRA, ()), *packages.get(fmt.RUN_EXTRA, ())):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -80,6 +80,8 @@ def _bundle_lines(bundle: Bundle) -> Iterator[str]:
     yield f"target: {bundle.target}, recipe {bundle.artifact.recipe}"
     yield f"context: {bundle.context_tokens} tokens, stops at {list(bundle.text.stop_ids)}"
     yield from (f"substituted: {line}" for line in bundle.artifact.substitutions)
+    if bundle.artifact.calibration:
+        yield f"calibrated on a text with SHA-256 {bundle.artifact.calibration[:16]}…"
     if bundle.agreement is None:
         yield "proof: none; it was exported with --no-verify"
     else:

@@ -5,10 +5,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from edgekit.bundle import TextRules, sha256_of
 from edgekit.checkpoint import Checkpoint
-from edgekit.errors import MissingDependencyError, UsageError
+from edgekit.errors import BundleError, MissingDependencyError, UsageError
+from edgekit.model_card import read_sampling
 from edgekit.progress import Listener, Silent
 from edgekit.template import ChatTemplate
 from edgekit.text import Text, open_tokenizer
@@ -39,6 +41,7 @@ def open_checkpoint(
         from edgekit.adapter import merge
 
         checkpoint = merge(checkpoint, adapter)
+    read_sampling(checkpoint.directory)  # refuses nonsense before slow work
     return with_template_stop(checkpoint)
 
 
@@ -128,11 +131,11 @@ def _template_stop(files: TokenizerFiles) -> int | None:
     Raises:
         UsageError: If the template cannot even say one question.
     """
-    if files.chat_template is None:
-        return None
     try:
+        tokenizer = _readable_tokenizer(files.tokenizer_json)
+        if files.chat_template is None:
+            return None
         template = ChatTemplate.compile(files.chat_template)
-        tokenizer = open_tokenizer(files.tokenizer_json)
     except MissingDependencyError:
         return None
     rules = TextRules(
@@ -153,3 +156,12 @@ def _template_stop(files: TokenizerFiles) -> int | None:
         return text.stop_id_of_template()
     except UsageError:  # a template may refuse to end with an answer
         return None
+
+
+def _readable_tokenizer(path: Path) -> Any:
+    try:
+        return open_tokenizer(path)
+    except BundleError as error:
+        raise UsageError(
+            str(error), hint="save it again with AutoTokenizer and save_pretrained()"
+        ) from error

@@ -8,9 +8,10 @@ from edgekit import target
 from edgekit.export import export
 
 
-# Cores are shared while tests run, and a thread that spins for another one holds both up.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch: the models here are tiny
+# Threads of llama.cpp wait for each other by spinning, which is slow where cores are shared; and
+# for tiny models torch's cost more than they bring. Child processes inherit it.
+os.environ.setdefault("OMP_THREAD_LIMIT", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

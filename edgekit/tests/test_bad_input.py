@@ -267,7 +267,7 @@ def deep(directory, layers):
 def test_more_layers_than_llama_cpp_holds_are_refused_in_one_sentence(tmp_path, capsys):
     pytest.importorskip("numpy")
     model = write_checkpoint(deep(tmp_path, 513), tmp_path / "model", precision="f16")
-    sentence = refusal(model, capsys, "--no-verify")
+    sentence = refusal(model, capsys, "--no-verify", "--format", "gguf")
     assert "513 layers are more than llama.cpp's 512" in sentence
 
 

@@ -44,7 +44,8 @@ def matches(line, promise):
 def run(example, directory):
     """Run an example as a user would: elsewhere, with all cores, from the command line."""
     settings = os.environ | {"PYTHONPATH": str(ROOT)}
-    settings.pop("OMP_NUM_THREADS", None)  # training is no tiny model
+    for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):  # training is no tiny model
+        settings.pop(name, None)
     return subprocess.run(
         [sys.executable, example, "out"],
         cwd=directory,

@@ -205,7 +205,9 @@ def _encode_strings(texts: Sequence[str]) -> bytes:
     lengths = struct.pack(f"<{len(encoded)}Q", *map(len, encoded))
     starts = range(0, len(lengths), 8)
     return b"".join(
-        part for at, text in zip(starts, encoded, strict=True) for part in (lengths[at : at + 8], text)
+        part
+        for at, text in zip(starts, encoded, strict=True)
+        for part in (lengths[at : at + 8], text)
     )
 
 
