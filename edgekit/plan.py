@@ -56,9 +56,11 @@ class Candidate:
 
     format: str
     recipe: Recipe
+    context: ContextLimit  # what it would hold, and the format's reason if that is little
     layout: Layout | None
     estimate: Estimate | None
-    misses: tuple[str, ...]
+    misses: tuple[str, ...]  # limits it most likely misses
+    sure_misses: tuple[str, ...]  # those it misses even if the estimate is as far off as it may be
 
     @property
     def name(self) -> str:
@@ -132,40 +134,54 @@ def make(  # noqa: PLR0913 - the request, spelled out
             the model itself cannot be converted, whatever the recipe.
         BudgetError: If nothing fits; the message lists every candidate with its numbers.
     """
-    rejected: list[Candidate] = []
+    candidates: list[Candidate] = []
     for name in _format_names(target, format=format, quant=quant):
         limit = formats.get(name).context_limit(checkpoint)
         context = _context(limit, target, asked=context_tokens)
-        candidates = [
-            assess(
-                checkpoint, recipe, target, format=name, context_tokens=context,
-                split_bytes=split_bytes,
-            )
+        held = ContextLimit(tokens=context, reason=limit.reason if context == limit.tokens else "")
+        assessed = [
+            assess(checkpoint, recipe, target, format=name, held=held, split_bytes=split_bytes)
             for recipe in _recipes(name, quant)
-        ]  # fmt: skip
-        for candidate in sorted(candidates, key=_size, reverse=True):
-            if candidate.layout and candidate.estimate and not candidate.misses:
-                return Plan(
-                    format=name,
-                    recipe=candidate.recipe,
-                    context_tokens=context,
-                    layout=candidate.layout,
-                    estimate=candidate.estimate,
-                    rejected=tuple(rejected),
-                    notes=tuple(_notes(candidate, limit, target, context_tokens=context)),
-                    split_bytes=split_bytes,
-                )
-            rejected.append(candidate)
-    _refuse_bad_input(checkpoint, rejected, split_bytes)
-    raise BudgetError(
-        f"{checkpoint.name} does not fit {target.title}\n"
-        + "\n".join(f"  {candidate.name}: {'; '.join(candidate.misses)}" for candidate in rejected),
-        hint="take a smaller model, a shorter --context, or a target file with a wider budget",
-    )
+        ]
+        candidates += sorted(assessed, key=_size, reverse=True)
+    chosen = _choose(candidates)
+    if chosen is None:
+        _refuse_bad_input(checkpoint, candidates, split_bytes)
+        raise BudgetError(
+            f"{checkpoint.name} does not fit {target.title}\n"
+            + "\n".join(f"  {c.name}: {'; '.join(c.misses)}" for c in candidates),
+            hint="take a smaller model, a shorter --context, or a target file with a wider budget",
+        )
+    return _plan(chosen, candidates, target, split_bytes=split_bytes)
 
 
 def _size(candidate: Candidate) -> int:
     return candidate.layout.artifact_bytes if candidate.layout else 0
+
+
+def _choose(candidates: Sequence[Candidate]) -> Candidate | None:
+    """Return the first that most likely fits, or else the first that may."""
+    for candidate in candidates:
+        if not candidate.misses:
+            return candidate
+    return next((candidate for candidate in candidates if not candidate.sure_misses), None)
+
+
+def _plan(
+    chosen: Candidate, candidates: Sequence[Candidate], target: Target, *, split_bytes: int | None
+) -> Plan:
+    assert chosen.layout is not None  # noqa: S101 - what has none misses
+    assert chosen.estimate is not None  # noqa: S101
+    return Plan(
+        format=chosen.format,
+        recipe=chosen.recipe,
+        context_tokens=chosen.context.tokens,
+        layout=chosen.layout,
+        estimate=chosen.estimate,
+        rejected=tuple(candidates[: candidates.index(chosen)]),
+        notes=tuple(_notes(chosen, target)),
+        split_bytes=split_bytes,
+    )
 
 
 def _refuse_bad_input(
@@ -184,7 +200,8 @@ def _format_names(target: Target, *, format: str | None, quant: str | None) -> l
         return [format]
     usable: list[str] = [name for name in target.formats if name in formats.names()]
     if quant is not None:
-        usable = [name for name in usable if quant in formats.get(name).RECIPES] or usable
+        with_recipe = [name for name in usable if quant.lower() in _by_lower(name)]
+        usable = with_recipe or usable[:1]  # which then says what it has
     if not usable:
         raise UsageError(
             f"{target.name} takes {', '.join(target.formats)}; "
@@ -194,11 +211,15 @@ def _format_names(target: Target, *, format: str | None, quant: str | None) -> l
     return usable
 
 
+def _by_lower(format_name: str) -> dict[str, str]:
+    return {name.lower(): name for name in formats.get(format_name).RECIPES}
+
+
 def _recipes(format_name: str, quant: str | None) -> list[Recipe]:
     fmt = formats.get(format_name)
     if quant is None:
         return [fmt.RECIPES[name] for name in fmt.DEFAULT_RECIPES]
-    by_lower = {name.lower(): name for name in fmt.RECIPES}
+    by_lower = _by_lower(format_name)
     if quant.lower() not in by_lower:
         near = difflib.get_close_matches(quant.lower(), by_lower, n=3, cutoff=0.5)
         names = [by_lower[name] for name in near] or list(fmt.RECIPES)
@@ -226,7 +247,7 @@ def assess(  # noqa: PLR0913 - one candidate, spelled out
     target: Target,
     *,
     format: str,
-    context_tokens: int,
+    held: ContextLimit,
     split_bytes: int | None = None,
 ) -> Candidate:
     """Return what one recipe would cost and which limits of the target it would miss."""
@@ -234,15 +255,18 @@ def assess(  # noqa: PLR0913 - one candidate, spelled out
         layout = formats.get(format).lay_out(checkpoint, recipe, split_bytes=split_bytes)
     except UsageError as error:
         return Candidate(
-            format=format, recipe=recipe, layout=None, estimate=None, misses=(str(error),)
-        )
-    estimated = estimate(checkpoint, layout, target, format=format, context_tokens=context_tokens)
+            format=format, recipe=recipe, context=held, layout=None, estimate=None,
+            misses=(str(error),), sure_misses=(str(error),),
+        )  # fmt: skip
+    estimated = estimate(checkpoint, layout, target, format=format, context_tokens=held.tokens)
     return Candidate(
         format=format,
         recipe=recipe,
+        context=held,
         layout=layout,
         estimate=estimated,
         misses=tuple(_misses(estimated, target)),
+        sure_misses=tuple(_misses(estimated, target, is_hopeful=True)),
     )
 
 
@@ -288,7 +312,11 @@ def _token_s(
     return (weights_bytes + cache_bytes) / target.decode_bandwidth_bytes_per_s + TOKEN_OVERHEAD_S
 
 
-def _misses(estimate: Estimate, target: Target) -> Iterator[str]:
+def _misses(estimate: Estimate, target: Target, *, is_hopeful: bool = False) -> Iterator[str]:
+    """Yield the limits that are missed: most likely, or even at the hopeful end of each interval.
+
+    Bytes are known; only speed is guessed.
+    """
     budget = target.budget
     if estimate.artifact_bytes > budget.artifact_bytes:
         yield (
@@ -300,11 +328,13 @@ def _misses(estimate: Estimate, target: Target) -> Iterator[str]:
             f"{format_bytes(estimate.memory.peak_bytes)} > "
             f"{format_bytes(budget.peak_memory_bytes)} of memory"
         )
-    rate = estimate.decode_tokens_per_s.likely
+    decode = estimate.decode_tokens_per_s
+    rate = decode.high if is_hopeful else decode.likely
     if rate < budget.decode_tokens_per_s:
         yield f"{format_rate(rate)} < {format_rate(budget.decode_tokens_per_s)}"
     for limit in budget.first_token:
-        first_s = estimate.first_token_s[limit.prompt_tokens].likely
+        first = estimate.first_token_s[limit.prompt_tokens]
+        first_s = first.low if is_hopeful else first.likely
         if first_s > limit.limit_s:
             yield (
                 f"first token after {format_duration(first_s)} > {format_duration(limit.limit_s)} "
@@ -312,11 +342,11 @@ def _misses(estimate: Estimate, target: Target) -> Iterator[str]:
             )
 
 
-def _notes(
-    candidate: Candidate, limit: ContextLimit, target: Target, *, context_tokens: int
-) -> Iterator[str]:
-    if context_tokens == limit.tokens < target.budget.context_tokens:
-        yield f"context is {limit.tokens} tokens, since {limit.reason}"
+def _notes(candidate: Candidate, target: Target) -> Iterator[str]:
+    if candidate.misses:
+        yield f"may miss a limit, only measuring will tell: {'; '.join(candidate.misses)}"
+    if candidate.context.reason and candidate.context.tokens < target.budget.context_tokens:
+        yield f"context is {candidate.context.tokens} tokens, since {candidate.context.reason}"
     if candidate.layout:
         yield from candidate.layout.notes
         yield from substitutions(candidate.layout)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 
 CHUNK_TOKENS = 256
+LARGE_POSITIONS = 512  # of a model that is computed layer by layer, which takes long
 POSITIONS = 2048  # enough that the mean KL of 4-bit weights repeats within a tenth
 ANSWER_TOKENS = 24
 GOLDENS = 2
@@ -106,10 +107,11 @@ class Subject:
 
     def chunks(self) -> list[list[int]]:
         """Return the corpus as ids, a share of every text, in pieces the context can hold."""
-        length = min(CHUNK_TOKENS, self.context_tokens)
         texts = [self.text.encode(text, adds_bos=self.rules.adds_bos) for _, text in corpus.texts()]
-        positions = POSITIONS if oracle.holds(self.checkpoint) else POSITIONS // 4  # hours, else
-        share = max(length, positions // len(texts))
+        length = min(CHUNK_TOKENS, self.context_tokens)
+        share = max(length, POSITIONS // len(texts))
+        if not oracle.holds(self.checkpoint):
+            length = share = min(length, LARGE_POSITIONS // len(texts))
         pieces = [
             ids[first : first + length]
             for ids in texts

@@ -141,7 +141,8 @@ def _target_text(name):
 def test_ctrl_c_leaves_nothing(tiny_checkpoint, tmp_path):
     """A real SIGINT to a real process, while it converts."""
     program = (
-        "import sys, time, edgekit.formats.gguf.storage as storage\n"
+        "import signal, sys, time, edgekit.formats.gguf.storage as storage\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a parent may ignore it
         "from edgekit.cli import main\n"
         "slow = storage.quantise_each\n"
         "def crawl(blocks, **kw):\n"

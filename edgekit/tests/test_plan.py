@@ -118,3 +118,19 @@ def test_a_longer_context_takes_more_memory_and_the_cache_is_exact(checkpoint, p
     assert use.peak_bytes == (
         use.weights_bytes + use.cache_bytes + use.compute_bytes + use.runtime_bytes
     )
+
+
+def test_a_speed_that_is_only_likely_missed_is_a_note_and_not_a_refusal(checkpoint, pi):
+    rate = make(checkpoint, pi, quant="Q2_K").estimate.decode_tokens_per_s
+    made = make(checkpoint, with_budget(pi, decode_tokens_per_s=rate.likely * 1.1), quant="Q2_K")
+    assert any(note.startswith("may miss a limit") for note in made.notes)
+    with pytest.raises(BudgetError):
+        make(checkpoint, with_budget(pi, decode_tokens_per_s=rate.high * 1.1), quant="Q2_K")
+
+
+def test_what_most_likely_fits_comes_before_what_only_may(checkpoint, pi):
+    best = make(checkpoint, pi, quant="Q8_0").estimate.decode_tokens_per_s.likely
+    made = make(checkpoint, with_budget(pi, decode_tokens_per_s=best * 1.01))
+    assert made.recipe.name != "Q8_0"
+    assert made.rejected[0].recipe.name == "Q8_0"
+    assert not any(note.startswith("may miss") for note in made.notes)
