@@ -80,7 +80,9 @@ def failures_of(suite, name):
 
 def test_junit_has_a_case_for_each_check_and_no_green_for_an_unclear_one(bundle):
     noisy = [0.1, 0.2] * 5
-    result = result_of(bundle, make_measurement(token_s=noisy), artifact_bytes=1)
+    result = result_of(
+        bundle, make_measurement(token_s=noisy), artifact_bytes=1, decode_tokens_per_s=4.0
+    )
 
     suite = suite_of(result)
 

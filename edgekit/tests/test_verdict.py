@@ -114,6 +114,15 @@ def test_a_noisy_pass_is_no_pass(bundle):
     assert not verdict.more_samples_may_help
 
 
+def test_noise_far_inside_the_limit_hides_no_miss(bundle):
+    noisy = [0.010, 0.012, 0.010, 0.012, 0.010, 0.012, 0.010, 0.012, 0.010, 0.020]
+
+    verdict = verdict_of(bundle, make_measurement(token_s=noisy))
+
+    assert check(verdict, "decoding").outcome == "pass"
+    assert "times inside the limit" in check(verdict, "decoding").basis
+
+
 def test_a_pass_that_slows_down_is_no_pass(bundle):
     warming_up = [0.100] * 5 + [0.106] * 5
 
