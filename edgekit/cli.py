@@ -7,6 +7,7 @@ imported by the command that runs them, so that ``edgekit --help`` answers at on
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -539,17 +540,18 @@ class Terminal:
 
     @contextmanager
     def track(self, title: str, total: int) -> "Iterator[Advance]":
-        """Show a bar; where stderr is a file, a line when the work is done."""
-        if not sys.stderr.isatty():
-            yield lambda _: None
-            click.echo(f"{title}: done", err=True)
-            return
-        from rich.console import Console
-        from rich.progress import Progress
+        """Show a bar where it can move; and a line with the time when the work is done."""
+        started = time.monotonic()
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
 
-        with Progress(console=Console(stderr=True), transient=True) as bars:
-            task = bars.add_task(title, total=total)
-            yield lambda done: bars.advance(task, done)
+            with Progress(console=Console(stderr=True), transient=True) as bars:
+                task = bars.add_task(title, total=total)
+                yield lambda done: bars.advance(task, done)
+        else:
+            yield lambda _: None
+        self.say(f"{title}: {time.monotonic() - started:.1f} s")
 
     @contextmanager
     def counted(self, title: str) -> Iterator[Callable[[int, int], None]]:

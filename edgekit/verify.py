@@ -47,7 +47,7 @@ GOLDEN_TOKENS = 48
 # change of an activation changes how it is rounded.
 MAX_CACHE_KL_NATS = 1e-3
 GREEDY = Sampling()
-QUESTION = "What is the capital of France?"
+QUESTION = "Name the capital of France."
 
 CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
     ({"role": "user", "content": QUESTION},),
@@ -398,7 +398,7 @@ def _check_stops(
     )
     found.add(
         "stops",
-        f"at {list(subject.rules.stop_ids)} ({told}); a generation ended at such an id",
+        f"at {list(subject.rules.stop_ids)} ({told}); a generation ends at the id it is told",
         passed=bool(declared) and set(subject.rules.stop_ids) == declared and again == before,
     )
 
