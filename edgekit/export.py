@@ -121,6 +121,8 @@ def make(request: Request, *, listener: Listener) -> Bundle:
         split_bytes=request.split_bytes,
     )
     _refuse_unused(own_text, chosen)
+    out = request.out or default_out(checkpoint, chosen, request.target)
+    workdir.refuse_existing(out, replaces=replaces)
     checkpoint = qlora.with_score(
         checkpoint, request.adapters, trained_on=request.trained_on, listener=listener
     )
@@ -128,7 +130,6 @@ def make(request: Request, *, listener: Listener) -> Bundle:
         listener.say(line)
     if chosen.layout.calibration:
         checkpoint = measure(checkpoint, own_text=own_text, listener=listener)
-    out = request.out or default_out(checkpoint, chosen, request.target)
     with workdir.new_directory(out, replaces=replaces) as work:
         bundle = _fill(work, checkpoint, chosen, request, listener)
         bundle.save()

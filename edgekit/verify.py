@@ -22,6 +22,7 @@ from edgekit.fidelity import Comparison, Fidelity
 from edgekit.formats import Layout
 from edgekit.generate import Sampling, generate
 from edgekit.goldens import ChatGolden, Goldens, LogitGolden, TextGolden
+from edgekit.load_probe import probe
 from edgekit.progress import Listener, Silent
 from edgekit.recipe import Recipe
 from edgekit.session import Session
@@ -182,8 +183,7 @@ def check(subject: Subject, *, listener: Listener | None = None) -> Proof:
     listener = listener or Silent()
     found = _Findings()
     # A native abort shall end a child, not this process and all it has made.
-    fmt = formats.get(subject.format)
-    fmt.probe(subject.path, context_tokens=subject.context_tokens)
+    probe(subject.format, subject.path, context_tokens=subject.context_tokens)
     with closing(_open(subject)) as session:
         prompt, answer = _check_generation(subject, session, found)
         _check_stops(subject, session, prompt, answer, found)

@@ -81,6 +81,7 @@ class Format(Protocol):
     STORAGES: Mapping[str, Storage]  # by name; the support matrix is made from these
     RECIPES: Mapping[str, Recipe]  # the values of --quant, most faithful first
     DEFAULT_RECIPES: tuple[str, ...]  # the ones a plan considers unasked, most faithful first
+    RUNTIME: str  # what opens the artifacts, as people call it
     EXTRA: str  # `pip install 'edgekit[EXTRA]'` makes and proves artifacts
     RUN_EXTRA: str  # `pip install 'edgekit[RUN_EXTRA]'` runs them
 
@@ -155,14 +156,6 @@ class Format(Protocol):
         Raises:
             MissingDependencyError: If the runtime is not installed.
             BundleError: If the runtime refuses the file.
-        """
-        ...
-
-    def probe(self, path: Path, *, context_tokens: int) -> None:
-        """Load an artifact and ask for one token, in a process that may die over it.
-
-        Raises:
-            ToolchainError: If it does; the log has the runtime's last words.
         """
         ...
 

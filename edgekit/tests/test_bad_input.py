@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from edgekit import families
+from edgekit import families, load_probe
 from edgekit.checkpoint_writer import write_checkpoint
 from edgekit.cli import main
 from edgekit.doctor import _RandomTensor, _tiny_checkpoint
 from edgekit.errors import ToolchainError
-from edgekit.formats.gguf import architectures, conversion, layout, load_probe, pretokenizers
+from edgekit.formats.gguf import architectures, conversion, layout, pretokenizers
 from edgekit.formats.gguf.storage import RECIPES
 from edgekit.source import open_checkpoint
 
@@ -281,7 +281,7 @@ def test_a_file_that_llama_cpp_aborts_over_ends_a_child_and_not_us(gguf):
     gguf.write_bytes(data)
     assert layout.read(gguf).metadata["llama.block_count"] == 600  # we see nothing wrong
     with pytest.raises(ToolchainError, match=r"llama\.cpp died with SIGABRT over") as caught:
-        load_probe.probe(gguf, context_tokens=64)
+        load_probe.probe("gguf", gguf, context_tokens=64)
     assert "GGML_ASSERT" in caught.value.log
 
 
@@ -290,14 +290,14 @@ def test_a_file_that_llama_cpp_refuses_is_refused_with_its_words(tmp_path):
     pytest.importorskip("llama_cpp")
     (tmp_path / "no.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ToolchainError, match=r"llama\.cpp failed over") as caught:
-        load_probe.probe(tmp_path / "no.gguf", context_tokens=64)
+        load_probe.probe("gguf", tmp_path / "no.gguf", context_tokens=64)
     assert "llama.cpp refuses" in caught.value.log
 
 
 @pytest.mark.toolchain
 def test_a_file_that_loads_and_runs_is_no_error(gguf):
     pytest.importorskip("llama_cpp")
-    load_probe.probe(gguf, context_tokens=64)
+    load_probe.probe("gguf", gguf, context_tokens=64)
 
 
 @pytest.mark.toolchain

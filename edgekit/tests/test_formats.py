@@ -289,6 +289,7 @@ RECIPES = {
 }
 DEFAULT_RECIPES = ("loud",)
 EXTRA = RUN_EXTRA = "demo"
+RUNTIME = "an echo"
 
 
 class EchoSession:
@@ -352,10 +353,6 @@ def convert(checkpoint, recipe, directory, *, progress, context_tokens=None, spl
 
 def load(path, *, context_tokens, threads=None, has_exact_cache=False):
     return EchoSession(path, context_tokens)
-
-
-def probe(path, *, context_tokens):
-    read(path)
 
 
 def runtime_ids(path, texts):

@@ -2,9 +2,10 @@
 
 import pytest
 
+from edgekit import load_probe
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
-from edgekit.formats.onnx import conversion, load_probe, storage
+from edgekit.formats.onnx import conversion, storage
 from edgekit.formats.onnx.runtime import BATCH_TOKENS, OnnxSession
 
 
@@ -139,9 +140,9 @@ def test_a_version_that_errs_is_refused(path, monkeypatch):
 
 
 def test_a_probe_says_nothing_of_a_good_model_and_tells_what_is_wrong_with_another(path, tmp_path):
-    load_probe.probe(path, context_tokens=32)
+    load_probe.probe("onnx", path, context_tokens=32)
     with pytest.raises(ToolchainError, match="failed over") as refusal:
-        load_probe.probe(tmp_path / "absent.onnx", context_tokens=32)
+        load_probe.probe("onnx", tmp_path / "absent.onnx", context_tokens=32)
     assert "cannot be read" in refusal.value.log
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "DEFAULT_RECIPES",
     "EXTRA",
     "RECIPES",
+    "RUNTIME",
     "RUN_EXTRA",
     "STORAGES",
     "contents",
@@ -27,10 +28,10 @@ __all__ = [
     "lay_out",
     "load",
     "memory_use",
-    "probe",
     "runtime_ids",
 ]
 
+RUNTIME = "llama.cpp"
 EXTRA = "gguf"
 RUN_EXTRA = "run-gguf"
 # F32, F16 and BF16 are twice and four times as large as Q8_0 and say the same.
@@ -87,13 +88,6 @@ def load(
     return runtime.GgufSession(
         path, context_tokens=context_tokens, threads=threads, has_exact_cache=has_exact_cache
     )
-
-
-def probe(path: Path, *, context_tokens: int) -> None:
-    """Load a file and ask for one token, in a process of its own."""
-    from edgekit.formats.gguf import load_probe
-
-    load_probe.probe(path, context_tokens=context_tokens)
 
 
 def runtime_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:

@@ -18,6 +18,7 @@ __all__ = [
     "DEFAULT_RECIPES",
     "EXTRA",
     "RECIPES",
+    "RUNTIME",
     "RUN_EXTRA",
     "STORAGES",
     "contents",
@@ -27,10 +28,10 @@ __all__ = [
     "lay_out",
     "load",
     "memory_use",
-    "probe",
     "runtime_ids",
 ]
 
+RUNTIME = "ONNX Runtime"
 EXTRA = "onnx"
 RUN_EXTRA = "run-onnx"
 # F32 and F16 take as much memory as each other, four times that of INT8, and say the same.
@@ -85,13 +86,6 @@ def load(
     """Open a model in ONNX Runtime."""
     del has_exact_cache  # it is float32 anyway
     return runtime.OnnxSession(path, context_tokens=context_tokens, threads=threads)
-
-
-def probe(path: Path, *, context_tokens: int) -> None:
-    """Load a model and ask for one token, in a process of its own."""
-    from edgekit.formats.onnx import load_probe
-
-    load_probe.probe(path, context_tokens=context_tokens)
 
 
 def runtime_ids(path: Path, texts: Sequence[str]) -> None:
