@@ -198,27 +198,27 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
     estimate, budget, memory = made.estimate, target.budget, made.estimate.memory
     exact = "exactly" if made.layout.is_exact else "about"
     yield f"{made.format} {made.recipe.name} for {target.title}, {made.context_tokens} tokens"
-    yield f"{'':<24}{'expected':<28}limit"
+    yield f"{'':<24}{'expected':<34}limit"
     yield (
-        f"{'to download':<24}{exact + ' ' + format_bytes(estimate.artifact_bytes):<28}"
+        f"{'to download':<24}{exact + ' ' + format_bytes(estimate.artifact_bytes):<34}"
         f"{format_bytes(budget.artifact_bytes)}"
     )
     yield (
-        f"{'memory':<24}{format_bytes(memory.peak_bytes):<28}"
+        f"{'memory':<24}{format_bytes(memory.peak_bytes):<34}"
         f"{format_bytes(budget.peak_memory_bytes)}"
     )
     for name in ("weights", "cache", "compute", "runtime"):
         yield f"{'  ' + name:<24}{format_bytes(getattr(memory, name + '_bytes'))}"
     rate = estimate.decode_tokens_per_s
     yield (
-        f"{'decode':<24}{format_rate(rate.low) + ' to ' + format_rate(rate.high):<28}"
+        f"{'decode':<24}{format_rate(rate.low) + ' to ' + format_rate(rate.high):<34}"
         f"{format_rate(budget.decode_tokens_per_s)}"
     )
     for limit in budget.first_token:
         first = estimate.first_token_s[limit.prompt_tokens]
         name = f"first token after {limit.prompt_tokens}"
         between = f"{format_duration(first.low)} to {format_duration(first.high)}"
-        yield f"{name:<24}{between:<28}{format_duration(limit.limit_s)}"
+        yield f"{name:<24}{between:<34}{format_duration(limit.limit_s)}"
     yield from (f"note: {note}" for note in made.notes)
     yield from (f"rejected {c.name}: {'; '.join(c.misses)}" for c in made.rejected)
 

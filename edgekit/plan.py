@@ -359,6 +359,7 @@ def substitutions(layout: Layout) -> Iterator[str]:
         kinds.setdefault((placement.wanted, placement.storage), []).append(placement.size_bytes)
     for (wanted, stored), sizes in sorted(kinds.items()):
         yield (
-            f"{len(sizes)} tensors are {stored} instead of {wanted} "
+            f"{len(sizes)} tensor{' is' if len(sizes) == 1 else 's are'} {stored} "
+            f"instead of {wanted} "
             f"({format_bytes(sum(sizes))}): their rows do not fill blocks of {wanted}"
         )
