@@ -318,7 +318,7 @@ def _check_ids(subject: Subject, found: _Findings) -> None:
                 "which edgekit run does"
             )
     if wrong is None:
-        finding = f"{readers} agree on {len(lines)} lines{finding}"
+        finding = f"{len(lines)} lines give the checkpoint's ids in {readers}{finding}"
     else:
         finding = f"{readers.rpartition(' and ')[2]}: {wrong}"
     found.add("token ids", finding, passed=wrong is None)

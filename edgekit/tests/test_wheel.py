@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from edgekit import formats
+from edgekit.export import export
+
 
 pytestmark = [pytest.mark.toolchain, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,12 +30,12 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def device_python(wheel, tmp_path_factory):
-    """A fresh virtual environment with `edgekit[run-gguf]`; pip's cache spares the compiler."""
+    """A fresh virtual environment with what devices run; pip's cache spares the compiler."""
     home = tmp_path_factory.mktemp("device") / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
     python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
     subprocess.run(
-        [str(python), "-m", "pip", "install", "-q", f"{wheel}[run-gguf]"],
+        [str(python), "-m", "pip", "install", "-q", f"{wheel}[run-gguf,run-onnx]"],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     return python
@@ -62,7 +65,20 @@ def test_the_core_needs_at_most_five_packages_and_no_torch(wheel):
     assert not any("torch" in line for line in core)
 
 
-def test_a_bundle_answers_where_no_torch_is_installed(device_python, tiny_bundle, tmp_path):
+@pytest.fixture(scope="module", params=formats.names())
+def bundle(request, tiny_checkpoint, tiny_bundle, tmp_path_factory):
+    """A proven bundle of each format."""
+    if request.param == "gguf":
+        return tiny_bundle
+    out = tmp_path_factory.mktemp("other") / request.param
+    export(
+        tiny_checkpoint, "raspberry-pi-5-8gb", format=request.param, context_tokens=128, out=out,
+        quant=next(iter(formats.get(request.param).RECIPES)),
+    )  # fmt: skip
+    return out
+
+
+def test_a_bundle_answers_where_no_torch_is_installed(device_python, bundle, tmp_path):
     probe = run(
         device_python, "-c",
         "import importlib.util as u; print([n for n in ('torch', 'transformers', 'peft', 'gguf') "
@@ -71,7 +87,7 @@ def test_a_bundle_answers_where_no_torch_is_installed(device_python, tiny_bundle
     )  # fmt: skip
     assert probe.stdout.strip() == "[]"
     done = run(
-        device_python, "-m", "edgekit", "run", tiny_bundle, "hello", "--max-tokens", 4, "--json",
+        device_python, "-m", "edgekit", "run", bundle, "hello", "--max-tokens", 4, "--json",
         "--threads", 1, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
