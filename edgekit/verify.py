@@ -231,10 +231,17 @@ def _check_generation(
     tokens = list(generate(session, prompt, max_tokens=ANSWER_TOKENS, stop_ids=(), sampling=GREEDY))
     found.add(
         "runs",
-        f"{len(tokens)} tokens from its runtime: {subject.text.decode(tokens)!r}",
+        f"{len(tokens)} tokens from its runtime: {_shown(subject, tokens)}",
         passed=bool(tokens),
     )
     return prompt, tokens
+
+
+def _shown(subject: Subject, tokens: list[int]) -> str:
+    """Return what a user would see of these tokens, and whether the answer ends with them."""
+    ends = [index for index, token in enumerate(tokens) if token in subject.rules.stop_ids]
+    said = subject.text.decode(tokens[: ends[0]] if ends else tokens)
+    return f"{said!r}, and stops" if ends else f"{said!r} …"
 
 
 def _question(subject: Subject) -> list[int]:
