@@ -3,6 +3,7 @@
 Only safetensors is read: never a pickle, never code from the model's directory.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -208,14 +209,11 @@ class Checkpoint:
         """How the makers of the model sample from it."""
         return model_card.read_sampling(self.directory)
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """A hash over the config and every weight file, in order of name."""
-        digest = hashlib.sha256()
-        for path in [self.directory / "config.json", *_weight_files(self.directory)]:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        paths = (self.directory / "config.json", *_weight_files(self.directory))
+        return _sha256_of(tuple((path, path.stat().st_mtime_ns) for path in paths))
 
     def weight(
         self, role: str, first_row: int = 0, rows: int | None = None
@@ -310,6 +308,16 @@ def _architecture(directory: Path, fields: Mapping[str, Any]) -> str:
             hint=f"supported: {', '.join(families.names())}",
         )
     return architecture
+
+
+@functools.lru_cache(maxsize=4)  # an export asks twice, of copies that differ in their notes
+def _sha256_of(files: tuple[tuple[Path, int], ...]) -> str:
+    """Return one hash over files, each with the time it was changed."""
+    digest = hashlib.sha256()
+    for path, _ in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

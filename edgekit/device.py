@@ -28,6 +28,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import edgekit
 from edgekit.bundle import MANIFEST, sha256_of
+from edgekit.child import environment
 from edgekit.errors import EdgekitError, MissingDependencyError, ToolchainError, UsageError
 
 
@@ -132,35 +133,12 @@ def connect(text: str, *, ssh_config: Path | None = None) -> Device:
     )
 
 
-class ThisMachine:
-    """The machine that edgekit runs on."""
-
-    label = "this machine"
-    python = sys.executable
-
-    def push(self, bundle: Path) -> str:
-        """Return the bundle's own directory: it is here."""
-        return str(bundle.absolute())
-
-    def run_module(self, module: str, arguments: Sequence[str]) -> Finished:
-        """Run ``python -m module`` with this interpreter and these sources."""
-        sources = str(Path(edgekit.__file__).parent.parent)
-        inherited = os.environ.get("PYTHONPATH")
-        path = os.pathsep.join([sources, inherited] if inherited else [sources])
-        done = subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            env={**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        status = 128 - done.returncode if done.returncode < 0 else done.returncode
-        return Finished(status=status, output=done.stdout, log=done.stderr)
+class _Closing:
+    """Ends with its ``with`` block."""
 
     def close(self) -> None:
-        """Do nothing: there is no connection."""
+        """Give back what is held."""
+        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
@@ -174,7 +152,35 @@ class ThisMachine:
         self.close()
 
 
-class SshDevice:
+class ThisMachine(_Closing):
+    """The machine that edgekit runs on."""
+
+    label = "this machine"
+    python = sys.executable
+
+    def push(self, bundle: Path) -> str:
+        """Return the bundle's own directory: it is here."""
+        return str(bundle.absolute())
+
+    def run_module(self, module: str, arguments: Sequence[str]) -> Finished:
+        """Run ``python -m module`` with this interpreter and these sources."""
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        status = 128 - done.returncode if done.returncode < 0 else done.returncode
+        return Finished(status=status, output=done.stdout, log=done.stderr)
+
+    def close(self) -> None:
+        """Do nothing: there is no connection."""
+
+
+class SshDevice(_Closing):
     """A machine behind ssh, with one connection for all commands."""
 
     def __init__(
@@ -337,17 +343,6 @@ class SshDevice:
         with suppress(OSError):
             _run_here(["ssh", *self._options, "-O", "exit", "--", self.host])
         shutil.rmtree(self._sockets, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def library_zip() -> bytes:

@@ -3,13 +3,13 @@
 ``python -m edgekit.load_probe gguf model.gguf 4096`` loads the file and asks for one token.
 """
 
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from edgekit import formats
+from edgekit.child import environment
 from edgekit.errors import EdgekitError, ToolchainError
 
 
@@ -27,7 +27,7 @@ def probe(format: str, path: Path, *, context_tokens: int) -> None:
     command = [sys.executable, "-P", "-m", __name__, format, str(path), str(context_tokens)]
     try:
         result = subprocess.run(
-            command, env=_environment(), capture_output=True, check=False, timeout=TIMEOUT_S
+            command, env=environment(), capture_output=True, check=False, timeout=TIMEOUT_S
         )
     except subprocess.TimeoutExpired as error:
         raise ToolchainError(
@@ -40,16 +40,6 @@ def probe(format: str, path: Path, *, context_tokens: int) -> None:
             hint="no bundle was written; report the model, with the log",
             log=_tail(result.stderr),
         )
-
-
-def _environment() -> dict[str, str]:
-    """Let the child import this edgekit, installed or not, and nothing from where the user is."""
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    # A ggml that aborts would start a debugger.
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "GGML_NO_BACKTRACE": "1",
-    }
 
 
 def _how_it_ended(status: int) -> str:

@@ -60,6 +60,7 @@ def logits(
     checkpoint: Checkpoint,
     chunks: Sequence[Sequence[int]],
     *,
+    is_held: bool | None = None,
     listener: Listener | None = None,
 ) -> Iterator["npt.NDArray[np.float32]"]:
     """Return the logits after each token of each chunk: float32, shape ``(tokens, vocabulary)``.
@@ -67,8 +68,14 @@ def logits(
     Where transformers cannot hold the model, `reference` computes it layer by layer: an interpreter
     of its own, which the tests prove against transformers on every family. All layers are done
     when this returns, so that what is loaded next does not lie beside them in memory.
+
+    Args:
+        checkpoint: The model.
+        chunks: Token ids.
+        is_held: Whether transformers can hold it; None asks `holds`.
+        listener: Is told how far the layers are.
     """
-    if holds(checkpoint):
+    if holds(checkpoint) if is_held is None else is_held:
         return _transformers_logits(checkpoint, chunks)
     total = len(checkpoint.spec.layers) * sum(map(len, chunks))
     with (listener or Silent()).track("read the checkpoint layer by layer", total) as advance:

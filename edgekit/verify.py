@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -106,12 +107,18 @@ class Subject:
             return False
         return True
 
+    @cached_property
+    def is_held(self) -> bool:
+        """Whether transformers can hold the checkpoint; asked once, as free memory changes."""
+        return oracle.holds(self.checkpoint)
+
+    @cached_property
     def chunks(self) -> list[list[int]]:
         """Return the corpus as ids, a share of every text, in pieces the context can hold."""
         texts = [self.text.encode(text, adds_bos=self.rules.adds_bos) for _, text in corpus.texts()]
         length = min(CHUNK_TOKENS, self.context_tokens)
         share = max(length, POSITIONS // len(texts))
-        if not oracle.holds(self.checkpoint):
+        if not self.is_held:
             length = share = min(length, LARGE_POSITIONS // len(texts))
         pieces = [
             ids[first : first + length]
@@ -188,15 +195,18 @@ def check(subject: Subject, *, listener: Listener | None = None) -> Proof:
         prompt, answer = _check_generation(subject, session, found)
         _check_stops(subject, session, prompt, answer, found)
         logit_goldens = _logit_goldens(subject, session)
-    expected = oracle.logits(subject.checkpoint, subject.chunks(), listener=listener)
+    expected = oracle.logits(
+        subject.checkpoint, subject.chunks, is_held=subject.is_held, listener=listener
+    )
+    first = next(expected)
     with closing(_open(subject, has_exact_cache=True)) as session:
-        both = _both(subject, session, expected, listener)
+        both = _both(subject, session, chain([first], expected), listener)
         fidelity = _check_logits(subject, both, logit_goldens, found)
     _check_ids(subject, found)
     _check_template(subject, found)
     _check_storages(subject, found)
     _check_size(subject, found)
-    _check_adapter(subject, found)
+    _check_adapter(subject, first, found)
     return Proof(
         agreement=_agreement(found, fidelity),
         goldens=_goldens(subject, logit_goldens, prompt, answer),
@@ -252,7 +262,7 @@ def _question(subject: Subject) -> list[int]:
 
 def _logit_goldens(subject: Subject, session: Session) -> list[LogitGolden]:
     """Return what the artifact says on a device, its cache in half precision and all."""
-    chunks = [chunk[:GOLDEN_TOKENS] for chunk in subject.chunks()[:GOLDENS]]
+    chunks = [chunk[:GOLDEN_TOKENS] for chunk in subject.chunks[:GOLDENS]]
     vocabulary = subject.checkpoint.spec.vocabulary
     return [LogitGolden.of(chunk, session.all_logits(chunk)[:, :vocabulary]) for chunk in chunks]
 
@@ -297,7 +307,7 @@ def _both(
     """Yield ids, the checkpoint's logits and the artifact's, chunk by chunk."""
     import numpy as np
 
-    chunks = subject.chunks()
+    chunks = subject.chunks
     with listener.track("prove", sum(map(len, chunks))) as advance:
         for chunk, expected in zip(chunks, expected_logits, strict=True):
             said = session.all_logits(chunk)[:, : subject.checkpoint.spec.vocabulary]
@@ -437,8 +447,11 @@ def _check_size(subject: Subject, found: _Findings) -> None:
     )
 
 
-def _check_adapter(subject: Subject, found: _Findings) -> None:
-    """Gate 8: base and adapter, side by side, say what the merged weights say."""
+def _check_adapter(subject: Subject, beside: "npt.NDArray[np.float32]", found: _Findings) -> None:
+    """Gate 8: base and adapter, side by side, say what the merged weights say.
+
+    ``beside`` is what they said to the first chunk.
+    """
     adapter = subject.checkpoint.adapter
     if adapter is None:
         return
@@ -446,7 +459,7 @@ def _check_adapter(subject: Subject, found: _Findings) -> None:
 
     from edgekit import reference
 
-    if not oracle.holds(subject.checkpoint):
+    if not subject.is_held:
         found.add(
             "adapter",
             f"{adapter.name} merged; the base is too large here to run with the adapter beside it, "
@@ -454,9 +467,7 @@ def _check_adapter(subject: Subject, found: _Findings) -> None:
             passed=True,
         )
         return
-    chunk = subject.chunks()[0][:64]
-    beside = next(oracle.logits(subject.checkpoint, [chunk]))
-    merged = next(reference.logits(subject.checkpoint, [chunk]))
+    merged = next(reference.logits(subject.checkpoint, subject.chunks[:1]))
     difference = float(np.abs(beside - merged).max())
     scale = float(np.abs(beside).max())
     limit = 1e-4 * max(1.0, scale)

@@ -99,6 +99,21 @@ def test_a_bundle_is_not_verified_against_another_checkpoint(bundle, tmp_path):
     assert "tiny" in refusal.value.hint
 
 
+def test_memory_that_runs_short_while_it_proves_changes_nothing(bundle, model, monkeypatch):
+    """Which way the checkpoint is asked is settled once: both sides must read the same pieces."""
+    asked = iter([True])
+    monkeypatch.setattr(oracle, "holds", lambda _: next(asked, False))
+    assert verify(bundle.directory, model).positions == bundle.agreement.positions
+
+
+def test_a_model_too_large_for_transformers_is_proven_layer_by_layer(bundle, model, monkeypatch):
+    monkeypatch.setattr(oracle, "holds", lambda _: False)
+    monkeypatch.setattr(oracle, "_transformers_logits", None)
+    agreement = verify(bundle.directory, model)
+    assert agreement.passed
+    assert 0 < agreement.positions <= 512
+
+
 def test_goldens_hold_what_the_artifact_said(bundle, model):
     goldens = Goldens.load(bundle.directory)
     checkpoint = source.open_checkpoint(model)

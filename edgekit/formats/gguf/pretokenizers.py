@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekit.child import environment
 from edgekit.errors import DisagreementError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats.gguf.layout import Value, encode_header
-from edgekit.formats.gguf.runtime import child_environment, library
+from edgekit.formats.gguf.runtime import library
 from edgekit.formats.gguf.vocabulary import Source, vocabulary_of
 from edgekit.tokenizer_files import TokenizerFiles
 
@@ -301,7 +302,7 @@ class _Trial:
                 command,
                 input=json.dumps(request).encode(),
                 capture_output=True,
-                env=child_environment(),
+                env=environment(),
                 timeout=_SEARCH_S,
                 check=False,
             )

@@ -49,13 +49,6 @@ def library() -> Any:
     return llama_cpp
 
 
-def child_environment() -> dict[str, str]:
-    """Let a child import this edgekit, installed or not, and nothing from where the user is."""
-    paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
-    joined = os.pathsep.join(filter(None, paths))
-    return os.environ | {"PYTHONPATH": joined, "GGML_NO_BACKTRACE": "1"}
-
-
 class Log:
     """The last lines llama.cpp said; it writes to standard error unless it is caught."""
 
