@@ -2,7 +2,9 @@
 
 import json
 import math
+import random
 import struct
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -390,3 +392,51 @@ def test_a_fused_tensor_gives_up_its_parts(tmp_path):
     parts = [checkpoint.weight(f"layers.0.{role}") for role in ("query", "key", "value")]
     whole = checkpoint.tensors["model.layers.0.self_attn.qkv_proj.weight"].read()
     assert np.array_equal(np.concatenate(parts), whole)
+
+
+def safetensors_mutants(content, header_bytes, *, count, seed):
+    """Yield the file with flipped bits, other digits and lengths, cut off, or lengthened."""
+    chance = random.Random(seed)
+    for _ in range(count):
+        mutant = bytearray(content)
+        match chance.randrange(5):
+            case 0:
+                mutant[chance.randrange(len(mutant))] ^= 1 << chance.randrange(8)
+            case 1:
+                place = chance.randrange(8, header_bytes)
+                mutant[place] = chance.choice(b'0123456789-."{}[]:,eE')
+            case 2:
+                mutant[:8] = struct.pack("<Q", chance.choice([0, 1, 2**31, 2**63, 2**64 - 1]))
+            case 3:
+                del mutant[chance.randrange(len(mutant)) :]
+            case 4:
+                place = chance.randrange(8, header_bytes)
+                mutant[place : place + chance.randrange(9)] = chance.randbytes(chance.randrange(9))
+        yield bytes(mutant)
+
+
+def test_no_mutation_of_a_safetensors_file_crashes_its_reader(tmp_path):
+    """2,000 damaged files: each is refused in a sentence, or reads as tensors that are there."""
+    np = pytest.importorskip("numpy")
+    header = {
+        "__metadata__": {"format": "pt"},
+        "model.embed_tokens.weight": {"dtype": "F32", "shape": [8, 4], "data_offsets": [0, 128]},
+        "model.norm.weight": {"dtype": "BF16", "shape": [4], "data_offsets": [128, 136]},
+        "lm_head.weight": {"dtype": "F16", "shape": [8, 4], "data_offsets": [136, 200]},
+    }
+    text = json.dumps(header).encode()
+    content = struct.pack("<Q", len(text)) + text + bytes(200)
+    path, refused = tmp_path / "model.safetensors", 0
+    tracemalloc.start()
+    for mutant in safetensors_mutants(content, 8 + len(text), count=2000, seed=20261124):
+        path.write_bytes(mutant)
+        try:
+            for _, tensor in read_safetensors(path):
+                if tensor.shape:
+                    assert tensor.read().dtype == np.float32
+        except UsageError:
+            refused += 1
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 1000 < refused < 2000
+    assert peak_bytes < 64 * 2**20
