@@ -409,7 +409,7 @@ def safetensors_mutants(content, header_bytes, *, count, seed):
                 mutant[:8] = struct.pack("<Q", chance.choice([0, 1, 2**31, 2**63, 2**64 - 1]))
             case 3:
                 del mutant[chance.randrange(len(mutant)) :]
-            case 4:
+            case _:
                 place = chance.randrange(8, header_bytes)
                 mutant[place : place + chance.randrange(9)] = chance.randbytes(chance.randrange(9))
         yield bytes(mutant)
