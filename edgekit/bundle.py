@@ -40,6 +40,7 @@ class Artifact:
     substitutions: tuple[str, ...] = ()  # weights stored otherwise than the recipe asked, and why
     split_bytes: int | None = None  # the most that one of its files may take, where that was asked
     calibration: str | None = None  # SHA-256 of the text that led the fit of its weights, if any
+    variant: str | None = None  # which of the format's builds, where it has several
 
     @property
     def size_bytes(self) -> int:
@@ -57,6 +58,7 @@ class Artifact:
         substitutions: tuple[str, ...] = (),
         split_bytes: int | None = None,
         calibration: str | None = None,
+        variant: str | None = None,
     ) -> Self:
         """Describe what lies in ``directory``: every file but the manifest."""
         return cls(
@@ -67,6 +69,7 @@ class Artifact:
             substitutions=substitutions,
             split_bytes=split_bytes,
             calibration=calibration,
+            variant=variant,
         )
 
 
@@ -112,6 +115,7 @@ class Agreement:
     p99_kl_nats: float
     same_top_token: float  # share of positions, 0 to 1
     perplexity_ratio: float  # artifact / checkpoint, on the same text
+    said_by: str = "its runtime"  # or what computed the artifact's side of the proof instead
 
     @property
     def passed(self) -> bool:

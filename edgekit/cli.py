@@ -103,6 +103,14 @@ def split_option(command: Command) -> Command:
     )(command)  # fmt: skip
 
 
+def variant_option(command: Command) -> Command:
+    """Add ``--variant``."""
+    return click.option(
+        "--variant", metavar="NAME",
+        help="Build for another program on the device than the target's (`edgekit formats`).",
+    )(command)  # fmt: skip
+
+
 def size_bytes(text: str, *, of: str) -> int:
     """Read ``512 MB``; the space is hard to type in a shell, so it may be left out."""
     from edgekit.units import parse_quantity
@@ -124,6 +132,7 @@ def json_option(command: Command) -> Command:
 @choice_options
 @trained_on_option
 @split_option
+@variant_option
 @click.option("--calibration", type=DIRECTORY, metavar="FILE",
               help="Text to calibrate on beside edgekit's own: like what the model will read.",
               )  # fmt: skip
@@ -137,7 +146,8 @@ def json_option(command: Command) -> Command:
 def export_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
     quant: str | None, context_tokens: int | None, trained_on: Path | None,
-    split_bytes: int | None, calibration: Path | None, no_calibration: bool, out: Path | None,
+    split_bytes: int | None, variant: str | None, calibration: Path | None,
+    no_calibration: bool, out: Path | None,
     replace: bool, no_verify: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Export MODEL for a device, and prove that the artifact says what MODEL says.
@@ -156,9 +166,9 @@ def export_command(
 
     bundle = export(
         model, target_name, adapters=adapters, format=format, quant=quant,
-        context_tokens=context_tokens, split_bytes=split_bytes, trained_on=trained_on,
-        calibration=calibration, calibrate=not no_calibration, out=out, replace=replace,
-        verify=not no_verify, listener=Terminal(),
+        context_tokens=context_tokens, split_bytes=split_bytes, variant=variant,
+        trained_on=trained_on, calibration=calibration, calibrate=not no_calibration, out=out,
+        replace=replace, verify=not no_verify, listener=Terminal(),
     )  # fmt: skip
     if as_json:
         print_json(bundle)
@@ -169,11 +179,13 @@ def export_command(
 @cli.command("plan")
 @click.argument("model")
 @choice_options
+@variant_option
 @no_calibration_option
 @json_option
 def plan_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
-    quant: str | None, context_tokens: int | None, no_calibration: bool, as_json: bool,
+    quant: str | None, context_tokens: int | None, variant: str | None, no_calibration: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Show what `export` would make of MODEL, what it would cost, and why the rest falls."""
     from edgekit.plan import plan
@@ -182,7 +194,7 @@ def plan_command(
     target = load(target_name)
     made = plan(
         model, target, adapters=adapters, format=format, quant=quant,
-        context_tokens=context_tokens, calibrate=not no_calibration,
+        context_tokens=context_tokens, variant=variant, calibrate=not no_calibration,
     )  # fmt: skip
     if as_json:
         print_json(made)
@@ -496,7 +508,9 @@ def formats_command(as_json: bool) -> None:
         print_json(found)
     else:
         for name, recipes in found.items():
-            click.echo(f"{name:<12}{', '.join(recipes)}")
+            variants = formats.get(name).VARIANTS
+            built_for = f"  (variants: {', '.join(variants)})" if variants else ""
+            click.echo(f"{name:<12}{', '.join(recipes)}{built_for}")
 
 
 @cli.command("doctor")

@@ -30,6 +30,7 @@ class Request:
     quant: str | None = None
     context_tokens: int | None = None
     split_bytes: int | None = None
+    variant: str | None = None
     trained_on: Path | None = None
     calibration: Path | None = None
     is_calibrated: bool = True
@@ -47,6 +48,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
     quant: str | None = None,
     context_tokens: int | None = None,
     split_bytes: int | None = None,
+    variant: str | None = None,
     trained_on: Path | None = None,
     calibration: Path | None = None,
     calibrate: bool = True,
@@ -65,6 +67,8 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         quant: None takes the most faithful that fits.
         context_tokens: How much the runner must hold; None takes the target's.
         split_bytes: The most that one file of the artifact may take; None makes one file.
+        variant: Which build of the format, where it has several for different programs on the
+            device; None takes the one the target's program reads.
         trained_on: The four-bit base the adapters were trained on (QLoRA), to compare with. None
             takes the one an adapter names, if it is a directory here.
         calibration: A text like those the model will be used on, to join edgekit's own.
@@ -89,6 +93,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         quant=quant,
         context_tokens=context_tokens,
         split_bytes=split_bytes,
+        variant=variant,
         trained_on=trained_on,
         calibration=calibration,
         is_calibrated=calibrate,
@@ -119,6 +124,7 @@ def make(request: Request, *, listener: Listener) -> Bundle:
         quant=request.quant,
         context_tokens=request.context_tokens,
         split_bytes=request.split_bytes,
+        variant=request.variant,
     )
     _refuse_unused(own_text, chosen)
     out = request.out or default_out(checkpoint, chosen, request.target)
@@ -163,6 +169,7 @@ def _fill(
         entry = fmt.convert(
             checkpoint, chosen.recipe, work, progress=advance,
             context_tokens=chosen.context_tokens, split_bytes=chosen.split_bytes,
+            variant=chosen.variant,
         )  # fmt: skip
     rules = checkpoint.text.copy_into(work)
     bundle = Bundle(
@@ -204,7 +211,7 @@ def describe(checkpoint: Checkpoint, chosen: Plan, to: Target) -> list[str]:
             f"{checkpoint.parameters / 1e6:.0f} million parameters"
         ),
         (
-            f"plan for {to.title}: {chosen.format} {chosen.recipe.name}, "
+            f"plan for {to.title}: {' '.join(_choice(chosen))}, "
             f"{format_bytes(estimate.artifact_bytes)}, {chosen.context_tokens} tokens of context"
         ),
         (
@@ -224,10 +231,14 @@ def describe(checkpoint: Checkpoint, chosen: Plan, to: Target) -> list[str]:
 
 def default_out(checkpoint: Checkpoint, chosen: Plan, to: Target) -> Path:
     """Return a name that says what is inside: ``bundles/SmolLM2-raspberry-pi-5-8gb-gguf-Q8_0``."""
-    parts = [checkpoint.name, to.name, chosen.format, chosen.recipe.name]
+    parts = [checkpoint.name, to.name, *_choice(chosen)]
     if checkpoint.adapter:
         parts.insert(1, checkpoint.adapter.name)
     return Path("bundles") / "-".join(parts)
+
+
+def _choice(chosen: Plan) -> list[str]:
+    return [*filter(None, (chosen.format, chosen.recipe.name, chosen.variant))]
 
 
 def _artifact(work: Path, entry: str, chosen: Plan) -> Artifact:
@@ -239,6 +250,7 @@ def _artifact(work: Path, entry: str, chosen: Plan) -> Artifact:
         substitutions=tuple(substitutions(chosen.layout)),
         split_bytes=chosen.split_bytes,
         calibration=chosen.layout.calibration,
+        variant=chosen.variant,
     )
 
 

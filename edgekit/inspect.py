@@ -41,8 +41,8 @@ def inspect(path: Path) -> Inspection:
         return _artifact(bundle.artifact_path, bundle.artifact.format, bundle)
     if not path.is_file():
         raise UsageError(f"there is no {path}")
-    name = path.suffix.removeprefix(".")
-    if name not in formats.names():
+    name = formats.of_file(path)
+    if name is None:
         raise UsageError(
             f"{path} is no artifact edgekit knows", hint=f"formats: {', '.join(formats.names())}"
         )
@@ -77,7 +77,8 @@ def _bundle_lines(bundle: Bundle) -> Iterator[str]:
     yield f"model: {model.name} ({model.architecture}), licence {model.licence or 'not stated'}"
     if model.adapter:
         yield f"adapter: {model.adapter}"
-    yield f"target: {bundle.target}, recipe {bundle.artifact.recipe}"
+    built_for = f", variant {bundle.artifact.variant}" if bundle.artifact.variant else ""
+    yield f"target: {bundle.target}, recipe {bundle.artifact.recipe}{built_for}"
     yield f"context: {bundle.context_tokens} tokens, stops at {list(bundle.text.stop_ids)}"
     yield from (f"substituted: {line}" for line in bundle.artifact.substitutions)
     if bundle.artifact.calibration:
@@ -85,6 +86,7 @@ def _bundle_lines(bundle: Bundle) -> Iterator[str]:
     if bundle.agreement is None:
         yield "proof: none; it was exported with --no-verify"
     else:
+        yield f"proof: said by {bundle.agreement.said_by}"
         for gate in bundle.agreement.gates:
             yield f"proof: {'ok  ' if gate.passed else 'FAIL'} {gate.name}: {gate.finding}"
     yield "made with " + ", ".join(f"{name} {found}" for name, found in bundle.tools.items())

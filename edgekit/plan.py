@@ -61,6 +61,7 @@ class Candidate:
     estimate: Estimate | None
     misses: tuple[str, ...]  # limits it most likely misses
     sure_misses: tuple[str, ...]  # those it misses even if the estimate is as far off as it may be
+    refusal: UsageError | None = None  # why the format cannot hold the model at all
 
     @property
     def name(self) -> str:
@@ -81,6 +82,11 @@ class Plan:
     notes: tuple[str, ...] = ()  # what a user should know: a shortened context, substitutions
     split_bytes: int | None = None  # the most that one file of the artifact may take
 
+    @property
+    def variant(self) -> str | None:
+        """Which build of the format it is, where there are several."""
+        return self.layout.variant
+
 
 def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     model: str | Path,
@@ -91,6 +97,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     quant: str | None = None,
     context_tokens: int | None = None,
     split_bytes: int | None = None,
+    variant: str | None = None,
     calibrate: bool = True,
 ) -> Plan:
     """Return what `edgekit export` would make of a model; nothing is changed.
@@ -103,7 +110,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
         checkpoint = announce(checkpoint)
     return make(
         checkpoint, found, format=format, quant=quant, context_tokens=context_tokens,
-        split_bytes=split_bytes,
+        split_bytes=split_bytes, variant=variant,
     )  # fmt: skip
 
 
@@ -115,6 +122,7 @@ def make(  # noqa: PLR0913 - the request, spelled out
     quant: str | None = None,
     context_tokens: int | None = None,
     split_bytes: int | None = None,
+    variant: str | None = None,
 ) -> Plan:
     """Return the most faithful recipe that fits, in the first format of the target that has one.
 
@@ -128,6 +136,7 @@ def make(  # noqa: PLR0913 - the request, spelled out
         quant: Consider only this recipe; it is planned even if it is not among the usual ones.
         context_tokens: How many tokens the runner must hold; None takes the budget's.
         split_bytes: The most that one file of the artifact may take; None asks for one file.
+        variant: Consider only formats with this build; None takes what the target's programs take.
 
     Raises:
         UsageError: If a name is unknown, the context is longer than the model or runtime can, or
@@ -135,18 +144,26 @@ def make(  # noqa: PLR0913 - the request, spelled out
         BudgetError: If nothing fits; the message lists every candidate with its numbers.
     """
     candidates: list[Candidate] = []
-    for name in _format_names(target, format=format, quant=quant):
+    for name in _format_names(target, format=format, quant=quant, variant=variant):
         limit = formats.get(name).context_limit(checkpoint)
         context = _context(limit, target, asked=context_tokens)
         held = ContextLimit(tokens=context, reason=limit.reason if context == limit.tokens else "")
         assessed = [
-            assess(checkpoint, recipe, target, format=name, held=held, split_bytes=split_bytes)
+            assess(
+                checkpoint,
+                recipe,
+                target,
+                format=name,
+                held=held,
+                split_bytes=split_bytes,
+                variant=variant or target.variants.get(name),
+            )
             for recipe in _recipes(name, quant)
         ]
         candidates += sorted(assessed, key=_size, reverse=True)
     chosen = _choose(candidates)
     if chosen is None:
-        _refuse_bad_input(checkpoint, candidates, split_bytes)
+        _refuse_bad_input(candidates)
         raise BudgetError(
             f"{checkpoint.name} does not fit {target.title}\n"
             + "\n".join(f"  {c.name}: {'; '.join(c.misses)}" for c in candidates),
@@ -184,21 +201,22 @@ def _plan(
     )
 
 
-def _refuse_bad_input(
-    checkpoint: Checkpoint, rejected: Sequence[Candidate], split_bytes: int | None
-) -> None:
+def _refuse_bad_input(rejected: Sequence[Candidate]) -> None:
     """Where all candidates fell for one reason that is no size, say that, with its way out."""
     reasons = {candidate.misses for candidate in rejected}
-    if len(reasons) == 1 and all(candidate.layout is None for candidate in rejected):
-        fmt = formats.get(rejected[0].format)
-        fmt.lay_out(checkpoint, rejected[0].recipe, split_bytes=split_bytes)
+    refusal = rejected[0].refusal
+    if len(reasons) == 1 and refusal is not None:
+        raise refusal
 
 
-def _format_names(target: Target, *, format: str | None, quant: str | None) -> list[str]:
+def _format_names(
+    target: Target, *, format: str | None, quant: str | None, variant: str | None
+) -> list[str]:
     if format is not None:
         formats.get(format)  # refuses an unknown name
-        return [format]
+        return _with_variant([format], variant)
     usable: list[str] = [name for name in target.formats if name in formats.names()]
+    usable = _with_variant(usable, variant)
     if quant is not None:
         with_recipe = [name for name in usable if quant.lower() in _by_lower(name)]
         usable = with_recipe or usable[:1]  # which then says what it has
@@ -209,6 +227,19 @@ def _format_names(target: Target, *, format: str | None, quant: str | None) -> l
             hint="choose one with --format",
         )
     return usable
+
+
+def _with_variant(names: list[str], variant: str | None) -> list[str]:
+    """Return the formats that have a build of this name; all of them if none was asked for."""
+    found = [name for name in names if variant in (None, *formats.get(name).VARIANTS)]
+    if names and not found:
+        known = [f"{name}: {', '.join(fmt.VARIANTS)}" for name, fmt in formats.get_all()
+                 if fmt.VARIANTS]  # fmt: skip
+        raise UsageError(
+            f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} no variant {variant!r}",
+            hint=f"variants: {'; '.join(known)}",
+        )
+    return found
 
 
 def _by_lower(format_name: str) -> dict[str, str]:
@@ -249,14 +280,17 @@ def assess(  # noqa: PLR0913 - one candidate, spelled out
     format: str,
     held: ContextLimit,
     split_bytes: int | None = None,
+    variant: str | None = None,
 ) -> Candidate:
     """Return what one recipe would cost and which limits of the target it would miss."""
     try:
-        layout = formats.get(format).lay_out(checkpoint, recipe, split_bytes=split_bytes)
+        layout = formats.get(format).lay_out(
+            checkpoint, recipe, split_bytes=split_bytes, variant=variant
+        )
     except UsageError as error:
         return Candidate(
             format=format, recipe=recipe, context=held, layout=None, estimate=None,
-            misses=(str(error),), sure_misses=(str(error),),
+            misses=(str(error),), sure_misses=(str(error),), refusal=error,
         )  # fmt: skip
     estimated = estimate(checkpoint, layout, target, format=format, context_tokens=held.tokens)
     return Candidate(
@@ -265,8 +299,8 @@ def assess(  # noqa: PLR0913 - one candidate, spelled out
         context=held,
         layout=layout,
         estimate=estimated,
-        misses=tuple(_misses(estimated, target)),
-        sure_misses=tuple(_misses(estimated, target, is_hopeful=True)),
+        misses=(*_beyond_gpu(layout, target), *_misses(estimated, target)),
+        sure_misses=(*_beyond_gpu(layout, target), *_misses(estimated, target, is_hopeful=True)),
     )
 
 
@@ -310,6 +344,27 @@ def _token_s(
     filled = min(context_tokens, budget.first_token[0].prompt_tokens + budget.answer_tokens // 2)
     cache_bytes = memory.cache_bytes * filled / context_tokens
     return (weights_bytes + cache_bytes) / target.decode_bandwidth_bytes_per_s + TOKEN_OVERHEAD_S
+
+
+def _beyond_gpu(layout: Layout, target: Target) -> Iterator[str]:
+    """Yield what a browser on this target does not grant."""
+    limits, buffer = target.webgpu, layout.largest_buffer
+    if limits is None:
+        return
+    if layout.needs_shader_f16 and not limits.has_shader_f16:
+        yield "computes in float16, which WebGPU there need not offer (shader-f16)"
+    if buffer is None:
+        return
+    for limit, granted_bytes in (
+        ("maxStorageBufferBindingSize", limits.max_binding_bytes),
+        ("maxBufferSize", limits.max_buffer_bytes),
+    ):
+        if buffer.size_bytes > granted_bytes:
+            yield (
+                f"{buffer.name} takes {format_bytes(buffer.size_bytes)} > "
+                f"{format_bytes(granted_bytes)} ({limit})"
+            )
+            return
 
 
 def _misses(estimate: Estimate, target: Target, *, is_hopeful: bool = False) -> Iterator[str]:

@@ -7,9 +7,9 @@ the weights of one layer are in memory at a time; the output head is applied in 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeAlias, assert_never
 
-from edgekit.checkpoint import Checkpoint
 from edgekit.decoder import Activation, Attention, DecoderSpec, Layer, Norm, Rope
 from edgekit.errors import UsageError
+from edgekit.formats import Model
 from edgekit.progress import Advance
 
 
@@ -24,9 +24,7 @@ QUERY_BLOCK_TOKENS = 256  # scores of 32 heads over 4,096 keys take 128 MiB
 HEAD_BLOCK_BYTES = 64 * 2**20  # rows of the output head in memory at a time
 
 
-def logits(
-    checkpoint: Checkpoint, texts: Sequence[Sequence[int]]
-) -> Iterator["npt.NDArray[np.float32]"]:
+def logits(model: Model, texts: Sequence[Sequence[int]]) -> Iterator["npt.NDArray[np.float32]"]:
     """Yield the logits of each text, in order, of shape ``(tokens, vocabulary)``.
 
     One text's logits are in memory at a time, so keep texts short where the vocabulary is large:
@@ -35,12 +33,12 @@ def logits(
     Raises:
         UsageError: If a text is empty, longer than the context, or has an unknown token id.
     """
-    for states in hidden_states(checkpoint, texts):
-        yield apply_head(checkpoint, states).numpy()
+    for states in hidden_states(model, texts):
+        yield apply_head(model, states).numpy()
 
 
 def hidden_states(
-    checkpoint: Checkpoint,
+    model: Model,
     texts: Sequence[Sequence[int]],
     *,
     observe: "Observer | None" = None,
@@ -49,7 +47,7 @@ def hidden_states(
     """Return what the output head reads: for each text ``(tokens, hidden width)``.
 
     Args:
-        checkpoint: The model.
+        model: The decoder and its weights.
         texts: Token ids.
         observe: Called with the role of every matrix of a layer and what it is multiplied with,
             ``(tokens, columns)``, text by text.
@@ -61,16 +59,79 @@ def hidden_states(
     import torch
 
     for text in texts:
-        _refuse_text(checkpoint.spec, text)
+        _refuse_text(model.spec, text)
     with torch.inference_mode():
-        states = [_embed(checkpoint, text) for text in texts]
-        for index, layer in enumerate(checkpoint.spec.layers):
-            weights = _Weights(checkpoint, prefix=f"layers.{index}.", observe=observe)
+        states = [_embed(model, text) for text in texts]
+        for index, layer in enumerate(model.spec.layers):
+            weights = _Weights(model, prefix=f"layers.{index}.", observe=observe)
             for at, x in enumerate(states):
-                states[at] = _apply_layer(checkpoint.spec, layer, weights, x)
+                states[at] = _apply_layer(model.spec, layer, weights, x)
                 advance(len(x))
-        final = _Weights(checkpoint, prefix="")
-        return [_normalise(checkpoint.spec.norm, final, "final_norm", x) for x in states]
+        final = _Weights(model, prefix="")
+        return [_normalise(model.spec.norm, final, "final_norm", x) for x in states]
+
+
+class ReferenceSession:
+    """A model without a runtime, as a session: every call reads the whole text again.
+
+    Weights stay in memory once read.
+    """
+
+    def __init__(self, model: Model, *, context_tokens: int) -> None:
+        self.vocabulary_tokens = model.spec.vocabulary
+        self.context_tokens = context_tokens
+        self._model = _Held(model)
+        self._read: list[int] = []
+
+    def prefill(self, ids: Sequence[int]) -> "npt.NDArray[np.float32]":
+        """Read ``ids`` after what was read; return the logits after the last one."""
+        self._refuse(len(self._read) + len(ids))
+        text = [*self._read, *ids]
+        (states,) = hidden_states(self._model, [text])
+        self._read = text
+        found: npt.NDArray[np.float32] = apply_head(self._model, states[-1:]).numpy()[0]
+        return found
+
+    def decode(self, token: int) -> "npt.NDArray[np.float32]":
+        """Read one token more; return the logits after it."""
+        return self.prefill([token])
+
+    def all_logits(self, ids: Sequence[int]) -> "npt.NDArray[np.float32]":
+        """Read ``ids`` alone; return the logits after each of them."""
+        self._refuse(len(ids))
+        self._read = list(ids)
+        return next(logits(self._model, [ids]))
+
+    def reset(self) -> None:
+        """Forget what was read."""
+        self._read = []
+
+    def close(self) -> None:
+        """Give the weights back."""
+        self._model.forget()
+
+    def _refuse(self, tokens: int) -> None:
+        if tokens > self.context_tokens:
+            raise UsageError(f"{tokens} tokens exceed the context of {self.context_tokens}")
+
+
+class _Held:
+    """A model whose weights are read once."""
+
+    def __init__(self, model: Model) -> None:
+        self.spec = model.spec
+        self._model = model
+        self._kept: dict[str, npt.NDArray[np.float32]] = {}
+
+    def weight(
+        self, role: str, first_row: int = 0, rows: int | None = None
+    ) -> "npt.NDArray[np.float32]":
+        if role not in self._kept:
+            self._kept[role] = self._model.weight(role)
+        return self._kept[role][first_row : None if rows is None else first_row + rows]
+
+    def forget(self) -> None:
+        self._kept.clear()
 
 
 def _refuse_text(spec: DecoderSpec, ids: Sequence[int]) -> None:
@@ -86,10 +147,8 @@ def _refuse_text(spec: DecoderSpec, ids: Sequence[int]) -> None:
 class _Weights:
     """Weights of one layer by role, read when first asked for and then kept."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, *, prefix: str, observe: "Observer | None" = None
-    ) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, model: Model, *, prefix: str, observe: "Observer | None" = None) -> None:
+        self._model = model
         self._prefix = prefix
         self._observe = observe
         self._kept: dict[str, torch.Tensor] = {}
@@ -98,7 +157,7 @@ class _Weights:
         import torch
 
         if role not in self._kept:
-            self._kept[role] = torch.from_numpy(self._checkpoint.weight(self._prefix + role))
+            self._kept[role] = torch.from_numpy(self._model.weight(self._prefix + role))
         return self._kept[role]
 
     def project(self, role: str, x: "torch.Tensor", *, has_bias: bool) -> "torch.Tensor":
@@ -109,26 +168,26 @@ class _Weights:
         return functional.linear(x, self[role], self[f"{role}_bias"] if has_bias else None)
 
 
-def _embed(checkpoint: Checkpoint, ids: Sequence[int]) -> "torch.Tensor":
+def _embed(model: Model, ids: Sequence[int]) -> "torch.Tensor":
     """Return the rows of the embedding that a text needs, and read no others."""
     import torch
 
-    rows = {id: checkpoint.weight("token_embedding", id, 1)[0] for id in set(ids)}
+    rows = {id: model.weight("token_embedding", id, 1)[0] for id in set(ids)}
     found = torch.stack([torch.from_numpy(rows[id]) for id in ids])
-    return found * checkpoint.spec.embedding_scale
+    return found * model.spec.embedding_scale
 
 
-def apply_head(checkpoint: Checkpoint, states: "torch.Tensor") -> "torch.Tensor":
+def apply_head(model: Model, states: "torch.Tensor") -> "torch.Tensor":
     """Return the logits of hidden states, with some rows of the head in memory at a time."""
     import torch
 
-    spec = checkpoint.spec
+    spec = model.spec
     role = "token_embedding" if spec.is_tied else "output_head"
     block = max(1, HEAD_BLOCK_BYTES // (4 * spec.hidden_width))
     found = torch.empty(len(states), spec.vocabulary)
     for first in range(0, spec.vocabulary, block):
         rows = min(block, spec.vocabulary - first)
-        head = torch.from_numpy(checkpoint.weight(role, first, rows))
+        head = torch.from_numpy(model.weight(role, first, rows))
         torch.matmul(states, head.T, out=found[:, first : first + rows])
     return found if spec.logit_cap is None else _cap(found, spec.logit_cap)
 

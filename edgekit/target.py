@@ -107,6 +107,8 @@ class Target:
     max_spread: float  # coefficient of variation above which a measurement is no evidence
     budget: Budget
     webgpu: WebGpuLimits | None = None
+    # Which build of a format its program here takes, where a format has several.
+    variants: Mapping[str, str] = field(default_factory=dict, hash=False)
     origins: Mapping[str, Origin] = field(hash=False)  # by name of the field
 
     @property
@@ -122,7 +124,7 @@ class Target:
             UsageError: If the file cannot be read, is no TOML, or a field is unknown, missing, of
                 the wrong type or without a unit; the message names the file and the field.
         """
-        root = _Table(path, "", _parse(path), known=("title", "formats", *_TABLES))
+        root = _Table(path, "", _parse(path), known=("title", "formats", "variants", *_TABLES))
         target = cls._from_table(path.stem, root)
         _check(path, target)
         return target
@@ -147,6 +149,7 @@ class Target:
             **_numbers(tables["measurement"]),
             budget=Budget(**_numbers(tables["budget"]), first_token=first_token),
             webgpu=webgpu,
+            variants=root.variants(),
             origins={"cpu_features": cpu.origin()}
             | {key: origin for table in tables.values() for key, origin in table.origins.items()},
         )
@@ -204,7 +207,7 @@ _EXTRA_KEYS = {
     "budget": ("first_token",),
     "webgpu": ("shader_f16",),
 }
-_OPTIONAL_TABLES = ("webgpu",)
+_OPTIONAL_TABLES = ("webgpu", "variants")
 _TABLES = {
     table: (
         *(number.key for number in _NUMBERS.values() if number.table == table),
@@ -255,6 +258,7 @@ def json_schema() -> dict[str, Any]:
             {
                 "title": _TEXT,
                 "formats": _list_of({"enum": list(FORMATS)}) | {"minItems": 1},
+                "variants": _closed(dict.fromkeys(FORMATS, _TEXT), optional=FORMATS),
                 **tables,
             },
             optional=_OPTIONAL_TABLES,
@@ -350,6 +354,11 @@ class _Table:
             if word not in allowed:
                 raise self.refusal(key, f"has the unknown {word!r}", _did_you_mean(word, allowed))
         return found
+
+    def variants(self) -> dict[str, str]:
+        """Read which build of a format is taken, for the formats that are named."""
+        table = self.table("variants", self.choices("formats", FORMATS))
+        return {name: table.text(name) for name in FORMATS if table.has(name)}
 
     def quantity(self, key: str, dimension: Dimension, *, as_: str, is_whole: bool) -> float:
         """Read a number with its unit, and keep its origin under the name ``as_``."""

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from edgekit import corpus, formats, oracle, source
+from edgekit import corpus, formats, oracle, reference, source
 from edgekit.bundle import Agreement, Bundle, Gate, TextRules
 from edgekit.checkpoint import Calibration, Checkpoint
 from edgekit.errors import UsageError
 from edgekit.fidelity import Comparison, Fidelity
-from edgekit.formats import Layout
+from edgekit.formats import Format, Layout, ReadableFormat
 from edgekit.generate import Sampling, generate
 from edgekit.goldens import ChatGolden, Goldens, LogitGolden, TextGolden
 from edgekit.load_probe import probe
@@ -82,6 +82,18 @@ class Subject:
     def path(self) -> Path:
         """The file the runtime opens."""
         return self.directory / self.entry
+
+    @property
+    def fmt(self) -> Format:
+        """The format of the artifact."""
+        return formats.get(self.format)
+
+    @property
+    def said_by(self) -> str:
+        """What computes the artifact's side of the proof."""
+        if self.fmt.IS_RUN_HERE:
+            return self.fmt.RUNTIME
+        return f"edgekit's float32 reference on the weights read back, not {self.fmt.RUNTIME}"
 
     @cached_property
     def text(self) -> Text:
@@ -162,15 +174,18 @@ def verify(directory: Path, model: str | Path, *, adapters: Sequence[Path] = (),
     if bundle.artifact.calibration:
         calibration = Calibration(text_sha256=bundle.artifact.calibration)
         checkpoint = replace(checkpoint, calibration=calibration)
-    fmt = formats.get(bundle.artifact.format)
-    recipe = fmt.RECIPES[bundle.artifact.recipe]
+    artifact = bundle.artifact
+    fmt = formats.get(artifact.format)
+    recipe = fmt.RECIPES[artifact.recipe]
     subject = Subject(
         checkpoint=checkpoint,
         directory=directory,
-        entry=bundle.artifact.entry,
-        format=bundle.artifact.format,
+        entry=artifact.entry,
+        format=artifact.format,
         recipe=recipe,
-        layout=fmt.lay_out(checkpoint, recipe, split_bytes=bundle.artifact.split_bytes),
+        layout=fmt.lay_out(
+            checkpoint, recipe, split_bytes=artifact.split_bytes, variant=artifact.variant
+        ),
         rules=bundle.text,
         context_tokens=bundle.context_tokens,
     )
@@ -189,8 +204,8 @@ def check(subject: Subject, *, listener: Listener | None = None) -> Proof:
     oracle.require()
     listener = listener or Silent()
     found = _Findings()
-    # A native abort shall end a child, not this process and all it has made.
-    probe(subject.format, subject.path, context_tokens=subject.context_tokens)
+    if subject.fmt.IS_RUN_HERE:  # a native abort shall end a child, not this process and its work
+        probe(subject.format, subject.path, context_tokens=subject.context_tokens)
     with closing(_open(subject)) as session:
         prompt, answer = _check_generation(subject, session, found)
         _check_stops(subject, session, prompt, answer, found)
@@ -208,21 +223,22 @@ def check(subject: Subject, *, listener: Listener | None = None) -> Proof:
     _check_size(subject, found)
     _check_adapter(subject, first, found)
     return Proof(
-        agreement=_agreement(found, fidelity),
+        agreement=_agreement(subject, found, fidelity),
         goldens=_goldens(subject, logit_goldens, prompt, answer),
     )
 
 
 def _open(subject: Subject, *, has_exact_cache: bool = False) -> Session:
-    context = min(subject.context_tokens, CHUNK_TOKENS) if has_exact_cache else None
-    return formats.get(subject.format).load(
-        subject.path,
-        context_tokens=context or subject.context_tokens,
-        has_exact_cache=has_exact_cache,
-    )
+    context = subject.context_tokens
+    if has_exact_cache:
+        context = min(context, CHUNK_TOKENS)
+    if not subject.fmt.IS_RUN_HERE:
+        read = cast("ReadableFormat", subject.fmt).read_back(subject.path, subject.checkpoint.spec)
+        return reference.ReferenceSession(read, context_tokens=context)
+    return subject.fmt.load(subject.path, context_tokens=context, has_exact_cache=has_exact_cache)
 
 
-def _agreement(found: _Findings, fidelity: Fidelity) -> Agreement:
+def _agreement(subject: Subject, found: _Findings, fidelity: Fidelity) -> Agreement:
     return Agreement(
         gates=tuple(found.gates),
         positions=fidelity.positions,
@@ -230,6 +246,7 @@ def _agreement(found: _Findings, fidelity: Fidelity) -> Agreement:
         p99_kl_nats=fidelity.p99_kl_nats,
         same_top_token=fidelity.same_top_token,
         perplexity_ratio=fidelity.perplexity_ratio,
+        said_by=subject.said_by,
     )
 
 
@@ -241,7 +258,7 @@ def _check_generation(
     tokens = list(generate(session, prompt, max_tokens=ANSWER_TOKENS, stop_ids=(), sampling=GREEDY))
     found.add(
         "runs",
-        f"{len(tokens)} tokens from its runtime: {_shown(subject, tokens)}",
+        f"{len(tokens)} tokens from {subject.said_by}: {_shown(subject, tokens)}",
         passed=bool(tokens),
     )
     return prompt, tokens
@@ -321,7 +338,7 @@ def _check_ids(subject: Subject, found: _Findings) -> None:
     lines += [subject.text.render(turns) for turns in subject.conversations]
     expected = [oracle.ids(subject.tokenizer, line) for line in lines]
     ours = [subject.text.encode(line, adds_bos=False) for line in lines]
-    theirs = formats.get(subject.format).runtime_ids(subject.path, lines)
+    theirs = subject.fmt.runtime_ids(subject.path, lines)
     readers, finding = "edgekit run", ""
     wrong = _first_difference(lines, expected, ours)
     if theirs is not None and wrong is None:
@@ -362,7 +379,7 @@ def _uncomposed(
     if not candidates:
         return []
     texts = [composed[index] for index in candidates]
-    again = formats.get(subject.format).runtime_ids(subject.path, texts) or []
+    again = subject.fmt.runtime_ids(subject.path, texts) or []
     return [index for index, ids in zip(candidates, again, strict=True) if ids == expected[index]]
 
 
@@ -422,7 +439,7 @@ def _check_stops(
 
 def _check_storages(subject: Subject, found: _Findings) -> None:
     """Gate 6: every tensor is stored as the plan said."""
-    contents = formats.get(subject.format).contents(subject.path)
+    contents = subject.fmt.contents(subject.path)
     held = Counter((math.prod(shape), storage) for _, shape, storage in contents)
     planned = Counter((p.parameters, p.storage) for p in subject.layout.placements)
     counts = Counter(storage for _, _, storage in contents)
@@ -436,7 +453,7 @@ def _check_storages(subject: Subject, found: _Findings) -> None:
 
 def _check_size(subject: Subject, found: _Findings) -> None:
     """Gate 7: the bytes on disk are the bytes predicted."""
-    files = formats.get(subject.format).files(subject.path)
+    files = subject.fmt.files(subject.path)
     size, predicted = sum(file.stat().st_size for file in files), subject.layout.artifact_bytes
     # The name under which llama.cpp cuts text is found by trial, and may lengthen the header.
     allowed = 64 if subject.layout.is_exact else predicted // 100
@@ -456,8 +473,6 @@ def _check_adapter(subject: Subject, beside: "npt.NDArray[np.float32]", found: _
     if adapter is None:
         return
     import numpy as np
-
-    from edgekit import reference
 
     if not subject.is_held:
         found.add(

@@ -19,7 +19,11 @@ from edgekit.session import Session
 
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from edgekit.checkpoint import Checkpoint
+    from edgekit.decoder import DecoderSpec
 
 
 Progress = Callable[[int], None]  # called with the number of weights just read
@@ -37,6 +41,14 @@ class Placement:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Buffer:
+    """An array that a GPU must hold and bind as a whole."""
+
+    name: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """What an artifact will hold, known from headers alone."""
 
@@ -45,6 +57,9 @@ class Layout:
     is_exact: bool  # whether the file has this size to the byte
     notes: tuple[str, ...] = ()  # what a user should know about the files
     calibration: str | None = None  # SHA-256 of the text that leads the fit, if any is led
+    variant: str | None = None  # which of the format's builds, where it has several
+    largest_buffer: Buffer | None = None  # what a browser must be able to bind
+    needs_shader_f16: bool = False  # whether a browser's GPU must compute in float16
 
     @property
     def substituted(self) -> tuple[Placement, ...]:
@@ -75,18 +90,41 @@ class ContextLimit:
     reason: str
 
 
+class Model(Protocol):
+    """Weights by role, as a decoder multiplies with them, and the decoder they are for."""
+
+    @property
+    def spec(self) -> "DecoderSpec":
+        """What to do with them."""
+        ...
+
+    def weight(
+        self, role: str, first_row: int = 0, rows: int | None = None
+    ) -> "npt.NDArray[np.float32]":
+        """Return some rows of a weight, or all, in float32."""
+        ...
+
+
 class Format(Protocol):
     """What a module in this package offers; for a module, PEP 544 ignores ``self``."""
 
     STORAGES: Mapping[str, Storage]  # by name; the support matrix is made from these
     RECIPES: Mapping[str, Recipe]  # the values of --quant, most faithful first
     DEFAULT_RECIPES: tuple[str, ...]  # the ones a plan considers unasked, most faithful first
+    ENDING: str  # of the name of the file that `load` opens
+    VARIANTS: tuple[str, ...]  # builds for different programs on the device, the usual one first
     RUNTIME: str  # what opens the artifacts, as people call it
+    IS_RUN_HERE: bool  # whether that is a program `load` can start; else see `ReadableFormat`
     EXTRA: str  # `pip install 'edgekit[EXTRA]'` makes and proves artifacts
     RUN_EXTRA: str  # `pip install 'edgekit[RUN_EXTRA]'` runs them
 
     def lay_out(
-        self, checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None = None
+        self,
+        checkpoint: "Checkpoint",
+        recipe: Recipe,
+        *,
+        split_bytes: int | None = None,
+        variant: str | None = None,
     ) -> Layout:
         """Return what an artifact would hold, from headers alone.
 
@@ -94,6 +132,7 @@ class Format(Protocol):
             checkpoint: The model.
             recipe: How its weights shall be stored.
             split_bytes: The most that one file of the artifact may take; None asks for one file.
+            variant: One of `VARIANTS`; None takes the usual one.
 
         Raises:
             UsageError: If the format cannot express this decoder, hold this recipe, or be split.
@@ -110,7 +149,7 @@ class Format(Protocol):
         """Return what the runtime will hold; ``repacks`` if the device has fast kernels."""
         ...
 
-    def convert(  # noqa: PLR0913 - what, how, where, and three ways to be asked for it
+    def convert(  # noqa: PLR0913 - what, how, where, and four ways to be asked for it
         self,
         checkpoint: "Checkpoint",
         recipe: Recipe,
@@ -119,6 +158,7 @@ class Format(Protocol):
         progress: Progress,
         context_tokens: int | None = None,
         split_bytes: int | None = None,
+        variant: str | None = None,
     ) -> str:
         """Write the artifact into ``directory``, one tensor in memory at a time.
 
@@ -130,6 +170,7 @@ class Format(Protocol):
             context_tokens: How many tokens a runner shall hold, for settings other programs read;
                 None takes all that the format can.
             split_bytes: As in `lay_out`.
+            variant: As in `lay_out`.
 
         Returns:
             The name of the file that `load` opens, relative to ``directory``.
@@ -156,6 +197,7 @@ class Format(Protocol):
         Raises:
             MissingDependencyError: If the runtime is not installed.
             BundleError: If the runtime refuses the file.
+            UsageError: If the artifact is for a runtime that no program here can start.
         """
         ...
 
@@ -183,6 +225,18 @@ class Format(Protocol):
         ...
 
 
+class ReadableFormat(Format, Protocol):
+    """A format whose runtime no program here can start (`Format.IS_RUN_HERE` is false)."""
+
+    def read_back(self, path: Path, spec: "DecoderSpec") -> Model:
+        """Return the weights as they are in an artifact, for a proof without its runtime.
+
+        Raises:
+            BundleError: If the artifact is damaged.
+        """
+        ...
+
+
 def names() -> list[str]:
     """Return the names of all formats, without importing them."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
@@ -197,6 +251,11 @@ def get(name: str) -> Format:
     if name not in names():
         raise UsageError(f"no format named {name!r}", hint=f"formats: {', '.join(names())}")
     return cast("Format", importlib.import_module(f"{__name__}.{name}"))
+
+
+def of_file(path: Path) -> str | None:
+    """Return the format whose artifacts are opened by files of this name."""
+    return next((name for name, fmt in get_all() if path.name.endswith(fmt.ENDING)), None)
 
 
 def get_all() -> Iterator[tuple[str, Format]]:

@@ -104,6 +104,7 @@ def make_bundle(directory: Path, *, is_proven: bool = True, size_bytes: int = 20
         p99_kl_nats=0.01,
         same_top_token=0.98,
         perplexity_ratio=1.01,
+        said_by="llama.cpp",
     )
     bundle = Bundle(
         directory=directory,

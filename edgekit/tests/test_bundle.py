@@ -26,6 +26,7 @@ PROOF = Agreement(
     p99_kl_nats=2e-6,
     same_top_token=1.0,
     perplexity_ratio=1.0000002,
+    said_by="llama.cpp",
 )
 
 

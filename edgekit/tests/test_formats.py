@@ -290,6 +290,9 @@ RECIPES = {
 DEFAULT_RECIPES = ("loud",)
 EXTRA = RUN_EXTRA = "demo"
 RUNTIME = "an echo"
+ENDING = ".echo"
+VARIANTS = ()
+IS_RUN_HERE = True
 
 
 class EchoSession:
@@ -323,7 +326,7 @@ def read(path):
         raise BundleError(f"{path} is no echo: {error}") from error
 
 
-def lay_out(checkpoint, recipe, *, split_bytes=None):
+def lay_out(checkpoint, recipe, *, split_bytes=None, variant=None):
     if split_bytes is not None:
         raise UsageError("an echo is never split")
     placements = tuple(
@@ -345,7 +348,9 @@ def memory_use(checkpoint, layout, *, context_tokens, repacks):
     )
 
 
-def convert(checkpoint, recipe, directory, *, progress, context_tokens=None, split_bytes=None):
+def convert(
+    checkpoint, recipe, directory, *, progress, context_tokens=None, split_bytes=None, variant=None
+):
     (directory / "model.echo").write_text(json.dumps({"vocabulary": checkpoint.spec.vocabulary}))
     progress(checkpoint.parameters)
     return "model.echo"

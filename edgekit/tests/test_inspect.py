@@ -54,6 +54,7 @@ def bundle(tmp_path):
         agreement=Agreement(
             gates=gates, positions=5, mean_kl_nats=0.1, p99_kl_nats=0.2, same_top_token=0.9,
             perplexity_ratio=1.1,
+            said_by="llama.cpp",
         ),
         predicted={"artifact_bytes": 1.0},
         tools={"edgekit": "0.1.0", "llama-cpp-python": "0.3.36"},

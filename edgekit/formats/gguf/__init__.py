@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_RECIPES",
+    "ENDING",
     "EXTRA",
+    "IS_RUN_HERE",
     "RECIPES",
     "RUNTIME",
     "RUN_EXTRA",
     "STORAGES",
+    "VARIANTS",
     "contents",
     "context_limit",
     "convert",
@@ -31,17 +34,27 @@ __all__ = [
     "runtime_ids",
 ]
 
+ENDING = ".gguf"
+VARIANTS = ()
 RUNTIME = "llama.cpp"
+IS_RUN_HERE = True
 EXTRA = "gguf"
 RUN_EXTRA = "run-gguf"
 # F32, F16 and BF16 are twice and four times as large as Q8_0 and say the same.
 DEFAULT_RECIPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 
 
-def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None = None) -> Layout:
+def lay_out(
+    checkpoint: "Checkpoint",
+    recipe: Recipe,
+    *,
+    split_bytes: int | None = None,
+    variant: None = None,
+) -> Layout:
     """Return what the file or files will hold and their exact size, from headers alone."""
     from edgekit.formats.gguf import conversion
 
+    del variant  # there is one build for all programs
     return conversion.lay_out(checkpoint, recipe, split_bytes=split_bytes)
 
 
@@ -66,11 +79,13 @@ def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
     progress: Progress,
     context_tokens: int | None = None,
     split_bytes: int | None = None,
+    variant: None = None,
 ) -> str:
     """Write ``model.gguf``, or its parts; beside a single file a ``Modelfile`` for Ollama."""
     from edgekit import corpus
     from edgekit.formats.gguf import conversion, ollama, pretokenizers
 
+    del variant  # there is one build for all programs
     pre = pretokenizers.find_pre(checkpoint.text, corpus=corpus.lines())
     entry = conversion.convert(
         checkpoint, recipe, directory, pre=pre, progress=progress, split_bytes=split_bytes

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_RECIPES",
+    "ENDING",
     "EXTRA",
+    "IS_RUN_HERE",
     "RECIPES",
     "RUNTIME",
     "RUN_EXTRA",
     "STORAGES",
+    "VARIANTS",
     "contents",
     "context_limit",
     "convert",
@@ -31,17 +34,27 @@ __all__ = [
     "runtime_ids",
 ]
 
+ENDING = ".onnx"
+VARIANTS = ()
 RUNTIME = "ONNX Runtime"
+IS_RUN_HERE = True
 EXTRA = "onnx"
 RUN_EXTRA = "run-onnx"
 # F32 and F16 take as much memory as each other, four times that of INT8, and say the same.
 DEFAULT_RECIPES = ("INT8", "UINT4", "UINT4_ALL")
 
 
-def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None = None) -> Layout:
+def lay_out(
+    checkpoint: "Checkpoint",
+    recipe: Recipe,
+    *,
+    split_bytes: int | None = None,
+    variant: None = None,
+) -> Layout:
     """Return what the files will hold and their exact size, from headers alone."""
     from edgekit.formats.onnx import conversion
 
+    del variant  # there is one build for all programs
     return conversion.lay_out(checkpoint, recipe, split_bytes=split_bytes)
 
 
@@ -68,10 +81,12 @@ def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
     progress: Progress,
     context_tokens: int | None = None,
     split_bytes: int | None = None,
+    variant: None = None,
 ) -> str:
     """Write ``model.onnx``, the weights beside it, and what ONNX Runtime GenAI reads."""
     from edgekit.formats.onnx import clients, conversion
 
+    del variant  # there is one build for all programs
     entry = conversion.convert(
         checkpoint, recipe, directory, progress=progress, split_bytes=split_bytes
     )
