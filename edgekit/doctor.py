@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from edgekit import formats
 from edgekit.checkpoint import Checkpoint, Tensor
@@ -22,6 +22,8 @@ from edgekit.tokenizer_files import TokenizerFiles
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from edgekit.formats import ReadableFormat
 
 
 State = Literal["ok", "missing", "broken"]
@@ -119,7 +121,15 @@ def _try_out(name: str, directory: Path) -> str:
         raise MissingDependencyError(
             "numpy is not installed", hint=f"pip install 'edgekit[{fmt.RUN_EXTRA}]'"
         )
-    entry = fmt.convert(_tiny_checkpoint(directory), recipe, directory, progress=lambda _: None)
+    tiny = _tiny_checkpoint(directory)
+    entry = fmt.convert(tiny, recipe, directory, progress=lambda _: None)
+    if not fmt.IS_RUN_HERE:
+        read = cast("ReadableFormat", fmt).read_back(directory / entry, tiny.spec)
+        norm = read.weight("final_norm")
+        return (
+            f"a tiny model, written as {recipe.name}, was read back ({len(norm)} wide); "
+            f"{fmt.RUNTIME} runs elsewhere"
+        )
     session = fmt.load(directory / entry, context_tokens=32, threads=1)
     try:
         token = int(session.prefill([1, 2, 3]).argmax())

@@ -85,7 +85,9 @@ class ReferenceSession:
 
     def prefill(self, ids: Sequence[int]) -> "npt.NDArray[np.float32]":
         """Read ``ids`` after what was read; return the logits after the last one."""
-        self._refuse(len(self._read) + len(ids))
+        if not ids:
+            raise UsageError("an empty prompt has no next token")
+        self._refuse(ids, cached=len(self._read))
         text = [*self._read, *ids]
         (states,) = hidden_states(self._model, [text])
         self._read = text
@@ -98,7 +100,7 @@ class ReferenceSession:
 
     def all_logits(self, ids: Sequence[int]) -> "npt.NDArray[np.float32]":
         """Read ``ids`` alone; return the logits after each of them."""
-        self._refuse(len(ids))
+        self._refuse(ids, cached=0)
         self._read = list(ids)
         return next(logits(self._model, [ids]))
 
@@ -110,9 +112,12 @@ class ReferenceSession:
         """Give the weights back."""
         self._model.forget()
 
-    def _refuse(self, tokens: int) -> None:
-        if tokens > self.context_tokens:
-            raise UsageError(f"{tokens} tokens exceed the context of {self.context_tokens}")
+    def _refuse(self, ids: Sequence[int], *, cached: int) -> None:
+        if cached + len(ids) > self.context_tokens:
+            raise UsageError(
+                f"{cached} cached and {len(ids)} new tokens exceed the context of "
+                f"{self.context_tokens}"
+            )
 
 
 class _Held:

@@ -29,6 +29,7 @@ import signal
 
 from edgekit.errors import MissingDependencyError
 
+IS_RUN_HERE = True
 RUN_EXTRA = "run-gguf"
 
 

@@ -17,6 +17,7 @@ from edgekit.doctor import _tiny_checkpoint, extras
 from edgekit.errors import BundleError, UsageError
 from edgekit.formats import ContextLimit, Format, MemoryUse
 from edgekit.plan import make as make_plan
+from edgekit.reference import ReferenceSession
 from edgekit.target import load as load_target
 
 
@@ -100,6 +101,13 @@ def convert(fmt, checkpoint, recipe, directory):
     return directory / fmt.convert(checkpoint, recipe, directory, progress=lambda _: None)
 
 
+def open_session(fmt, path, spec):
+    """Open an artifact in its runtime, or where none is here, its weights in the reference."""
+    if fmt.IS_RUN_HERE:
+        return fmt.load(path, context_tokens=32, threads=1)
+    return ReferenceSession(fmt.read_back(path, spec), context_tokens=32)
+
+
 # What is offered
 
 
@@ -116,6 +124,15 @@ def test_an_unknown_name_is_refused_with_those_that_are_known():
 
 def test_a_format_offers_what_the_protocol_promises(fmt):
     assert list(broken_promises(fmt)) == []
+
+
+def test_files_tell_their_format_by_the_end_of_their_name(fmt, tmp_path):
+    assert formats.get(formats.of_file(tmp_path / f"model{fmt.ENDING}")) is fmt
+    assert formats.of_file(tmp_path / "model.bin") is None
+
+
+def test_what_no_program_here_can_start_can_be_read_back(fmt):
+    assert hasattr(fmt, "read_back") != fmt.IS_RUN_HERE
 
 
 def test_the_extras_exist(fmt):
@@ -219,7 +236,7 @@ def test_what_it_converts_is_as_large_as_predicted_and_runs(name, recipe, tiny, 
     stored = sorted(storage for _, shape, storage in fmt.contents(path) if len(shape) > 1)
     matrices = [p for p in layout.placements if not p.role.endswith(("norm", "bias"))]
     assert stored == sorted(placement.storage for placement in matrices)
-    session = fmt.load(path, context_tokens=32, threads=1)
+    session = open_session(fmt, path, tiny.spec)
     try:
         assert session.vocabulary_tokens == tiny.spec.vocabulary
         assert session.context_tokens == 32

@@ -6,9 +6,11 @@ import pytest
 
 from edgekit import formats
 from edgekit.errors import BudgetError, UsageError
+from edgekit.formats import Buffer
 from edgekit.formats.gguf import RECIPES
 from edgekit.plan import estimate, make, substitutions
 from edgekit.source import open_checkpoint
+from edgekit.target import WebGpuLimits
 
 
 pytestmark = pytest.mark.toolchain  # transformers writes the tiny checkpoint
@@ -134,3 +136,59 @@ def test_what_most_likely_fits_comes_before_what_only_may(checkpoint, pi):
     assert made.recipe.name != "Q8_0"
     assert made.rejected[0].recipe.name == "Q8_0"
     assert not any(note.startswith("may miss") for note in made.notes)
+
+
+def with_layout(monkeypatch, name, variants=(), **fields):
+    """Let a format say more of what it lays out."""
+    fmt = formats.get(name)
+    lay_out = fmt.lay_out
+
+    def say_more(checkpoint, recipe, *, split_bytes=None, variant=None):
+        found = lay_out(checkpoint, recipe, split_bytes=split_bytes)
+        return replace(found, **{"variant": variant, **fields})
+
+    monkeypatch.setattr(fmt, "lay_out", say_more)
+    monkeypatch.setattr(fmt, "VARIANTS", variants)
+
+
+@pytest.mark.parametrize(
+    ("granted", "reason"),
+    [
+        ({"max_binding_bytes": 999}, "token_embedding takes 1000 B > 999 B (maxStorageBuffer"),
+        ({"max_buffer_bytes": 999}, "token_embedding takes 1000 B > 999 B (maxBufferSize)"),
+        ({"has_shader_f16": False}, "shader-f16"),
+        ({}, None),
+    ],
+)
+def test_what_a_browser_does_not_grant_is_a_miss(checkpoint, pi, monkeypatch, granted, reason):
+    with_layout(
+        monkeypatch, "gguf", needs_shader_f16=True,
+        largest_buffer=Buffer(name="token_embedding", size_bytes=1000),
+    )  # fmt: skip
+    limits = WebGpuLimits(max_buffer_bytes=1000, max_binding_bytes=1000, has_shader_f16=True)
+    browser = replace(pi, webgpu=replace(limits, **granted), formats=("gguf",))
+    if reason is None:
+        make(checkpoint, browser)
+        return
+    with pytest.raises(BudgetError) as refusal:
+        make(checkpoint, browser)
+    assert str(refusal.value).count(reason) == len(formats.get("gguf").DEFAULT_RECIPES)
+    make(checkpoint, pi)  # no browser, no such limits
+
+
+def test_a_target_takes_its_variant_of_a_format_and_a_user_another(checkpoint, pi, monkeypatch):
+    with_layout(monkeypatch, "gguf", variants=("plain", "fancy"))
+    assert make(checkpoint, pi).variant is None
+    fancy = replace(pi, variants={"gguf": "fancy"})
+    assert make(checkpoint, fancy).variant == "fancy"
+    assert make(checkpoint, fancy, variant="plain").variant == "plain"
+
+
+def test_a_variant_that_no_format_has_is_refused_with_those_there_are(checkpoint, pi, monkeypatch):
+    with_layout(monkeypatch, "gguf", variants=("plain", "fancy"))
+    with pytest.raises(UsageError, match="no variant 'nice'") as refusal:
+        make(checkpoint, pi, variant="nice")
+    assert "gguf: plain, fancy" in refusal.value.hint
+    assert make(checkpoint, pi, variant="fancy").format == "gguf"
+    with pytest.raises(UsageError, match="onnx has no variant 'fancy'"):
+        make(checkpoint, pi, format="onnx", variant="fancy")

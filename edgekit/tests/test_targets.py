@@ -370,3 +370,23 @@ def test_a_flag_is_true_or_false(tmp_path):
     )
     error = refusal(tmp_path / "browser.toml")
     assert "webgpu.shader_f16.value = 'no' is not true or false" in str(error)
+
+
+def test_a_target_may_name_the_variant_of_a_format_that_its_program_takes(edited):
+    line = line_of("title")
+    path = edited(line, f'{line}\nvariants.executorch = "llm-ops"')
+    assert target.load(str(path)).variants == {"executorch": "llm-ops"}
+    assert target.load(str(PI5)).variants == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "finding"),
+    [
+        ('variants.executorhc = "x"', "unknown key 'variants.executorhc'"),
+        ('variants.executorch = ""', "variants.executorch is empty"),
+        ('variants.mlc = "x"', "unknown key 'variants.mlc'"),  # the target does not take it
+    ],
+)
+def test_a_variant_that_cannot_be_is_refused(edited, line, finding):
+    title = line_of("title")
+    assert finding in str(refusal(edited(title, f"{title}\n{line}")))
