@@ -405,3 +405,22 @@ def _output_of(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
+
+
+def performance_cores() -> int:
+    """Count the fastest cores this process may use; slow ones would hold the others up.
+
+    Source: /sys/devices/system/cpu/cpu*/cpufreq/cpuinfo_max_freq; where that is not told, all.
+    """
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = os.sched_getaffinity(0) if has_affinity else range(os.cpu_count() or 1)
+    speeds = [_max_frequency(core) for core in cores]
+    return max(1, sum(speed >= 0.8 * max(speeds) for speed in speeds))
+
+
+def _max_frequency(core: int) -> int:
+    path = Path(f"/sys/devices/system/cpu/cpu{core}/cpufreq/cpuinfo_max_freq")
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return 0

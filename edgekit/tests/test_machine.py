@@ -1,8 +1,9 @@
+import os
 import sys
 
 import pytest
 
-from edgekit.machine import Machine, Watch, cached_share, faults, forget
+from edgekit.machine import Machine, Watch, cached_share, faults, forget, performance_cores
 from edgekit.measurement import MemoryPoint
 
 
@@ -151,3 +152,7 @@ def test_reading_fresh_memory_is_a_minor_fault():
 
     assert after > before
     assert len(held) == 50 * 10**6
+
+
+def test_at_least_one_core_is_fast():
+    assert 1 <= performance_cores() <= (os.cpu_count() or 1)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats.gguf import split
+from edgekit.machine import performance_cores
 
 
 if TYPE_CHECKING:
@@ -272,22 +273,3 @@ def _tokenize(llama: Any, vocabulary: Any, text: bytes) -> list[int]:
     if count < 0:
         raise ToolchainError(f"llama_tokenize needs {-count} tokens for {len(text)} bytes")
     return list(buffer[:count])
-
-
-def performance_cores() -> int:
-    """Count the fastest cores this process may use; slow ones would hold the others up.
-
-    Source: /sys/devices/system/cpu/cpu*/cpufreq/cpuinfo_max_freq; where that is not told, all.
-    """
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = os.sched_getaffinity(0) if has_affinity else range(os.cpu_count() or 1)
-    speeds = [_max_frequency(core) for core in cores]
-    return max(1, sum(speed >= 0.8 * max(speeds) for speed in speeds))
-
-
-def _max_frequency(core: int) -> int:
-    path = Path(f"/sys/devices/system/cpu/cpu{core}/cpufreq/cpuinfo_max_freq")
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return 0
