@@ -14,6 +14,7 @@ class Storage:
     name: str
     block_weights: int  # a row's length must be a multiple of this
     block_bytes: int  # scales included
+    pads_rows: bool = False  # it need not: a last block that is not filled is stored whole
 
     @property
     def bits_per_weight(self) -> float:

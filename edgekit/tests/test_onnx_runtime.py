@@ -5,7 +5,7 @@ import pytest
 from edgekit import load_probe
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
-from edgekit.formats.onnx import conversion, storage
+from edgekit.formats.onnx import conversion, model, storage
 from edgekit.formats.onnx.runtime import BATCH_TOKENS, OnnxSession
 
 
@@ -21,6 +21,7 @@ CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
 def convert(directory, recipe):
+    directory.mkdir(exist_ok=True)
     checkpoint = _tiny_checkpoint(directory)
     entry = conversion.convert(
         checkpoint, storage.RECIPES[recipe], directory, progress=lambda _: None
@@ -146,12 +147,29 @@ def test_a_probe_says_nothing_of_a_good_model_and_tells_what_is_wrong_with_anoth
     assert "cannot be read" in refusal.value.log
 
 
+@pytest.mark.parametrize("recipe", ["F16_GPU", "UINT4_GPU"])
+def test_a_cache_in_half_precision_takes_half_the_room_and_runs_in_both_ways(recipe, tmp_path):
+    path = convert(tmp_path, recipe)
+    session = OnnxSession(path, context_tokens=CONTEXT_TOKENS, threads=1)
+    assert {values.dtype.name for values in session._cache} == {"float16"}
+    ids = [(7 * index) % 256 for index in range(CONTEXT_TOKENS)]
+    rows = session.all_logits(ids)
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(session.prefill(ids), rows[-1], rtol=0, atol=0.01)
+    session.close()
+    exact = OnnxSession(
+        convert(tmp_path / "exact", recipe.replace("_GPU", "")), context_tokens=300, threads=1
+    )
+    np.testing.assert_allclose(exact.all_logits(ids), rows, rtol=0, atol=0.05)
+    exact.close()
+
+
 @pytest.mark.parametrize("name", [b"GroupQueryAttenti0n", b"GroupQueryAttenti\xf3n"])
 def test_a_graph_the_runtime_does_not_know_is_a_damaged_bundle(name, path, tmp_path, capfd):
-    changed = path.read_bytes().replace(b"GroupQueryAttention", name)
-    (tmp_path / path.name).write_bytes(changed)
-    data = path.with_name(conversion.DATA)
+    changed = path.read_bytes()[: -model.SEAL_BYTES].replace(b"GroupQueryAttention", name)
+    (tmp_path / path.name).write_bytes(model.sealed(changed))
+    data = path.with_name(f"{path.name}_data")
     (tmp_path / data.name).write_bytes(data.read_bytes())
-    with pytest.raises(BundleError, match=r"ONNX Runtime refuses"):
+    with pytest.raises(BundleError, match=r"ONNX Runtime [\d.]+ refuses"):
         OnnxSession(tmp_path / path.name, context_tokens=32)
     assert capfd.readouterr() == ("", "")

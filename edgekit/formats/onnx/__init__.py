@@ -91,7 +91,7 @@ def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
         checkpoint, recipe, directory, progress=progress, split_bytes=split_bytes
     )
     context = context_tokens or context_limit(checkpoint).tokens
-    clients.write(checkpoint, directory, entry, context_tokens=context)
+    clients.write(checkpoint, recipe, directory, entry, context_tokens=context)
     return entry
 
 

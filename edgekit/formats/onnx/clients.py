@@ -1,7 +1,7 @@
 """What other programs want beside the model, so that they open the directory as it is.
 
-ONNX Runtime GenAI reads ``genai_config.json``. transformers.js reads ``config.json``, and is to be
-told that there are no folders: ``pipeline("text-generation", directory, { subfolder: "" })``.
+ONNX Runtime GenAI reads ``genai_config.json``; transformers.js and Optimum read ``config.json``,
+``generation_config.json`` and ``tokenizer_config.json``, and look for models in ``onnx``.
 """
 
 import json
@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.formats.onnx import model
-from edgekit.formats.onnx.graph import cache_name, cache_width
+from edgekit.formats.onnx import genai_text, model, storage
+from edgekit.formats.onnx.graph import cache_name, cache_width, longest_unchanged
+from edgekit.recipe import Recipe
 from edgekit.tokenizer_files import added_tokens
 
 
@@ -22,22 +23,45 @@ NOTE = (
     "ONNX Runtime GenAI and transformers.js open the files too, but read text with tokenizers of "
     "their own, which the proof does not cover"
 )
+# The one border of longrope that ONNX Runtime GenAI 0.18 knows, for models of type phi3: there it
+# reads the text anew with the other frequencies, as transformers does.
+_KNOWN_BORDER_TOKENS = 4096
 
 
-def write(checkpoint: "Checkpoint", directory: Path, entry: str, *, context_tokens: int) -> None:
+def notes(checkpoint: "Checkpoint") -> tuple[str, ...]:
+    """Return what a user should know of other programs that open the files."""
+    found = (NOTE, *genai_text.notes(checkpoint.text.tokenizer_json))
+    border = longest_unchanged(checkpoint.spec)
+    if border in {None, _KNOWN_BORDER_TOKENS}:
+        return found
+    warning = (
+        f"ONNX Runtime GenAI does not read a text anew that outgrows {border} tokens while it is "
+        "written, where this model takes other frequencies"
+    )
+    return (*found, warning)
+
+
+def write(
+    checkpoint: "Checkpoint", recipe: Recipe, directory: Path, entry: str, *, context_tokens: int
+) -> None:
     """Write the settings of every client beside the model."""
     data_files = len(model.files(directory / entry)) - 1
     genai = genai_config(checkpoint, entry, context_tokens=context_tokens)
     _write_json(directory / "genai_config.json", genai)
-    for name, fields in transformers_files(checkpoint, data_files=data_files).items():
-        _write_json(directory / name, fields)
+    files = transformers_files(checkpoint, recipe, data_files=data_files)
+    files[genai_text.MODULE] = genai_text.tokenizer_module(checkpoint.text.chat_template)
+    for name, fields in files.items():
+        if fields:
+            _write_json(directory / name, fields)
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def transformers_files(checkpoint: "Checkpoint", *, data_files: int) -> dict[str, dict[str, Any]]:
+def transformers_files(
+    checkpoint: "Checkpoint", recipe: Recipe, *, data_files: int
+) -> dict[str, dict[str, Any]]:
     """Return the checkpoint's own settings by file, as far as it has them, true for this artifact.
 
     Weights are no longer quantised as they were, every stop id ends an answer, and transformers.js
@@ -47,7 +71,7 @@ def transformers_files(checkpoint: "Checkpoint", *, data_files: int) -> dict[str
         "config.json": {
             "quantization_config": None,
             "vocab_size": checkpoint.spec.vocabulary,
-            "transformers.js_config": {"dtype": "fp32", "use_external_data_format": data_files},
+            "transformers.js_config": _transformers_js(recipe, data_files=data_files),
         },
         "generation_config.json": {"eos_token_id": list(checkpoint.text.declared_stop_ids)},
         "tokenizer_config.json": {"chat_template": checkpoint.text.chat_template},
@@ -62,14 +86,23 @@ def transformers_files(checkpoint: "Checkpoint", *, data_files: int) -> dict[str
     return found
 
 
+def _transformers_js(recipe: Recipe, *, data_files: int) -> dict[str, Any]:
+    """Return what transformers.js shall open unasked; since 4.0 it sees the cache's type itself."""
+    how = storage.BUILDS[recipe.name]
+    cache = {"kv_cache_dtype": how.arithmetic} if how.is_half else {}
+    return {"dtype": how.dtype, "use_external_data_format": data_files, **cache}
+
+
 def genai_config(checkpoint: "Checkpoint", entry: str, *, context_tokens: int) -> dict[str, Any]:
     """Return the settings of ONNX Runtime GenAI 0.18: greedy, as many tokens as were planned."""
+    spec = checkpoint.spec
     return {
         "model": {
             **_token_ids(checkpoint),
-            "type": "llama",  # any decoder of one graph
-            "vocab_size": checkpoint.spec.vocabulary,
-            "context_length": checkpoint.spec.context_tokens,
+            # Any decoder of one graph, or the one that knows of longrope.
+            "type": "phi3" if longest_unchanged(spec) == _KNOWN_BORDER_TOKENS else "llama",
+            "vocab_size": spec.vocabulary,
+            "context_length": spec.context_tokens,
             "decoder": _decoder(checkpoint, entry),
         },
         "search": {

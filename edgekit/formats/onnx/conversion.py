@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from edgekit.decoder import DecoderSpec, Rope
 from edgekit.errors import UsageError
-from edgekit.formats import Layout, Placement, Progress
+from edgekit.formats import Buffer, Layout, Placement, Progress
 from edgekit.formats.onnx import clients, graph, model, storage
 from edgekit.formats.onnx.model import External
+from edgekit.formats.onnx.storage import Build
 from edgekit.recipe import Recipe, split_role
 
 
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
     Rows = npt.NDArray[np.float32]
 
 
-ENTRY = "model.onnx"
-DATA = "model.onnx_data"  # the name that transformers.js asks for
+DIRECTORY = "onnx"  # where Optimum and transformers.js look
 BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
 MIN_SPLIT_BYTES = 2**20
 
@@ -45,17 +45,24 @@ class Weight:
     @property
     def is_led(self) -> bool:
         """Whether the inputs of a calibration lead its fit: in layers, not the head's."""
-        return self.stored in storage.LED and split_role(self.role)[0] is not None
+        blocks = storage.BLOCKS.get(self.stored)
+        return blocks is not None and blocks.is_coarse and split_role(self.role)[0] is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """An artifact before its weights are written."""
 
+    how: Build
     weights: tuple[Weight, ...]
     frequencies: tuple[External, ...]
     model: bytes  # the model file
     calibration: str | None  # SHA-256 of the text that leads the fit, if any is led
+
+    @property
+    def entry(self) -> str:
+        """The model file, in the bundle."""
+        return f"{DIRECTORY}/{self.how.file}"
 
     @property
     def tensors(self) -> list[External]:
@@ -71,16 +78,17 @@ def plan(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None = 
     frequencies = tuple(_frequency_tensors(spec))
     loose = [*frequencies, *(tensor for weight in weights for tensor in weight.tensors)]
     _refuse_split(loose, split_bytes)
-    placed = {
-        tensor.name: tensor for tensor in model.place(loose, stem=DATA, split_bytes=split_bytes)
-    }
+    how = storage.BUILDS[recipe.name]
+    placing = model.place(loose, stem=f"{how.file}_data", split_bytes=split_bytes)
+    placed = {tensor.name: tensor for tensor in placing}
     storages = {weight.role: weight.stored for weight in weights}
     metadata = {"edgekit.recipe": recipe.name}
     calibration = _calibration(checkpoint, weights)
     if calibration:
         metadata["edgekit.calibration"] = calibration
-    made = graph.build(spec, storages, metadata=metadata)
+    made = graph.build(spec, storages, how, metadata=metadata)
     return Planned(
+        how=how,
         calibration=calibration,
         weights=tuple(_with_places(weight, placed) for weight in weights),
         frequencies=tuple(placed[tensor.name] for tensor in frequencies),
@@ -103,9 +111,9 @@ def refuse(spec: DecoderSpec) -> None:
     Raises:
         UsageError: If they do not; the message says what they lack.
     """
-    borders = {graph.border_tokens(rope) for rope in graph.ropes(spec)} - {None}
+    borders = graph.borders(spec)
     if len(borders) > 1:
-        raise UsageError(f"longrope with several original contexts: {sorted(map(str, borders))}")
+        raise UsageError(f"longrope with several original contexts: {sorted(borders)}")
 
 
 def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[Weight]:
@@ -162,9 +170,22 @@ def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None
         placements=tuple(_placement(weight, shapes[weight.role]) for weight in planned.weights),
         artifact_bytes=len(planned.model) + sum(sizes.values()),
         is_exact=True,
-        notes=(clients.NOTE,),
+        notes=clients.notes(checkpoint),
         calibration=planned.calibration,
+        largest_buffer=_largest_buffer(planned),
+        needs_shader_f16=planned.how.is_half,
     )
+
+
+def _largest_buffer(planned: Planned) -> Buffer:
+    """Return the largest tensor on a GPU; one converted to float32 at load is as large as that."""
+    grown = 1 if planned.how.is_half else 2
+    sizes = {
+        tensor.name: tensor.size_bytes * (grown if tensor.dtype == "float16" else 1)
+        for tensor in planned.tensors
+    }
+    name = max(sizes, key=lambda name: sizes[name])
+    return Buffer(name=name, size_bytes=sizes[name])
 
 
 def _placement(weight: Weight, shape: tuple[int, ...]) -> Placement:
@@ -185,16 +206,18 @@ def convert(
     progress: Progress,
     split_bytes: int | None = None,
 ) -> str:
-    """Write ``model.onnx`` and its data files, one block of rows in memory at a time.
+    """Write the model file and its data files, one block of rows in memory at a time.
 
     Returns:
-        The name of the model file.
+        The name of the model file, relative to ``directory``.
     """
     planned = plan(checkpoint, recipe, split_bytes=split_bytes)
+    path = directory / planned.entry
+    path.parent.mkdir(exist_ok=True)
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
         for name, size_bytes in model.file_sizes(planned.tensors).items():
-            files[name] = stack.enter_context((directory / name).open("wb"))
+            files[name] = stack.enter_context(path.with_name(name).open("wb"))
             files[name].truncate(size_bytes)
         _write_frequencies(checkpoint.spec, planned, files)
         for weight in planned.weights:
@@ -202,8 +225,8 @@ def convert(
             for first, rows in _blocks(checkpoint, weight):
                 _write_rows(files, weight, first, rows, importance)
                 progress(rows.size)
-    (directory / ENTRY).write_bytes(planned.model)
-    return ENTRY
+    path.write_bytes(planned.model)
+    return planned.entry
 
 
 def _importance(checkpoint: "Checkpoint", weight: Weight) -> "Rows | None":

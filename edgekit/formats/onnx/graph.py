@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from edgekit.decoder import DecoderSpec, Layer, LongRopeScaling, Norm, Rope
 from edgekit.formats.onnx import storage
 from edgekit.formats.onnx.model import CONTRIB, Attribute, Constant, Dtype, Graph, Node, Port
+from edgekit.formats.onnx.storage import Build
 
 
 # Inputs with a value of their own: a client that knows nothing of them may leave them out.
@@ -21,8 +22,7 @@ TEXT_TOKENS = "text_tokens"  # how long the text will be, if longer than what ha
 
 ROPE_BORDER = "edgekit.rope_border_tokens"  # metadata: a longer text has other frequencies
 _TO_THE_END = 2**63 - 1
-_INT8_ACTIVATIONS = 4  # accuracy_level: the fast kernels of CPUs; activations rounded in blocks
-_FLOAT32, _INT32, _INT64 = 1, 6, 7  # TensorProto.DataType
+_FLOAT32, _INT32, _FLOAT16 = 1, 6, 10  # TensorProto.DataType
 
 
 def cache_width(spec: DecoderSpec) -> int:
@@ -51,18 +51,29 @@ def border_tokens(rope: Rope) -> int | None:
     return scaling.original_context_tokens if isinstance(scaling, LongRopeScaling) else None
 
 
-def build(spec: DecoderSpec, storages: Mapping[str, str], *, metadata: Mapping[str, str]) -> Graph:
+def borders(spec: DecoderSpec) -> set[int]:
+    """Return the borders of all ropes."""
+    return {border for rope in ropes(spec) if (border := border_tokens(rope)) is not None}
+
+
+def longest_unchanged(spec: DecoderSpec) -> int | None:
+    """Return how long a text may grow before all of it takes other frequencies; None: ever."""
+    return min(borders(spec), default=None)
+
+
+def build(
+    spec: DecoderSpec, storages: Mapping[str, str], how: Build, *, metadata: Mapping[str, str]
+) -> Graph:
     """Return the graph of a decoder whose weights are stored as ``storages`` says, by role."""
-    graph = _Builder(spec=spec, storages=storages)
+    graph = _Builder(spec=spec, storages=storages, how=how)
     graph.read_inputs()
     x = graph.embed()
     for index, layer in enumerate(spec.layers):
         x = graph.apply_layer(x, index, layer)
     graph.make_logits(x)
-    borders = {border_tokens(rope) for rope in ropes(spec)} - {None}
-    found = dict(metadata)
-    if borders:
-        found[ROPE_BORDER] = str(borders.pop())  # `conversion` refuses more than one
+    found, border = dict(metadata), longest_unchanged(spec)
+    if border is not None:
+        found[ROPE_BORDER] = str(border)
     return Graph(
         nodes=tuple(graph.nodes),
         constants=tuple(graph.constants.values()),
@@ -78,6 +89,7 @@ class _Builder:
 
     spec: DecoderSpec
     storages: Mapping[str, str]
+    how: Build
     nodes: list[Node] = field(default_factory=list)
     constants: dict[str, Constant] = field(default_factory=dict)
     inputs: list[Port] = field(default_factory=list)
@@ -109,6 +121,14 @@ class _Builder:
     def scalar(self, value: float, *, dtype: Dtype = "float32") -> str:
         return self.constant(value, dtype=dtype, is_scalar=True)
 
+    def narrowed(self, x: str) -> str:
+        """Return what products take; what is added up over all layers may outgrow float16."""
+        return self.op("Cast", x, to=_FLOAT16) if self.how.is_half else x
+
+    def widened(self, x: str) -> str:
+        """Return in float32 what a product gave."""
+        return self.op("Cast", x, to=_FLOAT32) if self.how.is_half else x
+
     def read_inputs(self) -> None:
         self._name_inputs()
         ones = self.op("ReduceSum", "attention_mask", self.constant(1), keepdims=0)
@@ -132,9 +152,10 @@ class _Builder:
         for index in range(len(self.spec.layers)):
             for part in ("key", "value"):
                 shape = ("batch_size", a.key_value_heads, "past_sequence_length", width)
-                self.inputs.append(Port(name=cache_name(index, part), dtype="float32", shape=shape))
+                name = cache_name(index, part)
+                self.inputs.append(Port(name=name, dtype=self.how.arithmetic, shape=shape))
         self._optional_input(FIRST_LOGIT)
-        if any(border_tokens(rope) for rope in ropes(self.spec)):
+        if borders(self.spec):
             self._optional_input(TEXT_TOKENS)
 
     def _optional_input(self, name: str) -> None:
@@ -159,11 +180,12 @@ class _Builder:
         if rope.attention_factor != 1:
             factor = self.scalar(rope.attention_factor)
             waves = [self.op("Mul", wave, factor) for wave in waves]
+        cosine, sine = map(self.narrowed, waves)
         count = self.op("Size", "position_ids")
         zero, one = self.scalar(0, dtype="int64"), self.scalar(1, dtype="int64")
         indices = self.op("Range", zero, count, one)
         indices = self.op("Reshape", indices, self.op("Shape", "position_ids"))
-        return indices, waves[0], waves[1]
+        return indices, cosine, sine
 
     def embed(self) -> str:
         x = self._rows("token_embedding", "input_ids")
@@ -174,22 +196,23 @@ class _Builder:
     def _rows(self, role: str, ids: str) -> str:
         """Return rows of a matrix in float32, and leave the others as they are stored."""
         rows, stored = self.op("Gather", role, ids), self.storages[role]
-        if stored == "F32":
-            return rows
-        if stored == "F16":
-            return self.op("Cast", rows, to=_FLOAT32)
+        if stored in storage.FLOATS:
+            return self._exact(rows, storage.FLOATS[stored])
         blocks = storage.BLOCKS[stored]
         # (batch, tokens, blocks, bytes) -> (batch, tokens, blocks, codes)
-        codes = self._codes(rows, blocks.bits, self.constant(0, 0, -1, storage.BLOCK_WEIGHTS))
+        codes = self._codes(rows, blocks.bits, self.constant(0, 0, -1, blocks.weights))
         if blocks.implied_zero is None:
             packed = self.op("Gather", role + storage.ZERO_POINTS, ids)
             zeros = self._codes(packed, blocks.bits, self.constant(0, 0, -1, 1))
         else:
             zeros = self.scalar(blocks.implied_zero)
-        scales = self.op("Gather", role + storage.SCALES, ids)
+        scales = self._exact(self.op("Gather", role + storage.SCALES, ids), blocks.scales)
         scales = self.op("Unsqueeze", scales, self.constant(-1))
         values = self.op("Mul", self.op("Sub", codes, zeros), scales)
         return self.op("Reshape", values, self.constant(0, 0, -1))
+
+    def _exact(self, x: str, dtype: Dtype) -> str:
+        return x if dtype == "float32" else self.op("Cast", x, to=_FLOAT32)
 
     def _codes(self, packed: str, bits: int, shape: str) -> str:
         """Return codes as float32; of two in a byte, the first is in its lower half."""
@@ -203,14 +226,16 @@ class _Builder:
 
     def apply_layer(self, x: str, index: int, layer: Layer) -> str:
         spec, prefix = self.spec, f"layers.{index}."
-        read = self._normalise(spec.norm, prefix + "attention_norm", x)
-        attended = self._attend(read, index, layer)
+        read = self.narrowed(self._normalise(spec.norm, prefix + "attention_norm", x))
+        attended = self.widened(self._attend(read, index, layer))
         if spec.has_post_norms:
             attended = self._normalise(spec.norm, prefix + "attention_post_norm", attended)
         if spec.residual == "parallel":
-            return self.op("Add", self.op("Add", x, attended), self._apply_mlp(prefix, read))
+            changed = self.widened(self._apply_mlp(prefix, read))
+            return self.op("Add", self.op("Add", x, attended), changed)
         x = self.op("Add", x, attended)
-        changed = self._apply_mlp(prefix, self._normalise(spec.norm, prefix + "mlp_norm", x))
+        read = self.narrowed(self._normalise(spec.norm, prefix + "mlp_norm", x))
+        changed = self.widened(self._apply_mlp(prefix, read))
         if spec.has_post_norms:
             changed = self._normalise(spec.norm, prefix + "mlp_post_norm", changed)
         return self.op("Add", x, changed)
@@ -218,12 +243,12 @@ class _Builder:
     def make_logits(self, x: str) -> str:
         spec = self.spec
         x = self.op("Slice", x, FIRST_LOGIT, self.constant(_TO_THE_END), self.constant(1))
-        x = self._normalise(spec.norm, "final_norm", x)
+        x = self.narrowed(self._normalise(spec.norm, "final_norm", x))
         role = "token_embedding" if spec.is_tied else "output_head"
         shape = ("batch_size", "sequence_length", spec.vocabulary)
         port = Port(name="logits", dtype="float32", shape=shape)
         self.outputs.insert(0, port)
-        logits = self._multiply(role, x, spec.vocabulary, spec.hidden_width)
+        logits = self.widened(self._multiply(role, x, spec.vocabulary, spec.hidden_width))
         if spec.logit_cap is not None:
             cap = self.scalar(spec.logit_cap)
             logits = self.op("Mul", self.op("Tanh", self.op("Div", logits, cap)), cap)
@@ -252,7 +277,7 @@ class _Builder:
         norm, width = a.query_key_norm, a.head_width
         if norm is None:
             return x
-        x = self.op("Reshape", x, self.constant(0, 0, heads, width))
+        x = self.op("Reshape", self.widened(x), self.constant(0, 0, heads, width))
         if a.has_norm_per_head:  # a row of weights for each head, which the operator cannot
             ones = self.constant(*(1,) * width, dtype="float32")
             plain = Norm(kind=norm.kind, epsilon=norm.epsilon)
@@ -260,7 +285,7 @@ class _Builder:
             x = self.op("Add", x, f"{role}_bias") if norm.has_bias else x
         else:
             x = self._normalise(norm, role, x)
-        return self.op("Reshape", x, self.constant(0, 0, heads * width))
+        return self.narrowed(self.op("Reshape", x, self.constant(0, 0, heads * width)))
 
     def _attend(self, x: str, index: int, layer: Layer) -> str:
         a, prefix, hidden = self.spec.attention, f"layers.{index}.", self.spec.hidden_width
@@ -291,7 +316,7 @@ class _Builder:
         for part in parts:
             shape = ("batch_size", a.key_value_heads, "present_sequence_length", width)
             name = cache_name(index, part, of="present")
-            self.outputs.append(Port(name=name, dtype="float32", shape=shape))
+            self.outputs.append(Port(name=name, dtype=self.how.arithmetic, shape=shape))
         mixed = self.op(
             "GroupQueryAttention", query, key, value,
             *(cache_name(index, part) for part in parts), self.last_tokens, self.all_tokens,
@@ -338,18 +363,24 @@ class _Builder:
 
     def _project(self, role: str, x: str, rows: int, columns: int, has_bias: bool) -> str:
         product = self._multiply(role, x, rows, columns)
-        return self.op("Add", product, f"{role}_bias") if has_bias else product
+        if not has_bias:
+            return product
+        bias = self._as_factor(f"{role}_bias")
+        return self.op("Add", product, bias)
 
     def _multiply(self, role: str, x: str, rows: int, columns: int) -> str:
-        stored = self.storages[role]
-        if stored in storage.BLOCKS:
-            blocks = storage.BLOCKS[stored]
-            has_zeros = blocks.implied_zero is None
-            zeros = (role + storage.ZERO_POINTS,) if has_zeros else ()
-            return self.op(
-                "MatMulNBits", x, role, role + storage.SCALES, *zeros,
-                domain=CONTRIB, K=columns, N=rows, bits=blocks.bits,
-                block_size=storage.BLOCK_WEIGHTS, accuracy_level=_INT8_ACTIVATIONS,
-            )  # fmt: skip
-        weight = role if stored == "F32" else self.op("Cast", role, to=_FLOAT32)
-        return self.op("FusedMatMul", x, weight, domain=CONTRIB, transB=1)
+        if self.storages[role] in storage.FLOATS:
+            return self.op("FusedMatMul", x, self._as_factor(role), domain=CONTRIB, transB=1)
+        blocks = storage.BLOCKS[self.storages[role]]
+        zeros = () if blocks.is_symmetric else (role + storage.ZERO_POINTS,)
+        return self.op(
+            "MatMulNBits", x, role, role + storage.SCALES, *zeros,
+            domain=CONTRIB, K=columns, N=rows, bits=blocks.bits, block_size=blocks.weights,
+            accuracy_level=self.how.accuracy_level,
+        )  # fmt: skip
+
+    def _as_factor(self, role: str) -> str:
+        """Return a weight in the precision of products; the runtime converts it once, at load."""
+        if storage.FLOATS[self.storages[role]] == self.how.arithmetic:
+            return role
+        return self.op("Cast", role, to=_FLOAT16 if self.how.is_half else _FLOAT32)

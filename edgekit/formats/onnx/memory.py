@@ -4,25 +4,30 @@ from edgekit.decoder import DecoderSpec
 from edgekit.formats import Layout, MemoryUse, Placement
 from edgekit.formats.onnx.graph import cache_width
 from edgekit.formats.onnx.runtime import BATCH_TOKENS
-from edgekit.formats.onnx.storage import BLOCK_WEIGHTS, BLOCKS
+from edgekit.formats.onnx.storage import BLOCKS
 
 
-CACHE_ITEM_BYTES = 4  # float32 keys and values
 # An interpreter with numpy, the library and edgekit; the library's picture of a layer; what one
 # entry of the vocabulary costs in `tokenizers`. Measured on x86-64 with SmolLM2-135M and a context
-# of 512: VmHWM was 320 MiB for INT8, 271 for UINT4, 735 for F32 and 745 for F16, where these sums
-# give 326, 277, 756 and 756; for INT8 with 2048, 391 and 407.
+# of 512, in MiB of VmHWM, and what these sums give:
+#   F32 735 and 756, F16 761 and 756, F16_GPU 740 or 945 from run to run and 947, INT8 319 and 326,
+#   UINT4 271 and 277, UINT4_GPU 279 and 272, UINT4_128 263 and 271; with 2048, INT8 391 and 407,
+#   UINT4 341 and 358, UINT4_GPU 336 and 319.
+# With session.disable_prepacking a model is merely mapped at load (INT8 99, UINT4 99), but the
+# first prompt unpacks the head in float32 (372, 324), and every token the rest anew.
 RUNTIME_BYTES = 64 * 2**20
 LAYER_BYTES = 2**19
 VOCABULARY_ENTRY_BYTES = 500
-_SCALE_BYTES = 4
 
 
 def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
     """Return the parts, when the most is held: weights are packed while the file is mapped."""
+    is_half = layout.needs_shader_f16
     return MemoryUse(
-        weights_bytes=sum(weight_bytes(spec, placement) for placement in layout.placements),
-        cache_bytes=cache_bytes(spec, context_tokens=context_tokens),
+        weights_bytes=sum(
+            weight_bytes(spec, placement, is_half=is_half) for placement in layout.placements
+        ),
+        cache_bytes=cache_bytes(spec, context_tokens=context_tokens, is_half=is_half),
         compute_bytes=compute_bytes(spec, context_tokens=context_tokens),
         runtime_bytes=RUNTIME_BYTES
         + LAYER_BYTES * len(spec.layers)
@@ -30,26 +35,28 @@ def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
     )
 
 
-def weight_bytes(spec: DecoderSpec, placement: Placement) -> int:
+def weight_bytes(spec: DecoderSpec, placement: Placement, *, is_half: bool) -> int:
     """Return what a weight takes in memory: packed for multiplication, and what that leaves over.
 
     Scales are packed with their codes and kept beside them; an embedding that is also the head is
-    there in both forms; float16 is made float32, and the largest matrix is held twice meanwhile.
+    there in both forms; the largest matrix is held twice meanwhile. A CPU multiplies in float32: a
+    graph in float32 has float16 converted at once, for one in float16 both are held.
     """
     is_head = placement.role == ("token_embedding" if spec.is_tied else "output_head")
     is_read_only_by_row = placement.role == "token_embedding" and not is_head
     if placement.storage == "F16" and not is_read_only_by_row:
-        return placement.parameters * (8 if is_head else 4)
+        return placement.parameters * (8 if is_head else 6 if is_half else 4)
     held = placement.size_bytes
     if placement.storage in BLOCKS:
-        held += placement.parameters // BLOCK_WEIGHTS * _SCALE_BYTES
+        scales = placement.parameters // BLOCKS[placement.storage].weights
+        held += scales * (8 if is_half else 4)
     return held + placement.size_bytes if is_head and spec.is_tied else held
 
 
-def cache_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
+def cache_bytes(spec: DecoderSpec, *, context_tokens: int, is_half: bool) -> int:
     """Return the size of all keys and values."""
     heads = spec.attention.key_value_heads
-    token_bytes = 2 * heads * cache_width(spec) * CACHE_ITEM_BYTES
+    token_bytes = 2 * heads * cache_width(spec) * (2 if is_half else 4)
     return len(spec.layers) * token_bytes * context_tokens
 
 

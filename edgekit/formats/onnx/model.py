@@ -1,9 +1,14 @@
 """An ONNX model file: the graph as protocol buffers, the weights in data files beside it.
 
+A hostile or damaged model shall end here, not in native code. So places of weights are proven, and
+the file ends with a seal, the SHA-256 of all before it, as an entry of its metadata: where a byte
+has changed, it is no longer what was exported. The data files are sealed by a bundle's manifest.
 Source: onnx/onnx.proto of ONNX 1.18 for the field numbers.
 """
 
+import hashlib
 import math
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +34,10 @@ _EXTERNAL = 1  # TensorProto.DataLocation
 IR_VERSION = 10  # with opset 21: read since ONNX Runtime 1.18
 OPSET = 21
 CONTRIB = "com.microsoft"  # operators of ONNX Runtime; version 1 is the only one
+# A layer takes 5 KB. Protocol buffers end at 2 GiB; so large a file is no graph of edgekit's.
+MAX_BYTES = 2**26
+SEAL = "edgekit.sha256"
+_DATA_FILE = re.compile(r"model\w*\.onnx_data(_[1-9]\d{0,3})?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,16 +158,30 @@ def encode(graph: Graph, weights: Sequence[External]) -> bytes:
         *(nested(11, port.encode()) for port in graph.inputs),
         *(nested(12, port.encode()) for port in graph.outputs),
     )
-    return b"".join(
-        (
-            integer(1, IR_VERSION),
-            text(2, "edgekit"),
-            nested(7, *content),
-            nested(8, text(1, ""), integer(2, OPSET)),
-            nested(8, text(1, CONTRIB), integer(2, 1)),
-            *(nested(14, text(1, key), text(2, value)) for key, value in graph.metadata.items()),
+    return sealed(
+        b"".join(
+            (
+                integer(1, IR_VERSION),
+                text(2, "edgekit"),
+                nested(7, *content),
+                nested(8, text(1, ""), integer(2, OPSET)),
+                nested(8, text(1, CONTRIB), integer(2, 1)),
+                *(_metadata(key, value) for key, value in graph.metadata.items()),
+            )
         )
     )
+
+
+def _metadata(key: str, value: str) -> bytes:
+    return nested(14, text(1, key), text(2, value))
+
+
+def sealed(data: bytes) -> bytes:
+    """Return a model with its seal."""
+    return data + _metadata(SEAL, hashlib.sha256(data).hexdigest())
+
+
+SEAL_BYTES = len(sealed(b""))
 
 
 def read(path: Path) -> list[External]:
@@ -168,21 +191,44 @@ def read(path: Path) -> list[External]:
         BundleError: If the file is damaged or a weight would be read from elsewhere; the message
             names the tensor or the offset.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error}") from error
+    data = _read_bytes(path)
     whole = Message.whole(data, origin=str(path))
     graph = whole.message(7)
     if graph is None or not graph.messages(1):
         raise BundleError(f"{path} is no ONNX model: it has no graph")
-    opsets = {entry.text(1): entry.integer(2) for entry in whole.messages(8)}
-    if opsets != {"": OPSET, CONTRIB: 1}:
-        raise BundleError(f"{path} asks for operators {opsets}, this edgekit writes opset {OPSET}")
+    _refuse_versions(path, whole)
     found = [_external(path, tensor) for tensor in graph.messages(5) if tensor.integer(14)]
     for tensor in found:
         _refuse_misplaced(path, tensor)
+    if data != sealed(data[:-SEAL_BYTES]):
+        raise BundleError(
+            f"{path} is not as edgekit wrote it: it does not end with its own SHA-256",
+            hint="copy it again; edgekit opens no model that another program made or changed",
+        )
     return found
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        size_bytes = path.stat().st_size
+        if size_bytes > MAX_BYTES:
+            raise BundleError(
+                f"{path} has {size_bytes} bytes, a graph without its weights at most {MAX_BYTES}; "
+                "ONNX itself ends at 2 GiB"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+
+
+def _refuse_versions(path: Path, whole: Message) -> None:
+    """Check that operators mean what they meant when edgekit wrote them."""
+    version = whole.integer(1)
+    if version != IR_VERSION:
+        raise BundleError(f"{path} has IR version {version}, this edgekit writes {IR_VERSION}")
+    opsets = {entry.text(1): entry.integer(2) for entry in whole.messages(8)}
+    if opsets != {"": OPSET, CONTRIB: 1}:
+        raise BundleError(f"{path} asks for operators {opsets}, this edgekit writes opset {OPSET}")
 
 
 def _external(path: Path, tensor: Message) -> External:
@@ -212,11 +258,15 @@ def _count(path: Path, name: str, place: Mapping[str, str], key: str) -> int:
 
 
 def _refuse_misplaced(path: Path, tensor: External) -> None:
-    """Check that a tensor lies inside a regular file of this directory."""
+    """Check that a tensor lies inside a regular file of this directory.
+
+    A hard link is one: nothing tells it from a copy, and backups and package stores make them. What
+    it holds is judged by the manifest, whose SHA-256 another file does not have.
+    """
     beside = path.parent / tensor.file
-    if not tensor.file or tensor.file in {".", ".."} or Path(tensor.file).name != tensor.file:
+    if not _DATA_FILE.fullmatch(tensor.file):
         raise BundleError(
-            f"{path}: {tensor.name} is in {tensor.file!r}, which is no file beside it"
+            f"{path}: {tensor.name} is in {tensor.file!r}, which is no data file beside it"
         )
     if beside.is_symlink():
         raise BundleError(f"{beside} is a link; weights are read from regular files only")

@@ -1,6 +1,7 @@
 """ONNX Runtime: load a model, and drive it token by token over one cache that never moves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,17 @@ def refusals() -> tuple[type[Exception], ...]:
     )  # fmt: skip
 
 
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Tell what ONNX Runtime finds wrong with a model as a damaged bundle."""
+    try:
+        yield
+    except refusals() as error:
+        raise BundleError(
+            f"ONNX Runtime {library().__version__} refuses {path}: {error}"
+        ) from error
+
+
 def open_model(path: Path, *, threads: int | None = None) -> Any:
     """Load a model after a look at its files and return ONNX Runtime's session.
 
@@ -71,15 +83,13 @@ def open_model(path: Path, *, threads: int | None = None) -> Any:
     options.enable_cpu_mem_arena = False
     # Threads wait without turning while the token is chosen and written.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
+    with refusing(path):
         return onnxruntime.InferenceSession(
             str(path),
             sess_options=options,
             providers=["CPUExecutionProvider"],
             enable_fallback=False,  # which prints, and tries the same again
         )
-    except refusals() as error:
-        raise BundleError(f"ONNX Runtime refuses {path}: {error}") from error
 
 
 class OnnxSession:
@@ -89,12 +99,13 @@ class OnnxSession:
         """Load a model; its cache takes memory as it fills."""
         self._session = open_model(path, threads=threads)
         self._binding = self._session.io_binding()
-        self._cache: list[npt.NDArray[np.float32]] = []
-        (self.vocabulary_tokens,) = self._session.get_outputs()[0].shape[2:]
+        self._cache: list[npt.NDArray[np.floating]] = []
         self.context_tokens = context_tokens
-        self._border_tokens = self._read_border()
         self._read: list[int] = []  # what is cached
-        self._bind_cache()
+        with refusing(path):
+            (self.vocabulary_tokens,) = self._session.get_outputs()[0].shape[2:]
+            self._border_tokens = self._read_border()
+            self._bind_cache()
         self._allocate()
 
     def prefill(self, ids: Sequence[int]) -> "Logits":
@@ -147,24 +158,28 @@ class OnnxSession:
 
     def _run(self, ids: Sequence[int], logits: "Logits", *, text_tokens: int) -> None:
         """Read some tokens; the logits after the last of them fill as many rows as are given."""
-        cached, count, bind = len(self._read), len(ids), self._bind
+        count = len(ids)
         self._ids[:count] = ids
         self._first_logit[0] = count - len(logits)
+        self._text_tokens[0] = text_tokens
+        try:
+            self._bind_step(count)
+            self._binding.bind_output(
+                "logits", "cpu", 0, logits.dtype, (1, *logits.shape), logits.ctypes.data
+            )
+            self._session.run_with_iobinding(self._binding)
+        except refusals() as error:
+            raise ToolchainError("ONNX Runtime failed", log=str(error)) from error
+        self._read += ids
+
+    def _bind_step(self, count: int) -> None:
+        cached, bind = len(self._read), self._bind
         bind("input_ids", self._ids, (1, count))
         bind("position_ids", self._positions[cached:], (1, count))
         bind("attention_mask", self._mask, (1, cached + count))
         bind(FIRST_LOGIT, self._first_logit, (1,))
         if self._border_tokens is not None:
-            self._text_tokens[0] = text_tokens
             bind(TEXT_TOKENS, self._text_tokens, (1,))
-        self._binding.bind_output(
-            "logits", "cpu", 0, logits.dtype, (1, *logits.shape), logits.ctypes.data
-        )
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except refusals() as error:
-            raise ToolchainError("ONNX Runtime failed", log=str(error)) from error
-        self._read += ids
 
     def _bind(self, name: str, values: "npt.NDArray[np.int64]", shape: tuple[int, ...]) -> None:
         self._binding.bind_input(name, "cpu", 0, values.dtype, shape, values.ctypes.data)
@@ -176,7 +191,8 @@ class OnnxSession:
         past = [port for port in self._session.get_inputs() if port.name.startswith("past_")]
         for port in past:
             _, heads, _, width = port.shape
-            values = np.zeros((1, heads, self.context_tokens, width), np.float32)
+            dtype = np.float16 if port.type == "tensor(float16)" else np.float32
+            values = np.zeros((1, heads, self.context_tokens, width), dtype)
             present = port.name.replace("past_key_values", "present")
             place = ("cpu", 0, values.dtype, values.shape, values.ctypes.data)
             self._binding.bind_input(port.name, *place)

@@ -1,19 +1,21 @@
 """How weights are stored: the block formats of ``MatMulNBits``, and which weight gets which.
 
-A quantised matrix is two or three tensors: codes, a scale for each 32 weights of a row, and, where
-the codes are not symmetric, a zero point beside each scale. Weight = scale * (code - zero point).
+A quantised matrix is two or three tensors: codes, a scale for each block of a row, and, where the
+codes are not symmetric, a zero point beside each scale. Weight = scale * (code - zero point).
 Source: docs/ContribOperators.md of ONNX Runtime 1.32, ``MatMulNBits``.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from edgekit import grid
 from edgekit.decoder import Shape
 from edgekit.errors import BundleError, UsageError
-from edgekit.formats.onnx import fit, model
-from edgekit.formats.onnx.model import Dtype, External
+from edgekit.formats.onnx import model
+from edgekit.formats.onnx.model import External
+from edgekit.grid import Grid
 from edgekit.recipe import Recipe, Rule, Storage
 
 
@@ -25,53 +27,136 @@ if TYPE_CHECKING:
     Codes: TypeAlias = npt.NDArray[np.uint8]
 
 
-BLOCK_WEIGHTS = 32
-SCALES, ZERO_POINTS = ".scales", ".zero_points"
+Float = Literal["float32", "float16"]
 
-STORAGES: Mapping[str, Storage] = {
-    storage.name: storage
-    for storage in (
-        Storage(name="F32", block_weights=1, block_bytes=4),
-        Storage(name="F16", block_weights=1, block_bytes=2),
-        Storage(name="INT8", block_weights=32, block_bytes=32 + 4),
-        # Two blocks, since a byte holds the zero points of both.
-        Storage(name="UINT4", block_weights=64, block_bytes=2 * (16 + 4) + 1),
-        Storage(name="INT4", block_weights=32, block_bytes=16 + 4),
-    )
-}
+SCALES, ZERO_POINTS = ".scales", ".zero_points"
+FLOATS: Mapping[str, Float] = {"F32": "float32", "F16": "float16"}
+_ITEM_BYTES: Mapping[Float, int] = {"float32": 4, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """How the codes of a quantised storage are read."""
+    """How a quantised storage is laid out."""
 
     bits: int
-    implied_zero: int | None  # the zero point of all blocks; None: each has its own
+    weights: int  # of a block
+    is_symmetric: bool  # one zero point for all blocks; else each has its own
+    scales: Float = "float32"  # as what is multiplied with it, or the operator refuses both
+
+    @property
+    def implied_zero(self) -> int | None:
+        """The zero point of all blocks."""
+        return 2 ** (self.bits - 1) if self.is_symmetric else None
+
+    @property
+    def grid(self) -> Grid:
+        """What a block can become."""
+        return Grid(
+            block_weights=self.weights,
+            bottom=0,
+            top=2**self.bits - 1,
+            zero=self.implied_zero,
+            scales=self.scales,
+        )
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether the inputs of a weight shall lead its fit."""
+        return self.bits <= 4
+
+    def storage(self, name: str) -> Storage:
+        """Return what it costs; of zero points, a byte holds those of two blocks."""
+        block_bytes = self.weights * self.bits // 8 + _ITEM_BYTES[self.scales]
+        if self.is_symmetric:
+            return Storage(name=name, block_weights=self.weights, block_bytes=block_bytes)
+        return Storage(name=name, block_weights=2 * self.weights, block_bytes=2 * block_bytes + 1)
 
 
+# U: with zero points. 128: the weights of a block, if not 32. F16: for graphs that multiply in half
+# precision, whose scales are float16 too.
 BLOCKS: Mapping[str, Blocks] = {
-    "INT8": Blocks(bits=8, implied_zero=128),
-    "UINT4": Blocks(bits=4, implied_zero=None),
-    "INT4": Blocks(bits=4, implied_zero=8),
+    "INT8": Blocks(bits=8, weights=32, is_symmetric=True),
+    "UINT4": Blocks(bits=4, weights=32, is_symmetric=False),
+    "INT4": Blocks(bits=4, weights=32, is_symmetric=True),
+    "UINT4_128": Blocks(bits=4, weights=128, is_symmetric=False),
+    "INT4_128": Blocks(bits=4, weights=128, is_symmetric=True),
+    "INT8_F16": Blocks(bits=8, weights=32, is_symmetric=True, scales="float16"),
+    "UINT4_F16": Blocks(bits=4, weights=32, is_symmetric=False, scales="float16"),
+    "INT4_F16": Blocks(bits=4, weights=32, is_symmetric=True, scales="float16"),
 }
 
-LED = frozenset(
-    {"UINT4", "INT4"}
-)  # storages so coarse that the inputs of a weight shall lead its fit
+STORAGES: Mapping[str, Storage] = {
+    "F32": Storage(name="F32", block_weights=1, block_bytes=4),
+    "F16": Storage(name="F16", block_weights=1, block_bytes=2),
+    **{name: blocks.storage(name) for name, blocks in BLOCKS.items()},
+}
 
-# Norms and biases are small, and the runtime adds and multiplies them in float32.
-_EXACT = Rule(pattern=".*(norm|bias)", storage="F32")
-# Where rounding hurts most, and what has as many rows as words: 4 bits there cost as much as in
-# all layers together.
-_WORDS = Rule(pattern="token_embedding|output_head", storage="INT8")
+# What takes the place of a storage whose blocks rows do not fill: the next finer one.
+_FINER = {"UINT4_128": "INT4_128", "INT4_128": "UINT4", "UINT4": "INT4", "UINT4_F16": "INT4_F16"}
+
+
+def stored_as(wanted: str, columns: int) -> str:
+    """Return the storage that rows of ``columns`` weights really get.
+
+    >>> stored_as("UINT4", 576), stored_as("UINT4", 96), stored_as("INT8", 100)
+    ('UINT4', 'INT4', 'F16')
+    """
+    storage: str | None = wanted
+    while storage:
+        if columns % STORAGES[storage].block_weights == 0:
+            return storage
+        storage = _FINER.get(storage)
+    return "F16"
+
+
+# Recipes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """What a recipe decides beside the storage of each weight."""
+
+    dtype: str  # the word of transformers.js for such a model, which names the file
+    arithmetic: Float = "float32"  # of products and attention, and the precision of the cache
+    # How MatMulNBits may round activations; source: docs/ContribOperators.md. 0: not at all, or as
+    # the backend likes. 4: to 8 bits, in blocks of 32, which whole-number instructions multiply.
+    accuracy_level: int = 4
+
+    @property
+    def is_half(self) -> bool:
+        """Whether products and attention are computed in float16; all else is in float32."""
+        return self.arithmetic == "float16"
+
+    @property
+    def file(self) -> str:
+        """The name of the model file."""
+        return f"model{_SUFFIXES[self.dtype]}.onnx"
+
+
+# Norms are small, and are computed in float32 always.
+_NORMS = Rule(pattern=".*norm(_bias)?", storage="F32")
+_BIASES = Rule(pattern=".*bias", storage="F32")
+_HALF_BIASES = Rule(pattern=".*bias", storage="F16")
+
+
+def _words(storage: str) -> Rule:
+    """Keep fine what has as many rows as words: rounding hurts most there.
+
+    Four bits there cost as much as in all layers together.
+    """
+    return Rule(pattern="token_embedding|output_head", storage=storage)
+
 
 # What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.
-# Measured over 3152 positions of SmolLM2-135M with weights that lie on no grid: F32 3e-11, 100 %;
-# F16 6e-6, 99.7; INT8 0.008, 93.3; UINT4 0.44, 59.6, or where a calibration leads the fit 0.28,
-# 67.9; INT4 0.53, 56.9, or 0.31, 66.7; UINT4_ALL 0.58, 50.4.
+# Measured over 3152 positions of SmolLM2-135M with weights that lie on no grid: F32 2e-11, 100 %;
+# F16 5e-6, 99.7; F16_GPU 7e-6, 99.7; INT8 0.007, 93.9; UINT4 and UINT4_GPU 0.40 to 0.44, 59.6, or
+# where a calibration leads the fit 0.24 to 0.28, 67; INT4 0.54, 55.0, or 0.28, 67; UINT4_128 0.67,
+# 50.8, or 0.41, 59.8; INT4_128 0.88, 43.9, or 0.44, 58.1; UINT4_ALL 0.58, 50.4. Those of blocks of
+# 128 are of the rounding alone: rows of 576 do not fill them, and get finer ones in an artifact.
 _LIMITS = {
-    "F32": (1e-9, 0.999), "F16": (1e-4, 0.99), "INT8": (0.02, 0.92), "UINT4": (0.5, 0.57),
-    "INT4": (0.6, 0.54), "UINT4_ALL": (0.7, 0.48),
+    "F32": (1e-9, 0.999), "F16": (1e-4, 0.99), "F16_GPU": (1e-4, 0.99), "INT8": (0.02, 0.92),
+    "UINT4": (0.5, 0.57), "INT4": (0.6, 0.54), "UINT4_GPU": (0.5, 0.57), "UINT4_128": (0.8, 0.48),
+    "INT4_128": (1.0, 0.41), "UINT4_ALL": (0.7, 0.48),
 }  # fmt: skip
 
 
@@ -80,7 +165,7 @@ def _recipe(name: str, default: str, *rules: Rule) -> Recipe:
     return Recipe(
         name=name,
         default=default,
-        rules=rules,
+        rules=(_NORMS, *rules),
         max_mean_kl_nats=mean_kl,
         min_same_top_token=same_top,
     )
@@ -90,41 +175,47 @@ RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         _recipe("F32", "F32"),
-        _recipe("F16", "F16", _EXACT),
-        _recipe("INT8", "INT8", _EXACT),
-        _recipe("UINT4", "UINT4", _EXACT, _WORDS),
-        _recipe("INT4", "INT4", _EXACT, _WORDS),
-        _recipe("UINT4_ALL", "UINT4", _EXACT),
+        _recipe("F16", "F16", _BIASES),
+        _recipe("F16_GPU", "F16"),
+        _recipe("INT8", "INT8", _BIASES),
+        _recipe("UINT4", "UINT4", _BIASES, _words("INT8")),
+        _recipe("INT4", "INT4", _BIASES, _words("INT8")),
+        _recipe("UINT4_GPU", "UINT4_F16", _HALF_BIASES, _words("INT8_F16")),
+        _recipe("UINT4_128", "UINT4_128", _BIASES, _words("INT8")),
+        _recipe("INT4_128", "INT4_128", _BIASES, _words("INT8")),
+        _recipe("UINT4_ALL", "UINT4", _BIASES),
     )
 }
 
-_SUBSTITUTES = {"UINT4": "INT4"}  # where rows fill an odd number of blocks
+# What transformers.js adds to ``model`` for a dtype; Optimum knows the first three as well.
+# Source: DEFAULT_DTYPE_SUFFIX_MAPPING in src/utils/dtypes.js of transformers.js 4.3.1.
+_SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
+
+BUILDS: Mapping[str, Build] = {
+    "F32": Build(dtype="fp32"),
+    "F16": Build(dtype="fp16"),
+    "F16_GPU": Build(dtype="fp16", arithmetic="float16"),
+    "INT8": Build(dtype="q8"),
+    "UINT4_GPU": Build(dtype="q4f16", arithmetic="float16"),
+} | dict.fromkeys(("UINT4", "INT4", "UINT4_128", "INT4_128", "UINT4_ALL"), Build(dtype="q4"))
 
 
-def stored_as(wanted: str, columns: int) -> str:
-    """Return the storage that rows of ``columns`` weights really get.
-
-    >>> stored_as("UINT4", 576), stored_as("UINT4", 96), stored_as("INT8", 100)
-    ('UINT4', 'INT4', 'F16')
-    """
-    for storage in (wanted, _SUBSTITUTES.get(wanted, wanted)):
-        if columns % STORAGES[storage].block_weights == 0:
-            return storage
-    return "F16"
+# Tensors
 
 
 def tensors(role: str, shape: Shape, storage: str) -> Iterator[External]:
     """Yield the tensors that hold a weight; the first has its name."""
-    dtypes: dict[str, Dtype] = {"F32": "float32", "F16": "float16"}
-    if storage in dtypes:
-        yield External(name=role, dtype=dtypes[storage], shape=shape)
+    if storage in FLOATS:
+        yield External(name=role, dtype=FLOATS[storage], shape=shape)
         return
     rows, columns = shape
-    blocks, bits = columns // BLOCK_WEIGHTS, BLOCKS[storage].bits
-    yield External(name=role, dtype="uint8", shape=(rows, blocks, BLOCK_WEIGHTS * bits // 8))
-    yield External(name=role + SCALES, dtype="float32", shape=(rows, blocks))
-    if BLOCKS[storage].implied_zero is None:
-        yield External(name=role + ZERO_POINTS, dtype="uint8", shape=(rows, blocks // 2))
+    blocks = BLOCKS[storage]
+    count = columns // blocks.weights
+    codes = (rows, count, blocks.weights * blocks.bits // 8)
+    yield External(name=role, dtype="uint8", shape=codes)
+    yield External(name=role + SCALES, dtype=blocks.scales, shape=(rows, count))
+    if not blocks.is_symmetric:
+        yield External(name=role + ZERO_POINTS, dtype="uint8", shape=(rows, count // 2))
 
 
 def contents(path: Path) -> list[tuple[str, Shape, str]]:
@@ -143,15 +234,23 @@ def contents(path: Path) -> list[tuple[str, Shape, str]]:
 
 def _describe(path: Path, tensor: External, found: Mapping[str, External]) -> tuple[Shape, str]:
     """Return shape and storage of a weight, by the tensors that there are."""
-    shape, names = tensor.shape, ["F32", "F16"]
-    if tensor.dtype == "uint8" and len(shape) == 3:
-        shape, names = (shape[0], shape[1] * BLOCK_WEIGHTS), [*BLOCKS]
     held = [found.get(tensor.name + part) for part in ("", SCALES, ZERO_POINTS)]
-    for name in names:
+    for name, shape in _possible(tensor):
         expected = [*tensors(tensor.name, shape, name)]
         if [(t.dtype, t.shape) for t in held if t] == [(t.dtype, t.shape) for t in expected]:
             return shape, name
     raise BundleError(f"{path}: {tensor.name} is stored in a way that edgekit never writes")
+
+
+def _possible(tensor: External) -> Iterator[tuple[str, Shape]]:
+    """Yield storages of which a tensor may be the first part, with the shape of the weight."""
+    if tensor.dtype != "uint8" or len(tensor.shape) != 3:
+        yield from ((name, tensor.shape) for name in FLOATS)
+        return
+    rows, count, block_bytes = tensor.shape
+    for name, blocks in BLOCKS.items():
+        if block_bytes * 8 == blocks.weights * blocks.bits:
+            yield name, (rows, count * blocks.weights)
 
 
 def encode(
@@ -174,12 +273,19 @@ def encode(
         return [values.astype("<f4", copy=False)]
     if storage == "F16":
         return [_to_f16(values)]
-    blocks = values.reshape(values.shape[0], -1, BLOCK_WEIGHTS)
-    if storage == "INT8":
-        return _to_int8(blocks)
-    found = fit.fit(blocks, importance, is_symmetric=storage == "INT4")
-    zeros = [] if storage == "INT4" else [_packed(found.zeros)]
-    return [_packed(found.codes), found.scales, *zeros]
+    blocks = BLOCKS[storage]
+    if blocks.is_coarse:
+        found = grid.fit(values, importance, blocks.grid)
+    else:
+        found = grid.nearest(values, blocks.grid)
+    return [*_parts(found, blocks)]
+
+
+def _parts(found: grid.Fitted, blocks: Blocks) -> "Iterator[npt.NDArray[np.generic]]":
+    yield _packed(found.codes) if blocks.bits == 4 else found.codes
+    yield found.scales.astype("<f4" if blocks.scales == "float32" else "<f2")
+    if not blocks.is_symmetric:
+        yield _packed(found.zeros)
 
 
 _MAX_F16 = 65520  # from here on float16 rounds to infinity
@@ -194,15 +300,7 @@ def _to_f16(values: "Rows") -> "npt.NDArray[np.float16]":
     return values.astype("<f2")
 
 
-def _to_int8(blocks: "Rows") -> "list[npt.NDArray[np.generic]]":
-    import numpy as np
-
-    scales = np.abs(blocks).max(axis=-1) / np.float32(127)
-    codes = np.rint(blocks * fit.inverse(scales)[..., None]) + 128
-    return [codes.astype(np.uint8), scales]
-
-
-def _packed(codes: "Codes") -> "Codes":
+def _packed(codes: "grid.Codes") -> "Codes":
     """Put two codes into a byte, the first into its lower half."""
     import numpy as np
 

@@ -1,0 +1,443 @@
+"""One decoder for every family: a `DecoderSpec`, as modules of torch that XNNPACK takes whole.
+
+The decoder is cut where a layer's keys and values enter its cache. What lies between two cuts is a
+`Segment`: the rest of one layer after its cache was read, and the next layer up to its queries,
+keys and values. All of a segment is arithmetic that XNNPACK has, so each becomes one delegate;
+segments of the same `SegmentShape` are the same program with other weights.
+
+Some formulas are not the textbook's because XNNPACK lacks an operator, or has it less exact: a mean
+is a product with a vector of 1 / n, and tanh(x) is 2 sigmoid(2 x) - 1.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+# This is the workstation's half: nothing that runs on a device imports it.
+import torch  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
+from torch.nn import functional  # noqa: TID253
+
+from edgekit.decoder import Attention, DecoderSpec, LongRopeScaling, Norm, Rope
+
+
+_GELU = 2 * math.sqrt(2 / math.pi)  # GELU's tanh is of half of _GELU x + _GELU_CUBE x^3
+_GELU_CUBE = 0.044715 * _GELU
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+Weights = Mapping[str, Tensor]  # by role within a layer; the last segment has those without a layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentShape:
+    """What makes two segments the same program."""
+
+    reads_cache: bool  # has the second half of a layer
+    fills_cache: bool  # has the first half of a layer; else the output head
+    turns: bool  # the first half has a rope
+    mixes: bool  # the second half computes attention; else a custom operator did
+    changes_x: bool
+
+
+def segment_shapes(spec: DecoderSpec, *, mixes: bool) -> Iterator[SegmentShape]:
+    """Yield the segments of a decoder, one more than it has layers."""
+    depth = len(spec.layers)
+    for index in range(depth + 1):
+        yield SegmentShape(
+            reads_cache=index > 0,
+            fills_cache=index < depth,
+            turns=index < depth and spec.layers[index].rope is not None,
+            mixes=mixes,
+            changes_x=index > 0 or spec.residual == "parallel",
+        )
+
+
+def segment_roles(spec: DecoderSpec, index: int) -> dict[str, str]:
+    """Return the roles of the weights of a segment, by their name within it."""
+    depth = len(spec.layers)
+    roles: dict[str, str] = {}
+    for role, _ in spec.weights():
+        layer, _, part = role.removeprefix("layers.").partition(".")
+        if not role.startswith("layers."):
+            if index == depth and not (role == "token_embedding" and not spec.is_tied):
+                roles["output_head" if role == "token_embedding" else role] = role
+        elif int(layer) == (index if _is_first_half(spec, part) else index - 1):
+            roles[part] = role
+    return roles
+
+
+def _is_first_half(spec: DecoderSpec, part: str) -> bool:
+    """Tell whether a weight of a layer is used before its cache is."""
+    name = part.removesuffix("_bias")
+    if name in {"gate", "up", "down"}:
+        return spec.residual == "parallel"
+    return name in {"attention_norm", "query", "key", "value", "query_norm", "key_norm"}
+
+
+class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
+    """What is computed between two caches; every tensor has a row for each token."""
+
+    def __init__(self, spec: DecoderSpec, shape: SegmentShape, weights: Weights) -> None:
+        super().__init__()
+        self.spec = spec
+        self.shape = shape
+        for name, weight in weights.items():
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        for width in (spec.hidden_width, spec.attention.head_width):
+            mean = torch.full((1, width), 1 / width)
+            self.register_buffer(f"mean_{width}", mean, persistent=False)
+        self._numbers: dict[float, str] = {}
+        for value in _numbers(spec):
+            self._numbers[value] = f"number_{len(self._numbers)}"
+            self.register_buffer(self._numbers[value], torch.tensor([value]), persistent=False)
+
+    def _number(self, value: float) -> Tensor:
+        """Return a number as a tensor: XNNPACK has no other operands."""
+        return self.get_buffer(self._numbers[value])
+
+    def forward(self, x: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits, or what the next cache and the next segment need.
+
+        Args:
+            x: ``(tokens, hidden width)``.
+            inputs: Query, keys, values and mask, or what attention made of them, where the cache
+                is read; cosine and sine where queries and keys are turned.
+        """
+        left = list(inputs)
+        if self.shape.reads_cache:
+            mixed = self._mix(*(left.pop(0) for _ in range(4))) if self.shape.mixes else left.pop(0)
+            x = self._finish_layer(x, mixed)
+        if not self.shape.fills_cache:
+            return (self._head(x),)
+        return self._begin_layer(x, *left)
+
+    def _begin_layer(self, x: Tensor, *turn: Tensor) -> tuple[Tensor, ...]:
+        """Return x, queries, keys and values, each as the cache or attention wants them."""
+        read = self._normalise(self.spec.norm, "attention_norm", x)
+        a = self.spec.attention
+        query = self._project_heads("query", read, a.heads)
+        key = self._project_heads("key", read, a.key_value_heads)
+        value = self._project_heads("value", read, a.key_value_heads)
+        if a.query_key_norm:
+            query = self._normalise(a.query_key_norm, "query_norm", query)
+            key = self._normalise(a.query_key_norm, "key_norm", key)
+        if self.shape.turns:
+            query, key = _turn(query, *turn), _turn(key, *turn)
+        if self.spec.residual == "parallel":
+            x = x + self._mlp(read)
+        query = query * self._number(a.score_scale)
+        made = (query, key, value)
+        if self.shape.mixes:
+            made = _grouped(a, query), key.permute(1, 2, 0), value.permute(1, 0, 2)
+        # A delegate may not hand back what it was given.
+        return (x, *made) if self.shape.changes_x else made
+
+    def _mix(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Return what attention gathers, of shape ``(tokens, query width)``."""
+        a = self.spec.attention
+        scores = torch.bmm(query, keys)
+        if a.score_cap is not None:
+            scores = self._cap(scores, a.score_cap)
+        shares = functional.softmax(scores + mask, -1)
+        mixed = torch.bmm(shares, values)  # (key heads, tokens * shared, head width)
+        shared = a.heads // a.key_value_heads
+        mixed = mixed.view(a.key_value_heads, -1, shared * a.head_width)
+        return mixed.permute(1, 0, 2).reshape(-1, a.query_width)
+
+    def _finish_layer(self, x: Tensor, mixed: Tensor) -> Tensor:
+        a = self.spec.attention
+        attended = self._linear("attention_output", mixed, has_bias=a.has_output_bias)
+        if self.spec.has_post_norms:
+            attended = self._normalise(self.spec.norm, "attention_post_norm", attended)
+        x = x + attended
+        if self.spec.residual == "parallel":
+            return x
+        changed = self._mlp(self._normalise(self.spec.norm, "mlp_norm", x))
+        if self.spec.has_post_norms:
+            changed = self._normalise(self.spec.norm, "mlp_post_norm", changed)
+        return x + changed
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        has_bias = self.spec.has_mlp_bias
+        gate = self._linear("gate", x, has_bias=has_bias)
+        up = self._linear("up", x, has_bias=has_bias)
+        return self._linear("down", self._activate(gate) * up, has_bias=has_bias)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        match self.spec.activation:
+            case "silu":
+                return x * torch.sigmoid(x)
+            case "gelu_tanh":  # x (1 + tanh z) / 2 = x sigmoid(2 z)
+                scaled = self._number(_GELU) + self._number(_GELU_CUBE) * (x * x)
+                return x * torch.sigmoid(x * scaled)
+            case _:
+                assert_never(self.spec.activation)
+
+    def _head(self, x: Tensor) -> Tensor:
+        logits = self._linear(
+            "output_head", self._normalise(self.spec.norm, "final_norm", x), has_bias=False
+        )
+        return logits if self.spec.logit_cap is None else self._cap(logits, self.spec.logit_cap)
+
+    def _cap(self, x: Tensor, cap: float) -> Tensor:
+        shares = torch.sigmoid(x * self._number(2 / cap))
+        return shares * self._number(2 * cap) - self._number(cap)
+
+    def _linear(self, name: str, x: Tensor, *, has_bias: bool) -> Tensor:
+        bias = self.get_parameter(f"{name}_bias") if has_bias else None
+        return functional.linear(x, self.get_parameter(name), bias)
+
+    def _project_heads(self, name: str, x: Tensor, heads: int) -> Tensor:
+        rows = self._linear(name, x, has_bias=self.spec.attention.has_qkv_bias)
+        return rows.view(-1, heads, self.spec.attention.head_width)
+
+    def _normalise(self, norm: Norm, name: str, x: Tensor) -> Tensor:
+        """Normalise the last axis; Gemma's ones are in its weights already."""
+        mean = self.get_buffer(f"mean_{x.shape[-1]}")
+        if norm.kind == "layer":
+            x = x - functional.linear(x, mean)
+        x = x * torch.rsqrt(functional.linear(x * x, mean) + self._number(norm.epsilon))
+        x = x * self.get_parameter(name)
+        return x + self.get_parameter(f"{name}_bias") if norm.has_bias else x
+
+
+def _numbers(spec: DecoderSpec) -> Iterator[float]:
+    """Yield every number that a segment may want, in an order that only the spec decides."""
+    a = spec.attention
+    yield a.score_scale
+    yield from dict.fromkeys(norm.epsilon for norm in (spec.norm, a.query_key_norm) if norm)
+    for cap in dict.fromkeys(cap for cap in (a.score_cap, spec.logit_cap) if cap is not None):
+        yield from (2 / cap, 2 * cap, cap)
+    if spec.activation == "gelu_tanh":
+        yield from (_GELU, _GELU_CUBE)
+
+
+def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn the first channels of every head; the first half of ``sine`` is negative."""
+    width = cosine.shape[-1]
+    swapped = torch.cat((x[..., width // 2 : width], x[..., : width // 2]), -1)
+    if x.shape[-1] == width:
+        return x * cosine + swapped * sine
+    return torch.cat((x[..., :width] * cosine + swapped * sine, x[..., width:]), -1)
+
+
+def _grouped(attention: Attention, query: Tensor) -> Tensor:
+    """Return ``(key heads, tokens * queries of a key, head width)``: no key is copied."""
+    shared = attention.heads // attention.key_value_heads
+    rows = query.view(-1, attention.key_value_heads, shared * attention.head_width)
+    return rows.permute(1, 0, 2).reshape(attention.key_value_heads, -1, attention.head_width)
+
+
+def border_tokens(rope: Rope) -> int | None:
+    """Return the context past which a rope turns otherwise, if there is one."""
+    scaling = rope.scaling
+    return scaling.original_context_tokens if isinstance(scaling, LongRopeScaling) else None
+
+
+class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
+    """What follows from the positions of the tokens alone: turns and masks, once for all layers."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.ropes = list(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
+        self.windows = list(dict.fromkeys(layer.window_tokens for layer in spec.layers))
+        a = spec.attention
+        self.shared = a.heads // a.key_value_heads
+        for number, rope in enumerate(self.ropes):
+            self._keep(f"frequencies_{number}", frequencies(rope, text_tokens=1))
+            border = border_tokens(rope)
+            if border is not None:
+                self._keep(f"long_frequencies_{number}", frequencies(rope, text_tokens=border + 1))
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        self.register_buffer(name, values, persistent=False)
+
+    def turns(self, input_pos: Tensor) -> dict[Rope, tuple[Tensor, Tensor]]:
+        """Return for each rope cosine and sine, of shape ``(tokens, 1, width)``."""
+        found: dict[Rope, tuple[Tensor, Tensor]] = {}
+        positions = input_pos.to(torch.float32)[:, None, None]
+        for number, rope in enumerate(self.ropes):
+            angles = positions * self._frequencies(number, rope, input_pos)
+            waves = (angles.cos(), angles.sin())
+            cosine, sine = (wave * rope.attention_factor for wave in waves)
+            found[rope] = torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)
+        return found
+
+    def _frequencies(self, number: int, rope: Rope, input_pos: Tensor) -> Tensor:
+        usual = self.get_buffer(f"frequencies_{number}")
+        border = border_tokens(rope)
+        if border is None:
+            return usual
+        # All positions take the long factors once the last is past the border.
+        is_long = input_pos[-1:] >= border
+        return torch.where(is_long, self.get_buffer(f"long_frequencies_{number}"), usual)
+
+    def masks(self, input_pos: Tensor, filled: int) -> dict[int | None, Tensor]:
+        """Return for each window what is added to scores: a row for each query of a key."""
+        rows = input_pos[:, None].expand(-1, self.shared).reshape(-1, 1)
+        distance = (rows - torch.arange(filled)[None, :]).to(torch.float32)
+        found: dict[int | None, Tensor] = {}
+        for window in self.windows:
+            hidden = torch.clamp(distance, max=0)
+            if window is not None:
+                hidden = hidden + torch.clamp((window - 1) - distance, max=0)
+            found[window] = hidden * _HIDDEN
+        return found
+
+
+_HIDDEN = 1e9  # what each token of distance outside of the mask takes off: exp(-1e9) is 0
+
+
+def frequencies(rope: Rope, *, text_tokens: int) -> Tensor:
+    """Return the angle of one token's step, for each pair of channels, as transformers does."""
+    exponents = torch.arange(0, rope.width, 2, dtype=torch.float32) / rope.width
+    divisors = torch.tensor(rope.divisors(text_tokens), dtype=torch.float32)
+    return 1.0 / (divisors * rope.theta**exponents)
+
+
+class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
+    """The whole: tokens and their positions in, the logits of the last token out."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        *,
+        embedding: nn.Module,
+        segments: Sequence[nn.Module],
+        context_tokens: int,
+        uses_llm_operators: bool = False,
+    ) -> None:
+        super().__init__()
+        self.spec, self.context_tokens = spec, context_tokens
+        self.uses_llm_operators = uses_llm_operators
+        self.embedding = embedding
+        self.positions = Positions(spec)
+        self.segments = nn.ModuleList(segments)
+        for name, shape in self._caches():
+            for index in range(len(spec.layers)):
+                self.register_buffer(f"{name}_{index}", torch.zeros(shape), persistent=False)
+
+    def _caches(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        a = self.spec.attention
+        if self.uses_llm_operators:
+            yield from dict.fromkeys(
+                ("keys", "values"), (1, self.context_tokens, a.key_value_heads, a.head_width)
+            ).items()
+        else:  # as the products of attention want them
+            yield "keys", (a.key_value_heads, a.head_width, self.context_tokens)
+            yield "values", (a.key_value_heads, self.context_tokens, a.head_width)
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        """Return ``(1, vocabulary)``.
+
+        Args:
+            tokens: ``(1, tokens)``, int64.
+            input_pos: ``(tokens,)``, int64, without gaps: what was read before is in the cache.
+        """
+        turns = self.positions.turns(input_pos)
+        x = self._embed(tokens)
+        *changed, query, keys, values = self.segments[0](x, *self._turn(turns, 0))
+        x = changed[0] if changed else x
+        attend = self._attend_there if self.uses_llm_operators else self._attend_here
+        reach = attend(input_pos)
+        for index in range(len(self.spec.layers)):
+            x, *mixed = reach(index, x, query, keys, values)
+            made = self.segments[index + 1](x, *mixed, *self._turn(turns, index + 1))
+            if len(made) == 1:
+                return made[0]
+            x, query, keys, values = made
+        raise AssertionError("the last segment has the head")
+
+    def _attend_here(self, input_pos: Tensor) -> Attend:
+        """Return what keeps keys and values, and gives a segment all that attention needs."""
+        filled = self._filled(input_pos)
+        masks = self.positions.masks(input_pos, filled)
+        last, shared = len(self.spec.layers) - 1, self.positions.shared
+
+        def attend(
+            index: int, x: Tensor, query: Tensor, keys: Tensor, values: Tensor
+        ) -> tuple[Tensor, ...]:
+            keys, values = self._cache(index, keys, values, input_pos, filled)
+            mask = masks[self.spec.layers[index].window_tokens]
+            if index == last:  # only the last token's logits are wanted
+                x, query, mask = x[-1:], query[:, -shared:], mask[-shared:]
+            return x, query, keys, values, mask
+
+        return attend
+
+    def _attend_there(self, input_pos: Tensor) -> Attend:
+        """Return what leaves cache and attention to the operators of ExecuTorch's LLM runners."""
+        first = input_pos[0].item()
+        _promise(first >= 0)
+        _promise(first < self.context_tokens)
+        last = len(self.spec.layers) - 1
+
+        def attend(
+            index: int, x: Tensor, query: Tensor, keys: Tensor, values: Tensor
+        ) -> tuple[Tensor, ...]:
+            caches = self.get_buffer(f"keys_{index}"), self.get_buffer(f"values_{index}")
+            for made, cache in zip((keys, values), caches, strict=True):
+                torch.ops.llama.update_cache(made[None], cache, first)
+            mixed = torch.ops.llama.custom_sdpa(
+                query[None], *caches, first, None, 0.0, True, 1.0
+            ).reshape(-1, self.spec.attention.query_width)
+            return (x[-1:], mixed[-1:]) if index == last else (x, mixed)
+
+        return attend
+
+    def _filled(self, input_pos: Tensor) -> int:
+        """Return how many rows of the caches hold tokens."""
+        filled: int = input_pos[-1].item() + 1
+        _promise(filled >= 1)
+        _promise(filled <= self.context_tokens)
+        return filled
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        rows = self.embedding(tokens.reshape(-1))
+        scale = self.spec.embedding_scale
+        return rows if scale == 1 else rows * scale
+
+    def _turn(self, turns: Mapping[Rope, tuple[Tensor, Tensor]], index: int) -> tuple[Tensor, ...]:
+        layers = self.spec.layers
+        rope = layers[index].rope if index < len(layers) else None
+        return () if rope is None else turns[rope]
+
+    def _cache(
+        self, index: int, keys: Tensor, values: Tensor, input_pos: Tensor, filled: int
+    ) -> tuple[Tensor, Tensor]:
+        all_keys, all_values = self.get_buffer(f"keys_{index}"), self.get_buffer(f"values_{index}")
+        all_keys[:, :, input_pos] = keys
+        all_values[:, input_pos] = values
+        return all_keys[:, :, :filled], all_values[:, :filled]
+
+
+def _promise(is_true: bool) -> None:
+    """Tell a trace what holds of a number that only running can know."""
+    torch._check(is_true)  # noqa: SLF001 - documented for torch.export under this name
+
+
+class Int8Embedding(nn.Module):  # type: ignore[misc]  # it is Any here
+    """A table of int8, with a scale for each row."""
+
+    def __init__(self, table: Tensor, scales: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+        self.register_buffer("scales", scales)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return a row for each token."""
+        return torch.ops.quantized_decomposed.embedding_byte(
+            self.get_buffer("table"), self.get_buffer("scales"), None, -128, 127, tokens
+        )
+
+
+class FloatEmbedding(nn.Module):  # type: ignore[misc]  # it is Any here
+    """A table of float32."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return a row for each token."""
+        return functional.embedding(tokens, self.get_buffer("table"))

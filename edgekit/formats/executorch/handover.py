@@ -1,0 +1,357 @@
+"""What an app developer needs beside the program: lines that load it, and prompts to check with.
+
+Names as in executorch 1.5.0: ``LlmModule.kt``, ``LlmGenerationConfig.kt``, ``LlmCallback.kt`` in
+extension/android, ``ExecuTorchLLMTextRunner.h`` and ``ExecuTorchLLMConfig.h`` in
+extension/llm/apple. Neither language is compiled where edgekit is tested.
+"""
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekit.errors import MissingDependencyError, UsageError
+from edgekit.formats.executorch import tokenizer
+from edgekit.formats.executorch.tokenizer import Preparation
+from edgekit.template import ChatTemplate
+from edgekit.text import Text, open_tokenizer
+
+
+if TYPE_CHECKING:
+    from edgekit.checkpoint import Checkpoint
+    from edgekit.tokenizer_files import TokenizerFiles
+
+
+README = "README.md"
+PROMPTS = "prompts.json"
+_MARK = "edgekit message mark"
+CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
+    ({"role": "user", "content": "What is the capital of France?"},),
+    (
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": "  Which colour has the sky?\n"},
+    ),
+    (
+        {"role": "user", "content": "Guten Morgen! 早上好 👋🏽"},
+        {"role": "assistant", "content": "Cafe\u0301?"},
+        {"role": "user", "content": 'Say "yes" or\n\n<b>no</b> & nothing else for $1.'},
+    ),
+)
+PLAIN_TEXTS = ("The lighthouse keeper", " a leading space, café and cafe\u0301", "1 + 1 =")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handover:
+    """How an app talks to one model."""
+
+    entry: str
+    text: Text
+    prepare: Preparation
+    context_tokens: int
+    variant: str
+    has_runner_copy: bool
+    stop_texts: tuple[str, ...]
+
+
+def write(
+    checkpoint: "Checkpoint", directory: Path, entry: str, *, context_tokens: int, variant: str
+) -> None:
+    """Write what apps need beside the program ``entry``.
+
+    ``README.md``, ``prompts.json`` and, where it reads as the checkpoint's tokenizer does,
+    ``runner_tokenizer.json``.
+    """
+    text, copy = _text(checkpoint.text), _runner_copy(checkpoint.text)
+    if copy is not None:
+        (directory / tokenizer.RUNNER_COPY).write_bytes(copy)
+    handover = Handover(
+        entry=entry,
+        text=text,
+        prepare=_preparation(checkpoint.text),
+        context_tokens=context_tokens,
+        variant=variant,
+        has_runner_copy=copy is not None,
+        stop_texts=tuple(filter(None, map(text.tokenizer.id_to_token, text.rules.stop_ids))),
+    )
+    _write_json(directory / PROMPTS, prompts(handover))
+    (directory / README).write_text(readme(handover), encoding="utf-8")
+
+
+def note(checkpoint: "Checkpoint") -> str | None:
+    """Return what a developer must know of the model's text, None if a phone's runner just works.
+
+    None too where ExecuTorch's tokenizer is not installed, so that a plan needs none.
+    """
+    with suppress(MissingDependencyError):
+        if _runner_copy(checkpoint.text) is None:
+            return tokenizer.NOTE
+        prepare = _preparation(checkpoint.text)
+        if prepare.composes or prepare.swallowing:
+            return f"apps must prepare prompts for ExecuTorch's own tokenizer, as {README} shows"
+    return None
+
+
+@functools.cache
+def _runner_copy(files: "TokenizerFiles") -> bytes | None:
+    rendered = [rendered for _, rendered in _rendered(_text(files))]
+    return tokenizer.runner_copy(files.tokenizer_json, rendered)
+
+
+def _preparation(files: "TokenizerFiles") -> Preparation:
+    return Preparation.of(json.loads(files.tokenizer_json.read_text(encoding="utf-8")))
+
+
+def _text(files: "TokenizerFiles") -> Text:
+    source = files.chat_template
+    return Text(
+        tokenizer=open_tokenizer(files.tokenizer_json),
+        template=None if source is None else ChatTemplate.compile(source),
+        rules=files.rules(),
+    )
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def prompts(handover: Handover) -> dict[str, Any]:
+    """Return conversations, each as the prompt a runner gets and as the ids it must become."""
+    text, found = handover.text, []
+    for messages, rendered in _rendered(text):
+        said = {"messages": list(messages)} if messages else {}
+        ids = text.encode(rendered, adds_bos=False)
+        found.append({**said, "prompt": handover.prepare(rendered), "ids": ids})
+    return {
+        "context_tokens": handover.context_tokens,
+        "stop_ids": list(text.rules.stop_ids),
+        "stop_texts": list(handover.stop_texts),
+        "prompts": found,
+    }
+
+
+def _rendered(text: Text) -> Iterator[tuple[Sequence[Mapping[str, str]], str]]:
+    """Yield what the model can be asked, as its template writes it; Gemma's has no system role."""
+    if text.template is None:
+        yield from (((), _bos(text) + plain) for plain in PLAIN_TEXTS)
+        return
+    for messages in CONVERSATIONS:
+        with suppress(UsageError):
+            yield messages, text.render(messages)
+
+
+def _bos(text: Text) -> str:
+    return text.rules.special_tokens["bos_token"] if text.rules.adds_bos else ""
+
+
+def readme(handover: Handover) -> str:
+    """Return the text of the README."""
+    sections = [_head(handover), _prompt_format(handover)]
+    sections += [_kotlin(handover), _swift(handover)] if handover.has_runner_copy else [_ids_only()]
+    return "\n".join([*sections, _tail(handover)])
+
+
+def _head(handover: Handover) -> str:
+    kind = {
+        "portable": "plain operators: any ExecuTorch runtime with XNNPACK runs it",
+        "llm-ops": "attention by llama::custom_sdpa: runners that link the LLM kernels run it",
+    }.get(handover.variant, "")
+    return f"""\
+# {handover.entry} in an app
+
+| | |
+|---|---|
+| program | `{handover.entry}`, variant {handover.variant} ({kind}) |
+| context | {handover.context_tokens} tokens, prompt and answer together |
+| an answer ends at | {_spelt_stops(handover)} |
+| to check an app with | `{PROMPTS}`: prompts, and the ids they must become |
+
+On a computer or a Raspberry Pi, `edgekit run` this directory.
+"""
+
+
+def _spelt_stops(handover: Handover) -> str:
+    ids = ", ".join(map(str, handover.text.rules.stop_ids))
+    return f"token {ids}: " + ", ".join(f"`{text}`" for text in handover.stop_texts)
+
+
+def _prompt_format(handover: Handover) -> str:
+    if handover.text.template is None:
+        return "## Prompt\n\nThe model has no chat template: it continues text.\n"
+    return f"""\
+## Prompt
+
+The runners know no chat template: an app writes the prompt. One message in it:
+
+```
+{"".join(_around(handover.text))}
+```
+
+More turns, and a system message if the model takes one, are in `{PROMPTS}`.
+"""
+
+
+def _around(text: Text) -> tuple[str, str, str]:
+    """Return what the template puts before one message, a stand-in, and what it puts after."""
+    if text.template is None:
+        return _bos(text), "MESSAGE", ""
+    rendered = text.render([{"role": "user", "content": _MARK}])
+    before, _, after = rendered.partition(_MARK)
+    return before, "MESSAGE", after
+
+
+def _trims(text: Text) -> bool:
+    """Tell whether the template takes the whitespace around a message away."""
+    spaced = f" {_MARK} "
+    return text.template is not None and spaced not in text.render(
+        [{"role": "user", "content": spaced}]
+    )
+
+
+def _kotlin(handover: Handover) -> str:
+    before, _, after = _around(handover.text)
+    message = "message.trim()" if _trims(handover.text) else "message"
+    changes = _kotlin_preparation(handover.prepare)
+    return f"""\
+## Android, Kotlin
+
+The library `executorch-android` has all the kernels that this program calls.
+
+```kotlin
+import org.pytorch.executorch.extension.llm.LlmCallback
+import org.pytorch.executorch.extension.llm.LlmGenerationConfig
+import org.pytorch.executorch.extension.llm.LlmModule
+
+// directory: where the app has put the files of this bundle
+val module = LlmModule(
+    "$directory/{handover.entry}", "$directory/{tokenizer.RUNNER_COPY}", 0.0f)
+module.load()
+
+{"var" if changes else "val"} prompt =
+    {_kotlin_string(before)} +
+    {message} + {_kotlin_string(after)}
+{changes}val config = LlmGenerationConfig.create()
+    .seqLen({handover.context_tokens}).temperature(0.0f).echo(false).numBos(0).numEos(0).build()
+val stops = setOf({", ".join(map(_kotlin_string, handover.stop_texts))})
+module.resetContext()  // begin anew; without it the prompt goes on after the last answer
+module.generate(prompt, config, object : LlmCallback {{
+    override fun onResult(result: String) {{
+        if (result !in stops) print(result)  // the token that ends an answer is passed on as well
+    }}
+}})
+```
+"""
+
+
+def _kotlin_string(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("$", "\\$")
+
+
+def _kotlin_preparation(prepare: Preparation) -> str:
+    lines = []
+    if prepare.composes:
+        form = "java.text.Normalizer.Form.NFC"
+        lines.append(f"prompt = java.text.Normalizer.normalize(prompt, {form})")
+    if prepare.swallowing:
+        lines.append(
+            f'prompt = prompt.replace(Regex({_kotlin_string(_swallowed(prepare))}), "\\$1")'
+        )
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _swallowed(prepare: Preparation) -> str:
+    """Return the pattern of a token and the whitespace it takes away, for ICU and java.util."""
+    tokens = "|".join(_escaped(token) for token in prepare.swallowing)
+    return f"({tokens}){tokenizer.WHITESPACE}+"
+
+
+def _escaped(token: str) -> str:
+    return "".join(f"\\{letter}" if letter in "\\^$.|?*+()[]{}" else letter for letter in token)
+
+
+def _swift(handover: Handover) -> str:
+    before, _, after = _around(handover.text)
+    trims = ".trimmingCharacters(in: .whitespacesAndNewlines)" if _trims(handover.text) else ""
+    changes = _swift_preparation(handover.prepare)
+    return f"""\
+## iOS, Swift
+
+Link the products {_products(handover.variant)} of ExecuTorch's Swift package, with `-all_load` or
+`-force_load`, as they register themselves.
+
+```swift
+import ExecuTorchLLM
+
+// directory: where the app has put the files of this bundle
+let runner = TextRunner(
+  modelPath: directory + "/{handover.entry}",
+  tokenizerPath: directory + "/{tokenizer.RUNNER_COPY}")
+try runner.load()
+
+{"var" if changes else "let"} prompt =
+  {_swift_string(before)} +
+  message{trims} + {_swift_string(after)}
+{changes}let stops: Set = [{_swift_strings(handover.stop_texts)}]
+runner.reset()  // begin anew; without it the prompt goes on after the last answer
+try runner.generate(prompt, Config {{
+  $0.sequenceLength = {handover.context_tokens}
+  $0.temperature = 0
+  $0.isEchoEnabled = false
+  $0.bosCount = 0
+  $0.eosCount = 0
+}}) {{ token in
+  if !stops.contains(token) {{ print(token, terminator: "") }}
+}}
+```
+"""
+
+
+def _products(variant: str) -> str:
+    """Return what an app must link, as docs/source/using-executorch-ios.md names it."""
+    kernels = ["kernels_optimized", "kernels_quantized"]
+    kernels += ["kernels_llm"] if variant == "llm-ops" else []
+    return ", ".join(f"`{name}`" for name in ("executorch_llm", "backend_xnnpack", *kernels))
+
+
+def _swift_string(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _swift_strings(texts: Sequence[str]) -> str:
+    return ", ".join(map(_swift_string, texts))
+
+
+def _swift_preparation(prepare: Preparation) -> str:
+    lines = []
+    if prepare.composes:
+        lines.append("prompt = prompt.precomposedStringWithCanonicalMapping")
+    if prepare.swallowing:
+        lines.append(
+            f"prompt = prompt.replacingOccurrences(\n  of: {_swift_string(_swallowed(prepare))}, "
+            'with: "$1", options: .regularExpression)'
+        )
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _ids_only() -> str:
+    return f"""\
+## No text in, ids only
+
+The tokenizer inside ExecuTorch's runners does not read this model's `tokenizer.json` as its makers
+do, so `LlmModule` and `TextRunner` would send it other tokens. Make the ids with a Hugging Face
+tokenizer from `tokenizer.json`, check them with `{PROMPTS}`, and call the program's `forward`
+yourself: tokens int64 [1, S], then their positions int64 [S]; the logits of the last one come back.
+"""
+
+
+def _tail(handover: Handover) -> str:
+    return f"""\
+## What was tested
+
+The program was run by ExecuTorch's C++ runtime where it was exported, and `manifest.json` has what
+it was held against. The lines above were not compiled there: their names are those of ExecuTorch
+1.5.0, whose LLM interfaces call themselves experimental. Prompts that `{PROMPTS}` lists became
+these ids in the C++ tokenizer of the runners: {"yes" if handover.has_runner_copy else "no"}.
+"""

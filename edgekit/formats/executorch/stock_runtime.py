@@ -1,0 +1,24 @@
+"""What the stock runners on phones have and a device with edgekit has not: needs torch."""
+
+import importlib
+
+from edgekit.errors import MissingDependencyError
+
+
+def add_llm_kernels() -> None:
+    """Let programs of the variant ``llm-ops`` run in this process.
+
+    The wheel has these kernels in a library that is linked with torch; it registers them in the
+    runtime that every program in the process uses.
+
+    Raises:
+        MissingDependencyError: If torch or ExecuTorch is not installed.
+    """
+    try:
+        importlib.import_module("torch")
+        importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the kernels of phone runners need torch and ExecuTorch ({error})",
+            hint="pip install 'edgekit[executorch]'",
+        ) from error

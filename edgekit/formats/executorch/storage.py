@@ -1,0 +1,171 @@
+"""How weights are stored, and which weight gets which storage.
+
+An int8 matrix has one scale for each row, a four-bit one a bfloat16 scale for each group of a row:
+the layouts of XNNPACK's ``qcint8`` and ``qbint4``. Where a recipe's name begins with 8da, XNNPACK
+rounds what is multiplied with such a matrix to int8 too, token by token.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from edgekit import grid
+from edgekit.decoder import Shape
+from edgekit.grid import Fitted, Grid
+from edgekit.recipe import Recipe, Rule, Storage
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Rows: TypeAlias = npt.NDArray[np.float32]
+
+
+SCALE = ".scale"  # what follows a role, for its scales
+INT8_SCALE_BYTES = 4  # of a row
+
+STORAGES: Mapping[str, Storage] = {
+    storage.name: storage
+    for storage in (
+        Storage(name="F32", block_weights=1, block_bytes=4),
+        Storage(name="INT8", block_weights=1, block_bytes=1),  # and a scale for each whole row
+        Storage(name="INT4_G32", block_weights=32, block_bytes=16 + 2),
+        Storage(name="INT4_G64", block_weights=64, block_bytes=32 + 2),
+        Storage(name="INT4_G128", block_weights=128, block_bytes=64 + 2),
+    )
+}
+
+# Storages so coarse that the inputs of a weight shall lead its fit.
+LED = frozenset(name for name in STORAGES if name.startswith("INT4"))
+
+_EXACT = Rule(pattern=".*(norm|bias)", storage="F32")  # small, and XNNPACK wants them so
+_WORDS = Rule(pattern="token_embedding|output_head", storage="INT8")
+
+_LIMITS = {
+    "F32": (1e-9, 0.999), "8da8w": (0.05, 0.85), "8da4w": (0.6, 0.5), "8da4w_g64": (0.7, 0.5),
+    "8da4w_g128": (0.9, 0.4),
+}  # fmt: skip
+
+
+def _recipe(name: str, default: str, *rules: Rule) -> Recipe:
+    mean_kl, same_top = _LIMITS[name]
+    return Recipe(
+        name=name,
+        default=default,
+        rules=rules,
+        max_mean_kl_nats=mean_kl,
+        min_same_top_token=same_top,
+    )
+
+
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _recipe("F32", "F32"),
+        _recipe("8da8w", "INT8", _EXACT),
+        _recipe("8da4w", "INT4_G32", _EXACT, _WORDS),
+        _recipe("8da4w_g64", "INT4_G64", _EXACT, _WORDS),
+        _recipe("8da4w_g128", "INT4_G128", _EXACT, _WORDS),
+    )
+}
+
+
+def stored_as(wanted: str, columns: int) -> str:
+    """Return the storage that rows of ``columns`` weights really get.
+
+    >>> stored_as("INT4_G128", 576), stored_as("INT4_G32", 100)
+    ('INT4_G64', 'INT8')
+    """
+    if wanted not in LED:
+        return wanted
+    for group in (128, 64, 32):
+        if group <= STORAGES[wanted].block_weights and columns % group == 0:
+            return f"INT4_G{group}"
+    return "INT8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some bytes of an artifact that hold a weight or its scales."""
+
+    key: str  # the role, or the role and `SCALE`
+    size_bytes: int
+
+
+def parts(role: str, shape: Shape, storage: str) -> Iterator[Part]:
+    """Yield the parts that hold a weight."""
+    rows, columns = shape[0], shape[1] if shape[1:] else 1
+    if storage == "F32":
+        yield Part(key=role, size_bytes=4 * rows * columns)
+    elif storage == "INT8":
+        yield Part(key=role, size_bytes=rows * columns)
+        yield Part(key=role + SCALE, size_bytes=INT8_SCALE_BYTES * rows)
+    else:
+        yield Part(key=role, size_bytes=rows * columns // 2)
+        groups = columns // STORAGES[storage].block_weights
+        yield Part(key=role + SCALE, size_bytes=2 * rows * groups)
+
+
+def encode(
+    values: "Rows", storage: str, *, importance: "Rows | None" = None
+) -> "list[npt.NDArray[np.generic]]":
+    """Encode some rows of a weight.
+
+    Args:
+        values: float32; the last axis holds the columns.
+        storage: One of `STORAGES`, whose blocks the columns fill.
+        importance: How much an error counts, column by column, where it leads the fit.
+
+    Returns:
+        An array for each of `parts`.
+
+    Raises:
+        UsageError: If a value is beyond what the storage can hold.
+    """
+    if storage == "F32":
+        return [values.astype("<f4", copy=False)]
+    if storage == "INT8":
+        return _to_int8(values)
+    return _to_int4(values, STORAGES[storage].block_weights, importance)
+
+
+def _to_int8(values: "Rows") -> "list[npt.NDArray[np.generic]]":
+    fitted = grid.nearest(
+        values,
+        Grid(
+            block_weights=values.shape[1], bottom=-127, top=127, zero=0, has_negative_scales=False
+        ),
+    )
+    codes, scales = _regular(fitted)
+    return [codes[:, 0], scales[:, 0]]
+
+
+def _to_int4(
+    values: "Rows", group_weights: int, importance: "Rows | None"
+) -> "list[npt.NDArray[np.generic]]":
+    """Return codes with 8 added, the first of a pair in a byte's lower half, and bfloat16 scales."""
+    import numpy as np
+
+    fitted = grid.fit(
+        values,
+        importance,
+        Grid(
+            block_weights=group_weights, bottom=-8, top=7, zero=0, scales="bfloat16",
+            has_negative_scales=False,
+        ),
+    )  # fmt: skip
+    codes, scales = _regular(fitted)
+    raised = (codes.reshape(values.shape) + 8).astype(np.uint8)
+    packed = np.bitwise_or(raised[:, 0::2], np.left_shift(raised[:, 1::2], 4))
+    return [packed, (scales.view(np.uint32) >> 16).astype("<u2")]
+
+
+def _regular(fitted: Fitted) -> "tuple[npt.NDArray[np.int8], Rows]":
+    """Return codes and scales; XNNPACK refuses scales that are zero or subnormal."""
+    import numpy as np
+
+    is_regular = fitted.scales >= np.finfo(np.float32).tiny
+    scales = np.where(is_regular, fitted.scales, np.float32(1)).astype("<f4")
+    codes = np.where(is_regular[..., None], fitted.codes, 0).astype(np.int8)
+    return codes, scales

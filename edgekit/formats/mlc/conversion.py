@@ -1,0 +1,289 @@
+"""From a checkpoint to MLC's weights: what the files will hold, and the writing of them.
+
+Shards and tensor cache are made from headers alone, so a plan knows them to the byte; converting
+writes the same and holds one block of rows at a time.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekit.errors import UsageError
+from edgekit.formats import Buffer, Layout, Placement, Progress
+from edgekit.formats.mlc import decoders, names, packing, shards
+from edgekit.formats.mlc.names import Parameter
+from edgekit.formats.mlc.packing import Scheme, Tensor
+from edgekit.formats.mlc.shards import Record, Shard
+from edgekit.recipe import Recipe, split_role
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from edgekit.checkpoint import Calibration, Checkpoint
+    from edgekit.decoder import DecoderSpec
+
+    Rows = npt.NDArray[np.float32]
+    Stored = npt.NDArray[np.generic]
+
+
+BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
+_MAX_F16 = 65520  # from here on float16 rounds to infinity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A parameter of MLC's model, how it is stored, and the tensors that hold it."""
+
+    parameter: Parameter
+    storage: str
+    tensors: tuple[Tensor, ...]
+    is_transposed: bool
+
+    @property
+    def row_bytes(self) -> int:
+        """What one of its rows takes in the files."""
+        return sum(t.size_bytes for t in self.tensors) // self.parameter.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """An artifact before its weights are written."""
+
+    weights: tuple[Weight, ...]
+    shards: tuple[Shard, ...]
+    parameters: int  # of the checkpoint's files, as the tensor cache counts them
+    calibration: str | None  # SHA-256 of the text that leads the fit, if any is led
+
+    @property
+    def size_bytes(self) -> int:
+        """All files together."""
+        texts = shards.caches(self.shards, parameters=self.parameters)
+        return sum(shard.size_bytes for shard in self.shards) + sum(map(len, texts.values()))
+
+
+def scheme_of(recipe: Recipe) -> Scheme:
+    """Return the scheme that a recipe is.
+
+    Raises:
+        UsageError: If it is none of MLC's.
+    """
+    if recipe.name not in packing.SCHEMES:
+        raise UsageError(
+            f"MLC has no scheme named {recipe.name!r}", hint=f"{', '.join(packing.SCHEMES)}"
+        )
+    return packing.SCHEMES[recipe.name]
+
+
+def plan(checkpoint: "Checkpoint", recipe: Recipe) -> Planned:
+    """Return the files of the weights, down to the place of every tensor."""
+    scheme = scheme_of(recipe)
+    weights = tuple(
+        _weight(parameter, recipe.storage_for(parameter.roles[0], checkpoint.spec), scheme)
+        for parameter in names.in_file_order(checkpoint)
+    )
+    tensors = [tensor for weight in weights for tensor in weight.tensors]
+    return Planned(
+        weights=weights,
+        shards=tuple(shards.place(tensors)),
+        parameters=_stored_parameters(checkpoint),
+        calibration=_calibration(checkpoint.calibration, weights),
+    )
+
+
+def _weight(parameter: Parameter, storage: str, scheme: Scheme) -> Weight:
+    return Weight(
+        parameter=parameter,
+        storage=storage,
+        tensors=tuple(packing.tensors(parameter, storage, scheme)),
+        is_transposed=packing.is_transposed(parameter, storage, scheme),
+    )
+
+
+def _stored_parameters(checkpoint: "Checkpoint") -> int:
+    """Return how many numbers mlc_llm counts: a head that is tied but stored is one more."""
+    spec = checkpoint.spec
+    is_extra = spec.is_tied and "lm_head.weight" in checkpoint.tensors
+    return checkpoint.parameters + (spec.vocabulary * spec.hidden_width if is_extra else 0)
+
+
+def _calibration(announced: "Calibration | None", weights: tuple[Weight, ...]) -> str | None:
+    is_led = announced and any(weight.storage in packing.GROUPS for weight in weights)
+    return announced.text_sha256 if announced and is_led else None
+
+
+def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None) -> Layout:
+    """Return what the files will hold and their exact size, from headers alone."""
+    decoders.refuse(checkpoint.architecture, checkpoint.spec)
+    if split_bytes is not None:
+        raise UsageError(
+            f"MLC's files are {shards.SHARD_BYTES // 2**20} MiB each, or one tensor",
+            hint="leave out the size to split at",
+        )
+    planned = plan(checkpoint, recipe)
+    largest = max(
+        (tensor for weight in planned.weights for tensor in weight.tensors),
+        key=lambda tensor: tensor.memory_bytes,
+    )
+    return Layout(
+        placements=tuple(_placements(checkpoint.spec, recipe, planned.weights)),
+        artifact_bytes=planned.size_bytes,
+        is_exact=True,
+        notes=(*decoders.notes(checkpoint.spec), *_notes(checkpoint)),
+        calibration=planned.calibration,
+        largest_buffer=Buffer(name=largest.name, size_bytes=largest.memory_bytes),
+        needs_shader_f16=scheme_of(recipe).dtype == "float16",
+    )
+
+
+def _placements(
+    spec: "DecoderSpec", recipe: Recipe, weights: tuple[Weight, ...]
+) -> Iterator[Placement]:
+    held = {
+        role: (weight, rows) for weight in weights for role, _, rows in weight.parameter.parts()
+    }
+    for role, _ in spec.weights():
+        weight, rows = held[role]
+        yield Placement(
+            role=role,
+            parameters=rows * (weight.parameter.columns or 1),
+            storage=weight.storage,
+            wanted=recipe.storage_for(role, spec),
+            size_bytes=rows * weight.row_bytes,
+        )
+
+
+def _notes(checkpoint: "Checkpoint") -> Iterator[str]:
+    is_bf16 = "BF16" in {getattr(tensor, "dtype", "") for tensor in checkpoint.tensors.values()}
+    if checkpoint.spec.norm.adds_one and is_bf16:
+        yield (
+            "norms are stored as 1 + w without rounding it to bfloat16, as mlc_llm does; they are "
+            "closer to the checkpoint than its own converter's"
+        )
+
+
+def write(
+    checkpoint: "Checkpoint",
+    recipe: Recipe,
+    directory: Path,
+    *,
+    progress: Progress,
+    refuses_overflow: bool = True,
+) -> str:
+    """Write the shards and the tensor cache, one block of rows in memory at a time.
+
+    Args:
+        checkpoint: The model.
+        recipe: One of MLC's schemes.
+        directory: Where the files go.
+        progress: Told how many weights were just read.
+        refuses_overflow: False stores infinity where float16 holds no more, as mlc_llm does.
+
+    Returns:
+        The name of the tensor cache.
+
+    Raises:
+        UsageError: If a weight is beyond what the scheme can hold.
+    """
+    planned = plan(checkpoint, recipe)
+    for shard in planned.shards:
+        with (directory / shard.file).open("wb") as file:
+            file.truncate(shard.size_bytes)
+    is_half = scheme_of(recipe).dtype == "float16"
+    writer = _Writer(
+        directory=directory,
+        places={r.tensor.name: r for shard in planned.shards for r in shard.records},
+        largest=_MAX_F16 if is_half and refuses_overflow else math.inf,
+    )
+    for weight in planned.weights:
+        writer.write(checkpoint, weight, progress)
+    hashed = [replace(shard, md5=shards.md5_of(directory / shard.file)) for shard in planned.shards]
+    for name, text in shards.caches(hashed, parameters=planned.parameters).items():
+        (directory / name).write_text(text, encoding="utf-8")
+    return shards.CACHE
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Writer:
+    """Files of the right size, to be filled."""
+
+    directory: Path
+    places: Mapping[str, Record]  # by name of the tensor
+    largest: float  # no weight may be as large
+
+    def write(self, checkpoint: "Checkpoint", weight: Weight, progress: Progress) -> None:
+        """Write the tensors of a parameter."""
+        whole: list[list[Stored]] = []
+        for first, values, importance in _blocks(checkpoint, weight):
+            self._refuse_overflow(weight, values)
+            encoded = packing.encode(
+                values,
+                weight.storage,
+                is_led=checkpoint.calibration is not None,
+                importance=importance,
+            )
+            if weight.is_transposed:
+                whole.append(encoded)
+            else:
+                self._write_rows(weight, first, encoded)
+            progress(values.size)
+        if whole:
+            self._write_transposed(weight, whole)
+
+    def _refuse_overflow(self, weight: Weight, values: "Rows") -> None:
+        found = max(float(values.max(initial=0)), -float(values.min(initial=0)))
+        if found >= self.largest:
+            raise UsageError(
+                f"{weight.parameter.name} holds {found:g}, too large for float16",
+                hint="take q4f32_1 or q0f32",
+            )
+
+    def _write_rows(self, weight: Weight, first: int, encoded: "list[Stored]") -> None:
+        for tensor, part in zip(weight.tensors, encoded, strict=True):
+            row_bytes = tensor.size_bytes // tensor.shape[0]
+            self._write_at(tensor, first * row_bytes, part)
+
+    def _write_transposed(self, weight: Weight, blocks: "list[list[Stored]]") -> None:
+        """Write a packed matrix columns first, which needs all of it: 4.5 bits a weight."""
+        import numpy as np
+
+        for index, tensor in enumerate(weight.tensors):
+            self._write_at(tensor, 0, np.concatenate([block[index] for block in blocks]).T)
+
+    def _write_at(self, tensor: Tensor, offset: int, values: "Stored") -> None:
+        place = self.places[tensor.name]
+        with (self.directory / place.file).open("r+b") as file:
+            file.seek(place.offset + offset)
+            file.write(values.tobytes())
+
+
+def _blocks(checkpoint: "Checkpoint", weight: Weight) -> "Iterator[tuple[int, Rows, Rows | None]]":
+    """Yield some rows of a parameter, the number of the first, and how much its columns count."""
+    parameter, spec = weight.parameter, checkpoint.spec
+    step = max(1, BLOCK_WEIGHTS // (parameter.columns or 1))
+    for role, start, rows in parameter.parts():
+        importance = _importance(checkpoint, weight, role)
+        for first in range(0, rows, step):
+            values = checkpoint.weight(role, first, min(step, rows - first))
+            if _adds_one(role, spec):
+                values = values + 1
+            yield start + first, values, importance
+
+
+def _importance(checkpoint: "Checkpoint", weight: Weight, role: str) -> "Rows | None":
+    """Return how much an error counts; all alike in the embedding and the head."""
+    calibration = checkpoint.calibration
+    if calibration is None or weight.storage not in packing.GROUPS or split_role(role)[0] is None:
+        return None
+    if calibration.importance is None:
+        raise ValueError("the calibration is announced, but not measured")
+    return calibration.importance[role]
+
+
+def _adds_one(role: str, spec: "DecoderSpec") -> bool:
+    part = split_role(role)[1]
+    norm = spec.attention.query_key_norm if part in {"query_norm", "key_norm"} else spec.norm
+    return part.endswith("norm") and norm is not None and norm.adds_one

@@ -1,0 +1,204 @@
+"""Model libraries: the compiled half of an MLC model, which a fine-tune can take from its base.
+
+A library is bound to sizes, rope, tying and scheme, and where the embedding has a fixed size, to
+the vocabulary. WebLLM notices a wrong one late and obscurely, or not at all.
+"""
+
+import functools
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from edgekit.decoder import LinearScaling, Llama3Scaling, LongRopeScaling, Rope
+from edgekit.errors import UsageError
+from edgekit.formats.mlc import decoders
+
+
+if TYPE_CHECKING:
+    from edgekit.checkpoint import Checkpoint
+    from edgekit.decoder import DecoderSpec
+
+
+TABLE = Path(__file__).with_name("libraries.toml")
+OWN = "model-webgpu.wasm"  # a library compiled by the user, where the bundle's page looks for it
+MOST_DIFFERENCES = 2  # with more, a library is no near miss
+PREFILL_CHUNK_TOKENS = 1024  # of the prebuilt libraries: the "cs1k" in their names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What is compiled into a library, beside the scheme."""
+
+    architecture: str
+    hidden_width: int
+    mlp_width: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_width: int
+    rope: str  # as `rope_text` says it
+    norm_epsilon: float
+    is_tied: bool
+    has_qkv_bias: bool
+    logit_cap: float | None = None
+    vocabulary: int | None = None  # None: any
+
+    @classmethod
+    def of(cls, architecture: str, spec: "DecoderSpec") -> Self:
+        """Return the shape of a decoder."""
+        is_bound = decoders.model_of(architecture).is_bound_to_vocabulary
+        rope = spec.layers[0].rope
+        return cls(
+            architecture=architecture,
+            hidden_width=spec.hidden_width,
+            mlp_width=spec.mlp_width,
+            layers=len(spec.layers),
+            heads=spec.attention.heads,
+            key_value_heads=spec.attention.key_value_heads,
+            head_width=spec.attention.head_width,
+            rope=rope_text(rope) if rope else "none",
+            norm_epsilon=spec.norm.epsilon,
+            is_tied=spec.is_tied,
+            has_qkv_bias=spec.attention.has_qkv_bias,
+            logit_cap=spec.logit_cap,
+            vocabulary=spec.vocabulary if is_bound else None,
+        )
+
+    def differences(self, other: "Shape") -> Iterator[str]:
+        """Yield where another shape differs, with both values."""
+        for field in fields(self):
+            ours, theirs = getattr(self, field.name), getattr(other, field.name)
+            if ours != theirs:
+                yield f"{field.name.removeprefix('is_').replace('_', ' ')} {theirs}, not {ours}"
+
+
+def rope_text(rope: Rope) -> str:
+    """Return all that a rope is, on one line; long lists as a hash.
+
+    >>> rope_text(Rope(width=64, theta=10000.0))
+    '64 channels, theta 10000'
+    """
+    text = f"{rope.width} channels, theta {rope.theta:.12g}"
+    match rope.scaling:
+        case None:
+            return text
+        case LinearScaling(factor=factor):
+            return f"{text}, linear {factor:g}"
+        case Llama3Scaling() as scaling:
+            return (
+                f"{text}, llama3 {scaling.factor:g} ({scaling.low_frequency_factor:g} to "
+                f"{scaling.high_frequency_factor:g}) from {scaling.original_context_tokens}"
+            )
+        case LongRopeScaling() as scaling:
+            factors = json.dumps([scaling.short_factors, scaling.long_factors])
+            digest = hashlib.sha256(factors.encode()).hexdigest()[:16]
+            return f"{text}, longrope {digest} from {scaling.original_context_tokens}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """One prebuilt library, as WebLLM lists it."""
+
+    stem: str
+    scheme: str
+    shape: Shape
+    webllm_version: str  # of the package that lists it, and that it works with
+    directory_url: str
+    prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS
+
+    @property
+    def name(self) -> str:
+        """``Llama-3.2-1B-Instruct-q4f32_1_cs1k-webgpu.wasm``."""
+        return f"{self.stem}-{self.scheme}_cs{self.prefill_chunk_tokens // 1024}k-webgpu.wasm"
+
+    @property
+    def url(self) -> str:
+        """Where WebLLM loads it from."""
+        return f"{self.directory_url}/{self.name}"
+
+
+@functools.cache
+def prebuilt() -> tuple[Library, ...]:
+    """Return the libraries that are known."""
+    table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
+    return tuple(
+        Library(
+            stem=entry["stem"],
+            scheme=scheme,
+            shape=_shape(entry),
+            webllm_version=table["webllm_version"],
+            directory_url=table["directory_url"],
+        )
+        for entry in table["library"]
+        for scheme in entry["schemes"]
+    )
+
+
+def _shape(entry: Mapping[str, Any]) -> Shape:
+    return Shape(**{f.name: entry[f.name] for f in fields(Shape) if f.name in entry})
+
+
+def find(checkpoint: "Checkpoint", scheme: str) -> Library | None:
+    """Return the prebuilt library that runs a model as this scheme; None if there is none."""
+    shape = Shape.of(checkpoint.architecture, checkpoint.spec)
+    fitting = (
+        library for library in prebuilt() if (library.scheme, library.shape) == (scheme, shape)
+    )
+    return next(fitting, None)
+
+
+def missing(checkpoint: "Checkpoint", scheme: str) -> str:
+    """Return why no prebuilt library fits: what the nearest one has otherwise."""
+    shape = Shape.of(checkpoint.architecture, checkpoint.spec)
+    same = [library for library in prebuilt() if library.shape == shape]
+    if same:
+        schemes = ", ".join(library.scheme for library in same)
+        return f"no WebGPU library is prebuilt for {scheme}: {same[0].stem} has {schemes}"
+    counted = [
+        (list(shape.differences(other.shape)), other)
+        for other in prebuilt()
+        if other.scheme == scheme and other.shape.architecture == shape.architecture
+    ]
+    differences, nearest = min(counted, key=lambda pair: len(pair[0]), default=([], None))
+    if nearest is None or len(differences) > MOST_DIFFERENCES:
+        return f"no WebGPU library is prebuilt for a model of this shape as {scheme}"
+    return (
+        f"no WebGPU library is prebuilt for this shape: {nearest.name} has "
+        f"{' and '.join(differences)}"
+    )
+
+
+def compile_command() -> str:
+    """Return what compiles a library inside a bundle, where mlc_llm and emscripten are."""
+    return f"mlc_llm compile mlc-chat-config.json --device webgpu -o {OWN}"
+
+
+def refuse_mismatch(
+    library: Library, checkpoint: "Checkpoint", scheme: str, *, webllm_version: str
+) -> None:
+    """Check that a library runs a model in a version of WebLLM, before anything is loaded.
+
+    Raises:
+        UsageError: If it is of another scheme, shape or version; the message names both.
+    """
+    if library.scheme != scheme:
+        raise UsageError(
+            f"{library.name} is for {library.scheme}, the weights are {scheme}",
+            hint=f"export again with --quant {library.scheme}",
+        )
+    ours = Shape.of(checkpoint.architecture, checkpoint.spec)
+    differences = list(ours.differences(library.shape))
+    if differences:
+        raise UsageError(
+            f"{library.name} is for another shape than {checkpoint.name}: {'; '.join(differences)}",
+            hint=f"compile one: {compile_command()}",
+        )
+    if library.webllm_version != webllm_version:
+        raise UsageError(
+            f"{library.name} is for WebLLM {library.webllm_version}, the app has {webllm_version}",
+            hint=f"npm install @mlc-ai/web-llm@{library.webllm_version}",
+        )

@@ -1,0 +1,92 @@
+"""What WebLLM, or MLC's engine on a phone, holds on the GPU while it answers.
+
+Held against the requirements that WebLLM publishes for its own models: see test_mlc_memory.py.
+"""
+
+from typing import TYPE_CHECKING
+
+from edgekit.formats import Layout, MemoryUse
+from edgekit.formats.mlc import decoders, packing
+from edgekit.formats.mlc.libraries import PREFILL_CHUNK_TOKENS
+
+
+if TYPE_CHECKING:
+    from edgekit.decoder import DecoderSpec
+
+
+PAGE_TOKENS = 16  # of the cache; WebLLM 0.2.85 and MLC's engine
+_HALF, _FULL = 2, 4  # bytes of a number the model computes with
+# Beside the GPU's memory: the page's heap while shards arrive, the library, the tokenizer. Measured
+# once, in Chromium 156: 110 MB of heap for SmolLM2-135M as q4f32_1, whose files have 76 MB.
+RUNTIME_BYTES = 40 * 2**20
+
+
+def prefill_chunk_tokens(context_tokens: int) -> int:
+    """Return how many tokens of a prompt are read at once; prebuilt libraries take no more."""
+    return min(context_tokens, PREFILL_CHUNK_TOKENS)
+
+
+def use(
+    architecture: str,
+    spec: "DecoderSpec",
+    layout: Layout,
+    *,
+    context_tokens: int,
+    chunk_tokens: int | None = None,
+) -> MemoryUse:
+    """Return the parts; ``chunk_tokens`` of a prompt are read at once, by default as in WebLLM."""
+    item_bytes = _HALF if layout.needs_shader_f16 else _FULL
+    return MemoryUse(
+        weights_bytes=weights_bytes(layout, item_bytes=item_bytes),
+        cache_bytes=cache_bytes(spec, context_tokens=context_tokens, item_bytes=item_bytes),
+        compute_bytes=compute_bytes(
+            architecture, spec, item_bytes=item_bytes,
+            chunk_tokens=chunk_tokens or prefill_chunk_tokens(context_tokens),
+        ),
+        runtime_bytes=RUNTIME_BYTES,
+    )  # fmt: skip
+
+
+def vram_bytes(memory: MemoryUse) -> int:
+    """Return what the GPU holds: WebLLM's ``vram_required_MB``, MLC's ``estimated_vram_bytes``."""
+    return memory.weights_bytes + memory.cache_bytes + memory.compute_bytes
+
+
+def weights_bytes(layout: Layout, *, item_bytes: int) -> int:
+    """Return the weights in memory, where a float32 that is stored as bfloat16 is whole again."""
+    total = 0
+    for placement in layout.placements:
+        total += placement.size_bytes
+        if item_bytes == _FULL:
+            total += _widened_bytes(placement.storage, placement.size_bytes)
+    return total
+
+
+def _widened_bytes(storage: str, size_bytes: int) -> int:
+    """Return what float32 takes beyond bfloat16."""
+    if storage not in packing.GROUPS:
+        return size_bytes
+    scale_bytes = packing.STORAGES[storage].block_bytes - 16  # a group's codes are four words
+    return size_bytes // packing.STORAGES[storage].block_bytes * scale_bytes
+
+
+def cache_bytes(spec: "DecoderSpec", *, context_tokens: int, item_bytes: int) -> int:
+    """Return the size of all keys and values, in whole pages."""
+    tokens = -(-context_tokens // PAGE_TOKENS) * PAGE_TOKENS
+    return 2 * len(spec.layers) * spec.attention.key_value_width * item_bytes * tokens
+
+
+def compute_bytes(
+    architecture: str, spec: "DecoderSpec", *, chunk_tokens: int, item_bytes: int
+) -> int:
+    """Return what TVM plans for activations while a chunk of a prompt is read.
+
+    The factors are those that give WebLLM's published figures back, which are planned sizes: in
+    float16, five times the MLP and twice the hidden state; in float32, four times and once.
+    """
+    mlp, hidden = (5, 2) if item_bytes == _HALF else (4, 1)
+    widths = mlp * spec.mlp_width + hidden * spec.hidden_width
+    total = chunk_tokens * widths * item_bytes
+    if decoders.plans_logits(architecture, spec):
+        total += chunk_tokens * spec.vocabulary * _FULL
+    return total

@@ -1,0 +1,178 @@
+"""What MLC calls the weights of a decoder: which are one tensor there, and in which order.
+
+Source: mlc_llm/model/*/*_loader.py of mlc-llm 79d603f085.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekit.decoder import Shape
+from edgekit.errors import UsageError
+
+
+if TYPE_CHECKING:
+    from edgekit.checkpoint import Checkpoint
+    from edgekit.decoder import DecoderSpec
+
+
+# What transformers calls the weights of a decoder, on which both names and order of MLC's depend.
+_OUTER = {
+    "token_embedding": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "final_norm_bias": "model.norm.bias",
+    "output_head": "lm_head.weight",
+}
+_LAYER = {
+    "attention_norm": "input_layernorm.weight",
+    "attention_norm_bias": "input_layernorm.bias",
+    "query": "self_attn.q_proj.weight",
+    "key": "self_attn.k_proj.weight",
+    "value": "self_attn.v_proj.weight",
+    "attention_output": "self_attn.o_proj.weight",
+    "query_bias": "self_attn.q_proj.bias",
+    "key_bias": "self_attn.k_proj.bias",
+    "value_bias": "self_attn.v_proj.bias",
+    "attention_output_bias": "self_attn.o_proj.bias",
+    "query_norm": "self_attn.q_norm.weight",
+    "key_norm": "self_attn.k_norm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    "mlp_norm_bias": "post_attention_layernorm.bias",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+}
+_GEMMA = {
+    "attention_post_norm": "post_attention_layernorm.weight",
+    "mlp_norm": "pre_feedforward_layernorm.weight",
+    "mlp_post_norm": "post_feedforward_layernorm.weight",
+}
+_PHI3 = {
+    **dict.fromkeys(("query", "key", "value"), "self_attn.qkv_proj.weight"),
+    **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj.weight"),
+}
+_OTHERWISE: Mapping[str, Mapping[str, str]] = {
+    "gemma2": _GEMMA, "gemma3_text": _GEMMA, "phi3": _PHI3,
+}  # fmt: skip
+
+# Queries, keys and values are one tensor of this name; in a family that is absent they are three,
+# or one already.
+_QUERY_KEY_VALUE = {
+    "llama": "qkv_proj", "mistral": "qkv_proj", "stablelm": "qkv_proj", "gemma2": "qkv_proj",
+    "qwen2": "c_attn", "qwen3": "c_attn",
+}  # fmt: skip
+_PREFIX = {"gemma3_text": "language_model."}
+_PHI3_MODULES = (
+    ("model.embed_tokens", "transformer.embd"),
+    ("model.norm", "transformer.norm"),
+    ("model.layers", "transformer.h"),
+    ("input_layernorm", "ln"),
+    ("self_attn.o_proj", "mixer.out_proj"),
+    ("self_attn.qkv_proj", "mixer.qkv_proj"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One tensor of MLC's model: the rows of one weight, or of several after each other."""
+
+    name: str  # "model.layers.0.self_attn.qkv_proj.weight"
+    roles: tuple[str, ...]
+    rows: tuple[int, ...]  # of each role
+    columns: int | None  # None: a vector
+
+    @property
+    def shape(self) -> Shape:
+        """Its dimensions before it is packed."""
+        whole = sum(self.rows)
+        return (whole,) if self.columns is None else (whole, self.columns)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether a scheme may quantise it."""
+        return self.columns is not None
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it is looked up by row, which no scheme transposes."""
+        return self.roles == ("token_embedding",)
+
+    def parts(self) -> Iterator[tuple[str, int, int]]:
+        """Yield each role with its first row here and how many it has."""
+        first = 0
+        for role, rows in zip(self.roles, self.rows, strict=True):
+            yield role, first, rows
+            first += rows
+
+
+def parameters(architecture: str, spec: "DecoderSpec") -> dict[str, Parameter]:
+    """Return what MLC's model is made of, by name, in the decoder's own order."""
+    roles: dict[str, list[tuple[str, Shape]]] = {}
+    for role, shape in spec.weights():
+        name = _mlc_name(architecture, _tensor(architecture, role))
+        roles.setdefault(name, []).append((role, shape))
+    return {name: _parameter(name, weights) for name, weights in roles.items()}
+
+
+def _tensor(architecture: str, role: str) -> str:
+    """Return the tensor that a weight is, or is a part of, in a checkpoint of transformers.
+
+    Raises:
+        UsageError: If MLC's model of this type has no such weight.
+    """
+    layer, _, part = role.rpartition(".")
+    known = (_LAYER | _OTHERWISE.get(architecture, {})) if layer else _OUTER
+    if part not in known:
+        raise UsageError(f"MLC's {architecture} model has no {part.replace('_', ' ')}")
+    return f"model.{layer}.{known[part]}" if layer else known[part]
+
+
+def _parameter(name: str, weights: list[tuple[str, Shape]]) -> Parameter:
+    _, shape = weights[0]
+    return Parameter(
+        name=name,
+        roles=tuple(role for role, _ in weights),
+        rows=tuple(shape[0] for _, shape in weights),
+        columns=shape[1] if shape[1:] else None,
+    )
+
+
+def _mlc_name(architecture: str, tensor: str) -> str:
+    """Return the name of the parameter that a tensor of the checkpoint becomes part of."""
+    fused = _QUERY_KEY_VALUE.get(architecture)
+    if fused:
+        tensor = re.sub(r"self_attn\.[qkv]_proj\.", f"self_attn.{fused}.", tensor)
+    tensor = re.sub(r"mlp\.(gate|up)_proj\.", "mlp.gate_up_proj.", tensor)
+    for theirs, ours in _PHI3_MODULES if architecture == "phi3" else ():
+        tensor = tensor.replace(theirs, ours)
+    return _PREFIX.get(architecture, "") + tensor
+
+
+def in_file_order(checkpoint: "Checkpoint") -> list[Parameter]:
+    """Return the parameters as mlc_llm writes them: as their first tensor comes in the checkpoint.
+
+    That is the order of its index, or of the names where it has none.
+    """
+    spec, architecture = checkpoint.spec, checkpoint.architecture
+    found = parameters(architecture, spec)
+    tensors = {_tensor(architecture, role) for role, _ in spec.weights()}
+    index = _index(checkpoint.directory / "model.safetensors.index.json")
+    order = [name for name in index if name in tensors] if tensors <= index.keys() else None
+    names = (_mlc_name(architecture, tensor) for tensor in order or sorted(tensors))
+    return [found[name] for name in dict.fromkeys(names)]
+
+
+def _index(path: Path) -> Mapping[str, str]:
+    """Return which tensor is in which file; nothing if there is no index."""
+    if not path.is_file():
+        return {}
+    try:
+        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"{path} is no index of tensors: {error!r}") from error
+    if not isinstance(places, dict):
+        raise UsageError(f"{path} has no weight_map")
+    return places

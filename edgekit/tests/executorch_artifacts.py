@@ -1,0 +1,64 @@
+"""Tiny programs for ExecuTorch, each exported once for all tests that read them."""
+
+import atexit
+import functools
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from edgekit import formats, source
+from edgekit.child import environment
+from edgekit.tests.tiny_checkpoints import write_tiny_checkpoint
+
+
+CONTEXT_TOKENS = 192
+IDS = [1, 87, 85, 303, 201, 57, 74, 272, 447, 271, 2, 201]  # of the tokenizer, in no language
+# Refuses torch as a device without it does.
+WITHOUT_TORCH = """
+import sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "torchao", "transformers"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, NoTorch())
+"""
+
+
+@functools.cache
+def tiny(variant: str = "portable", *, recipe: str = "F32") -> Path:
+    """Return a directory with a random Llama, its tokenizer and its template."""
+    home = Path(tempfile.mkdtemp(prefix="edgekit-executorch-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    checkpoint = source.open_checkpoint(write_tiny_checkpoint(home / "checkpoint", "llama"))
+    directory = home / "artifact"
+    directory.mkdir()
+    checkpoint.text.copy_into(directory)
+    fmt = formats.get("executorch")
+    entry = fmt.convert(
+        checkpoint, fmt.RECIPES[recipe], directory, progress=lambda _: None,
+        context_tokens=CONTEXT_TOKENS, variant=variant,
+    )  # fmt: skip
+    assert entry == "model.pte"
+    return directory
+
+
+def python(code: str, *arguments: object) -> str:
+    """Run code in a fresh interpreter and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True, text=True, errors="replace", check=False, timeout=300,
+        env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def greedy(session, prompt, tokens, *, vocabulary=None):
+    """Return the likeliest tokens after a prompt, of the first so many of the vocabulary."""
+    session.reset()
+    said = [int(session.prefill(prompt)[:vocabulary].argmax())]
+    while len(said) < tokens:
+        said.append(int(session.decode(said[-1])[:vocabulary].argmax()))
+    return said

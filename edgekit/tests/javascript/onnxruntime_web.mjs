@@ -1,0 +1,102 @@
+/**
+ * Logits from ONNX Runtime Web, and what it says of where it computes them.
+ *
+ * Request: `models`, each with the `name` of its answer, the `path` of its graph and those of its
+ * `data` files beside it, the `provider`, and ids: a `prompt`, then `steps` one by one.
+ */
+import * as ort from "onnxruntime-web/webgpu";
+import { answer, toBase64 } from "./answer.mjs";
+import "./no_subgroups.mjs";
+
+ort.env.wasm.wasmPaths = "/node_modules/onnxruntime-web/dist/";
+ort.env.logLevel = "verbose"; // only then the runtime says where it places operators
+
+const said = [];
+for (const level of ["debug", "log", "info", "warn", "error"]) {
+  console[level] = (...words) => said.push(words.join(" "));
+}
+
+let largestBinding = 0;
+const createBindGroup = GPUDevice.prototype.createBindGroup;
+GPUDevice.prototype.createBindGroup = function (described) {
+  for (const { resource } of described.entries) {
+    largestBinding = Math.max(largestBinding, resource.size ?? resource.buffer?.size ?? 0);
+  }
+  return createBindGroup.call(this, described);
+};
+
+await answer(async ({ models }) => {
+  const found = { adapter: await describeAdapter() };
+  for (const model of models) {
+    said.length = largestBinding = 0;
+    try {
+      found[model.name] = { ...(await run(model)), largestBinding, said };
+    } catch (error) {
+      found[model.name] = { error: String(error?.stack ?? error), said };
+    }
+    found[model.name] = structuredClone(found[model.name]);
+  }
+  return found;
+});
+
+async function describeAdapter() {
+  const { info, features } = await navigator.gpu.requestAdapter();
+  return { vendor: info.vendor, architecture: info.architecture, features: [...features] };
+}
+
+async function run({ path, data, provider, prompt, steps }) {
+  const session = await ort.InferenceSession.create(path, {
+    executionProviders: [provider],
+    externalData: data.map((file) => ({ path: file.split("/").at(-1), data: file })),
+    logSeverityLevel: 0,
+  });
+  try {
+    return { rows: await logits(session, [prompt, ...steps.map((id) => [id])]) };
+  } finally {
+    await session.release();
+  }
+}
+
+/** The logits after every id of texts that are read one after the other. */
+async function logits(session, texts) {
+  let cache = emptyCache(session);
+  const rows = [];
+  for (const ids of texts) {
+    const outputs = await session.run({ ...feeds(ids, rows.length), ...cache });
+    rows.push(...splitRows(outputs.logits).map(toBase64));
+    cache = nextCache(outputs);
+  }
+  return rows;
+}
+
+function emptyCache(session) {
+  const past = session.inputMetadata.filter(({ name }) => name.startsWith("past_key_values."));
+  const empty = ({ name, type, shape: [, heads, , width] }) => [
+    name,
+    new ort.Tensor(type, type === "float16" ? new Uint16Array() : [], [1, heads, 0, width]),
+  ];
+  return Object.fromEntries(past.map(empty));
+}
+
+function feeds(ids, read) {
+  return {
+    input_ids: int64(ids),
+    position_ids: int64(ids.map((_, index) => read + index)),
+    attention_mask: int64(Array(read + ids.length).fill(1)),
+  };
+}
+
+function int64(values) {
+  return new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
+}
+
+function splitRows({ data, dims: [, rows, width] }) {
+  return Array.from({ length: rows }, (_, row) => data.slice(row * width, (row + 1) * width));
+}
+
+function nextCache(outputs) {
+  const present = Object.entries(outputs).filter(([name]) => name.startsWith("present."));
+  return Object.fromEntries(
+    present.map(([name, tensor]) => [name.replace("present", "past_key_values"), tensor]),
+  );
+}

@@ -1,0 +1,253 @@
+"""What an export of an ExecuTorch program writes, and what it refuses to."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from edgekit import formats, oracle, source
+from edgekit.checkpoint import Calibration
+from edgekit.errors import BundleError
+from edgekit.tests.tiny_checkpoints import write_tiny_checkpoint
+
+
+np = pytest.importorskip("numpy")
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("executorch", reason="pip install 'edgekit[executorch]'")
+
+from edgekit.formats.executorch import conversion, program, storage  # noqa: E402
+
+
+pytestmark = [
+    pytest.mark.toolchain,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+
+CONTEXT_TOKENS = 96
+executorch = formats.get("executorch")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Two layers whose rows fill every group, and a head tied to the embedding."""
+    directory = tmp_path_factory.mktemp("executorch-model")
+    return source.open_checkpoint(
+        write_tiny_checkpoint(
+            directory / "model", "llama", hidden_size=128, intermediate_size=256,
+            num_hidden_layers=2,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("executorch-untied")
+    return source.open_checkpoint(
+        write_tiny_checkpoint(directory / "model", "llama-bias", num_hidden_layers=1)
+    )
+
+
+def convert(checkpoint, recipe, directory, variant=None):
+    directory.mkdir(parents=True)
+    entry = conversion.convert(
+        checkpoint,
+        storage.RECIPES[recipe],
+        directory,
+        progress=lambda _: None,
+        context_tokens=CONTEXT_TOKENS,
+        variant=conversion.variant_of(checkpoint.spec, variant, None),
+    )
+    return directory / entry
+
+
+@pytest.fixture(scope="module")
+def float_path(checkpoint, tmp_path_factory):
+    return convert(checkpoint, "F32", tmp_path_factory.mktemp("float") / "artifact")
+
+
+@pytest.fixture(scope="module")
+def four_bit_path(checkpoint, tmp_path_factory):
+    return convert(checkpoint, "8da4w", tmp_path_factory.mktemp("four-bit") / "artifact")
+
+
+def logits(path, ids):
+    session = executorch.load(path, context_tokens=CONTEXT_TOKENS, threads=1)
+    try:
+        return session.all_logits(ids).copy()
+    finally:
+        session.close()
+
+
+IDS = np.random.default_rng(1).integers(0, 500, 40).tolist()
+
+
+# What is inside
+
+
+def test_a_quantised_program_holds_what_its_recipe_asks_for(checkpoint, four_bit_path):
+    layout = executorch.lay_out(checkpoint, storage.RECIPES["8da4w"])
+    held = {name: (shape, kind) for name, shape, kind in executorch.contents(four_bit_path)}
+    shapes = dict(checkpoint.spec.weights())
+    assert held == {p.role: (shapes[p.role], p.storage) for p in layout.placements}
+    assert held["layers.1.down"] == ((128, 256), "INT4_G32")
+    assert four_bit_path.stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
+
+
+def test_a_tied_table_is_in_the_file_once(checkpoint, float_path):
+    table = checkpoint.weight("token_embedding")
+    stored = float_path.read_bytes()
+    assert stored.count(table.tobytes()) == 1
+    found = program.read(float_path)
+    (index,) = [index for key, index in found.named_data if key == "token_embedding"]
+    first, size = found.segments[index]
+    assert stored[first : first + size] == table.tobytes()
+
+
+def test_an_untied_head_has_its_own(untied, tmp_path):
+    path = convert(untied, "8da8w", tmp_path / "artifact")
+    held = {name: kind for name, _, kind in executorch.contents(path)}
+    assert (held["token_embedding"], held["output_head"]) == ("INT8", "INT8")
+    assert held["layers.0.query_bias"] == held["layers.0.mlp_norm"] == "F32"
+
+
+def test_codes_are_those_of_the_storage(checkpoint, four_bit_path):
+    found = program.read(four_bit_path)
+    content = four_bit_path.read_bytes()
+    codes, scales = storage.encode(checkpoint.weight("layers.1.gate"), "INT4_G32")
+    for key, expected in (("layers.1.gate", codes), ("layers.1.gate.scale", scales)):
+        (index,) = [index for name, index in found.named_data if name == key]
+        first, size = found.segments[index]
+        assert content[first : first + size] == expected.tobytes()
+
+
+def test_a_calibration_leads_the_codes_of_layers_only(checkpoint, four_bit_path, tmp_path):
+    spec = checkpoint.spec
+    random = np.random.default_rng(5)
+    importance = {
+        role: random.lognormal(sigma=3, size=shape[-1]).astype(np.float32)
+        for role, shape in spec.weights()
+        if len(shape) > 1
+    }
+    led = replace(checkpoint, calibration=Calibration(text_sha256="a" * 64, importance=importance))
+    assert executorch.lay_out(led, storage.RECIPES["8da4w"]).calibration == "a" * 64
+    assert executorch.lay_out(led, storage.RECIPES["8da8w"]).calibration is None
+    path = convert(led, "8da4w", tmp_path / "led")
+
+    def part(file, key):
+        found = program.read(file)
+        (index,) = [index for name, index in found.named_data if name == key]
+        first, size = found.segments[index]
+        return file.read_bytes()[first : first + size]
+
+    assert part(path, "layers.0.up") != part(four_bit_path, "layers.0.up")
+    assert part(path, "token_embedding") == part(four_bit_path, "token_embedding")
+
+
+def test_runners_find_what_they_ask_a_program_for(float_path):
+    methods = {method.name for method in program.read(float_path).methods}
+    assert methods == {
+        "forward", "get_max_seq_len", "get_max_context_len", "get_vocab_size", "get_bos_id",
+        "get_eos_ids", "use_kv_cache", "use_sdpa_with_kv_cache", "enable_dynamic_shape",
+        "get_n_layers",
+    }  # fmt: skip
+
+
+def test_what_they_find_is_true(checkpoint):
+    found = conversion.metadata(checkpoint, CONTEXT_TOKENS, conversion.LLM)
+    assert found["get_max_seq_len"] == found["get_max_context_len"] == CONTEXT_TOKENS
+    assert found["get_vocab_size"] == checkpoint.spec.vocabulary
+    assert found["get_eos_ids"] == list(checkpoint.text.declared_stop_ids)
+    assert found["use_sdpa_with_kv_cache"] is True
+    assert found["get_n_layers"] == 2
+    portable = conversion.metadata(checkpoint, CONTEXT_TOKENS, conversion.PORTABLE)
+    assert portable["use_sdpa_with_kv_cache"] is False
+
+
+def test_every_matrix_is_in_the_backend(float_path):
+    report = json.loads((float_path.parent / conversion.COVERAGE).read_text())
+    assert report["matrices_outside"] == []
+    assert report["matrices_in_backend"] == 2 * 7 + 1  # the head's among them
+    assert report["operators_in_backend"] > 2 * report["operators_outside"]
+    for name in ("aten::mm", "aten::addmm", "aten::linear", "aten::bmm"):
+        assert not any(call.startswith(name) for call in report["operator_calls_outside"])
+
+
+# What it says
+
+
+def test_eight_bits_say_nearly_what_the_checkpoint_says(checkpoint, tmp_path):
+    (expected,) = oracle.logits(checkpoint, [IDS])
+    said = logits(convert(checkpoint, "8da8w", tmp_path / "artifact"), IDS)
+    assert abs(said - expected).mean() < 0.05 * abs(expected).mean()
+
+
+def test_four_bits_say_it_less_well(checkpoint, four_bit_path):
+    (expected,) = oracle.logits(checkpoint, [IDS])
+    error = abs(logits(four_bit_path, IDS) - expected).mean() / abs(expected).mean()
+    assert 0.05 < error < 0.6
+
+
+def test_the_llm_operators_say_the_same(checkpoint, tmp_path):
+    path = convert(checkpoint, "F32", tmp_path / "artifact", variant="llm-ops")
+    operators = program.read(path).method("forward").operators
+    assert {"llama::custom_sdpa.out", "llama::update_cache.out"} <= set(operators)
+    (expected,) = oracle.logits(checkpoint, [IDS])
+    np.testing.assert_allclose(logits(path, IDS), expected, rtol=0, atol=1e-3)
+
+
+def test_any_runtime_has_the_operators_of_the_portable_variant(float_path):
+    operators = program.read(float_path).method("forward").operators
+    assert not [name for name in operators if not name.startswith(("aten::", "executorch_prim::"))]
+
+
+# The bytes
+
+
+def test_two_processes_write_the_same_bytes(checkpoint, four_bit_path, tmp_path):
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from edgekit import source\n"
+        "from edgekit.formats.executorch import conversion, storage\n"
+        "conversion.convert(source.open_checkpoint(sys.argv[1]), storage.RECIPES['8da4w'],\n"
+        "    Path(sys.argv[2]), progress=lambda _: None, context_tokens=int(sys.argv[3]),\n"
+        "    variant='portable')\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, checkpoint.directory, tmp_path, str(CONTEXT_TOKENS)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    digests = [
+        hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (four_bit_path, tmp_path / conversion.ENTRY)
+    ]
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("context_tokens", [32, 1024])
+def test_the_size_does_not_depend_on_the_context(context_tokens, untied, tmp_path):
+    entry = conversion.convert(
+        untied, storage.RECIPES["F32"], tmp_path, progress=lambda _: None,
+        context_tokens=context_tokens, variant=conversion.PORTABLE,
+    )  # fmt: skip
+    layout = executorch.lay_out(untied, storage.RECIPES["F32"])
+    assert (tmp_path / entry).stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
+
+
+# Damage
+
+
+@pytest.mark.parametrize("position", range(40, 5000, 7))
+def test_contents_of_a_bent_file_are_read_or_refused(position, float_path, tmp_path):
+    content = bytearray(float_path.read_bytes())
+    content[position] ^= 0xFF
+    path = tmp_path / "model.pte"
+    path.write_bytes(content)
+    try:
+        executorch.contents(path)
+    except BundleError as error:
+        assert str(path) in str(error)
