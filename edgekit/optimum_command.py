@@ -1,8 +1,8 @@
 """``optimum-cli export edgekit MODEL --target NAME OUTPUT``: `edgekit export` for Optimum's users.
 
 Optimum imports every module of ``optimum.commands.register``, a namespace package, and adds what
-each lists in ``REGISTER_COMMANDS``; the wheel puts ``plugins/optimum_register.py`` there. The
-options are read off edgekit's own command, and what they mean is left to it.
+each lists in ``REGISTER_COMMANDS``; the wheel has this file there and not in edgekit. The options
+are read off edgekit's own command, and what they mean is left to it.
 """
 
 from argparse import ArgumentParser, RawTextHelpFormatter

@@ -27,11 +27,11 @@ sys.meta_path.insert(0, NoTorch())
 
 
 @functools.cache
-def tiny(variant: str = "portable", *, recipe: str = "F32") -> Path:
-    """Return a directory with a random Llama, its tokenizer and its template."""
+def tiny(variant: str = "portable", *, recipe: str = "F32", kind: str = "llama") -> Path:
+    """Return a directory with a random model, its tokenizer and its template."""
     home = Path(tempfile.mkdtemp(prefix="edgekit-executorch-"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
-    checkpoint = source.open_checkpoint(write_tiny_checkpoint(home / "checkpoint", "llama"))
+    checkpoint = source.open_checkpoint(write_tiny_checkpoint(home / "checkpoint", kind))
     directory = home / "artifact"
     directory.mkdir()
     checkpoint.text.copy_into(directory)

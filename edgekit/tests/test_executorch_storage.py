@@ -12,8 +12,8 @@ np = pytest.importorskip("numpy")
 
 def decoded(parts, stored):
     """Return the weights that the parts of a matrix stand for."""
-    if stored == "F32":
-        return parts[0]
+    if stored in {"F32", "F16"}:
+        return parts[0].astype(np.float32)
     codes, scales = parts
     if stored == "INT8":
         return codes.astype(np.float32) * scales[:, None]
@@ -29,7 +29,14 @@ def matrix(rows=6, columns=256):
 
 @pytest.mark.parametrize(
     ("stored", "error"),
-    [("F32", 0), ("INT8", 0.008), ("INT4_G32", 0.09), ("INT4_G64", 0.11), ("INT4_G128", 0.13)],
+    [
+        ("F32", 0),
+        ("F16", 5e-4),
+        ("INT8", 0.008),
+        ("INT4_G32", 0.09),
+        ("INT4_G64", 0.11),
+        ("INT4_G128", 0.13),
+    ],
 )
 def test_what_is_decoded_is_near_what_was_encoded(stored, error):
     values = matrix()
@@ -89,13 +96,20 @@ def test_rows_that_fill_no_group_take_a_finer_storage(wanted, columns, stored):
     assert storage.stored_as(wanted, columns) == stored
 
 
+def test_a_weight_too_large_for_float16_is_refused():
+    values = matrix()
+    values[2, 3] = -70_000
+    with pytest.raises(UsageError, match="a weight is 70000, too large for F16"):
+        storage.encode(values, "F16")
+
+
 # Variants
 
 
-def spec(**attention):
+def spec(window=None, **attention):
     return DecoderSpec(
         vocabulary=64, hidden_width=32, mlp_width=64, context_tokens=64,
-        layers=(Layer(rope=Rope(width=16, theta=1e4), window_tokens=attention.pop("window", None)),),
+        layers=(Layer(rope=Rope(width=16, theta=1e4), window_tokens=window),),
         attention=Attention(
             heads=2, key_value_heads=1, head_width=16, score_scale=0.25, **attention
         ),

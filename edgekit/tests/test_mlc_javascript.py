@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -181,6 +182,38 @@ def test_webllm_follows_the_rules_that_a_template_is_proven_under(speakers):
             clients.webllm_ids(speaker.template(talk), speaker.sent(talk), speaker.encode)
             for talk in told
         ]
+
+
+def test_webllm_follows_the_rules_for_any_template(speakers):
+    speaker, random = speakers["smollm"], Random(7)
+    asked = [
+        (replace(speaker, found=replace(speaker.found, template=any_template(random))), [talk])
+        for talk in (TALK, TALK[:3], [SYSTEM, *TALK], [MANGLED, *TALK[:1]])
+        for _ in range(20)
+    ]
+
+    for (made_up, [talk]), [read] in zip(asked, ask_about(asked), strict=True):
+        assert read == clients.webllm_ids(made_up.found.template, talk, speaker.encode)
+
+
+def any_template(random):
+    """Return a template of random parts, most of which no model was trained with."""
+
+    def part():
+        return "".join(random.choices(["", "<|im_start|>", "<|im_end|>", " a", "\n", "b"], k=3))
+
+    return {
+        "system_template": random.choice(["", part() + clients.SYSTEM + part(), part()]),
+        "system_message": part(),
+        "system_prefix_token_ids": random.choice([None, [], [1, 2]]),
+        "add_role_after_system_message": random.random() < 0.5,
+        "roles": {"user": part(), "assistant": part()},
+        "seps": [part() for _ in range(random.choice([1, 2]))],
+        "role_content_sep": part(),
+        "role_empty_sep": part(),
+        "stop_str": [],
+        "stop_token_ids": [2],
+    }
 
 
 def uncut(speaker):

@@ -75,6 +75,38 @@ def open_session(path):
     return ONNX.load(path, context_tokens=CONTEXT_TOKENS, threads=1)
 
 
+def unrounded_logits(bundle, ids):
+    """Return Python's, of a graph that does not have processors round activations to 8 bits."""
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(bundle.artifact_path, load_external_data=False)
+    for node in graph.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1  # float32
+    path = bundle.artifact_path.with_name("unrounded.onnx")  # beside the weights
+    onnx.save(graph, path)
+    return plain_logits(path, ids)
+
+
+def plain_logits(path, ids):
+    """Return logits by ONNX Runtime without edgekit, which opens its own files only."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    tokens = np.array([ids], np.int64)
+    feeds = {"input_ids": tokens, "attention_mask": np.ones_like(tokens),
+             "position_ids": np.arange(len(ids))[None]}  # fmt: skip
+    for port in session.get_inputs():
+        if port.name.startswith("past_"):
+            _, heads, _, width = port.shape
+            dtype = np.float16 if "16" in port.type else np.float32
+            feeds[port.name] = np.empty((1, heads, 0, width), dtype)
+    return session.run(["logits"], feeds)[0][0]
+
+
 # transformers.js, as an app uses it that brings its models along
 
 
@@ -149,9 +181,23 @@ def continuation(bundle):
 
 
 @pytest.mark.parametrize(("kind", "recipe"), CASES)
-def test_transformers_js_continues_as_edgekit_does(kind, recipe, client, exports):
+def test_transformers_js_continues_in_node_as_edgekit_does(kind, recipe, in_node, exports):
     bundle = exports.bundle(kind, recipe)
-    assert client[bundle.directory.name]["continuation"] == continuation(bundle)
+    assert in_node[bundle.directory.name]["continuation"] == continuation(bundle)
+
+
+@pytest.mark.parametrize(("kind", "recipe"), CASES)
+def test_transformers_js_continues_in_a_browser_as_the_unrounded_graph(
+    kind, recipe, in_browser, exports
+):
+    """WebAssembly's MatMulNBits never rounds activations, as edgekit's session does for speed."""
+    bundle = exports.bundle(kind, recipe)
+    found = in_browser[bundle.directory.name]["continuation"]
+    rows = unrounded_logits(bundle, [*PROMPT, *found])[len(PROMPT) - 1 : -1]
+    assert found == rows.argmax(1).tolist()
+    assert len(found) == ANSWER_TOKENS or found[-1] in bundle.text.stop_ids
+    if "INT" not in recipe:
+        assert found == continuation(bundle)
 
 
 @pytest.mark.parametrize("voice", VOICES)
@@ -247,7 +293,7 @@ def on_webgpu(exports):
             for file in ONNX.files(bundle.artifact_path)
         )
         models.append({"name": bundle.directory.name, "path": entry, "data": data,
-                       "prompt": PROMPT, "steps": STEPS})  # fmt: skip
+                       "provider": "webgpu", "prompt": PROMPT, "steps": STEPS})  # fmt: skip
     visit = javascript_clients.run_page(
         "onnxruntime_web.mjs", {"models": models}, directory=exports.directory, timeout_s=TIMEOUT_S
     )
@@ -257,37 +303,6 @@ def on_webgpu(exports):
 
 def logits(found):
     return np.array([np.frombuffer(base64.b64decode(row), np.float32) for row in found["rows"]])
-
-
-def unrounded_logits(bundle):
-    """Return the processor's, from a graph that rounds no activations for its sake."""
-    onnx = pytest.importorskip("onnx")
-    graph = onnx.load(bundle.artifact_path, load_external_data=False)
-    for node in graph.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 1  # float32
-    path = bundle.artifact_path.with_name("unrounded.onnx")
-    onnx.save(graph, path)
-    return plain_logits(path, [*PROMPT, *STEPS])
-
-
-def plain_logits(path, ids):
-    """Return logits by ONNX Runtime without edgekit, which opens its own files only."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    tokens = np.array([ids], np.int64)
-    feeds = {"input_ids": tokens, "attention_mask": np.ones_like(tokens),
-             "position_ids": np.arange(len(ids))[None]}  # fmt: skip
-    for port in session.get_inputs():
-        if port.name.startswith("past_"):
-            _, heads, _, width = port.shape
-            dtype = np.float16 if "16" in port.type else np.float32
-            feeds[port.name] = np.empty((1, heads, 0, width), dtype)
-    return session.run(["logits"], feeds)[0][0]
 
 
 def placements(found):
@@ -307,7 +322,7 @@ def layout(exports, kind, recipe):
 
 def check_logits(bundle, found):
     assert "error" not in found, found.get("error")
-    ours, theirs = unrounded_logits(bundle), logits(found)
+    ours, theirs = unrounded_logits(bundle, [*PROMPT, *STEPS]), logits(found)
     assert abs(ours).max() > 5
     assert abs(theirs - ours).max() < LOGIT_TOLERANCE
 

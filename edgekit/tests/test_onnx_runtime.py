@@ -5,7 +5,7 @@ import pytest
 from edgekit import load_probe
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
-from edgekit.formats.onnx import conversion, model, storage
+from edgekit.formats.onnx import conversion, model, runtime, storage
 from edgekit.formats.onnx.runtime import BATCH_TOKENS, OnnxSession
 
 
@@ -130,6 +130,23 @@ def test_every_recipe_runs_in_both_ways(recipe, tmp_path):
         # Activations are rounded to 8 bits in blocks; a last digit may fall otherwise.
         np.testing.assert_allclose(session.decode(token), rows[index], rtol=0, atol=0.05)
     session.close()
+
+
+@pytest.mark.parametrize(
+    ("available", "told"),
+    [([], "on the CPU only; QNN, Core ML, NNAPI not in this build"),
+     (["CoreMLExecutionProvider"],
+      "on the CPU only; QNN, NNAPI not in this build; Core ML in this build, but never used")],
+)  # fmt: skip
+def test_processors_that_were_never_proven_are_told(available, told, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    assert runtime.processors() == told
+
+
+def test_the_cpu_is_asked_for_by_name(session):
+    assert session._session.get_providers() == ["CPUExecutionProvider"]
 
 
 def test_a_version_that_errs_is_refused(path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import UsageError
 from edgekit.formats import Buffer
-from edgekit.formats.onnx import conversion, graph, model, storage
+from edgekit.formats.onnx import clients, conversion, graph, model, storage
 from edgekit.formats.onnx.model import Graph, Port
 from edgekit.formats.onnx.storage import BLOCKS, BUILDS, RECIPES, STORAGES, Build
 
@@ -148,6 +148,30 @@ def test_a_recipe_has_one_precision_of_scales_and_it_is_that_of_its_products(tmp
         stored = {recipe.storage_for(role, spec) for role, _ in spec.weights()}
         scales = {BLOCKS[kind].scales for kind in stored if kind in BLOCKS}
         assert scales <= {BUILDS[name].arithmetic}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "file", "told"),
+    [("F32", "model.onnx", {"dtype": "fp32"}), ("F16", "model_fp16.onnx", {"dtype": "fp16"}),
+     ("F16_GPU", "model_fp16.onnx", {"dtype": "fp16", "kv_cache_dtype": "float16"}),
+     ("INT8", "model_quantized.onnx", {"dtype": "q8"}), ("UINT4", "model_q4.onnx", {"dtype": "q4"}),
+     ("INT4_128", "model_q4.onnx", {"dtype": "q4"}),
+     ("UINT4_GPU", "model_q4f16.onnx", {"dtype": "q4f16", "kv_cache_dtype": "float16"})],
+)  # fmt: skip
+def test_files_have_the_names_that_transformers_js_looks_for(recipe, file, told, tmp_path):
+    checkpoint = _tiny_checkpoint(tmp_path)
+    entry = conversion.convert(checkpoint, RECIPES[recipe], tmp_path, progress=lambda _: None)
+    files = [path.name for path in model.files(tmp_path / entry)]
+    assert (entry, files) == (f"onnx/{file}", [file, f"{file}_data"])
+    settings = clients._transformers_js(RECIPES[recipe], data_files=1)
+    assert settings == told | {"use_external_data_format": 1}
+
+
+def test_what_rounds_activations_is_told(tmp_path):
+    checkpoint = _tiny_checkpoint(tmp_path)
+    for recipe in RECIPES.values():
+        notes = conversion.lay_out(checkpoint, recipe).notes
+        assert (storage.ACTIVATIONS_NOTE in notes) == ("INT" in recipe.name)
 
 
 # What a browser must bind

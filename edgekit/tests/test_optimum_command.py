@@ -15,7 +15,7 @@ from edgekit.bundle import Bundle
 
 pytestmark = pytest.mark.toolchain
 ROOT = Path(__file__).resolve().parents[2]
-MODULE = "plugins/optimum_register.py"
+MODULE = "edgekit/optimum_command.py"
 INSTALLED = "optimum/commands/register/register_edgekit.py"  # a namespace of Optimum's
 
 

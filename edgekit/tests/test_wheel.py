@@ -53,6 +53,7 @@ def test_the_wheel_has_targets_and_data_but_no_tests(wheel):
     assert "edgekit/schemas/measurement.schema.json" in names
     assert "edgekit/report_template.html" in names
     assert "edgekit/corpus/english.txt" in names
+    assert "optimum/commands/register/register_edgekit.py" in names
     assert not [name for name in names if "/tests/" in name]
 
 

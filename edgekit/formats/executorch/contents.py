@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from edgekit.errors import BundleError
 from edgekit.formats.executorch import program, storage
@@ -21,8 +22,9 @@ _TENSOR = 5  # of the program's KernelTypes
 _QUANTISED = 2  # of XNNPACK's XValueUnion
 _GROUPED = 4  # of XNNPACK's XNNQuantParams
 _XNNPACK_HEADER = struct.Struct("<4sHII")  # after four bytes: magic, length, offset, size
-_FLOAT32, _QCINT8, _QBINT4 = 1, 6, 10  # of XNNDatatype
-_PROGRAM_FLOAT, _PROGRAM_CHAR = 6, 1  # of ScalarType
+_FLOATS = {1: "F32", 2: "F16"}  # of XNNDatatype
+_QCINT8, _QBINT4 = 6, 10
+_TABLES = {1: "INT8", 5: "F16", 6: "F32"}  # of the program's ScalarType
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class _Table:
     def table(self, index: int) -> "_Table":
         at = self._field(index)
         if at is None:
-            raise struct.error("a table is missing")
+            _refuse("a table is missing")
         return _Table(self.data, at + _number(self.data, at, "I"))
 
     def tables(self, index: int) -> Iterator["_Table"]:
@@ -67,7 +69,7 @@ class _Table:
         at += _number(self.data, at, "I")
         count = _number(self.data, at, "I")
         if count > len(self.data):
-            raise struct.error("a vector is longer than the file")
+            _refuse("a vector is longer than the file")
         return at + 4, count
 
     def _field(self, index: int) -> int | None:
@@ -80,8 +82,12 @@ class _Table:
 
 def _number(data: bytes, at: int, kind: str) -> int:
     if at < 0:
-        raise struct.error("an offset leads before the file")
+        _refuse("an offset leads before the file")
     return int(struct.unpack_from(f"<{kind}", data, at)[0])
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise struct.error(reason)
 
 
 def contents(path: Path) -> list[Entry]:
@@ -93,12 +99,14 @@ def contents(path: Path) -> list[Entry]:
     head = program.read(path)
     try:
         found = dict(_read(path, head))
-    except (struct.error, UnicodeDecodeError, OverflowError) as error:
+    except (struct.error, UnicodeDecodeError, IndexError) as error:
         raise BundleError(
             f"{path} is damaged: {error}", hint="copy the bundle again, or export it again"
         ) from error
     sizes = {key: head.segments[index][1] for key, index in head.named_data}
     for name, (shape, stored) in found.items():
+        if stored not in storage.STORAGES or len(shape) not in {1, 2}:
+            raise BundleError(f"{path}: {name} is stored in a way that edgekit never writes")
         for part in storage.parts(name, shape, stored):
             if sizes.get(part.key) != part.size_bytes:
                 raise BundleError(
@@ -111,7 +119,7 @@ def contents(path: Path) -> list[Entry]:
 def _read(path: Path, head: program.Program) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
     with path.open("rb") as file:
         root = _Table.root(file.read(min(first for first, _ in head.segments)))
-        plan = next(root.tables(1))
+        (plan, *_) = [*root.tables(1)] or _refuse("the program has no method")
         table = _embedding(plan)
         if table is not None:
             yield "token_embedding", table
@@ -129,15 +137,15 @@ def _embedding(plan: _Table) -> tuple[tuple[int, ...], str] | None:
             continue
         tensor = value.table(1)
         shape, kind = tensor.numbers(2, "i"), tensor.number(0, "b")
-        if tensor.number(5, "I") and len(shape) == 2 and kind in {_PROGRAM_FLOAT, _PROGRAM_CHAR}:
-            found[math.prod(shape)] = shape, "F32" if kind == _PROGRAM_FLOAT else "INT8"
+        if tensor.number(5, "I") and len(shape) == 2 and kind in _TABLES:
+            found[math.prod(shape)] = shape, _TABLES[kind]
     return found[max(found)] if found else None
 
 
 def _delegated(payload: bytes) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
     magic, _, offset, size = _XNNPACK_HEADER.unpack_from(payload, 4)
     if magic != b"XH00":
-        raise struct.error(f"a delegate begins with {magic!r}, expected XNNPACK's XH00")
+        _refuse(f"a delegate begins with {magic!r}, expected XNNPACK's XH00")
     graph = _Table.root(payload[offset : offset + size])
     keys = [data.text(2) for data in graph.tables(8)]
     for value in graph.tables(2):
@@ -146,17 +154,17 @@ def _delegated(payload: bytes) -> Iterator[tuple[str, tuple[tuple[int, ...], str
         tensor = outer.table(0) if is_quantised else outer
         index = tensor.number(3, "I")
         if index >= len(keys):
-            raise struct.error(f"a delegate has no data {index}")
+            _refuse(f"a delegate has no data {index}")
         if index and not keys[index].startswith(_CONSTANT):
             yield keys[index], (tensor.numbers(2, "I"), _storage(tensor, outer))
 
 
 def _storage(tensor: _Table, outer: _Table) -> str:
     kind = tensor.number(0, "h")
-    if kind == _FLOAT32:
-        return "F32"
+    if kind in _FLOATS:
+        return _FLOATS[kind]
     if kind == _QCINT8:
         return "INT8"
     if kind == _QBINT4 and outer.number(1, "B") == _GROUPED:
         return f"INT4_G{outer.table(2).number(2, 'i')}"
-    raise struct.error(f"a delegate has weights of data type {kind}")
+    return _refuse(f"a delegate has weights of data type {kind}")

@@ -1,13 +1,13 @@
 """From a checkpoint to ``model.pte``: what it will hold, its size, and the writing of it."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edgekit.decoder import DecoderSpec, LongRopeScaling
-from edgekit.errors import UsageError
+from edgekit.errors import ToolchainError, UsageError
 from edgekit.formats import Layout, Placement, Progress
 from edgekit.formats.executorch import handover, size, storage
 from edgekit.recipe import Recipe, split_role
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edgekit.checkpoint import Checkpoint
-    from edgekit.formats.executorch.lowering import Coverage, File
+    from edgekit.formats.executorch.assembly import Coverage, File
 
     Rows = npt.NDArray[np.float32]
 
@@ -114,7 +114,9 @@ def lay_out(
     return Layout(
         placements=tuple(_placement(weight) for weight in planned),
         artifact_bytes=size.file_bytes(
-            spec, [part for weight in planned for part in weight.parts], variant == LLM
+            spec,
+            [part for weight in planned for part in weight.parts],
+            uses_llm_operators=variant == LLM,
         ),
         is_exact=False,
         notes=tuple(_notes(checkpoint, variant)),
@@ -175,7 +177,7 @@ def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
     Returns:
         Its name.
     """
-    from edgekit.formats.executorch import lowering
+    from edgekit.formats.executorch import assembly, lowering
 
     planned = weights(checkpoint.spec, recipe)
     lowered = lowering.lower(
@@ -185,11 +187,12 @@ def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
         uses_llm_operators=variant == LLM,
         constants=metadata(checkpoint, context_tokens, variant),
     )
+    report = coverage(lowered.coverage, planned)
     parts = [part for weight in planned for part in weight.parts]
-    file = lowering.assemble(lowered, parts)
+    file = assembly.assemble(lowered, parts)
     with (directory / ENTRY).open("wb") as stream:
         _write(checkpoint, planned, file, stream, progress)
-    (directory / COVERAGE).write_text(_report(lowered.coverage, planned))
+    (directory / COVERAGE).write_text(json.dumps(report, indent=2) + "\n")
     return ENTRY
 
 
@@ -269,19 +272,23 @@ def adds_one(role: str, spec: DecoderSpec) -> bool:
     return part.endswith("norm") and norm is not None and norm.adds_one
 
 
-def _report(coverage: "Coverage", planned: Iterable[Weight]) -> str:
-    """Return what of the work XNNPACK does, for whoever wonders about speed."""
-    table, *rest = planned
-    linear = [weight for weight in rest if len(weight.shape) > 1]
-    looked_up = sum(coverage.portable_operators.values())
-    report: Mapping[str, Any] = {
+def coverage(found: "Coverage", planned: Iterable[Weight]) -> dict[str, Any]:
+    """Return how much of the work XNNPACK does, for whoever wonders about speed.
+
+    Raises:
+        ToolchainError: If ExecuTorch's own kernels are to multiply by a matrix: they are slow.
+    """
+    inside = [weight for weight in planned if weight.role in found.delegated_weights]
+    outside = [weight for weight in planned if weight.role not in found.delegated_weights]
+    multiplied = [w.role for w in outside if len(w.shape) > 1 and w.role != "token_embedding"]
+    if multiplied:
+        raise ToolchainError(f"XNNPACK does not multiply by {', '.join(multiplied)}")
+    return {
         "backend": "XnnpackBackend",
-        "matrices_in_backend": len(linear),
-        "matrices_outside": [],
-        "weight_bytes_in_backend": sum(weight.size_bytes for weight in rest),
-        "weight_bytes_outside": table.size_bytes,
-        "operators_in_backend": coverage.delegated_operators,
-        "operators_outside": looked_up,
-        "operator_calls_outside": dict(coverage.portable_operators),
+        "matrices_in_backend": sum(len(weight.shape) > 1 for weight in inside),
+        "matrices_outside": multiplied,
+        "weight_bytes_in_backend": sum(weight.size_bytes for weight in inside),
+        "weight_bytes_outside": sum(weight.size_bytes for weight in outside),
+        "operators_in_backend": found.delegated_operators,
+        "operator_calls_outside": dict(found.portable_operators),
     }
-    return json.dumps(report, indent=2) + "\n"

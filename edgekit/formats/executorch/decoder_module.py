@@ -24,6 +24,8 @@ from edgekit.decoder import Attention, DecoderSpec, LongRopeScaling, Norm, Rope
 
 _GELU = 2 * math.sqrt(2 / math.pi)  # GELU's tanh is of half of _GELU x + _GELU_CUBE x^3
 _GELU_CUBE = 0.044715 * _GELU
+# What positions are multiplied with, for masks: exp(-2 ** 30) is 0, and whole numbers stay exact.
+HIDDEN = 2.0**30
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 Weights = Mapping[str, Tensor]  # by role within a layer; the last segment has those without a layer
 
@@ -36,6 +38,7 @@ class SegmentShape:
     fills_cache: bool  # has the first half of a layer; else the output head
     turns: bool  # the first half has a rope
     mixes: bool  # the second half computes attention; else a custom operator did
+    window_tokens: int | None  # of that attention
     changes_x: bool
 
 
@@ -48,6 +51,7 @@ def segment_shapes(spec: DecoderSpec, *, mixes: bool) -> Iterator[SegmentShape]:
             fills_cache=index < depth,
             turns=index < depth and spec.layers[index].rope is not None,
             mixes=mixes,
+            window_tokens=spec.layers[index - 1].window_tokens if index > 0 else None,
             changes_x=index > 0 or spec.residual == "parallel",
         )
 
@@ -87,7 +91,7 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
             mean = torch.full((1, width), 1 / width)
             self.register_buffer(f"mean_{width}", mean, persistent=False)
         self._numbers: dict[float, str] = {}
-        for value in _numbers(spec):
+        for value in _numbers(spec, shape):
             self._numbers[value] = f"number_{len(self._numbers)}"
             self.register_buffer(self._numbers[value], torch.tensor([value]), persistent=False)
 
@@ -100,12 +104,13 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
 
         Args:
             x: ``(tokens, hidden width)``.
-            inputs: Query, keys, values and mask, or what attention made of them, where the cache
-                is read; cosine and sine where queries and keys are turned.
+            inputs: Query, keys, values and the positions of queries and keys, or what attention
+                made of them, where the cache is read; cosine and sine where queries and keys are
+                turned.
         """
         left = list(inputs)
         if self.shape.reads_cache:
-            mixed = self._mix(*(left.pop(0) for _ in range(4))) if self.shape.mixes else left.pop(0)
+            mixed = self._mix(*(left.pop(0) for _ in range(5))) if self.shape.mixes else left.pop(0)
             x = self._finish_layer(x, mixed)
         if not self.shape.fills_cache:
             return (self._head(x),)
@@ -132,17 +137,31 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
         # A delegate may not hand back what it was given.
         return (x, *made) if self.shape.changes_x else made
 
-    def _mix(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """Return what attention gathers, of shape ``(tokens, query width)``."""
+    def _mix(
+        self, query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, columns: Tensor
+    ) -> Tensor:
+        """Return what attention gathers, of shape ``(tokens, query width)``.
+
+        A mask for all layers would be planned for the longest prompt, and take the square of the
+        context; here it is as long as it must.
+        """
         a = self.spec.attention
         scores = torch.bmm(query, keys)
         if a.score_cap is not None:
             scores = self._cap(scores, a.score_cap)
-        shares = functional.softmax(scores + mask, -1)
+        shares = functional.softmax(scores + self._mask(rows, columns), -1)
         mixed = torch.bmm(shares, values)  # (key heads, tokens * shared, head width)
         shared = a.heads // a.key_value_heads
         mixed = mixed.view(a.key_value_heads, -1, shared * a.head_width)
         return mixed.permute(1, 0, 2).reshape(-1, a.query_width)
+
+    def _mask(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return zero where a query sees a key, else minus `HIDDEN` for each token too far."""
+        mask = torch.minimum(rows - columns, self._number(0.0))
+        if self.shape.window_tokens is None:
+            return mask
+        reach = self._number((self.shape.window_tokens - 1) * HIDDEN)
+        return mask + torch.minimum(columns + reach - rows, self._number(0.0))
 
     def _finish_layer(self, x: Tensor, mixed: Tensor) -> Tensor:
         a = self.spec.attention
@@ -201,8 +220,11 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
         return x + self.get_parameter(f"{name}_bias") if norm.has_bias else x
 
 
-def _numbers(spec: DecoderSpec) -> Iterator[float]:
-    """Yield every number that a segment may want, in an order that only the spec decides."""
+def _numbers(spec: DecoderSpec, shape: SegmentShape) -> Iterator[float]:
+    """Yield every number that a segment may want, in an order that only these two decide."""
+    yield 0.0
+    if shape.window_tokens is not None:
+        yield (shape.window_tokens - 1) * HIDDEN
     a = spec.attention
     yield a.score_scale
     yield from dict.fromkeys(norm.epsilon for norm in (spec.norm, a.query_key_norm) if norm)
@@ -235,14 +257,11 @@ def border_tokens(rope: Rope) -> int | None:
 
 
 class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
-    """What follows from the positions of the tokens alone: turns and masks, once for all layers."""
+    """How queries and keys turn with the positions of their tokens, once for all layers."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.ropes = list(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
-        self.windows = list(dict.fromkeys(layer.window_tokens for layer in spec.layers))
-        a = spec.attention
-        self.shared = a.heads // a.key_value_heads
         for number, rope in enumerate(self.ropes):
             self._keep(f"frequencies_{number}", frequencies(rope, text_tokens=1))
             border = border_tokens(rope)
@@ -271,21 +290,6 @@ class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
         # All positions take the long factors once the last is past the border.
         is_long = input_pos[-1:] >= border
         return torch.where(is_long, self.get_buffer(f"long_frequencies_{number}"), usual)
-
-    def masks(self, input_pos: Tensor, filled: int) -> dict[int | None, Tensor]:
-        """Return for each window what is added to scores: a row for each query of a key."""
-        rows = input_pos[:, None].expand(-1, self.shared).reshape(-1, 1)
-        distance = (rows - torch.arange(filled)[None, :]).to(torch.float32)
-        found: dict[int | None, Tensor] = {}
-        for window in self.windows:
-            hidden = torch.clamp(distance, max=0)
-            if window is not None:
-                hidden = hidden + torch.clamp((window - 1) - distance, max=0)
-            found[window] = hidden * _HIDDEN
-        return found
-
-
-_HIDDEN = 1e9  # what each token of distance outside of the mask takes off: exp(-1e9) is 0
 
 
 def frequencies(rope: Rope, *, text_tokens: int) -> Tensor:
@@ -351,19 +355,26 @@ class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
     def _attend_here(self, input_pos: Tensor) -> Attend:
         """Return what keeps keys and values, and gives a segment all that attention needs."""
         filled = self._filled(input_pos)
-        masks = self.positions.masks(input_pos, filled)
-        last, shared = len(self.spec.layers) - 1, self.positions.shared
+        rows, columns = self._places(input_pos, filled)
+        last = len(self.spec.layers) - 1
+        shared = self.spec.attention.heads // self.spec.attention.key_value_heads
 
         def attend(
             index: int, x: Tensor, query: Tensor, keys: Tensor, values: Tensor
         ) -> tuple[Tensor, ...]:
             keys, values = self._cache(index, keys, values, input_pos, filled)
-            mask = masks[self.spec.layers[index].window_tokens]
             if index == last:  # only the last token's logits are wanted
-                x, query, mask = x[-1:], query[:, -shared:], mask[-shared:]
-            return x, query, keys, values, mask
+                return x[-1:], query[:, -shared:], keys, values, rows[-shared:], columns
+            return x, query, keys, values, rows, columns
 
         return attend
+
+    def _places(self, input_pos: Tensor, filled: int) -> tuple[Tensor, Tensor]:
+        """Return the positions of queries and of keys, for masks."""
+        shared = self.spec.attention.heads // self.spec.attention.key_value_heads
+        scaled = input_pos.to(torch.float32)[:, None] * HIDDEN
+        rows = scaled.expand(-1, shared).reshape(-1, 1)
+        return rows, torch.arange(filled, dtype=torch.float32)[None] * HIDDEN
 
     def _attend_there(self, input_pos: Tensor) -> Attend:
         """Return what leaves cache and attention to the operators of ExecuTorch's LLM runners."""
@@ -406,8 +417,10 @@ class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
         self, index: int, keys: Tensor, values: Tensor, input_pos: Tensor, filled: int
     ) -> tuple[Tensor, Tensor]:
         all_keys, all_values = self.get_buffer(f"keys_{index}"), self.get_buffer(f"values_{index}")
-        all_keys[:, :, input_pos] = keys
-        all_values[:, input_pos] = values
+        # Not as an assignment: that drops leading axes of length 1, which ExecuTorch wants.
+        aten = torch.ops.aten
+        aten.index_put_(all_keys, [None, None, input_pos], keys)
+        aten.index_put_(all_values, [None, input_pos], values)
         return all_keys[:, :, :filled], all_values[:, :filled]
 
 
@@ -432,7 +445,7 @@ class Int8Embedding(nn.Module):  # type: ignore[misc]  # it is Any here
 
 
 class FloatEmbedding(nn.Module):  # type: ignore[misc]  # it is Any here
-    """A table of float32."""
+    """A table of float32 or float16."""
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
@@ -440,4 +453,4 @@ class FloatEmbedding(nn.Module):  # type: ignore[misc]  # it is Any here
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return a row for each token."""
-        return functional.embedding(tokens, self.get_buffer("table"))
+        return functional.embedding(tokens, self.get_buffer("table")).to(torch.float32)

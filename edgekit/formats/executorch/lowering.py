@@ -1,48 +1,26 @@
 """From the modules of a decoder to an ExecuTorch program whose arithmetic XNNPACK does.
 
 Passes over a graph cost Python time for every node, and a whole decoder of 30 layers keeps them
-busy for many minutes. But its layers are one program with different weights: a `Segment` of each
-shape is exported once, without weights, and what XNNPACK shall compute is written down for each
-layer with the names of that layer's weights. What torch and ExecuTorch must see as a whole are the
-caches between the segments: some nodes a layer.
+busy for many minutes. But its layers are one program with different weights: `delegates` writes it
+down once for each shape. What torch and ExecuTorch must see as a whole are the caches between the
+segments: some nodes a layer.
 """
 
-import copy
-import functools
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
-from torch import Tensor, fx, nn  # noqa: TID253
+from torch import nn  # noqa: TID253
 
-from edgekit.decoder import DecoderSpec, Shape
-from edgekit.formats.executorch import decoder_module, storage
-from edgekit.formats.executorch.decoder_module import Decoder, Segment, SegmentShape
-
-
-aten = torch.ops.aten
-# What XNNPACK's serialiser calls an operator of the exported graph.
-_NAMES = {
-    aten.add.Tensor: "aten.add.Tensor",
-    aten.bmm.default: "aten.bmm.default",
-    aten.cat.default: "aten.cat.default",
-    aten.linear.default: "aten.linear.default",
-    aten.mul.Tensor: "aten.mul.Tensor",
-    aten.permute.default: "aten.permute_copy.default",
-    aten.reshape.default: "aten.view_copy.default",
-    aten.rsqrt.default: "aten.rsqrt.default",
-    aten.sigmoid.default: "aten.sigmoid.default",
-    aten.slice.Tensor: "aten.slice_copy.Tensor",
-    aten.softmax.int: "aten._softmax.default",
-    aten.sub.Tensor: "aten.sub.Tensor",
-    aten.view.default: "aten.view_copy.default",
-}
-_TRACED_TOKENS, _TRACED_FILLED = 3, 5  # any two lengths, other than those of a model's axes
+from edgekit.decoder import DecoderSpec
+from edgekit.formats.executorch import decoder_module
+from edgekit.formats.executorch.assembly import Coverage, Lowered
+from edgekit.formats.executorch.decoder_module import Decoder
+from edgekit.formats.executorch.delegates import TRACED_TOKENS, Segments
 
 
 @contextmanager
@@ -56,24 +34,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Coverage:
-    """Who does the work of a program."""
-
-    delegated_operators: int  # in XNNPACK, all delegates together
-    portable_operators: Mapping[str, int]  # how often ExecuTorch's own kernels are called
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lowered:
-    """A program before its weights."""
-
-    program: Any  # of executorch.exir.schema
-    numbers: Mapping[str, bytes]  # named data that is no weight
-    table: tuple[int, ...]  # which constants are the embedding and its scales
-    coverage: Coverage
 
 
 def lower(
@@ -94,7 +54,7 @@ def lower(
         constants: What methods without arguments return, by name.
     """
     with quiet(), torch.no_grad():
-        made = _Segments(spec, storages, context_tokens, mixes=not uses_llm_operators)
+        made = Segments(spec, storages, context_tokens, mixes=not uses_llm_operators)
         decoder = Decoder(
             spec,
             embedding=_embedding(spec, storages["token_embedding"]),
@@ -108,314 +68,22 @@ def lower(
             numbers=made.numbers,
             table=_table_constants(program, spec),
             coverage=Coverage(
-                delegated_operators=made.operators, portable_operators=_portable_calls(program)
+                delegated_operators=made.operators,
+                delegated_weights=frozenset(made.weights),
+                portable_operators=_portable_calls(program),
             ),
         )
 
 
 def _embedding(spec: DecoderSpec, stored: str) -> nn.Module:
     shape = (spec.vocabulary, spec.hidden_width)
-    if stored == "F32":
-        return decoder_module.FloatEmbedding(torch.zeros(shape))
+    if stored in {"F32", "F16"}:
+        dtype = torch.float32 if stored == "F32" else torch.float16
+        return decoder_module.FloatEmbedding(torch.zeros(shape, dtype=dtype))
     from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401 - operators
 
     scales = torch.ones(spec.vocabulary)
     return decoder_module.Int8Embedding(torch.zeros(shape, dtype=torch.int8), scales)
-
-
-class _Segments:
-    """The segments of a decoder as delegates, each shape exported once."""
-
-    def __init__(
-        self,
-        spec: DecoderSpec,
-        storages: Mapping[str, str],
-        context_tokens: int,
-        *,
-        mixes: bool,
-    ) -> None:
-        self._spec, self._storages = spec, storages
-        self._context_tokens = context_tokens
-        self.numbers: dict[str, bytes] = {}
-        self.operators = 0
-        self.modules = [
-            self._delegate(index, shape)
-            for index, shape in enumerate(decoder_module.segment_shapes(spec, mixes=mixes))
-        ]
-
-    def _delegate(self, index: int, shape: SegmentShape) -> nn.Module:
-        from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import (
-            serialize_xnnpack_binary,
-        )
-        from executorch.exir.lowered_backend_module import LoweredBackendModule
-
-        template = _template(self._spec, shape, self._context_tokens)
-        roles = decoder_module.segment_roles(self._spec, index)
-        graph = template.instance(roles, self._storages)
-        self.numbers |= template.numbers
-        self.operators += len(graph.xnodes)
-        return LoweredBackendModule(
-            _Outputs(self._spec, shape),
-            "XnnpackBackend",
-            serialize_xnnpack_binary(graph, bytearray()),
-            [],
-        )
-
-
-class _Outputs:
-    """Stands for what a delegate computes: tracing asks it for no more than shapes."""
-
-    def __init__(self, spec: DecoderSpec, shape: SegmentShape) -> None:
-        self._spec, self._shape = spec, shape
-        self.graph = fx.Graph()  # to be looked through for debug handles
-        self.graph.output(())
-
-    def module(self) -> Any:
-        return self._shapes
-
-    def _shapes(self, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        if not self._shape.fills_cache:
-            return (x.new_empty(1, self._spec.vocabulary),)
-        a, tokens = self._spec.attention, x.shape[0]
-        made: list[Shape]
-        if self._shape.mixes:
-            shared = a.heads // a.key_value_heads
-            made = [
-                (a.key_value_heads, tokens * shared, a.head_width),
-                (a.key_value_heads, a.head_width, tokens),
-                (a.key_value_heads, tokens, a.head_width),
-            ]
-        else:
-            made = [
-                (tokens, heads, a.head_width)
-                for heads in (a.heads, a.key_value_heads, a.key_value_heads)
-            ]
-        changed = (torch.empty_like(x),) if self._shape.changes_x else ()
-        return (*changed, *(x.new_empty(shape) for shape in made))
-
-
-@functools.lru_cache(maxsize=8)
-def _template(spec: DecoderSpec, shape: SegmentShape, context_tokens: int) -> "_Template":
-    return _Template(spec, shape, context_tokens)
-
-
-class _Template:
-    """What XNNPACK shall compute for a shape of segment, with float32 weights without content."""
-
-    def __init__(self, spec: DecoderSpec, shape: SegmentShape, context_tokens: int) -> None:
-        self.numbers: dict[str, bytes] = {}
-        self._weights: dict[str, Any] = {}  # the values that are weights, by name in the segment
-        self._graph = self._translate(_export_segment(spec, shape, context_tokens))
-
-    def _translate(self, exported: Any) -> Any:
-        from executorch.backends.xnnpack.operators.node_visitor import get_node_visitors
-        from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
-        from executorch.exir._serialize._named_data_store import NamedDataStore
-
-        constants = _constants(exported)
-        externals = _externals(exported, constants)
-        graph = schema.XNNGraph(
-            version="0", xnodes=[], xvalues=[], num_externs=len(externals), input_ids=[],
-            output_ids=[], constant_data=[schema.ConstantDataOffset(0, 0)],
-        )  # fmt: skip
-        visitors = get_node_visitors(exported, externals, NamedDataStore())
-        ids: dict[fx.Node, int] = {}
-        for node in exported.graph.nodes:
-            if node.target in _NAMES:
-                _prepare(node)
-                visitors[_NAMES[node.target]].define_node(node, graph, ids, 0)
-                _mend(node, graph.xnodes[-1].xnode_union)
-            else:
-                _refuse_arithmetic(node)
-        self._name_constants(graph, {n: ids[n] for n in ids if n.name in constants}, exported)
-        return graph
-
-    def _name_constants(self, graph: Any, ids: Mapping[fx.Node, int], exported: Any) -> None:
-        constants = _constants(exported)
-        for node, id in ids.items():
-            value, name = graph.xvalues[id].xvalue_union, constants[node.name]
-            if name in exported.graph_signature.parameters:
-                self._weights[name] = id
-                continue
-            held = exported.constants.get(name, exported.state_dict.get(name))
-            content = held.contiguous().numpy().tobytes()
-            key = f"constant.{content[:4].hex()}x{len(content) // 4}"
-            graph.constant_data[value.constant_buffer_idx].named_key = key
-            self.numbers[key] = content
-
-    def instance(self, roles: Mapping[str, str], storages: Mapping[str, str]) -> Any:
-        """Return the graph with the weights of one layer, stored as told."""
-        graph = copy.deepcopy(self._graph)
-        for name, id in self._weights.items():
-            role = roles[name]
-            data = graph.constant_data[graph.xvalues[id].xvalue_union.constant_buffer_idx]
-            tensor = graph.xvalues[id].xvalue_union
-            sizes = [
-                part.size_bytes for part in storage.parts(role, tuple(tensor.dims), storages[role])
-            ]
-            data.named_key, data.size = role, sizes[0]
-            if sizes[1:]:
-                _quantise(graph, id, storages[role], role + storage.SCALE, sizes[1])
-        return _with_rounded_inputs(graph)
-
-
-def _export_segment(spec: DecoderSpec, shape: SegmentShape, context_tokens: int) -> Any:
-    depth = len(spec.layers)
-    index = 0 if not shape.reads_cache else depth if not shape.fills_cache else 1
-    shapes = dict(spec.weights())
-    roles = decoder_module.segment_roles(spec, index)
-    weights = {name: torch.empty(shapes[role]) for name, role in roles.items()}
-    inputs, (first, *others) = _example(spec, shape, context_tokens)
-    return torch.export.export(
-        Segment(spec, shape, weights),
-        tuple(inputs),
-        dynamic_shapes=(first, tuple(others)) if others else (first,),
-        strict=False,
-    )
-
-
-def _example(
-    spec: DecoderSpec, shape: SegmentShape, context_tokens: int
-) -> tuple[list[Tensor], list[dict[int, Any]]]:
-    """Return inputs of a segment, and which of their axes have any length."""
-    a, shared = spec.attention, spec.attention.heads // spec.attention.key_value_heads
-    tokens = torch.export.Dim("tokens", min=1, max=context_tokens)
-    filled = torch.export.Dim("filled", min=1, max=context_tokens)
-    rows, count = ({0: tokens}, _TRACED_TOKENS) if shape.fills_cache else ({}, 1)
-    queries = shared * tokens if shape.fills_cache else None
-    given: list[tuple[Shape, dict[int, Any]]] = [((count, spec.hidden_width), rows)]
-    if shape.reads_cache and shape.mixes:
-        heads, width = a.key_value_heads, a.head_width
-        given += [
-            ((heads, shared * count, width), {1: queries} if queries else {}),
-            ((heads, width, _TRACED_FILLED), {2: filled}),
-            ((heads, _TRACED_FILLED, width), {1: filled}),
-            ((shared * count, _TRACED_FILLED), {0: queries, 1: filled} if queries else {1: filled}),
-        ]
-    elif shape.reads_cache:
-        given.append(((count, a.query_width), rows))
-    if shape.turns:
-        width = next(layer.rope.width for layer in spec.layers if layer.rope)
-        given += [((count, 1, width), rows)] * 2
-    return [torch.zeros(size) for size, _ in given], [axes for _, axes in given]
-
-
-def _constants(exported: Any) -> dict[str, str]:
-    """Return the placeholders that are no inputs, with the names of what they hold."""
-    signature = exported.graph_signature
-    return {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
-
-
-def _externals(exported: Any, constants: Mapping[str, str]) -> dict[fx.Node, Any]:
-    from executorch.backends.xnnpack.utils import xnnpack_constants as flags
-    from executorch.backends.xnnpack.xnnpack_preprocess import ExternalMeta
-
-    found: dict[fx.Node, Any] = {}
-    for node in exported.graph.nodes:
-        if node.op == "placeholder" and node.name not in constants:
-            found[node] = ExternalMeta(len(found), flags.XNN_VALUE_FLAG_EXTERNAL_INPUT)
-        if node.op == "output":
-            for given in node.args[0]:
-                found[given] = ExternalMeta(len(found), flags.XNN_VALUE_FLAG_EXTERNAL_OUTPUT)
-    return found
-
-
-def _prepare(node: fx.Node) -> None:
-    """Write the one length of a view that depends on the number of tokens as -1."""
-    if _NAMES[node.target] == "aten.view_copy.default":
-        lengths = [length if isinstance(length, int) else -1 for length in node.args[1]]
-        node.args = (node.args[0], lengths)
-
-
-def _mend(node: fx.Node, made: Any) -> None:
-    """Let a slice keep axes of any length whole, which XNNPACK writes as 0."""
-    from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import XNNStaticSlice
-
-    if isinstance(made, XNNStaticSlice):
-        lengths = node.meta["val"].shape
-        made.sizes = [
-            size if isinstance(length, int) else 0
-            for size, length in zip(made.sizes, lengths, strict=True)
-        ]
-
-
-def _refuse_arithmetic(node: fx.Node) -> None:
-    """Check that a node without a translation computes lengths only."""
-    if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
-        raise AssertionError(f"XNNPACK gets no {node.target}")
-
-
-def _quantise(graph: Any, id: int, stored: str, key: str, scale_bytes: int) -> None:
-    """Turn a float32 weight of a graph into one of codes and scales."""
-    from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
-    from executorch.backends.xnnpack.utils.xnnpack_constants import UINT64_MAX
-
-    buffer = len(graph.constant_data)
-    graph.constant_data.append(
-        schema.ConstantDataOffset(offset=UINT64_MAX, size=scale_bytes, named_key=key)
-    )
-    tensor = graph.xvalues[id].xvalue_union
-    params: Any
-    if stored == "INT8":
-        tensor.datatype = schema.XNNDatatype.xnn_datatype_qcint8
-        params = schema.PerChannelQuant(
-            scale=[], channel_dim=0, scale_buffer_idx=buffer, num_scales=scale_bytes // 4
-        )
-    else:
-        tensor.datatype = schema.XNNDatatype.xnn_datatype_qbint4
-        params = schema.PerChannelGroupQuant(
-            scale=[], channel_dim=0, group_size=storage.STORAGES[stored].block_weights,
-            scale_buffer_idx=buffer, num_scales=scale_bytes // 2,
-        )  # fmt: skip
-    graph.xvalues[id].xvalue_union = schema.XNNQuantizedTensorValue(
-        tensor_value=tensor, quant_params=params
-    )
-
-
-def _with_rounded_inputs(graph: Any) -> Any:
-    """Let what meets quantised weights be rounded to int8, token by token, once for all of them."""
-    from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
-
-    rounded: dict[int, int] = {}
-    nodes = []
-    for node in graph.xnodes:
-        made = node.xnode_union
-        if isinstance(made, schema.XNNFullyConnected) and isinstance(
-            graph.xvalues[made.filter_id].xvalue_union, schema.XNNQuantizedTensorValue
-        ):
-            if made.input1_id not in rounded:
-                nodes.append(_rounding(graph, made.input1_id, node.debug_handle))
-                rounded[made.input1_id] = len(graph.xvalues) - 1
-            made.input1_id = rounded[made.input1_id]
-        nodes.append(node)
-    graph.xnodes = nodes
-    return graph
-
-
-def _rounding(graph: Any, id: int, debug_handle: int) -> Any:
-    from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
-    from executorch.backends.xnnpack.utils.xnnpack_constants import XNN_INVALID_VALUE_ID
-
-    made = len(graph.xvalues)
-    tensor = schema.XNNTensorValue(
-        datatype=schema.XNNDatatype.xnn_datatype_qdint8,
-        num_dims=2,
-        dims=list(graph.xvalues[id].xvalue_union.dims),
-        external_id=XNN_INVALID_VALUE_ID,
-        constant_buffer_idx=0,
-        flags=0,
-        id_out=made,
-    )
-    value = schema.XNNQuantizedTensorValue(
-        tensor_value=tensor, quant_params=schema.PerTokenDynamicQuant(num_nonbatch_dims=1)
-    )
-    graph.xvalues.append(schema.XValue(xvalue_union=value))
-    convert = schema.XNNConvert(input_id=id, output_id=made, flags=0)
-    return schema.XNode(xnode_union=convert, debug_handle=debug_handle)
 
 
 def _emit(decoder: Decoder, constants: Mapping[str, Any]) -> Any:
@@ -429,7 +97,7 @@ def _emit(decoder: Decoder, constants: Mapping[str, Any]) -> Any:
     tokens = torch.export.Dim("tokens", min=1, max=decoder.context_tokens)
     exported = torch.export.export(
         decoder,
-        (torch.zeros(1, _TRACED_TOKENS, dtype=torch.int64), torch.arange(_TRACED_TOKENS)),
+        (torch.zeros(1, TRACED_TOKENS, dtype=torch.int64), torch.arange(TRACED_TOKENS)),
         dynamic_shapes=({1: tokens}, {0: tokens}),
         strict=False,
     )
@@ -471,125 +139,3 @@ def _portable_calls(program: Any) -> dict[str, int]:
             name = f"{operator.name}.{operator.overload}".rstrip(".")
             counts[name] = counts.get(name, 0) + 1
     return dict(sorted(counts.items()))
-
-
-# The file
-
-
-@dataclass(frozen=True, kw_only=True)
-class File:
-    """A ``.pte`` file before its weights."""
-
-    pieces: tuple[tuple[int, bytes], ...]  # what is known, and where it goes
-    places: Mapping[str, int]  # where each part of a weight goes
-    size_bytes: int
-
-
-def assemble(lowered: Lowered, parts: Sequence[storage.Part]) -> File:
-    """Decide where everything goes.
-
-    The embedding is a constant of the program and named data too: a head that is tied to it reads
-    the same bytes of the file.
-    """
-    return _Assembly(copy.deepcopy(lowered.program), lowered, parts).file()
-
-
-_ALIGNMENT = 128  # of segments, ExecuTorch's own choice
-_TENSOR_ALIGNMENT = 16
-
-
-def _aligned(size: int, alignment: int) -> int:
-    return -(-size // alignment) * alignment
-
-
-class _Assembly:
-    def __init__(self, program: Any, lowered: Lowered, parts: Sequence[storage.Part]) -> None:
-        self._program, self._lowered = program, lowered
-        self._sizes = {part.key: part.size_bytes for part in parts}
-        self._end = 0  # of the segments so far
-        self._pieces: list[tuple[int, bytes]] = []
-        self._places: dict[str, int] = {}
-
-    def file(self) -> File:
-        from executorch.exir.schema import NamedData
-
-        self._add_constants()
-        self._add_delegates()
-        named = [NamedData(key=key, segment_index=at) for key, at in self._add_table()]
-        for key, content in sorted(self._lowered.numbers.items()):
-            named.append(NamedData(key=key, segment_index=self._segment(len(content))))
-            self._pieces.append((self._program.segments[-1].offset, content))
-        for key, size in self._sizes.items():
-            if key not in self._places:
-                named.append(NamedData(key=key, segment_index=self._segment(size)))
-                self._places[key] = self._program.segments[-1].offset
-        self._program.named_data = named
-        return self._with_head()
-
-    def _segment(self, size: int, offset: int | None = None) -> int:
-        """Add a segment at the end, or where something is already, and return its number."""
-        from executorch.exir.schema import DataSegment
-
-        if offset is None:
-            offset = _aligned(self._end, _ALIGNMENT)
-            self._end = offset + size
-        self._program.segments.append(DataSegment(offset=offset, size=size))
-        return len(self._program.segments) - 1
-
-    def _add_constants(self) -> None:
-        from executorch.exir.schema import SubsegmentOffsets
-
-        offsets, end = [], 0
-        keys = ("token_embedding", "token_embedding" + storage.SCALE)
-        table = dict(zip(self._lowered.table, keys, strict=False))
-        for index, buffer in enumerate(self._program.constant_buffer):
-            end = _aligned(end, _TENSOR_ALIGNMENT)
-            offsets.append(end)
-            if index in table:
-                self._places[table[index]] = end
-            else:
-                self._pieces.append((end, buffer.storage))
-            end += len(buffer.storage)
-        index = self._segment(end)
-        self._program.constant_segment = SubsegmentOffsets(segment_index=index, offsets=offsets)
-        self._program.constant_buffer = []
-
-    def _add_delegates(self) -> None:
-        from executorch.exir.schema import BackendDelegateDataReference, DataLocation
-
-        for delegate in self._program.execution_plan[0].delegates:
-            content = self._program.backend_delegate_data[delegate.processed.index].data
-            index = self._segment(len(content))
-            self._pieces.append((self._program.segments[index].offset, content))
-            delegate.processed = BackendDelegateDataReference(
-                location=DataLocation.SEGMENT, index=index
-            )
-        self._program.backend_delegate_data = []
-
-    def _add_table(self) -> Iterator[tuple[str, int]]:
-        for key in [*self._places]:
-            yield key, self._segment(self._sizes[key], self._places[key])
-
-    def _with_head(self) -> File:
-        from executorch.exir._serialize import _program as serialiser
-        from executorch.exir._serialize._flatbuffer_program import _program_to_flatbuffer
-
-        made = _program_to_flatbuffer(
-            self._program, constant_tensor_alignment=_TENSOR_ALIGNMENT, delegate_alignment=None
-        )
-        header_bytes = _aligned(serialiser._ExtendedHeader.EXPECTED_LENGTH, made.max_alignment)
-        program_bytes = header_bytes + len(made.data)
-        base = _aligned(program_bytes, _ALIGNMENT)
-        header = serialiser._ExtendedHeader(
-            program_size=program_bytes, segment_base_offset=base, segment_data_size=self._end
-        )
-        head = serialiser._insert_flatbuffer_header(
-            flatbuffer_data=made.data,
-            magic_regex=r"ET[0-9a-zA-Z][0-9a-zA-Z]",
-            header_data=header.to_bytes().ljust(header_bytes, b"\0"),
-        )
-        return File(
-            pieces=((0, head), *((base + at, content) for at, content in self._pieces)),
-            places={key: base + at for key, at in self._places.items()},
-            size_bytes=base + self._end,
-        )

@@ -4,14 +4,14 @@ The cache is never cleared: what lies after the last position read is behind the
 """
 
 import ctypes
-import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.errors import BundleError, ToolchainError, UsageError
-from edgekit.formats.executorch import program, shim_build
+from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
+from edgekit.formats.executorch import program, shim_build, stock_runtime
 from edgekit.machine import performance_cores
 
 
@@ -221,10 +221,9 @@ def _refuse_missing(shim: Any, path: Path, method: program.Method) -> None:
     if any(name.startswith(_QUANTIZED_KERNELS) for name in missing):
         ctypes.CDLL(str(shim_build.Wheel.find().library(shim_build.QUANTIZED_KERNELS)))
         missing = _missing_kernels(shim, method)
-    if any(name.startswith(LLM_KERNELS) for name in missing) and importlib.util.find_spec("torch"):
-        from edgekit.formats.executorch import stock_runtime
-
-        stock_runtime.add_llm_kernels()
+    if any(name.startswith(LLM_KERNELS) for name in missing):
+        with suppress(MissingDependencyError):  # of torch, on a device
+            stock_runtime.add_llm_kernels()
         missing = _missing_kernels(shim, method)
     shim.edgekit_start()  # again: the wheel's own bindings take the log as well
     backends = {name for name in method.backends if not shim.edgekit_has_backend(name.encode())}

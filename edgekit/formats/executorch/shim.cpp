@@ -82,12 +82,12 @@ const float* widen(const executorch::aten::Tensor& logits, std::vector<float>& i
 
 extern "C" {
 
-// May be called again: what else runs in the process takes the log, too.
+// May be called again: what else runs in the process takes the log, too. Written into the table,
+// since register_pal() tells standard error that another has registered before.
 void edgekit_start() {
-  using executorch::runtime::PalImpl;
-  if (executorch::runtime::get_pal_impl()->emit_log_message == keep) return;
-  executorch::runtime::register_pal(
-      PalImpl::create(nullptr, stop, nullptr, nullptr, keep, nullptr, nullptr, __FILE__));
+  auto* platform = const_cast<executorch::runtime::PalImpl*>(executorch::runtime::get_pal_impl());
+  platform->emit_log_message = keep;
+  platform->abort = stop;
   executorch::runtime::runtime_init();
 }
 

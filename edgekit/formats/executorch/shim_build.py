@@ -179,7 +179,7 @@ def _run(command: list[str]) -> None:
     if done.returncode != 0:
         raise ToolchainError(
             f"{command[0]} exited with {done.returncode} over {SOURCE.name}",
-            hint="it must know C++20 (g++ 11, clang 14); set CXX to another one",
+            hint="it must know C++20, as g++ 12 does; set CXX to another one",
             log="\n".join(done.stderr.strip().splitlines()[:LOG_LINES]),
         )
 

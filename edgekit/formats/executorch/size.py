@@ -1,10 +1,90 @@
-"""How large a ``.pte`` file gets, before there is a program."""
+"""How large a ``.pte`` file gets, before there is a program.
 
-from collections.abc import Iterable
+Weights are known to the byte. What says how to use them grows with the operators of a segment and
+the weights they name; how fast was measured with executorch 1.5.1 on tiny models of eight families
+and on SmolLM2-135M. It is 0.2 % of that model's file, and known within a tenth.
+"""
 
-from edgekit.decoder import DecoderSpec
-from edgekit.formats.executorch.storage import Part
+from collections.abc import Sequence
+
+from edgekit.decoder import DecoderSpec, LongRopeScaling, Norm
+from edgekit.formats.executorch.storage import SCALE, Part
 
 
-def file_bytes(spec: DecoderSpec, parts: Iterable[Part], uses_llm_operators: bool) -> int:
-    return sum(p.size_bytes for p in parts)
+ALIGNMENT = 128  # of segments, ExecuTorch's own choice
+_DELEGATE_BYTES, _OPERATOR_BYTES, _NAME_BYTES = 312, 107, 86
+_HEAD_BYTES, _LAYER_BYTES, _PART_BYTES = 9_100, 1_650, 44
+_BORDER_BYTES = 2_100  # a choice between two turns
+_LLM_BYTES = -1_100  # fewer operators between the delegates
+_CONSTANTS_BYTES = 5 * ALIGNMENT + 256  # numbers, means and frequencies
+
+
+def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: bool) -> int:
+    """Return about how many bytes a program takes with all its weights."""
+    is_rounded = any(part.key.endswith(SCALE) for part in parts)
+    weights_bytes = sum(-(-part.size_bytes // ALIGNMENT) * ALIGNMENT for part in parts)
+    depth = len(spec.layers)
+    count = operators(spec, uses_llm_operators=uses_llm_operators, is_rounded=is_rounded)
+    delegates_bytes = (
+        (_DELEGATE_BYTES + ALIGNMENT // 2) * (depth + 1)
+        + _OPERATOR_BYTES * count
+        # A weight's name is in a delegate; so are those of two means and two numbers.
+        + _NAME_BYTES * (len(parts) + 5 * (depth + 1))
+    )
+    head_bytes = _HEAD_BYTES + _LAYER_BYTES * depth + _PART_BYTES * len(parts)
+    head_bytes += _BORDER_BYTES if _has_longrope(spec) else 0
+    head_bytes += _LLM_BYTES if uses_llm_operators else 0
+    return weights_bytes + delegates_bytes + head_bytes + _CONSTANTS_BYTES
+
+
+def _has_longrope(spec: DecoderSpec) -> bool:
+    ropes = (layer.rope for layer in spec.layers)
+    return any(rope and isinstance(rope.scaling, LongRopeScaling) for rope in ropes)
+
+
+def operators(spec: DecoderSpec, *, uses_llm_operators: bool, is_rounded: bool) -> int:
+    """Return how many operators XNNPACK gets, as `decoder_module` has them."""
+    return sum(
+        _segment_operators(spec, index, mixes=not uses_llm_operators, is_rounded=is_rounded)
+        for index in range(len(spec.layers) + 1)
+    )
+
+
+def _segment_operators(spec: DecoderSpec, index: int, *, mixes: bool, is_rounded: bool) -> int:
+    """Count those of a segment; what meets rounded weights is rounded by one operator more."""
+    count = 0
+    if index > 0:  # the output matrix, gate and up together, down
+        count += _second_half(spec, index - 1, mixes=mixes)
+        count += (3 if spec.residual == "serial" else 1) if is_rounded else 0
+    if index == len(spec.layers):
+        return count + _norm(spec.norm) + 1 + (4 if spec.logit_cap is not None else 0) + is_rounded
+    count += _first_half(spec, index, mixes=mixes)
+    return count + ((1 if spec.residual == "serial" else 2) if is_rounded else 0)
+
+
+def _first_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
+    a, rope = spec.attention, spec.layers[index].rope
+    count = _norm(spec.norm) + 3 + 3 + 1 + (5 if mixes else 0)
+    if a.query_key_norm:
+        count += 2 * _norm(a.query_key_norm)
+    if rope:
+        count += 2 * (6 if rope.width == a.head_width else 9)
+    return count + (_mlp(spec) + 1 if spec.residual == "parallel" else 0)
+
+
+def _second_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
+    count = 2  # the output matrix, the residual
+    if mixes:
+        count += 9 + (4 if spec.attention.score_cap is not None else 0)
+        count += 0 if spec.layers[index].window_tokens is None else 4
+    if spec.residual == "serial":
+        count += _norm(spec.norm) + _mlp(spec) + 1
+    return count + (2 * _norm(spec.norm) if spec.has_post_norms else 0)
+
+
+def _norm(norm: Norm) -> int:
+    return 6 + (2 if norm.kind == "layer" else 0) + norm.has_bias
+
+
+def _mlp(spec: DecoderSpec) -> int:
+    return 6 if spec.activation == "silu" else 10

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from edgekit import grid
 from edgekit.decoder import Shape
+from edgekit.errors import UsageError
 from edgekit.grid import Fitted, Grid
 from edgekit.recipe import Recipe, Rule, Storage
 
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 
 SCALE = ".scale"  # what follows a role, for its scales
 INT8_SCALE_BYTES = 4  # of a row
+_FLOAT_BYTES = {"F32": 4, "F16": 2}
 
 STORAGES: Mapping[str, Storage] = {
     storage.name: storage
     for storage in (
         Storage(name="F32", block_weights=1, block_bytes=4),
+        Storage(name="F16", block_weights=1, block_bytes=2),
         Storage(name="INT8", block_weights=1, block_bytes=1),  # and a scale for each whole row
         Storage(name="INT4_G32", block_weights=32, block_bytes=16 + 2),
         Storage(name="INT4_G64", block_weights=64, block_bytes=32 + 2),
@@ -43,8 +46,8 @@ _EXACT = Rule(pattern=".*(norm|bias)", storage="F32")  # small, and XNNPACK want
 _WORDS = Rule(pattern="token_embedding|output_head", storage="INT8")
 
 _LIMITS = {
-    "F32": (1e-9, 0.999), "8da8w": (0.05, 0.85), "8da4w": (0.6, 0.5), "8da4w_g64": (0.7, 0.5),
-    "8da4w_g128": (0.9, 0.4),
+    "F32": (1e-9, 0.999), "F16": (1e-4, 0.99), "8da8w": (0.05, 0.85), "8da4w": (0.6, 0.5),
+    "8da4w_g64": (0.7, 0.5), "8da4w_g128": (0.9, 0.4),
 }  # fmt: skip
 
 
@@ -63,6 +66,7 @@ RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         _recipe("F32", "F32"),
+        _recipe("F16", "F16", _EXACT),
         _recipe("8da8w", "INT8", _EXACT),
         _recipe("8da4w", "INT4_G32", _EXACT, _WORDS),
         _recipe("8da4w_g64", "INT4_G64", _EXACT, _WORDS),
@@ -96,8 +100,8 @@ class Part:
 def parts(role: str, shape: Shape, storage: str) -> Iterator[Part]:
     """Yield the parts that hold a weight."""
     rows, columns = shape[0], shape[1] if shape[1:] else 1
-    if storage == "F32":
-        yield Part(key=role, size_bytes=4 * rows * columns)
+    if storage in _FLOAT_BYTES:
+        yield Part(key=role, size_bytes=_FLOAT_BYTES[storage] * rows * columns)
     elif storage == "INT8":
         yield Part(key=role, size_bytes=rows * columns)
         yield Part(key=role + SCALE, size_bytes=INT8_SCALE_BYTES * rows)
@@ -125,9 +129,23 @@ def encode(
     """
     if storage == "F32":
         return [values.astype("<f4", copy=False)]
+    if storage == "F16":
+        return [_to_f16(values)]
     if storage == "INT8":
         return _to_int8(values)
     return _to_int4(values, STORAGES[storage].block_weights, importance)
+
+
+_MAX_F16 = 65520  # from here on float16 rounds to infinity
+
+
+def _to_f16(values: "Rows") -> "npt.NDArray[np.float16]":
+    import numpy as np
+
+    largest = float(np.abs(values).max(initial=0))
+    if largest >= _MAX_F16:
+        raise UsageError(f"a weight is {largest:g}, too large for F16", hint="take F32 or 8da8w")
+    return values.astype("<f2")
 
 
 def _to_int8(values: "Rows") -> "list[npt.NDArray[np.generic]]":
@@ -144,7 +162,7 @@ def _to_int8(values: "Rows") -> "list[npt.NDArray[np.generic]]":
 def _to_int4(
     values: "Rows", group_weights: int, importance: "Rows | None"
 ) -> "list[npt.NDArray[np.generic]]":
-    """Return codes with 8 added, the first of a pair in a byte's lower half, and bfloat16 scales."""
+    """Return codes plus 8, the first of a pair in a byte's lower half, and bfloat16 scales."""
     import numpy as np
 
     fitted = grid.fit(

@@ -126,7 +126,10 @@ def _stop_strings(path: Path) -> tuple[str, ...]:
     """Return the texts that end an answer; the ids that do are with the tokenizer's files."""
     if not path.is_file():
         return ()
-    declared = json.loads(path.read_text(encoding="utf-8")).get("stop_strings") or []
+    try:
+        declared = json.loads(path.read_text(encoding="utf-8")).get("stop_strings") or []
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"{path} holds no JSON object: {error}") from error
     return (declared,) if isinstance(declared, str) else tuple(map(str, declared))
 
 

@@ -1,4 +1,14 @@
-"""ONNX: what ONNX Runtime loads, and what is built upon it."""
+"""ONNX: what ONNX Runtime loads, and what is built upon it.
+
+A bundle is laid out as ONNX Runtime GenAI, transformers.js and Optimum look for models: settings
+and tokenizer in its root, the graph and its weights in ``onnx``, under the name transformers.js has
+for such a model: ``model.onnx`` (F32), ``model_fp16.onnx`` (F16, F16_GPU), ``model_quantized.onnx``
+(INT8), ``model_q4.onnx`` (four bits) and ``model_q4f16.onnx`` (UINT4_GPU).
+
+Recipes whose names end in ``_GPU`` multiply, attend and cache in float16, as a GPU with
+``shader-f16`` does best; sums over layers, norms and logits stay in float32. A CPU runs them too,
+where the others are made for it. See `storage.INT8_ACTIVATIONS` for what rounds on the way.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +93,7 @@ def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
     split_bytes: int | None = None,
     variant: None = None,
 ) -> str:
-    """Write ``model.onnx``, the weights beside it, and what ONNX Runtime GenAI reads."""
+    """Write the model and its weights into ``onnx``, and beside that what other programs read."""
     from edgekit.formats.onnx import clients, conversion
 
     del variant  # there is one build for all programs

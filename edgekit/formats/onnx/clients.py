@@ -5,7 +5,7 @@ ONNX Runtime GenAI reads ``genai_config.json``; transformers.js and Optimum read
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,17 +28,22 @@ NOTE = (
 _KNOWN_BORDER_TOKENS = 4096
 
 
-def notes(checkpoint: "Checkpoint") -> tuple[str, ...]:
-    """Return what a user should know of other programs that open the files."""
-    found = (NOTE, *genai_text.notes(checkpoint.text.tokenizer_json))
-    border = longest_unchanged(checkpoint.spec)
-    if border in {None, _KNOWN_BORDER_TOKENS}:
-        return found
-    warning = (
-        f"ONNX Runtime GenAI does not read a text anew that outgrows {border} tokens while it is "
-        "written, where this model takes other frequencies"
-    )
-    return (*found, warning)
+def notes(checkpoint: "Checkpoint") -> Iterator[str]:
+    """Yield what a user should know of other programs that open the files."""
+    yield NOTE
+    yield from genai_text.notes(checkpoint.text.tokenizer_json)
+    spec = checkpoint.spec
+    border = longest_unchanged(spec)
+    if border not in {None, _KNOWN_BORDER_TOKENS}:
+        yield (
+            f"ONNX Runtime GenAI does not read a text anew that outgrows {border} tokens while it "
+            "is written, where this model takes other frequencies"
+        )
+    if spec.attention.score_cap is not None:
+        yield (
+            "ONNX Runtime Web 1.31 computes attention on WebGPU without the cap on scores that "
+            "this model has, and gives other logits; on the processor it computes it"
+        )
 
 
 def write(

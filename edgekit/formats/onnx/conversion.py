@@ -170,11 +170,17 @@ def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None
         placements=tuple(_placement(weight, shapes[weight.role]) for weight in planned.weights),
         artifact_bytes=len(planned.model) + sum(sizes.values()),
         is_exact=True,
-        notes=clients.notes(checkpoint),
+        notes=tuple(_notes(checkpoint, planned)),
         calibration=planned.calibration,
         largest_buffer=_largest_buffer(planned),
         needs_shader_f16=planned.how.is_half,
     )
+
+
+def _notes(checkpoint: "Checkpoint", planned: Planned) -> Iterator[str]:
+    yield from clients.notes(checkpoint)
+    if any(weight.stored in storage.BLOCKS for weight in planned.weights):
+        yield storage.ACTIVATIONS_NOTE
 
 
 def _largest_buffer(planned: Planned) -> Buffer:

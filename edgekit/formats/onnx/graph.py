@@ -1,10 +1,11 @@
 """A `DecoderSpec` as a graph of ONNX operators: one function for each thing a decoder does.
 
 Standard operators, but for some of ONNX Runtime's own: ``GroupQueryAttention`` keeps the cache and
-knows windows and caps, ``MatMulNBits`` multiplies with quantised weights, ``FusedMatMul`` with
-weights as a checkpoint has them (rows out, columns in), so that an embedding can be the head too,
-``RotaryEmbedding`` turns a part of every head, ``SimplifiedLayerNormalization`` is the RMS norm.
-Cosines are computed for the positions at hand, so there is no table that ends.
+knows windows and caps, ``MatMulNBits`` multiplies with quantised weights, ``RotaryEmbedding`` turns
+a part of every head, ``SimplifiedLayerNormalization`` is the RMS norm. ``FusedMatMul``, or ``Gemm``
+where it shall run on WebGPU, takes other weights as a checkpoint has them (rows out, columns in),
+so that an embedding can be the head too. Cosines are computed for the positions at hand, so there
+is no table that ends.
 """
 
 from collections.abc import Mapping
@@ -97,6 +98,8 @@ class _Builder:
     turns: dict[Rope, tuple[str, str, str]] = field(default_factory=dict)  # indices, cosine, sine
     last_tokens: str = ""  # int32 (batch,): the index of each row's last token
     all_tokens: str = ""  # int32: how many tokens there are, cached ones included
+    batch_and_tokens: str = ""  # int64 (2,): of what is computed at present
+    shapes: dict[int, str] = field(default_factory=dict)  # batch, tokens and columns, by the last
 
     def op(
         self,
@@ -131,6 +134,7 @@ class _Builder:
 
     def read_inputs(self) -> None:
         self._name_inputs()
+        self._begin("input_ids")
         ones = self.op("ReduceSum", "attention_mask", self.constant(1), keepdims=0)
         last = self.op("Sub", ones, self.scalar(1, dtype="int64"))
         self.last_tokens = self.op("Cast", last, to=_INT32)
@@ -243,6 +247,7 @@ class _Builder:
     def make_logits(self, x: str) -> str:
         spec = self.spec
         x = self.op("Slice", x, FIRST_LOGIT, self.constant(_TO_THE_END), self.constant(1))
+        self._begin(x)
         x = self.narrowed(self._normalise(spec.norm, "final_norm", x))
         role = "token_embedding" if spec.is_tied else "output_head"
         shape = ("batch_size", "sequence_length", spec.vocabulary)
@@ -370,7 +375,7 @@ class _Builder:
 
     def _multiply(self, role: str, x: str, rows: int, columns: int) -> str:
         if self.storages[role] in storage.FLOATS:
-            return self.op("FusedMatMul", x, self._as_factor(role), domain=CONTRIB, transB=1)
+            return self._multiply_unquantised(role, x, rows, columns)
         blocks = storage.BLOCKS[self.storages[role]]
         zeros = () if blocks.is_symmetric else (role + storage.ZERO_POINTS,)
         return self.op(
@@ -378,6 +383,27 @@ class _Builder:
             domain=CONTRIB, K=columns, N=rows, bits=blocks.bits, block_size=blocks.weights,
             accuracy_level=self.how.accuracy_level,
         )  # fmt: skip
+
+    def _multiply_unquantised(self, role: str, x: str, rows: int, columns: int) -> str:
+        """Multiply as CPUs do with the least memory, or, in half precision, as WebGPU can."""
+        weight = self._as_factor(role)
+        if not self.how.is_half:
+            return self.op("FusedMatMul", x, weight, domain=CONTRIB, transB=1)
+        flat = self.op("Reshape", x, self.constant(-1, columns))
+        return self.op("Reshape", self.op("Gemm", flat, weight, transB=1), self._shape(rows))
+
+    def _begin(self, x: str) -> None:
+        """Take batch and tokens of ``x`` for those of all that follows."""
+        if self.how.is_half:
+            self.shapes.clear()
+            self.batch_and_tokens = self.op("Shape", x, end=2)
+
+    def _shape(self, columns: int) -> str:
+        """Return batch, tokens and ``columns``, made once."""
+        if columns not in self.shapes:
+            ends = (self.batch_and_tokens, self.constant(columns))
+            self.shapes[columns] = self.op("Concat", *ends, axis=0)
+        return self.shapes[columns]
 
     def _as_factor(self, role: str) -> str:
         """Return a weight in the precision of products; the runtime converts it once, at load."""

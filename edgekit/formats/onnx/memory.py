@@ -10,9 +10,9 @@ from edgekit.formats.onnx.storage import BLOCKS
 # An interpreter with numpy, the library and edgekit; the library's picture of a layer; what one
 # entry of the vocabulary costs in `tokenizers`. Measured on x86-64 with SmolLM2-135M and a context
 # of 512, in MiB of VmHWM, and what these sums give:
-#   F32 735 and 756, F16 761 and 756, F16_GPU 740 or 945 from run to run and 947, INT8 319 and 326,
-#   UINT4 271 and 277, UINT4_GPU 279 and 272, UINT4_128 263 and 271; with 2048, INT8 391 and 407,
-#   UINT4 341 and 358, UINT4_GPU 336 and 319.
+#   F32 735 and 756, F16 761 and 756, F16_GPU 810 and 839, INT8 319 and 326, UINT4 271 and 277,
+#   UINT4_GPU 279 and 272, UINT4_128 263 and 271; with 2048 tokens, INT8 391 and 407, UINT4 341 and
+#   358, UINT4_GPU 336 and 319.
 # With session.disable_prepacking a model is merely mapped at load (INT8 99, UINT4 99), but the
 # first prompt unpacks the head in float32 (372, 324), and every token the rest anew.
 RUNTIME_BYTES = 64 * 2**20
@@ -39,13 +39,14 @@ def weight_bytes(spec: DecoderSpec, placement: Placement, *, is_half: bool) -> i
     """Return what a weight takes in memory: packed for multiplication, and what that leaves over.
 
     Scales are packed with their codes and kept beside them; an embedding that is also the head is
-    there in both forms; the largest matrix is held twice meanwhile. A CPU multiplies in float32: a
-    graph in float32 has float16 converted at once, for one in float16 both are held.
+    there in both forms; the largest matrix is held twice meanwhile. A CPU multiplies in float32: in
+    a float32 graph float16 is converted at once, in one of float16 layers are held in both.
     """
     is_head = placement.role == ("token_embedding" if spec.is_tied else "output_head")
     is_read_only_by_row = placement.role == "token_embedding" and not is_head
     if placement.storage == "F16" and not is_read_only_by_row:
-        return placement.parameters * (8 if is_head else 6 if is_half else 4)
+        layers_item_bytes, head_item_bytes = (6, 4) if is_half else (4, 8)
+        return placement.parameters * (head_item_bytes if is_head else layers_item_bytes)
     held = placement.size_bytes
     if placement.storage in BLOCKS:
         scales = placement.parameters // BLOCKS[placement.storage].weights

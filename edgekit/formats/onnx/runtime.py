@@ -45,6 +45,23 @@ def library() -> Any:
     return onnxruntime
 
 
+# Ways to other processors that no machine edgekit is proven on has.
+_OTHER_PROVIDERS = {
+    "QNNExecutionProvider": "QNN", "CoreMLExecutionProvider": "Core ML",
+    "NnapiExecutionProvider": "NNAPI",
+}  # fmt: skip
+
+
+def processors() -> str:
+    """Say what edgekit has ONNX Runtime compute with, and what it never proves or measures."""
+    available = library().get_available_providers()
+    missing = [name for provider, name in _OTHER_PROVIDERS.items() if provider not in available]
+    present = [name for provider, name in _OTHER_PROVIDERS.items() if provider in available]
+    parts = [f"{', '.join(missing)} not in this build"] if missing else []
+    parts += [f"{', '.join(present)} in this build, but never used"] if present else []
+    return "; ".join(("on the CPU only", *parts))
+
+
 def refusals() -> tuple[type[Exception], ...]:
     """Return what ONNX Runtime raises; its exceptions have no base of their own."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
