@@ -54,7 +54,7 @@ def _system() -> Iterator[Finding]:
     yield Finding(
         name="C++ compiler",
         state="ok" if compiler else "missing",
-        found=compiler or "none; llama-cpp-python is compiled when it is installed",
+        found=compiler or "none; llama.cpp is compiled when installed, ExecuTorch's shim when used",
         way_out="" if compiler else "apt install g++ (Debian), xcode-select --install (macOS)",
     )
 
@@ -116,26 +116,29 @@ def _backend(name: str) -> Finding:
 
 def _try_out(name: str, directory: Path) -> str:
     fmt = formats.get(name)
+    state = fmt.runtime_state()
     recipe = next(iter(fmt.RECIPES.values()))  # the most faithful
     if importlib.util.find_spec("numpy") is None:
         raise MissingDependencyError(
             "numpy is not installed", hint=f"pip install 'edgekit[{fmt.RUN_EXTRA}]'"
         )
     tiny = _tiny_checkpoint(directory)
-    entry = fmt.convert(tiny, recipe, directory, progress=lambda _: None)
+    try:
+        entry = fmt.convert(tiny, recipe, directory, progress=lambda _: None)
+    except MissingDependencyError as error:  # on a device, which only runs what was made elsewhere
+        return f"{state}; bundles run and are not made here: {error} ({error.hint})"
     if not fmt.IS_RUN_HERE:
         read = cast("ReadableFormat", fmt).read_back(directory / entry, tiny.spec)
         norm = read.weight("final_norm")
         return (
-            f"a tiny model, written as {recipe.name}, was read back ({len(norm)} wide); "
-            f"{fmt.RUNTIME} runs elsewhere"
+            f"{state}; a tiny model, {len(norm)} wide, was written as {recipe.name} and read back"
         )
     session = fmt.load(directory / entry, context_tokens=32, threads=1)
     try:
         token = int(session.prefill([1, 2, 3]).argmax())
     finally:
         session.close()
-    return f"a tiny model, written as {recipe.name}, ran and said token {token}"
+    return f"{state}; a tiny model, written as {recipe.name}, ran and said token {token}"
 
 
 @dataclass(frozen=True)

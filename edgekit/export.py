@@ -165,13 +165,13 @@ def _fill(
 ) -> Bundle:
     """Write everything but the manifest into ``work`` and return what describes it."""
     fmt = formats.get(chosen.format)
+    rules = checkpoint.text.copy_into(work)
     with listener.track(f"convert to {chosen.recipe.name}", checkpoint.parameters) as advance:
         entry = fmt.convert(
             checkpoint, chosen.recipe, work, progress=advance,
             context_tokens=chosen.context_tokens, split_bytes=chosen.split_bytes,
             variant=chosen.variant,
         )  # fmt: skip
-    rules = checkpoint.text.copy_into(work)
     bundle = Bundle(
         directory=work,
         model=_record(checkpoint),

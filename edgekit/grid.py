@@ -139,35 +139,36 @@ def _joined(parts: list[Fitted]) -> Fitted:
 def _weights(blocks: "Rows", importance: "Rows | None") -> "Rows":
     import numpy as np
 
-    if importance is None:
+    if importance is None or not importance.any():
         return np.ones((1, 1, 1), np.float32)
-    mean = importance.mean(dtype=np.float64) or 1.0
+    mean = float(importance.mean(dtype=np.float64))
     damped = (importance / mean + DAMPING).astype(np.float32)
     return damped.reshape(1, *blocks.shape[1:])
 
 
 def _fit_part(blocks: "Rows", weights: "Rows", grid: Grid) -> Fitted:
     search = _Search(blocks, weights, grid)
-    for share in RANGES:
-        for scales, zeros in _starts(blocks, grid, share=share):
-            search.try_out(scales, zeros)
+    for scales, zeros in _starts(blocks, grid):
+        search.try_out(scales, zeros)
     search.try_out(search.scales, search.zeros)  # a better scale may round otherwise
     return _fitted(blocks, search.scales, search.zeros, grid)
 
 
-def _starts(blocks: "Rows", grid: Grid, *, share: float = 1.0) -> Iterator["tuple[Rows, Rows]"]:
-    """Yield scales and zero points for a share of the range of each block, the plain one first."""
+def _starts(blocks: "Rows", grid: Grid) -> Iterator["tuple[Rows, Rows]"]:
+    """Yield scales and zero points for shares of the range of each block, the plain one first."""
     import numpy as np
 
     if grid.zero is not None:
         extremes = _extremes(blocks, grid)
-        yield extremes * np.float32(share / grid.reach), np.full_like(extremes, grid.zero)
+        zeros = np.full_like(extremes, grid.zero)
+        yield from ((extremes * np.float32(share / grid.reach), zeros) for share in RANGES)
         return
     low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
-    scales = (high - low) * np.float32(share / (grid.top - grid.bottom))
-    zeros = grid.bottom + np.rint(-low * np.float32(share) * inverse(scales))
-    for shift in (0, *(s for s in SHIFTS if s)):
-        yield scales, np.clip(zeros + shift, grid.bottom, grid.top)
+    for share in RANGES:
+        scales = (high - low) * np.float32(share / (grid.top - grid.bottom))
+        zeros = grid.bottom + np.rint(-low * np.float32(share) * inverse(scales))
+        for shift in (0, *(s for s in SHIFTS if s)):
+            yield scales, np.clip(zeros + shift, grid.bottom, grid.top)
 
 
 def _extremes(blocks: "Rows", grid: Grid) -> "Rows":
@@ -199,8 +200,10 @@ class _Search:
         import numpy as np
 
         centred = _centred(self._blocks, scales, zeros, self._grid)
-        along = (self._weighted * centred).sum(-1)
-        across = (self._weights * centred * centred).sum(-1)
+        # einsum: twice as fast as a product and its sum, as nothing is written in between.
+        along = np.einsum("rbk,rbk->rb", self._weighted, centred)
+        weights = np.broadcast_to(self._weights, centred.shape)
+        across = np.einsum("rbk,rbk->rb", weights, np.square(centred, out=centred))
         best_scales = _rounded(along * inverse(across), self._grid)
         gains = best_scales * (2 * along - best_scales * across)
         is_better = gains > self._gains
@@ -216,7 +219,9 @@ def _centred(blocks: "Rows", scales: "Rows", zeros: "Rows", grid: Grid) -> "Rows
     codes = blocks * inverse(scales)[..., None]
     np.rint(codes, out=codes)
     zeros = zeros[..., None]
-    return np.clip(codes, grid.bottom - zeros, grid.top - zeros, out=codes)
+    np.maximum(codes, grid.bottom - zeros, out=codes)
+    np.minimum(codes, grid.top - zeros, out=codes)
+    return codes
 
 
 def _fitted(blocks: "Rows", scales: "Rows", zeros: "Rows", grid: Grid) -> Fitted:

@@ -351,6 +351,8 @@ def _beyond_gpu(layout: Layout, target: Target) -> Iterator[str]:
     limits, buffer = target.webgpu, layout.largest_buffer
     if limits is None:
         return
+    if layout.not_on_webgpu:
+        yield layout.not_on_webgpu
     if layout.needs_shader_f16 and not limits.has_shader_f16:
         yield "computes in float16, which WebGPU there need not offer (shader-f16)"
     if buffer is None:

@@ -57,6 +57,7 @@ class Layout:
     is_exact: bool  # whether the file has this size to the byte
     notes: tuple[str, ...] = ()  # what a user should know about the files
     calibration: str | None = None  # SHA-256 of the text that leads the fit, if any is led
+    not_on_webgpu: str | None = None  # what browsers' GPUs get wrong in this model, if anything
     variant: str | None = None  # which of the format's builds, where it has several
     largest_buffer: Buffer | None = None  # what a browser must be able to bind
     needs_shader_f16: bool = False  # whether a browser's GPU must compute in float16
@@ -117,6 +118,14 @@ class Format(Protocol):
     IS_RUN_HERE: bool  # whether that is a program `load` can start; else see `ReadableFormat`
     EXTRA: str  # `pip install 'edgekit[EXTRA]'` makes and proves artifacts
     RUN_EXTRA: str  # `pip install 'edgekit[RUN_EXTRA]'` runs them
+
+    def runtime_state(self) -> str:
+        """Start the runtime without a model, and say which it is and what it computes with.
+
+        Raises:
+            MissingDependencyError: If it, or what it is built with, is not installed.
+        """
+        ...
 
     def lay_out(
         self,

@@ -1,12 +1,14 @@
 """ExecuTorch: programs for phones and boards, whose arithmetic XNNPACK does."""
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgekit.errors import MissingDependencyError
 from edgekit.formats import ContextLimit, Layout, MemoryUse, Progress
 from edgekit.formats.executorch import contents as _contents
-from edgekit.formats.executorch import conversion, handover, memory, runtime, tokenizer
+from edgekit.formats.executorch import conversion, handover, memory, runtime, shim_build, tokenizer
 from edgekit.formats.executorch.conversion import VARIANTS
 from edgekit.formats.executorch.storage import RECIPES, STORAGES
 from edgekit.recipe import Recipe
@@ -34,6 +36,7 @@ __all__ = [
     "load",
     "memory_use",
     "runtime_ids",
+    "runtime_state",
 ]
 
 RUNTIME = "ExecuTorch"
@@ -42,6 +45,12 @@ RUN_EXTRA = "run-executorch"
 ENDING = ".pte"
 IS_RUN_HERE = True
 DEFAULT_RECIPES = ("8da8w", "8da4w")
+
+
+def runtime_state() -> str:
+    """Build what ExecuTorch is called through, and say which it is."""
+    shim_build.load()
+    return f"ExecuTorch {shim_build.installed_version()}, on the CPU with XNNPACK"
 
 
 def lay_out(
@@ -81,6 +90,7 @@ def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
     variant: str | None = None,
 ) -> str:
     """Write ``model.pte`` and what the developer of an app wants beside it."""
+    _require()
     variant = conversion.variant_of(checkpoint.spec, variant, split_bytes)
     context = context_tokens or context_limit(checkpoint).tokens
     entry = conversion.convert(
@@ -93,6 +103,15 @@ def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
     )
     handover.write(checkpoint, directory, entry, context_tokens=context, variant=variant)
     return entry
+
+
+def _require() -> None:
+    missing = [name for name in ("torch", "executorch") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"a program is made with {' and '.join(missing)}",
+            hint=f"pip install 'edgekit[{EXTRA}]'",
+        )
 
 
 def load(

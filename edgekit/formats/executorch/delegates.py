@@ -144,6 +144,7 @@ class _Template:
                 _mend(node, graph.xnodes[-1].xnode_union)
             else:
                 _refuse_arithmetic(node)
+        _start_small(graph, ids)
         self._name_constants(graph, {n: ids[n] for n in ids if n.name in constants}, exported)
         return graph
 
@@ -271,6 +272,14 @@ def _mend(node: fx.Node, made: Any) -> None:
             size if isinstance(length, int) else 0
             for size, length in zip(made.sizes, lengths, strict=True)
         ]
+
+
+def _start_small(graph: Any, ids: Mapping[fx.Node, int]) -> None:
+    """Let axes of any length begin with 1: XNNPACK sets memory aside for what it reads first."""
+    for node, id in ids.items():
+        graph.xvalues[id].xvalue_union.dims = [
+            length if isinstance(length, int) else 1 for length in node.meta["val"].shape
+        ] or [1]
 
 
 def _refuse_arithmetic(node: fx.Node) -> None:

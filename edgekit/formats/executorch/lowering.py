@@ -7,6 +7,7 @@ segments: some nodes a layer.
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ def lower(
             uses_llm_operators=uses_llm_operators,
         )
         program = _emit(decoder, constants)
+        _close_gaps(program)
         return Lowered(
             program=program,
             numbers=made.numbers,
@@ -108,6 +110,37 @@ def _emit(decoder: Decoder, constants: Mapping[str, Any]) -> Any:
     )
     made = edge.to_executorch(ExecutorchBackendConfig(run_reinplace_pass=True))
     return made.executorch_program
+
+
+_PLANNED = 1  # the memory that tensors share
+_MEMORY_ALIGNMENT = 16
+
+
+def _close_gaps(program: Any) -> None:
+    """Take out of the memory plan what no tensor uses.
+
+    ExecuTorch 1.5.1 plans room for the caches as written and again for the caches themselves.
+    """
+    placed = [
+        (tensor, tensor.allocation_info.memory_offset, _size_bytes(tensor))
+        for tensor in _tensors(program)
+        if tensor.allocation_info and tensor.allocation_info.memory_id == _PLANNED
+    ]
+    end = moved_by = 0
+    for tensor, offset, size in sorted(placed, key=lambda entry: entry[1]):
+        moved_by += max(0, offset - end)
+        high, low = divmod(offset - moved_by, 2**32)
+        tensor.allocation_info.memory_offset_high = high
+        tensor.allocation_info.memory_offset_low = low
+        end = max(end, offset + -(-size // _MEMORY_ALIGNMENT) * _MEMORY_ALIGNMENT)
+    program.execution_plan[0].non_const_buffer_sizes[_PLANNED] = end - moved_by
+
+
+def _size_bytes(tensor: Any) -> int:
+    from executorch.exir.tensor import get_scalar_type
+
+    items: int = math.prod(tensor.sizes)
+    return items * int(get_scalar_type(tensor.scalar_type).itemsize)
 
 
 def _tensors(program: Any) -> Iterator[Any]:

@@ -5,7 +5,7 @@ The cache is never cleared: what lies after the last position read is behind the
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 FORWARD = "forward"
+BATCH_TOKENS = 256  # are read at once; a longer prompt takes no more memory, and little more time
 ROPE_BORDER = "get_rope_border_tokens"  # beyond it a long-rope model has other frequencies
 LLM_KERNELS = "llama::"  # what phone runners link; the wheel has them in a library beside torch
 _QUANTIZED_KERNELS = "quantized_decomposed::"
@@ -44,14 +45,15 @@ class ExecutorchSession:
         try:
             self.vocabulary_tokens = self._constant("get_vocab_size")
             self.context_tokens = self._smaller_context(context_tokens)
-            self._batch_tokens = self._longest_batch()
+            longest = self._longest_batch()
+            self._batch_tokens = min(BATCH_TOKENS, longest)
             has_border = found.method(ROPE_BORDER) is not None
             self._border_tokens = self._constant(ROPE_BORDER) if has_border else None
         except (BundleError, UsageError):
             self.close()
             raise
         self._cached: list[int] = []  # what has been read
-        self._ids = np.empty(self._batch_tokens, np.int64)
+        self._ids = np.empty(longest, np.int64)
         self._ids_address = self._ids.ctypes.data
         self._logits, self._rows, self._width = (
             ctypes.c_void_p(),
@@ -149,9 +151,22 @@ class ExecutorchSession:
             # As transformers' generate: what was cached has the other frequencies.
             ids = [*self._cached, *ids]
             self.reset()
-        for first in range(0, len(ids), self._batch_tokens):
-            self._read(ids[first : first + self._batch_tokens])
+        for batch in self._batches(ids):
+            self._read(batch)
         return self._last_row()
+
+    def _batches(self, ids: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Split what is read: scores take memory for each pair of a query and a key.
+
+        A program tells by the last token of a call whether a long-rope text is past its border, so
+        the first call of one that is must reach past it.
+        """
+        border, first = self._border_tokens, 0
+        if border is not None and not self._cached and len(ids) > border:
+            first = border + 1
+            yield ids[:first]
+        for at in range(first, len(ids), self._batch_tokens):
+            yield ids[at : at + self._batch_tokens]
 
     def _crosses_border(self, new_tokens: int) -> bool:
         border, cached = self._border_tokens, len(self._cached)

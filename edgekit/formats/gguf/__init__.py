@@ -32,6 +32,7 @@ __all__ = [
     "load",
     "memory_use",
     "runtime_ids",
+    "runtime_state",
 ]
 
 ENDING = ".gguf"
@@ -42,6 +43,11 @@ EXTRA = "gguf"
 RUN_EXTRA = "run-gguf"
 # F32, F16 and BF16 are twice and four times as large as Q8_0 and say the same.
 DEFAULT_RECIPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+
+
+def runtime_state() -> str:
+    """Start llama.cpp and say which it is."""
+    return f"llama.cpp, as llama-cpp-python {runtime.library().__version__} brings it"
 
 
 def lay_out(

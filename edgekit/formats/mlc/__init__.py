@@ -36,17 +36,22 @@ __all__ = [
     "memory_use",
     "read_back",
     "runtime_ids",
+    "runtime_state",
 ]
 
 ENDING = shards.CACHE
 VARIANTS = ("chat", "raw-prompt")
 RUNTIME = "WebLLM"
 IS_RUN_HERE = False
-EXTRA = "mlc"
-RUN_EXTRA = "run-mlc"
+EXTRA = RUN_EXTRA = "mlc"
 # q4f32_1 for browsers whose GPU does not compute in float16. q0f32 says the same as q0f16 and takes
 # twice its memory.
 DEFAULT_RECIPES = ("q0f16", "q4f32_1", "q4f16_1")
+
+
+def runtime_state() -> str:
+    """Return what runs the artifacts: nothing that could be started here."""
+    return "WebLLM, in a browser with WebGPU, or MLC's engine on a phone; not on this machine"
 
 
 def lay_out(

@@ -42,6 +42,7 @@ __all__ = [
     "load",
     "memory_use",
     "runtime_ids",
+    "runtime_state",
 ]
 
 ENDING = ".onnx"
@@ -52,6 +53,11 @@ EXTRA = "onnx"
 RUN_EXTRA = "run-onnx"
 # F32 and F16 take as much memory as each other, four times that of INT8, and say the same.
 DEFAULT_RECIPES = ("INT8", "UINT4", "UINT4_ALL")
+
+
+def runtime_state() -> str:
+    """Start ONNX Runtime and say which it is and what it computes with."""
+    return f"ONNX Runtime {runtime.library().__version__}, {runtime.processors()}"
 
 
 def lay_out(

@@ -17,6 +17,7 @@ from edgekit.tokenizer_files import added_tokens
 
 if TYPE_CHECKING:
     from edgekit.checkpoint import Checkpoint
+    from edgekit.decoder import DecoderSpec
 
 
 NOTE = (
@@ -39,11 +40,16 @@ def notes(checkpoint: "Checkpoint") -> Iterator[str]:
             f"ONNX Runtime GenAI does not read a text anew that outgrows {border} tokens while it "
             "is written, where this model takes other frequencies"
         )
-    if spec.attention.score_cap is not None:
-        yield (
-            "ONNX Runtime Web 1.31 computes attention on WebGPU without the cap on scores that "
-            "this model has, and gives other logits; on the processor it computes it"
-        )
+
+
+def not_on_webgpu(spec: "DecoderSpec") -> str | None:
+    """Return what ONNX Runtime Web 1.31 computes otherwise on a GPU; on the processor it is right.
+
+    Shown by test_onnx_javascript.py.
+    """
+    if spec.attention.score_cap is None:
+        return None
+    return "ONNX Runtime Web computes attention on WebGPU without the cap on scores of this model"
 
 
 def write(
@@ -58,6 +64,17 @@ def write(
     for name, fields in files.items():
         if fields:
             _write_json(directory / name, fields)
+    _spell_out(directory / "tokenizer.json")
+
+
+def _spell_out(tokenizer_json: Path) -> None:
+    """Rewrite a tokenizer in words that all clients know, if it is there and they do not."""
+    if not tokenizer_json.is_file():
+        return
+    fields = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+    spelt = genai_text.without_digits(fields)
+    if spelt is not fields:
+        _write_json(tokenizer_json, spelt)
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

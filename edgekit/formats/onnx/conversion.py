@@ -172,6 +172,7 @@ def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None
         is_exact=True,
         notes=tuple(_notes(checkpoint, planned)),
         calibration=planned.calibration,
+        not_on_webgpu=clients.not_on_webgpu(checkpoint.spec),
         largest_buffer=_largest_buffer(planned),
         needs_shader_f16=planned.how.is_half,
     )

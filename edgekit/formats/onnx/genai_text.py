@@ -67,7 +67,8 @@ def without_digits(fields: dict[str, Any]) -> dict[str, Any]:
 
 def notes(tokenizer_json: Path) -> tuple[str, ...]:
     """Return what ONNX Runtime GenAI 0.18 reads otherwise than this tokenizer."""
-    return tuple(_notes(json.loads(tokenizer_json.read_text(encoding="utf-8"))))
+    fields = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+    return tuple(_notes(without_digits(fields)))
 
 
 def _notes(fields: Mapping[str, Any]) -> Iterator[str]:
