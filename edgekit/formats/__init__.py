@@ -60,7 +60,8 @@ class Layout:
     not_on_webgpu: str | None = None  # what browsers' GPUs get wrong in this model, if anything
     variant: str | None = None  # which of the format's builds, where it has several
     largest_buffer: Buffer | None = None  # what a browser must be able to bind
-    needs_shader_f16: bool = False  # whether a browser's GPU must compute in float16
+    needs_shader_f16: bool = False  # whether a browser's GPU must know float16
+    is_half: bool = False  # whether products are computed and the cache is kept in float16
 
     @property
     def substituted(self) -> tuple[Placement, ...]:

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,8 +12,13 @@ from edgekit.decoder import Attention, DecoderSpec, Layer, Llama3Scaling, Norm, 
 from edgekit.errors import UsageError
 from edgekit.formats.mlc import decoders, libraries
 from edgekit.formats.mlc.packing import SCHEMES
+from edgekit.tokenizer_files import TokenizerFiles
 
 
+NO_TEXT = TokenizerFiles(
+    tokenizer_json=Path("absent"), special_tokens={}, chat_template=None, declared_stop_ids=(),
+    stop_ids_by_file={},
+)  # fmt: skip
 QWEN = DecoderSpec(  # Qwen2.5-0.5B
     vocabulary=151936,
     hidden_width=896,
@@ -71,7 +77,7 @@ def checkpoint(tmp_path):
     def make(architecture, spec):
         return Checkpoint(
             directory=tmp_path / "mine", architecture=architecture, spec=spec, tensors={},
-            text=None,
+            text=NO_TEXT,
         )  # fmt: skip
 
     return make

@@ -12,6 +12,7 @@ from edgekit.doctor import _tiny_checkpoint
 from edgekit.formats import mlc
 from edgekit.formats.mlc import artifact, conversion, memory
 from edgekit.formats.mlc.packing import RECIPES
+from edgekit.tokenizer_files import TokenizerFiles
 
 
 pytest.importorskip("numpy")
@@ -21,6 +22,10 @@ pytest.importorskip("jinja2")
 PUBLISHED = json.loads(
     (Path(__file__).parent / "data" / "mlc" / "webllm_vram.json").read_text()
 )["models"]  # fmt: skip
+NO_TEXT = TokenizerFiles(
+    tokenizer_json=Path("absent"), special_tokens={}, chat_template=None, declared_stop_ids=(),
+    stop_ids_by_file={},
+)  # fmt: skip
 CASES = [(model, *row) for model in PUBLISHED for row in model["published"]]
 
 
@@ -55,7 +60,7 @@ def checkpoint_of(model, directory):
         architecture=model["architecture"],
         spec=spec_of(model),
         tensors={},
-        text=None,
+        text=NO_TEXT,
     )
 
 

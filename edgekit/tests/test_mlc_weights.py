@@ -17,7 +17,6 @@ from edgekit.formats import mlc
 from edgekit.formats.mlc import conversion, decoders, names, packing, reading, shards
 from edgekit.formats.mlc.names import Parameter
 from edgekit.formats.mlc.packing import GROUPS, RECIPES, Tensor
-
 from edgekit.tests.test_mlc_config import tiny_spec
 
 

@@ -50,7 +50,7 @@ def test_a_budget_nothing_fits_says_which_limit_for_every_candidate(checkpoint, 
     with pytest.raises(BudgetError) as refusal:
         make(checkpoint, with_budget(pi, **limits))
     lines = str(refusal.value).splitlines()[1:]
-    candidates = sum(len(formats.get(name).DEFAULT_RECIPES) for name in formats.names())
+    candidates = sum(len(formats.get(name).DEFAULT_RECIPES) for name in pi.formats)
     assert len(lines) == candidates
     assert all(reason in line for line in lines)
     assert "smaller model" in refusal.value.hint

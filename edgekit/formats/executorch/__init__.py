@@ -65,7 +65,17 @@ def lay_out(
 
 
 def context_limit(checkpoint: "Checkpoint") -> ContextLimit:
-    """Return the model's own limit: the program computes every position."""
+    """Return the model's own limit, or with a longrope where its other factors begin.
+
+    A program has those too, and edgekit's session reads a text anew when it gets there; programs
+    of others do not.
+    """
+    border = conversion.border_tokens(checkpoint.spec)
+    if border is not None and border < checkpoint.spec.context_tokens:
+        return ContextLimit(
+            tokens=border,
+            reason="beyond, every position turns otherwise, and phones' runners read no text anew",
+        )
     return ContextLimit(
         tokens=checkpoint.spec.context_tokens, reason="the model was made for no more"
     )

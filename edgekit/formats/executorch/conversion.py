@@ -111,6 +111,7 @@ def lay_out(
     spec = checkpoint.spec
     variant = variant_of(spec, variant, split_bytes)
     planned = weights(spec, recipe)
+    said = handover.note(checkpoint)
     return Layout(
         placements=tuple(_placement(weight) for weight in planned),
         artifact_bytes=size.file_bytes(
@@ -119,7 +120,7 @@ def lay_out(
             uses_llm_operators=variant == LLM,
         ),
         is_exact=False,
-        notes=tuple(_notes(checkpoint, variant)),
+        notes=(said,) if said else (),
         calibration=_calibration(checkpoint, planned),
         variant=variant,
     )
@@ -134,18 +135,6 @@ def _placement(weight: Weight) -> Placement:
         wanted=weight.wanted,
         size_bytes=weight.size_bytes,
     )
-
-
-def _notes(checkpoint: "Checkpoint", variant: str) -> Iterator[str]:
-    said = handover.note(checkpoint)
-    if said:
-        yield said
-    border = border_tokens(checkpoint.spec)
-    if border and variant == LLM:
-        yield (
-            f"past {border} tokens all positions turn by the long factors: ExecuTorch's own runners"
-            " do not read a text anew there, as edgekit does; keep texts shorter"
-        )
 
 
 def border_tokens(spec: DecoderSpec) -> int | None:

@@ -54,7 +54,7 @@ _PHI3 = {
     **dict.fromkeys(("query", "key", "value"), "self_attn.qkv_proj.weight"),
     **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj.weight"),
 }
-_OTHERWISE: Mapping[str, Mapping[str, str]] = {
+_OTHERWISE: dict[str, dict[str, str]] = {
     "gemma2": _GEMMA, "gemma3_text": _GEMMA, "phi3": _PHI3,
 }  # fmt: skip
 

@@ -174,7 +174,8 @@ def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None
         calibration=planned.calibration,
         not_on_webgpu=clients.not_on_webgpu(checkpoint.spec),
         largest_buffer=_largest_buffer(planned),
-        needs_shader_f16=planned.how.is_half,
+        needs_shader_f16=any(tensor.dtype == "float16" for tensor in planned.tensors),
+        is_half=planned.how.is_half,
     )
 
 

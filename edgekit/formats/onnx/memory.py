@@ -22,7 +22,7 @@ VOCABULARY_ENTRY_BYTES = 500
 
 def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
     """Return the parts, when the most is held: weights are packed while the file is mapped."""
-    is_half = layout.needs_shader_f16
+    is_half = layout.is_half
     return MemoryUse(
         weights_bytes=sum(
             weight_bytes(spec, placement, is_half=is_half) for placement in layout.placements
