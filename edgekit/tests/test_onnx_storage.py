@@ -187,7 +187,7 @@ def test_the_largest_buffer_is_told_as_it_is_on_the_gpu(recipe, tmp_path):
     assert layout.largest_buffer == Buffer(
         name="token_embedding", size_bytes=sizes.get(recipe, 257 * 64)
     )
-    assert layout.needs_shader_f16 == (recipe in {*HALF, "F16"} or bool(layout.substituted))
+    assert layout.needs_shader_f16 == any("F16" in p.storage for p in layout.placements)
     assert layout.is_half == (recipe in HALF)
 
 

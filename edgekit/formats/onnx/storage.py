@@ -115,9 +115,9 @@ def stored_as(wanted: str, columns: int) -> str:
 # How MatMulNBits may round activations, its accuracy_level; source: docs/ContribOperators.md. 1 is
 # not at all, 4 to 8 bits in blocks, for whole-number instructions. In ONNX Runtime 1.32 for arm64
 # those are SDOT (asimddp: a Raspberry Pi 5) and SMMLA (i8mm: newer phones), by MLAS and KleidiAI;
-# in ONNX Runtime Web 1.31 dot4I8Packed (DP4A), where the GPU has it. On x86-64 with AVX-512 VNNI, one thread decodes
-# SmolLM2-135M at 82 tokens/s with 4 and 3 with 1 as INT8, 106 and 6 as UINT4; prompts are read 1.3
-# to 1.9 times as fast. It costs a mean KL of 0.004 nats.
+# in ONNX Runtime Web 1.31 dot4I8Packed (DP4A), where the GPU has it. On x86-64 with AVX-512 VNNI,
+# one thread decodes SmolLM2-135M at 82 tokens/s with 4 and 3 with 1 as INT8, 106 and 6 as UINT4;
+# prompts are read 1.3 to 1.9 times as fast. It costs a mean KL of 0.004 nats.
 INT8_ACTIVATIONS = 4
 ACTIVATIONS_NOTE = (
     "activations are rounded to 8 bits in blocks (accuracy_level 4) for the dot products of a "
