@@ -160,7 +160,7 @@ def make(  # noqa: PLR0913 - the request, spelled out
             )
             for recipe in _recipes(name, quant)
         ]
-        candidates += sorted(assessed, key=_size, reverse=True)
+        candidates += sorted(assessed, key=_faithful_first)
     chosen = _choose(candidates)
     if chosen is None:
         _refuse_bad_input(candidates)
@@ -172,8 +172,12 @@ def make(  # noqa: PLR0913 - the request, spelled out
     return _plan(chosen, candidates, target, split_bytes=split_bytes)
 
 
-def _size(candidate: Candidate) -> int:
-    return candidate.layout.artifact_bytes if candidate.layout else 0
+def _faithful_first(candidate: Candidate) -> tuple[int, int]:
+    """Order by falling size of the weights, and where that is equal, by memory."""
+    if candidate.layout is None or candidate.estimate is None:
+        return 0, 0
+    weights_bytes = sum(placement.size_bytes for placement in candidate.layout.placements)
+    return -weights_bytes, candidate.estimate.memory.peak_bytes
 
 
 def _choose(candidates: Sequence[Candidate]) -> Candidate | None:

@@ -127,7 +127,9 @@ def test_a_format_offers_what_the_protocol_promises(fmt):
 
 
 def test_files_tell_their_format_by_the_end_of_their_name(fmt, tmp_path):
-    assert formats.get(formats.of_file(tmp_path / f"model{fmt.ENDING}")) is fmt
+    name = formats.of_file(tmp_path / f"model{fmt.ENDING}")
+    assert name is not None
+    assert formats.get(name) is fmt
     assert formats.of_file(tmp_path / "model.bin") is None
 
 

@@ -1,6 +1,5 @@
 """Which prebuilt library runs a model, and what is said where none does."""
 
-import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 
 from edgekit.checkpoint import Checkpoint
 from edgekit.decoder import Attention, DecoderSpec, Layer, Llama3Scaling, Norm, Rope
-from edgekit.errors import UsageError
 from edgekit.formats.mlc import decoders, libraries
 from edgekit.formats.mlc.packing import SCHEMES
 from edgekit.tokenizer_files import TokenizerFiles
@@ -98,9 +96,6 @@ def test_a_fine_tune_takes_the_library_of_its_base(checkpoint, architecture, spe
     assert found.webllm_version == "0.2.85"
     assert found.url.startswith("https://")
     assert found.url.endswith(f"/v0_2_84/base/{name}")
-    libraries.refuse_mismatch(
-        found, checkpoint(architecture, spec), scheme, webllm_version="0.2.85"
-    )
 
 
 def test_added_tokens_leave_a_library_that_is_bound_to_the_vocabulary(checkpoint):
@@ -139,27 +134,6 @@ def test_a_shape_like_no_other_has_no_near_miss(checkpoint):
         "no WebGPU library is prebuilt for a model of this shape as q4f16_1"
     )
     assert "mlc_llm compile mlc-chat-config.json --device webgpu" in libraries.compile_command()
-
-
-@pytest.mark.parametrize(
-    ("spec", "scheme", "version", "words"),
-    [
-        (QWEN, "q4f32_1", "0.2.85", "is for q4f16_1, the weights are q4f32_1"),
-        (replace(QWEN, mlp_width=5000, vocabulary=9), "q4f16_1", "0.2.85",
-         "another shape than mine: mlp width 4864, not 5000; vocabulary 151936, not 9"),
-        (QWEN, "q4f16_1", "0.2.86", "is for WebLLM 0.2.85, the app has 0.2.86"),
-    ],
-)  # fmt: skip
-def test_a_library_of_another_scheme_shape_or_version_is_refused(
-    checkpoint, spec, scheme, version, words
-):
-    library = found_for(checkpoint("qwen2", QWEN), "q4f16_1")
-    with pytest.raises(UsageError, match=re.escape(words)) as refusal:
-        libraries.refuse_mismatch(
-            library, checkpoint("qwen2", spec), scheme, webllm_version=version
-        )
-    assert library.name in str(refusal.value)
-    assert refusal.value.hint
 
 
 def test_the_table_says_where_it_comes_from_and_has_no_two_for_one_model():

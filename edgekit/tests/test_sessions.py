@@ -1,6 +1,7 @@
 """What `Session` promises, kept by the runtime of every format, on a tiny real model."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -10,6 +11,9 @@ from edgekit.errors import ToolchainError, UsageError
 from edgekit.reference import ReferenceSession
 from edgekit.tests.test_formats import needs_runtime
 
+
+if TYPE_CHECKING:
+    from edgekit.formats import ReadableFormat
 
 pytestmark = pytest.mark.toolchain
 np = pytest.importorskip("numpy")
@@ -37,7 +41,7 @@ def opened(request, tmp_path_factory):
     def open_(context_tokens=CONTEXT_TOKENS):
         if fmt.IS_RUN_HERE:
             return fmt.load(directory / entry, context_tokens=context_tokens, threads=1)
-        model = fmt.read_back(directory / entry, tiny.spec)
+        model = cast("ReadableFormat", fmt).read_back(directory / entry, tiny.spec)
         return ReferenceSession(model, context_tokens=context_tokens)
 
     return open_

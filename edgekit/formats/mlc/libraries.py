@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from edgekit.decoder import LinearScaling, Llama3Scaling, LongRopeScaling, Rope
-from edgekit.errors import UsageError
 from edgekit.formats.mlc import decoders
 
 
@@ -175,30 +174,3 @@ def missing(checkpoint: "Checkpoint", scheme: str) -> str:
 def compile_command() -> str:
     """Return what compiles a library inside a bundle, where mlc_llm and emscripten are."""
     return f"mlc_llm compile mlc-chat-config.json --device webgpu -o {OWN}"
-
-
-def refuse_mismatch(
-    library: Library, checkpoint: "Checkpoint", scheme: str, *, webllm_version: str
-) -> None:
-    """Check that a library runs a model in a version of WebLLM, before anything is loaded.
-
-    Raises:
-        UsageError: If it is of another scheme, shape or version; the message names both.
-    """
-    if library.scheme != scheme:
-        raise UsageError(
-            f"{library.name} is for {library.scheme}, the weights are {scheme}",
-            hint=f"export again with --quant {library.scheme}",
-        )
-    ours = Shape.of(checkpoint.architecture, checkpoint.spec)
-    differences = list(ours.differences(library.shape))
-    if differences:
-        raise UsageError(
-            f"{library.name} is for another shape than {checkpoint.name}: {'; '.join(differences)}",
-            hint=f"compile one: {compile_command()}",
-        )
-    if library.webllm_version != webllm_version:
-        raise UsageError(
-            f"{library.name} is for WebLLM {library.webllm_version}, the app has {webllm_version}",
-            hint=f"npm install @mlc-ai/web-llm@{library.webllm_version}",
-        )
