@@ -15,6 +15,7 @@ from edgekit import reference
 from edgekit.checkpoint import AdapterRecord, Checkpoint
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.progress import Listener, Silent
+from edgekit.silence import silence
 
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def _transformers_logits(
 ) -> Iterator["npt.NDArray[np.float32]"]:
     import torch
 
-    model = _model(checkpoint)
+    with silence():  # torchao, which is imported with the model, talks
+        model = _model(checkpoint)
     for chunk in chunks:
         with torch.inference_mode():
             rows = model(input_ids=torch.tensor([chunk]), use_cache=False).logits[0]

@@ -6,11 +6,8 @@ down once for each shape. What torch and ExecuTorch must see as a whole are the 
 segments: some nodes a layer.
 """
 
-import logging
 import math
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 # This is the workstation's half: nothing that runs on a device imports it.
@@ -22,19 +19,7 @@ from edgekit.formats.executorch import decoder_module
 from edgekit.formats.executorch.assembly import Coverage, Lowered
 from edgekit.formats.executorch.decoder_module import Decoder
 from edgekit.formats.executorch.delegates import TRACED_TOKENS, Segments
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what torch and ExecuTorch say about their own insides."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+from edgekit.silence import silence
 
 
 def lower(
@@ -54,7 +39,7 @@ def lower(
         uses_llm_operators: Whether attention and caches are operators of ExecuTorch's LLM runners.
         constants: What methods without arguments return, by name.
     """
-    with quiet(), torch.no_grad():
+    with silence(), torch.no_grad():
         made = Segments(spec, storages, context_tokens, mixes=not uses_llm_operators)
         decoder = Decoder(
             spec,

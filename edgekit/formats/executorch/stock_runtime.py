@@ -3,6 +3,7 @@
 import importlib
 
 from edgekit.errors import MissingDependencyError
+from edgekit.silence import silence
 
 
 def add_llm_kernels() -> None:
@@ -15,8 +16,9 @@ def add_llm_kernels() -> None:
         MissingDependencyError: If torch or ExecuTorch is not installed.
     """
     try:
-        importlib.import_module("torch")
-        importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
+        with silence():
+            importlib.import_module("torch")
+            importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
     except ImportError as error:
         raise MissingDependencyError(
             f"the kernels of phone runners need torch and ExecuTorch ({error})",
