@@ -143,6 +143,16 @@ class Calibration:
     # The mean of squares, by role, of shape (columns,); None until it is measured.
     importance: Mapping[str, "npt.NDArray[np.float32]"] | None = None
 
+    def of(self, role: str) -> "npt.NDArray[np.float32]":
+        """Return how large the inputs of a weight of a layer are.
+
+        Raises:
+            ValueError: If that is announced, but not measured yet.
+        """
+        if self.importance is None:
+            raise ValueError("the calibration is announced, but not measured")
+        return self.importance[role]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:

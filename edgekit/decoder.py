@@ -170,6 +170,12 @@ class DecoderSpec:
         if not self.is_tied:
             yield "output_head", (self.vocabulary, self.hidden_width)
 
+    def adds_one(self, role: str) -> bool:
+        """Tell whether a weight is of a norm that multiplies by one more than it stores."""
+        part = role.rpartition(".")[2]
+        norm = self.attention.query_key_norm if part in {"query_norm", "key_norm"} else self.norm
+        return part.endswith("norm") and norm is not None and norm.adds_one
+
     def _layer_weights(self) -> Iterator[tuple[str, Shape]]:
         hidden = (self.hidden_width,)
         yield from _norm_weights("attention_norm", self.norm, hidden)

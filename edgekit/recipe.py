@@ -1,6 +1,7 @@
 """Recipes: which storage each weight gets. Nothing here knows a format or a device."""
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
@@ -61,6 +62,28 @@ class Recipe:
             if rule.applies_to(role, spec):
                 return rule.storage
         return self.default
+
+
+def with_limits(limits: Mapping[str, tuple[float, float]], *always: Rule) -> Callable[..., Recipe]:
+    """Return what makes the recipes of a format.
+
+    Args:
+        limits: By the name of the recipe, the mean KL in nats that an artifact may have, and the
+            share of equal top tokens that it must have.
+        always: The first rules of each recipe.
+    """
+
+    def make(name: str, default: str, *rules: Rule) -> Recipe:
+        mean_kl_nats, same_top_token = limits[name]
+        return Recipe(
+            name=name,
+            default=default,
+            rules=(*always, *rules),
+            max_mean_kl_nats=mean_kl_nats,
+            min_same_top_token=same_top_token,
+        )
+
+    return make
 
 
 def _is_meant(decoders: Decoders, spec: DecoderSpec) -> bool:

@@ -150,7 +150,7 @@ def eager(checkpoint: Checkpoint) -> decoder_module.Decoder:
 
     def weight(role: str):
         values = torch.from_numpy(checkpoint.weight(role))
-        return values + 1 if conversion.adds_one(role, spec) else values
+        return values + 1 if spec.adds_one(role) else values
 
     segments = []
     for index, shape in enumerate(decoder_module.segment_shapes(spec, mixes=True)):

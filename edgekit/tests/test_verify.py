@@ -11,6 +11,7 @@ import pytest
 
 from edgekit import corpus, formats, oracle, source
 from edgekit.bundle import Bundle
+from edgekit.decoder import DecoderSpec
 from edgekit.errors import BundleError, DisagreementError, UsageError
 from edgekit.export import export
 from edgekit.formats.gguf import conversion, layout, pretokenizers, runtime
@@ -211,7 +212,7 @@ def test_gate_and_up_swapped_fail_the_logits(model, tmp_path, monkeypatch):
 
 
 def test_norms_without_the_one_that_gemma_adds_fail_the_logits(tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "_adds_one", lambda part, spec: False)
+    monkeypatch.setattr(DecoderSpec, "adds_one", lambda spec, role: False)
     gemma = write_tiny_checkpoint(tmp_path / "tiny", "gemma2")
     assert refused(gemma, tmp_path).gates == ["logits"]
 

@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING
 from edgekit.errors import MissingDependencyError
 from edgekit.formats import ContextLimit, Layout, MemoryUse, Progress
 from edgekit.formats.executorch import contents as _contents
-from edgekit.formats.executorch import conversion, handover, memory, runtime, shim_build, tokenizer
-from edgekit.formats.executorch.conversion import VARIANTS
-from edgekit.formats.executorch.storage import RECIPES, STORAGES
+from edgekit.formats.executorch import (
+    conversion,
+    handover,
+    memory,
+    runtime,
+    shim_build,
+    storage,
+    tokenizer,
+)
 from edgekit.recipe import Recipe
 
 
@@ -18,27 +24,8 @@ if TYPE_CHECKING:
     from edgekit.checkpoint import Checkpoint
 
 
-__all__ = [
-    "DEFAULT_RECIPES",
-    "ENDING",
-    "EXTRA",
-    "IS_RUN_HERE",
-    "RECIPES",
-    "RUNTIME",
-    "RUN_EXTRA",
-    "STORAGES",
-    "VARIANTS",
-    "contents",
-    "context_limit",
-    "convert",
-    "files",
-    "lay_out",
-    "load",
-    "memory_use",
-    "runtime_ids",
-    "runtime_state",
-]
-
+STORAGES, RECIPES = storage.STORAGES, storage.RECIPES
+VARIANTS = conversion.VARIANTS
 RUNTIME = "ExecuTorch"
 EXTRA = "executorch"
 RUN_EXTRA = "run-executorch"

@@ -236,29 +236,18 @@ def _encode(
 
 def _importance(checkpoint: "Checkpoint", weight: Weight) -> "Rows | None":
     calibration = checkpoint.calibration
-    if calibration is None or not weight.is_led:
-        return None
-    if calibration.importance is None:
-        raise ValueError("the calibration is announced, but not measured")
-    return calibration.importance[weight.role]
+    return calibration.of(weight.role) if calibration and weight.is_led else None
 
 
 def _blocks(checkpoint: "Checkpoint", weight: Weight) -> "Iterator[tuple[int, Rows]]":
     """Yield the rows of a weight, some million numbers at a time, with the number of the first."""
     if len(weight.shape) == 1:
         rows = checkpoint.weight(weight.role)
-        yield 0, rows + 1 if adds_one(weight.role, checkpoint.spec) else rows
+        yield 0, rows + 1 if checkpoint.spec.adds_one(weight.role) else rows
         return
     step = max(1, BLOCK_WEIGHTS // weight.shape[1])
     for first in range(0, weight.shape[0], step):
         yield first, checkpoint.weight(weight.role, first, min(step, weight.shape[0] - first))
-
-
-def adds_one(role: str, spec: DecoderSpec) -> bool:
-    """Tell whether a weight is of a norm that multiplies by one more than it stores."""
-    part = split_role(role)[1]
-    norm = spec.attention.query_key_norm if part in {"query_norm", "key_norm"} else spec.norm
-    return part.endswith("norm") and norm is not None and norm.adds_one
 
 
 def coverage(found: "Coverage", planned: Iterable[Weight]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from edgekit import grid
 from edgekit.decoder import Shape
 from edgekit.errors import UsageError
 from edgekit.grid import Fitted, Grid
-from edgekit.recipe import Recipe, Rule, Storage
+from edgekit.recipe import Recipe, Rule, Storage, with_limits
 
 
 if TYPE_CHECKING:
@@ -53,18 +53,7 @@ _LIMITS = {
     "F32": (1e-9, 0.999), "F16": (1e-4, 0.99), "8da8w": (0.06, 0.83), "8da4w": (0.8, 0.48),
     "8da4w_g64": (0.9, 0.45), "8da4w_g128": (1.05, 0.42),
 }  # fmt: skip
-
-
-def _recipe(name: str, default: str, *rules: Rule) -> Recipe:
-    mean_kl, same_top = _LIMITS[name]
-    return Recipe(
-        name=name,
-        default=default,
-        rules=rules,
-        max_mean_kl_nats=mean_kl,
-        min_same_top_token=same_top,
-    )
-
+_recipe = with_limits(_LIMITS)
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.formats import ContextLimit, Layout, MemoryUse, Progress
-from edgekit.formats.gguf import architectures, memory, runtime, split
-from edgekit.formats.gguf.storage import RECIPES, STORAGES
+from edgekit.formats.gguf import architectures, memory, runtime, split, storage
 from edgekit.recipe import Recipe
 
 
@@ -14,27 +13,7 @@ if TYPE_CHECKING:
     from edgekit.checkpoint import Checkpoint
 
 
-__all__ = [
-    "DEFAULT_RECIPES",
-    "ENDING",
-    "EXTRA",
-    "IS_RUN_HERE",
-    "RECIPES",
-    "RUNTIME",
-    "RUN_EXTRA",
-    "STORAGES",
-    "VARIANTS",
-    "contents",
-    "context_limit",
-    "convert",
-    "files",
-    "lay_out",
-    "load",
-    "memory_use",
-    "runtime_ids",
-    "runtime_state",
-]
-
+STORAGES, RECIPES = storage.STORAGES, storage.RECIPES
 ENDING = ".gguf"
 VARIANTS = ()
 RUNTIME = "llama.cpp"

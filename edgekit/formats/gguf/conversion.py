@@ -288,14 +288,9 @@ def _change(role: str, spec: DecoderSpec, architecture: Architecture) -> Callabl
     part = split_role(role)[1]
     if architecture.rope_pairs == "neighbours" and re.fullmatch("(query|key)(_bias)?", part):
         return lambda rows: interleave_halves(rows, spec.attention.head_width)
-    if part.endswith("norm") and _adds_one(part, spec):
+    if spec.adds_one(role):
         return lambda rows: rows + 1
     return lambda rows: rows
-
-
-def _adds_one(part: str, spec: DecoderSpec) -> bool:
-    norm = spec.attention.query_key_norm if part in {"query_norm", "key_norm"} else spec.norm
-    return norm is not None and norm.adds_one
 
 
 def interleave_halves(rows: "Rows", head_width: int) -> "Rows":

@@ -56,12 +56,11 @@ def weights(
     calibration: "Calibration | None", found: "Sequence[Part]"
 ) -> "dict[str, npt.NDArray[np.float32]]":
     """Return how much an error counts, by tensor, column by column."""
-    if text_sha256(calibration, found) is None:
+    if calibration is None:
         return {}
-    if calibration is None or calibration.importance is None:
-        raise ValueError("the calibration is announced, but not measured")
-    measured = calibration.importance
-    return {part.entry.name: _damped(measured[part.roles[-1]]) for part in found if is_led(part)}
+    return {
+        part.entry.name: _damped(calibration.of(part.roles[-1])) for part in found if is_led(part)
+    }
 
 
 def _damped(squares: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float32]":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.formats.gguf.layout import ALL_STORAGES, STORAGE_NUMBERS
-from edgekit.recipe import Recipe, Rule, Storage
+from edgekit.recipe import Recipe, Rule, Storage, with_limits
 
 
 if TYPE_CHECKING:
@@ -69,18 +69,7 @@ _LIMITS = {
     "Q4_K_S": (0.45, 0.62), "Q4_1": (0.9, 0.50), "IQ4_NL": (0.75, 0.56), "Q4_0": (1.1, 0.48),
     "Q3_K_M": (0.8, 0.54), "Q2_K": (1.6, 0.40),
 }  # fmt: skip
-
-
-def _recipe(name: str, default: str, *rules: Rule) -> Recipe:
-    mean_kl, same_top = _LIMITS[name]
-    return Recipe(
-        name=name,
-        default=default,
-        rules=rules,
-        max_mean_kl_nats=mean_kl,
-        min_same_top_token=same_top,
-    )
-
+_recipe = with_limits(_LIMITS)
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe

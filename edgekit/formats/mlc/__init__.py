@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from edgekit.errors import UsageError
 from edgekit.formats import ContextLimit, Layout, MemoryUse, Progress
-from edgekit.formats.mlc import decoders, memory, reading, shards
-from edgekit.formats.mlc.packing import RECIPES, STORAGES
+from edgekit.formats.mlc import decoders, memory, packing, reading, shards
 from edgekit.recipe import Recipe
 
 
@@ -17,28 +16,7 @@ if TYPE_CHECKING:
     from edgekit.formats.mlc.reading import Weights
 
 
-__all__ = [
-    "DEFAULT_RECIPES",
-    "ENDING",
-    "EXTRA",
-    "IS_RUN_HERE",
-    "RECIPES",
-    "RUNTIME",
-    "RUN_EXTRA",
-    "STORAGES",
-    "VARIANTS",
-    "contents",
-    "context_limit",
-    "convert",
-    "files",
-    "lay_out",
-    "load",
-    "memory_use",
-    "read_back",
-    "runtime_ids",
-    "runtime_state",
-]
-
+STORAGES, RECIPES = packing.STORAGES, packing.RECIPES
 ENDING = shards.CACHE
 VARIANTS = ("chat", "raw-prompt")
 RUNTIME = "WebLLM"

@@ -268,7 +268,7 @@ def _blocks(checkpoint: "Checkpoint", weight: Weight) -> "Iterator[tuple[int, Ro
         importance = _importance(checkpoint, weight, role)
         for first in range(0, rows, step):
             values = checkpoint.weight(role, first, min(step, rows - first))
-            if _adds_one(role, spec):
+            if spec.adds_one(role):
                 values = values + 1
             yield start + first, values, importance
 
@@ -278,12 +278,4 @@ def _importance(checkpoint: "Checkpoint", weight: Weight, role: str) -> "Rows | 
     calibration = checkpoint.calibration
     if calibration is None or weight.storage not in packing.GROUPS or split_role(role)[0] is None:
         return None
-    if calibration.importance is None:
-        raise ValueError("the calibration is announced, but not measured")
-    return calibration.importance[role]
-
-
-def _adds_one(role: str, spec: "DecoderSpec") -> bool:
-    part = split_role(role)[1]
-    norm = spec.attention.query_key_norm if part in {"query_norm", "key_norm"} else spec.norm
-    return part.endswith("norm") and norm is not None and norm.adds_one
+    return calibration.of(role)

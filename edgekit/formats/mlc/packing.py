@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from edgekit import grid
 from edgekit.decoder import Shape
 from edgekit.formats.mlc.names import Parameter
-from edgekit.recipe import Recipe, Rule, Storage
+from edgekit.recipe import Recipe, Rule, Storage, with_limits
 
 
 if TYPE_CHECKING:
@@ -107,18 +107,7 @@ _LIMITS = {
     "q0f16": (1e-4, 0.99), "q0f32": (1e-3, 0.97), "q4f16_2": (0.6, 0.53), "q4f32_1": (0.8, 0.46),
     "q4f16_1": (0.8, 0.46), "q4f16_0": (0.8, 0.46), "q3f16_1": (4.0, 0.09),
 }  # fmt: skip
-
-
-def _recipe(name: str, default: str, *rules: Rule) -> Recipe:
-    mean_kl, same_top = _LIMITS[name]
-    return Recipe(
-        name=name,
-        default=default,
-        rules=rules,
-        max_mean_kl_nats=mean_kl,
-        min_same_top_token=same_top,
-    )
-
+_recipe = with_limits(_LIMITS)
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe

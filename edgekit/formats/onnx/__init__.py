@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from edgekit.formats import ContextLimit, Layout, MemoryUse, Progress
 from edgekit.formats.onnx import memory, model, runtime, storage
-from edgekit.formats.onnx.storage import RECIPES, STORAGES
 from edgekit.recipe import Recipe
 
 
@@ -24,27 +23,7 @@ if TYPE_CHECKING:
     from edgekit.checkpoint import Checkpoint
 
 
-__all__ = [
-    "DEFAULT_RECIPES",
-    "ENDING",
-    "EXTRA",
-    "IS_RUN_HERE",
-    "RECIPES",
-    "RUNTIME",
-    "RUN_EXTRA",
-    "STORAGES",
-    "VARIANTS",
-    "contents",
-    "context_limit",
-    "convert",
-    "files",
-    "lay_out",
-    "load",
-    "memory_use",
-    "runtime_ids",
-    "runtime_state",
-]
-
+STORAGES, RECIPES = storage.STORAGES, storage.RECIPES
 ENDING = ".onnx"
 VARIANTS = ()
 RUNTIME = "ONNX Runtime"

@@ -239,11 +239,7 @@ def convert(
 
 def _importance(checkpoint: "Checkpoint", weight: Weight) -> "Rows | None":
     calibration = checkpoint.calibration
-    if calibration is None or not weight.is_led:
-        return None
-    if calibration.importance is None:
-        raise ValueError("the calibration is announced, but not measured")
-    return calibration.importance[weight.role]
+    return calibration.of(weight.role) if calibration and weight.is_led else None
 
 
 def _write_frequencies(spec: DecoderSpec, planned: Planned, files: Mapping[str, BinaryIO]) -> None:
@@ -261,18 +257,12 @@ def _blocks(checkpoint: "Checkpoint", weight: Weight) -> "Iterator[tuple[int, Ro
     shape = weight.tensors[0].shape
     if len(shape) == 1:
         rows = checkpoint.weight(weight.role)
-        yield 0, rows + 1 if _adds_one(weight.role, checkpoint.spec) else rows
+        yield 0, rows + 1 if checkpoint.spec.adds_one(weight.role) else rows
         return
     columns = dict(checkpoint.spec.weights())[weight.role][1]
     step = max(1, BLOCK_WEIGHTS // columns)
     for first in range(0, shape[0], step):
         yield first, checkpoint.weight(weight.role, first, min(step, shape[0] - first))
-
-
-def _adds_one(role: str, spec: DecoderSpec) -> bool:
-    part = split_role(role)[1]
-    norm = spec.attention.query_key_norm if part in {"query_norm", "key_norm"} else spec.norm
-    return part.endswith("norm") and norm is not None and norm.adds_one
 
 
 def _write_rows(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats.onnx import model
 from edgekit.formats.onnx.graph import FIRST_LOGIT, ROPE_BORDER, TEXT_TOKENS
+from edgekit.machine import performance_cores
 
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def open_model(path: Path, *, threads: int | None = None) -> Any:
     onnxruntime = library()
     model.read(path)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0  # 0: as many as there are cores
+    options.intra_op_num_threads = threads or performance_cores()
     options.log_severity_level = _FATAL_ONLY
     # Memory goes back when a prompt has been read, instead of being kept for the next.
     options.enable_cpu_mem_arena = False

@@ -16,7 +16,7 @@ from edgekit.errors import BundleError, UsageError
 from edgekit.formats.onnx import model
 from edgekit.formats.onnx.model import External
 from edgekit.grid import Grid
-from edgekit.recipe import Recipe, Rule, Storage
+from edgekit.recipe import Recipe, Rule, Storage, with_limits
 
 
 if TYPE_CHECKING:
@@ -169,18 +169,7 @@ _LIMITS = {
     "UINT4": (0.5, 0.57), "INT4": (0.6, 0.54), "UINT4_GPU": (0.5, 0.57), "UINT4_128": (0.8, 0.48),
     "INT4_128": (1.0, 0.41), "UINT4_ALL": (0.7, 0.48),
 }  # fmt: skip
-
-
-def _recipe(name: str, default: str, *rules: Rule) -> Recipe:
-    mean_kl, same_top = _LIMITS[name]
-    return Recipe(
-        name=name,
-        default=default,
-        rules=(_NORMS, *rules),
-        max_mean_kl_nats=mean_kl,
-        min_same_top_token=same_top,
-    )
-
+_recipe = with_limits(_LIMITS, _NORMS)
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
