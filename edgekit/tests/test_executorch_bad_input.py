@@ -123,7 +123,9 @@ def test_a_changed_weight_is_found_by_the_manifest(tmp_path, content, head_bytes
         tools={},
     )
     bundle.save()
-    assert isinstance(Runner.open(directory, threads=1).text, Text)
+    runner = Runner.open(directory, threads=1)
+    assert isinstance(runner.text, Text)
+    runner.close()
     changed = bytearray(content)
     changed[(head_bytes + len(content)) // 2] ^= 1
     (directory / "model.pte").write_bytes(changed)

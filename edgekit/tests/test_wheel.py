@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,17 @@ def device_python(wheel, tmp_path_factory):
     home = tmp_path_factory.mktemp("device") / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
     python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
+    install(python, f"{wheel}[run-gguf,run-onnx]")
+    # Of what its wheel asks for, to make programs, nothing is used to run them.
+    install(python, "--no-deps", f"executorch=={metadata.version('executorch')}")
+    return python
+
+
+def install(python, *words):
     subprocess.run(
-        [str(python), "-m", "pip", "install", "-q", f"{wheel}[run-gguf,run-onnx]"],
+        [str(python), "-m", "pip", "install", "-q", *words],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
-    return python
 
 
 def run(python, *words, cwd):
@@ -53,6 +60,9 @@ def test_the_wheel_has_targets_and_data_but_no_tests(wheel):
     assert "edgekit/schemas/measurement.schema.json" in names
     assert "edgekit/report_template.html" in names
     assert "edgekit/corpus/english.txt" in names
+    assert "edgekit/formats/executorch/shim.cpp" in names
+    assert "edgekit/formats/mlc/libraries.toml" in names
+    assert "edgekit/formats/mlc/index.html" in names
     assert "optimum/commands/register/register_edgekit.py" in names
     assert not [name for name in names if "/tests/" in name]
 
@@ -66,7 +76,7 @@ def test_the_core_needs_at_most_five_packages_and_no_torch(wheel):
     assert not any("torch" in line for line in core)
 
 
-@pytest.fixture(scope="module", params=formats.names())
+@pytest.fixture(scope="module", params=[name for name, fmt in formats.get_all() if fmt.IS_RUN_HERE])
 def bundle(request, tiny_checkpoint, tiny_bundle, tmp_path_factory):
     """A proven bundle of each format."""
     if request.param == "gguf":
@@ -125,3 +135,12 @@ def _roomy_target(directory):
         text = text.replace(old, new)
     path.write_text(text)
     return path
+
+
+def test_doctor_finds_every_runtime_there_and_says_what_is_not_made_there(device_python, tmp_path):
+    done = run(device_python, "-m", "edgekit", "doctor", "--json", cwd=tmp_path)
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    for name, fmt in formats.get_all():
+        if fmt.IS_RUN_HERE:
+            assert found[f"{name} back-end"]["state"] == "ok", found[f"{name} back-end"]
+    assert "not made here" in found["executorch back-end"]["found"]
