@@ -261,7 +261,8 @@ def to_bfloat16(values: "Rows") -> "Rows":
 
 
 def inverse(scales: "Rows") -> "Rows":
-    """Return one divided by each scale, and 0 for blocks of zeros."""
+    """Return one divided by each scale, and 0 for blocks of zeros or of subnormal numbers."""
     import numpy as np
 
-    return np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    is_regular = np.abs(scales) >= np.finfo(np.float32).tiny
+    return np.divide(1, scales, out=np.zeros_like(scales), where=is_regular)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edgekit import formats, source
 from edgekit.child import environment
+from edgekit.formats.executorch import storage
 from edgekit.tests.tiny_checkpoints import write_tiny_checkpoint
 
 
@@ -53,6 +54,21 @@ def python(code: str, *arguments: object) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def decoded(parts, stored):
+    """Return the weights that the parts of a matrix stand for."""
+    import numpy as np
+
+    if stored in {"F32", "F16"}:
+        return parts[0].astype(np.float32)
+    codes, scales = parts
+    if stored == "INT8":
+        return codes.astype(np.float32) * scales[:, None]
+    group = storage.STORAGES[stored].block_weights
+    whole = np.stack((codes & 15, codes >> 4), -1).reshape(len(codes), -1).astype(np.float32) - 8
+    wide = (scales.astype(np.uint32) << 16).view(np.float32)
+    return whole * wide.repeat(group, axis=1)
 
 
 def greedy(session, prompt, tokens, *, vocabulary=None):

@@ -105,7 +105,7 @@ def program(wheel, tmp_path_factory):
 
 
 @pytest.mark.parametrize("processor", ["cortex-a72", "cortex-a76"])  # of a Pi 4, and of a Pi 5
-@pytest.mark.parametrize("recipe", ["F32", "8da4w"])
+@pytest.mark.parametrize("recipe", ["F32", "8da4w", "8da4w_all"])
 def test_arm64_says_the_same_tokens(recipe, processor, program):
     path = tiny(recipe=recipe) / "model.pte"
     session = ExecutorchSession(path, context_tokens=CONTEXT_TOKENS, threads=1)

@@ -4,13 +4,15 @@ import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
 from edgekit import formats, oracle, source
-from edgekit.checkpoint import Calibration
+from edgekit.checkpoint import Calibration, Tensor
 from edgekit.errors import BundleError, ToolchainError
+from edgekit.recipe import Recipe, Rule
+from edgekit.tests.executorch_artifacts import decoded
 from edgekit.tests.tiny_checkpoints import write_tiny_checkpoint
 
 
@@ -56,7 +58,7 @@ def convert(checkpoint, recipe, directory, variant=None):
     directory.mkdir(parents=True)
     entry = conversion.convert(
         checkpoint,
-        storage.RECIPES[recipe],
+        recipe if isinstance(recipe, Recipe) else storage.RECIPES[recipe],
         directory,
         progress=lambda _: None,
         context_tokens=CONTEXT_TOKENS,
@@ -73,6 +75,11 @@ def float_path(checkpoint, tmp_path_factory):
 @pytest.fixture(scope="module")
 def four_bit_path(checkpoint, tmp_path_factory):
     return convert(checkpoint, "8da4w", tmp_path_factory.mktemp("four-bit") / "artifact")
+
+
+@pytest.fixture(scope="module")
+def all_four_bit_path(checkpoint, tmp_path_factory):
+    return convert(checkpoint, "8da4w_all", tmp_path_factory.mktemp("all-four-bit") / "artifact")
 
 
 def logits(path, ids):
@@ -95,13 +102,21 @@ IDS = np.random.default_rng(1).integers(0, 500, 40).tolist()
 # What is inside
 
 
-def test_a_quantised_program_holds_what_its_recipe_asks_for(checkpoint, four_bit_path):
-    layout = executorch.lay_out(checkpoint, storage.RECIPES["8da4w"])
-    held = {name: (shape, kind) for name, shape, kind in executorch.contents(four_bit_path)}
+@pytest.mark.parametrize(
+    ("recipe", "made", "words"),
+    [("8da4w", "four_bit_path", "INT8"), ("8da4w_all", "all_four_bit_path", "INT4_G32")],
+)
+def test_a_quantised_program_holds_what_its_recipe_asks_for(
+    checkpoint, request, recipe, made, words
+):
+    path = request.getfixturevalue(made)
+    layout = executorch.lay_out(checkpoint, storage.RECIPES[recipe])
+    held = {name: (shape, kind) for name, shape, kind in executorch.contents(path)}
     shapes = dict(checkpoint.spec.weights())
     assert held == {p.role: (shapes[p.role], p.storage) for p in layout.placements}
     assert held["layers.1.down"] == ((128, 256), "INT4_G32")
-    assert four_bit_path.stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
+    assert held["token_embedding"] == (shapes["token_embedding"], words)
+    assert path.stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
 
 
 def test_a_tied_table_is_in_the_file_once(checkpoint, float_path):
@@ -114,10 +129,20 @@ def test_a_tied_table_is_in_the_file_once(checkpoint, float_path):
     assert stored[first : first + size] == table.tobytes()
 
 
-def test_an_untied_head_has_its_own(untied, tmp_path):
-    path = convert(untied, "8da8w", tmp_path / "artifact")
+def test_a_tied_table_of_four_bits_is_there_once_too(checkpoint, all_four_bit_path):
+    content = all_four_bit_path.read_bytes()
+    for part in storage.encode(checkpoint.weight("token_embedding"), "INT4_G32"):
+        assert content.count(part.tobytes()) == 1
+    report = json.loads((all_four_bit_path.parent / conversion.COVERAGE).read_text())
+    assert report["operator_calls_outside"]["quantized_decomposed::embedding_4bit.dtype_out"] == 1
+    assert report["weight_bytes_outside"] == 0
+
+
+@pytest.mark.parametrize(("recipe", "words"), [("8da8w", "INT8"), ("8da4w_all", "INT4_G32")])
+def test_an_untied_head_has_its_own(untied, tmp_path, recipe, words):
+    path = convert(untied, recipe, tmp_path / "artifact")
     held = {name: kind for name, _, kind in executorch.contents(path)}
-    assert (held["token_embedding"], held["output_head"]) == ("INT8", "INT8")
+    assert (held["token_embedding"], held["output_head"]) == (words, words)
     assert held["layers.0.query_bias"] == held["layers.0.mlp_norm"] == "F32"
 
 
@@ -211,6 +236,44 @@ def test_four_bits_say_it_less_well(checkpoint, four_bit_path):
     assert 0.1 < error < 0.6
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """A tensor of a checkpoint, as four bits hold it."""
+
+    exact: Tensor
+
+    @property
+    def shape(self):
+        return self.exact.shape
+
+    @property
+    def size_bytes(self):
+        return self.exact.size_bytes
+
+    def read(self, first_row=0, rows=None):
+        return decoded(storage.encode(self.exact.read(first_row, rows), "INT4_G32"), "INT4_G32")
+
+
+# Beside a head of four bits, what it is multiplied with is rounded; beside another, nothing is.
+@pytest.mark.parametrize(("model", "error"), [("untied", 1e-5), ("checkpoint", 0.03)])
+def test_an_embedding_of_four_bits_gives_what_its_codes_stand_for(request, tmp_path, model, error):
+    given = request.getfixturevalue(model)
+    name = "model.embed_tokens.weight"
+    rounded = replace(given, tensors={**given.tensors, name: Rounded(given.tensors[name])})
+    words = replace(
+        storage.RECIPES["F32"], rules=(Rule(pattern="token_embedding", storage="INT4_G32"),)
+    )
+    said = logits(convert(given, words, tmp_path / "words"), IDS)
+    expected = logits(convert(rounded, "F32", tmp_path / "rounded"), IDS)
+    assert abs(said - expected).mean() <= error * abs(expected).mean()
+
+
+def test_four_bits_everywhere_say_it_worse_still(checkpoint, all_four_bit_path):
+    (expected,) = oracle.logits(checkpoint, [IDS])
+    error = abs(logits(all_four_bit_path, IDS) - expected).mean() / abs(expected).mean()
+    assert 0.1 < error < 0.7
+
+
 def test_the_llm_operators_say_the_same(checkpoint, tmp_path):
     path = convert(checkpoint, "F32", tmp_path / "artifact", variant="llm-ops")
     operators = operators_of(path)
@@ -280,9 +343,11 @@ def test_what_is_set_aside_grows_with_the_context_and_no_faster(checkpoint, floa
 # Damage
 
 
-def test_contents_of_a_bent_file_are_read_or_refused(float_path, tmp_path):
-    path, content = tmp_path / "model.pte", float_path.read_bytes()
-    found = program.read(float_path)
+@pytest.mark.parametrize("made", ["float_path", "all_four_bit_path"])
+def test_contents_of_a_bent_file_are_read_or_refused(request, tmp_path, made):
+    whole = request.getfixturevalue(made)
+    path, content = tmp_path / "model.pte", whole.read_bytes()
+    found = program.read(whole)
     starts = [(40, min(first for first, _ in found.segments))]
     starts += [(first, first + size) for first, size in found.segments if size < 10_000]
     random, refused = np.random.default_rng(11), 0

@@ -142,6 +142,27 @@ def test_the_size_is_predicted_within_one_percent(converted):
     assert size == pytest.approx(layout.artifact_bytes, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("gemma2", "INT4_G32"), ("phi3", "INT4_G32"), ("odd-sizes", "INT8")],  # 72 fill no group
+)
+def test_four_bits_everywhere_say_nearly_what_transformers_says(name, words, tmp_path):
+    checkpoint = source.open_checkpoint(write_tiny_checkpoint(tmp_path / "model", name))
+    ids, recipe = texts(checkpoint)[0][:64], storage.RECIPES["8da4w_all"]
+    entry = conversion.convert(
+        checkpoint, recipe, tmp_path, progress=lambda _: None, context_tokens=64,
+        variant=conversion.PORTABLE,
+    )  # fmt: skip
+    held = {name: kind for name, _, kind in executorch.contents(tmp_path / entry)}
+    layout = executorch.lay_out(checkpoint, recipe)
+    assert held == {placement.role: placement.storage for placement in layout.placements}
+    assert held["token_embedding"] == words
+    session = executorch.load(tmp_path / entry, context_tokens=64, threads=1)
+    said, expected = session.all_logits(ids), expected_logits(checkpoint, ids)
+    session.close()
+    assert abs(said - expected).mean() < 0.6 * abs(expected).mean()
+
+
 # The module by itself, before anything is lowered
 
 

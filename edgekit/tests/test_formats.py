@@ -179,7 +179,7 @@ def test_a_layout_places_every_weight_once_and_in_a_storage_of_the_format(fmt, p
         assert sum(p.parameters for p in layout.placements) == plain.parameters
         assert {p.storage for p in layout.placements} <= fmt.STORAGES.keys()
         assert layout.substituted == ()  # all rows fill their blocks
-        assert 0 < layout.artifact_bytes - sum(p.size_bytes for p in layout.placements) < 100_000
+        assert 0 < layout.artifact_bytes - sum(p.size_bytes for p in layout.placements) < 110_000
 
 
 def test_a_substitution_is_told(fmt, tiny):

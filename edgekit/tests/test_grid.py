@@ -89,6 +89,16 @@ def test_many_rows_are_found_as_few_are(on):
     np.testing.assert_array_equal(whole.scales[1500:1503], few.scales)
 
 
+@pytest.mark.parametrize("way", [grid.nearest, lambda values, on: grid.fit(values, None, on)])
+def test_weights_below_all_normal_numbers_become_zeros(way, on, weights):
+    weights[3] *= np.float32(1e-41)
+    weights[4, ::2], weights[4, 1::2] = 1e-42, -2e-42
+    assert np.count_nonzero(weights[3:5])
+    found = way(weights, on)
+    assert (found.values()[3:5] == 0).all()
+    assert np.abs(found.values()[5] - weights[5]).max() < 0.1
+
+
 @pytest.mark.parametrize("large", [3e38, float("inf"), float("nan")])
 def test_a_weight_beyond_all_scales_is_refused(large, on, weights):
     weights[3, 3] = large

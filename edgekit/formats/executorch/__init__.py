@@ -31,7 +31,7 @@ EXTRA = "executorch"
 RUN_EXTRA = "run-executorch"
 ENDING = ".pte"
 IS_RUN_HERE = True
-DEFAULT_RECIPES = ("8da8w", "8da4w")
+DEFAULT_RECIPES = ("8da8w", "8da4w", "8da4w_all")
 
 
 def runtime_state() -> str:

@@ -25,6 +25,7 @@ _XNNPACK_HEADER = struct.Struct("<4sHII")  # after four bytes: magic, length, of
 _FLOATS = {1: "F32", 2: "F16"}  # of XNNDatatype
 _QCINT8, _QBINT4 = 6, 10
 _TABLES = {1: "INT8", 5: "F16", 6: "F32"}  # of the program's ScalarType
+_PAIRS, _BFLOAT16 = 0, 15  # a byte of two codes; their scales
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,11 @@ def contents(path: Path) -> list[Entry]:
     head = program.read(path)
     try:
         found = dict(_read(path, head))
+        sizes = {key: head.segments[index][1] for key, index in head.named_data}
     except (struct.error, UnicodeDecodeError, IndexError) as error:
         raise BundleError(
             f"{path} is damaged: {error}", hint="copy the bundle again, or export it again"
         ) from error
-    sizes = {key: head.segments[index][1] for key, index in head.named_data}
     for name, (shape, stored) in found.items():
         if stored not in storage.STORAGES or len(shape) not in {1, 2}:
             raise BundleError(f"{path}: {name} is stored in a way that edgekit never writes")
@@ -132,14 +133,32 @@ def _read(path: Path, head: program.Program) -> Iterator[tuple[str, tuple[tuple[
 def _embedding(plan: _Table) -> tuple[tuple[int, ...], str] | None:
     """Return the shape and storage of the program's largest constant: the embedding."""
     found: dict[int, tuple[tuple[int, ...], str]] = {}
+    scales: dict[int, int] = {}  # how many a row has, by the number of rows
+    for shape, kind in _constants(plan):
+        if kind in _TABLES or kind == _PAIRS:
+            found[math.prod(shape)] = shape, _TABLES.get(kind, "")
+        elif kind == _BFLOAT16:
+            scales[shape[0]] = shape[1]
+    if not found:
+        return None
+    (rows, columns), stored = found[max(found)]
+    return ((rows, columns), stored) if stored else _paired(rows, columns, scales.get(rows, 0))
+
+
+def _constants(plan: _Table) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Yield shape and type of each matrix that is a constant."""
     for value in plan.tables(2):
-        if value.number(0, "B") != _TENSOR:
-            continue
-        tensor = value.table(1)
-        shape, kind = tensor.numbers(2, "i"), tensor.number(0, "b")
-        if tensor.number(5, "I") and len(shape) == 2 and kind in _TABLES:
-            found[math.prod(shape)] = shape, _TABLES[kind]
-    return found[max(found)] if found else None
+        if value.number(0, "B") == _TENSOR:
+            tensor = value.table(1)
+            shape = tensor.numbers(2, "i")
+            if tensor.number(5, "I") and len(shape) == 2:
+                yield shape, tensor.number(0, "b")
+
+
+def _paired(rows: int, pairs: int, groups: int) -> tuple[tuple[int, ...], str]:
+    if groups < 1:
+        _refuse("the embedding has no scales")
+    return (rows, 2 * pairs), f"INT4_G{2 * pairs // groups}"
 
 
 def _delegated(payload: bytes) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:

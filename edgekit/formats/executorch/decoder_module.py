@@ -444,6 +444,27 @@ class Int8Embedding(nn.Module):  # type: ignore[misc]  # it is Any here
         )
 
 
+class Int4Embedding(nn.Module):  # type: ignore[misc]  # it is Any here
+    """A table of four bits, with scales for groups of a row, as XNNPACK has it.
+
+    ExecuTorch's kernel takes the first weight of a pair from the upper half of its byte, XNNPACK
+    from the lower. So the pairs of a row are turned round, and a tied head reads the same bytes.
+    """
+
+    def __init__(self, table: Tensor, scales: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+        self.register_buffer("scales", scales)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return a row for each token."""
+        rows = torch.ops.quantized_decomposed.embedding_4bit.dtype(
+            self.get_buffer("table"), self.get_buffer("scales"), None, -8, 7, tokens,
+            dtype=torch.float32,
+        )  # fmt: skip
+        return rows.unflatten(-1, (-1, 2)).flip(-1).flatten(1)
+
+
 class FloatEmbedding(nn.Module):  # type: ignore[misc]  # it is Any here
     """A table of float32 or float16."""
 

@@ -19,6 +19,7 @@ from edgekit.formats.executorch import decoder_module
 from edgekit.formats.executorch.assembly import Coverage, Lowered
 from edgekit.formats.executorch.decoder_module import Decoder
 from edgekit.formats.executorch.delegates import TRACED_TOKENS, Segments
+from edgekit.formats.executorch.storage import STORAGES
 from edgekit.silence import silence
 
 
@@ -69,8 +70,15 @@ def _embedding(spec: DecoderSpec, stored: str) -> nn.Module:
         return decoder_module.FloatEmbedding(torch.zeros(shape, dtype=dtype))
     from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401 - operators
 
-    scales = torch.ones(spec.vocabulary)
-    return decoder_module.Int8Embedding(torch.zeros(shape, dtype=torch.int8), scales)
+    rows, columns = shape
+    if stored == "INT8":
+        table = torch.zeros(shape, dtype=torch.int8)
+        return decoder_module.Int8Embedding(table, torch.ones(rows))
+    groups = columns // STORAGES[stored].block_weights
+    return decoder_module.Int4Embedding(
+        torch.zeros(rows, columns // 2, dtype=torch.uint8),
+        torch.ones(rows, groups, dtype=torch.bfloat16),
+    )
 
 
 def _emit(decoder: Decoder, constants: Mapping[str, Any]) -> Any:
@@ -137,12 +145,13 @@ def _tensors(program: Any) -> Iterator[Any]:
 
 
 def _table_constants(program: Any, spec: DecoderSpec) -> tuple[int, ...]:
-    """Return which constants are the embedding and, if it has them, its scales."""
-    found = {}
-    for tensor in _tensors(program):
-        if tensor.data_buffer_idx > 0 and tensor.sizes[:1] == [spec.vocabulary]:
-            found[len(tensor.sizes)] = tensor.data_buffer_idx
-    return tuple(found[rank] for rank in (2, 1) if rank in found)
+    """Return which constants are the embedding and, if it has them, its smaller scales."""
+    found = {
+        tensor.data_buffer_idx: _size_bytes(tensor)
+        for tensor in _tensors(program)
+        if tensor.data_buffer_idx > 0 and tensor.sizes[:1] == [spec.vocabulary]
+    }
+    return tuple(sorted(found, key=lambda index: -found[index]))
 
 
 def _portable_calls(program: Any) -> dict[str, int]:

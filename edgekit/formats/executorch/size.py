@@ -13,26 +13,30 @@ from edgekit.formats.executorch.storage import SCALE, Part
 
 ALIGNMENT = 128  # of segments, ExecuTorch's own choice
 _DELEGATE_BYTES, _OPERATOR_BYTES, _NAME_BYTES = 312, 107, 86
+_SCALES_BYTES = 42  # what a delegate says of a weight's
 _HEAD_BYTES, _LAYER_BYTES, _PART_BYTES = 9_100, 1_650, 44
 _BORDER_BYTES = 2_100  # a choice between two turns
+_TURNED_BYTES = 750  # what turns the pairs of an embedding of four bits
 _LLM_BYTES = -1_100  # fewer operators between the delegates
 _CONSTANTS_BYTES = 5 * ALIGNMENT + 256  # numbers, means and frequencies
 
 
 def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: bool) -> int:
     """Return about how many bytes a program takes with all its weights."""
-    is_rounded = any(part.key.endswith(SCALE) for part in parts)
+    scaled = sum(part.key.endswith(SCALE) for part in parts)
     weights_bytes = sum(-(-part.size_bytes // ALIGNMENT) * ALIGNMENT for part in parts)
     depth = len(spec.layers)
-    count = operators(spec, uses_llm_operators=uses_llm_operators, is_rounded=is_rounded)
+    count = operators(spec, uses_llm_operators=uses_llm_operators, is_rounded=scaled > 0)
     delegates_bytes = (
         (_DELEGATE_BYTES + ALIGNMENT // 2) * (depth + 1)
         + _OPERATOR_BYTES * count
         # A weight's name is in a delegate; so are those of two means and two numbers.
         + _NAME_BYTES * (len(parts) + 5 * (depth + 1))
+        + _SCALES_BYTES * scaled
     )
     head_bytes = _HEAD_BYTES + _LAYER_BYTES * depth + _PART_BYTES * len(parts)
     head_bytes += _BORDER_BYTES if _has_longrope(spec) else 0
+    head_bytes += _TURNED_BYTES if _has_pairs(spec, parts) else 0
     head_bytes += _LLM_BYTES if uses_llm_operators else 0
     return weights_bytes + delegates_bytes + head_bytes + _CONSTANTS_BYTES
 
@@ -40,6 +44,11 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: 
 def _has_longrope(spec: DecoderSpec) -> bool:
     ropes = (layer.rope for layer in spec.layers)
     return any(rope and isinstance(rope.scaling, LongRopeScaling) for rope in ropes)
+
+
+def _has_pairs(spec: DecoderSpec, parts: Sequence[Part]) -> bool:
+    table_bytes = next(part.size_bytes for part in parts if part.key == "token_embedding")
+    return table_bytes < spec.vocabulary * spec.hidden_width
 
 
 def operators(spec: DecoderSpec, *, uses_llm_operators: bool, is_rounded: bool) -> int:
