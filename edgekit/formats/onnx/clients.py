@@ -74,7 +74,8 @@ def _spell_out(tokenizer_json: Path) -> None:
     fields = json.loads(tokenizer_json.read_text(encoding="utf-8"))
     spelt = genai_text.without_digits(fields)
     if spelt is not fields:
-        _write_json(tokenizer_json, spelt)
+        text = json.dumps(spelt, ensure_ascii=False)  # an indent takes half a second
+        tokenizer_json.write_text(text + "\n", encoding="utf-8")
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

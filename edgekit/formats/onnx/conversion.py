@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from edgekit.decoder import DecoderSpec, Rope
+from edgekit.decoder import DecoderSpec, Rope, Shape
 from edgekit.errors import UsageError
 from edgekit.formats import Buffer, Layout, Placement, Progress
 from edgekit.formats.onnx import clients, graph, model, storage
@@ -228,9 +228,10 @@ def convert(
             files[name] = stack.enter_context(path.with_name(name).open("wb"))
             files[name].truncate(size_bytes)
         _write_frequencies(checkpoint.spec, planned, files)
+        shapes = dict(checkpoint.spec.weights())
         for weight in planned.weights:
             importance = _importance(checkpoint, weight)
-            for first, rows in _blocks(checkpoint, weight):
+            for first, rows in _blocks(checkpoint, weight, shapes[weight.role]):
                 _write_rows(files, weight, first, rows, importance)
                 progress(rows.size)
     path.write_bytes(planned.model)
@@ -252,15 +253,13 @@ def _write_frequencies(spec: DecoderSpec, planned: Planned, files: Mapping[str, 
             _write(files[tensor.file], tensor.offset, values.astype("<f4"))
 
 
-def _blocks(checkpoint: "Checkpoint", weight: Weight) -> "Iterator[tuple[int, Rows]]":
+def _blocks(checkpoint: "Checkpoint", weight: Weight, shape: Shape) -> "Iterator[tuple[int, Rows]]":
     """Yield the rows of a weight, some million numbers at a time, with the number of the first."""
-    shape = weight.tensors[0].shape
     if len(shape) == 1:
         rows = checkpoint.weight(weight.role)
         yield 0, rows + 1 if checkpoint.spec.adds_one(weight.role) else rows
         return
-    columns = dict(checkpoint.spec.weights())[weight.role][1]
-    step = max(1, BLOCK_WEIGHTS // columns)
+    step = max(1, BLOCK_WEIGHTS // shape[1])
     for first in range(0, shape[0], step):
         yield first, checkpoint.weight(weight.role, first, min(step, shape[0] - first))
 

@@ -99,6 +99,7 @@ def open_model(path: Path, *, threads: int | None = None) -> Any:
     options.log_severity_level = _FATAL_ONLY
     # Memory goes back when a prompt has been read, instead of being kept for the next.
     options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False  # of one length of the text; the next token has another
     # Threads wait without turning while the token is chosen and written.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     with refusing(path):
@@ -120,6 +121,7 @@ class OnnxSession:
         self._cache: list[npt.NDArray[np.floating]] = []
         self.context_tokens = context_tokens
         self._read: list[int] = []  # what is cached
+        self._bound: tuple[int, ...] = ()  # what the last step was bound to
         with refusing(path):
             (self.vocabulary_tokens,) = self._session.get_outputs()[0].shape[2:]
             self._border_tokens = self._read_border()
@@ -176,28 +178,34 @@ class OnnxSession:
 
     def _run(self, ids: Sequence[int], logits: "Logits", *, text_tokens: int) -> None:
         """Read some tokens; the logits after the last of them fill as many rows as are given."""
-        count = len(ids)
+        count, cached = len(ids), len(self._read)
         self._ids[:count] = ids
+        self._positions[:count] = range(cached, cached + count)
         self._first_logit[0] = count - len(logits)
         self._text_tokens[0] = text_tokens
         try:
-            self._bind_step(count)
-            self._binding.bind_output(
-                "logits", "cpu", 0, logits.dtype, (1, *logits.shape), logits.ctypes.data
-            )
+            self._bind_step(count, logits)
             self._session.run_with_iobinding(self._binding)
         except refusals() as error:
             raise ToolchainError("ONNX Runtime failed", log=str(error)) from error
         self._read += ids
 
-    def _bind_step(self, count: int) -> None:
-        cached, bind = len(self._read), self._bind
+    def _bind_step(self, count: int, logits: "Logits") -> None:
+        """Bind what has another shape or place than at the last step: mostly the mask alone."""
+        bind = self._bind
+        bind("attention_mask", self._mask, (1, len(self._read) + count))
+        place = (count, len(logits), logits.ctypes.data)
+        if place == self._bound:
+            return
         bind("input_ids", self._ids, (1, count))
-        bind("position_ids", self._positions[cached:], (1, count))
-        bind("attention_mask", self._mask, (1, cached + count))
+        bind("position_ids", self._positions, (1, count))
         bind(FIRST_LOGIT, self._first_logit, (1,))
         if self._border_tokens is not None:
             bind(TEXT_TOKENS, self._text_tokens, (1,))
+        self._binding.bind_output(
+            "logits", "cpu", 0, logits.dtype, (1, *logits.shape), logits.ctypes.data
+        )
+        self._bound = place
 
     def _bind(self, name: str, values: "npt.NDArray[np.int64]", shape: tuple[int, ...]) -> None:
         self._binding.bind_input(name, "cpu", 0, values.dtype, shape, values.ctypes.data)
@@ -222,7 +230,7 @@ class OnnxSession:
         import numpy as np
 
         self._ids = np.empty(BATCH_TOKENS, np.int64)
-        self._positions = np.arange(self.context_tokens, dtype=np.int64)
+        self._positions = np.empty(BATCH_TOKENS, np.int64)
         self._mask = np.ones(self.context_tokens, np.int64)
         self._first_logit = np.zeros(1, np.int64)
         self._text_tokens = np.zeros(1, np.int64)
