@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
-# Of the whole range. Finer or further steps gain less than 1 % of the error for a third more time.
-RANGES = (1.0, 0.9, 0.8)
-SHIFTS = (-1, 1)  # of the best zero point
+# Of the whole range. Finer or further steps gain 2 % of the error at three times the time.
+RANGES = (1.0, 0.92, 0.84, 0.76)
+SHIFTS = (-1, 0, 1)  # of the zero point
 DAMPING = 0.1  # of the mean, added to every column, so that no column is free to err
 _CHUNK_WEIGHTS = 2**17  # what a thread holds of each array: 512 KiB, a share of the cache
 
@@ -150,8 +150,7 @@ def _fit_part(blocks: "Rows", weights: "Rows", grid: Grid) -> Fitted:
     search = _Search(blocks, weights, grid)
     for scales, zeros in _starts(blocks, grid):
         search.try_out(scales, zeros)
-    for scales, zeros in _neighbours(search, grid):
-        search.try_out(scales, zeros)
+    search.try_out(search.scales, search.zeros)  # a better scale may round otherwise
     return _fitted(blocks, search.scales, search.zeros, grid)
 
 
@@ -168,17 +167,7 @@ def _starts(blocks: "Rows", grid: Grid) -> Iterator["tuple[Rows, Rows]"]:
     for share in RANGES:
         scales = (high - low) * np.float32(share / (grid.top - grid.bottom))
         zeros = grid.bottom + np.rint(-low * np.float32(share) * inverse(scales))
-        yield scales, np.clip(zeros, grid.bottom, grid.top)
-
-
-def _neighbours(search: "_Search", grid: Grid) -> Iterator["tuple[Rows, Rows]"]:
-    """Yield what is near the best: a better scale may round otherwise, as may another zero."""
-    import numpy as np
-
-    yield search.scales, search.zeros
-    if grid.zero is None:
-        scales, zeros = search.scales.copy(), search.zeros.copy()
-        for shift in SHIFTS:
+        for shift in (0, *(s for s in SHIFTS if s)):
             yield scales, np.clip(zeros + shift, grid.bottom, grid.top)
 
 
