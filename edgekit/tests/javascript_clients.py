@@ -116,7 +116,8 @@ def run_page(script: str, request: Any = None, *, directory: Path, timeout_s: fl
     return Visit(
         answer=server.answer["result"],
         paths=tuple(server.paths),
-        foreign=tuple(server.foreign),
+        # The browser reports when it likes; the page knows at once, but not what its workers ask.
+        foreign=tuple(dict.fromkeys([*server.answer["foreign"], *server.foreign])),
     )
 
 

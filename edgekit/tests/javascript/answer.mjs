@@ -19,9 +19,13 @@ async function answerServer(respond) {
   // What escapes `respond`: a worker that dies, a promise that nobody awaits.
   addEventListener("error", (event) => sendError(event.error ?? event.message));
   addEventListener("unhandledrejection", (event) => sendError(event.reason));
+  const foreign = [];
+  addEventListener("securitypolicyviolation", (event) => foreign.push(event.blockedURI));
   try {
     const request = await (await fetch("/request")).json();
-    await send({ result: await respond(request) });
+    const result = await respond(request);
+    await new Promise((resolve) => setTimeout(resolve, 20)); // for events that are on their way
+    await send({ result, foreign });
   } catch (error) {
     await sendError(error);
   }
