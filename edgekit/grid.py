@@ -26,7 +26,7 @@ Precision = Literal["float32", "float16", "bfloat16"]
 
 # Of the whole range. Finer or further steps gain 2 % of the error at three times the time.
 RANGES = (1.0, 0.92, 0.84, 0.76)
-SHIFTS = (-1, 0, 1)  # of the zero point
+SHIFTS = (0, -1, 1)  # of the zero point
 DAMPING = 0.1  # of the mean, added to every column, so that no column is free to err
 _CHUNK_WEIGHTS = 2**17  # what a thread holds of each array: 512 KiB, a share of the cache
 
@@ -167,7 +167,7 @@ def _starts(blocks: "Rows", grid: Grid) -> Iterator["tuple[Rows, Rows]"]:
     for share in RANGES:
         scales = (high - low) * np.float32(share / (grid.top - grid.bottom))
         zeros = grid.bottom + np.rint(-low * np.float32(share) * inverse(scales))
-        for shift in (0, *(s for s in SHIFTS if s)):
+        for shift in SHIFTS:
             yield scales, np.clip(zeros + shift, grid.bottom, grid.top)
 
 
@@ -248,6 +248,33 @@ def _rounded(scales: "Rows", grid: Grid) -> "Rows":
             return to_bfloat16(scales)
         case _:
             assert_never(grid.scales)
+
+
+FLOAT16_OVERFLOW = 65520  # from here on float16 rounds to infinity
+
+
+def to_float16(values: "Rows", *, hint: str) -> "npt.NDArray[np.float16]":
+    """Round to the nearest float16.
+
+    Raises:
+        UsageError: If that would be infinity; ``hint`` is the way out.
+    """
+    import numpy as np
+
+    largest = float(np.abs(values).max(initial=0))
+    if largest >= FLOAT16_OVERFLOW:
+        raise UsageError(f"a weight is {largest:g}, too large for F16", hint=hint)
+    return values.astype("<f2")
+
+
+def packed_pairs(codes: "Codes") -> "npt.NDArray[np.uint8]":
+    """Put two codes of four bits into a byte, the first into its lower half."""
+    import numpy as np
+
+    packed: npt.NDArray[np.uint8] = np.bitwise_or(
+        codes[..., 0::2], np.left_shift(codes[..., 1::2], 4)
+    )
+    return packed
 
 
 def to_bfloat16(values: "Rows") -> "Rows":

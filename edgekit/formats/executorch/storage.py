@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from edgekit import grid
 from edgekit.decoder import Shape
-from edgekit.errors import UsageError
 from edgekit.grid import Fitted, Grid
 from edgekit.recipe import Recipe, Rule, Storage, with_limits
 
@@ -126,22 +125,10 @@ def encode(
     if storage == "F32":
         return [values.astype("<f4", copy=False)]
     if storage == "F16":
-        return [_to_f16(values)]
+        return [grid.to_float16(values, hint="take F32 or 8da8w")]
     if storage == "INT8":
         return _to_int8(values)
     return _to_int4(values, STORAGES[storage].block_weights, importance)
-
-
-_MAX_F16 = 65520  # from here on float16 rounds to infinity
-
-
-def _to_f16(values: "Rows") -> "npt.NDArray[np.float16]":
-    import numpy as np
-
-    largest = float(np.abs(values).max(initial=0))
-    if largest >= _MAX_F16:
-        raise UsageError(f"a weight is {largest:g}, too large for F16", hint="take F32 or 8da8w")
-    return values.astype("<f2")
 
 
 def _to_int8(values: "Rows") -> "list[npt.NDArray[np.generic]]":
@@ -171,8 +158,7 @@ def _to_int4(
     )  # fmt: skip
     codes, scales = _regular(fitted)
     raised = (codes.reshape(values.shape) + 8).astype(np.uint8)
-    packed = np.bitwise_or(raised[:, 0::2], np.left_shift(raised[:, 1::2], 4))
-    return [packed, (scales.view(np.uint32) >> 16).astype("<u2")]
+    return [grid.packed_pairs(raised), (scales.view(np.uint32) >> 16).astype("<u2")]
 
 
 def _regular(fitted: Fitted) -> "tuple[npt.NDArray[np.int8], Rows]":

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgekit import grid
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.formats.gguf.layout import ALL_STORAGES, STORAGE_NUMBERS
 from edgekit.recipe import Recipe, Rule, Storage, with_limits
@@ -224,7 +225,6 @@ def _finish(started: "_Started") -> "_Bytes":
 
 
 _CHUNK_WEIGHTS = 2**18  # 1 MiB of float32: stays in the cache, and a call costs nothing beside it
-_MAX_F16 = 65520  # from here on float16 rounds to infinity
 # A block's scale is a float16; K-quants multiply it by a small scale and a code, 2**12 together.
 _MAX_SCALED = 65504 * 2**12
 _WIDER = "only F32 and BF16 hold every float32"
@@ -236,7 +236,7 @@ def _refuse_unstorable(rows: "_Rows", storage: str) -> None:
     largest = np.maximum(rows.max(), -rows.min())  # NaN if there is one
     if not np.isfinite(largest):
         raise UsageError("a weight is NaN or infinite")
-    limits = {"F32": np.inf, "BF16": np.inf, "F16": _MAX_F16}
+    limits = {"F32": np.inf, "BF16": np.inf, "F16": grid.FLOAT16_OVERFLOW}
     if largest >= limits.get(storage, _MAX_SCALED):
         raise UsageError(f"a weight is {largest:g}, too large for {storage}", hint=_WIDER)
 

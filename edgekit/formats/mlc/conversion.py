@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgekit import grid
 from edgekit.errors import UsageError
 from edgekit.formats import Buffer, Layout, Placement, Progress
 from edgekit.formats.mlc import decoders, names, packing, shards
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 
 BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
-_MAX_F16 = 65520  # from here on float16 rounds to infinity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ def write(
     writer = _Writer(
         directory=directory,
         places={r.tensor.name: r for shard in planned.shards for r in shard.records},
-        largest=_MAX_F16 if is_half and refuses_overflow else math.inf,
+        largest=grid.FLOAT16_OVERFLOW if is_half and refuses_overflow else math.inf,
     )
     for weight in planned.weights:
         writer.write(checkpoint, weight, progress)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from edgekit import grid
 from edgekit.decoder import Shape
-from edgekit.errors import BundleError, UsageError
+from edgekit.errors import BundleError
 from edgekit.formats.onnx import model
 from edgekit.formats.onnx.model import External
 from edgekit.grid import Grid
@@ -272,7 +272,7 @@ def encode(
     if storage == "F32":
         return [values.astype("<f4", copy=False)]
     if storage == "F16":
-        return [_to_f16(values)]
+        return [grid.to_float16(values, hint="take F32 or INT8")]
     blocks = BLOCKS[storage]
     if blocks.is_coarse:
         found = grid.fit(values, importance, blocks.grid)
@@ -282,27 +282,7 @@ def encode(
 
 
 def _parts(found: grid.Fitted, blocks: Blocks) -> "Iterator[npt.NDArray[np.generic]]":
-    yield _packed(found.codes) if blocks.bits == 4 else found.codes
+    yield grid.packed_pairs(found.codes) if blocks.bits == 4 else found.codes
     yield found.scales.astype("<f4" if blocks.scales == "float32" else "<f2")
     if not blocks.is_symmetric:
-        yield _packed(found.zeros)
-
-
-_MAX_F16 = 65520  # from here on float16 rounds to infinity
-
-
-def _to_f16(values: "Rows") -> "npt.NDArray[np.float16]":
-    import numpy as np
-
-    largest = float(np.abs(values).max(initial=0))
-    if largest >= _MAX_F16:
-        raise UsageError(f"a weight is {largest:g}, too large for F16", hint="take F32 or INT8")
-    return values.astype("<f2")
-
-
-def _packed(codes: "grid.Codes") -> "Codes":
-    """Put two codes into a byte, the first into its lower half."""
-    import numpy as np
-
-    packed: Codes = np.bitwise_or(codes[..., 0::2], np.left_shift(codes[..., 1::2], 4))
-    return packed
+        yield grid.packed_pairs(found.zeros)
