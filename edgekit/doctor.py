@@ -127,7 +127,7 @@ def _try_out(name: str, directory: Path) -> str:
         entry = fmt.convert(tiny, recipe, directory, progress=lambda _: None)
     except MissingDependencyError as error:  # on a device, which only runs what was made elsewhere
         return f"{state}; bundles run and are not made here: {error} ({error.hint})"
-    if not fmt.IS_RUN_HERE:
+    if not fmt.is_run_here(None):
         read = cast("ReadableFormat", fmt).read_back(directory / entry, tiny.spec)
         norm = read.weight("final_norm")
         return (

@@ -89,9 +89,14 @@ class Subject:
         return formats.get(self.format)
 
     @property
+    def is_run_here(self) -> bool:
+        """Whether its runtime computes the artifact's side of the proof."""
+        return self.fmt.is_run_here(self.layout.variant)
+
+    @property
     def said_by(self) -> str:
         """What computes the artifact's side of the proof."""
-        if self.fmt.IS_RUN_HERE:
+        if self.is_run_here:
             return self.fmt.RUNTIME
         return f"edgekit's float32 reference on the weights read back, not {self.fmt.RUNTIME}"
 
@@ -204,7 +209,7 @@ def check(subject: Subject, *, listener: Listener | None = None) -> Proof:
     oracle.require()
     listener = listener or Silent()
     found = _Findings()
-    if subject.fmt.IS_RUN_HERE:  # a native abort shall end a child, not this process and its work
+    if subject.is_run_here:  # a native abort shall end a child, not this process and its work
         probe(subject.format, subject.path, context_tokens=subject.context_tokens)
     with closing(_open(subject)) as session:
         prompt, answer = _check_generation(subject, session, found)
@@ -232,7 +237,7 @@ def _open(subject: Subject, *, has_exact_cache: bool = False) -> Session:
     context = subject.context_tokens
     if has_exact_cache:
         context = min(context, CHUNK_TOKENS)
-    if not subject.fmt.IS_RUN_HERE:
+    if not subject.is_run_here:
         read = cast("ReadableFormat", subject.fmt).read_back(subject.path, subject.checkpoint.spec)
         return reference.ReferenceSession(read, context_tokens=context)
     return subject.fmt.load(subject.path, context_tokens=context, has_exact_cache=has_exact_cache)

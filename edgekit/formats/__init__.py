@@ -116,9 +116,12 @@ class Format(Protocol):
     ENDING: str  # of the name of the file that `load` opens
     VARIANTS: tuple[str, ...]  # builds for different programs on the device, the usual one first
     RUNTIME: str  # what opens the artifacts, as people call it
-    IS_RUN_HERE: bool  # whether that is a program `load` can start; else see `ReadableFormat`
     EXTRA: str  # `pip install 'edgekit[EXTRA]'` makes and proves artifacts
     RUN_EXTRA: str  # `pip install 'edgekit[RUN_EXTRA]'` runs them
+
+    def is_run_here(self, variant: str | None) -> bool:
+        """Tell whether `load` can start what runs this build; else see `ReadableFormat`."""
+        ...
 
     def runtime_state(self) -> str:
         """Start the runtime without a model, and say which it is and what it computes with.
@@ -236,7 +239,7 @@ class Format(Protocol):
 
 
 class ReadableFormat(Format, Protocol):
-    """A format whose runtime no program here can start (`Format.IS_RUN_HERE` is false)."""
+    """A format with builds that no program here can start (`Format.is_run_here` is false)."""
 
     def read_back(self, path: Path, spec: "DecoderSpec") -> Model:
         """Return the weights as they are in an artifact, for a proof without its runtime.

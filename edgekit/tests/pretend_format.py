@@ -29,7 +29,6 @@ import signal
 
 from edgekit.errors import MissingDependencyError
 
-IS_RUN_HERE = True
 RUN_EXTRA = "run-gguf"
 
 

@@ -94,7 +94,8 @@ def _prove(case: str, fmt: Format, variant: str | None, directory: Path) -> tupl
     entry = fmt.convert(checkpoint, recipe, directory, progress=lambda _: None, variant=variant)
     tokens = min(TOKENS, limit.tokens)
     ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocabulary, tokens)
-    session = _open(fmt, directory / entry, checkpoint.spec, context_tokens=limit.tokens)
+    path = directory / entry
+    session = _open(fmt, variant, path, checkpoint.spec, context_tokens=limit.tokens)
     comparison = Comparison()
     expected = next(oracle.logits(checkpoint, [ids.tolist()]))
     comparison.add(expected, session.all_logits(ids.tolist()), ids)
@@ -108,8 +109,10 @@ def _prove(case: str, fmt: Format, variant: str | None, directory: Path) -> tupl
     return "exact", []
 
 
-def _open(fmt: Format, path: Path, spec: DecoderSpec, *, context_tokens: int) -> Session:
-    if fmt.IS_RUN_HERE:
+def _open(
+    fmt: Format, variant: str | None, path: Path, spec: DecoderSpec, *, context_tokens: int
+) -> Session:
+    if fmt.is_run_here(variant):
         return fmt.load(path, context_tokens=context_tokens, threads=1)
     read = cast("ReadableFormat", fmt).read_back(path, spec)
     return ReferenceSession(read, context_tokens=context_tokens)

@@ -39,7 +39,7 @@ def opened(request, tmp_path_factory):
     )  # fmt: skip
 
     def open_(context_tokens=CONTEXT_TOKENS):
-        if fmt.IS_RUN_HERE:
+        if fmt.is_run_here(None):
             return fmt.load(directory / entry, context_tokens=context_tokens, threads=1)
         model = cast("ReadableFormat", fmt).read_back(directory / entry, tiny.spec)
         return ReferenceSession(model, context_tokens=context_tokens)

@@ -76,7 +76,10 @@ def test_the_core_needs_at_most_five_packages_and_no_torch(wheel):
     assert not any("torch" in line for line in core)
 
 
-@pytest.fixture(scope="module", params=[name for name, fmt in formats.get_all() if fmt.IS_RUN_HERE])
+RUN_HERE = [name for name, fmt in formats.get_all() if fmt.is_run_here(None)]
+
+
+@pytest.fixture(scope="module", params=RUN_HERE)
 def bundle(request, tiny_checkpoint, tiny_bundle, tmp_path_factory):
     """A proven bundle of each format."""
     if request.param == "gguf":
@@ -140,7 +143,6 @@ def _roomy_target(directory):
 def test_doctor_finds_every_runtime_there_and_says_what_is_not_made_there(device_python, tmp_path):
     done = run(device_python, "-m", "edgekit", "doctor", "--json", cwd=tmp_path)
     found = {finding["name"]: finding for finding in json.loads(done.stdout)}
-    for name, fmt in formats.get_all():
-        if fmt.IS_RUN_HERE:
-            assert found[f"{name} back-end"]["state"] == "ok", found[f"{name} back-end"]
+    for name in RUN_HERE:
+        assert found[f"{name} back-end"]["state"] == "ok", found[f"{name} back-end"]
     assert "not made here" in found["executorch back-end"]["found"]

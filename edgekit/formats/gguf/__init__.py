@@ -17,11 +17,16 @@ STORAGES, RECIPES = storage.STORAGES, storage.RECIPES
 ENDING = ".gguf"
 VARIANTS = ()
 RUNTIME = "llama.cpp"
-IS_RUN_HERE = True
 EXTRA = "gguf"
 RUN_EXTRA = "run-gguf"
 # F32, F16 and BF16 are twice and four times as large as Q8_0 and say the same.
 DEFAULT_RECIPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+
+
+def is_run_here(variant: str | None) -> bool:
+    """Return True: the runtime is a program of this machine."""
+    del variant  # there is none
+    return True
 
 
 def runtime_state() -> str:
