@@ -20,6 +20,7 @@ from edgekit.errors import BudgetError, EdgekitError, ToolchainError, UnstableEr
 
 
 if TYPE_CHECKING:
+    from edgekit.formats import Format
     from edgekit.generate import Sampling
     from edgekit.plan import Plan
     from edgekit.progress import Advance
@@ -508,9 +509,16 @@ def formats_command(as_json: bool) -> None:
         print_json(found)
     else:
         for name, recipes in found.items():
-            variants = formats.get(name).VARIANTS
-            built_for = f"  (variants: {', '.join(variants)})" if variants else ""
-            click.echo(f"{name:<12}{', '.join(recipes)}{built_for}")
+            click.echo(f"{name:<12}{', '.join(recipes)}{_variants(formats.get(name))}")
+
+
+def _variants(fmt: "Format") -> str:
+    """Return the builds of a format for a line of a list, those apart that no program here runs."""
+    here = [variant for variant in fmt.VARIANTS if fmt.is_run_here(variant)]
+    there = [variant for variant in fmt.VARIANTS if variant not in here]
+    groups = {"variants": here, "not executed here": there}
+    said = "; ".join(f"{title}: {', '.join(found)}" for title, found in groups.items() if found)
+    return f"  ({said})" if said else ""
 
 
 @cli.command("doctor")

@@ -1,8 +1,9 @@
 """Validate: measure a bundle on a device and judge it against the budget of a target."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-from edgekit import measure
+from edgekit import formats, measure
 from edgekit.bundle import Bundle
 from edgekit.device import Device, connect
 from edgekit.errors import UsageError
@@ -12,6 +13,9 @@ from edgekit.report import Result
 from edgekit.target import Target
 from edgekit.verdict import judge
 
+
+if TYPE_CHECKING:
+    from edgekit.formats import ReadableFormat
 
 MOST_SAMPLES = 40  # of a time or a rate; what is unclear then stays unstable
 
@@ -40,12 +44,14 @@ def validate(  # noqa: PLR0913  # the options of the verb
 
     Raises:
         BundleError: If the bundle is damaged.
+        UsageError: If no program of edgekit's can start the bundle; it names the device that can.
         MissingDependencyError: If the device lacks the runtime.
         ToolchainError: If the device cannot be reached or the runtime fails.
     """
     if repetitions < 1:
         raise UsageError(f"{repetitions} repetitions measure nothing", hint="use 5 or more")
     bundle = Bundle.load(bundle_directory)
+    _refuse_elsewhere(bundle, target)
     with connect(device) as place:
         environment = measure.environment_of(bundle, place)
         measurement = measure.measure_bundle(
@@ -58,6 +64,20 @@ def validate(  # noqa: PLR0913  # the options of the verb
         measurement = _until_clear(measurement, bundle, target, place, progress)
     verdict = judge(measurement, bundle, target)
     return Result(bundle=bundle, target=target, measurement=measurement, verdict=verdict)
+
+
+def _refuse_elsewhere(bundle: Bundle, target: Target) -> None:
+    """Name the device that a bundle needs where no program of edgekit's can start it."""
+    artifact = bundle.artifact
+    fmt = formats.get(artifact.format)
+    if not fmt.is_run_here(artifact.variant):
+        needed = cast("ReadableFormat", fmt).runs_on(artifact.variant)
+        raise UsageError(
+            f"{bundle.directory} is not executed by edgekit: it needs {needed}, and its budget is "
+            f"that of {target.name} ({target.title})",
+            hint="measure it in an app there; edgekit.validate.judge_document holds the "
+            "measurement against the budget",
+        )
 
 
 def judge_document(bundle_directory: Path, target: Target, document: Path) -> Result:

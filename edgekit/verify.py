@@ -98,7 +98,11 @@ class Subject:
         """What computes the artifact's side of the proof."""
         if self.is_run_here:
             return self.fmt.RUNTIME
-        return f"edgekit's float32 reference on the weights read back, not {self.fmt.RUNTIME}"
+        needed = cast("ReadableFormat", self.fmt).runs_on(self.layout.variant)
+        return (
+            f"edgekit's float32 reference on the weights read back, not {self.fmt.RUNTIME}: "
+            f"not executed here, it needs {needed}"
+        )
 
     @cached_property
     def text(self) -> Text:

@@ -249,6 +249,10 @@ class ReadableFormat(Format, Protocol):
         """
         ...
 
+    def runs_on(self, variant: str | None) -> str:
+        """Return what is needed to run this build, with its article."""
+        ...
+
 
 def names() -> list[str]:
     """Return the names of all formats, without importing them."""

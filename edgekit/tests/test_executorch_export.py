@@ -21,8 +21,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("executorch", reason="pip install 'edgekit[executorch]'")
 
-from edgekit.formats.executorch import conversion, memory, program, size, storage  # noqa: E402
-from edgekit.formats.executorch.assembly import Coverage  # noqa: E402
+from edgekit.formats.executorch import (  # noqa: E402
+    conversion,
+    coverage,
+    memory,
+    program,
+    size,
+    storage,
+    xnnpack,
+)
+from edgekit.formats.executorch.coverage import Coverage  # noqa: E402
 
 
 pytestmark = [
@@ -189,13 +197,13 @@ def test_runners_find_what_they_ask_a_program_for(float_path):
 
 
 def test_what_they_find_is_true(checkpoint):
-    found = conversion.metadata(checkpoint, CONTEXT_TOKENS, conversion.LLM)
+    found = conversion.metadata(checkpoint, CONTEXT_TOKENS, xnnpack.LLM)
     assert found["get_max_seq_len"] == found["get_max_context_len"] == CONTEXT_TOKENS
     assert found["get_vocab_size"] == checkpoint.spec.vocabulary
     assert found["get_eos_ids"] == list(checkpoint.text.declared_stop_ids)
     assert found["use_sdpa_with_kv_cache"] is True
     assert found["get_n_layers"] == 2
-    portable = conversion.metadata(checkpoint, CONTEXT_TOKENS, conversion.PORTABLE)
+    portable = conversion.metadata(checkpoint, CONTEXT_TOKENS, xnnpack.PORTABLE)
     assert portable["use_sdpa_with_kv_cache"] is False
 
 
@@ -213,11 +221,11 @@ def test_every_matrix_is_in_the_backend(checkpoint, float_path):
 
 
 def test_a_matrix_outside_of_the_backend_stops_the_export(checkpoint):
-    planned = conversion.weights(checkpoint.spec, storage.RECIPES["8da4w"])
+    planned = conversion.weights(checkpoint.spec, storage.RECIPES["8da4w"], xnnpack)
     roles = frozenset(weight.role for weight in planned) - {"layers.1.down"}
     found = Coverage(delegated_operators=1, delegated_weights=roles, portable_operators={})
     with pytest.raises(ToolchainError, match=r"not multiply by layers\.1\.down"):
-        conversion.coverage(found, planned)
+        coverage.report(found, planned, id=xnnpack.ID, name=xnnpack.NAME)
 
 
 # What it says
@@ -317,7 +325,7 @@ def test_two_processes_write_the_same_bytes(checkpoint, four_bit_path, tmp_path)
 def test_the_size_hardly_depends_on_the_context(untied, tmp_path):
     entry = conversion.convert(
         untied, storage.RECIPES["F32"], tmp_path, progress=lambda _: None, context_tokens=4096,
-        variant=conversion.PORTABLE,
+        variant=xnnpack.PORTABLE,
     )  # fmt: skip
     layout = executorch.lay_out(untied, storage.RECIPES["F32"])
     assert (tmp_path / entry).stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
@@ -327,7 +335,7 @@ def test_what_is_set_aside_grows_with_the_context_and_no_faster(checkpoint, floa
     (tmp_path / "long").mkdir()
     entry = conversion.convert(
         checkpoint, storage.RECIPES["F32"], tmp_path / "long", progress=lambda _: None,
-        context_tokens=8 * CONTEXT_TOKENS, variant=conversion.PORTABLE,
+        context_tokens=8 * CONTEXT_TOKENS, variant=xnnpack.PORTABLE,
     )  # fmt: skip
     planned = [
         forward.planned_bytes

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("executorch", reason="pip install 'edgekit[executorch]'")
 
-from edgekit.formats.executorch import conversion, decoder_module, storage  # noqa: E402
+from edgekit.formats.executorch import conversion, decoder_module, planned, storage, xnnpack  # noqa: E402
 
 
 pytestmark = [
@@ -65,7 +65,7 @@ def expected_logits(checkpoint: Checkpoint, ids: list[int]):
     Past the original context of a longrope every position of a beginning turns otherwise.
     """
     (rows,) = oracle.logits(checkpoint, [ids])
-    border = conversion.border_tokens(checkpoint.spec)
+    border = planned.border_tokens(checkpoint.spec)
     if border is None or border >= len(ids):
         return rows
     (short,) = oracle.logits(checkpoint, [ids[:border]])
@@ -97,7 +97,7 @@ def converted(request, tmp_path_factory) -> Converted:
         directory,
         progress=lambda _: None,
         context_tokens=context,
-        variant=conversion.PORTABLE,
+        variant=xnnpack.PORTABLE,
     )
     return Converted(checkpoint=checkpoint, path=directory / entry)
 
@@ -151,7 +151,7 @@ def test_four_bits_everywhere_say_nearly_what_transformers_says(name, words, tmp
     ids, recipe = texts(checkpoint)[0][:64], storage.RECIPES["8da4w_all"]
     entry = conversion.convert(
         checkpoint, recipe, tmp_path, progress=lambda _: None, context_tokens=64,
-        variant=conversion.PORTABLE,
+        variant=xnnpack.PORTABLE,
     )  # fmt: skip
     held = {name: kind for name, _, kind in executorch.contents(tmp_path / entry)}
     layout = executorch.lay_out(checkpoint, recipe)
@@ -189,7 +189,7 @@ def eager(checkpoint: Checkpoint) -> decoder_module.Decoder:
 @pytest.mark.parametrize("name", TINY)
 def test_the_module_says_what_transformers_says(name, tmp_path):
     checkpoint = source.open_checkpoint(write_tiny_checkpoint(tmp_path / "model", name))
-    border = conversion.border_tokens(checkpoint.spec) or checkpoint.spec.context_tokens
+    border = planned.border_tokens(checkpoint.spec) or checkpoint.spec.context_tokens
     ids = texts(checkpoint)[0][:border]
     module, said, rows = eager(checkpoint), [], []
     with torch.inference_mode():

@@ -4,7 +4,7 @@ import pytest
 
 from edgekit.decoder import Attention, DecoderSpec, Layer, Norm, Rope
 from edgekit.errors import UsageError
-from edgekit.formats.executorch import conversion, storage
+from edgekit.formats.executorch import backends, conversion, storage, xnnpack
 from edgekit.tests.executorch_artifacts import decoded
 
 
@@ -74,7 +74,7 @@ def test_four_bit_codes_fill_a_byte_from_its_lower_half():
 
 @pytest.mark.parametrize(("recipe", "words"), [("8da4w", "INT8"), ("8da4w_all", "INT4_G32")])
 def test_words_take_four_bits_only_where_all_do(recipe, words):
-    found = {w.role: w.stored for w in conversion.weights(spec(), storage.RECIPES[recipe])}
+    found = {w.role: w.stored for w in conversion.weights(spec(), storage.RECIPES[recipe], xnnpack)}
     assert (found["token_embedding"], found["layers.0.up"]) == (words, "INT4_G32")
     assert found["final_norm"] == "F32"
 
@@ -113,7 +113,7 @@ def spec(window=None, **attention):
 
 
 def test_the_first_variant_is_the_usual_one():
-    assert conversion.variant_of(spec(), None, None) == conversion.VARIANTS[0] == "portable"
+    assert conversion.variant_of(spec(), None, None) == backends.variants()[0] == "portable"
     assert conversion.variant_of(spec(), "llm-ops", None) == "llm-ops"
 
 
@@ -128,8 +128,8 @@ def test_attention_that_the_llm_operators_lack_is_refused(attention, said):
 
 
 def test_an_unknown_variant_is_refused_with_those_that_are_known():
-    with pytest.raises(UsageError, match="no variant 'coreml'") as refusal:
-        conversion.variant_of(spec(), "coreml", None)
+    with pytest.raises(UsageError, match="no variant 'metal'") as refusal:
+        conversion.variant_of(spec(), "metal", None)
     assert "portable, llm-ops" in refusal.value.hint
 
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from edgekit import protobuf
 from edgekit.bundle import Artifact
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import BundleError
-from edgekit.formats.onnx import conversion, model, protobuf, runtime, storage
-from edgekit.formats.onnx.protobuf import Message
+from edgekit.formats.onnx import conversion, model, runtime, storage
+from edgekit.protobuf import Message
 from edgekit.tests.test_bundle import make_bundle
 
 

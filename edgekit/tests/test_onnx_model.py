@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
+from edgekit import protobuf
 from edgekit.doctor import _tiny_checkpoint
-from edgekit.formats.onnx import conversion, model, protobuf, storage
+from edgekit.formats.onnx import conversion, model, storage
 from edgekit.formats.onnx.model import External
-from edgekit.formats.onnx.protobuf import Message
+from edgekit.protobuf import Message
 
 
 np = pytest.importorskip("numpy")

@@ -1,31 +1,35 @@
-"""ExecuTorch: programs for phones and boards, whose arithmetic XNNPACK does."""
+"""ExecuTorch: programs for phones and boards, whose arithmetic a back-end does."""
 
 import importlib.util
+import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from edgekit.errors import MissingDependencyError
-from edgekit.formats import ContextLimit, Layout, MemoryUse, Progress
-from edgekit.formats.executorch import contents as _contents
+from edgekit.errors import BundleError, MissingDependencyError, UsageError
+from edgekit.formats import ContextLimit, Layout, MemoryUse, Model, Progress
 from edgekit.formats.executorch import (
+    backends,
     conversion,
     handover,
-    memory,
+    program,
     runtime,
     shim_build,
     storage,
     tokenizer,
 )
+from edgekit.formats.executorch.backends import Backend, ReadableBackend
+from edgekit.formats.executorch.planned import border_tokens
 from edgekit.recipe import Recipe
 
 
 if TYPE_CHECKING:
     from edgekit.checkpoint import Checkpoint
+    from edgekit.decoder import DecoderSpec
 
 
 STORAGES, RECIPES = storage.STORAGES, storage.RECIPES
-VARIANTS = conversion.VARIANTS
+VARIANTS = backends.variants()
 RUNTIME = "ExecuTorch"
 EXTRA = "executorch"
 RUN_EXTRA = "run-executorch"
@@ -34,15 +38,19 @@ DEFAULT_RECIPES = ("8da8w", "8da4w", "8da4w_all")
 
 
 def is_run_here(variant: str | None) -> bool:
-    """Return True: the runtime is a program of this machine."""
-    del variant  # each runs, where torch is installed
-    return True
+    """Tell whether the runtime of this machine has the back-end of a variant."""
+    return backends.of(variant).DEVICE is None
 
 
 def runtime_state() -> str:
     """Build what ExecuTorch is called through, and say which it is."""
     shim_build.load()
-    return f"ExecuTorch {shim_build.installed_version()}, on the CPU with XNNPACK"
+    elsewhere = " and ".join(f"{b.NAME} on {b.DEVICE}" for b in backends.get_all() if b.DEVICE)
+    return (
+        f"ExecuTorch {shim_build.installed_version()}, on the CPU with XNNPACK; makes programs for "
+        f"{elsewhere}, which are not executed here; QNN and MediaTek are not offered: their "
+        "compilers are no part of ExecuTorch's wheel"
+    )
 
 
 def lay_out(
@@ -62,7 +70,7 @@ def context_limit(checkpoint: "Checkpoint") -> ContextLimit:
     A program has those too, and edgekit's session reads a text anew when it gets there; programs
     of others do not.
     """
-    border = conversion.border_tokens(checkpoint.spec)
+    border = border_tokens(checkpoint.spec)
     if border is not None and border < checkpoint.spec.context_tokens:
         return ContextLimit(
             tokens=border,
@@ -78,7 +86,8 @@ def memory_use(
 ) -> MemoryUse:
     """Return what ExecuTorch will hold."""
     del repacks  # XNNPACK packs weights on every processor
-    return memory.use(checkpoint.spec, layout, context_tokens=context_tokens)
+    backend = backends.of(layout.variant)
+    return backend.memory_use(checkpoint.spec, layout, context_tokens=context_tokens)
 
 
 def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
@@ -121,7 +130,41 @@ def load(
 ) -> runtime.ExecutorchSession:
     """Open a program in ExecuTorch."""
     del has_exact_cache  # it is float32 anyway
+    _refuse_elsewhere(path, backends.of_program(program.read(path)))
     return runtime.ExecutorchSession(path, context_tokens=context_tokens, threads=threads)
+
+
+def _refuse_elsewhere(path: Path, backend: Backend | None) -> None:
+    """Name the device that a program needs, if it is another than this machine."""
+    if backend and backend.DEVICE:
+        raise UsageError(
+            f"{path} is for {backend.NAME}, which this machine has not: it needs {backend.DEVICE}",
+            hint=f"run and measure it there, as {handover.README} beside it shows; "
+            "edgekit.validate.judge_document holds that measurement against the budget; "
+            f"or export with --variant {VARIANTS[0]} to run it here",
+        )
+
+
+def runs_on(variant: str | None) -> str:
+    """Return what runs a variant that this machine does not."""
+    return backends.of(variant).DEVICE or "this machine"
+
+
+def read_back(path: Path, spec: "DecoderSpec") -> Model:
+    """Return the weights as the back-end multiplies with them, where it is not on this machine."""
+    backend = backends.of_program(program.read(path))
+    if backend is None or not backend.DEVICE:
+        raise BundleError(f"{path} is for no back-end whose weights edgekit reads back")
+    try:
+        return cast("ReadableBackend", backend).read_back(path, spec)
+    except (struct.error, UnicodeDecodeError, IndexError) as error:
+        raise _damage(path, error) from error
+
+
+def _damage(path: Path, error: Exception) -> BundleError:
+    return BundleError(
+        f"{path} is damaged: {error}", hint="copy the bundle again, or export it again"
+    )
 
 
 def runtime_ids(path: Path, texts: Sequence[str]) -> list[list[int]] | None:
@@ -136,4 +179,11 @@ def files(path: Path) -> list[Path]:
 
 def contents(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
     """Return name, shape and storage of every weight, as the runtime will read them."""
-    return _contents.contents(path)
+    head = program.read(path)
+    backend = backends.of_program(head)
+    if backend is None:
+        raise BundleError(f"{path} has no delegate for a back-end that edgekit writes for")
+    try:
+        return backend.contents(path, head)
+    except (struct.error, UnicodeDecodeError, IndexError) as error:
+        raise _damage(path, error) from error

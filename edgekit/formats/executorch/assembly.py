@@ -6,20 +6,26 @@ and named data too, so a head that is tied to it reads the same bytes of the fil
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edgekit.formats.executorch import storage
+from edgekit.formats.executorch.coverage import Coverage
 from edgekit.formats.executorch.size import ALIGNMENT
 
 
-@dataclass(frozen=True, kw_only=True)
-class Coverage:
-    """Who does the work of a program."""
+if TYPE_CHECKING:
+    from edgekit.formats.executorch.planned import Job
 
-    delegated_operators: int  # in XNNPACK, all delegates together
-    delegated_weights: frozenset[str]  # by role
-    portable_operators: Mapping[str, int]  # how often ExecuTorch's own kernels are called
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Named data that is a part of a weight's."""
+
+    of: str  # the key of the whole
+    first_byte: int
+    size_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +36,7 @@ class Lowered:
     numbers: Mapping[str, bytes]  # named data that is no weight
     table: tuple[int, ...]  # which constants are the embedding and its scales
     coverage: Coverage
+    slices: Mapping[str, Slice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,33 @@ class File:
     pieces: tuple[tuple[int, bytes], ...]  # what is known, and where it goes
     places: Mapping[str, int]  # where each part of a weight goes
     size_bytes: int
+
+    def write(self, job: "Job", path: Path) -> None:
+        """Write it, with one block of a weight's rows in memory at a time."""
+        with path.open("wb") as stream:
+            stream.truncate(self.size_bytes)
+            for offset, content in self.pieces:
+                stream.seek(offset)
+                stream.write(content)
+            self._write_weights(job, stream)
+
+    def _write_weights(self, job: "Job", stream: BinaryIO) -> None:
+        for weight in job.weights:
+            for first, encoded in job.encoded(weight):
+                for part, values in zip(weight.parts, encoded, strict=True):
+                    self._write_rows(stream, part, first, values, rows=weight.shape[0])
+
+    def _write_rows(
+        self, stream: BinaryIO, part: storage.Part, first: int, values: Any, *, rows: int
+    ) -> None:
+        place = self.places[part.key]
+        if not part.is_across:
+            stream.seek(place + first * (part.size_bytes // rows))
+            stream.write(values.tobytes())
+            return
+        for group, column in enumerate(values.T):
+            stream.seek(place + (group * rows + first) * values.itemsize)
+            stream.write(column.tobytes())
 
 
 def assemble(lowered: Lowered, parts: Sequence[storage.Part]) -> File:
@@ -74,6 +108,10 @@ class _Assembly:
             if key not in self._places:
                 named.append(NamedData(key=key, segment_index=self._segment(size)))
                 self._places[key] = self._program.segments[-1].offset
+        for key, part in self._lowered.slices.items():
+            offset = self._places[part.of] + part.first_byte
+            index = self._segment(part.size_bytes, offset)
+            named.append(NamedData(key=key, segment_index=index))
         self._program.named_data = named
         return self._with_head()
 
@@ -122,28 +160,43 @@ class _Assembly:
             yield key, self._segment(self._sizes[key], self._places[key])
 
     def _with_head(self) -> File:
-        from executorch.exir._serialize._flatbuffer_program import _program_to_flatbuffer
-        from executorch.exir._serialize._program import (
-            _ExtendedHeader,
-            _insert_flatbuffer_header,
-        )
-
-        made = _program_to_flatbuffer(
-            self._program, constant_tensor_alignment=_TENSOR_ALIGNMENT, delegate_alignment=None
-        )
-        header_bytes = _aligned(_ExtendedHeader.EXPECTED_LENGTH, made.max_alignment)
-        program_bytes = header_bytes + len(made.data)
-        base = _aligned(program_bytes, ALIGNMENT)
-        header = _ExtendedHeader(
-            program_size=program_bytes, segment_base_offset=base, segment_data_size=self._end
-        )
-        head = _insert_flatbuffer_header(
-            flatbuffer_data=made.data,
-            magic_regex=r"ET[0-9a-zA-Z][0-9a-zA-Z]",
-            header_data=header.to_bytes().ljust(header_bytes, b"\0"),
-        )
+        head, base = head_of(self._program, self._end)
         return File(
             pieces=((0, head), *((base + at, content) for at, content in self._pieces)),
             places={key: base + at for key, at in self._places.items()},
             size_bytes=base + self._end,
         )
+
+
+def head_of(program: Any, segment_bytes: int) -> tuple[bytes, int]:
+    """Return what a file begins with, and where its segments do."""
+    from executorch.exir._serialize._flatbuffer_program import _program_to_flatbuffer
+    from executorch.exir._serialize._program import _ExtendedHeader, _insert_flatbuffer_header
+
+    made = _program_to_flatbuffer(
+        program, constant_tensor_alignment=_TENSOR_ALIGNMENT, delegate_alignment=None
+    )
+    header_bytes = _aligned(_ExtendedHeader.EXPECTED_LENGTH, made.max_alignment)
+    program_bytes = header_bytes + len(made.data)
+    base = _aligned(program_bytes, ALIGNMENT)
+    header = _ExtendedHeader(
+        program_size=program_bytes, segment_base_offset=base, segment_data_size=segment_bytes
+    )
+    head = _insert_flatbuffer_header(
+        flatbuffer_data=made.data,
+        magic_regex=r"ET[0-9a-zA-Z][0-9a-zA-Z]",
+        header_data=header.to_bytes().ljust(header_bytes, b"\0"),
+    )
+    return head, base
+
+
+def head_of_delegate(program: Any, delegate_bytes: int) -> tuple[bytes, int]:
+    """Return the same for a program without constants, and with one delegate."""
+    from executorch.exir.schema import BackendDelegateDataReference, DataLocation, DataSegment
+
+    program.segments = [DataSegment(offset=0, size=size) for size in (0, delegate_bytes)]
+    program.backend_delegate_data = []
+    program.execution_plan[0].delegates[0].processed = BackendDelegateDataReference(
+        location=DataLocation.SEGMENT, index=1
+    )
+    return head_of(program, delegate_bytes)

@@ -273,13 +273,20 @@ class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
 
     def turns(self, input_pos: Tensor) -> dict[Rope, tuple[Tensor, Tensor]]:
         """Return for each rope cosine and sine, of shape ``(tokens, 1, width)``."""
+        return {
+            rope: (torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1))
+            for rope, (cosine, sine) in self.waves(input_pos).items()
+        }
+
+    def waves(self, input_pos: Tensor) -> dict[Rope, tuple[Tensor, Tensor]]:
+        """Return for each rope cosine and sine, of shape ``(tokens, 1, half its width)``."""
         found: dict[Rope, tuple[Tensor, Tensor]] = {}
         positions = input_pos.to(torch.float32)[:, None, None]
         for number, rope in enumerate(self.ropes):
             angles = positions * self._frequencies(number, rope, input_pos)
             waves = (angles.cos(), angles.sin())
             cosine, sine = (wave * rope.attention_factor for wave in waves)
-            found[rope] = torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)
+            found[rope] = cosine, sine
         return found
 
     def _frequencies(self, number: int, rope: Rope, input_pos: Tensor) -> Tensor:
@@ -463,6 +470,27 @@ class Int4Embedding(nn.Module):  # type: ignore[misc]  # it is Any here
             dtype=torch.float32,
         )  # fmt: skip
         return rows.unflatten(-1, (-1, 2)).flip(-1).flatten(1)
+
+
+class AcrossInt4Embedding(nn.Module):  # type: ignore[misc]  # it is Any here
+    """A table of four bits as Vulkan's linear layers have it: a row of scales is for one group.
+
+    No kernel reads that, so codes are taken apart by arithmetic, which is exact in float32.
+    """
+
+    def __init__(self, table: Tensor, scales: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+        self.register_buffer("scales", scales)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return a row for each token."""
+        pairs = functional.embedding(tokens, self.get_buffer("table")).to(torch.float32)
+        upper = torch.floor(pairs / 16)
+        codes = torch.stack((pairs - upper * 16, upper), -1).flatten(1) - 8
+        scales = self.get_buffer("scales").index_select(1, tokens).permute(1, 0)
+        grouped = codes.unflatten(1, (scales.shape[1], -1))
+        return (grouped * scales[..., None]).flatten(1)
 
 
 class FloatEmbedding(nn.Module):  # type: ignore[misc]  # it is Any here

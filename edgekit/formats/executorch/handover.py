@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import MissingDependencyError, UsageError
-from edgekit.formats.executorch import tokenizer
+from edgekit.formats.executorch import backends, tokenizer
+from edgekit.formats.executorch.backends import Backend, Build
 from edgekit.formats.executorch.tokenizer import Preparation
 from edgekit.template import ChatTemplate
 from edgekit.text import Text, open_tokenizer
@@ -54,6 +55,16 @@ class Handover:
     variant: str
     has_runner_copy: bool
     stop_texts: tuple[str, ...]
+
+    @property
+    def backend(self) -> Backend:
+        """Who computes it."""
+        return backends.of(self.variant)
+
+    @property
+    def build(self) -> Build:
+        """What it needs of an app."""
+        return self.backend.BUILDS[self.variant]
 
 
 def write(
@@ -148,27 +159,36 @@ def _bos(text: Text) -> str:
 
 def readme(handover: Handover) -> str:
     """Return the text of the README."""
-    sections = [_head(handover), _prompt_format(handover)]
-    sections += [_kotlin(handover), _swift(handover)] if handover.has_runner_copy else [_ids_only()]
-    return "\n".join([*sections, _tail(handover)])
+    return "\n".join(
+        [_head(handover), _prompt_format(handover), *_clients(handover), _tail(handover)]
+    )
+
+
+def _clients(handover: Handover) -> Iterator[str]:
+    """Yield the lines for each kind of phone that runs the program."""
+    if not handover.has_runner_copy:
+        yield _ids_only()
+        return
+    if handover.build.android:
+        yield _kotlin(handover, libraries=handover.build.android)
+    if handover.build.ios:
+        yield _swift(handover, products=handover.build.ios)
 
 
 def _head(handover: Handover) -> str:
-    kind = {
-        "portable": "plain operators: any ExecuTorch runtime with XNNPACK runs it",
-        "llm-ops": "attention by llama::custom_sdpa: runners that link the LLM kernels run it",
-    }.get(handover.variant, "")
+    device = handover.backend.DEVICE
+    here = f"needs {device}" if device else "On a computer or a Raspberry Pi, `edgekit run`"
     return f"""\
 # {handover.entry} in an app
 
 | | |
 |---|---|
-| program | `{handover.entry}`, variant {handover.variant} ({kind}) |
+| program | `{handover.entry}`, variant {handover.variant} ({handover.build.kind}) |
 | context | {handover.context_tokens} tokens, prompt and answer together |
 | an answer ends at | {_spelt_stops(handover)} |
 | to check an app with | `{PROMPTS}`: prompts, and the ids they must become |
 
-On a computer or a Raspberry Pi, `edgekit run` this directory.
+{f"It {here}." if device else f"{here} this directory."}
 """
 
 
@@ -210,14 +230,14 @@ def _trims(text: Text) -> bool:
     )
 
 
-def _kotlin(handover: Handover) -> str:
+def _kotlin(handover: Handover, *, libraries: str) -> str:
     before, _, after = _around(handover.text)
     message = "message.trim()" if _trims(handover.text) else "message"
     changes = _kotlin_preparation(handover.prepare)
     return f"""\
 ## Android, Kotlin
 
-The library `executorch-android` has all the kernels that this program calls.
+{libraries}
 
 ```kotlin
 import org.pytorch.executorch.extension.llm.LlmCallback
@@ -271,15 +291,15 @@ def _escaped(token: str) -> str:
     return "".join(f"\\{letter}" if letter in "\\^$.|?*+()[]{}" else letter for letter in token)
 
 
-def _swift(handover: Handover) -> str:
+def _swift(handover: Handover, *, products: Sequence[str]) -> str:
     before, _, after = _around(handover.text)
     trims = ".trimmingCharacters(in: .whitespacesAndNewlines)" if _trims(handover.text) else ""
     changes = _swift_preparation(handover.prepare)
     return f"""\
 ## iOS, Swift
 
-Link the products {_products(handover.variant)} of ExecuTorch's Swift package, with `-all_load` or
-`-force_load`, as they register themselves.
+Link the products {", ".join(f"`{name}`" for name in products)} of ExecuTorch's Swift package, with
+`-all_load` or `-force_load`, as they register themselves.
 
 ```swift
 import ExecuTorchLLM
@@ -306,13 +326,6 @@ try runner.generate(prompt, Config {{
 }}
 ```
 """
-
-
-def _products(variant: str) -> str:
-    """Return what an app must link, as docs/source/using-executorch-ios.md names it."""
-    kernels = ["kernels_optimized", "kernels_quantized"]
-    kernels += ["kernels_llm"] if variant == "llm-ops" else []
-    return ", ".join(f"`{name}`" for name in ("executorch_llm", "backend_xnnpack", *kernels))
 
 
 def _swift_string(text: str) -> str:
@@ -350,8 +363,19 @@ def _tail(handover: Handover) -> str:
     return f"""\
 ## What was tested
 
-The program was run by ExecuTorch's C++ runtime where it was exported, and `manifest.json` has what
-it was held against. The lines above were not compiled there: their names are those of ExecuTorch
-1.5.0, whose LLM interfaces call themselves experimental. Prompts that `{PROMPTS}` lists became
-these ids in the C++ tokenizer of the runners: {"yes" if handover.has_runner_copy else "no"}.
+{_what_ran(handover.backend)} The lines above were not compiled there: their names are those of
+ExecuTorch 1.5.0, whose LLM interfaces call themselves experimental. Prompts that `{PROMPTS}` lists
+became these ids in the C++ tokenizer of the runners: {"yes" if handover.has_runner_copy else "no"}.
 """
+
+
+def _what_ran(backend: Backend) -> str:
+    if backend.DEVICE is None:
+        return (
+            "The program was run by ExecuTorch's C++ runtime where it was exported, and\n"
+            "`manifest.json` has what it was held against."
+        )
+    return (
+        f"The program was **not executed** where it was exported: that needs {backend.DEVICE}.\n"
+        "Its weights were read back from it, and `manifest.json` has what they were held against."
+    )

@@ -16,10 +16,11 @@ from torch import nn  # noqa: TID253
 
 from edgekit.decoder import DecoderSpec
 from edgekit.formats.executorch import decoder_module
-from edgekit.formats.executorch.assembly import Coverage, Lowered
+from edgekit.formats.executorch.assembly import Lowered
+from edgekit.formats.executorch.coverage import Coverage
 from edgekit.formats.executorch.decoder_module import Decoder
 from edgekit.formats.executorch.delegates import TRACED_TOKENS, Segments
-from edgekit.formats.executorch.storage import STORAGES
+from edgekit.formats.executorch.storage import STORAGES, VULKAN_FOUR_BITS
 from edgekit.silence import silence
 
 
@@ -44,52 +45,62 @@ def lower(
         made = Segments(spec, storages, context_tokens, mixes=not uses_llm_operators)
         decoder = Decoder(
             spec,
-            embedding=_embedding(spec, storages["token_embedding"]),
+            embedding=embedding(spec, storages["token_embedding"]),
             segments=made.modules,
             context_tokens=context_tokens,
             uses_llm_operators=uses_llm_operators,
         )
-        program = _emit(decoder, constants)
-        _close_gaps(program)
+        if uses_llm_operators:
+            from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - operators
+        program = emit(decoder, constants, longest_tokens=context_tokens)
+        close_gaps(program)
         return Lowered(
             program=program,
             numbers=made.numbers,
-            table=_table_constants(program, spec),
+            table=table_constants(program, spec),
             coverage=Coverage(
                 delegated_operators=made.operators,
                 delegated_weights=frozenset(made.weights),
-                portable_operators=_portable_calls(program),
+                portable_operators=portable_calls(program),
             ),
         )
 
 
-def _embedding(spec: DecoderSpec, stored: str) -> nn.Module:
+def embedding(spec: DecoderSpec, stored: str) -> nn.Module:
+    """Return what makes rows of tokens, with a table that has no content yet."""
     shape = (spec.vocabulary, spec.hidden_width)
+    rows, columns = shape
     if stored in {"F32", "F16"}:
         dtype = torch.float32 if stored == "F32" else torch.float16
         return decoder_module.FloatEmbedding(torch.zeros(shape, dtype=dtype))
     from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401 - operators
 
-    rows, columns = shape
     if stored == "INT8":
         table = torch.zeros(shape, dtype=torch.int8)
         return decoder_module.Int8Embedding(table, torch.ones(rows))
     groups = columns // STORAGES[stored].block_weights
+    if stored in VULKAN_FOUR_BITS:
+        return decoder_module.AcrossInt4Embedding(
+            torch.zeros(rows, columns // 2, dtype=torch.uint8), torch.ones(groups, rows)
+        )
     return decoder_module.Int4Embedding(
         torch.zeros(rows, columns // 2, dtype=torch.uint8),
         torch.ones(rows, groups, dtype=torch.bfloat16),
     )
 
 
-def _emit(decoder: Decoder, constants: Mapping[str, Any]) -> Any:
-    """Return the program of a whole decoder, whose segments are delegates."""
-    import executorch.kernels.quantized  # noqa: F401 - operators
+def emit(decoder: nn.Module, constants: Mapping[str, Any], *, longest_tokens: int) -> Any:
+    """Return the program of a module with delegates: tokens and their positions in, logits out.
 
-    if decoder.uses_llm_operators:
-        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - operators
+    Args:
+        decoder: The module.
+        constants: What methods without arguments return, by name.
+        longest_tokens: How many are read at once, at most.
+    """
+    import executorch.kernels.quantized  # noqa: F401 - operators
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
 
-    tokens = torch.export.Dim("tokens", min=1, max=decoder.context_tokens)
+    tokens = torch.export.Dim("tokens", min=1, max=longest_tokens)
     exported = torch.export.export(
         decoder,
         (torch.zeros(1, TRACED_TOKENS, dtype=torch.int64), torch.arange(TRACED_TOKENS)),
@@ -109,7 +120,7 @@ _PLANNED = 1  # the memory that tensors share
 _MEMORY_ALIGNMENT = 16
 
 
-def _close_gaps(program: Any) -> None:
+def close_gaps(program: Any) -> None:
     """Take out of the memory plan what no tensor uses.
 
     ExecuTorch 1.5.1 plans room for the caches as written and again for the caches themselves.
@@ -144,17 +155,18 @@ def _tensors(program: Any) -> Iterator[Any]:
             yield value.val
 
 
-def _table_constants(program: Any, spec: DecoderSpec) -> tuple[int, ...]:
+def table_constants(program: Any, spec: DecoderSpec) -> tuple[int, ...]:
     """Return which constants are the embedding and, if it has them, its smaller scales."""
     found = {
         tensor.data_buffer_idx: _size_bytes(tensor)
         for tensor in _tensors(program)
-        if tensor.data_buffer_idx > 0 and tensor.sizes[:1] == [spec.vocabulary]
+        if tensor.data_buffer_idx > 0 and spec.vocabulary in tensor.sizes
     }
     return tuple(sorted(found, key=lambda index: -found[index]))
 
 
-def _portable_calls(program: Any) -> dict[str, int]:
+def portable_calls(program: Any) -> dict[str, int]:
+    """Return how often a program calls each of ExecuTorch's own kernels."""
     from executorch.exir.schema import KernelCall
 
     plan = program.execution_plan[0]

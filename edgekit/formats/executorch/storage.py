@@ -1,17 +1,18 @@
 """How weights are stored, and which weight gets which storage.
 
 An int8 matrix has one scale for each row, a four-bit one a bfloat16 scale for each group of a row:
-the layouts of XNNPACK's ``qcint8`` and ``qbint4``, for the embedding too. Where a recipe's name
+the layouts of XNNPACK's ``qcint8`` and ``qbint4``, for the embedding too. ``Q4GSW`` is the layout
+of Vulkan's ``linear_q4gsw``: float32 scales, whose rows are the groups. Where a recipe's name
 begins with 8da, XNNPACK rounds what is multiplied with such a matrix to int8 too, token by token.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgekit import grid
 from edgekit.decoder import Shape
-from edgekit.grid import Fitted, Grid
+from edgekit.grid import Fitted, Grid, Precision
 from edgekit.recipe import Recipe, Rule, Storage, with_limits
 
 
@@ -35,11 +36,17 @@ STORAGES: Mapping[str, Storage] = {
         Storage(name="INT4_G32", block_weights=32, block_bytes=16 + 2),
         Storage(name="INT4_G64", block_weights=64, block_bytes=32 + 2),
         Storage(name="INT4_G128", block_weights=128, block_bytes=64 + 2),
+        Storage(name="Q4GSW_G32", block_weights=32, block_bytes=16 + 4),
+        Storage(name="Q4GSW_G64", block_weights=64, block_bytes=32 + 4),
+        Storage(name="Q4GSW_G128", block_weights=128, block_bytes=64 + 4),
     )
 }
 
 # Storages so coarse that the inputs of a weight shall lead its fit.
-LED = frozenset(name for name in STORAGES if name.startswith("INT4"))
+LED = frozenset(name for name in STORAGES if name.startswith(("INT4", "Q4GSW")))
+# Four bits as XNNPACK has them, and the same groups as Vulkan has them: scales across.
+ACROSS = {f"INT4_G{group}": f"Q4GSW_G{group}" for group in (32, 64, 128)}
+FOUR_BITS, VULKAN_FOUR_BITS = frozenset(ACROSS), frozenset(ACROSS.values())
 
 _EXACT = Rule(pattern=".*(norm|bias)", storage="F32")  # small, and XNNPACK wants them so
 _WORDS = Rule(pattern="token_embedding|output_head", storage="INT8")
@@ -78,10 +85,19 @@ def stored_as(wanted: str, columns: int) -> str:
     """
     if wanted not in LED:
         return wanted
+    kind, _, _ = wanted.rpartition("_")
     for group in (128, 64, 32):
         if group <= STORAGES[wanted].block_weights and columns % group == 0:
-            return f"INT4_G{group}"
+            return f"{kind}_G{group}"
     return "INT8"
+
+
+def item_types(stored: str) -> tuple[str, ...]:
+    """Return of what numbers the parts of a weight are, as numpy spells them."""
+    return {
+        "F32": ("<f4",), "F16": ("<f2",), "INT8": ("i1", "<f4"),
+        **dict.fromkeys(FOUR_BITS, ("u1", "<u2")), **dict.fromkeys(VULKAN_FOUR_BITS, ("u1", "<f4")),
+    }[stored]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +106,7 @@ class Part:
 
     key: str  # the role, or the role and `SCALE`
     size_bytes: int
+    is_across: bool = False  # a row of the weight is a column of it
 
 
 def parts(role: str, shape: Shape, storage: str) -> Iterator[Part]:
@@ -102,8 +119,9 @@ def parts(role: str, shape: Shape, storage: str) -> Iterator[Part]:
         yield Part(key=role + SCALE, size_bytes=INT8_SCALE_BYTES * rows)
     else:
         yield Part(key=role, size_bytes=rows * columns // 2)
-        groups = columns // STORAGES[storage].block_weights
-        yield Part(key=role + SCALE, size_bytes=2 * rows * groups)
+        scales, is_across = columns // STORAGES[storage].block_weights, storage in VULKAN_FOUR_BITS
+        size_bytes = (4 if is_across else 2) * rows * scales
+        yield Part(key=role + SCALE, size_bytes=size_bytes, is_across=is_across)
 
 
 def encode(
@@ -128,7 +146,28 @@ def encode(
         return [grid.to_float16(values, hint="take F32 or 8da8w")]
     if storage == "INT8":
         return _to_int8(values)
-    return _to_int4(values, STORAGES[storage].block_weights, importance)
+    group_weights = STORAGES[storage].block_weights
+    if storage in VULKAN_FOUR_BITS:
+        return _to_four_bits(values, group_weights, importance, "float32")
+    codes, scales = _to_four_bits(values, group_weights, importance, "bfloat16")
+    return [codes, (scales.view("<u4") >> 16).astype("<u2")]
+
+
+def decode(parts: "list[npt.NDArray[Any]]", stored: str) -> "Rows":
+    """Return the rows that the parts of a weight stand for, a row of each for a row of it."""
+    import numpy as np
+
+    codes, *scales = parts
+    if not scales:
+        return codes.astype(np.float32)
+    if stored in FOUR_BITS | VULKAN_FOUR_BITS:
+        pairs = np.stack((codes & 15, codes >> 4), -1)
+        codes = pairs.reshape(len(codes), -1).astype(np.int8) - 8
+    wide = scales[0]
+    if stored in FOUR_BITS:  # bfloat16
+        wide = (wide.astype("<u4") << 16).view("<f4")
+    rows: Rows = codes.astype(np.float32) * wide.repeat(codes.shape[1] // wide.shape[1], axis=1)
+    return rows
 
 
 def _to_int8(values: "Rows") -> "list[npt.NDArray[np.generic]]":
@@ -142,23 +181,23 @@ def _to_int8(values: "Rows") -> "list[npt.NDArray[np.generic]]":
     return [codes[:, 0], scales[:, 0]]
 
 
-def _to_int4(
-    values: "Rows", group_weights: int, importance: "Rows | None"
+def _to_four_bits(
+    values: "Rows", group_weights: int, importance: "Rows | None", precision: Precision
 ) -> "list[npt.NDArray[np.generic]]":
-    """Return codes plus 8, the first of a pair in a byte's lower half, and bfloat16 scales."""
+    """Return codes plus 8, the first of a pair in a byte's lower half, and scales."""
     import numpy as np
 
     fitted = grid.fit(
         values,
         importance,
         Grid(
-            block_weights=group_weights, bottom=-8, top=7, zero=0, scales="bfloat16",
+            block_weights=group_weights, bottom=-8, top=7, zero=0, scales=precision,
             has_negative_scales=False,
         ),
     )  # fmt: skip
     codes, scales = _regular(fitted)
     raised = (codes.reshape(values.shape) + 8).astype(np.uint8)
-    return [grid.packed_pairs(raised), (scales.view(np.uint32) >> 16).astype("<u2")]
+    return [grid.packed_pairs(raised), scales]
 
 
 def _regular(fitted: Fitted) -> "tuple[npt.NDArray[np.int8], Rows]":

@@ -107,6 +107,12 @@ def read_back(path: Path, spec: "DecoderSpec") -> "Weights":
     return reading.open_weights(path, spec)
 
 
+def runs_on(variant: str | None) -> str:
+    """Return what is needed to run the artifacts."""
+    del variant
+    return "a browser with WebGPU, or MLC's engine on a phone"
+
+
 def runtime_ids(path: Path, texts: Sequence[str]) -> None:
     """Return None: WebLLM's tokenizer is the one edgekit reads text with, compiled for browsers."""
     del path, texts

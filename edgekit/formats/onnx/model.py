@@ -17,7 +17,7 @@ from typing import Literal
 
 from edgekit.decoder import Shape
 from edgekit.errors import BundleError
-from edgekit.formats.onnx.protobuf import Message, integer, nested, real, text
+from edgekit.protobuf import Message, integer, nested, real, text
 
 
 Dtype = Literal["float32", "float16", "uint8", "int32", "int64"]

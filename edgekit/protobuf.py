@@ -1,4 +1,4 @@
-"""Protocol buffers, as far as ONNX needs them: no schema compiler, no copy of the weights.
+"""Protocol buffers, as far as ONNX and Core ML need them: no schema compiler, no copy of weights.
 
 Writing here keeps two exports equal byte for byte and a plan exact; reading here checks a file on
 a device that has no ``onnx`` package, before native code sees it.

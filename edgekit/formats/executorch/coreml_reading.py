@@ -1,0 +1,240 @@
+"""The weights of a program for Core ML, read back as Core ML will read them."""
+
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from edgekit.errors import BundleError
+from edgekit.formats.executorch import coreml_mil, coreml_package, program
+from edgekit.formats.executorch.coreml_mil import Blob, Kind
+from edgekit.protobuf import Message
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from edgekit.decoder import DecoderSpec, Shape
+    from edgekit.formats.executorch.program import Program
+
+    Rows = npt.NDArray[np.float32]
+
+
+BACKEND = "CoreMLBackend"
+_MAX_MODEL_BYTES = 1 << 28  # 30 layers take 0.4 MB
+_KINDS: Mapping[int, Kind] = {number: kind for kind, number in coreml_mil.KINDS.items()}
+_STORAGES: Mapping[Kind, str] = {"fp32": "F32", "fp16": "F16", "int8": "INT8"}
+_TABLE = re.compile("(cosine|sine|zeros)_.*")
+_OF_LAYER = re.compile("layers_([0-9]+)_(.*)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Array:
+    """An array in the file of weights."""
+
+    kind: Kind
+    shape: "Shape"
+    first: int  # in the file
+
+    @property
+    def row_bytes(self) -> int:
+        """What a row takes."""
+        return coreml_mil.size_bytes(self.kind, self.shape) // self.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A weight."""
+
+    values: Array  # or codes
+    scales: Array | None
+
+    @property
+    def stored(self) -> str:
+        """Its storage."""
+        if self.values.kind != "int4" or self.scales is None:
+            return _STORAGES.get(self.values.kind, self.values.kind)
+        return f"INT4_G{self.values.shape[1] // self.scales.shape[1]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The weights of a program, and what Core ML computes with them."""
+
+    path: Path
+    spec: "DecoderSpec"
+    held: Mapping[str, Held]  # by role
+
+    def weight(self, role: str, first_row: int = 0, rows: int | None = None) -> "Rows":
+        """Return some rows of a weight, or all, in float32."""
+        held = self.held[role]
+        rows = held.values.shape[0] - first_row if rows is None else rows
+        with self.path.open("rb") as file:
+            values = _read_rows(file, held.values, first_row, rows)
+            if held.scales is None:
+                return values
+            scales = _read_rows(file, held.scales, first_row, rows)
+        found: Rows = values * scales.repeat(values.shape[1] // scales.shape[1], axis=1)
+        return found
+
+
+def contents(path: Path, head: "Program") -> "list[tuple[str, Shape, str]]":
+    """Return role, shape and storage of every weight.
+
+    Raises:
+        struct.error, BundleError: If the file is damaged.
+    """
+    return [(role, held.values.shape, held.stored) for role, held in _find(path, head)]
+
+
+def open_weights(path: Path, spec: "DecoderSpec") -> Weights:
+    """Return the weights of the program at ``path``.
+
+    Args:
+        path: A ``.pte`` file.
+        spec: What the checkpoint computes.
+
+    Raises:
+        struct.error, BundleError: If the file is damaged, or holds another model.
+    """
+    held = dict(_find(path, program.read(path)))
+    found = {role: weight.values.shape for role, weight in held.items()}
+    if found != dict(spec.weights()):
+        raise BundleError(f"{path} holds another model than this one")
+    return Weights(path=path, spec=_computed(spec), held=held)
+
+
+def _computed(spec: "DecoderSpec") -> "DecoderSpec":
+    """Return what is computed: Gemma's norms have their ones already."""
+    attention, norm = spec.attention, replace(spec.norm, adds_one=False)
+    if attention.query_key_norm:
+        of_heads = replace(attention.query_key_norm, adds_one=False)
+        attention = replace(attention, query_key_norm=of_heads)
+    return replace(spec, attention=attention, norm=norm)
+
+
+def _find(path: Path, head: "Program") -> Iterator[tuple[str, Held]]:
+    method = head.method("forward")
+    if method is None or method.backends != (BACKEND,) or len(head.segments) != 2:
+        raise struct.error("the program is not one delegate for Core ML")
+    _, (first, size) = head.segments  # the first is for constants, and empty
+    with path.open("rb") as file:
+        tail = _read(file, first + max(0, size - coreml_package.MAX_LIST_BYTES), first + size)
+        places = coreml_package.unpack(tail, size)
+        model_at, model_bytes = places.get(coreml_package.MODEL, (0, 0))
+        if model_bytes > _MAX_MODEL_BYTES:
+            raise struct.error(f"the model takes {model_bytes} bytes")
+        model = _read(file, first + model_at, first + model_at + model_bytes)
+        weights_at, weights_bytes = places.get(coreml_package.WEIGHTS, (0, 0))
+        finder = _Finder(file, first + weights_at, weights_bytes)
+        for operator in _operators(Message.whole(model, origin=str(path))):
+            name = _text_of_output(operator)
+            if not _TABLE.fullmatch(name):
+                held = finder.held(operator)
+                if held is not None:
+                    yield _OF_LAYER.sub(r"layers.\1.\2", name), held
+
+
+def _operators(model: Message) -> Iterator[Message]:
+    for made in model.messages(502):  # the program
+        for function in _entries(made, 2).values():
+            for block in _entries(function, 3).values():
+                yield from block.messages(3)
+
+
+def _entries(message: Message, field: int) -> dict[str, Message]:
+    """Return a map."""
+    return {
+        entry.text(1): value
+        for entry in message.messages(field)
+        if (value := entry.message(2)) is not None
+    }
+
+
+def _text_of_output(operator: Message) -> str:
+    outputs = operator.messages(3)
+    return outputs[0].text(1) if outputs else ""
+
+
+class _Finder:
+    """Finds the arrays of operators that are constants."""
+
+    def __init__(self, file: BinaryIO, first: int, size_bytes: int) -> None:
+        self._file, self._first, self._size_bytes = file, first, size_bytes
+
+    def held(self, operator: Message) -> Held | None:
+        """Return what a constant is, None if it is none or stands in the program itself."""
+        match operator.text(1):
+            case "const":
+                value = _entries(operator, 5).get("val")
+                array = self._array(value) if value else None
+                return Held(values=array, scales=None) if array else None
+            case "constexpr_blockwise_shift_scale":
+                given = _entries(operator, 2)
+                values, scales = (self._bound(given.get(name)) for name in ("data", "scale"))
+                return Held(values=values, scales=scales)
+            case _:
+                return None
+
+    def _bound(self, argument: Message | None) -> Array:
+        for binding in argument.messages(1) if argument else ():
+            value = binding.message(2)
+            array = self._array(value) if value else None
+            if array:
+                return array
+        raise struct.error("a matrix has no codes or no scales")
+
+    def _array(self, value: Message) -> Array | None:
+        """Return an array that is in the file of weights, after a look at what it says there."""
+        place = value.message(5)
+        if place is None:
+            return None
+        kind, shape = _type(value)
+        blob = Blob(
+            kind=kind,
+            size_bytes=coreml_mil.size_bytes(kind, shape),
+            offset=place.integer(2),
+        )
+        if not 0 <= blob.offset <= blob.end <= self._size_bytes:
+            raise struct.error(f"an array ends at byte {blob.end} of {self._size_bytes}")
+        at = self._first + blob.offset
+        if _read(self._file, at, self._first + blob.first) != blob.header:
+            raise struct.error(f"what is at byte {blob.offset} of the weights is no {kind} array")
+        return Array(kind=kind, shape=shape, first=self._first + blob.first)
+
+
+def _type(value: Message) -> "tuple[Kind, Shape]":
+    outer = value.message(2)
+    tensor = outer.message(1) if outer else None
+    if tensor is None:
+        raise struct.error("an array has no type")
+    kind = _KINDS.get(tensor.integer(1))
+    shape = tuple(
+        constant.integer(1) for length in tensor.messages(3) for constant in length.messages(1)
+    )
+    if kind is None or kind not in coreml_mil.BLOB_KINDS or not shape or min(shape) < 1:
+        raise struct.error(f"an array has kind {tensor.integer(1)} and shape {shape}")
+    return kind, shape
+
+
+def _read(file: BinaryIO, first: int, end: int) -> bytes:
+    file.seek(first)
+    return file.read(end - first)
+
+
+def _read_rows(file: BinaryIO, array: Array, first_row: int, rows: int) -> "Rows":
+    """Return some rows of an array, in float32."""
+    import numpy as np
+
+    first = array.first + first_row * array.row_bytes
+    content = _read(file, first, first + rows * array.row_bytes)
+    shape = (rows, *array.shape[1:])
+    if array.kind == "int4":
+        pairs = np.frombuffer(content, np.uint8)
+        codes = np.stack((pairs & 15, pairs >> 4), -1).astype(np.int8)
+        return ((codes ^ 8) - 8).astype(np.float32).reshape(shape)
+    dtype = {"fp16": "<f2", "fp32": "<f4", "int8": "<i1"}[array.kind]
+    return np.frombuffer(content, dtype).astype(np.float32).reshape(shape)

@@ -1,0 +1,293 @@
+"""A decoder as Vulkan's delegate computes it: one graph for all layers, caches on the GPU.
+
+Written straight into the graph: passes of the toolchain cost Python time for every node and want
+every weight in memory, and what they would find is known here. All but the embedding and the
+cosines and sines of positions is inside. Operators are those of ExecuTorch's own exports of Llama
+for Vulkan, as backends/vulkan/runtime/graph/ops/impl of executorch 1.5 has them.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import assert_never
+
+from edgekit.decoder import DecoderSpec, Norm, Rope, Shape
+from edgekit.formats.executorch import storage, vulkan_limits
+from edgekit.formats.executorch.assembly import Slice
+from edgekit.formats.executorch.vulkan_graph import ITEM_BYTES, Dtype, Graph, Value
+
+
+_FLOATS: Mapping[str, Dtype] = {"F32": "FLOAT32", "F16": "FLOAT16"}
+_LAST = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delegate:
+    """What the runtime makes its graph of."""
+
+    content: bytes
+    numbers: Mapping[str, bytes]  # named data that is no weight
+    weights: frozenset[str]  # the roles of those it multiplies with
+    slices: Mapping[str, Slice]  # named data that is a part of a weight's
+    operators: int
+
+
+def slice_key(key: str, first_row: int) -> str:
+    """Return the key of the rows of a weight, or of its scales, that begin with this one."""
+    return f"{key}@{first_row}"
+
+
+def ropes(spec: DecoderSpec) -> tuple[Rope, ...]:
+    """Return the ropes whose cosines and sines a delegate is given, in this order."""
+    return tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
+
+
+def delegate(
+    spec: DecoderSpec, storages: Mapping[str, str], *, context_tokens: int, batch_tokens: int
+) -> Delegate:
+    """Return the graph of a decoder: embedded tokens, waves and positions in, logits out.
+
+    Args:
+        spec: The decoder.
+        storages: How each weight is stored, by role.
+        context_tokens: How many tokens its caches hold.
+        batch_tokens: How many are read at once, at most.
+    """
+    return _Decoder(spec, storages, context_tokens, batch_tokens).delegate()
+
+
+class _Decoder:
+    def __init__(
+        self, spec: DecoderSpec, storages: Mapping[str, str], context_tokens: int, batch_tokens: int
+    ) -> None:
+        self._spec, self._storages = spec, storages
+        self._shapes = dict(spec.weights())
+        self._context_tokens, self._tokens = context_tokens, batch_tokens
+        self._graph = Graph(floats=_FLOATS[storages["final_norm"]])
+        self._used: set[str] = set()
+        self._slices: dict[str, Slice] = {}
+        # A cache is as deep as its context, and all that meets it must be of its kind.
+        self._is_buffer = context_tokens > vulkan_limits.TEXTURE_DEPTH
+        self._caches: list[Value] = []
+
+    def delegate(self) -> Delegate:
+        spec, graph = self._spec, self._graph
+        x = self._input((1, self._tokens, spec.hidden_width))
+        waves = {rope: (self._wave(rope), self._wave(rope)) for rope in ropes(spec)}
+        positions = graph.tensor((self._tokens,), is_buffer=True, dtype="INT32")
+        inputs = [x, *(wave for pair in waves.values() for wave in pair), positions]
+        first = graph.call(
+            "et_vk.select_as_symint.default",
+            positions, graph.scalar(0), graph.scalar(0), graph.size(),
+        )  # fmt: skip
+        for index, layer in enumerate(spec.layers):
+            x = self._layer(index, x, waves[layer.rope] if layer.rope else None, first)
+        logits = self._head(x)
+        graph.share_memory(kept=[*inputs, logits], alike=self._caches)
+        return Delegate(
+            content=graph.serialised(inputs, [logits]),
+            numbers=graph.numbers,
+            weights=frozenset(self._used),
+            slices=self._slices,
+            operators=len(graph.calls),
+        )
+
+    def _input(self, shape: Shape) -> Value:
+        return self._graph.tensor(shape, is_buffer=self._is_buffer, staging="FLOAT32")
+
+    def _wave(self, rope: Rope) -> Value:
+        return self._input((self._tokens, rope.width))
+
+    def _layer(
+        self, index: int, x: Value, waves: tuple[Value, Value] | None, first: Value
+    ) -> Value:
+        spec, prefix = self._spec, f"layers.{index}."
+        read = self._normalise(spec.norm, prefix + "attention_norm", x)
+        attended = self._attend(prefix, read, waves, first)
+        if spec.has_post_norms:
+            attended = self._normalise(spec.norm, prefix + "attention_post_norm", attended)
+        if spec.residual == "parallel":
+            return self._add(self._add(x, attended), self._mlp(prefix, read))
+        x = self._add(x, attended)
+        changed = self._mlp(prefix, self._normalise(spec.norm, prefix + "mlp_norm", x))
+        if spec.has_post_norms:
+            changed = self._normalise(spec.norm, prefix + "mlp_post_norm", changed)
+        return self._add(x, changed)
+
+    def _attend(
+        self, prefix: str, read: Value, waves: tuple[Value, Value] | None, first: Value
+    ) -> Value:
+        a = self._spec.attention
+        query = self._heads(prefix + "query", read, a.heads)
+        key = self._heads(prefix + "key", read, a.key_value_heads)
+        value = self._heads(prefix + "value", read, a.key_value_heads)
+        if a.query_key_norm:
+            query = self._normalise(a.query_key_norm, prefix + "query_norm", query)
+            key = self._normalise(a.query_key_norm, prefix + "key_norm", key)
+        if waves:
+            query, key = self._turn(query, key, waves)
+        mixed = self._mix(self._scaled(query), key, value, first)
+        flat = self._view(mixed, (1, self._tokens, a.query_width))
+        return self._linear(prefix + "attention_output", flat)
+
+    def _heads(self, role: str, read: Value, heads: int) -> Value:
+        shape = (1, self._tokens, heads, self._spec.attention.head_width)
+        return self._view(self._linear(role, read), shape)
+
+    def _turn(self, query: Value, key: Value, waves: tuple[Value, Value]) -> tuple[Value, Value]:
+        graph = self._graph
+        turned = self._like(query), self._like(key)
+        graph.call(
+            "et_vk.apply_rotary_emb_hf.default",
+            query, key, *waves, graph.scalar(0), graph.several(turned),
+        )  # fmt: skip
+        return turned
+
+    def _scaled(self, query: Value) -> Value:
+        """Return queries times what makes attention's own scale the decoder's."""
+        a = self._spec.attention
+        factor = a.score_scale * math.sqrt(a.head_width)
+        if math.isclose(factor, 1):
+            return query
+        return self._graph.call(
+            "aten.mul.Tensor", query, self._graph.vector([factor]), self._like(query)
+        )
+
+    def _mix(self, query: Value, key: Value, value: Value, first: Value) -> Value:
+        """Return what attention gathers; the operator has caches of its own, of the shape given."""
+        a, graph = self._spec.attention, self._graph
+        shape = (1, self._context_tokens, a.key_value_heads, a.head_width)
+        caches = [graph.tensor(shape, is_buffer=self._is_buffer) for _ in range(2)]
+        self._caches += caches
+        nothing = graph.scalar(None)
+        return graph.call(
+            "sdpa_with_kv_cache.default",
+            query, key, value, *caches, first, graph.scalar(1), nothing, graph.scalar(0.0),
+            graph.scalar(True), nothing, self._like(query),
+        )  # fmt: skip
+
+    def _mlp(self, prefix: str, read: Value) -> Value:
+        gate = self._activate(self._linear(prefix + "gate", read))
+        both = self._multiply(gate, self._linear(prefix + "up", read))
+        return self._linear(prefix + "down", both)
+
+    def _activate(self, x: Value) -> Value:
+        graph = self._graph
+        match self._spec.activation:
+            case "silu":
+                shares = graph.call("aten.sigmoid.default", x, self._like(x))
+                return self._multiply(x, shares)
+            case "gelu_tanh":
+                return graph.call("aten.gelu.default", x, graph.scalar("tanh"), self._like(x))
+            case _:
+                assert_never(self._spec.activation)
+
+    def _head(self, x: Value) -> Value:
+        """Return the logits of the last token, ``(1, vocabulary)``."""
+        spec, graph = self._spec, self._graph
+        last = graph.call(
+            "aten.select_copy.int", x, graph.scalar(1), graph.scalar(_LAST),
+            graph.tensor((1, spec.hidden_width), is_buffer=self._is_buffer),
+        )  # fmt: skip
+        last = self._normalise(spec.norm, "final_norm", last)
+        if spec.vocabulary > vulkan_limits.TEXTURE_WIDTH and not self._is_buffer:
+            there = graph.tensor((1, spec.hidden_width), is_buffer=True)
+            last = graph.call("aten.clone.default", last, graph.scalar(None), there)
+        role = "token_embedding" if spec.is_tied else "output_head"
+        return self._linear(role, last, staging="FLOAT32")
+
+    def _normalise(self, norm: Norm, role: str, x: Value) -> Value:
+        graph, width = self._graph, self._shapes[role][-1]
+        weight, epsilon = self._vector(role), graph.scalar(norm.epsilon)
+        if norm.kind == "rms":
+            return graph.call("et_vk.rms_norm.default", x, weight, epsilon, self._like(x))
+        bias = self._vector(f"{role}_bias") if norm.has_bias else graph.vector([0.0] * width)
+        made, (*rows, _) = self._like(x), graph.shape(x)
+        beside = [graph.tensor((*rows, 1), is_buffer=graph.is_buffer(x)) for _ in range(2)]
+        graph.call(
+            "aten.native_layer_norm.default",
+            x, graph.integers([width]), weight, bias, epsilon, graph.several([made, *beside]),
+        )  # fmt: skip
+        return made
+
+    def _linear(self, role: str, x: Value, *, staging: Dtype | None = None) -> Value:
+        graph, (rows, columns) = self._graph, self._shapes[role]
+        self._used.add(role)
+        stored = self._storages[role]
+        made = self._rows_of(x, rows, staging=staging)
+        if stored in storage.VULKAN_FOUR_BITS:
+            group = storage.STORAGES[stored].block_weights
+            codes = graph.constant(role, (rows, columns // 2), "UINT8")
+            scales = graph.constant(role + storage.SCALE, (columns // group, rows), "FLOAT32")
+            return graph.call(
+                "et_vk.linear_q4gsw.default",
+                x, codes, scales, graph.scalar(group), self._bias(role), made,
+            )  # fmt: skip
+        most = self._most_rows(stored, columns)
+        if rows <= most:
+            return self._product(role, x, made, first=0, count=rows)
+        pieces = []
+        for first in range(0, rows, most):
+            count = min(most, rows - first)
+            pieces.append(self._product(role, x, self._rows_of(x, count), first=first, count=count))
+        return graph.call("aten.cat.default", graph.several(pieces), graph.scalar(_LAST), made)
+
+    def _product(self, role: str, x: Value, made: Value, *, first: int, count: int) -> Value:
+        """Return x times some rows of a matrix, or all."""
+        graph, (_, columns) = self._graph, self._shapes[role]
+        stored = self._storages[role]
+        if stored == "INT8":  # which no matrix with a bias is
+            codes = self._rows(role, first, (count, columns), "INT8")
+            scales = self._rows(role + storage.SCALE, first, (count,), "FLOAT32")
+            return graph.call("aten._weight_int8pack_mm.default", x, codes, scales, made)
+        weight = self._rows(role, first, (count, columns), _FLOATS[stored])
+        bias = self._bias(role, first, count)
+        return graph.call("aten.linear.default", x, weight, bias, made)
+
+    def _bias(self, role: str, first: int = 0, count: int | None = None) -> Value:
+        name = f"{role}_bias"
+        if name not in self._shapes:
+            return self._graph.scalar(None)
+        self._used.add(name)
+        shape = self._shapes[name] if count is None else (count,)
+        return self._rows(name, first, shape, _FLOATS[self._storages[name]])
+
+    def _rows(self, key: str, first: int, shape: Shape, dtype: Dtype) -> Value:
+        """Add some rows of named data, which are named data too if they are not all."""
+        if shape[0] == self._shapes[key.removesuffix(storage.SCALE)][0]:
+            return self._graph.constant(key, shape, dtype)
+        part, row_bytes = slice_key(key, first), ITEM_BYTES[dtype] * math.prod(shape[1:])
+        self._slices[part] = Slice(
+            of=key, first_byte=first * row_bytes, size_bytes=shape[0] * row_bytes
+        )
+        return self._graph.constant(part, shape, dtype)
+
+    def _most_rows(self, stored: str, columns: int) -> int:
+        """Return how many rows of a matrix the delegate takes at once."""
+        if stored == "INT8":
+            return vulkan_limits.INT8_ROWS
+        return vulkan_limits.BUFFER_BYTES // (storage.STORAGES[stored].block_bytes * columns)
+
+    def _rows_of(self, x: Value, width: int, *, staging: Dtype | None = None) -> Value:
+        graph = self._graph
+        shape = (*graph.shape(x)[:-1], width)
+        return graph.tensor(shape, is_buffer=graph.is_buffer(x), staging=staging)
+
+    def _vector(self, role: str) -> Value:
+        self._used.add(role)
+        return self._graph.constant(role, self._shapes[role], _FLOATS[self._storages[role]])
+
+    def _view(self, x: Value, shape: Shape) -> Value:
+        """Return it in another shape, whose second axis is as long as a call has tokens."""
+        graph = self._graph
+        made = graph.tensor(shape, is_buffer=self._is_buffer)
+        return graph.call("aten.view_copy.default", x, graph.integers([1, -1, *shape[2:]]), made)
+
+    def _add(self, x: Value, y: Value) -> Value:
+        return self._graph.call("aten.add.Tensor", x, y, self._graph.scalar(1), self._like(x))
+
+    def _multiply(self, x: Value, y: Value) -> Value:
+        return self._graph.call("aten.mul.Tensor", x, y, self._like(x))
+
+    def _like(self, x: Value) -> Value:
+        return self._graph.tensor(self._graph.shape(x), is_buffer=self._graph.is_buffer(x))

@@ -1,0 +1,136 @@
+"""Programs for Vulkan, read back: which weights they hold, and the numbers those stand for."""
+
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekit.decoder import Attention, DecoderSpec, Shape
+from edgekit.errors import BundleError
+from edgekit.formats.executorch import program, storage, vulkan
+from edgekit.formats.executorch.contents import CONSTANT, Held
+from edgekit.formats.executorch.flatbuffer import Table, refuse
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Rows = npt.NDArray[np.float32]
+
+
+_HEADER = struct.Struct("<4sHII")  # after four bytes: magic, length, offset, size
+_TENSOR = 5  # of GraphTypes in the delegate's schema.fbs
+_STORED = {5: "F32", 4: "F16", 2: "INT8"}  # of VkDataType
+_PAIRS = 1  # UINT8
+
+
+def delegated(payload: bytes) -> Iterator[Held]:
+    """Yield the weights of a delegate."""
+    found = _whole(_constants(payload))
+    for key, (shape, kind) in found.items():
+        if key.startswith(CONSTANT) or key.endswith(storage.SCALE):
+            continue
+        if kind == _PAIRS:
+            yield key, _grouped(key, shape, found)
+        elif kind in _STORED:
+            yield key, (shape, _STORED[kind])
+        else:
+            refuse(f"a delegate has weights of data type {kind}")
+
+
+def _constants(payload: bytes) -> Iterator[tuple[str, tuple[Shape, int]]]:
+    """Yield key, shape and type of every constant."""
+    magic, _, offset, size = _HEADER.unpack_from(payload, 4)
+    if magic != b"VH00":
+        refuse(f"a delegate begins with {magic!r}, expected Vulkan's VH00")
+    graph = Table.root(payload[offset : offset + size])
+    keys = [constant.text(2) for constant in graph.tables(5)]
+    for value in graph.tables(2):
+        if value.number(0, "B") != _TENSOR:
+            continue
+        tensor = value.table(1)
+        index = tensor.number(2, "i")
+        shape = tensor.numbers(1, "I")
+        if index >= 0 and not shape:
+            refuse(f"a delegate has a constant {keys[index]} without axes")
+        if index >= 0:
+            yield keys[index], (shape, tensor.number(0, "b"))
+
+
+def _whole(
+    constants: Iterable[tuple[str, tuple[Shape, int]]],
+) -> dict[str, tuple[Shape, int]]:
+    """Return them by key, the slices of a weight together."""
+    found: dict[str, tuple[Shape, int]] = {}
+    for key, ((rows, *columns), kind) in constants:
+        whole, _, first = key.partition("@")
+        before = found[whole][0][0] if first and whole in found else 0
+        found[whole] = (before + rows, *columns), kind
+    return found
+
+
+def _grouped(key: str, shape: Shape, found: Mapping[str, tuple[Shape, int]]) -> tuple[Shape, str]:
+    """Return the shape and storage of four-bit weights, which their scales tell."""
+    scales, _ = found.get(key + storage.SCALE, ((), 0))
+    if len(shape) != 2 or len(scales) != 2 or not scales[0]:
+        refuse(f"{key} has no scales")
+    rows, pairs = shape
+    return (rows, 2 * pairs), f"Q4GSW_G{2 * pairs // scales[0]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The weights of a program, as numbers."""
+
+    path: Path
+    spec: DecoderSpec
+    held: Mapping[str, tuple[Shape, str]]  # by role
+    places: Mapping[str, int]  # where named data begins
+
+    def weight(self, role: str, first_row: int = 0, rows: int | None = None) -> "Rows":
+        """Return some rows of a weight, or all, in float32."""
+        import numpy as np
+
+        shape, stored = self.held[role]
+        count = shape[0] - first_row if rows is None else rows
+        read = []
+        for part, kind in zip(
+            storage.parts(role, shape, stored), storage.item_types(stored), strict=True
+        ):
+            whole = np.memmap(
+                self.path, kind, mode="r", offset=self.places[part.key],
+                shape=(part.size_bytes // np.dtype(kind).itemsize,),
+            )  # fmt: skip
+            by_row = (
+                whole.reshape(-1, shape[0]).T if part.is_across else whole.reshape(shape[0], -1)
+            )
+            read.append(by_row[first_row : first_row + count])
+        return storage.decode(read, stored).reshape(count, *shape[1:])
+
+
+def open_weights(path: Path, spec: DecoderSpec) -> Weights:
+    """Return the weights of a program.
+
+    Raises:
+        BundleError: If they are not those of the decoder.
+    """
+    head = program.read(path)
+    held = {role: (shape, stored) for role, shape, stored in vulkan.contents(path, head)}
+    for role, shape in spec.weights():
+        if role not in held or held[role][0] != shape:
+            raise BundleError(f"{path} holds no {role} of shape {list(shape)}")
+    return Weights(
+        path=path,
+        # Norms hold what is multiplied with, their ones included.
+        spec=replace(spec, norm=replace(spec.norm, adds_one=False), attention=_plain(spec)),
+        held=held,
+        places={key: head.segments[index][0] for key, index in head.named_data},
+    )
+
+
+def _plain(spec: DecoderSpec) -> Attention:
+    norm = spec.attention.query_key_norm
+    plain = replace(norm, adds_one=False) if norm else None
+    return replace(spec.attention, query_key_norm=plain)
