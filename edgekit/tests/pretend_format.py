@@ -32,6 +32,10 @@ from edgekit.errors import MissingDependencyError
 RUN_EXTRA = "run-gguf"
 
 
+def is_run_here(variant):
+    return True
+
+
 class PretendSession:
     vocabulary_tokens = 64
 
