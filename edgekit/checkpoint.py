@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reference implementation
+BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
 FLOATS = ("F32", "F16", "BF16")
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 # Tables that older transformers stored beside the weights; they are computed, never read.
@@ -245,6 +246,32 @@ class Checkpoint:
                 hint="the training diverged, or the file was damaged; take an earlier checkpoint",
             )
         return values
+
+    def blocks(
+        self, role: str, *, row_multiple: int = 1
+    ) -> Iterator[tuple[int, "npt.NDArray[np.float32]"]]:
+        """Yield a weight some million numbers at a time, as a decoder multiplies with it.
+
+        Args:
+            role: One of ``spec.weights()``.
+            row_multiple: What the number of rows of each block is a multiple of.
+
+        Yields:
+            The number of the first row, and float32 of shape ``(rows, columns)`` or ``(rows,)``;
+            Gemma's norms with their one.
+
+        Raises:
+            UsageError: As `weight`.
+        """
+        shape = self._shapes[role]
+        step = max(1, BLOCK_WEIGHTS // math.prod(shape[1:]) // row_multiple) * row_multiple
+        for first in range(0, shape[0], step):
+            rows = self.weight(role, first, min(step, shape[0] - first))
+            yield first, rows + 1 if self.spec.adds_one(role) else rows
+
+    @cached_property
+    def _shapes(self) -> dict[str, Shape]:
+        return dict(self.spec.weights())
 
     def _tensor(self, source: Source) -> Tensor:
         if source.siblings:

@@ -6,7 +6,8 @@ which is seldom the best for the others. So some narrower ranges are tried, each
 is best for its codes.
 """
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias, assert_never
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Rows: TypeAlias = npt.NDArray[np.float32]
+    # Of shape (blocks of a row, weights of a block, rows): what is said of a block meets all of its
+    # weights in long runs of numbers, which is what numpy is fast at.
+    Blocks: TypeAlias = npt.NDArray[np.float32]
     Codes: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.int8]
 
 
@@ -28,7 +32,7 @@ Precision = Literal["float32", "float16", "bfloat16"]
 RANGES = (1.0, 0.92, 0.84, 0.76)
 SHIFTS = (0, -1, 1)  # of the zero point
 DAMPING = 0.1  # of the mean, added to every column, so that no column is free to err
-_CHUNK_WEIGHTS = 2**17  # what a thread holds of each array: 512 KiB, a share of the cache
+_PART_WEIGHTS = 2**18  # for a thread: 1 MiB of float32; with less, threads wait for each other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +85,7 @@ def nearest(values: "Rows", grid: Grid) -> Fitted:
 
     The arguments and errors are those of `fit`.
     """
-    _refuse_large(values, grid)
-    blocks = _blocks(values, grid)
-    scales, zeros = next(_starts(blocks, grid))
-    return _fitted(blocks, _rounded(scales, grid), zeros, grid)
+    return _by_parts(lambda blocks: _nearest_part(blocks, grid), values, grid)
 
 
 def fit(values: "Rows", importance: "Rows | None", grid: Grid) -> Fitted:
@@ -98,13 +99,20 @@ def fit(values: "Rows", importance: "Rows | None", grid: Grid) -> Fitted:
     Raises:
         UsageError: If a weight is too large for the scales.
     """
+    weights = _weights(importance, grid)
+    return _by_parts(lambda blocks: _fit_part(blocks, weights, grid), values, grid)
+
+
+def _by_parts(fit_part: "Callable[[Blocks], Fitted]", values: "Rows", grid: Grid) -> Fitted:
     _refuse_large(values, grid)
-    blocks = _blocks(values, grid)
-    weights = _weights(blocks, importance)
-    step = max(1, _CHUNK_WEIGHTS // values.shape[1])
-    parts = [blocks[first : first + step] for first in range(0, len(blocks), step)]
-    with ThreadPoolExecutor() as pool:
-        return _joined(list(pool.map(lambda part: _fit_part(part, weights, grid), parts)))
+    step = -(-len(values) // max(1, round(values.size / _PART_WEIGHTS)))
+    parts = [values[first : first + step] for first in range(0, len(values), step)]
+    return _joined([*_pool().map(lambda part: fit_part(_blocks(part, grid)), parts)])
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor()
 
 
 # Largest scales; where they have the range of float32, squares of codes shall keep room above.
@@ -112,9 +120,7 @@ _MAX_SCALES: Mapping[Precision, float] = {"float32": 1e30, "bfloat16": 1e30, "fl
 
 
 def _refuse_large(values: "Rows", grid: Grid) -> None:
-    import numpy as np
-
-    largest = float(np.abs(values).max(initial=0))
+    largest = max(float(values.max(initial=0)), -float(values.min(initial=0)))
     if not largest <= _MAX_SCALES[grid.scales] * (grid.top - grid.bottom) / 2:
         raise UsageError(
             f"a weight is {largest:g}, too large for scales in {grid.scales}",
@@ -122,8 +128,12 @@ def _refuse_large(values: "Rows", grid: Grid) -> None:
         )
 
 
-def _blocks(values: "Rows", grid: Grid) -> "Rows":
-    return values.reshape(len(values), -1, grid.block_weights)
+def _blocks(values: "Rows", grid: Grid) -> "Blocks":
+    """Return the blocks of some rows, the rows last."""
+    import numpy as np
+
+    columns = np.ascontiguousarray(values.T)
+    return columns.reshape(-1, grid.block_weights, len(values))
 
 
 def _joined(parts: list[Fitted]) -> Fitted:
@@ -136,47 +146,53 @@ def _joined(parts: list[Fitted]) -> Fitted:
     )
 
 
-def _weights(blocks: "Rows", importance: "Rows | None") -> "Rows":
-    import numpy as np
-
+def _weights(importance: "Rows | None", grid: Grid) -> "Rows | None":
+    """Return how much each weight of a block counts; None: all alike."""
     if importance is None or not importance.any():
-        return np.ones((1, 1, 1), np.float32)
-    mean = float(importance.mean(dtype=np.float64))
-    damped = (importance / mean + DAMPING).astype(np.float32)
-    return damped.reshape(1, *blocks.shape[1:])
+        return None
+    mean = float(importance.mean(dtype="float64"))
+    damped: Rows = (importance / mean + DAMPING).astype("float32")
+    return damped.reshape(-1, grid.block_weights)
 
 
-def _fit_part(blocks: "Rows", weights: "Rows", grid: Grid) -> Fitted:
+def _nearest_part(blocks: "Blocks", grid: Grid) -> Fitted:
+    scales, zero_points = next(_starts(blocks, grid))
+    return _fitted(blocks, _rounded(scales, grid), zero_points[0], grid)
+
+
+def _fit_part(blocks: "Blocks", weights: "Rows | None", grid: Grid) -> Fitted:
     search = _Search(blocks, weights, grid)
-    for scales, zeros in _starts(blocks, grid):
-        search.try_out(scales, zeros)
-    search.try_out(search.scales, search.zeros)  # a better scale may round otherwise
+    for scales, zero_points in _starts(blocks, grid):
+        search.try_out(scales, zero_points)
+    search.try_out(search.scales, [search.zeros])  # a better scale may round otherwise
     return _fitted(blocks, search.scales, search.zeros, grid)
 
 
-def _starts(blocks: "Rows", grid: Grid) -> Iterator["tuple[Rows, Rows]"]:
-    """Yield scales and zero points for shares of the range of each block, the plain one first."""
+def _starts(blocks: "Blocks", grid: Grid) -> "Iterator[tuple[Rows, list[Rows]]]":
+    """Yield scales, and zero points to go with them, for shares of the range of each block.
+
+    The whole range and its own zero points come first.
+    """
     import numpy as np
 
+    low, high = np.minimum(blocks.min(1), 0), np.maximum(blocks.max(1), 0)
     if grid.zero is not None:
-        extremes = _extremes(blocks, grid)
+        extremes = _extremes(low, high, grid)
         zeros = np.full_like(extremes, grid.zero)
-        yield from ((extremes * np.float32(share / grid.reach), zeros) for share in RANGES)
+        yield from ((extremes * np.float32(share / grid.reach), [zeros]) for share in RANGES)
         return
-    low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
     for share in RANGES:
         scales = (high - low) * np.float32(share / (grid.top - grid.bottom))
         zeros = grid.bottom + np.rint(-low * np.float32(share) * inverse(scales))
-        for shift in SHIFTS:
-            yield scales, np.clip(zeros + shift, grid.bottom, grid.top)
+        yield scales, [np.clip(zeros + shift, grid.bottom, grid.top) for shift in SHIFTS]
 
 
-def _extremes(blocks: "Rows", grid: Grid) -> "Rows":
+def _extremes(low: "Rows", high: "Rows", grid: Grid) -> "Rows":
     """Return the largest weight of each block, as a scale may have its sign."""
     import numpy as np
 
-    at = np.abs(blocks).argmax(-1, keepdims=True)
-    found: Rows = np.take_along_axis(blocks, at, -1)[..., 0]
+    down_is_longer = -low > high
+    found: Rows = np.where(down_is_longer, low, high)
     return found if grid.has_negative_scales else np.abs(found)
 
 
@@ -187,23 +203,28 @@ class _Search:
     s (2 sum(w x c) - s sum(w c c)) off the squared error, most for sum(w x c) / sum(w c c).
     """
 
-    def __init__(self, blocks: "Rows", weights: "Rows", grid: Grid) -> None:
+    def __init__(self, blocks: "Blocks", weights: "Rows | None", grid: Grid) -> None:
         import numpy as np
 
         self._blocks, self._weights, self._grid = blocks, weights, grid
-        self._weighted = blocks * weights
-        self._gains = np.full(blocks.shape[:-1], -np.inf, np.float32)
-        self.scales = np.zeros(blocks.shape[:-1], np.float32)
-        self.zeros = np.zeros_like(self.scales)
+        self._weighted = blocks if weights is None else blocks * weights[..., None]
+        self._steps, self._centred = np.empty_like(blocks), np.empty_like(blocks)
+        self._gains = np.full_like(blocks[:, 0], -np.inf)
+        self.scales = np.zeros_like(self._gains)
+        self.zeros = np.zeros_like(self._gains)
 
-    def try_out(self, scales: "Rows", zeros: "Rows") -> None:
+    def try_out(self, scales: "Rows", zero_points: "Iterable[Rows]") -> None:
+        _round_to_steps(self._blocks, scales, out=self._steps)
+        for zeros in zero_points:
+            _centre(self._steps, zeros, self._grid, out=self._centred)
+            self._judge(zeros)
+
+    def _judge(self, zeros: "Rows") -> None:
         import numpy as np
 
-        centred = _centred(self._blocks, scales, zeros, self._grid)
         # einsum: twice as fast as a product and its sum, as nothing is written in between.
-        along = np.einsum("rbk,rbk->rb", self._weighted, centred)
-        weights = np.broadcast_to(self._weights, centred.shape)
-        across = np.einsum("rbk,rbk->rb", weights, np.square(centred, out=centred))
+        along = np.einsum("bkr,bkr->br", self._weighted, self._centred)
+        across = self._across()
         best_scales = _rounded(along * inverse(across), self._grid)
         gains = best_scales * (2 * along - best_scales * across)
         is_better = gains > self._gains
@@ -211,27 +232,51 @@ class _Search:
         np.copyto(self.scales, best_scales, where=is_better)
         np.copyto(self.zeros, zeros, where=is_better)
 
+    def _across(self) -> "Rows":
+        import numpy as np
 
-def _centred(blocks: "Rows", scales: "Rows", zeros: "Rows", grid: Grid) -> "Rows":
-    """Return the nearest codes, less their zero point."""
+        found: Rows
+        if self._weights is None:
+            found = np.einsum("bkr,bkr->br", self._centred, self._centred)
+        else:
+            squares = np.square(self._centred, out=self._centred)
+            found = np.einsum("bk,bkr->br", self._weights, squares)
+        return found
+
+
+def _round_to_steps(blocks: "Blocks", scales: "Rows", *, out: "Blocks") -> None:
     import numpy as np
 
-    codes = blocks * inverse(scales)[..., None]
-    np.rint(codes, out=codes)
-    zeros = zeros[..., None]
-    np.maximum(codes, grid.bottom - zeros, out=codes)
-    np.minimum(codes, grid.top - zeros, out=codes)
-    return codes
+    np.multiply(blocks, inverse(scales)[:, None], out=out)
+    np.rint(out, out=out)
 
 
-def _fitted(blocks: "Rows", scales: "Rows", zeros: "Rows", grid: Grid) -> Fitted:
+def _centre(steps: "Blocks", zeros: "Rows", grid: Grid, *, out: "Blocks") -> None:
+    """Keep steps within the grid: the nearest codes, less their zero point."""
     import numpy as np
 
-    codes = _centred(blocks, scales, zeros, grid) + zeros[..., None]
-    whole: tuple[Codes, Codes] = (codes.astype(np.uint8), zeros.astype(np.uint8))
-    if grid.bottom < 0:
-        whole = (codes.astype(np.int8), zeros.astype(np.int8))
-    return Fitted(codes=whole[0], scales=scales, zeros=whole[1])
+    np.maximum(steps, (grid.bottom - zeros)[:, None], out=out)
+    np.minimum(out, (grid.top - zeros)[:, None], out=out)
+
+
+def _fitted(blocks: "Blocks", scales: "Rows", zeros: "Rows", grid: Grid) -> Fitted:
+    import numpy as np
+
+    codes = np.empty_like(blocks)
+    _round_to_steps(blocks, scales, out=codes)
+    _centre(codes, zeros, grid, out=codes)
+    codes += zeros[:, None]
+    return Fitted(
+        codes=np.moveaxis(_whole(codes, grid), -1, 0).copy(),
+        scales=scales.T.copy(),
+        zeros=_whole(zeros, grid).T.copy(),
+    )
+
+
+def _whole(codes: "Rows", grid: Grid) -> "Codes":
+    import numpy as np
+
+    return codes.astype(np.int8) if grid.bottom < 0 else codes.astype(np.uint8)
 
 
 def _rounded(scales: "Rows", grid: Grid) -> "Rows":

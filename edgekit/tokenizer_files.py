@@ -1,5 +1,6 @@
 """What a checkpoint's files say about text: the tokenizer, the chat template, where to stop."""
 
+import functools
 import hashlib
 import json
 import shutil
@@ -93,20 +94,34 @@ class TokenizerFiles:
 
     def _adds_bos(self) -> bool:
         """Tell whether the tokenizer puts its BOS token before plain text."""
-        processor = json.dumps(_json(self.tokenizer_json).get("post_processor"))
+        processor = json.dumps(_small_parts(self.tokenizer_json).get("post_processor"))
         bos = self.special_tokens.get("bos_token")
         return bos is not None and json.dumps(bos) in processor
 
 
 def added_tokens(tokenizer_json: Path) -> dict[str, int]:
     """Return the ids of the tokens that are matched before the tokenizer splits text."""
-    entries = _json(tokenizer_json).get("added_tokens", [])
+    entries = _small_parts(tokenizer_json).get("added_tokens", [])
     try:
         return {str(entry["content"]): int(entry["id"]) for entry in entries}
     except (TypeError, KeyError, ValueError) as error:
         raise UsageError(
             f"{tokenizer_json}: added_tokens is no list of tokens with content and id"
         ) from error
+
+
+def _small_parts(tokenizer_json: Path) -> dict[str, Any]:
+    """Return a tokenizer without its vocabulary, parsed once: that takes as long as a layer."""
+    if not tokenizer_json.is_file():
+        return {}
+    return _parse_small_parts(tokenizer_json, tokenizer_json.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _parse_small_parts(tokenizer_json: Path, changed_ns: int) -> dict[str, Any]:
+    del changed_ns  # a file that was changed is parsed again
+    fields = _json(tokenizer_json)
+    return {key: value for key, value in fields.items() if key != "model"}
 
 
 def _json(path: Path) -> dict[str, Any]:

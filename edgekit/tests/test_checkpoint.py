@@ -103,6 +103,21 @@ def test_some_rows_of_a_weight_are_read_without_the_others(model):
     assert checkpoint.weight("layers.0.down").shape == (4, 5)
 
 
+@pytest.mark.parametrize(("role", "row_multiple", "starts"), [
+    ("layers.0.query", 1, range(0, 64, 7)),
+    ("layers.0.query", 8, range(0, 64, 8)),  # a head is not cut
+    ("layers.0.mlp_norm", 1, [0]),
+])  # fmt: skip
+def test_a_weight_is_read_in_blocks_of_rows(role, row_multiple, starts, tmp_path, monkeypatch):
+    np = pytest.importorskip("numpy")
+    monkeypatch.setattr("edgekit.checkpoint.BLOCK_WEIGHTS", 7 * 64)
+    checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path / "gemma2", "gemma2"))
+    blocks = list(checkpoint.blocks(role, row_multiple=row_multiple))
+    expected = checkpoint.weight(role) + checkpoint.spec.adds_one(role)
+    assert [first for first, _ in blocks] == [*starts]
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in blocks]), expected)
+
+
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_every_stored_precision_is_read_as_float32(model, dtype):
     model.write_weights(dtype=dtype)

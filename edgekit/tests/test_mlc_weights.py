@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import edgekit.checkpoint
 from edgekit import families
 from edgekit.checkpoint import Calibration, Checkpoint
 from edgekit.decoder import Shape
@@ -255,7 +256,7 @@ def test_blocks_of_rows_make_the_same_bytes_as_the_whole(tmp_path, monkeypatch):
     checkpoint = open_golden("llama_odd_f32", tmp_path / "checkpoint")
     for scheme in ("q4f16_1", "q4f16_0", "q3f16_1"):
         whole = write(checkpoint, scheme, tmp_path / f"{scheme}-whole")
-        monkeypatch.setattr(conversion, "BLOCK_WEIGHTS", 7 * 60)
+        monkeypatch.setattr(edgekit.checkpoint, "BLOCK_WEIGHTS", 7 * 60)
         assert write(checkpoint, scheme, tmp_path / f"{scheme}-blocks") == whole
         monkeypatch.undo()
 

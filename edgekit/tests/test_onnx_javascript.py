@@ -71,7 +71,11 @@ def open_session(path):
     return ONNX.load(path, context_tokens=CONTEXT_TOKENS, threads=1)
 
 
-def unrounded_logits(bundle, ids):
+def answer_name(bundle, first=0):
+    return f"{bundle.directory.name} from {first}"
+
+
+def unrounded_logits(bundle, ids, first=0):
     """Return Python's, of a graph that does not have processors round activations to 8 bits."""
     onnx = pytest.importorskip("onnx")
     graph = onnx.load(bundle.artifact_path, load_external_data=False)
@@ -82,12 +86,12 @@ def unrounded_logits(bundle, ids):
     path = bundle.artifact_path.with_name("unrounded.onnx")  # beside the weights
     onnx.save(graph, path)
     try:
-        return plain_logits(path, ids)
+        return plain_logits(path, ids, first)
     finally:
         path.unlink()  # it does not belong to the bundle
 
 
-def plain_logits(path, ids):
+def plain_logits(path, ids, first):
     """Return logits by ONNX Runtime without edgekit, which opens its own files only."""
     import onnxruntime
 
@@ -97,7 +101,7 @@ def plain_logits(path, ids):
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     tokens = np.array([ids], np.int64)
     feeds = {"input_ids": tokens, "attention_mask": np.ones_like(tokens),
-             "position_ids": np.arange(len(ids))[None]}  # fmt: skip
+             "position_ids": first + np.arange(len(ids))[None]}  # fmt: skip
     for port in session.get_inputs():
         if port.name.startswith("past_"):
             _, heads, _, width = port.shape
@@ -272,14 +276,15 @@ def test_the_demo_answers_in_a_browser(demo):
 
 
 KINDS_ON_WEBGPU = (
-    "llama", "qwen3", "phi4-mini", "gemma2-wide-heads", "gemma3", "stablelm-12b", "smollm3-pattern",
+    "llama", "qwen3", "phi4-mini", "gemma3", "stablelm-12b", "smollm3-pattern",
 )  # fmt: skip
-CAPPED = "gemma2"  # attention with capped scores
+CAPPED = ("gemma2", "gemma2-wide-heads")  # attention with capped scores
 ON_WEBGPU = [
-    *((kind, "F32") for kind in (*KINDS_ON_WEBGPU, CAPPED)),
+    *((kind, "F32") for kind in (*KINDS_ON_WEBGPU, *CAPPED)),
     *((WIDE, recipe) for recipe in ONNX.RECIPES),
 ]
-LOGIT_TOLERANCE = 0.05  # of about 10: WebGPU promises no more than 2**-11 of a cosine
+LOGIT_TOLERANCE = 1e-3  # of about 10
+FAR = 100_000  # where WebGPU's own cosine was off by a hundredth
 # Whole numbers, of which there are few for each token.
 ON_THE_PROCESSOR = {
     "BitShift", "BitwiseAnd", "Cast", "Concat", "Greater", "Max", "Range", "ReduceSum", "Reshape",
@@ -294,14 +299,15 @@ UNQUANTISED_RECIPES = ("F32", "F16")
 def on_webgpu(exports):
     javascript_clients.need_browser()
     models = []
-    for kind, recipe in ON_WEBGPU:
+    for kind, recipe, first in [*((*case, 0) for case in ON_WEBGPU), ("llama", "F32", FAR)]:
         bundle = exports.bundle(kind, recipe)
         entry, *data = (
             f"/files/{file.relative_to(exports.directory)}"
             for file in ONNX.files(bundle.artifact_path)
         )
-        models.append({"name": bundle.directory.name, "path": entry, "data": data,
-                       "provider": "webgpu", "prompt": PROMPT, "steps": STEPS})  # fmt: skip
+        models.append({"name": answer_name(bundle, first), "path": entry, "data": data,
+                       "provider": "webgpu", "prompt": PROMPT, "steps": STEPS,
+                       "first": first})  # fmt: skip
     visit = javascript_clients.run_page(
         "onnxruntime_web.mjs", {"models": models}, directory=exports.directory, timeout_s=TIMEOUT_S
     )
@@ -328,9 +334,10 @@ def layout(exports, kind, recipe):
     return ONNX.lay_out(source.open_checkpoint(exports.checkpoint(kind)), ONNX.RECIPES[recipe])
 
 
-def check_logits(bundle, found):
+def check_logits(bundle, answers, first=0):
+    found = answers[answer_name(bundle, first)]
     assert "error" not in found, found.get("error")
-    ours, theirs = unrounded_logits(bundle, [*PROMPT, *STEPS]), logits(found)
+    ours, theirs = unrounded_logits(bundle, [*PROMPT, *STEPS], first), logits(found)
     assert abs(ours).max() > 5
     assert abs(theirs - ours).max() < LOGIT_TOLERANCE
 
@@ -338,27 +345,31 @@ def check_logits(bundle, found):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS_ON_WEBGPU)
 def test_webgpu_gives_the_logits_of_the_processor(kind, on_webgpu, exports):
-    bundle = exports.bundle(kind)
-    check_logits(bundle, on_webgpu[bundle.directory.name])
+    check_logits(exports.bundle(kind), on_webgpu)
+
+
+@pytest.mark.slow
+def test_webgpu_turns_far_positions_as_the_processor_does(on_webgpu, exports):
+    check_logits(exports.bundle("llama"), on_webgpu, FAR)
 
 
 @pytest.mark.slow
 @pytest.mark.xfail(reason="GroupQueryAttention has no cap there, and says nothing", strict=True)
-def test_webgpu_caps_scores(on_webgpu, exports):
-    bundle = exports.bundle(CAPPED)
-    check_logits(bundle, on_webgpu[bundle.directory.name])
+@pytest.mark.parametrize("kind", CAPPED)
+def test_webgpu_caps_scores(kind, on_webgpu, exports):
+    check_logits(exports.bundle(kind), on_webgpu)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ONNX.RECIPES)
 def test_webgpu_runs_what_holds_no_float16_and_refuses_the_rest(recipe, on_webgpu, exports):
     bundle = exports.bundle(WIDE, recipe)
-    found = on_webgpu[bundle.directory.name]
+    found = on_webgpu[answer_name(bundle)]
     assert "shader-f16" not in on_webgpu["adapter"]["features"]
     if any(tensor.dtype == "float16" for tensor in model.read(bundle.artifact_path)):
         assert "requires f16 but the device does not support it" in found["error"]
     else:
-        check_logits(bundle, found)
+        check_logits(bundle, on_webgpu)
 
 
 @pytest.mark.parametrize("recipe", ONNX.RECIPES)
@@ -382,7 +393,7 @@ def test_a_layout_knows_the_largest_weight_that_webgpu_binds(recipe, exports):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "recipe"), ON_WEBGPU)
 def test_webgpu_computes_all_that_is_large(kind, recipe, on_webgpu, exports):
-    placed = placements(on_webgpu[exports.bundle(kind, recipe).directory.name])
+    placed = placements(on_webgpu[answer_name(exports.bundle(kind, recipe))])
     assert placed.keys() == {"WebGpu", "CPU"}
     assert {"GroupQueryAttention", "RotaryEmbedding"} <= placed["WebGpu"]
     assert {"SimplifiedLayerNormalization", "LayerNormalization"} & placed["WebGpu"]

@@ -6,7 +6,7 @@ walks the same list and holds one block of rows at a time.
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 STEM = "model"
 ENTRY = f"{STEM}.gguf"  # of an artifact that is one file
-BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
 
 TENSOR_NAMES = {
     "token_embedding": "token_embd.weight",
@@ -263,34 +262,14 @@ def _write_ropes(writer: FilesWriter, spec: DecoderSpec) -> None:
 
 def _blocks(checkpoint: "Checkpoint", part: Part, architecture: Architecture) -> Iterator["Rows"]:
     """Yield the rows of a part as llama.cpp wants them, some million weights at a time."""
+    width = checkpoint.spec.attention.head_width
     for role in part.roles:
-        change = _change(role, checkpoint.spec, architecture)
-        if len(part.entry.shape) == 1:
-            yield change(checkpoint.weight(role))
-            continue
-        rows = part.entry.shape[0] // len(part.roles)
-        step = _step(role, part.entry.shape[1], checkpoint.spec)
-        for first in range(0, rows, step):
-            yield change(checkpoint.weight(role, first, min(step, rows - first)))
-
-
-def _step(role: str, columns: int, spec: DecoderSpec) -> int:
-    """Return how many rows to take at once: whole heads where rows of a head change places."""
-    rows = max(1, BLOCK_WEIGHTS // columns)
-    if split_role(role)[1] in {"query", "key"}:
-        width = spec.attention.head_width
-        return max(width, rows // width * width)
-    return rows
-
-
-def _change(role: str, spec: DecoderSpec, architecture: Architecture) -> Callable[["Rows"], "Rows"]:
-    """Return what happens to the rows of a weight on the way."""
-    part = split_role(role)[1]
-    if architecture.rope_pairs == "neighbours" and re.fullmatch("(query|key)(_bias)?", part):
-        return lambda rows: interleave_halves(rows, spec.attention.head_width)
-    if spec.adds_one(role):
-        return lambda rows: rows + 1
-    return lambda rows: rows
+        turns = re.fullmatch("(query|key)(_bias)?", split_role(role)[1])
+        if turns and architecture.rope_pairs == "neighbours":
+            for _, rows in checkpoint.blocks(role, row_multiple=width):
+                yield interleave_halves(rows, width)
+        else:
+            yield from (rows for _, rows in checkpoint.blocks(role))
 
 
 def interleave_halves(rows: "Rows", head_width: int) -> "Rows":

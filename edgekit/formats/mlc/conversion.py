@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     Stored = npt.NDArray[np.generic]
 
 
-BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
-
-
 @dataclass(frozen=True, kw_only=True)
 class Weight:
     """A parameter of MLC's model, how it is stored, and the tensors that hold it."""
@@ -262,14 +259,9 @@ class _Writer:
 
 def _blocks(checkpoint: "Checkpoint", weight: Weight) -> "Iterator[tuple[int, Rows, Rows | None]]":
     """Yield some rows of a parameter, the number of the first, and how much its columns count."""
-    parameter, spec = weight.parameter, checkpoint.spec
-    step = max(1, BLOCK_WEIGHTS // (parameter.columns or 1))
-    for role, start, rows in parameter.parts():
+    for role, start, _ in weight.parameter.parts():
         importance = _importance(checkpoint, weight, role)
-        for first in range(0, rows, step):
-            values = checkpoint.weight(role, first, min(step, rows - first))
-            if spec.adds_one(role):
-                values = values + 1
+        for first, values in checkpoint.blocks(role):
             yield start + first, values, importance
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.formats.onnx import genai_text, model, storage
+from edgekit.formats.onnx import genai_text, storage
 from edgekit.formats.onnx.graph import cache_name, cache_width, longest_unchanged
 from edgekit.recipe import Recipe
 from edgekit.tokenizer_files import added_tokens
@@ -56,7 +56,7 @@ def write(
     checkpoint: "Checkpoint", recipe: Recipe, directory: Path, entry: str, *, context_tokens: int
 ) -> None:
     """Write the settings of every client beside the model."""
-    data_files = len(model.files(directory / entry)) - 1
+    data_files = len([*directory.glob(f"{entry}_data*")])
     genai = genai_config(checkpoint, entry, context_tokens=context_tokens)
     _write_json(directory / "genai_config.json", genai)
     files = transformers_files(checkpoint, recipe, data_files=data_files)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from edgekit.decoder import DecoderSpec, Rope, Shape
+from edgekit.decoder import DecoderSpec, Rope
 from edgekit.errors import UsageError
 from edgekit.formats import Buffer, Layout, Placement, Progress
 from edgekit.formats.onnx import clients, graph, model, storage
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 
 DIRECTORY = "onnx"  # where Optimum and transformers.js look
-BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
 MIN_SPLIT_BYTES = 2**20
 
 
@@ -228,10 +227,9 @@ def convert(
             files[name] = stack.enter_context(path.with_name(name).open("wb"))
             files[name].truncate(size_bytes)
         _write_frequencies(checkpoint.spec, planned, files)
-        shapes = dict(checkpoint.spec.weights())
         for weight in planned.weights:
             importance = _importance(checkpoint, weight)
-            for first, rows in _blocks(checkpoint, weight, shapes[weight.role]):
+            for first, rows in checkpoint.blocks(weight.role):
                 _write_rows(files, weight, first, rows, importance)
                 progress(rows.size)
     path.write_bytes(planned.model)
@@ -251,17 +249,6 @@ def _write_frequencies(spec: DecoderSpec, planned: Planned, files: Mapping[str, 
             tensor = by_name[graph.frequencies_name(number, is_long=is_long)]
             values = frequencies(rope, (border or 0) + 1 if is_long else 1)
             _write(files[tensor.file], tensor.offset, values.astype("<f4"))
-
-
-def _blocks(checkpoint: "Checkpoint", weight: Weight, shape: Shape) -> "Iterator[tuple[int, Rows]]":
-    """Yield the rows of a weight, some million numbers at a time, with the number of the first."""
-    if len(shape) == 1:
-        rows = checkpoint.weight(weight.role)
-        yield 0, rows + 1 if checkpoint.spec.adds_one(weight.role) else rows
-        return
-    step = max(1, BLOCK_WEIGHTS // shape[1])
-    for first in range(0, shape[0], step):
-        yield first, checkpoint.weight(weight.role, first, min(step, shape[0] - first))
 
 
 def _write_rows(

@@ -5,9 +5,10 @@ knows windows and caps, ``MatMulNBits`` multiplies with quantised weights, ``Rot
 a part of every head, ``SimplifiedLayerNormalization`` is the RMS norm. ``FusedMatMul``, or ``Gemm``
 where it shall run on WebGPU, takes other weights as a checkpoint has them (rows out, columns in),
 so that an embedding can be the head too. Cosines are computed for the positions at hand, so there
-is no table that ends.
+is no table that ends, and from sums and products, which every device computes alike.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -24,6 +25,12 @@ TEXT_TOKENS = "text_tokens"  # how long the text will be, if longer than what ha
 ROPE_BORDER = "edgekit.rope_border_tokens"  # metadata: a longer text has other frequencies
 _TO_THE_END = 2**63 - 1
 _FLOAT32, _INT32, _FLOAT16 = 1, 6, 10  # TensorProto.DataType
+# The first has 8 binary digits: float32 holds its products with whole numbers below 2 ** 16.
+_PI_PARTS = (3.140625, math.pi - 3.140625)
+# Of cos(x) and of sin(x) / x, by powers of x * x; up to a quarter turn they give all of float32.
+_WAVE_TERMS = [
+    ((-1) ** n / math.factorial(2 * n), (-1) ** n / math.factorial(2 * n + 1)) for n in range(7)
+]
 
 
 def cache_width(spec: DecoderSpec) -> int:
@@ -180,7 +187,7 @@ class _Builder:
         positions = self.op("Cast", "position_ids", to=_FLOAT32)
         column = self.op("Reshape", positions, self.constant(-1, 1))
         angles = self.op("Mul", column, frequencies)
-        waves = [self.op("Cos", angles), self.op("Sin", angles)]
+        waves = self._waves(angles)
         if rope.attention_factor != 1:
             factor = self.scalar(rope.attention_factor)
             waves = [self.op("Mul", wave, factor) for wave in waves]
@@ -190,6 +197,40 @@ class _Builder:
         indices = self.op("Range", zero, count, one)
         indices = self.op("Reshape", indices, self.op("Shape", "position_ids"))
         return indices, cosine, sine
+
+    def _waves(self, angles: str) -> list[str]:
+        """Return cosine and sine of angles, from the series of both for half of each angle.
+
+        WebGPU's own functions promise 2**-11 within half a turn, and beyond it nothing.
+        """
+        half = self._without_half_turns(self.op("Mul", angles, self.scalar(0.5)))
+        square = self.op("Mul", half, half)
+        *terms, both = (self._pair(*pair) for pair in _WAVE_TERMS)
+        for term in reversed(terms):
+            both = self.op("Add", self.op("Mul", both, square), term)
+        cosine, ratio = (
+            self.op("Gather", both, self.scalar(index, dtype="int64"), axis=0) for index in (0, 1)
+        )
+        sine = self.op("Mul", ratio, half)
+        twice = self.op("Add", sine, sine)
+        one = self.scalar(1)
+        return [self.op("Sub", one, self.op("Mul", twice, sine)), self.op("Mul", twice, cosine)]
+
+    def _without_half_turns(self, angles: str) -> str:
+        """Return angles between two quarter turns, whose cosine and sine have one sign changed."""
+        share = self.op("Mul", angles, self.scalar(1 / math.pi))
+        count = self.op("Floor", self.op("Add", share, self.scalar(0.5)))
+        for part in _PI_PARTS:
+            angles = self.op("Sub", angles, self.op("Mul", count, self.scalar(part)))
+        return angles
+
+    def _pair(self, first: float, second: float) -> str:
+        """Return two numbers, each for a whole matrix."""
+        name = f"float32_{first}_and_{second}"
+        self.constants[name] = Constant(
+            name=name, dtype="float32", shape=(2, 1, 1), values=(first, second)
+        )
+        return name
 
     def embed(self) -> str:
         x = self._rows("token_embedding", "input_ids")

@@ -2,7 +2,8 @@
  * Logits from ONNX Runtime Web, and what it says of where it computes them.
  *
  * Request: `models`, each with the `name` of its answer, the `path` of its graph and those of its
- * `data` files beside it, the `provider`, and ids: a `prompt`, then `steps` one by one.
+ * `data` files beside it, the `provider`, ids (a `prompt`, then `steps` one by one), and the
+ * position of the `first` id.
  */
 import * as ort from "onnxruntime-web/webgpu";
 import { answer, toBase64 } from "./answer.mjs";
@@ -34,25 +35,25 @@ async function describeAdapter() {
   return { vendor: info.vendor, architecture: info.architecture, features: [...features] };
 }
 
-async function run({ path, data, provider, prompt, steps }) {
+async function run({ path, data, provider, prompt, steps, first }) {
   const session = await ort.InferenceSession.create(path, {
     executionProviders: [provider],
     externalData: data.map((file) => ({ path: file.split("/").at(-1), data: file })),
     logSeverityLevel: 0,
   });
   try {
-    return { rows: await logits(session, [prompt, ...steps.map((id) => [id])]) };
+    return { rows: await logits(session, [prompt, ...steps.map((id) => [id])], first) };
   } finally {
     await session.release();
   }
 }
 
 /** The logits after every id of texts that are read one after the other. */
-async function logits(session, texts) {
+async function logits(session, texts, first) {
   let cache = emptyCache(session);
   const rows = [];
   for (const ids of texts) {
-    const outputs = await session.run({ ...feeds(ids, rows.length), ...cache });
+    const outputs = await session.run({ ...feeds(ids, rows.length, first), ...cache });
     rows.push(...splitRows(outputs.logits).map(toBase64));
     cache = nextCache(outputs);
   }
@@ -68,10 +69,10 @@ function emptyCache(session) {
   return Object.fromEntries(past.map(empty));
 }
 
-function feeds(ids, read) {
+function feeds(ids, read, first) {
   return {
     input_ids: int64(ids),
-    position_ids: int64(ids.map((_, index) => read + index)),
+    position_ids: int64(ids.map((_, index) => first + read + index)),
     attention_mask: int64(Array(read + ids.length).fill(1)),
   };
 }
