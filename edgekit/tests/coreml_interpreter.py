@@ -1,4 +1,4 @@
-"""Programs of Core ML, computed by numpy: a second reading of what `coreml_mil` wrote.
+"""Programs of Core ML, computed by numpy: a second reading of what `mil` wrote.
 
 Files are opened by coremltools: its unflattened package, its protocol buffers, its reader of
 weights. What an operator computes is what coremltools' documentation of it says.

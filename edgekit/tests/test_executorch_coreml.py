@@ -12,15 +12,9 @@ from edgekit import formats, oracle, reference, source
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import BundleError, UsageError
 from edgekit.fidelity import Comparison
-from edgekit.formats.executorch import (
-    conversion,
-    coreml,
-    coreml_decoder,
-    coreml_mil,
-    planned,
-    program,
-    storage,
-)
+from edgekit.formats.executorch import conversion, planned, program, storage
+from edgekit.formats.executorch.backends import coreml
+from edgekit.formats.executorch.backends.coreml import decoder, mil
 from edgekit.silence import silence
 from edgekit.tests.coreml_interpreter import Interpreter
 from edgekit.tests.tiny_checkpoints import TINY, WINDOW_TOKENS, write_tiny_checkpoint
@@ -229,7 +223,7 @@ def test_coremltools_reads_the_weights_that_are_read_back(rounded):
     read = coreml.read_back(rounded.path, rounded.checkpoint.spec)
     constants = rounded.interpreter(rounds=False).constants
     for role, _ in rounded.checkpoint.spec.weights():
-        held = constants[coreml_mil.identifier(role)]
+        held = constants[mil.identifier(role)]
         np.testing.assert_array_equal(held.astype(np.float32), read.weight(role))
 
 
@@ -252,7 +246,7 @@ def test_positions_past_the_first_step_turn_as_transformers_turns_them(tmp_path)
         tmp_path / "model", "mistral", dtype=torch.float16, max_position_embeddings=1024
     )
     checkpoint = source.open_checkpoint(path)
-    context = 2 * coreml_decoder.STEP + 20
+    context = 2 * decoder.STEP + 20
     made = convert(checkpoint, tmp_path / "artifact", "F16", context)
     ids = np.random.default_rng(3).integers(0, checkpoint.spec.vocabulary, context).tolist()
     (expected,) = oracle.logits(checkpoint, [ids])
@@ -316,9 +310,10 @@ class Counts(torch.nn.Module):  # type: ignore[misc,name-defined]
 def test_the_cache_is_empty_at_first_and_then_holds_each_token_at_its_place(llama):
     from executorch.extension.pybindings import portable_lib
 
-    from edgekit.formats.executorch import assembly, coreml_program
+    from edgekit.formats.executorch import assembly
+    from edgekit.formats.executorch.backends.coreml import wrapper
 
-    made = coreml_program.emit(
+    made = wrapper.emit(
         llama.checkpoint.spec, Counts(), context_tokens=8, constants={"get_n_layers": 3}
     )
     head, base = assembly.head_of(made, 0)

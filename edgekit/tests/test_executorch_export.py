@@ -26,10 +26,10 @@ from edgekit.formats.executorch import (  # noqa: E402
     coverage,
     memory,
     program,
-    size,
     storage,
-    xnnpack,
 )
+from edgekit.formats.executorch.backends import xnnpack  # noqa: E402
+from edgekit.formats.executorch.backends.xnnpack import size  # noqa: E402
 from edgekit.formats.executorch.coverage import Coverage  # noqa: E402
 
 

@@ -17,7 +17,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("executorch", reason="pip install 'edgekit[executorch]'")
 
-from edgekit.formats.executorch import conversion, decoder_module, planned, storage, xnnpack  # noqa: E402
+from edgekit.formats.executorch import conversion, decoder_module, planned, storage  # noqa: E402
+from edgekit.formats.executorch.backends import xnnpack  # noqa: E402
 
 
 pytestmark = [

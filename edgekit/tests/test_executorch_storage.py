@@ -4,7 +4,8 @@ import pytest
 
 from edgekit.decoder import Attention, DecoderSpec, Layer, Norm, Rope
 from edgekit.errors import UsageError
-from edgekit.formats.executorch import backends, conversion, storage, xnnpack
+from edgekit.formats.executorch import backends, conversion, storage
+from edgekit.formats.executorch.backends import xnnpack
 from edgekit.tests.executorch_artifacts import decoded
 
 

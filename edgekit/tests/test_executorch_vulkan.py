@@ -32,12 +32,10 @@ from edgekit.formats.executorch import (  # noqa: E402
     handover,
     planned,
     program,
-    size,
     storage,
-    vulkan,
-    vulkan_limits,
-    vulkan_program,
 )
+from edgekit.formats.executorch.backends import vulkan  # noqa: E402
+from edgekit.formats.executorch.backends.vulkan import limits, size, wrapper  # noqa: E402
 from edgekit.tests.vulkan_interpreter import Interpreter  # noqa: E402
 
 
@@ -113,7 +111,7 @@ def said(path, spec, ids, read, context_tokens=CONTEXT_TOKENS):
     """Return the program's logits after a prompt, single tokens, and a second prompt."""
     from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401 - operators
 
-    decoder = vulkan_program.Decoder(
+    decoder = wrapper.Decoder(
         spec, embedding=embedding(path, spec, read), inner=Interpreter(path),
         context_tokens=context_tokens,
     )  # fmt: skip
@@ -153,7 +151,7 @@ def test_the_delegates_operators_say_what_transformers_says(kind, fields, tmp_pa
     layout = executorch.lay_out(checkpoint, storage.RECIPES["F32"], variant="vulkan")
     assert path.stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
     report = json.loads((path.parent / conversion.COVERAGE).read_text())
-    assert report["operators_in_backend"] == size.vulkan_operators(checkpoint.spec)
+    assert report["operators_in_backend"] == size.operators(checkpoint.spec)
     assert report["matrices_outside"] == []
 
 
@@ -202,7 +200,7 @@ def test_what_outgrows_a_phones_textures_is_computed_in_buffers(
 
 
 def test_a_matrix_that_outgrows_a_buffer_is_multiplied_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(vulkan_limits, "BUFFER_BYTES", 2**13)  # 32 rows of 64 weights
+    monkeypatch.setattr(limits, "BUFFER_BYTES", 2**13)  # 32 rows of 64 weights
     monkeypatch.setattr(vulkan, "batch_tokens", lambda *_, **__: 128)
     checkpoint = opened(tmp_path, "llama-bias")
     path, ids = convert(checkpoint, "F32", tmp_path), random_ids(checkpoint.spec)
@@ -220,7 +218,7 @@ def test_no_more_is_read_at_once_than_its_scores_fit_into_a_buffer(checkpoint):
     context = 2**18
     batch = vulkan.batch_tokens(spec, context_tokens=context)
     assert 0 < batch < 128
-    assert 4 * spec.attention.heads * batch * context < vulkan_limits.BUFFER_BYTES
+    assert 4 * spec.attention.heads * batch * context < limits.BUFFER_BYTES
 
 
 def test_tensors_share_memory_and_so_need_little_of_it(tmp_path):
@@ -240,7 +238,7 @@ def test_a_position_past_the_context_fails_before_it_is_written(checkpoint, four
     assert forward
     assert "aten::arange.start_out" in forward.operators
     read = executorch.read_back(four_bit_path, checkpoint.spec)
-    decoder = vulkan_program.Decoder(
+    decoder = wrapper.Decoder(
         checkpoint.spec, embedding=embedding(four_bit_path, checkpoint.spec, read),
         inner=Interpreter(four_bit_path), context_tokens=CONTEXT_TOKENS,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edgekit.formats.executorch import storage
 from edgekit.formats.executorch.coverage import Coverage
-from edgekit.formats.executorch.size import ALIGNMENT
+from edgekit.formats.executorch.storage import ALIGNMENT
 
 
 if TYPE_CHECKING:

@@ -1,10 +1,4 @@
-"""From the modules of a decoder to an ExecuTorch program whose arithmetic XNNPACK does.
-
-Passes over a graph cost Python time for every node, and a whole decoder of 30 layers keeps them
-busy for many minutes. But its layers are one program with different weights: `delegates` writes it
-down once for each shape. What torch and ExecuTorch must see as a whole are the caches between the
-segments: some nodes a layer.
-"""
+"""From modules of torch to an ExecuTorch program around what a back-end computes."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -16,54 +10,10 @@ from torch import nn  # noqa: TID253
 
 from edgekit.decoder import DecoderSpec
 from edgekit.formats.executorch import decoder_module
-from edgekit.formats.executorch.assembly import Lowered
-from edgekit.formats.executorch.coverage import Coverage
-from edgekit.formats.executorch.decoder_module import Decoder
-from edgekit.formats.executorch.delegates import TRACED_TOKENS, Segments
 from edgekit.formats.executorch.storage import STORAGES, VULKAN_FOUR_BITS
-from edgekit.silence import silence
 
 
-def lower(
-    spec: DecoderSpec,
-    storages: Mapping[str, str],
-    *,
-    context_tokens: int,
-    uses_llm_operators: bool,
-    constants: Mapping[str, Any],
-) -> Lowered:
-    """Return the program of a decoder.
-
-    Args:
-        spec: The decoder.
-        storages: How each weight is stored, by role.
-        context_tokens: How many tokens its caches hold.
-        uses_llm_operators: Whether attention and caches are operators of ExecuTorch's LLM runners.
-        constants: What methods without arguments return, by name.
-    """
-    with silence(), torch.no_grad():
-        made = Segments(spec, storages, context_tokens, mixes=not uses_llm_operators)
-        decoder = Decoder(
-            spec,
-            embedding=embedding(spec, storages["token_embedding"]),
-            segments=made.modules,
-            context_tokens=context_tokens,
-            uses_llm_operators=uses_llm_operators,
-        )
-        if uses_llm_operators:
-            from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - operators
-        program = emit(decoder, constants, longest_tokens=context_tokens)
-        close_gaps(program)
-        return Lowered(
-            program=program,
-            numbers=made.numbers,
-            table=table_constants(program, spec),
-            coverage=Coverage(
-                delegated_operators=made.operators,
-                delegated_weights=frozenset(made.weights),
-                portable_operators=portable_calls(program),
-            ),
-        )
+TRACED_TOKENS = 3  # any number but those of a model's axes
 
 
 def embedding(spec: DecoderSpec, stored: str) -> nn.Module:

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     Rows = npt.NDArray[np.float32]
 
 
-BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
-
-
 def border_tokens(spec: "DecoderSpec") -> int | None:
     """Return the context past which every position turns otherwise, if there is one."""
     found = {
@@ -82,19 +79,8 @@ class Job:
         return {weight.role: weight.stored for weight in self.weights}
 
     def blocks(self, weight: Weight) -> "Iterator[tuple[int, Rows]]":
-        """Yield the rows of a weight, some million numbers at a time, with the first's number.
-
-        As they are multiplied with: Gemma's norms with their ones.
-        """
-        if len(weight.shape) == 1:
-            rows = self.checkpoint.weight(weight.role)
-            yield 0, rows + 1 if self.spec.adds_one(weight.role) else rows
-            self.progress(rows.size)
-            return
-        step = max(1, BLOCK_WEIGHTS // weight.shape[1])
-        for first in range(0, weight.shape[0], step):
-            count = min(step, weight.shape[0] - first)
-            rows = self.checkpoint.weight(weight.role, first, count)
+        """Yield a weight as `Checkpoint.blocks` does, and tell the progress."""
+        for first, rows in self.checkpoint.blocks(weight.role):
             yield first, rows
             self.progress(rows.size)
 

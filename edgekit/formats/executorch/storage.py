@@ -6,12 +6,12 @@ of Vulkan's ``linear_q4gsw``: float32 scales, whose rows are the groups. Where a
 begins with 8da, XNNPACK rounds what is multiplied with such a matrix to int8 too, token by token.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgekit import grid
-from edgekit.decoder import Shape
+from edgekit.decoder import DecoderSpec, Shape
 from edgekit.grid import Fitted, Grid, Precision
 from edgekit.recipe import Recipe, Rule, Storage, with_limits
 
@@ -27,6 +27,7 @@ SCALE = ".scale"  # what follows a role, for its scales
 INT8_SCALE_BYTES = 4  # of a row
 _FLOAT_BYTES = {"F32": 4, "F16": 2}
 
+ALIGNMENT = 128  # of data segments in a program, ExecuTorch's own choice
 STORAGES: Mapping[str, Storage] = {
     storage.name: storage
     for storage in (
@@ -122,6 +123,12 @@ def parts(role: str, shape: Shape, storage: str) -> Iterator[Part]:
         scales, is_across = columns // STORAGES[storage].block_weights, storage in VULKAN_FOUR_BITS
         size_bytes = (4 if is_across else 2) * rows * scales
         yield Part(key=role + SCALE, size_bytes=size_bytes, is_across=is_across)
+
+
+def has_pairs(spec: DecoderSpec, parts: Iterable[Part]) -> bool:
+    """Tell whether the embedding has two weights in a byte."""
+    table_bytes = next(part.size_bytes for part in parts if part.key == "token_embedding")
+    return table_bytes < spec.vocabulary * spec.hidden_width
 
 
 def encode(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from edgekit.decoder import Attention, DecoderSpec, Shape
 from edgekit.errors import BundleError
-from edgekit.formats.executorch import program, storage, vulkan
+from edgekit.formats.executorch import program, storage
+from edgekit.formats.executorch.backends import vulkan
 from edgekit.formats.executorch.contents import CONSTANT, Held
 from edgekit.formats.executorch.flatbuffer import Table, refuse
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import UsageError
-from edgekit.formats.executorch import coverage, memory, size, storage
+from edgekit.formats.executorch import coverage, memory, storage
 from edgekit.formats.executorch.backends import Build
+from edgekit.formats.executorch.backends.xnnpack import size
 from edgekit.formats.executorch.contents import named_weights, of_xnnpack
 
 
@@ -95,9 +96,10 @@ def metadata(spec: "DecoderSpec", variant: str, *, context_tokens: int) -> Mappi
 
 def write(job: "Job", path: Path) -> Mapping[str, Any]:
     """Write the program, one block of rows in memory at a time."""
-    from edgekit.formats.executorch import assembly, lowering
+    from edgekit.formats.executorch import assembly
+    from edgekit.formats.executorch.backends.xnnpack import wrapper
 
-    lowered = lowering.lower(
+    lowered = wrapper.lower(
         job.spec,
         job.storages,
         context_tokens=job.context_tokens,

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from edgekit.errors import BundleError
-from edgekit.formats.executorch import coreml_mil, coreml_package, program
-from edgekit.formats.executorch.coreml_mil import Blob, Kind
+from edgekit.formats.executorch import program
+from edgekit.formats.executorch.backends.coreml import mil, package
+from edgekit.formats.executorch.backends.coreml.mil import Blob, Kind
 from edgekit.protobuf import Message
 
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 BACKEND = "CoreMLBackend"
 _MAX_MODEL_BYTES = 1 << 28  # 30 layers take 0.4 MB
-_KINDS: Mapping[int, Kind] = {number: kind for kind, number in coreml_mil.KINDS.items()}
+_KINDS: Mapping[int, Kind] = {number: kind for kind, number in mil.KINDS.items()}
 _STORAGES: Mapping[Kind, str] = {"fp32": "F32", "fp16": "F16", "int8": "INT8"}
 _TABLE = re.compile("(cosine|sine|zeros)_.*")
 _OF_LAYER = re.compile("layers_([0-9]+)_(.*)")
@@ -42,7 +43,7 @@ class Array:
     @property
     def row_bytes(self) -> int:
         """What a row takes."""
-        return coreml_mil.size_bytes(self.kind, self.shape) // self.shape[0]
+        return mil.size_bytes(self.kind, self.shape) // self.shape[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,13 +123,13 @@ def _find(path: Path, head: "Program") -> Iterator[tuple[str, Held]]:
         raise struct.error("the program is not one delegate for Core ML")
     _, (first, size) = head.segments  # the first is for constants, and empty
     with path.open("rb") as file:
-        tail = _read(file, first + max(0, size - coreml_package.MAX_LIST_BYTES), first + size)
-        places = coreml_package.unpack(tail, size)
-        model_at, model_bytes = places.get(coreml_package.MODEL, (0, 0))
+        tail = _read(file, first + max(0, size - package.MAX_LIST_BYTES), first + size)
+        places = package.unpack(tail, size)
+        model_at, model_bytes = places.get(package.MODEL, (0, 0))
         if model_bytes > _MAX_MODEL_BYTES:
             raise struct.error(f"the model takes {model_bytes} bytes")
         model = _read(file, first + model_at, first + model_at + model_bytes)
-        weights_at, weights_bytes = places.get(coreml_package.WEIGHTS, (0, 0))
+        weights_at, weights_bytes = places.get(package.WEIGHTS, (0, 0))
         finder = _Finder(file, first + weights_at, weights_bytes)
         for operator in _operators(Message.whole(model, origin=str(path))):
             name = _text_of_output(operator)
@@ -195,7 +196,7 @@ class _Finder:
         kind, shape = _type(value)
         blob = Blob(
             kind=kind,
-            size_bytes=coreml_mil.size_bytes(kind, shape),
+            size_bytes=mil.size_bytes(kind, shape),
             offset=place.integer(2),
         )
         if not 0 <= blob.offset <= blob.end <= self._size_bytes:
@@ -215,7 +216,7 @@ def _type(value: Message) -> "tuple[Kind, Shape]":
     shape = tuple(
         constant.integer(1) for length in tensor.messages(3) for constant in length.messages(1)
     )
-    if kind is None or kind not in coreml_mil.BLOB_KINDS or not shape or min(shape) < 1:
+    if kind is None or kind not in mil.BLOB_KINDS or not shape or min(shape) < 1:
         raise struct.error(f"an array has kind {tensor.integer(1)} and shape {shape}")
     return kind, shape
 

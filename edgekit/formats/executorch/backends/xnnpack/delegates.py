@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn  # noqa: TID253
 from edgekit.decoder import DecoderSpec, Shape
 from edgekit.formats.executorch import decoder_module, storage
 from edgekit.formats.executorch.decoder_module import Segment, SegmentShape
+from edgekit.formats.executorch.lowering import TRACED_TOKENS
 
 
 aten = torch.ops.aten
@@ -36,7 +37,7 @@ _NAMES = {
     aten.sub.Tensor: "aten.sub.Tensor",
     aten.view.default: "aten.view_copy.default",
 }
-TRACED_TOKENS, _TRACED_FILLED = 3, 5  # any two lengths, other than those of a model's axes
+_TRACED_FILLED = 5  # as lowering.TRACED_TOKENS, and another
 
 
 class Segments:

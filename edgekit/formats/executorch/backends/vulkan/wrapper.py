@@ -8,8 +8,9 @@ import torch  # noqa: TID253
 from torch import Tensor, fx, nn  # noqa: TID253
 
 from edgekit.decoder import DecoderSpec
-from edgekit.formats.executorch import lowering, vulkan_decoder
+from edgekit.formats.executorch import lowering
 from edgekit.formats.executorch.assembly import Lowered
+from edgekit.formats.executorch.backends.vulkan import decoder
 from edgekit.formats.executorch.coverage import Coverage
 from edgekit.formats.executorch.decoder_module import Positions
 from edgekit.silence import silence
@@ -26,7 +27,7 @@ def lower(
     batch_tokens: int,
     constants: Mapping[str, Any],
 ) -> Lowered:
-    """Return the program of a decoder, as `lowering.lower` does for XNNPACK.
+    """Return the program of a decoder.
 
     Args:
         spec: The decoder.
@@ -36,16 +37,16 @@ def lower(
         constants: What methods without arguments return, by name.
     """
     with silence(), torch.no_grad():
-        made = vulkan_decoder.delegate(
+        made = decoder.delegate(
             spec, storages, context_tokens=context_tokens, batch_tokens=batch_tokens
         )
-        decoder = Decoder(
+        whole = Decoder(
             spec,
             embedding=lowering.embedding(spec, storages["token_embedding"]),
             inner=_delegate(spec, made.content),
             context_tokens=context_tokens,
         )
-        program = lowering.emit(decoder, constants, longest_tokens=batch_tokens)
+        program = lowering.emit(whole, constants, longest_tokens=batch_tokens)
     return Lowered(
         program=program,
         numbers=made.numbers,
@@ -82,7 +83,7 @@ class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
         waves = self.positions.waves(positions)
         both = (
             torch.cat((wave, wave), -1).squeeze(1)
-            for rope in vulkan_decoder.ropes(self.spec)
+            for rope in decoder.ropes(self.spec)
             for wave in waves[rope]
         )
         (logits,) = self.inner(rows[None], *both, positions)

@@ -8,7 +8,8 @@ import torch  # noqa: TID253
 from torch import Tensor, fx, nn  # noqa: TID253
 
 from edgekit.decoder import DecoderSpec
-from edgekit.formats.executorch import coreml_decoder, lowering
+from edgekit.formats.executorch import lowering
+from edgekit.formats.executorch.backends.coreml import decoder
 from edgekit.silence import silence
 
 
@@ -72,8 +73,8 @@ class _Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
 
     def __init__(self, spec: DecoderSpec, model: nn.Module, context_tokens: int) -> None:
         super().__init__()
-        self.model, self.names = model, coreml_decoder.caches(spec)
-        shape = coreml_decoder.cache_shape(spec, context_tokens)
+        self.model, self.names = model, decoder.caches(spec)
+        shape = decoder.cache_shape(spec, context_tokens)
         for name in self.names:
             cache = torch.zeros(shape, dtype=torch.float16)
             self.register_buffer(name, cache, persistent=False)

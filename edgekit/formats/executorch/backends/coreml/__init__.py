@@ -1,8 +1,8 @@
 """Core ML: programs for the GPU of iPhones, iPads and Macs.
 
 A program reads one token; the runners of ExecuTorch read prompts so where a program says that its
-shape is fixed. What Core ML gets is written without Apple's converter: `coreml_decoder` says what
-is computed, `coreml_mil` spells it, `coreml_package` says where its files are.
+shape is fixed. What Core ML gets is written without Apple's converter: `decoder` says what
+is computed, `mil` spells it, `package` says where its files are.
 """
 
 import hashlib
@@ -13,16 +13,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from edgekit import grid
 from edgekit.errors import UsageError
 from edgekit.formats import MemoryUse
-from edgekit.formats.executorch import (
-    coreml_decoder,
-    coreml_mil,
-    coreml_package,
-    coreml_reading,
-    coverage,
-    memory,
-    storage,
-)
+from edgekit.formats.executorch import coverage, memory, storage
 from edgekit.formats.executorch.backends import Build
+from edgekit.formats.executorch.backends.coreml import decoder, mil, package, reading
 from edgekit.formats.executorch.coverage import Coverage
 from edgekit.formats.executorch.planned import border_tokens
 
@@ -33,7 +26,7 @@ if TYPE_CHECKING:
 
     from edgekit.decoder import DecoderSpec, Shape
     from edgekit.formats import Layout, Model
-    from edgekit.formats.executorch.coreml_decoder import CoreMLProgram
+    from edgekit.formats.executorch.backends.coreml.decoder import CoreMLProgram
     from edgekit.formats.executorch.planned import Job, Weight
     from edgekit.formats.executorch.program import Program
 
@@ -77,9 +70,9 @@ def file_bytes(spec: "DecoderSpec", planned: tuple["Weight", ...], variant: str)
     """Return how large the program gets."""
     del variant
     storages = {weight.role: weight.stored for weight in planned}
-    made = coreml_decoder.write(spec, storages, spec.context_tokens)
+    made = decoder.write(spec, storages, spec.context_tokens)
     around_bytes = _HEAD_BYTES + _LAYER_BYTES * len(spec.layers)
-    return around_bytes + coreml_package.pack(made).size_bytes
+    return around_bytes + package.pack(made).size_bytes
 
 
 def computes_half(recipe: str) -> bool:
@@ -118,26 +111,27 @@ def metadata(spec: "DecoderSpec", variant: str, *, context_tokens: int) -> Mappi
 
 def write(job: "Job", path: Path) -> Mapping[str, Any]:
     """Write the program, one block of rows in memory at a time."""
-    from edgekit.formats.executorch import assembly, coreml_program
+    from edgekit.formats.executorch import assembly
+    from edgekit.formats.executorch.backends.coreml import wrapper
 
     _refuse_long_context(job)
-    made = coreml_decoder.write(job.spec, job.storages, job.context_tokens)
-    package = coreml_package.pack(made)
-    program = coreml_program.emit(
+    made = decoder.write(job.spec, job.storages, job.context_tokens)
+    packed = package.pack(made)
+    program = wrapper.emit(
         job.spec,
-        coreml_program.delegate(job.spec, backend=ID, compute_units=COMPUTE_UNITS),
+        wrapper.delegate(job.spec, backend=ID, compute_units=COMPUTE_UNITS),
         context_tokens=job.context_tokens,
         constants=job.constants,
     )
-    head, base = assembly.head_of_delegate(program, package.size_bytes)
+    head, base = assembly.head_of_delegate(program, packed.size_bytes)
     with path.open("w+b") as stream:
-        stream.truncate(base + package.size_bytes)
+        stream.truncate(base + packed.size_bytes)
         stream.write(head)
-        for at, content in package.pieces:
+        for at, content in packed.pieces:
             stream.seek(base + at)
             stream.write(content)
-        _write_blobs(job, made, stream, first=base + package.places[coreml_package.WEIGHTS][0])
-        _write_identifier(stream, base, package.identifier_at)
+        _write_blobs(job, made, stream, first=base + packed.places[package.WEIGHTS][0])
+        _write_identifier(stream, base, packed.identifier_at)
     return _report(job, made, program)
 
 
@@ -154,11 +148,11 @@ def _refuse_long_context(job: "Job") -> None:
 def _write_blobs(job: "Job", made: "CoreMLProgram", stream: BinaryIO, *, first: int) -> None:
     """Write the file of weights; tables without content are holes in it, which read as zeros."""
     stream.seek(first)
-    stream.write(coreml_mil.file_header(len(made.blobs)))
+    stream.write(mil.file_header(len(made.blobs)))
     for blob in made.blobs.values():
         stream.seek(first + blob.offset)
         stream.write(blob.header)
-    for key, table in coreml_decoder.tables(job.spec):
+    for key, table in decoder.tables(job.spec):
         stream.seek(first + made.blobs[key].first)
         stream.write(table.tobytes())
     for weight in job.weights:
@@ -205,9 +199,9 @@ def _report(job: "Job", made: "CoreMLProgram", program: Any) -> dict[str, Any]:
 
 def contents(path: Path, head: "Program") -> "list[tuple[str, Shape, str]]":
     """Return name, shape and storage of every weight."""
-    return coreml_reading.contents(path, head)
+    return reading.contents(path, head)
 
 
 def read_back(path: Path, spec: "DecoderSpec") -> "Model":
     """Return the weights as Core ML multiplies with them."""
-    return coreml_reading.open_weights(path, spec)
+    return reading.open_weights(path, spec)

@@ -1,9 +1,10 @@
-"""The back-ends of ExecuTorch, a module each: who computes a program, and where.
+"""The back-ends of ExecuTorch, a module or package each: who computes a program, and where.
 
-To add one, write a module with the names of `Backend` and put it into `_MODULES`.
+To add one, put a module with the names of `Backend` here.
 """
 
 import importlib
+import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from edgekit.decoder import DecoderSpec, Shape
     from edgekit.formats.executorch.planned import Job, Weight
     from edgekit.formats.executorch.program import Program
-
-
-_MODULES = ("xnnpack", "vulkan", "coreml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +102,10 @@ class ReadableBackend(Backend, Protocol):
 
 
 def get_all() -> Iterator[Backend]:
-    """Yield every back-end, the usual one first."""
-    for name in _MODULES:
-        yield cast("Backend", importlib.import_module(f"edgekit.formats.executorch.{name}"))
+    """Yield every back-end, those that run here first."""
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    found = [cast("Backend", importlib.import_module(f"{__name__}.{name}")) for name in names]
+    yield from sorted(found, key=lambda backend: (backend.DEVICE is not None, backend.NAME))
 
 
 def variants() -> tuple[str, ...]:

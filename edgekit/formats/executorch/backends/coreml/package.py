@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgekit.formats.executorch.coreml_decoder import CoreMLProgram
+from edgekit.formats.executorch.backends.coreml.decoder import CoreMLProgram
 
 
 METADATA, MANIFEST = "metadata.json", "model.mlpackage/Manifest.json"

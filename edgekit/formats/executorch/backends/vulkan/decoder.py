@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from edgekit.decoder import DecoderSpec, Norm, Rope, Shape
-from edgekit.formats.executorch import storage, vulkan_limits
+from edgekit.formats.executorch import storage
 from edgekit.formats.executorch.assembly import Slice
-from edgekit.formats.executorch.vulkan_graph import ITEM_BYTES, Dtype, Graph, Value
+from edgekit.formats.executorch.backends.vulkan import limits
+from edgekit.formats.executorch.backends.vulkan.graph import ITEM_BYTES, Dtype, Graph, Value
 
 
 _FLOATS: Mapping[str, Dtype] = {"F32": "FLOAT32", "F16": "FLOAT16"}
@@ -67,7 +68,7 @@ class _Decoder:
         self._used: set[str] = set()
         self._slices: dict[str, Slice] = {}
         # A cache is as deep as its context, and all that meets it must be of its kind.
-        self._is_buffer = context_tokens > vulkan_limits.TEXTURE_DEPTH
+        self._is_buffer = context_tokens > limits.TEXTURE_DEPTH
         self._caches: list[Value] = []
 
     def delegate(self) -> Delegate:
@@ -190,7 +191,7 @@ class _Decoder:
             graph.tensor((1, spec.hidden_width), is_buffer=self._is_buffer),
         )  # fmt: skip
         last = self._normalise(spec.norm, "final_norm", last)
-        if spec.vocabulary > vulkan_limits.TEXTURE_WIDTH and not self._is_buffer:
+        if spec.vocabulary > limits.TEXTURE_WIDTH and not self._is_buffer:
             there = graph.tensor((1, spec.hidden_width), is_buffer=True)
             last = graph.call("aten.clone.default", last, graph.scalar(None), there)
         role = "token_embedding" if spec.is_tied else "output_head"
@@ -265,8 +266,8 @@ class _Decoder:
     def _most_rows(self, stored: str, columns: int) -> int:
         """Return how many rows of a matrix the delegate takes at once."""
         if stored == "INT8":
-            return vulkan_limits.INT8_ROWS
-        return vulkan_limits.BUFFER_BYTES // (storage.STORAGES[stored].block_bytes * columns)
+            return limits.INT8_ROWS
+        return limits.BUFFER_BYTES // (storage.STORAGES[stored].block_bytes * columns)
 
     def _rows_of(self, x: Value, width: int, *, staging: Dtype | None = None) -> Value:
         graph = self._graph

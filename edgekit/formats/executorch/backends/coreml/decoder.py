@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, assert_never
 
 from edgekit.decoder import DecoderSpec, Norm, Rope, Shape
 from edgekit.formats.executorch import storage
-from edgekit.formats.executorch.coreml_mil import Blob, Value, Writer
+from edgekit.formats.executorch.backends.coreml.mil import Blob, Value, Writer
 
 
 if TYPE_CHECKING:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import UsageError
-from edgekit.formats.executorch import coverage, memory, size, storage, vulkan_limits
+from edgekit.formats.executorch import coverage, storage
 from edgekit.formats.executorch.backends import Build
+from edgekit.formats.executorch.backends.vulkan import limits, memory, size
 from edgekit.formats.executorch.contents import named_weights
 from edgekit.formats.executorch.planned import border_tokens
 
@@ -14,9 +15,9 @@ from edgekit.formats.executorch.planned import border_tokens
 if TYPE_CHECKING:
     from edgekit.decoder import DecoderSpec, Shape
     from edgekit.formats import Layout, MemoryUse
+    from edgekit.formats.executorch.backends.vulkan.reading import Weights
     from edgekit.formats.executorch.planned import Job, Weight
     from edgekit.formats.executorch.program import Program
-    from edgekit.formats.executorch.vulkan_reading import Weights
 
 
 ID, NAME = "VulkanBackend", "Vulkan"
@@ -85,7 +86,7 @@ def stored_as(wanted: str, shape: "Shape", *, recipe: str) -> str:
 def file_bytes(spec: "DecoderSpec", planned: tuple["Weight", ...], variant: str) -> int:
     """Return about how large the program gets."""
     del variant
-    return size.vulkan_file_bytes(spec, [part for weight in planned for part in weight.parts])
+    return size.file_bytes(spec, [part for weight in planned for part in weight.parts])
 
 
 def notes(recipe: str) -> tuple[str, ...]:
@@ -106,22 +107,23 @@ def metadata(spec: "DecoderSpec", variant: str, *, context_tokens: int) -> Mappi
 def batch_tokens(spec: "DecoderSpec", *, context_tokens: int) -> int:
     """Return how many tokens are read at once: their scores of all heads are one buffer."""
     score_bytes = 4 * spec.attention.heads * context_tokens
-    most = max(1, (vulkan_limits.BUFFER_BYTES - 1) // score_bytes // 4 * 4)
+    most = max(1, (limits.BUFFER_BYTES - 1) // score_bytes // 4 * 4)
     return min(BATCH_TOKENS, context_tokens, most)
 
 
 def memory_use(spec: "DecoderSpec", layout: "Layout", *, context_tokens: int) -> "MemoryUse":
     """Return what the phone will hold, its GPU's part included."""
     batch = batch_tokens(spec, context_tokens=context_tokens)
-    return memory.vulkan_use(spec, layout, context_tokens=context_tokens, batch_tokens=batch)
+    return memory.use(spec, layout, context_tokens=context_tokens, batch_tokens=batch)
 
 
 def write(job: "Job", path: Path) -> Mapping[str, Any]:
     """Write the program, one block of rows in memory at a time."""
-    from edgekit.formats.executorch import assembly, vulkan_program
+    from edgekit.formats.executorch import assembly
+    from edgekit.formats.executorch.backends.vulkan import wrapper
 
     _refuse_context(job)
-    lowered = vulkan_program.lower(
+    lowered = wrapper.lower(
         job.spec,
         job.storages,
         context_tokens=job.context_tokens,
@@ -152,13 +154,13 @@ def _refuse_context(job: "Job") -> None:
 
 def contents(path: Path, head: "Program") -> list[tuple[str, "Shape", str]]:
     """Return name, shape and storage of every weight."""
-    from edgekit.formats.executorch import vulkan_reading
+    from edgekit.formats.executorch.backends.vulkan import reading
 
-    return named_weights(path, head, vulkan_reading.delegated)
+    return named_weights(path, head, reading.delegated)
 
 
 def read_back(path: Path, spec: "DecoderSpec") -> "Weights":
     """Return the weights as the delegate multiplies with them."""
-    from edgekit.formats.executorch import vulkan_reading
+    from edgekit.formats.executorch.backends.vulkan import reading
 
-    return vulkan_reading.open_weights(path, spec)
+    return reading.open_weights(path, spec)

@@ -1,4 +1,4 @@
-"""How large a ``.pte`` file gets, before there is a program.
+"""How large a program for XNNPACK gets, before there is one.
 
 Weights are known to the byte. What says how to use them grows with the operators of a segment and
 the weights they name; how fast was measured with executorch 1.5.1 on tiny models of eight families
@@ -7,20 +7,17 @@ and on SmolLM2-135M. It is 0.4 % of that model's file, and known within a tenth.
 
 from collections.abc import Sequence
 
-from edgekit.decoder import DecoderSpec, LongRopeScaling, Norm
-from edgekit.formats.executorch.storage import SCALE, Part
+from edgekit.decoder import DecoderSpec, Norm
+from edgekit.formats.executorch.planned import border_tokens
+from edgekit.formats.executorch.storage import ALIGNMENT, SCALE, Part, has_pairs
 
 
-ALIGNMENT = 128  # of segments, ExecuTorch's own choice
 _DELEGATE_BYTES, _OPERATOR_BYTES, _NAME_BYTES = 312, 107, 86
 _SCALES_BYTES = 42  # what a delegate says of a weight's
 _HEAD_BYTES, _LAYER_BYTES, _PART_BYTES = 9_100, 1_650, 44
 _BORDER_BYTES = 2_100  # a choice between two turns
 _TURNED_BYTES = 750  # what turns the pairs of an embedding of four bits
 _LLM_BYTES = -1_100  # fewer operators between the delegates
-_VULKAN_HEAD_BYTES, _VULKAN_OPERATOR_BYTES, _VULKAN_PART_BYTES = 4_614, 132, 189
-# Kernels around its delegate, those that a longrope adds, and those that take pairs apart.
-_VULKAN_KERNELS, _VULKAN_TURN_KERNELS, _VULKAN_PAIR_KERNELS, _VULKAN_KERNEL_BYTES = 22, 3, 20, 177
 _CONSTANTS_BYTES = 5 * ALIGNMENT + 256  # numbers, means and frequencies
 
 
@@ -38,20 +35,10 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: 
         + _SCALES_BYTES * scaled
     )
     head_bytes = _HEAD_BYTES + _LAYER_BYTES * depth + _PART_BYTES * len(parts)
-    head_bytes += _BORDER_BYTES if _has_longrope(spec) else 0
-    head_bytes += _TURNED_BYTES if _has_pairs(spec, parts) else 0
+    head_bytes += _BORDER_BYTES if border_tokens(spec) is not None else 0
+    head_bytes += _TURNED_BYTES if has_pairs(spec, parts) else 0
     head_bytes += _LLM_BYTES if uses_llm_operators else 0
     return weights_bytes + delegates_bytes + head_bytes + _CONSTANTS_BYTES
-
-
-def _has_longrope(spec: DecoderSpec) -> bool:
-    ropes = (layer.rope for layer in spec.layers)
-    return any(rope and isinstance(rope.scaling, LongRopeScaling) for rope in ropes)
-
-
-def _has_pairs(spec: DecoderSpec, parts: Sequence[Part]) -> bool:
-    table_bytes = next(part.size_bytes for part in parts if part.key == "token_embedding")
-    return table_bytes < spec.vocabulary * spec.hidden_width
 
 
 def operators(spec: DecoderSpec, *, uses_llm_operators: bool, is_rounded: bool) -> int:
@@ -100,29 +87,3 @@ def _norm(norm: Norm) -> int:
 
 def _mlp(spec: DecoderSpec) -> int:
     return 6 if spec.activation == "silu" else 10
-
-
-def vulkan_file_bytes(spec: DecoderSpec, parts: Sequence[Part]) -> int:
-    """Return about how many bytes a program for Vulkan takes with all its weights.
-
-    Measured as that of XNNPACK's: within 0.2 % of files of tiny models, 0.1 % of SmolLM2-135M's.
-    """
-    weights_bytes = sum(-(-part.size_bytes // ALIGNMENT) * ALIGNMENT for part in parts)
-    kernels = _VULKAN_KERNELS + (_VULKAN_TURN_KERNELS if _has_longrope(spec) else 0)
-    kernels += _VULKAN_PAIR_KERNELS if _has_pairs(spec, parts) else 0
-    return (
-        weights_bytes
-        + _VULKAN_HEAD_BYTES
-        + _VULKAN_OPERATOR_BYTES * vulkan_operators(spec)
-        + _VULKAN_PART_BYTES * len(parts)
-        + _VULKAN_KERNEL_BYTES * kernels
-    )
-
-
-def vulkan_operators(spec: DecoderSpec) -> int:
-    """Return how many operators Vulkan gets, as `vulkan_decoder` has them, the head's once."""
-    rms = {"serial": 2, "parallel": 1}[spec.residual] + 2 * spec.has_post_norms
-    layer = rms + 7 + 4 + 1 + (2 if spec.attention.query_key_norm else 0)
-    layer += 2 + (2 if spec.activation == "silu" else 1) + 1  # residuals, the MLP's products
-    turned = sum(layer.rope is not None for layer in spec.layers)
-    return len(spec.layers) * layer + turned + 4  # positions, the last token, its norm, the head

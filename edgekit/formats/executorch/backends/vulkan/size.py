@@ -1,0 +1,38 @@
+"""How large a program for Vulkan gets."""
+
+from collections.abc import Sequence
+
+from edgekit.decoder import DecoderSpec
+from edgekit.formats.executorch.planned import border_tokens
+from edgekit.formats.executorch.storage import ALIGNMENT, Part, has_pairs
+
+
+_HEAD_BYTES, _OPERATOR_BYTES, _PART_BYTES = 4_614, 132, 189
+# Kernels around its delegate, those that a longrope adds, and those that take pairs apart.
+_KERNELS, _TURN_KERNELS, _PAIR_KERNELS, _KERNEL_BYTES = 22, 3, 20, 177
+
+
+def file_bytes(spec: DecoderSpec, parts: Sequence[Part]) -> int:
+    """Return about how many bytes a program for Vulkan takes with all its weights.
+
+    Measured as that of XNNPACK's: within 0.2 % of files of tiny models, 0.1 % of SmolLM2-135M's.
+    """
+    weights_bytes = sum(-(-part.size_bytes // ALIGNMENT) * ALIGNMENT for part in parts)
+    kernels = _KERNELS + (0 if border_tokens(spec) is None else _TURN_KERNELS)
+    kernels += _PAIR_KERNELS if has_pairs(spec, parts) else 0
+    return (
+        weights_bytes
+        + _HEAD_BYTES
+        + _OPERATOR_BYTES * operators(spec)
+        + _PART_BYTES * len(parts)
+        + _KERNEL_BYTES * kernels
+    )
+
+
+def operators(spec: DecoderSpec) -> int:
+    """Return how many operators Vulkan gets, as `decoder` has them, the head's once."""
+    rms = {"serial": 2, "parallel": 1}[spec.residual] + 2 * spec.has_post_norms
+    layer = rms + 7 + 4 + 1 + (2 if spec.attention.query_key_norm else 0)
+    layer += 2 + (2 if spec.activation == "silu" else 1) + 1  # residuals, the MLP's products
+    turned = sum(layer.rope is not None for layer in spec.layers)
+    return len(spec.layers) * layer + turned + 4  # positions, the last token, its norm, the head

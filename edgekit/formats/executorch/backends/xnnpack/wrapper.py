@@ -1,0 +1,63 @@
+"""From the modules of a decoder to an ExecuTorch program whose arithmetic XNNPACK does.
+
+Passes over a graph cost Python time for every node, and a whole decoder of 30 layers keeps them
+busy for many minutes. But its layers are one program with different weights: `delegates` writes it
+down once for each shape. What torch and ExecuTorch must see as a whole are the caches between the
+segments: some nodes a layer.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+# This is the workstation's half: nothing that runs on a device imports it.
+import torch  # noqa: TID253
+
+from edgekit.decoder import DecoderSpec
+from edgekit.formats.executorch import lowering
+from edgekit.formats.executorch.assembly import Lowered
+from edgekit.formats.executorch.backends.xnnpack.delegates import Segments
+from edgekit.formats.executorch.coverage import Coverage
+from edgekit.formats.executorch.decoder_module import Decoder
+from edgekit.silence import silence
+
+
+def lower(
+    spec: DecoderSpec,
+    storages: Mapping[str, str],
+    *,
+    context_tokens: int,
+    uses_llm_operators: bool,
+    constants: Mapping[str, Any],
+) -> Lowered:
+    """Return the program of a decoder.
+
+    Args:
+        spec: The decoder.
+        storages: How each weight is stored, by role.
+        context_tokens: How many tokens its caches hold.
+        uses_llm_operators: Whether attention and caches are operators of ExecuTorch's LLM runners.
+        constants: What methods without arguments return, by name.
+    """
+    with silence(), torch.no_grad():
+        made = Segments(spec, storages, context_tokens, mixes=not uses_llm_operators)
+        decoder = Decoder(
+            spec,
+            embedding=lowering.embedding(spec, storages["token_embedding"]),
+            segments=made.modules,
+            context_tokens=context_tokens,
+            uses_llm_operators=uses_llm_operators,
+        )
+        if uses_llm_operators:
+            from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - operators
+        program = lowering.emit(decoder, constants, longest_tokens=context_tokens)
+        lowering.close_gaps(program)
+        return Lowered(
+            program=program,
+            numbers=made.numbers,
+            table=lowering.table_constants(program, spec),
+            coverage=Coverage(
+                delegated_operators=made.operators,
+                delegated_weights=frozenset(made.weights),
+                portable_operators=lowering.portable_calls(program),
+            ),
+        )
