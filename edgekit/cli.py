@@ -341,12 +341,14 @@ def say(reply: "Reply") -> None:
 @click.option("--repetitions", type=int, default=5, show_default=True,
               help="Fresh processes to begin with; doubled while chance decides.")  # fmt: skip
 @click.option("--threads", type=int, metavar="N", help="Default: the target's.")
+@click.option("--measurement", type=DIRECTORY, metavar="FILE",
+              help="Judge what an app measured on its device, and measure nothing.")  # fmt: skip
 @click.option("--html", type=DIRECTORY, metavar="FILE", help="Write one page with plots.")
 @click.option("--junit", type=DIRECTORY, metavar="FILE", help="Write JUnit XML.")
 @json_option
 def validate_command(
     bundle: Path, target_name: str | None, device: str, repetitions: int, threads: int | None,
-    html: Path | None, junit: Path | None, as_json: bool,
+    measurement: Path | None, html: Path | None, junit: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure BUNDLE on a device and hold it against the budget of its target.
 
@@ -355,18 +357,22 @@ def validate_command(
     Examples:
       edgekit validate out
       edgekit validate out --device ssh://pi@raspberrypi.local --html report.html
+      edgekit validate out --measurement phone.json
     """
     from edgekit import report
     from edgekit.bundle import Bundle
     from edgekit.target import load
-    from edgekit.validate import validate
+    from edgekit.validate import judge_document, validate
 
     target = load(target_name or Bundle.load(bundle, check_hashes=False).target)
-    with Terminal().counted("measure") as progress:
-        result = validate(
-            bundle, target, device=device, repetitions=repetitions, threads=threads,
-            progress=progress,
-        )  # fmt: skip
+    if measurement:
+        result = judge_document(bundle, target, measurement)
+    else:
+        with Terminal().counted("measure") as progress:
+            result = validate(
+                bundle, target, device=device, repetitions=repetitions, threads=threads,
+                progress=progress,
+            )  # fmt: skip
     click.echo(report.as_json(result) if as_json else report.as_text(result))
     for path, write in ((html, report.as_html), (junit, report.as_junit)):
         if path:

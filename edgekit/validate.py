@@ -75,8 +75,7 @@ def _refuse_elsewhere(bundle: Bundle, target: Target) -> None:
         raise UsageError(
             f"{bundle.directory} is not executed by edgekit: it needs {needed}, and its budget is "
             f"that of {target.name} ({target.title})",
-            hint="measure it in an app there; edgekit.validate.judge_document holds the "
-            "measurement against the budget",
+            hint="measure it in an app there, and pass what that writes with --measurement FILE",
         )
 
 

@@ -372,7 +372,7 @@ def test_this_machine_says_which_device_it_lacks(four_bit_path):
     with pytest.raises(UsageError, match="for Vulkan, which this machine has not") as refusal:
         executorch.load(four_bit_path, context_tokens=32)
     assert "an Android phone whose GPU has Vulkan 1.1" in str(refusal.value)
-    assert "judge_document" in refusal.value.hint
+    assert "validate --measurement" in refusal.value.hint
 
 
 def test_a_bent_delegate_is_read_or_refused(four_bit_path, tmp_path):

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from edgekit import measure
+from edgekit.cli import main
 from edgekit.errors import BundleError, UsageError
 from edgekit.target import FirstTokenLimit
 from edgekit.tests import pretend_format
@@ -135,6 +136,19 @@ def test_a_phone_measures_and_edgekit_judges(bundle, tmp_path):
 
     assert result.verdict.outcome == "pass"
     assert result.measurement.device == "iPhone 16"
+
+
+def test_the_command_judges_what_a_phone_measured(bundle, tmp_path, capsys):
+    sha256 = measure.artifact_sha256(bundle.artifact)
+    document = tmp_path / "phone.json"
+    document.write_text(make_measurement(artifact_sha256=sha256, device="iPhone 16").to_json())
+
+    with pytest.raises(SystemExit) as ended:
+        main(["validate", str(bundle.directory), "--target", "iphone-8gb",
+              "--measurement", str(document)])  # fmt: skip
+
+    assert ended.value.code == 3  # over budget
+    assert "FAIL: It misses the budget in context and decoding" in capsys.readouterr().out
 
 
 def test_a_measurement_of_another_artifact_is_refused(bundle, tmp_path):

@@ -140,7 +140,7 @@ def _refuse_elsewhere(path: Path, backend: Backend | None) -> None:
         raise UsageError(
             f"{path} is for {backend.NAME}, which this machine has not: it needs {backend.DEVICE}",
             hint=f"run and measure it there, as {handover.README} beside it shows; "
-            "edgekit.validate.judge_document holds that measurement against the budget; "
+            "`edgekit validate --measurement FILE` holds that against the budget; "
             f"or export with --variant {VARIANTS[0]} to run it here",
         )
 
