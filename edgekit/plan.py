@@ -317,14 +317,13 @@ def estimate(
     )
     token_s = _token_s(checkpoint, layout, memory, target, context_tokens=context_tokens)
     flop = 2 * sum(p.parameters for p in layout.placements if p.role != "token_embedding")
+    read_s = token_s if layout.reads_by_token else flop / target.prefill_flop_per_s
     return Estimate(
         artifact_bytes=layout.artifact_bytes,
         memory=memory,
         decode_tokens_per_s=Interval.around(1 / token_s),
         first_token_s={
-            limit.prompt_tokens: Interval.around(
-                flop * limit.prompt_tokens / target.prefill_flop_per_s + token_s
-            )
+            limit.prompt_tokens: Interval.around(limit.prompt_tokens * read_s + token_s)
             for limit in target.budget.first_token
         },
     )

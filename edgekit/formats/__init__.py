@@ -62,6 +62,7 @@ class Layout:
     largest_buffer: Buffer | None = None  # what a browser must be able to bind
     needs_shader_f16: bool = False  # whether a browser's GPU must know float16
     is_half: bool = False  # whether products are computed and the cache is kept in float16
+    reads_by_token: bool = False  # whether a prompt takes a call of the program for each token
 
     @property
     def substituted(self) -> tuple[Placement, ...]:

@@ -15,7 +15,9 @@ from edgekit.fidelity import Comparison
 from edgekit.formats.executorch import conversion, planned, program, storage
 from edgekit.formats.executorch.backends import coreml
 from edgekit.formats.executorch.backends.coreml import decoder, mil
+from edgekit.plan import estimate
 from edgekit.silence import silence
+from edgekit.target import load as load_target
 from edgekit.tests.coreml_interpreter import Interpreter
 from edgekit.tests.tiny_checkpoints import TINY, WINDOW_TOKENS, write_tiny_checkpoint
 
@@ -384,3 +386,16 @@ def test_another_model_is_not_read_back(llama, tmp_path):
     other = source.open_checkpoint(write_tiny_checkpoint(tmp_path / "other", "qwen3"))
     with pytest.raises(BundleError, match="holds another model"):
         coreml.read_back(llama.path, other.spec)
+
+
+def test_a_plan_counts_a_prompt_by_its_tokens_as_runners_read_it(tmp_path):
+    checkpoint = source.open_checkpoint(write_tiny_checkpoint(tmp_path / "llama", "llama"))
+    target = load_target("iphone-8gb")
+
+    def first_token_s(variant):
+        layout = executorch.lay_out(checkpoint, storage.RECIPES["F16"], variant=variant)
+        found = estimate(checkpoint, layout, target, format="executorch", context_tokens=256)
+        return found.first_token_s[128].likely * found.decode_tokens_per_s.likely
+
+    assert first_token_s("coreml") == pytest.approx(128 + 1)
+    assert first_token_s("portable") < 10

@@ -78,6 +78,7 @@ def lay_out(
         calibration=_calibration(checkpoint, planned),
         variant=variant,
         is_half=backend.computes_half(recipe.name),
+        reads_by_token=backend.READS_BY_TOKEN,
     )
 
 

@@ -37,6 +37,7 @@ class Backend(Protocol):
     DEVICE: str | None  # what has it where edgekit's machine has not; None: it runs here
     BUILDS: Mapping[str, Build]  # by the name of the variant, the usual one first
     RECIPES: tuple[str, ...]  # those it can hold
+    READS_BY_TOKEN: bool  # whether a prompt takes a call for each token
 
     def refuse(self, spec: "DecoderSpec", variant: str) -> None:
         """Check that the back-end computes this decoder.

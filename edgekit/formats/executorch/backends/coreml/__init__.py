@@ -42,6 +42,7 @@ BUILDS: Mapping[str, Build] = {
     )
 }
 RECIPES = tuple(name for name in storage.RECIPES if name != "F32")  # it multiplies float16
+READS_BY_TOKEN = True
 # Not the Neural Engine: it has no float32, and the residual stream is that.
 COMPUTE_UNITS = "cpu_and_gpu"
 _HEAD_BYTES, _LAYER_BYTES = 3_700, 520  # of the program around; known within a tenth

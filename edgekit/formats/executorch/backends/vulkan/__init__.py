@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ID, NAME = "VulkanBackend", "Vulkan"
 DEVICE: str | None = "an Android phone whose GPU has Vulkan 1.1"
 RECIPES = ("F32", "F16", "8da4w", "8da4w_g64", "8da4w_g128", "8da4w_all")
+READS_BY_TOKEN = False
 BUILDS: Mapping[str, Build] = {
     "vulkan": Build(
         kind="all but the embedding on the GPU: runtimes with the Vulkan delegate run it",

@@ -22,6 +22,7 @@ PORTABLE, LLM = "portable", "llm-ops"
 ID, NAME = "XnnpackBackend", "XNNPACK"
 DEVICE: str | None = None  # it is in every runtime, this machine's too
 RECIPES = tuple(storage.RECIPES)
+READS_BY_TOKEN = False
 
 _PRODUCTS = ("executorch_llm", "backend_xnnpack", "kernels_optimized", "kernels_quantized")
 _ANDROID = "The library `executorch-android` has all the kernels that this program calls."
