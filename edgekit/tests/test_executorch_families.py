@@ -17,8 +17,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("executorch", reason="pip install 'edgekit[executorch]'")
 
-from edgekit.formats.executorch import conversion, decoder_module, planned, storage  # noqa: E402
+from edgekit.formats.executorch import conversion, embeddings, planned, storage  # noqa: E402
 from edgekit.formats.executorch.backends import xnnpack  # noqa: E402
+from edgekit.formats.executorch.backends.xnnpack import decoder  # noqa: E402
 
 
 pytestmark = [
@@ -167,7 +168,7 @@ def test_four_bits_everywhere_say_nearly_what_transformers_says(name, words, tmp
 # The module by itself, before anything is lowered
 
 
-def eager(checkpoint: Checkpoint) -> decoder_module.Decoder:
+def eager(checkpoint: Checkpoint) -> decoder.Decoder:
     spec = checkpoint.spec
 
     def weight(role: str):
@@ -175,13 +176,13 @@ def eager(checkpoint: Checkpoint) -> decoder_module.Decoder:
         return values + 1 if spec.adds_one(role) else values
 
     segments = []
-    for index, shape in enumerate(decoder_module.segment_shapes(spec, mixes=True)):
-        roles = decoder_module.segment_roles(spec, index)
+    for index, shape in enumerate(decoder.segment_shapes(spec, mixes=True)):
+        roles = decoder.segment_roles(spec, index)
         weights = {name: weight(role) for name, role in roles.items()}
-        segments.append(decoder_module.Segment(spec, shape, weights))
-    return decoder_module.Decoder(
+        segments.append(decoder.Segment(spec, shape, weights))
+    return decoder.Decoder(
         spec,
-        embedding=decoder_module.FloatEmbedding(weight("token_embedding")),
+        embedding=embeddings.FloatEmbedding(weight("token_embedding")),
         segments=segments,
         context_tokens=spec.context_tokens,
     )

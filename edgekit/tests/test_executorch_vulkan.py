@@ -28,7 +28,7 @@ pytest.importorskip("executorch", reason="pip install 'edgekit[executorch]'")
 
 from edgekit.formats.executorch import (  # noqa: E402
     conversion,
-    decoder_module,
+    embeddings,
     handover,
     planned,
     program,
@@ -100,11 +100,11 @@ def embedding(path, spec, read):
         )
     ]  # fmt: skip
     if stored == "INT8":
-        return decoder_module.Int8Embedding(parts[0].view(shape), parts[1])
+        return embeddings.Int8Embedding(parts[0].view(shape), parts[1])
     if len(parts) == 1:
-        return decoder_module.FloatEmbedding(parts[0].view(shape))
+        return embeddings.FloatEmbedding(parts[0].view(shape))
     rows = spec.vocabulary
-    return decoder_module.AcrossInt4Embedding(parts[0].view(rows, -1), parts[1].view(-1, rows))
+    return embeddings.AcrossInt4Embedding(parts[0].view(rows, -1), parts[1].view(-1, rows))
 
 
 def said(path, spec, ids, read, context_tokens=CONTEXT_TOKENS):

@@ -9,34 +9,9 @@ import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
 
 from edgekit.decoder import DecoderSpec
-from edgekit.formats.executorch import decoder_module
-from edgekit.formats.executorch.storage import STORAGES, VULKAN_FOUR_BITS
 
 
 TRACED_TOKENS = 3  # any number but those of a model's axes
-
-
-def embedding(spec: DecoderSpec, stored: str) -> nn.Module:
-    """Return what makes rows of tokens, with a table that has no content yet."""
-    shape = (spec.vocabulary, spec.hidden_width)
-    rows, columns = shape
-    if stored in {"F32", "F16"}:
-        dtype = torch.float32 if stored == "F32" else torch.float16
-        return decoder_module.FloatEmbedding(torch.zeros(shape, dtype=dtype))
-    from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401 - operators
-
-    if stored == "INT8":
-        table = torch.zeros(shape, dtype=torch.int8)
-        return decoder_module.Int8Embedding(table, torch.ones(rows))
-    groups = columns // STORAGES[stored].block_weights
-    if stored in VULKAN_FOUR_BITS:
-        return decoder_module.AcrossInt4Embedding(
-            torch.zeros(rows, columns // 2, dtype=torch.uint8), torch.ones(groups, rows)
-        )
-    return decoder_module.Int4Embedding(
-        torch.zeros(rows, columns // 2, dtype=torch.uint8),
-        torch.ones(rows, groups, dtype=torch.bfloat16),
-    )
 
 
 def emit(decoder: nn.Module, constants: Mapping[str, Any], *, longest_tokens: int) -> Any:

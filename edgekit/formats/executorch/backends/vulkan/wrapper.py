@@ -8,11 +8,11 @@ import torch  # noqa: TID253
 from torch import Tensor, fx, nn  # noqa: TID253
 
 from edgekit.decoder import DecoderSpec
-from edgekit.formats.executorch import lowering
+from edgekit.formats.executorch import embeddings, lowering
 from edgekit.formats.executorch.assembly import Lowered
 from edgekit.formats.executorch.backends.vulkan import decoder
 from edgekit.formats.executorch.coverage import Coverage
-from edgekit.formats.executorch.decoder_module import Positions
+from edgekit.formats.executorch.positions import Positions
 from edgekit.silence import silence
 
 
@@ -42,7 +42,7 @@ def lower(
         )
         whole = Decoder(
             spec,
-            embedding=lowering.embedding(spec, storages["token_embedding"]),
+            embedding=embeddings.empty(spec, storages["token_embedding"]),
             inner=_delegate(spec, made.content),
             context_tokens=context_tokens,
         )

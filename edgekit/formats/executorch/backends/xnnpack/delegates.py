@@ -14,8 +14,9 @@ import torch  # noqa: TID253
 from torch import Tensor, fx, nn  # noqa: TID253
 
 from edgekit.decoder import DecoderSpec, Shape
-from edgekit.formats.executorch import decoder_module, storage
-from edgekit.formats.executorch.decoder_module import Segment, SegmentShape
+from edgekit.formats.executorch import storage
+from edgekit.formats.executorch.backends.xnnpack import decoder
+from edgekit.formats.executorch.backends.xnnpack.decoder import Segment, SegmentShape
 from edgekit.formats.executorch.lowering import TRACED_TOKENS
 
 
@@ -57,8 +58,8 @@ class Segments:
         self.operators = 0
         self.weights: set[str] = set()  # by role
         self.modules = [
-            self._delegate(shape, decoder_module.segment_roles(spec, index))
-            for index, shape in enumerate(decoder_module.segment_shapes(spec, mixes=mixes))
+            self._delegate(shape, decoder.segment_roles(spec, index))
+            for index, shape in enumerate(decoder.segment_shapes(spec, mixes=mixes))
         ]
 
     def _delegate(self, shape: SegmentShape, roles: Mapping[str, str]) -> nn.Module:
@@ -194,7 +195,7 @@ def _export_segment(spec: DecoderSpec, shape: SegmentShape, context_tokens: int)
     depth = len(spec.layers)
     index = 0 if not shape.reads_cache else depth if not shape.fills_cache else 1
     shapes = dict(spec.weights())
-    roles = decoder_module.segment_roles(spec, index)
+    roles = decoder.segment_roles(spec, index)
     weights = {name: torch.empty(shapes[role]) for name, role in roles.items()}
     inputs, (first, *others) = _example(spec, shape, context_tokens)
     return torch.export.export(

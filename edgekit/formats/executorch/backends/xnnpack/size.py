@@ -42,7 +42,7 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: 
 
 
 def operators(spec: DecoderSpec, *, uses_llm_operators: bool, is_rounded: bool) -> int:
-    """Return how many operators XNNPACK gets, as `decoder_module` has them."""
+    """Return how many operators XNNPACK gets, as `decoder` has them."""
     return sum(
         _segment_operators(spec, index, mixes=not uses_llm_operators, is_rounded=is_rounded)
         for index in range(len(spec.layers) + 1)

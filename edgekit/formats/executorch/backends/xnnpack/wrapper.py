@@ -13,11 +13,11 @@ from typing import Any
 import torch  # noqa: TID253
 
 from edgekit.decoder import DecoderSpec
-from edgekit.formats.executorch import lowering
+from edgekit.formats.executorch import embeddings, lowering
 from edgekit.formats.executorch.assembly import Lowered
+from edgekit.formats.executorch.backends.xnnpack.decoder import Decoder
 from edgekit.formats.executorch.backends.xnnpack.delegates import Segments
 from edgekit.formats.executorch.coverage import Coverage
-from edgekit.formats.executorch.decoder_module import Decoder
 from edgekit.silence import silence
 
 
@@ -42,7 +42,7 @@ def lower(
         made = Segments(spec, storages, context_tokens, mixes=not uses_llm_operators)
         decoder = Decoder(
             spec,
-            embedding=lowering.embedding(spec, storages["token_embedding"]),
+            embedding=embeddings.empty(spec, storages["token_embedding"]),
             segments=made.modules,
             context_tokens=context_tokens,
             uses_llm_operators=uses_llm_operators,

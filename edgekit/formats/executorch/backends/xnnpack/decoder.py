@@ -19,7 +19,8 @@ import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 from torch.nn import functional  # noqa: TID253
 
-from edgekit.decoder import Attention, DecoderSpec, LongRopeScaling, Norm, Rope
+from edgekit.decoder import Attention, DecoderSpec, Norm, Rope
+from edgekit.formats.executorch.positions import Positions
 
 
 _GELU = 2 * math.sqrt(2 / math.pi)  # GELU's tanh is of half of _GELU x + _GELU_CUBE x^3
@@ -250,62 +251,6 @@ def _grouped(attention: Attention, query: Tensor) -> Tensor:
     return rows.permute(1, 0, 2).reshape(attention.key_value_heads, -1, attention.head_width)
 
 
-def border_tokens(rope: Rope) -> int | None:
-    """Return the context past which a rope turns otherwise, if there is one."""
-    scaling = rope.scaling
-    return scaling.original_context_tokens if isinstance(scaling, LongRopeScaling) else None
-
-
-class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
-    """How queries and keys turn with the positions of their tokens, once for all layers."""
-
-    def __init__(self, spec: DecoderSpec) -> None:
-        super().__init__()
-        self.ropes = list(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
-        for number, rope in enumerate(self.ropes):
-            self._keep(f"frequencies_{number}", frequencies(rope, text_tokens=1))
-            border = border_tokens(rope)
-            if border is not None:
-                self._keep(f"long_frequencies_{number}", frequencies(rope, text_tokens=border + 1))
-
-    def _keep(self, name: str, values: Tensor) -> None:
-        self.register_buffer(name, values, persistent=False)
-
-    def turns(self, input_pos: Tensor) -> dict[Rope, tuple[Tensor, Tensor]]:
-        """Return for each rope cosine and sine, of shape ``(tokens, 1, width)``."""
-        return {
-            rope: (torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1))
-            for rope, (cosine, sine) in self.waves(input_pos).items()
-        }
-
-    def waves(self, input_pos: Tensor) -> dict[Rope, tuple[Tensor, Tensor]]:
-        """Return for each rope cosine and sine, of shape ``(tokens, 1, half its width)``."""
-        found: dict[Rope, tuple[Tensor, Tensor]] = {}
-        positions = input_pos.to(torch.float32)[:, None, None]
-        for number, rope in enumerate(self.ropes):
-            angles = positions * self._frequencies(number, rope, input_pos)
-            waves = (angles.cos(), angles.sin())
-            cosine, sine = (wave * rope.attention_factor for wave in waves)
-            found[rope] = cosine, sine
-        return found
-
-    def _frequencies(self, number: int, rope: Rope, input_pos: Tensor) -> Tensor:
-        usual = self.get_buffer(f"frequencies_{number}")
-        border = border_tokens(rope)
-        if border is None:
-            return usual
-        # All positions take the long factors once the last is past the border.
-        is_long = input_pos[-1:] >= border
-        return torch.where(is_long, self.get_buffer(f"long_frequencies_{number}"), usual)
-
-
-def frequencies(rope: Rope, *, text_tokens: int) -> Tensor:
-    """Return the angle of one token's step, for each pair of channels, as transformers does."""
-    exponents = torch.arange(0, rope.width, 2, dtype=torch.float32) / rope.width
-    divisors = torch.tensor(rope.divisors(text_tokens), dtype=torch.float32)
-    return 1.0 / (divisors * rope.theta**exponents)
-
-
 class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
     """The whole: tokens and their positions in, the logits of the last token out."""
 
@@ -434,72 +379,3 @@ class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
 def _promise(is_true: bool) -> None:
     """Tell a trace what holds of a number that only running can know."""
     torch._check(is_true)  # noqa: SLF001 - documented for torch.export under this name
-
-
-class Int8Embedding(nn.Module):  # type: ignore[misc]  # it is Any here
-    """A table of int8, with a scale for each row."""
-
-    def __init__(self, table: Tensor, scales: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("table", table)
-        self.register_buffer("scales", scales)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return a row for each token."""
-        return torch.ops.quantized_decomposed.embedding_byte(
-            self.get_buffer("table"), self.get_buffer("scales"), None, -128, 127, tokens
-        )
-
-
-class Int4Embedding(nn.Module):  # type: ignore[misc]  # it is Any here
-    """A table of four bits, with scales for groups of a row, as XNNPACK has it.
-
-    ExecuTorch's kernel takes the first weight of a pair from the upper half of its byte, XNNPACK
-    from the lower. So the pairs of a row are turned round, and a tied head reads the same bytes.
-    """
-
-    def __init__(self, table: Tensor, scales: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("table", table)
-        self.register_buffer("scales", scales)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return a row for each token."""
-        rows = torch.ops.quantized_decomposed.embedding_4bit.dtype(
-            self.get_buffer("table"), self.get_buffer("scales"), None, -8, 7, tokens,
-            dtype=torch.float32,
-        )  # fmt: skip
-        return rows.unflatten(-1, (-1, 2)).flip(-1).flatten(1)
-
-
-class AcrossInt4Embedding(nn.Module):  # type: ignore[misc]  # it is Any here
-    """A table of four bits as Vulkan's linear layers have it: a row of scales is for one group.
-
-    No kernel reads that, so codes are taken apart by arithmetic, which is exact in float32.
-    """
-
-    def __init__(self, table: Tensor, scales: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("table", table)
-        self.register_buffer("scales", scales)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return a row for each token."""
-        pairs = functional.embedding(tokens, self.get_buffer("table")).to(torch.float32)
-        upper = torch.floor(pairs / 16)
-        codes = torch.stack((pairs - upper * 16, upper), -1).flatten(1) - 8
-        scales = self.get_buffer("scales").index_select(1, tokens).permute(1, 0)
-        grouped = codes.unflatten(1, (scales.shape[1], -1))
-        return (grouped * scales[..., None]).flatten(1)
-
-
-class FloatEmbedding(nn.Module):  # type: ignore[misc]  # it is Any here
-    """A table of float32 or float16."""
-
-    def __init__(self, table: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("table", table)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return a row for each token."""
-        return functional.embedding(tokens, self.get_buffer("table")).to(torch.float32)

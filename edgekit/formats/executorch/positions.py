@@ -1,0 +1,63 @@
+"""How positions turn queries and keys, as a module of torch."""
+
+# This is the workstation's half: nothing that runs on a device imports it.
+import torch  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
+
+from edgekit.decoder import DecoderSpec, LongRopeScaling, Rope
+
+
+def border_tokens(rope: Rope) -> int | None:
+    """Return the context past which a rope turns otherwise, if there is one."""
+    scaling = rope.scaling
+    return scaling.original_context_tokens if isinstance(scaling, LongRopeScaling) else None
+
+
+class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
+    """How queries and keys turn with the positions of their tokens, once for all layers."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.ropes = list(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
+        for number, rope in enumerate(self.ropes):
+            self._keep(f"frequencies_{number}", frequencies(rope, text_tokens=1))
+            border = border_tokens(rope)
+            if border is not None:
+                self._keep(f"long_frequencies_{number}", frequencies(rope, text_tokens=border + 1))
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        self.register_buffer(name, values, persistent=False)
+
+    def turns(self, input_pos: Tensor) -> dict[Rope, tuple[Tensor, Tensor]]:
+        """Return for each rope cosine and sine, of shape ``(tokens, 1, width)``."""
+        return {
+            rope: (torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1))
+            for rope, (cosine, sine) in self.waves(input_pos).items()
+        }
+
+    def waves(self, input_pos: Tensor) -> dict[Rope, tuple[Tensor, Tensor]]:
+        """Return for each rope cosine and sine, of shape ``(tokens, 1, half its width)``."""
+        found: dict[Rope, tuple[Tensor, Tensor]] = {}
+        positions = input_pos.to(torch.float32)[:, None, None]
+        for number, rope in enumerate(self.ropes):
+            angles = positions * self._frequencies(number, rope, input_pos)
+            waves = (angles.cos(), angles.sin())
+            cosine, sine = (wave * rope.attention_factor for wave in waves)
+            found[rope] = cosine, sine
+        return found
+
+    def _frequencies(self, number: int, rope: Rope, input_pos: Tensor) -> Tensor:
+        usual = self.get_buffer(f"frequencies_{number}")
+        border = border_tokens(rope)
+        if border is None:
+            return usual
+        # All positions take the long factors once the last is past the border.
+        is_long = input_pos[-1:] >= border
+        return torch.where(is_long, self.get_buffer(f"long_frequencies_{number}"), usual)
+
+
+def frequencies(rope: Rope, *, text_tokens: int) -> Tensor:
+    """Return the angle of one token's step, for each pair of channels, as transformers does."""
+    exponents = torch.arange(0, rope.width, 2, dtype=torch.float32) / rope.width
+    divisors = torch.tensor(rope.divisors(text_tokens), dtype=torch.float32)
+    return 1.0 / (divisors * rope.theta**exponents)
