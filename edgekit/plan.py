@@ -156,7 +156,7 @@ def make(  # noqa: PLR0913 - the request, spelled out
                 format=name,
                 held=held,
                 split_bytes=split_bytes,
-                variant=variant or target.variants.get(name),
+                variant=variant or next(iter(target.variants.get(name, ())), None),
             )
             for recipe in _recipes(name, quant)
         ]
@@ -218,9 +218,9 @@ def _format_names(
 ) -> list[str]:
     if format is not None:
         formats.get(format)  # refuses an unknown name
-        return _with_variant([format], variant)
+        return _taken(target, _with_variant([format], variant), variant)
     usable: list[str] = [name for name in target.formats if name in formats.names()]
-    usable = _with_variant(usable, variant)
+    usable = _taken(target, _with_variant(usable, variant), variant)
     if quant is not None:
         with_recipe = [name for name in usable if quant.lower() in _by_lower(name)]
         usable = with_recipe or usable[:1]  # which then says what it has
@@ -242,6 +242,18 @@ def _with_variant(names: list[str], variant: str | None) -> list[str]:
         raise UsageError(
             f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} no variant {variant!r}",
             hint=f"variants: {'; '.join(known)}",
+        )
+    return found
+
+
+def _taken(target: Target, names: list[str], variant: str | None) -> list[str]:
+    """Return the formats whose build of this name the target's programs take."""
+    taken = {name: target.variants.get(name) or (variant,) for name in names}
+    found = [name for name in names if variant is None or variant in taken[name]]
+    if names and not found:
+        raise UsageError(
+            f"no program on {target.title} takes the variant {variant!r} of {' or '.join(names)}",
+            hint="; ".join(f"{name}: {', '.join(target.variants[name])}" for name in names),
         )
     return found
 

@@ -107,8 +107,8 @@ class Target:
     max_spread: float  # coefficient of variation above which a measurement is no evidence
     budget: Budget
     webgpu: WebGpuLimits | None = None
-    # Which build of a format its program here takes, where a format has several.
-    variants: Mapping[str, str] = field(default_factory=dict, hash=False)
+    # Which builds of a format its programs take, the usual one first; a format not named: any.
+    variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     origins: Mapping[str, Origin] = field(hash=False)  # by name of the field
 
     @property
@@ -258,7 +258,9 @@ def json_schema() -> dict[str, Any]:
             {
                 "title": _TEXT,
                 "formats": _list_of({"enum": list(FORMATS)}) | {"minItems": 1},
-                "variants": _closed(dict.fromkeys(FORMATS, _TEXT), optional=FORMATS),
+                "variants": _closed(
+                    dict.fromkeys(FORMATS, _list_of(_TEXT) | {"minItems": 1}), optional=FORMATS
+                ),
                 **tables,
             },
             optional=_OPTIONAL_TABLES,
@@ -355,10 +357,16 @@ class _Table:
                 raise self.refusal(key, f"has the unknown {word!r}", _did_you_mean(word, allowed))
         return found
 
-    def variants(self) -> dict[str, str]:
-        """Read which build of a format is taken, for the formats that are named."""
+    def variants(self) -> dict[str, tuple[str, ...]]:
+        """Read which builds of a format are taken, for the formats that are named."""
         table = self.table("variants", self.choices("formats", FORMATS))
-        return {name: table.text(name) for name in FORMATS if table.has(name)}
+        found: dict[str, tuple[str, ...]] = {
+            name: table.words(name) for name in FORMATS if table.has(name)
+        }
+        for name, words in found.items():
+            if not all(word.strip() for word in words) or not words:
+                raise table.refusal(name, "is empty")
+        return found
 
     def quantity(self, key: str, dimension: Dimension, *, as_: str, is_whole: bool) -> float:
         """Read a number with its unit, and keep its origin under the name ``as_``."""

@@ -179,9 +179,18 @@ def test_what_a_browser_does_not_grant_is_a_miss(checkpoint, pi, monkeypatch, gr
 def test_a_target_takes_its_variant_of_a_format_and_a_user_another(checkpoint, pi, monkeypatch):
     with_layout(monkeypatch, "gguf", variants=("plain", "fancy"))
     assert make(checkpoint, pi).variant is None
-    fancy = replace(pi, variants={"gguf": "fancy"})
+    fancy = replace(pi, variants={"gguf": ("fancy", "plain")})
     assert make(checkpoint, fancy).variant == "fancy"
     assert make(checkpoint, fancy, variant="plain").variant == "plain"
+
+
+def test_a_variant_that_no_program_of_the_target_takes_is_refused(checkpoint, pi, monkeypatch):
+    with_layout(monkeypatch, "gguf", variants=("plain", "fancy"))
+    fancy = replace(pi, variants={"gguf": ("fancy",)})
+    for format in (None, "gguf"):
+        with pytest.raises(UsageError, match="takes the variant 'plain' of gguf") as said:
+            make(checkpoint, fancy, variant="plain", format=format)
+        assert said.value.hint == "gguf: fancy"
 
 
 def test_a_variant_that_no_format_has_is_refused_with_those_there_are(checkpoint, pi, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from edgekit import target
+from edgekit import formats, target
 from edgekit.errors import UsageError
 
 
@@ -143,7 +143,10 @@ def test_the_schema_refuses_what_the_reader_refuses(place, value, tmp_path):
         target.Target._from_table(
             "board",
             target._Table(
-                tmp_path / "board.toml", "", broken, known=("title", "formats", *target._TABLES)
+                tmp_path / "board.toml",
+                "",
+                broken,
+                known=("title", "formats", "variants", *target._TABLES),
             ),
         )
 
@@ -372,19 +375,29 @@ def test_a_flag_is_true_or_false(tmp_path):
     assert "webgpu.shader_f16.value = 'no' is not true or false" in str(error)
 
 
-def test_a_target_may_name_the_variant_of_a_format_that_its_program_takes(edited):
+def test_a_target_may_name_the_variants_of_a_format_that_its_programs_take(edited):
     line = line_of("title")
-    path = edited(line, f'{line}\nvariants.executorch = "llm-ops"')
-    assert target.load(str(path)).variants == {"executorch": "llm-ops"}
-    assert target.load(str(PI5)).variants == {}
+    path = edited(line, f'{line}\nvariants.gguf = ["any", "other"]')
+    assert target.load(str(path)).variants["gguf"] == ("any", "other")
+    assert "gguf" not in target.load(str(PI5)).variants
+
+
+@pytest.mark.parametrize("name", target.names())
+def test_the_variants_that_a_target_takes_exist(name):
+    found = target.load(name)
+    for fmt, variants in found.variants.items():
+        assert set(variants) <= set(formats.get(fmt).VARIANTS)
+    assert ("executorch" in found.formats) == ("executorch" in found.variants)
 
 
 @pytest.mark.parametrize(
     ("line", "finding"),
     [
-        ('variants.executorhc = "x"', "unknown key 'variants.executorhc'"),
-        ('variants.executorch = ""', "variants.executorch is empty"),
-        ('variants.mlc = "x"', "unknown key 'variants.mlc'"),  # the target does not take it
+        ('variants.ggfu = ["x"]', "unknown key 'variants.ggfu'"),
+        ("variants.gguf = []", "variants.gguf is empty"),
+        ('variants.gguf = [""]', "variants.gguf is empty"),
+        ('variants.gguf = "x"', "variants.gguf"),
+        ('variants.mlc = ["x"]', "unknown key 'variants.mlc'"),  # the target does not take it
     ],
 )
 def test_a_variant_that_cannot_be_is_refused(edited, line, finding):
