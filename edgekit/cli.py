@@ -498,7 +498,7 @@ def target_lines(found: "Target") -> Iterator[str]:
     for field, origin in found.origins.items():
         value = numbers.get(field, "")
         shown = ", ".join(value) if isinstance(value, tuple) else value
-        yield f"  {field:<32}{shown!s:<24}{origin.basis}, {origin.source} ({origin.date})"
+        yield f"  {field:<32}{shown!s:<22}  {origin.basis}, {origin.source} ({origin.date})"
 
 
 @cli.command("formats")
