@@ -4,6 +4,8 @@ An int8 matrix has one scale for each row, a four-bit one a bfloat16 scale for e
 the layouts of XNNPACK's ``qcint8`` and ``qbint4``, for the embedding too. ``Q4GSW`` is the layout
 of Vulkan's ``linear_q4gsw``: float32 scales, whose rows are the groups. Where a recipe's name
 begins with 8da, XNNPACK rounds what is multiplied with such a matrix to int8 too, token by token.
+There is no bfloat16: XNNPACK, as ExecuTorch 1.5.1 has it, refuses such weights beside float32
+inputs ("invalid parameter"), and would have inputs rounded to bfloat16 as well.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
