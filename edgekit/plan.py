@@ -4,12 +4,13 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from edgekit import formats, source
 from edgekit.calibrate import announce
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import BudgetError, UsageError
-from edgekit.formats import ContextLimit, Layout, MemoryUse
+from edgekit.formats import ContextLimit, Layout, MemoryUse, ReadableFormat
 from edgekit.recipe import Recipe
 from edgekit.target import Target
 from edgekit.target import load as load_target
@@ -420,8 +421,16 @@ def _notes(candidate: Candidate, target: Target) -> Iterator[str]:
     if candidate.context.reason and candidate.context.tokens < target.budget.context_tokens:
         yield f"context is {candidate.context.tokens} tokens, since {candidate.context.reason}"
     if candidate.layout:
+        yield from _elsewhere(candidate.format, candidate.layout.variant)
         yield from candidate.layout.notes
         yield from substitutions(candidate.layout)
+
+
+def _elsewhere(format: str, variant: str | None) -> Iterator[str]:
+    fmt = formats.get(format)
+    if not fmt.is_run_here(variant):
+        needed = cast("ReadableFormat", fmt).runs_on(variant)
+        yield f"not executed here: it needs {needed}; speeds are guessed from the target's figures"
 
 
 def substitutions(layout: Layout) -> Iterator[str]:

@@ -11,6 +11,7 @@ from edgekit.formats.gguf import RECIPES
 from edgekit.plan import estimate, make, substitutions
 from edgekit.source import open_checkpoint
 from edgekit.target import WebGpuLimits
+from edgekit.target import load as load_target
 
 
 pytestmark = pytest.mark.toolchain  # transformers writes the tiny checkpoint
@@ -201,3 +202,12 @@ def test_a_variant_that_no_format_has_is_refused_with_those_there_are(checkpoint
     assert make(checkpoint, pi, variant="fancy").format == "gguf"
     with pytest.raises(UsageError, match="onnx has no variant 'fancy'"):
         make(checkpoint, pi, format="onnx", variant="fancy")
+
+
+def test_what_is_executed_elsewhere_is_told_with_what_it_needs(checkpoint):
+    here, there = (
+        make(checkpoint, load_target("android-high"), format="executorch", variant=variant)
+        for variant in ("portable", "vulkan")
+    )
+    assert not any("not executed here" in note for note in here.notes)
+    assert any("it needs an Android phone whose GPU has Vulkan" in note for note in there.notes)
