@@ -8,8 +8,8 @@ Weights carry format-neutral role names: ``token_embedding``, ``layers.3.query``
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -79,6 +79,12 @@ class Rope:
         """What multiplies sine and cosine."""
         scaling = self.scaling
         return scaling.attention_factor if isinstance(scaling, LongRopeScaling) else 1.0
+
+    @property
+    def border_tokens(self) -> int | None:
+        """The longest text that does not turn otherwise in every position; None: any."""
+        scaling = self.scaling
+        return scaling.original_context_tokens if isinstance(scaling, LongRopeScaling) else None
 
     def divisors(self, text_tokens: int) -> tuple[float, ...]:
         """Return what divides each frequency ``theta ** (-2 i / width)`` in a text of this length.
@@ -175,6 +181,20 @@ class DecoderSpec:
         part = role.rpartition(".")[2]
         norm = self.attention.query_key_norm if part in {"query_norm", "key_norm"} else self.norm
         return part.endswith("norm") and norm is not None and norm.adds_one
+
+    @property
+    def border_tokens(self) -> int | None:
+        """The smallest border of its ropes."""
+        borders = (layer.rope.border_tokens for layer in self.layers if layer.rope)
+        return min((border for border in borders if border is not None), default=None)
+
+    def without_added_ones(self) -> Self:
+        """Return the decoder whose norms multiply by what they store, ones included."""
+        attention, norm = self.attention, replace(self.norm, adds_one=False)
+        if attention.query_key_norm:
+            of_heads = replace(attention.query_key_norm, adds_one=False)
+            attention = replace(attention, query_key_norm=of_heads)
+        return replace(self, attention=attention, norm=norm)
 
     def _layer_weights(self) -> Iterator[tuple[str, Shape]]:
         hidden = (self.hidden_width,)

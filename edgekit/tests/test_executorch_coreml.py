@@ -12,7 +12,7 @@ from edgekit import formats, oracle, reference, source
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import BundleError, UsageError
 from edgekit.fidelity import Comparison
-from edgekit.formats.executorch import conversion, planned, program, storage
+from edgekit.formats.executorch import conversion, program, storage
 from edgekit.formats.executorch.backends import coreml
 from edgekit.formats.executorch.backends.coreml import decoder, mil
 from edgekit.plan import estimate
@@ -93,7 +93,7 @@ def converted(home: Path, kind: str, recipe: str = "F16", *, seed: int = 0) -> C
     """Convert a checkpoint of float16, so that F16 loses nothing of it."""
     path = write_tiny_checkpoint(home / "model", kind, seed=seed, dtype=torch.float16)
     checkpoint = source.open_checkpoint(path)
-    context = min(CONTEXT_TOKENS, planned.border_tokens(checkpoint.spec) or CONTEXT_TOKENS)
+    context = min(CONTEXT_TOKENS, checkpoint.spec.border_tokens or CONTEXT_TOKENS)
     return convert(checkpoint, home / "artifact", recipe, context)
 
 
@@ -113,7 +113,7 @@ def rounded(request, tmp_path_factory) -> Converted:
 
 
 def a_text(checkpoint: Checkpoint) -> list[int]:
-    border = planned.border_tokens(checkpoint.spec) or TEXT_TOKENS
+    border = checkpoint.spec.border_tokens or TEXT_TOKENS
     length = min(TEXT_TOKENS, border)
     assert length > 2 * WINDOW_TOKENS
     ids = np.random.default_rng(7).integers(0, checkpoint.spec.vocabulary, length)
@@ -345,7 +345,7 @@ def test_float32_is_refused(llama):
 def test_a_context_past_a_longrope_border_is_refused(tmp_path):
     path = write_tiny_checkpoint(tmp_path / "model", "phi3-longrope")
     checkpoint = source.open_checkpoint(path)
-    border = planned.border_tokens(checkpoint.spec)
+    border = checkpoint.spec.border_tokens
     assert border is not None
     with pytest.raises(UsageError, match=f"beyond {border} tokens") as refused:
         convert(checkpoint, tmp_path / "artifact", "F16", border + 1)

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("executorch", reason="pip install 'edgekit[executorch]'")
 
-from edgekit.formats.executorch import conversion, embeddings, planned, storage  # noqa: E402
+from edgekit.formats.executorch import conversion, embeddings, storage  # noqa: E402
 from edgekit.formats.executorch.backends import xnnpack  # noqa: E402
 from edgekit.formats.executorch.backends.xnnpack import decoder  # noqa: E402
 
@@ -67,7 +67,7 @@ def expected_logits(checkpoint: Checkpoint, ids: list[int]):
     Past the original context of a longrope every position of a beginning turns otherwise.
     """
     (rows,) = oracle.logits(checkpoint, [ids])
-    border = planned.border_tokens(checkpoint.spec)
+    border = checkpoint.spec.border_tokens
     if border is None or border >= len(ids):
         return rows
     (short,) = oracle.logits(checkpoint, [ids[:border]])
@@ -191,7 +191,7 @@ def eager(checkpoint: Checkpoint) -> decoder.Decoder:
 @pytest.mark.parametrize("name", TINY)
 def test_the_module_says_what_transformers_says(name, tmp_path):
     checkpoint = source.open_checkpoint(write_tiny_checkpoint(tmp_path / "model", name))
-    border = planned.border_tokens(checkpoint.spec) or checkpoint.spec.context_tokens
+    border = checkpoint.spec.border_tokens or checkpoint.spec.context_tokens
     ids = texts(checkpoint)[0][:border]
     module, said, rows = eager(checkpoint), [], []
     with torch.inference_mode():

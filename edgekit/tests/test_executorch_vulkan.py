@@ -30,7 +30,6 @@ from edgekit.formats.executorch import (  # noqa: E402
     conversion,
     embeddings,
     handover,
-    planned,
     program,
     storage,
 )
@@ -141,7 +140,7 @@ def random_ids(spec, count=60):
 @pytest.mark.parametrize(("kind", "fields"), COMPUTED)
 def test_the_delegates_operators_say_what_transformers_says(kind, fields, tmp_path):
     checkpoint = opened(tmp_path, kind, **fields)
-    border = planned.border_tokens(checkpoint.spec)
+    border = checkpoint.spec.border_tokens
     context = min(CONTEXT_TOKENS, border or CONTEXT_TOKENS)
     path, ids = convert(checkpoint, "F32", tmp_path, context), random_ids(checkpoint.spec)
     read = executorch.read_back(path, checkpoint.spec)

@@ -56,7 +56,7 @@ class Made:
     @property
     def unchanged_tokens(self) -> int:
         """How long a text may grow before what is cached of it would be computed otherwise."""
-        borders = filter(None, map(graph.border_tokens, graph.ropes(self.checkpoint.spec)))
+        borders = filter(None, (rope.border_tokens for rope in graph.ropes(self.checkpoint.spec)))
         return min(self.checkpoint.spec.context_tokens, *borders, 256)
 
 

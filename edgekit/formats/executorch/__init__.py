@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from edgekit.errors import BundleError, MissingDependencyError, UsageError
+from edgekit.errors import BundleError, MissingDependencyError
 from edgekit.formats import ContextLimit, Layout, MemoryUse, Model, Progress
 from edgekit.formats.executorch import (
     backends,
@@ -18,14 +18,13 @@ from edgekit.formats.executorch import (
     storage,
     tokenizer,
 )
-from edgekit.formats.executorch.backends import Backend, ReadableBackend
-from edgekit.formats.executorch.planned import border_tokens
 from edgekit.recipe import Recipe
 
 
 if TYPE_CHECKING:
     from edgekit.checkpoint import Checkpoint
     from edgekit.decoder import DecoderSpec
+    from edgekit.formats.executorch.backends import ReadableBackend
 
 
 STORAGES, RECIPES = storage.STORAGES, storage.RECIPES
@@ -70,7 +69,7 @@ def context_limit(checkpoint: "Checkpoint") -> ContextLimit:
     A program has those too, and edgekit's session reads a text anew when it gets there; programs
     of others do not.
     """
-    border = border_tokens(checkpoint.spec)
+    border = checkpoint.spec.border_tokens
     if border is not None and border < checkpoint.spec.context_tokens:
         return ContextLimit(
             tokens=border,
@@ -130,19 +129,7 @@ def load(
 ) -> runtime.ExecutorchSession:
     """Open a program in ExecuTorch."""
     del has_exact_cache  # it is float32 anyway
-    _refuse_elsewhere(path, backends.of_program(program.read(path)))
     return runtime.ExecutorchSession(path, context_tokens=context_tokens, threads=threads)
-
-
-def _refuse_elsewhere(path: Path, backend: Backend | None) -> None:
-    """Name the device that a program needs, if it is another than this machine."""
-    if backend and backend.DEVICE:
-        raise UsageError(
-            f"{path} is for {backend.NAME}, which this machine has not: it needs {backend.DEVICE}",
-            hint=f"run and measure it there, as {handover.README} beside it shows; "
-            "`edgekit validate --measurement FILE` holds that against the budget; "
-            f"or export with --variant {VARIANTS[0]} to run it here",
-        )
 
 
 def runs_on(variant: str | None) -> str:

@@ -19,11 +19,7 @@ Entry = tuple[str, tuple[int, ...], str]
 
 CONSTANT = "constant."  # what the keys of named data that is no weight begin with
 _TENSOR = 5  # of the program's KernelTypes
-_QUANTISED = 2  # of XNNPACK's XValueUnion
-_GROUPED = 4  # of XNNPACK's XNNQuantParams
-_XNNPACK_HEADER = struct.Struct("<4sHII")  # after four bytes: magic, length, offset, size
-_FLOATS = {1: "F32", 2: "F16"}  # of XNNDatatype
-_QCINT8, _QBINT4 = 6, 10
+_DELEGATE_HEADER = struct.Struct("<4sHII")  # after four bytes: magic, length, offset, size
 _TABLES = {1: "INT8", 5: "F16", 6: "F32"}  # of the program's ScalarType
 _PAIRS, _BFLOAT16, _FLOAT = 0, 15, 6  # a byte of two codes; their scales
 
@@ -107,30 +103,13 @@ def _paired(
     return refuse("the embedding has no scales")
 
 
-def of_xnnpack(payload: bytes) -> Iterator[Held]:
-    """Yield the weights of a delegate."""
-    magic, _, offset, size = _XNNPACK_HEADER.unpack_from(payload, 4)
-    if magic != b"XH00":
-        refuse(f"a delegate begins with {magic!r}, expected XNNPACK's XH00")
-    graph = Table.root(payload[offset : offset + size])
-    keys = [data.text(2) for data in graph.tables(8)]
-    for value in graph.tables(2):
-        is_quantised = value.number(0, "B") == _QUANTISED
-        outer = value.table(1)
-        tensor = outer.table(0) if is_quantised else outer
-        index = tensor.number(3, "I")
-        if index >= len(keys):
-            refuse(f"a delegate has no data {index}")
-        if index and not keys[index].startswith(CONSTANT):
-            yield keys[index], (tensor.numbers(2, "I"), _storage(tensor, outer))
+def delegate_graph(payload: bytes, *, mark: bytes, of: str) -> Table:
+    """Return the graph of a delegate behind the header that XNNPACK's and Vulkan's share.
 
-
-def _storage(tensor: Table, outer: Table) -> str:
-    kind = tensor.number(0, "h")
-    if kind in _FLOATS:
-        return _FLOATS[kind]
-    if kind == _QCINT8:
-        return "INT8"
-    if kind == _QBINT4 and outer.number(1, "B") == _GROUPED:
-        return f"INT4_G{outer.table(2).number(2, 'i')}"
-    return refuse(f"a delegate has weights of data type {kind}")
+    Raises:
+        struct.error: If the header has another mark.
+    """
+    magic, _, offset, size = _DELEGATE_HEADER.unpack_from(payload, 4)
+    if magic != mark:
+        refuse(f"a delegate begins with {magic!r}, expected {of}'s {mark.decode()}")
+    return Table.root(payload[offset : offset + size])

@@ -10,7 +10,7 @@ from edgekit.errors import UsageError
 from edgekit.formats import Layout, Placement, Progress
 from edgekit.formats.executorch import backends, handover
 from edgekit.formats.executorch.backends import Backend
-from edgekit.formats.executorch.planned import Job, Weight, border_tokens
+from edgekit.formats.executorch.planned import Job, Weight
 from edgekit.recipe import Recipe
 from edgekit.tokenizer_files import added_tokens
 
@@ -129,7 +129,7 @@ def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
 
 def metadata(checkpoint: "Checkpoint", context_tokens: int, variant: str) -> dict[str, Any]:
     """Return what ExecuTorch's runners ask a program for."""
-    text, border = checkpoint.text, border_tokens(checkpoint.spec)
+    text, border = checkpoint.text, checkpoint.spec.border_tokens
     bos = text.special_tokens.get("bos_token", "")
     found: dict[str, Any] = {
         "get_max_seq_len": context_tokens,

@@ -1,17 +1,52 @@
 """From modules of torch to an ExecuTorch program around what a back-end computes."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
-from torch import nn  # noqa: TID253
+from torch import Tensor, fx, nn  # noqa: TID253
 
 from edgekit.decoder import DecoderSpec
 
 
 TRACED_TOKENS = 3  # any number but those of a model's axes
+
+
+def delegate(
+    backend: str,
+    content: bytes,
+    shapes: Callable[..., tuple[Tensor, ...]],
+    *,
+    settings: Mapping[str, bytes] | None = None,
+) -> nn.Module:
+    """Return what a back-end computes, as a module that a decoder is exported with.
+
+    Args:
+        backend: The name of the back-end.
+        content: What its runtime reads.
+        shapes: From inputs to outputs, of which tracing asks for no more than the shapes.
+        settings: What else its runtime is told, by key.
+    """
+    from executorch.exir.backend.compile_spec_schema import CompileSpec
+    from executorch.exir.lowered_backend_module import LoweredBackendModule
+
+    told = [CompileSpec(key, value) for key, value in (settings or {}).items()]
+    made: nn.Module = LoweredBackendModule(_StandIn(shapes), backend, content, told)
+    return made
+
+
+class _StandIn:
+    """Stands for the program of torch that a delegate was made of."""
+
+    def __init__(self, shapes: Callable[..., tuple[Tensor, ...]]) -> None:
+        self._shapes = shapes
+        self.graph = fx.Graph()  # to be looked through for debug handles
+        self.graph.output(())
+
+    def module(self) -> Callable[..., tuple[Tensor, ...]]:
+        return self._shapes
 
 
 def emit(decoder: nn.Module, constants: Mapping[str, Any], *, longest_tokens: int) -> Any:
@@ -23,7 +58,6 @@ def emit(decoder: nn.Module, constants: Mapping[str, Any], *, longest_tokens: in
         longest_tokens: How many are read at once, at most.
     """
     import executorch.kernels.quantized  # noqa: F401 - operators
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
 
     tokens = torch.export.Dim("tokens", min=1, max=longest_tokens)
     exported = torch.export.export(
@@ -32,6 +66,13 @@ def emit(decoder: nn.Module, constants: Mapping[str, Any], *, longest_tokens: in
         dynamic_shapes=({1: tokens}, {0: tokens}),
         strict=False,
     )
+    return program_of(exported, constants)
+
+
+def program_of(exported: Any, constants: Mapping[str, Any]) -> Any:
+    """Return the program of what torch has exported, of executorch.exir.schema."""
+    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
+
     edge = to_edge(
         exported,
         constant_methods=dict(constants),

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgekit.decoder import LongRopeScaling
 from edgekit.errors import UsageError
 from edgekit.formats import Progress
 from edgekit.formats.executorch import storage
@@ -19,16 +18,6 @@ if TYPE_CHECKING:
     from edgekit.decoder import DecoderSpec
 
     Rows = npt.NDArray[np.float32]
-
-
-def border_tokens(spec: "DecoderSpec") -> int | None:
-    """Return the context past which every position turns otherwise, if there is one."""
-    found = {
-        layer.rope.scaling.original_context_tokens
-        for layer in spec.layers
-        if layer.rope and isinstance(layer.rope.scaling, LongRopeScaling)
-    }
-    return min(found, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

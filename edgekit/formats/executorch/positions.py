@@ -4,13 +4,7 @@
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
-from edgekit.decoder import DecoderSpec, LongRopeScaling, Rope
-
-
-def border_tokens(rope: Rope) -> int | None:
-    """Return the context past which a rope turns otherwise, if there is one."""
-    scaling = rope.scaling
-    return scaling.original_context_tokens if isinstance(scaling, LongRopeScaling) else None
+from edgekit.decoder import DecoderSpec, Rope
 
 
 class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
@@ -21,7 +15,7 @@ class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
         self.ropes = list(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
         for number, rope in enumerate(self.ropes):
             self._keep(f"frequencies_{number}", frequencies(rope, text_tokens=1))
-            border = border_tokens(rope)
+            border = rope.border_tokens
             if border is not None:
                 self._keep(f"long_frequencies_{number}", frequencies(rope, text_tokens=border + 1))
 
@@ -48,7 +42,7 @@ class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
 
     def _frequencies(self, number: int, rope: Rope, input_pos: Tensor) -> Tensor:
         usual = self.get_buffer(f"frequencies_{number}")
-        border = border_tokens(rope)
+        border = rope.border_tokens
         if border is None:
             return usual
         # All positions take the long factors once the last is past the border.

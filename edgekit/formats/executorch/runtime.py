@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
-from edgekit.formats.executorch import program, shim_build, stock_runtime
+from edgekit.formats.executorch import backends, handover, program, shim_build, stock_runtime
 from edgekit.machine import performance_cores
 
 
@@ -38,6 +38,7 @@ class ExecutorchSession:
 
         self._path = path
         found = program.read(path)
+        _refuse_elsewhere(path, found)
         self._shim = shim_build.load()
         _refuse_missing(self._shim, path, _forward_of(found, path))
         _set_threads(self._shim, threads)
@@ -228,6 +229,18 @@ def _forward_of(found: program.Program, path: Path) -> program.Method:
     if method is None:
         raise BundleError(f"{path} has no method {FORWARD!r}", hint="export again")
     return method
+
+
+def _refuse_elsewhere(path: Path, found: program.Program) -> None:
+    """Name the device that a program needs, if it is another than this machine."""
+    backend = backends.of_program(found)
+    if backend and backend.DEVICE:
+        raise UsageError(
+            f"{path} is for {backend.NAME}, which this machine has not: it needs {backend.DEVICE}",
+            hint=f"run and measure it there, as {handover.README} beside it shows; "
+            "`edgekit validate --measurement FILE` holds that against the budget; "
+            f"or export with --variant {backends.variants()[0]} to run it here",
+        )
 
 
 def _refuse_missing(shim: Any, path: Path, method: program.Method) -> None:

@@ -14,7 +14,6 @@ from edgekit.decoder import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
-    Norm,
     Rope,
     RopeScaling,
 )
@@ -154,19 +153,8 @@ def computed(spec: DecoderSpec) -> DecoderSpec:
 
     A norm's weights are stored with the 1 that Gemma adds, and scores are not capped.
     """
-    return replace(
-        spec,
-        norm=replace(spec.norm, adds_one=False),
-        attention=replace(
-            spec.attention,
-            score_cap=None,
-            query_key_norm=_without_one(spec.attention.query_key_norm),
-        ),
-    )
-
-
-def _without_one(norm: Norm | None) -> Norm | None:
-    return norm and replace(norm, adds_one=False)
+    plain = spec.without_added_ones()
+    return replace(plain, attention=replace(plain.attention, score_cap=None))
 
 
 def notes(spec: DecoderSpec) -> Iterator[str]:

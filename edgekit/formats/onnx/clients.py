@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.formats.onnx import genai_text, storage
-from edgekit.formats.onnx.graph import cache_name, cache_width, longest_unchanged
+from edgekit.formats.onnx.graph import cache_name, cache_width
 from edgekit.recipe import Recipe
 from edgekit.tokenizer_files import added_tokens
 
@@ -34,7 +34,7 @@ def notes(checkpoint: "Checkpoint") -> Iterator[str]:
     yield NOTE
     yield from genai_text.notes(checkpoint.text.tokenizer_json)
     spec = checkpoint.spec
-    border = longest_unchanged(spec)
+    border = spec.border_tokens
     if border not in {None, _KNOWN_BORDER_TOKENS}:
         yield (
             f"ONNX Runtime GenAI does not read a text anew that outgrows {border} tokens while it "
@@ -123,7 +123,7 @@ def genai_config(checkpoint: "Checkpoint", entry: str, *, context_tokens: int) -
         "model": {
             **_token_ids(checkpoint),
             # Any decoder of one graph, or the one that knows of longrope.
-            "type": "phi3" if longest_unchanged(spec) == _KNOWN_BORDER_TOKENS else "llama",
+            "type": "phi3" if spec.border_tokens == _KNOWN_BORDER_TOKENS else "llama",
             "vocab_size": spec.vocabulary,
             "context_length": spec.context_tokens,
             "decoder": _decoder(checkpoint, entry),

@@ -129,7 +129,7 @@ def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[Weight]:
 
 def _frequency_tensors(spec: DecoderSpec) -> Iterator[External]:
     for number, rope in enumerate(graph.ropes(spec)):
-        for is_long in (False, True) if graph.border_tokens(rope) else (False,):
+        for is_long in (False, True) if rope.border_tokens else (False,):
             name = graph.frequencies_name(number, is_long=is_long)
             yield External(name=name, dtype="float32", shape=(rope.width // 2,))
 
@@ -244,7 +244,7 @@ def _importance(checkpoint: "Checkpoint", weight: Weight) -> "Rows | None":
 def _write_frequencies(spec: DecoderSpec, planned: Planned, files: Mapping[str, BinaryIO]) -> None:
     by_name = {tensor.name: tensor for tensor in planned.frequencies}
     for number, rope in enumerate(graph.ropes(spec)):
-        border = graph.border_tokens(rope)
+        border = rope.border_tokens
         for is_long in (False, True) if border else (False,):
             tensor = by_name[graph.frequencies_name(number, is_long=is_long)]
             values = frequencies(rope, (border or 0) + 1 if is_long else 1)

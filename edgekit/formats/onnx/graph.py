@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from edgekit.decoder import DecoderSpec, Layer, LongRopeScaling, Norm, Rope
+from edgekit.decoder import DecoderSpec, Layer, Norm, Rope
 from edgekit.formats.onnx import storage
 from edgekit.formats.onnx.model import CONTRIB, Attribute, Constant, Dtype, Graph, Node, Port
 from edgekit.formats.onnx.storage import Build
@@ -53,20 +53,9 @@ def frequencies_name(rope: int, *, is_long: bool = False) -> str:
     return f"rope.{rope}.{'long_' if is_long else ''}frequencies"
 
 
-def border_tokens(rope: Rope) -> int | None:
-    """Return the longest text that keeps the first set of frequencies."""
-    scaling = rope.scaling
-    return scaling.original_context_tokens if isinstance(scaling, LongRopeScaling) else None
-
-
 def borders(spec: DecoderSpec) -> set[int]:
     """Return the borders of all ropes."""
-    return {border for rope in ropes(spec) if (border := border_tokens(rope)) is not None}
-
-
-def longest_unchanged(spec: DecoderSpec) -> int | None:
-    """Return how long a text may grow before all of it takes other frequencies; None: ever."""
-    return min(borders(spec), default=None)
+    return {border for rope in ropes(spec) if (border := rope.border_tokens) is not None}
 
 
 def build(
@@ -79,7 +68,7 @@ def build(
     for index, layer in enumerate(spec.layers):
         x = graph.apply_layer(x, index, layer)
     graph.make_logits(x)
-    found, border = dict(metadata), longest_unchanged(spec)
+    found, border = dict(metadata), spec.border_tokens
     if border is not None:
         found[ROPE_BORDER] = str(border)
     return Graph(
@@ -174,7 +163,7 @@ class _Builder:
         self.constants[name] = Constant(name=name, dtype="int64", shape=(1,), values=(0,))
 
     def _frequencies(self, number: int, rope: Rope, total: str) -> str:
-        border = border_tokens(rope)
+        border = rope.border_tokens
         if border is None:
             return frequencies_name(number)
         tokens = self.op("Max", total, TEXT_TOKENS)

@@ -17,7 +17,6 @@ from edgekit.formats.executorch import coverage, memory, storage
 from edgekit.formats.executorch.backends import Build
 from edgekit.formats.executorch.backends.coreml import decoder, mil, package, reading
 from edgekit.formats.executorch.coverage import Coverage
-from edgekit.formats.executorch.planned import border_tokens
 
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[np.generic]
 
 
-ID, NAME = "CoreMLBackend", "Core ML"
+ID, NAME = reading.BACKEND, "Core ML"
 DEVICE = "an iPhone or iPad with iOS 18, or a Mac with macOS 15, or later"
 BUILDS: Mapping[str, Build] = {
     "coreml": Build(
@@ -137,7 +136,7 @@ def write(job: "Job", path: Path) -> Mapping[str, Any]:
 
 
 def _refuse_long_context(job: "Job") -> None:
-    border = border_tokens(job.spec)
+    border = job.spec.border_tokens
     if border is not None and job.context_tokens > border:
         raise UsageError(
             f"beyond {border} tokens every position turns otherwise, and Core ML cannot read anew "

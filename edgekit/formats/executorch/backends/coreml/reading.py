@@ -3,7 +3,7 @@
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -105,16 +105,7 @@ def open_weights(path: Path, spec: "DecoderSpec") -> Weights:
     found = {role: weight.values.shape for role, weight in held.items()}
     if found != dict(spec.weights()):
         raise BundleError(f"{path} holds another model than this one")
-    return Weights(path=path, spec=_computed(spec), held=held)
-
-
-def _computed(spec: "DecoderSpec") -> "DecoderSpec":
-    """Return what is computed: Gemma's norms have their ones already."""
-    attention, norm = spec.attention, replace(spec.norm, adds_one=False)
-    if attention.query_key_norm:
-        of_heads = replace(attention.query_key_norm, adds_one=False)
-        attention = replace(attention, query_key_norm=of_heads)
-    return replace(spec, attention=attention, norm=norm)
+    return Weights(path=path, spec=spec.without_added_ones(), held=held)
 
 
 def _find(path: Path, head: "Program") -> Iterator[tuple[str, Held]]:

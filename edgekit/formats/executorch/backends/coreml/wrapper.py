@@ -5,7 +5,7 @@ from typing import Any
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
-from torch import Tensor, fx, nn  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
 
 from edgekit.decoder import DecoderSpec
 from edgekit.formats.executorch import lowering
@@ -21,12 +21,14 @@ def delegate(spec: DecoderSpec, *, backend: str, compute_units: str) -> nn.Modul
         backend: The name of the delegate.
         compute_units: What of a device shall compute, as the delegate spells it.
     """
-    with silence():
-        from executorch.exir.backend.compile_spec_schema import CompileSpec
-        from executorch.exir.lowered_backend_module import LoweredBackendModule
 
-        units = CompileSpec("compute_units", compute_units.encode())
-        return LoweredBackendModule(_Outputs(spec), backend, b"", [units])
+    def outputs(tokens: Tensor, _: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        logits = torch.empty(len(tokens), spec.vocabulary)
+        return logits, *(cache.new_empty(cache[:, :1].shape) for cache in caches)
+
+    units = {"compute_units": compute_units.encode()}
+    with silence():
+        return lowering.delegate(backend, b"", outputs, settings=units)
 
 
 def emit(
@@ -41,19 +43,11 @@ def emit(
         constants: What methods without arguments return, by name.
     """
     with silence(), torch.no_grad():
-        from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
-
         one = torch.zeros(1, dtype=torch.int64)
         exported = torch.export.export(
             _Decoder(spec, model, context_tokens), (one[None], one), strict=False
         )
-        edge = to_edge(
-            exported,
-            constant_methods=dict(constants),
-            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-        )
-        made = edge.to_executorch(ExecutorchBackendConfig(run_reinplace_pass=True))
-        program = made.executorch_program
+        program = lowering.program_of(exported, constants)
         lowering.close_gaps(program)
         _empty_constants(program)
         return program
@@ -85,20 +79,3 @@ class _Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
         for cache, new in zip(caches, added, strict=True):
             torch.ops.aten.index_put_(cache, [None, input_pos], new)
         return logits
-
-
-class _Outputs:
-    """Stands for what a delegate computes: tracing asks it for no more than shapes."""
-
-    def __init__(self, spec: DecoderSpec) -> None:
-        self._spec = spec
-        self.graph = fx.Graph()  # to be looked through for debug handles
-        self.graph.output(())
-
-    def module(self) -> Any:
-        return self._shapes
-
-    def _shapes(self, tokens: Tensor, input_pos: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        del input_pos
-        logits = torch.empty(len(tokens), self._spec.vocabulary)
-        return logits, *(cache.new_empty(cache[:, :1].shape) for cache in caches)

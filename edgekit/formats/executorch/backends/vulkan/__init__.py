@@ -9,7 +9,6 @@ from edgekit.formats.executorch import coverage, storage
 from edgekit.formats.executorch.backends import Build
 from edgekit.formats.executorch.backends.vulkan import limits, memory, size
 from edgekit.formats.executorch.contents import named_weights
-from edgekit.formats.executorch.planned import border_tokens
 
 
 if TYPE_CHECKING:
@@ -139,7 +138,7 @@ def write(job: "Job", path: Path) -> Mapping[str, Any]:
 
 def _refuse_context(job: "Job") -> None:
     """Check that attention has all the tokens before it, and that none turns otherwise later."""
-    border = border_tokens(job.spec)
+    border = job.spec.border_tokens
     windows = [layer.window_tokens for layer in job.spec.layers if layer.window_tokens]
     for most, why in (
         (border, "beyond, every position turns otherwise, and no text is read anew"),

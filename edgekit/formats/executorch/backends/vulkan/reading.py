@@ -1,17 +1,16 @@
 """Programs for Vulkan, read back: which weights they hold, and the numbers those stand for."""
 
-import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.decoder import Attention, DecoderSpec, Shape
+from edgekit.decoder import DecoderSpec, Shape
 from edgekit.errors import BundleError
 from edgekit.formats.executorch import program, storage
 from edgekit.formats.executorch.backends import vulkan
-from edgekit.formats.executorch.contents import CONSTANT, Held
-from edgekit.formats.executorch.flatbuffer import Table, refuse
+from edgekit.formats.executorch.contents import CONSTANT, Held, delegate_graph
+from edgekit.formats.executorch.flatbuffer import refuse
 
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     Rows = npt.NDArray[np.float32]
 
 
-_HEADER = struct.Struct("<4sHII")  # after four bytes: magic, length, offset, size
 _TENSOR = 5  # of GraphTypes in the delegate's schema.fbs
 _STORED = {5: "F32", 4: "F16", 2: "INT8"}  # of VkDataType
 _PAIRS = 1  # UINT8
@@ -43,10 +41,7 @@ def delegated(payload: bytes) -> Iterator[Held]:
 
 def _constants(payload: bytes) -> Iterator[tuple[str, tuple[Shape, int]]]:
     """Yield key, shape and type of every constant."""
-    magic, _, offset, size = _HEADER.unpack_from(payload, 4)
-    if magic != b"VH00":
-        refuse(f"a delegate begins with {magic!r}, expected Vulkan's VH00")
-    graph = Table.root(payload[offset : offset + size])
+    graph = delegate_graph(payload, mark=b"VH00", of="Vulkan")
     keys = [constant.text(2) for constant in graph.tables(5)]
     for value in graph.tables(2):
         if value.number(0, "B") != _TENSOR:
@@ -124,14 +119,7 @@ def open_weights(path: Path, spec: DecoderSpec) -> Weights:
             raise BundleError(f"{path} holds no {role} of shape {list(shape)}")
     return Weights(
         path=path,
-        # Norms hold what is multiplied with, their ones included.
-        spec=replace(spec, norm=replace(spec.norm, adds_one=False), attention=_plain(spec)),
+        spec=spec.without_added_ones(),
         held=held,
         places={key: head.segments[index][0] for key, index in head.named_data},
     )
-
-
-def _plain(spec: DecoderSpec) -> Attention:
-    norm = spec.attention.query_key_norm
-    plain = replace(norm, adds_one=False) if norm else None
-    return replace(spec.attention, query_key_norm=plain)

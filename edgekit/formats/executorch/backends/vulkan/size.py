@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from edgekit.decoder import DecoderSpec
-from edgekit.formats.executorch.planned import border_tokens
 from edgekit.formats.executorch.storage import ALIGNMENT, Part, has_pairs
 
 
@@ -18,7 +17,7 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part]) -> int:
     Measured as that of XNNPACK's: within 0.2 % of files of tiny models, 0.1 % of SmolLM2-135M's.
     """
     weights_bytes = sum(-(-part.size_bytes // ALIGNMENT) * ALIGNMENT for part in parts)
-    kernels = _KERNELS + (0 if border_tokens(spec) is None else _TURN_KERNELS)
+    kernels = _KERNELS + (0 if spec.border_tokens is None else _TURN_KERNELS)
     kernels += _PAIR_KERNELS if has_pairs(spec, parts) else 0
     return (
         weights_bytes

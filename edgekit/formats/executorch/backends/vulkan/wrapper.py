@@ -5,18 +5,16 @@ from typing import Any
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
-from torch import Tensor, fx, nn  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
 
 from edgekit.decoder import DecoderSpec
 from edgekit.formats.executorch import embeddings, lowering
 from edgekit.formats.executorch.assembly import Lowered
+from edgekit.formats.executorch.backends import vulkan
 from edgekit.formats.executorch.backends.vulkan import decoder
 from edgekit.formats.executorch.coverage import Coverage
 from edgekit.formats.executorch.positions import Positions
 from edgekit.silence import silence
-
-
-BACKEND = "VulkanBackend"
 
 
 def lower(
@@ -101,22 +99,7 @@ class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
 
 
 def _delegate(spec: DecoderSpec, content: bytes) -> nn.Module:
-    from executorch.exir.lowered_backend_module import LoweredBackendModule
+    def logits(x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        return (x.new_empty(1, spec.vocabulary),)
 
-    made: nn.Module = LoweredBackendModule(_Logits(spec), BACKEND, content, [])
-    return made
-
-
-class _Logits:
-    """Stands for what the delegate computes: tracing asks it for no more than the shape."""
-
-    def __init__(self, spec: DecoderSpec) -> None:
-        self._spec = spec
-        self.graph = fx.Graph()  # to be looked through for debug handles
-        self.graph.output(())
-
-    def module(self) -> Any:
-        return self._shape
-
-    def _shape(self, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        return (x.new_empty(1, self._spec.vocabulary),)
+    return lowering.delegate(vulkan.ID, content, logits)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import UsageError
 from edgekit.formats.executorch import coverage, memory, storage
 from edgekit.formats.executorch.backends import Build
-from edgekit.formats.executorch.backends.xnnpack import size
-from edgekit.formats.executorch.contents import named_weights, of_xnnpack
+from edgekit.formats.executorch.backends.xnnpack import reading, size
+from edgekit.formats.executorch.contents import named_weights
 
 
 if TYPE_CHECKING:
@@ -115,4 +115,4 @@ def write(job: "Job", path: Path) -> Mapping[str, Any]:
 
 def contents(path: Path, head: "Program") -> list[tuple[str, "Shape", str]]:
     """Return name, shape and storage of every weight."""
-    return named_weights(path, head, of_xnnpack)
+    return named_weights(path, head, reading.delegated)

@@ -14,7 +14,8 @@ import torch  # noqa: TID253
 from torch import Tensor, fx, nn  # noqa: TID253
 
 from edgekit.decoder import DecoderSpec, Shape
-from edgekit.formats.executorch import storage
+from edgekit.formats.executorch import lowering, storage
+from edgekit.formats.executorch.backends import xnnpack
 from edgekit.formats.executorch.backends.xnnpack import decoder
 from edgekit.formats.executorch.backends.xnnpack.decoder import Segment, SegmentShape
 from edgekit.formats.executorch.lowering import TRACED_TOKENS
@@ -66,51 +67,39 @@ class Segments:
         from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import (
             serialize_xnnpack_binary,
         )
-        from executorch.exir.lowered_backend_module import LoweredBackendModule
 
         template = _template(self._spec, shape, self._context_tokens)
         graph = template.instance(roles, self._storages)
         self.numbers |= template.numbers
         self.operators += len(graph.xnodes)
         self.weights.update(template.weights(roles))
-        return LoweredBackendModule(
-            _Outputs(self._spec, shape),
-            "XnnpackBackend",
+        return lowering.delegate(
+            xnnpack.ID,
             serialize_xnnpack_binary(graph, bytearray()),
-            [],
+            functools.partial(_outputs, self._spec, shape),
         )
 
 
-class _Outputs:
-    """Stands for what a delegate computes: tracing asks it for no more than shapes."""
-
-    def __init__(self, spec: DecoderSpec, shape: SegmentShape) -> None:
-        self._spec, self._shape = spec, shape
-        self.graph = fx.Graph()  # to be looked through for debug handles
-        self.graph.output(())
-
-    def module(self) -> Any:
-        return self._shapes
-
-    def _shapes(self, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        if not self._shape.fills_cache:
-            return (x.new_empty(1, self._spec.vocabulary),)
-        a, tokens = self._spec.attention, x.shape[0]
-        made: list[Shape]
-        if self._shape.mixes:
-            shared = a.heads // a.key_value_heads
-            made = [
-                (a.key_value_heads, tokens * shared, a.head_width),
-                (a.key_value_heads, a.head_width, tokens),
-                (a.key_value_heads, tokens, a.head_width),
-            ]
-        else:
-            made = [
-                (tokens, heads, a.head_width)
-                for heads in (a.heads, a.key_value_heads, a.key_value_heads)
-            ]
-        changed = (torch.empty_like(x),) if self._shape.changes_x else ()
-        return (*changed, *(x.new_empty(shape) for shape in made))
+def _outputs(spec: DecoderSpec, shape: SegmentShape, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors of the shapes that a segment gives."""
+    if not shape.fills_cache:
+        return (x.new_empty(1, spec.vocabulary),)
+    a, tokens = spec.attention, x.shape[0]
+    made: list[Shape]
+    if shape.mixes:
+        shared = a.heads // a.key_value_heads
+        made = [
+            (a.key_value_heads, tokens * shared, a.head_width),
+            (a.key_value_heads, a.head_width, tokens),
+            (a.key_value_heads, tokens, a.head_width),
+        ]
+    else:
+        made = [
+            (tokens, heads, a.head_width)
+            for heads in (a.heads, a.key_value_heads, a.key_value_heads)
+        ]
+    changed = (torch.empty_like(x),) if shape.changes_x else ()
+    return (*changed, *(x.new_empty(size) for size in made))
 
 
 @functools.lru_cache(maxsize=8)

@@ -8,7 +8,6 @@ and on SmolLM2-135M. It is 0.4 % of that model's file, and known within a tenth.
 from collections.abc import Sequence
 
 from edgekit.decoder import DecoderSpec, Norm
-from edgekit.formats.executorch.planned import border_tokens
 from edgekit.formats.executorch.storage import ALIGNMENT, SCALE, Part, has_pairs
 
 
@@ -35,7 +34,7 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: 
         + _SCALES_BYTES * scaled
     )
     head_bytes = _HEAD_BYTES + _LAYER_BYTES * depth + _PART_BYTES * len(parts)
-    head_bytes += _BORDER_BYTES if border_tokens(spec) is not None else 0
+    head_bytes += _BORDER_BYTES if spec.border_tokens is not None else 0
     head_bytes += _TURNED_BYTES if has_pairs(spec, parts) else 0
     head_bytes += _LLM_BYTES if uses_llm_operators else 0
     return weights_bytes + delegates_bytes + head_bytes + _CONSTANTS_BYTES

@@ -1,0 +1,38 @@
+"""Which weights a delegate for XNNPACK says it multiplies with."""
+
+from collections.abc import Iterator
+
+from edgekit.formats.executorch.contents import CONSTANT, Held, delegate_graph
+from edgekit.formats.executorch.flatbuffer import Table, refuse
+
+
+_QUANTISED = 2  # of XNNPACK's XValueUnion
+_GROUPED = 4  # of XNNPACK's XNNQuantParams
+_FLOATS = {1: "F32", 2: "F16"}  # of XNNDatatype
+_QCINT8, _QBINT4 = 6, 10
+
+
+def delegated(payload: bytes) -> Iterator[Held]:
+    """Yield the weights of a delegate."""
+    graph = delegate_graph(payload, mark=b"XH00", of="XNNPACK")
+    keys = [data.text(2) for data in graph.tables(8)]
+    for value in graph.tables(2):
+        is_quantised = value.number(0, "B") == _QUANTISED
+        outer = value.table(1)
+        tensor = outer.table(0) if is_quantised else outer
+        index = tensor.number(3, "I")
+        if index >= len(keys):
+            refuse(f"a delegate has no data {index}")
+        if index and not keys[index].startswith(CONSTANT):
+            yield keys[index], (tensor.numbers(2, "I"), _storage(tensor, outer))
+
+
+def _storage(tensor: Table, outer: Table) -> str:
+    kind = tensor.number(0, "h")
+    if kind in _FLOATS:
+        return _FLOATS[kind]
+    if kind == _QCINT8:
+        return "INT8"
+    if kind == _QBINT4 and outer.number(1, "B") == _GROUPED:
+        return f"INT4_G{outer.table(2).number(2, 'i')}"
+    return refuse(f"a delegate has weights of data type {kind}")
