@@ -22,14 +22,14 @@ import pytest
 
 import edgekit.target
 from edgekit import formats
-from edgekit.bundle import Bundle
-from edgekit.device import Device, connect
+from edgekit.bundle.goldens import Goldens
+from edgekit.bundle.manifest import Bundle
 from edgekit.errors import EdgekitError, ToolchainError
-from edgekit.goldens import Goldens
-from edgekit.measure import DEFAULT_REPETITIONS
+from edgekit.measuring.devices import Device, connect
+from edgekit.measuring.measure import DEFAULT_REPETITIONS
 from edgekit.run import Runner
 from edgekit.target import Target
-from edgekit.text import Text
+from edgekit.text.tokenizer import Text
 
 
 MARKERS = (

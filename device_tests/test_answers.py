@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from edgekit.bundle import Bundle
-from edgekit.goldens import Goldens, LogitGolden
-from edgekit.measure import prompt_ids
+from edgekit.bundle.goldens import Goldens, LogitGolden
+from edgekit.bundle.manifest import Bundle
+from edgekit.measuring.measure import prompt_ids
 from edgekit.run import Runner, answer
 
 
 if TYPE_CHECKING:
-    from edgekit.session import Logits
+    from edgekit.runtime.session import Logits
 
 Record = Callable[[str, object], None]
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from edgekit.bundle import Bundle
-from edgekit.device import Device
-from edgekit.measure import environment_of, measure_bundle
-from edgekit.report import Result, as_text, summarize
+from edgekit.bundle.manifest import Bundle
+from edgekit.measuring.devices import Device
+from edgekit.measuring.measure import environment_of, measure_bundle
+from edgekit.measuring.report import Result, as_text, summarize
+from edgekit.measuring.verdict import LEAST_PROCESSES, judge
 from edgekit.target import Target
 from edgekit.units import format_bytes
 from edgekit.validate import plan_workload, validate
-from edgekit.verdict import LEAST_PROCESSES, judge
 
 
 Record = Callable[[str, object], None]

@@ -2,11 +2,11 @@
 
 import pytest
 
-from edgekit.bundle import Bundle
+from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
-from edgekit.generate import generate
-from edgekit.measure import prompt_ids
+from edgekit.measuring.measure import prompt_ids
 from edgekit.run import GREEDY, Runner
+from edgekit.runtime.generate import generate
 
 
 pytestmark = pytest.mark.usefixtures("on_this_machine")

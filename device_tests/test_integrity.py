@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from edgekit.bundle import MANIFEST, SCHEMA_VERSION, Bundle
-from edgekit.device import Device, ThisMachine
+from edgekit.bundle.manifest import MANIFEST, SCHEMA_VERSION, Bundle
 from edgekit.errors import BundleError
+from edgekit.measuring.devices import Device, ThisMachine
 from edgekit.run import Runner
 
 
 def test_every_file_is_the_one_that_was_exported(bundle_directory: Path, device: Device):
     Bundle.load(bundle_directory)
     place = device.push(bundle_directory)
-    checked = device.run_module("edgekit.measure", [place, "--check"])
+    checked = device.run_module("edgekit.measuring.measure", [place, "--check"])
     said = checked.output.strip() or checked.log
     assert checked.status == 0, f"status {checked.status}, expected 0, on {device.label}: {said}"
 
@@ -149,7 +149,7 @@ def test_a_copy_with_a_stray_file_is_refused(copy: Path):
 def test_a_process_that_is_given_a_damaged_copy_ends_with_status_6(copy: Path, bundle: Bundle):
     smallest = min(bundle.artifact.files, key=lambda name: bundle.artifact.files[name].size_bytes)
     _flip_a_bit(copy / smallest)
-    checked = ThisMachine().run_module("edgekit.measure", [str(copy), "--check"])
+    checked = ThisMachine().run_module("edgekit.measuring.measure", [str(copy), "--check"])
     said = checked.output.strip() or checked.log
     assert checked.status == 6, f"status {checked.status}, expected 6: {said}"
     _assert_names(checked.output, smallest)

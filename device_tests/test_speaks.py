@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 
-from edgekit.bundle import Bundle
-from edgekit.generate import generate
-from edgekit.goldens import Goldens
-from edgekit.measure import prompt_ids
+from edgekit.bundle.goldens import Goldens
+from edgekit.bundle.manifest import Bundle
+from edgekit.measuring.measure import prompt_ids
 from edgekit.run import GREEDY, Runner
+from edgekit.runtime.generate import generate
 
 
 Record = Callable[[str, object], None]

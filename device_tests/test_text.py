@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from edgekit import formats
-from edgekit.bundle import Bundle
-from edgekit.goldens import Goldens
-from edgekit.text import Text
+from edgekit.bundle.goldens import Goldens
+from edgekit.bundle.manifest import Bundle
+from edgekit.text.tokenizer import Text
 
 
 REPLACEMENT = "\ufffd"  # what stands for bytes that are no UTF-8

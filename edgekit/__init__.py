@@ -15,34 +15,34 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from edgekit.bundle import Bundle as Bundle
+    from edgekit.bundle.manifest import Bundle as Bundle
     from edgekit.doctor import doctor as doctor
     from edgekit.errors import EdgekitError as EdgekitError
     from edgekit.export import export as export
-    from edgekit.generate import Sampling as Sampling
     from edgekit.inspect import inspect as inspect
     from edgekit.merge import merge as merge
     from edgekit.plan import plan as plan
+    from edgekit.proof.gates import verify as verify
     from edgekit.run import Chat as Chat
     from edgekit.run import Runner as Runner
     from edgekit.run import run as run
+    from edgekit.runtime.generate import Sampling as Sampling
     from edgekit.serve import serve as serve
-    from edgekit.source import open_checkpoint as open_checkpoint
+    from edgekit.source.opening import open_checkpoint as open_checkpoint
     from edgekit.target import Target as Target
     from edgekit.target import load
     from edgekit.validate import validate as validate
-    from edgekit.verify import verify as verify
 
     load_target = load
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    "Bundle": "bundle", "Chat": "run", "EdgekitError": "errors", "Runner": "run",
-    "Sampling": "generate", "Target": "target", "doctor": "doctor", "export": "export",
+    "Bundle": "bundle.manifest", "Chat": "run", "EdgekitError": "errors", "Runner": "run",
+    "Sampling": "runtime.generate", "Target": "target", "doctor": "doctor", "export": "export",
     "inspect": "inspect", "load_target": "target", "merge": "merge",
-    "open_checkpoint": "source", "plan": "plan", "run": "run", "serve": "serve",
-    "validate": "validate", "verify": "verify",
+    "open_checkpoint": "source.opening", "plan": "plan", "run": "run", "serve": "serve",
+    "validate": "validate", "verify": "proof.gates",
 }  # fmt: skip
 _OTHER_NAMES = {"load_target": "load"}
 

@@ -21,10 +21,10 @@ from edgekit.errors import BudgetError, EdgekitError, ToolchainError, UnstableEr
 
 if TYPE_CHECKING:
     from edgekit.formats import Format
-    from edgekit.generate import Sampling
     from edgekit.plan import Plan
     from edgekit.progress import Advance
     from edgekit.run import Reply, Runner
+    from edgekit.runtime.generate import Sampling
     from edgekit.target import Target
 
 
@@ -266,8 +266,8 @@ def run_command(
       echo "Translate: good morning" | edgekit run out --json
       edgekit run out --temperature 0.7 --top-p 0.9
     """
-    from edgekit.generate import Sampling
     from edgekit.run import Runner, answer
+    from edgekit.runtime.generate import Sampling
 
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -359,8 +359,8 @@ def validate_command(
       edgekit validate out --device ssh://pi@raspberrypi.local --html report.html
       edgekit validate out --measurement phone.json
     """
-    from edgekit import report
-    from edgekit.bundle import Bundle
+    from edgekit.bundle.manifest import Bundle
+    from edgekit.measuring import report
     from edgekit.target import load
     from edgekit.validate import judge_document, validate
 
@@ -400,7 +400,7 @@ def raise_outcome(outcome: str, bundle: Path, target: str) -> None:
 def verify_command(bundle: Path, model: str, adapters: tuple[Path, ...], as_json: bool) -> None:
     """Prove again that BUNDLE says what MODEL says."""
     from edgekit.errors import DisagreementError
-    from edgekit.verify import verify
+    from edgekit.proof.gates import verify
 
     agreement = verify(bundle, model, adapters=adapters, listener=Terminal())
     if as_json:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from edgekit import formats
-from edgekit.checkpoint import Checkpoint, Tensor
-from edgekit.decoder import Attention, DecoderSpec, Layer, Norm, Rope, Shape
 from edgekit.errors import EdgekitError, MissingDependencyError
-from edgekit.tokenizer_files import TokenizerFiles
+from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope, Shape
+from edgekit.model.tokenizer_files import TokenizerFiles
+from edgekit.source.checkpoint import Checkpoint, Tensor
 
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class _RandomTensor:
 
 def _tiny_checkpoint(directory: Path) -> Checkpoint:
     """Return a Llama of two layers that reads single bytes."""
-    from edgekit import families
+    from edgekit.source import families
 
     spec = DecoderSpec(
         vocabulary=257,

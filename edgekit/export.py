@@ -5,18 +5,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit import formats, oracle, qlora, source, target, workdir
-from edgekit.bundle import MANIFEST, Artifact, Bundle, ModelRecord
-from edgekit.calibrate import announce, measure, read_own_text, require
-from edgekit.checkpoint import Checkpoint
+from edgekit import formats, target
+from edgekit.bundle import workdir
+from edgekit.bundle.manifest import MANIFEST, Artifact, Bundle, ModelRecord
 from edgekit.doctor import extras
 from edgekit.errors import UsageError
 from edgekit.plan import Plan, substitutions
 from edgekit.plan import make as make_plan
 from edgekit.progress import Listener, Silent
+from edgekit.proof import qlora, transformers_logits
+from edgekit.proof.calibration import announce, measure, read_own_text, require
+from edgekit.proof.gates import Subject, check
+from edgekit.source import opening
+from edgekit.source.checkpoint import Checkpoint
 from edgekit.target import Target
 from edgekit.units import format_bytes, format_rate
-from edgekit.verify import Subject, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +114,12 @@ def make(request: Request, *, listener: Listener) -> Bundle:
         workdir.refuse_existing(request.out, replaces=replaces)
     own_text = _own_text(request)
     if request.is_verified:
-        oracle.require()
-    checkpoint = source.open_checkpoint(request.model, adapters=request.adapters, listener=listener)
+        transformers_logits.require()
+    checkpoint = opening.open_checkpoint(
+        request.model, adapters=request.adapters, listener=listener
+    )
     if request.is_verified:
-        oracle.require_for(checkpoint)
+        transformers_logits.require_for(checkpoint)
     if request.is_calibrated:
         checkpoint = announce(checkpoint, own_text=own_text)
     chosen = make_plan(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit import formats
-from edgekit.bundle import Bundle
+from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
 from edgekit.units import format_bytes
 

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgekit import qlora, source
-from edgekit.checkpoint_writer import Precision, write_checkpoint, written_bytes
+from edgekit.bundle.workdir import refuse_existing
 from edgekit.errors import UsageError
 from edgekit.progress import Listener, Silent
-from edgekit.workdir import refuse_existing
+from edgekit.proof import qlora
+from edgekit.source import opening
+from edgekit.source.writer import Precision, write_checkpoint, written_bytes
 
 
 _SILENT = Silent()
@@ -43,7 +44,7 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
     refuse_existing(out)
     if not adapters:
         raise UsageError("there is no adapter to merge", hint="name one with --adapter")
-    checkpoint = source.open_checkpoint(model, adapters=adapters, listener=listener)
+    checkpoint = opening.open_checkpoint(model, adapters=adapters, listener=listener)
     checkpoint = qlora.with_score(checkpoint, adapters, trained_on=trained_on, listener=listener)
     for note in checkpoint.adapter.notes if checkpoint.adapter else ():
         listener.say(note)

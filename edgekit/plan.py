@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from edgekit import formats, source
-from edgekit.calibrate import announce
-from edgekit.checkpoint import Checkpoint
+from edgekit import formats
 from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import ContextLimit, Layout, MemoryUse, ReadableFormat
-from edgekit.recipe import Recipe
+from edgekit.proof.calibration import announce
+from edgekit.quant.recipe import Recipe
+from edgekit.source import opening
+from edgekit.source.checkpoint import Checkpoint
 from edgekit.target import Target
 from edgekit.target import load as load_target
 from edgekit.units import format_bytes, format_duration, format_rate
@@ -106,7 +107,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     The arguments and errors are those of `edgekit.export`.
     """
     found = target_name if isinstance(target_name, Target) else load_target(target_name)
-    checkpoint = source.open_checkpoint(model, adapters=adapters)
+    checkpoint = opening.open_checkpoint(model, adapters=adapters)
     if calibrate:
         checkpoint = announce(checkpoint)
     return make(

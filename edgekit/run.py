@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Self
 
 from edgekit import formats
-from edgekit.bundle import Bundle
+from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
-from edgekit.generate import FinishReason, Generation, Sampling, generate
-from edgekit.session import Session
-from edgekit.template import Message
-from edgekit.text import Detokenizer, StopStrings, Text
+from edgekit.runtime.generate import FinishReason, Generation, Sampling, generate
+from edgekit.runtime.session import Session
+from edgekit.text.template import Message
+from edgekit.text.tokenizer import Detokenizer, StopStrings, Text
 
 
 DEFAULT_MAX_TOKENS = 512

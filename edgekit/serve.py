@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgekit.errors import EdgekitError, MissingDependencyError, UsageError
-from edgekit.generate import Sampling
-from edgekit.openai_api import ApiError, Ask, Fields, Wire
 from edgekit.run import Answer, Reply, Runner
+from edgekit.runtime.generate import Sampling
+from edgekit.server.openai_api import ApiError, Ask, Fields, Wire
 
 
 if TYPE_CHECKING:

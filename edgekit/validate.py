@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from edgekit import formats, measure
-from edgekit.bundle import Bundle
-from edgekit.device import Device, connect
+from edgekit import formats
+from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
-from edgekit.measure import DEFAULT_REPETITIONS, Progress
-from edgekit.measurement import Environment, Measurement, Workload
-from edgekit.report import Result
+from edgekit.measuring import measure
+from edgekit.measuring.devices import Device, connect
+from edgekit.measuring.measure import DEFAULT_REPETITIONS, Progress
+from edgekit.measuring.measurement import Environment, Measurement, Workload
+from edgekit.measuring.report import Result
+from edgekit.measuring.verdict import judge
 from edgekit.target import Target
-from edgekit.verdict import judge
 
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def validate(  # noqa: PLR0913  # the options of the verb
     Args:
         bundle_directory: The bundle.
         target: Whose budget is enforced.
-        device: ``"this"`` or ``"ssh://user@host"``, see `edgekit.device.connect`.
+        device: ``"this"`` or ``"ssh://user@host"``, see `edgekit.measuring.devices.connect`.
         repetitions: Fresh processes to begin with.
         threads: None takes the target's decode threads, or the device's cores if they are fewer.
         progress: Called with the repetitions done and to do.

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from edgekit.errors import UsageError
-from edgekit.recipe import Recipe, Storage
-from edgekit.session import Session
+from edgekit.quant.recipe import Recipe, Storage
+from edgekit.runtime.session import Session
 
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edgekit.checkpoint import Checkpoint
-    from edgekit.decoder import DecoderSpec
+    from edgekit.model.spec import DecoderSpec
+    from edgekit.source.checkpoint import Checkpoint
 
 
 Progress = Callable[[int], None]  # called with the number of weights just read

@@ -23,7 +23,7 @@ def pi():
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A random Llama of three layers, as transformers saves it."""
-    from edgekit.tests.tiny_checkpoints import write_tiny_checkpoint
+    from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 
     return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-llama", "llama")
 

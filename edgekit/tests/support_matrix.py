@@ -11,14 +11,16 @@ import warnings
 from pathlib import Path
 from typing import cast
 
-from edgekit import formats, oracle, source
-from edgekit.decoder import DecoderSpec
+from edgekit import formats
 from edgekit.errors import UsageError
-from edgekit.fidelity import Comparison
 from edgekit.formats import Format, ReadableFormat
-from edgekit.reference import ReferenceSession
-from edgekit.session import Session
-from edgekit.tests.tiny_checkpoints import TINY, write_tiny_checkpoint
+from edgekit.model.spec import DecoderSpec
+from edgekit.proof import transformers_logits
+from edgekit.proof.fidelity import Comparison
+from edgekit.proof.interpreter import ReferenceSession
+from edgekit.runtime.session import Session
+from edgekit.source import opening
+from edgekit.tests.tiny.checkpoints import TINY, write_tiny_checkpoint
 
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -88,7 +90,7 @@ def _prove(case: str, fmt: Format, variant: str | None, directory: Path) -> tupl
     """Export one tiny model as faithfully as the format can and compare it with transformers."""
     import numpy as np
 
-    checkpoint = source.open_checkpoint(write_tiny_checkpoint(directory / case, case))
+    checkpoint = opening.open_checkpoint(write_tiny_checkpoint(directory / case, case))
     limit, recipe = fmt.context_limit(checkpoint), next(iter(fmt.RECIPES.values()))
     layout = fmt.lay_out(checkpoint, recipe, variant=variant)
     entry = fmt.convert(checkpoint, recipe, directory, progress=lambda _: None, variant=variant)
@@ -97,7 +99,7 @@ def _prove(case: str, fmt: Format, variant: str | None, directory: Path) -> tupl
     path = directory / entry
     session = _open(fmt, variant, path, checkpoint.spec, context_tokens=limit.tokens)
     comparison = Comparison()
-    expected = next(oracle.logits(checkpoint, [ids.tolist()]))
+    expected = next(transformers_logits.logits(checkpoint, [ids.tolist()]))
     comparison.add(expected, session.all_logits(ids.tolist()), ids)
     session.close()
     is_float32 = recipe.default == "F32"

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from edgekit import families, load_probe
-from edgekit.checkpoint_writer import write_checkpoint
 from edgekit.cli import main
 from edgekit.doctor import _RandomTensor, _tiny_checkpoint
 from edgekit.errors import ToolchainError
 from edgekit.formats.gguf import architectures, conversion, layout, pretokenizers
 from edgekit.formats.gguf.storage import RECIPES
-from edgekit.source import open_checkpoint
+from edgekit.proof import load_probe
+from edgekit.source import families
+from edgekit.source.opening import open_checkpoint
+from edgekit.source.writer import write_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from xml.etree import ElementTree as ET
 import pytest
 
 import edgekit
-from edgekit.bundle import Artifact, sha256_of
-from edgekit.device import SSH_CONFIG_VARIABLE
+from edgekit.bundle.manifest import Artifact, sha256_of
 from edgekit.export import export
-from edgekit.tests import real_sshd
-from edgekit.tests.tiny_checkpoints import write_tiny_checkpoint
+from edgekit.measuring.devices import SSH_CONFIG_VARIABLE
+from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
+from edgekit.tests.witnesses import real_sshd
 
 
 pytestmark = pytest.mark.toolchain

@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from edgekit import doctor as doctor_function
 from edgekit import formats
 from edgekit.cli import cli
-from edgekit.tests import pretend_format
+from edgekit.tests.tiny import pretend_format
 
 
 def find(name):

@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from edgekit.bundle import Bundle
+from edgekit.bundle.goldens import Goldens
+from edgekit.bundle.manifest import Bundle
 from edgekit.errors import BudgetError, DisagreementError, UsageError
 from edgekit.export import default_out, export
-from edgekit.goldens import Goldens
 from edgekit.plan import make
-from edgekit.source import open_checkpoint
+from edgekit.source.opening import open_checkpoint
 
 
 pytestmark = pytest.mark.toolchain
@@ -167,7 +167,7 @@ def test_ctrl_c_leaves_nothing(tiny_checkpoint, tmp_path):
 
 def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tiny_checkpoint, tmp_path):
     program = (
-        "import sys, time, edgekit.workdir as w\n"
+        "import sys, time, edgekit.bundle.workdir as w\n"
         "from pathlib import Path\n"
         "with w.new_directory(Path(sys.argv[1])) as work:\n"
         "    (work / 'half').write_text('x'); print('here', flush=True); time.sleep(60)\n"

@@ -11,14 +11,18 @@ HEAVY = {
     "safetensors", "starlette", "tokenizers", "torch", "transformers", "uvicorn",
 }  # fmt: skip
 ON_A_DEVICE = [
-    "bundle", "errors", "formats", "formats.gguf", "generate", "goldens", "inspect", "measure",
-    "run", "serve", "session", "target", "template", "text", "validate", "verdict",
+    "bundle.goldens", "bundle.manifest", "errors", "formats", "formats.gguf", "inspect",
+    "measuring.measure", "measuring.verdict", "run", "runtime.generate", "runtime.session", "serve",
+    "target", "text.template", "text.tokenizer", "validate",
 ]  # fmt: skip
 ON_A_WORKSTATION = [
-    "adapter", "checkpoint", "doctor", "export", "families", "gguf_checkpoint", "merge", "plan",
-    "source", "verify",
+    "doctor", "export", "merge", "plan", "proof.gates", "source.adapters.merging",
+    "source.checkpoint", "source.families", "source.gguf", "source.opening",
 ]  # fmt: skip
-NEVER_ON_A_DEVICE = {f"edgekit.{name}" for name in (*ON_A_WORKSTATION, "oracle", "reference")}
+NEVER_ON_A_DEVICE = {
+    f"edgekit.{name}"
+    for name in (*ON_A_WORKSTATION, "proof.interpreter", "proof.transformers_logits")
+}
 PRINT_MODULES = "import sys; print(*sys.modules)"
 
 

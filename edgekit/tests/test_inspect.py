@@ -4,7 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgekit import inspect
-from edgekit.bundle import Agreement, Artifact, Bundle, Gate, ModelRecord, TextRules
+from edgekit.bundle.manifest import Agreement, Artifact, Bundle, Gate, ModelRecord, TextRules
 from edgekit.cli import cli
 from edgekit.errors import BundleError, UsageError
 from edgekit.formats.gguf.layout import TensorEntry, Writer

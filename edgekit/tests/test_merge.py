@@ -2,11 +2,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from edgekit import adapter
-from edgekit.checkpoint import Checkpoint
 from edgekit.errors import UsageError
 from edgekit.merge import merge
-from edgekit.tests import tiny_adapters as tiny
+from edgekit.source.adapters import merging
+from edgekit.source.checkpoint import Checkpoint
+from edgekit.tests.tiny import adapters as tiny
 
 
 np = pytest.importorskip("numpy")
@@ -41,7 +41,7 @@ def test_adapters_become_part_of_an_ordinary_checkpoint(base, tmp_path):
     one = tiny.write_adapter(tmp_path / "one", tiny.q_proj_updates(seed=1))
     two = tiny.write_adapter(tmp_path / "two", tiny.q_proj_updates(seed=2))
     out = merge(base, [one, two], tmp_path / "out", precision="f32")
-    expected = adapter.merge(adapter.merge(Checkpoint.open(base), one), two)
+    expected = merging.merge(merging.merge(Checkpoint.open(base), one), two)
     written = Checkpoint.open(out)
     for role, _ in expected.spec.weights():
         np.testing.assert_array_equal(written.weight(role), expected.weight(role))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from edgekit import cli
-from edgekit.bundle import Bundle
+from edgekit.bundle.manifest import Bundle
 
 
 pytestmark = pytest.mark.toolchain

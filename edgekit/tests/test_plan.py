@@ -9,7 +9,7 @@ from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import Buffer
 from edgekit.formats.gguf import RECIPES
 from edgekit.plan import estimate, make, substitutions
-from edgekit.source import open_checkpoint
+from edgekit.source.opening import open_checkpoint
 from edgekit.target import WebGpuLimits
 from edgekit.target import load as load_target
 

@@ -4,9 +4,9 @@ import pytest
 
 from edgekit import formats
 from edgekit.errors import BundleError, UsageError
-from edgekit.generate import PromptTooLongError, Sampling
 from edgekit.run import NO_TEMPLATE_NOTE, Chat, Runner, answer, run
-from edgekit.tests.tiny_runner import (
+from edgekit.runtime.generate import PromptTooLongError, Sampling
+from edgekit.tests.witnesses.tiny_runner import (
     CHATML,
     DIALOGUE,
     QUESTION,

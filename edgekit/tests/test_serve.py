@@ -14,10 +14,10 @@ import pytest
 
 import edgekit
 from edgekit.errors import MissingDependencyError, ToolchainError, UsageError
-from edgekit.generate import Sampling
-from edgekit.openai_api import ApiError, Ask, Fields
+from edgekit.runtime.generate import Sampling
 from edgekit.serve import LOOPBACK_HOSTS, MAX_BODY_BYTES, Service, _greeting, app, serve
-from edgekit.tests.tiny_runner import CHATML, DIALOGUE, QUESTION, runner_in
+from edgekit.server.openai_api import ApiError, Ask, Fields
+from edgekit.tests.witnesses.tiny_runner import CHATML, DIALOGUE, QUESTION, runner_in
 
 
 httpx = pytest.importorskip("httpx")
@@ -417,7 +417,7 @@ def test_the_verb_serves_a_bundle_until_ctrl_c(tmp_path):
         from edgekit import formats
         from edgekit.serve import serve
         signal.signal(signal.SIGINT, signal.default_int_handler)  # CI may run us with it ignored
-        from edgekit.tests.tiny_runner import runner_in
+        from edgekit.tests.witnesses.tiny_runner import runner_in
 
         directory = Path(sys.argv[1])
         runner = runner_in(directory)

@@ -2,12 +2,12 @@ import dataclasses
 
 import pytest
 
-from edgekit import measure
 from edgekit.cli import main
 from edgekit.errors import BundleError, UsageError
+from edgekit.measuring import measure
 from edgekit.target import FirstTokenLimit
-from edgekit.tests import pretend_format
-from edgekit.tests.made_up_measurement import ENVIRONMENT, STEADY_S, make_measurement
+from edgekit.tests.tiny import pretend_format
+from edgekit.tests.tiny.measurements import ENVIRONMENT, STEADY_S, make_measurement
 from edgekit.validate import judge_document, plan_workload, validate
 
 
@@ -168,7 +168,7 @@ def test_a_measurement_that_is_not_there_is_refused(bundle, tmp_path):
 def test_a_real_artifact_is_measured_in_its_real_runtime(tmp_path):
     pytest.importorskip("llama_cpp")
     from edgekit.export import export
-    from edgekit.tests.tiny_checkpoints import write_tiny_checkpoint
+    from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "llama")
     target = pretend_format.make_target()

@@ -18,13 +18,13 @@ from edgekit.formats.executorch import (
     storage,
     tokenizer,
 )
-from edgekit.recipe import Recipe
+from edgekit.quant.recipe import Recipe
 
 
 if TYPE_CHECKING:
-    from edgekit.checkpoint import Checkpoint
-    from edgekit.decoder import DecoderSpec
     from edgekit.formats.executorch.backends import ReadableBackend
+    from edgekit.model.spec import DecoderSpec
+    from edgekit.source.checkpoint import Checkpoint
 
 
 STORAGES, RECIPES = storage.STORAGES, storage.RECIPES

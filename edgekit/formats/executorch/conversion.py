@@ -5,18 +5,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.decoder import DecoderSpec
 from edgekit.errors import UsageError
 from edgekit.formats import Layout, Placement, Progress
 from edgekit.formats.executorch import backends, handover
 from edgekit.formats.executorch.backends import Backend
 from edgekit.formats.executorch.planned import Job, Weight
-from edgekit.recipe import Recipe
-from edgekit.tokenizer_files import added_tokens
+from edgekit.model.spec import DecoderSpec
+from edgekit.model.tokenizer_files import added_tokens
+from edgekit.quant.recipe import Recipe
 
 
 if TYPE_CHECKING:
-    from edgekit.checkpoint import Checkpoint
+    from edgekit.source.checkpoint import Checkpoint
 
 
 ENTRY = "model.pte"

@@ -5,8 +5,8 @@ import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 from torch.nn import functional  # noqa: TID253
 
-from edgekit.decoder import DecoderSpec
 from edgekit.formats.executorch.storage import STORAGES, VULKAN_FOUR_BITS
+from edgekit.model.spec import DecoderSpec
 
 
 def empty(spec: DecoderSpec, stored: str) -> nn.Module:

@@ -17,13 +17,13 @@ from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.formats.executorch import backends, tokenizer
 from edgekit.formats.executorch.backends import Backend, Build
 from edgekit.formats.executorch.tokenizer import Preparation
-from edgekit.template import ChatTemplate
-from edgekit.text import Text, open_tokenizer
+from edgekit.text.template import ChatTemplate
+from edgekit.text.tokenizer import Text, open_tokenizer
 
 
 if TYPE_CHECKING:
-    from edgekit.checkpoint import Checkpoint
-    from edgekit.tokenizer_files import TokenizerFiles
+    from edgekit.model.tokenizer_files import TokenizerFiles
+    from edgekit.source.checkpoint import Checkpoint
 
 
 README = "README.md"

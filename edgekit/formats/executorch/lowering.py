@@ -8,7 +8,7 @@ from typing import Any
 import torch  # noqa: TID253
 from torch import Tensor, fx, nn  # noqa: TID253
 
-from edgekit.decoder import DecoderSpec
+from edgekit.model.spec import DecoderSpec
 
 
 TRACED_TOKENS = 3  # any number but those of a model's axes

@@ -5,9 +5,9 @@ is tied to stays mapped. Keys, values and what passes between delegates are set 
 is loaded, for as many tokens as it was exported for.
 """
 
-from edgekit.decoder import DecoderSpec
 from edgekit.formats import Layout, MemoryUse
 from edgekit.formats.executorch.runtime import BATCH_TOKENS
+from edgekit.model.spec import DecoderSpec
 
 
 CACHE_ITEM_BYTES = 4  # float32 keys and values

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import UsageError
 from edgekit.formats import Progress
 from edgekit.formats.executorch import storage
-from edgekit.recipe import split_role
+from edgekit.quant.recipe import split_role
 
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edgekit.checkpoint import Checkpoint
-    from edgekit.decoder import DecoderSpec
+    from edgekit.model.spec import DecoderSpec
+    from edgekit.source.checkpoint import Checkpoint
 
     Rows = npt.NDArray[np.float32]
 

@@ -4,7 +4,7 @@
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
-from edgekit.decoder import DecoderSpec, Rope
+from edgekit.model.spec import DecoderSpec, Rope
 
 
 class Positions(nn.Module):  # type: ignore[misc]  # it is Any here

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats.executorch import backends, handover, program, shim_build, stock_runtime
-from edgekit.machine import performance_cores
+from edgekit.runtime.machine import performance_cores
 
 
 if TYPE_CHECKING:
-    from edgekit.session import Logits
+    from edgekit.runtime.session import Logits
 
 
 FORWARD = "forward"
@@ -30,7 +30,7 @@ _open_sessions: set[int] = set()  # handles; one thread pool serves them all
 
 
 class ExecutorchSession:
-    """A program in ExecuTorch with its cache; satisfies `edgekit.session.Session`."""
+    """A program in ExecuTorch with its cache; satisfies `edgekit.runtime.session.Session`."""
 
     def __init__(self, path: Path, *, context_tokens: int, threads: int | None = None) -> None:
         """Load a program; its cache has the size it was exported with."""

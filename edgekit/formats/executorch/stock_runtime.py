@@ -3,7 +3,7 @@
 import importlib
 
 from edgekit.errors import MissingDependencyError
-from edgekit.silence import silence
+from edgekit.runtime.silence import silence
 
 
 def add_llm_kernels() -> None:

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edgekit import grid
-from edgekit.decoder import DecoderSpec, Shape
-from edgekit.grid import Fitted, Grid, Precision
-from edgekit.recipe import Recipe, Rule, Storage, with_limits
+from edgekit.model.spec import DecoderSpec, Shape
+from edgekit.quant import grid
+from edgekit.quant.grid import Fitted, Grid, Precision
+from edgekit.quant.recipe import Recipe, Rule, Storage, with_limits
 
 
 if TYPE_CHECKING:

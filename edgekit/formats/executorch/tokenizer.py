@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit import corpus
-from edgekit.child import environment
 from edgekit.errors import MissingDependencyError, ToolchainError
-from edgekit.text import open_tokenizer
+from edgekit.runtime.child import environment
+from edgekit.text import corpus
+from edgekit.text.tokenizer import open_tokenizer
 
 
 RUNNER_COPY = "runner_tokenizer.json"

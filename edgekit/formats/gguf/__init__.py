@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from edgekit.formats import ContextLimit, Layout, MemoryUse, Progress
 from edgekit.formats.gguf import architectures, memory, runtime, split, storage
-from edgekit.recipe import Recipe
+from edgekit.quant.recipe import Recipe
 
 
 if TYPE_CHECKING:
-    from edgekit.checkpoint import Checkpoint
+    from edgekit.source.checkpoint import Checkpoint
 
 
 STORAGES, RECIPES = storage.STORAGES, storage.RECIPES
@@ -72,8 +72,8 @@ def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
     variant: None = None,
 ) -> str:
     """Write ``model.gguf``, or its parts; beside a single file a ``Modelfile`` for Ollama."""
-    from edgekit import corpus
     from edgekit.formats.gguf import conversion, ollama, pretokenizers
+    from edgekit.text import corpus
 
     del variant  # there is one build for all programs
     pre = pretokenizers.find_pre(checkpoint.text, corpus=corpus.lines())

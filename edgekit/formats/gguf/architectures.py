@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from edgekit.decoder import (
+from edgekit.errors import UsageError
+from edgekit.formats import ContextLimit
+from edgekit.model.spec import (
     DecoderSpec,
     LinearScaling,
     Llama3Scaling,
@@ -20,8 +22,6 @@ from edgekit.decoder import (
     Norm,
     RopeScaling,
 )
-from edgekit.errors import UsageError
-from edgekit.formats import ContextLimit
 
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS in llama-hparams.h; more make it abort

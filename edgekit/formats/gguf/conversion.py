@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.decoder import DecoderSpec, Shape
 from edgekit.formats import Layout, Placement, Progress
 from edgekit.formats.gguf import (
     architectures,
@@ -26,15 +25,16 @@ from edgekit.formats.gguf import (
 from edgekit.formats.gguf.architectures import Architecture
 from edgekit.formats.gguf.layout import TensorEntry, Value
 from edgekit.formats.gguf.split import FilesWriter, PlannedFile
-from edgekit.recipe import Recipe, split_role
+from edgekit.model.spec import DecoderSpec, Shape
+from edgekit.quant.recipe import Recipe, split_role
 
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edgekit.checkpoint import Checkpoint
-    from edgekit.tokenizer_files import TokenizerFiles
+    from edgekit.model.tokenizer_files import TokenizerFiles
+    from edgekit.source.checkpoint import Checkpoint
 
     Rows = npt.NDArray[np.float32]
     Block = tuple[str, Rows, str]  # tensor, some of its rows, storage

@@ -9,7 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgekit.decoder import (
+from edgekit.errors import UsageError
+from edgekit.formats.gguf import architectures
+from edgekit.formats.gguf.architectures import Architecture
+from edgekit.model.spec import (
     Attention,
     DecoderSpec,
     Layer,
@@ -20,9 +23,6 @@ from edgekit.decoder import (
     Rope,
     RopeScaling,
 )
-from edgekit.errors import UsageError
-from edgekit.formats.gguf import architectures
-from edgekit.formats.gguf.architectures import Architecture
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ The choice of storages stays as it is without a calibration, where llama-quantiz
 from typing import TYPE_CHECKING
 
 from edgekit.formats.gguf import storage
-from edgekit.recipe import split_role
+from edgekit.quant.recipe import split_role
 
 
 if TYPE_CHECKING:
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edgekit.checkpoint import Calibration
     from edgekit.formats.gguf.conversion import Part
     from edgekit.formats.gguf.layout import Value
+    from edgekit.source.checkpoint import Calibration
 
 
 # Of the mean, added to every column, so that none is free to err. Mean KL of SmolLM2 as Q4_0,

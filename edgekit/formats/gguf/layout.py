@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
 
-from edgekit.decoder import Shape
 from edgekit.errors import MissingDependencyError, UsageError
-from edgekit.recipe import Storage
+from edgekit.model.spec import Shape
+from edgekit.quant.recipe import Storage
 
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
 """What llama.cpp holds in memory while it answers, by the sizes of its buffers."""
 
-from edgekit.decoder import DecoderSpec, Layer
 from edgekit.formats import Layout, MemoryUse
 from edgekit.formats.gguf.architectures import CONTEXT_PADDING_TOKENS
 from edgekit.formats.gguf.runtime import BATCH_TOKENS
+from edgekit.model.spec import DecoderSpec, Layer
 
 
 CACHE_ITEM_BYTES = 2  # float16 keys and values, llama.cpp's default

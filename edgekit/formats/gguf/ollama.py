@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.errors import MissingDependencyError, UsageError
-from edgekit.template import ChatTemplate
+from edgekit.text.template import ChatTemplate
 
 
 if TYPE_CHECKING:
-    from edgekit.checkpoint import Checkpoint
-    from edgekit.model_card import SamplingDefaults
+    from edgekit.model.card import SamplingDefaults
+    from edgekit.source.checkpoint import Checkpoint
 
 
 MODELFILE = "Modelfile"
@@ -76,7 +76,7 @@ def sampling_parameters(defaults: "SamplingDefaults") -> Iterator[tuple[str, str
 
 
 def _stop_texts(checkpoint: "Checkpoint") -> list[str]:
-    from edgekit.tokenizer_files import added_tokens
+    from edgekit.model.tokenizer_files import added_tokens
 
     texts = {id: text for text, id in added_tokens(checkpoint.text.tokenizer_json).items()}
     return [texts[id] for id in checkpoint.text.declared_stop_ids if id in texts]

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.child import environment
 from edgekit.errors import DisagreementError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats.gguf.layout import Value, encode_header
 from edgekit.formats.gguf.runtime import library
 from edgekit.formats.gguf.vocabulary import Source, vocabulary_of
-from edgekit.tokenizer_files import TokenizerFiles
+from edgekit.model.tokenizer_files import TokenizerFiles
+from edgekit.runtime.child import environment
 
 
 # GPT-2's own cuts, which Hugging Face's ByteLevel makes when `use_regex` is on.

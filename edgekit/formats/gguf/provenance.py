@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from edgekit import __version__
-from edgekit.model_card import SamplingDefaults, hub_id
+from edgekit.model.card import SamplingDefaults, hub_id
 
 
 if TYPE_CHECKING:
-    from edgekit.checkpoint import Checkpoint
     from edgekit.formats.gguf.layout import Value
+    from edgekit.source.checkpoint import Checkpoint
 
 
 _HUB = "https://huggingface.co"

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats.gguf import split
-from edgekit.machine import performance_cores
+from edgekit.runtime.machine import performance_cores
 
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edgekit.session import Logits
+    from edgekit.runtime.session import Logits
 
 
 # Rows of a prompt computed at once. Larger is no faster for models of this size, and the buffer
@@ -106,7 +106,7 @@ def open_model(path: Path, *, vocabulary_only: bool = False) -> Any:
 
 
 class GgufSession:
-    """A model in llama.cpp with its cache; satisfies `edgekit.session.Session`."""
+    """A model in llama.cpp with its cache; satisfies `edgekit.runtime.session.Session`."""
 
     def __init__(
         self,

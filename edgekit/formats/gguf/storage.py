@@ -15,10 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit import grid
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.formats.gguf.layout import ALL_STORAGES, STORAGE_NUMBERS
-from edgekit.recipe import Recipe, Rule, Storage, with_limits
+from edgekit.quant import grid
+from edgekit.quant.recipe import Recipe, Rule, Storage, with_limits
 
 
 if TYPE_CHECKING:

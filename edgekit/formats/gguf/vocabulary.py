@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from edgekit.errors import UsageError
 from edgekit.formats.gguf.layout import Value
-from edgekit.tokenizer_files import TokenizerFiles
+from edgekit.model.tokenizer_files import TokenizerFiles
 
 
 # enum llama_token_type in include/llama.h

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, NoReturn
 from edgekit.errors import UsageError
 from edgekit.formats import ContextLimit, Layout, MemoryUse, Progress
 from edgekit.formats.mlc import decoders, memory, packing, reading, shards
-from edgekit.recipe import Recipe
+from edgekit.quant.recipe import Recipe
 
 
 if TYPE_CHECKING:
-    from edgekit.checkpoint import Checkpoint
-    from edgekit.decoder import DecoderSpec
     from edgekit.formats.mlc.reading import Weights
+    from edgekit.model.spec import DecoderSpec
+    from edgekit.source.checkpoint import Checkpoint
 
 
 STORAGES, RECIPES = packing.STORAGES, packing.RECIPES

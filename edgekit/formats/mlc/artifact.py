@@ -7,20 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.formats import Layout, Progress
-from edgekit.formats.mlc import (
-    chat_config,
-    conversation,
-    conversion,
-    libraries,
-    memory,
-    web_app,
-)
-from edgekit.recipe import Recipe
+from edgekit.formats.mlc import chat_config, conversation, conversion, libraries, memory, web_app
+from edgekit.quant.recipe import Recipe
 
 
 if TYPE_CHECKING:
-    from edgekit.checkpoint import Checkpoint
     from edgekit.formats.mlc.conversation import Conversation
+    from edgekit.source.checkpoint import Checkpoint
 
 
 RAW_PROMPT = "raw-prompt"

@@ -9,7 +9,10 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.decoder import (
+from edgekit.errors import BundleError, UsageError
+from edgekit.formats.mlc import decoders, packing, shards, tokenizer_info
+from edgekit.formats.mlc.memory import prefill_chunk_tokens
+from edgekit.model.spec import (
     Attention,
     DecoderSpec,
     Layer,
@@ -18,13 +21,10 @@ from edgekit.decoder import (
     Norm,
     Rope,
 )
-from edgekit.errors import BundleError, UsageError
-from edgekit.formats.mlc import decoders, packing, shards, tokenizer_info
-from edgekit.formats.mlc.memory import prefill_chunk_tokens
 
 
 if TYPE_CHECKING:
-    from edgekit.checkpoint import Checkpoint
+    from edgekit.source.checkpoint import Checkpoint
 
 
 NAME = "mlc-chat-config.json"

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import UsageError
 from edgekit.formats.mlc import clients, surroundings
 from edgekit.formats.mlc.surroundings import Role, Surroundings
-from edgekit.template import ChatTemplate
-from edgekit.text import Text, open_tokenizer
-from edgekit.tokenizer_files import added_tokens
+from edgekit.model.tokenizer_files import added_tokens
+from edgekit.text.template import ChatTemplate
+from edgekit.text.tokenizer import Text, open_tokenizer
 
 
 if TYPE_CHECKING:
-    from edgekit.checkpoint import Checkpoint
-    from edgekit.tokenizer_files import TokenizerFiles
+    from edgekit.model.tokenizer_files import TokenizerFiles
+    from edgekit.source.checkpoint import Checkpoint
 
 
 RAW_HINT = (

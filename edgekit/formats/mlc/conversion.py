@@ -10,22 +10,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit import grid
 from edgekit.errors import UsageError
 from edgekit.formats import Buffer, Layout, Placement, Progress
 from edgekit.formats.mlc import decoders, names, packing, shards
 from edgekit.formats.mlc.names import Parameter
 from edgekit.formats.mlc.packing import Scheme, Tensor
 from edgekit.formats.mlc.shards import Record, Shard
-from edgekit.recipe import Recipe, split_role
+from edgekit.quant import grid
+from edgekit.quant.recipe import Recipe, split_role
 
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edgekit.checkpoint import Calibration, Checkpoint
-    from edgekit.decoder import DecoderSpec
+    from edgekit.model.spec import DecoderSpec
+    from edgekit.source.checkpoint import Calibration, Checkpoint
 
     Rows = npt.NDArray[np.float32]
     Stored = npt.NDArray[np.generic]

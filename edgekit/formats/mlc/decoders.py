@@ -8,7 +8,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from edgekit.decoder import (
+from edgekit.errors import UsageError
+from edgekit.formats import ContextLimit
+from edgekit.model.spec import (
     Attention,
     DecoderSpec,
     LinearScaling,
@@ -17,8 +19,6 @@ from edgekit.decoder import (
     Rope,
     RopeScaling,
 )
-from edgekit.errors import UsageError
-from edgekit.formats import ContextLimit
 
 
 @dataclass(frozen=True, kw_only=True)

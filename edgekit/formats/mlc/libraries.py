@@ -13,13 +13,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from edgekit.decoder import LinearScaling, Llama3Scaling, LongRopeScaling, Rope
 from edgekit.formats.mlc import decoders
+from edgekit.model.spec import LinearScaling, Llama3Scaling, LongRopeScaling, Rope
 
 
 if TYPE_CHECKING:
-    from edgekit.checkpoint import Checkpoint
-    from edgekit.decoder import DecoderSpec
+    from edgekit.model.spec import DecoderSpec
+    from edgekit.source.checkpoint import Checkpoint
 
 
 TABLE = Path(__file__).with_name("libraries.toml")

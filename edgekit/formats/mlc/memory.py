@@ -11,7 +11,7 @@ from edgekit.formats.mlc.libraries import PREFILL_CHUNK_TOKENS
 
 
 if TYPE_CHECKING:
-    from edgekit.decoder import DecoderSpec
+    from edgekit.model.spec import DecoderSpec
 
 
 PAGE_TOKENS = 16  # of the cache; WebLLM 0.2.85 and MLC's engine

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.decoder import Shape
 from edgekit.errors import UsageError
+from edgekit.model.spec import Shape
 
 
 if TYPE_CHECKING:
-    from edgekit.checkpoint import Checkpoint
-    from edgekit.decoder import DecoderSpec
+    from edgekit.model.spec import DecoderSpec
+    from edgekit.source.checkpoint import Checkpoint
 
 
 # What transformers calls the weights of a decoder, on which both names and order of MLC's depend.

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from edgekit import grid
-from edgekit.decoder import Shape
 from edgekit.formats.mlc.names import Parameter
-from edgekit.recipe import Recipe, Rule, Storage, with_limits
+from edgekit.model.spec import Shape
+from edgekit.quant import grid
+from edgekit.quant.recipe import Recipe, Rule, Storage, with_limits
 
 
 if TYPE_CHECKING:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.decoder import DecoderSpec, Shape
 from edgekit.errors import BundleError
 from edgekit.formats.mlc import chat_config, decoders, names, packing, shards
 from edgekit.formats.mlc.names import Parameter
 from edgekit.formats.mlc.packing import Scheme
 from edgekit.formats.mlc.shards import Record, Shard
+from edgekit.model.spec import DecoderSpec, Shape
 
 
 if TYPE_CHECKING:

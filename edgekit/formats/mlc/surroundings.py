@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgekit.errors import UsageError
-from edgekit.text import Text
+from edgekit.text.tokenizer import Text
 
 
 Role = Literal["system", "user", "assistant"]

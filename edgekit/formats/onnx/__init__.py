@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from edgekit.formats import ContextLimit, Layout, MemoryUse, Progress
 from edgekit.formats.onnx import memory, model, runtime, storage
-from edgekit.recipe import Recipe
+from edgekit.quant.recipe import Recipe
 
 
 if TYPE_CHECKING:
-    from edgekit.checkpoint import Checkpoint
+    from edgekit.source.checkpoint import Checkpoint
 
 
 STORAGES, RECIPES = storage.STORAGES, storage.RECIPES

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.formats.onnx import genai_text, storage
 from edgekit.formats.onnx.graph import cache_name, cache_width
-from edgekit.recipe import Recipe
-from edgekit.tokenizer_files import added_tokens
+from edgekit.model.tokenizer_files import added_tokens
+from edgekit.quant.recipe import Recipe
 
 
 if TYPE_CHECKING:
-    from edgekit.checkpoint import Checkpoint
-    from edgekit.decoder import DecoderSpec
+    from edgekit.model.spec import DecoderSpec
+    from edgekit.source.checkpoint import Checkpoint
 
 
 NOTE = (

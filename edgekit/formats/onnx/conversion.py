@@ -10,20 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from edgekit.decoder import DecoderSpec, Rope
 from edgekit.errors import UsageError
 from edgekit.formats import Buffer, Layout, Placement, Progress
 from edgekit.formats.onnx import clients, graph, model, storage
 from edgekit.formats.onnx.model import External
 from edgekit.formats.onnx.storage import Build
-from edgekit.recipe import Recipe, split_role
+from edgekit.model.spec import DecoderSpec, Rope
+from edgekit.quant.recipe import Recipe, split_role
 
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edgekit.checkpoint import Checkpoint
+    from edgekit.source.checkpoint import Checkpoint
 
     Rows = npt.NDArray[np.float32]
 
@@ -81,7 +81,7 @@ def plan(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None = 
     placing = model.place(loose, stem=f"{how.file}_data", split_bytes=split_bytes)
     placed = {tensor.name: tensor for tensor in placing}
     storages = {weight.role: weight.stored for weight in weights}
-    metadata = {"edgekit.recipe": recipe.name}
+    metadata = {"edgekit.quant.recipe": recipe.name}
     calibration = _calibration(checkpoint, weights)
     if calibration:
         metadata["edgekit.calibration"] = calibration

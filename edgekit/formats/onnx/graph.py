@@ -12,10 +12,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from edgekit.decoder import DecoderSpec, Layer, Norm, Rope
 from edgekit.formats.onnx import storage
 from edgekit.formats.onnx.model import CONTRIB, Attribute, Constant, Dtype, Graph, Node, Port
 from edgekit.formats.onnx.storage import Build
+from edgekit.model.spec import DecoderSpec, Layer, Norm, Rope
 
 
 # Inputs with a value of their own: a client that knows nothing of them may leave them out.

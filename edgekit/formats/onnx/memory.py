@@ -1,10 +1,10 @@
 """What ONNX Runtime holds in memory while it answers."""
 
-from edgekit.decoder import DecoderSpec
 from edgekit.formats import Layout, MemoryUse, Placement
 from edgekit.formats.onnx.graph import cache_width
 from edgekit.formats.onnx.runtime import BATCH_TOKENS
 from edgekit.formats.onnx.storage import BLOCKS
+from edgekit.model.spec import DecoderSpec
 
 
 # An interpreter with numpy, the library and edgekit; the library's picture of a layer; what one

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from edgekit.decoder import Shape
+from edgekit.encodings.protobuf import Message, integer, nested, real, text
 from edgekit.errors import BundleError
-from edgekit.protobuf import Message, integer, nested, real, text
+from edgekit.model.spec import Shape
 
 
 Dtype = Literal["float32", "float16", "uint8", "int32", "int64"]

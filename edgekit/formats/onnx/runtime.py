@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats.onnx import model
 from edgekit.formats.onnx.graph import FIRST_LOGIT, ROPE_BORDER, TEXT_TOKENS
-from edgekit.machine import performance_cores
+from edgekit.runtime.machine import performance_cores
 
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edgekit.session import Logits
+    from edgekit.runtime.session import Logits
 
 
 # Rows of a prompt computed at once; attention needs heads x rows x context floats for them.
@@ -112,7 +112,7 @@ def open_model(path: Path, *, threads: int | None = None) -> Any:
 
 
 class OnnxSession:
-    """A model in ONNX Runtime with its cache; satisfies `edgekit.session.Session`."""
+    """A model in ONNX Runtime with its cache; satisfies `edgekit.runtime.session.Session`."""
 
     def __init__(self, path: Path, *, context_tokens: int, threads: int | None = None) -> None:
         """Load a model; its cache takes memory as it fills."""

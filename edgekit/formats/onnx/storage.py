@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from edgekit import grid
-from edgekit.decoder import Shape
 from edgekit.errors import BundleError
 from edgekit.formats.onnx import model
 from edgekit.formats.onnx.model import External
-from edgekit.grid import Grid
-from edgekit.recipe import Recipe, Rule, Storage, with_limits
+from edgekit.model.spec import Shape
+from edgekit.quant import grid
+from edgekit.quant.grid import Grid
+from edgekit.quant.recipe import Recipe, Rule, Storage, with_limits
 
 
 if TYPE_CHECKING:

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.bundle import Bundle
-from edgekit.child import environment
+from edgekit.bundle.manifest import Bundle
 from edgekit.formats.executorch.tokenizer import RUNNER_COPY
 from edgekit.run import Answer, Runner
-from edgekit.text import Text
+from edgekit.runtime.child import environment
+from edgekit.text.tokenizer import Text
 
 
 LONG_PROMPT = "The keeper of the lighthouse fed a gull while the tide came in. " * 16  # 250 tokens

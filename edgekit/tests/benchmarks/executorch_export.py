@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit import source
+from edgekit.source import opening
 from edgekit.tests.benchmarks.gguf_export import memory_bytes
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.2f}, layers {options.layers}")
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as directory:
-        model = source.open_checkpoint("demo").directory
+        model = opening.open_checkpoint("demo").directory
         if options.layers:
             model = shortened(model, Path(directory) / "model", layers=options.layers)
         ways = [OURS] if options.ours_only else [OURS, THEIRS]
@@ -76,7 +76,7 @@ def shortened(model: Path, directory: Path, *, layers: int) -> Path:
 
 def report(found: Mapping[str, Sequence[Sample]], model: Path) -> None:
     """Print medians and every sample, and what ours are of theirs."""
-    weights_bytes = 4 * source.open_checkpoint(model).parameters
+    weights_bytes = 4 * opening.open_checkpoint(model).parameters
     for way, samples in found.items():
         peak = max(sample.peak_bytes for sample in samples)
         print(
@@ -116,7 +116,7 @@ def child(model: str, out: str, way: str) -> None:
         from edgekit.formats import executorch
 
         executorch.convert(
-            source.open_checkpoint(Path(model)), executorch.RECIPES[RECIPE], Path(out),
+            opening.open_checkpoint(Path(model)), executorch.RECIPES[RECIPE], Path(out),
             progress=lambda _: None, context_tokens=CONTEXT_TOKENS,
         )  # fmt: skip
     else:

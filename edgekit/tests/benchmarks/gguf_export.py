@@ -26,12 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit import corpus, formats, source
-from edgekit.checkpoint import Checkpoint
-from edgekit.checkpoint_writer import write_checkpoint
-from edgekit.decoder import Attention, DecoderSpec, Layer, Llama3Scaling, Norm, Rope, Shape
-from edgekit.families import llama
+from edgekit import formats
 from edgekit.formats.gguf import conversion, layout, pretokenizers, storage
+from edgekit.model.spec import Attention, DecoderSpec, Layer, Llama3Scaling, Norm, Rope, Shape
+from edgekit.source import opening
+from edgekit.source.checkpoint import Checkpoint
+from edgekit.source.families import llama
+from edgekit.source.writer import write_checkpoint
+from edgekit.text import corpus
 
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ def main() -> None:
     print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.2f}, model {options.model}")
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as directory:
         work = Path(directory)
-        model = source.open_checkpoint("demo").directory if options.model == "demo" else big(work)
+        model = opening.open_checkpoint("demo").directory if options.model == "demo" else big(work)
         adapter = random_adapter(work, model) if options.adapter else None
         native = native_source(work, model, adapter)
         for recipe in options.recipes:
@@ -139,7 +141,7 @@ def child(who: str, model: Path, adapter: Path | None, out: Path, recipe: str) -
 
 def opened_checkpoint(model: Path, adapter: Path | None, recipe: str) -> Checkpoint:
     """Do what `edgekit export` does up to the plan."""
-    checkpoint = source.open_checkpoint(model, adapters=[adapter] if adapter else [])
+    checkpoint = opening.open_checkpoint(model, adapters=[adapter] if adapter else [])
     fmt = formats.get("gguf")
     fmt.lay_out(checkpoint, fmt.RECIPES[recipe])
     pretokenizers.find_pre(checkpoint.text, corpus=corpus.lines())
@@ -167,7 +169,7 @@ def quantise(llama: Any, model: Path, out: Path, recipe: str) -> None:
 
 def native_source(work: Path, model: Path, adapter: Path | None) -> Path:
     """Write the same weights as GGUF, in the checkpoint's precision."""
-    first = next(iter(source.open_checkpoint(model).tensors.values()))
+    first = next(iter(opening.open_checkpoint(model).tensors.values()))
     recipe = {2: "BF16", 4: "F32"}[first.size_bytes // (first.shape[0] * first.shape[1])]
     recipe = "F32" if adapter else recipe
     convert(opened_checkpoint(model, adapter, recipe), work / "native.gguf", recipe)
@@ -197,7 +199,7 @@ class RandomTensor:
 
 def big(work: Path) -> Path:
     """Write a random checkpoint of a billion parameters."""
-    text = source.open_checkpoint("demo").text
+    text = opening.open_checkpoint("demo").text
     tensors = {
         llama.source(role, ONE_BILLION).tensor: RandomTensor(shape, seed)
         for seed, (role, shape) in enumerate(ONE_BILLION.weights())

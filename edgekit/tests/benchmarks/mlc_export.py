@@ -17,9 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from edgekit import source
 from edgekit.formats.mlc import conversion
 from edgekit.formats.mlc.packing import RECIPES
+from edgekit.source import opening
 
 
 SCHEMES = ["q4f16_1", "q4f32_1", "q0f16"]
@@ -35,7 +35,7 @@ def main() -> None:
     print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.2f}, model {options.model}")
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as directory:
         work = Path(directory)
-        model = source.open_checkpoint("demo").directory if options.model == "demo" else big(work)
+        model = opening.open_checkpoint("demo").directory if options.model == "demo" else big(work)
         stored = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         for scheme in options.schemes:
             report(model, scheme, work, stored_bytes=stored, runs=options.runs)
@@ -70,7 +70,7 @@ def child(model: Path, scheme: str, out: Path) -> None:
     """Convert under the clock, and print the sample."""
     import numpy as np  # noqa: F401 - part of what a process holds before it starts
 
-    checkpoint = source.open_checkpoint(model)
+    checkpoint = opening.open_checkpoint(model)
     out.mkdir()
     start = time.perf_counter()
     conversion.write(checkpoint, RECIPES[scheme], out, progress=lambda _: None)
@@ -95,7 +95,7 @@ def big(work: Path) -> Path:
 
 def planned_memory() -> str:
     """Return how many of WebLLM's published figures the plan meets."""
-    from edgekit.tests.test_mlc_memory import CASES, planned_mib
+    from edgekit.tests.formats.mlc.test_memory import CASES, planned_mib
 
     errors = [
         abs(planned_mib(model, scheme, context, Path()) / mib - 1)

@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgekit.bundle import Bundle
+from edgekit.bundle.manifest import Bundle
 from edgekit.export import export
-from edgekit.generate import Sampling, generate
 from edgekit.run import Runner
+from edgekit.runtime.generate import Sampling, generate
 from edgekit.tests.benchmarks.gguf_export import memory_bytes
 
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit import source
+from edgekit.source import opening
 from edgekit.tests.benchmarks.gguf_export import big, memory_bytes
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.2f}, model {options.model}")
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as directory:
         work = Path(directory)
-        model = source.open_checkpoint("demo").directory if options.model == "demo" else big(work)
+        model = opening.open_checkpoint("demo").directory if options.model == "demo" else big(work)
         ways = {
             "edgekit": [options.quant, "calibrated"],
             "edgekit, not calibrated": [options.quant, "plain"],

@@ -15,9 +15,9 @@ from edgekit.formats import Layout, MemoryUse, Model
 
 
 if TYPE_CHECKING:
-    from edgekit.decoder import DecoderSpec, Shape
     from edgekit.formats.executorch.planned import Job, Weight
     from edgekit.formats.executorch.program import Program
+    from edgekit.model.spec import DecoderSpec, Shape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,24 +10,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from edgekit import grid
 from edgekit.errors import UsageError
 from edgekit.formats import MemoryUse
 from edgekit.formats.executorch import coverage, memory, storage
 from edgekit.formats.executorch.backends import Build
 from edgekit.formats.executorch.backends.coreml import decoder, mil, package, reading
 from edgekit.formats.executorch.coverage import Coverage
+from edgekit.quant import grid
 
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edgekit.decoder import DecoderSpec, Shape
     from edgekit.formats import Layout, Model
     from edgekit.formats.executorch.backends.coreml.decoder import CoreMLProgram
     from edgekit.formats.executorch.planned import Job, Weight
     from edgekit.formats.executorch.program import Program
+    from edgekit.model.spec import DecoderSpec, Shape
 
     Array = npt.NDArray[np.generic]
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
-from edgekit.decoder import DecoderSpec, Norm, Rope, Shape
 from edgekit.formats.executorch import storage
 from edgekit.formats.executorch.backends.coreml.mil import Blob, Value, Writer
+from edgekit.model.spec import DecoderSpec, Norm, Rope, Shape
 
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from edgekit.decoder import Shape
-from edgekit.protobuf import integer, nested, text
+from edgekit.encodings.protobuf import integer, nested, text
+from edgekit.model.spec import Shape
 
 
 Kind = Literal["bool", "string", "fp16", "fp32", "int8", "int32", "int4"]

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from edgekit.encodings.protobuf import Message
 from edgekit.errors import BundleError
 from edgekit.formats.executorch import program
 from edgekit.formats.executorch.backends.coreml import mil, package
 from edgekit.formats.executorch.backends.coreml.mil import Blob, Kind
-from edgekit.protobuf import Message
 
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edgekit.decoder import DecoderSpec, Shape
     from edgekit.formats.executorch.program import Program
+    from edgekit.model.spec import DecoderSpec, Shape
 
     Rows = npt.NDArray[np.float32]
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
-from edgekit.decoder import DecoderSpec
 from edgekit.formats.executorch import lowering
 from edgekit.formats.executorch.backends.coreml import decoder
-from edgekit.silence import silence
+from edgekit.model.spec import DecoderSpec
+from edgekit.runtime.silence import silence
 
 
 def delegate(spec: DecoderSpec, *, backend: str, compute_units: str) -> nn.Module:

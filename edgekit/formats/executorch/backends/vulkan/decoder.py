@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
-from edgekit.decoder import DecoderSpec, Norm, Rope, Shape
 from edgekit.formats.executorch import storage
 from edgekit.formats.executorch.assembly import Slice
 from edgekit.formats.executorch.backends.vulkan import limits
 from edgekit.formats.executorch.backends.vulkan.graph import ITEM_BYTES, Dtype, Graph, Value
+from edgekit.model.spec import DecoderSpec, Norm, Rope, Shape
 
 
 _FLOATS: Mapping[str, Dtype] = {"F32": "FLOAT32", "F16": "FLOAT16"}

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NewType
 
-from edgekit.decoder import Shape
 from edgekit.formats.executorch.contents import CONSTANT
+from edgekit.model.spec import Shape
 
 
 Value = NewType("Value", int)  # where it stands in the graph

@@ -1,8 +1,8 @@
 """What a phone holds while Vulkan computes; reckoned, not measured on one."""
 
-from edgekit.decoder import DecoderSpec
 from edgekit.formats import Layout, MemoryUse
 from edgekit.formats.executorch.memory import RUNTIME_BYTES, VOCABULARY_ENTRY_BYTES
+from edgekit.model.spec import DecoderSpec
 
 
 def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int, batch_tokens: int) -> MemoryUse:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.decoder import DecoderSpec, Shape
 from edgekit.errors import BundleError
 from edgekit.formats.executorch import program, storage
 from edgekit.formats.executorch.backends import vulkan
 from edgekit.formats.executorch.contents import CONSTANT, Held, delegate_graph
 from edgekit.formats.executorch.flatbuffer import refuse
+from edgekit.model.spec import DecoderSpec, Shape
 
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from edgekit.decoder import DecoderSpec
 from edgekit.formats.executorch.storage import ALIGNMENT, Part, has_pairs
+from edgekit.model.spec import DecoderSpec
 
 
 _HEAD_BYTES, _OPERATOR_BYTES, _PART_BYTES = 4_614, 132, 189

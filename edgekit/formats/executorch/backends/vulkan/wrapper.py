@@ -7,14 +7,14 @@ from typing import Any
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
-from edgekit.decoder import DecoderSpec
 from edgekit.formats.executorch import embeddings, lowering
 from edgekit.formats.executorch.assembly import Lowered
 from edgekit.formats.executorch.backends import vulkan
 from edgekit.formats.executorch.backends.vulkan import decoder
 from edgekit.formats.executorch.coverage import Coverage
 from edgekit.formats.executorch.positions import Positions
-from edgekit.silence import silence
+from edgekit.model.spec import DecoderSpec
+from edgekit.runtime.silence import silence
 
 
 def lower(

@@ -12,10 +12,10 @@ from edgekit.formats.executorch.contents import named_weights
 
 
 if TYPE_CHECKING:
-    from edgekit.decoder import DecoderSpec, Shape
     from edgekit.formats import Layout, MemoryUse
     from edgekit.formats.executorch.planned import Job, Weight
     from edgekit.formats.executorch.program import Program
+    from edgekit.model.spec import DecoderSpec, Shape
 
 
 PORTABLE, LLM = "portable", "llm-ops"

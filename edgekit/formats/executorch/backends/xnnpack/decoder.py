@@ -19,8 +19,8 @@ import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 from torch.nn import functional  # noqa: TID253
 
-from edgekit.decoder import Attention, DecoderSpec, Norm, Rope
 from edgekit.formats.executorch.positions import Positions
+from edgekit.model.spec import Attention, DecoderSpec, Norm, Rope
 
 
 _GELU = 2 * math.sqrt(2 / math.pi)  # GELU's tanh is of half of _GELU x + _GELU_CUBE x^3

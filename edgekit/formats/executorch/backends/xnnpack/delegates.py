@@ -13,12 +13,12 @@ from typing import Any
 import torch  # noqa: TID253
 from torch import Tensor, fx, nn  # noqa: TID253
 
-from edgekit.decoder import DecoderSpec, Shape
 from edgekit.formats.executorch import lowering, storage
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.formats.executorch.backends.xnnpack import decoder
 from edgekit.formats.executorch.backends.xnnpack.decoder import Segment, SegmentShape
 from edgekit.formats.executorch.lowering import TRACED_TOKENS
+from edgekit.model.spec import DecoderSpec, Shape
 
 
 aten = torch.ops.aten

@@ -7,8 +7,8 @@ and on SmolLM2-135M. It is 0.4 % of that model's file, and known within a tenth.
 
 from collections.abc import Sequence
 
-from edgekit.decoder import DecoderSpec, Norm
 from edgekit.formats.executorch.storage import ALIGNMENT, SCALE, Part, has_pairs
+from edgekit.model.spec import DecoderSpec, Norm
 
 
 _DELEGATE_BYTES, _OPERATOR_BYTES, _NAME_BYTES = 312, 107, 86

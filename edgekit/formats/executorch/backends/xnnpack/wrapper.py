@@ -12,13 +12,13 @@ from typing import Any
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
 
-from edgekit.decoder import DecoderSpec
 from edgekit.formats.executorch import embeddings, lowering
 from edgekit.formats.executorch.assembly import Lowered
 from edgekit.formats.executorch.backends.xnnpack.decoder import Decoder
 from edgekit.formats.executorch.backends.xnnpack.delegates import Segments
 from edgekit.formats.executorch.coverage import Coverage
-from edgekit.silence import silence
+from edgekit.model.spec import DecoderSpec
+from edgekit.runtime.silence import silence
 
 
 def lower(

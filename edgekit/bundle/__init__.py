@@ -1,0 +1,1 @@
+"""Bundles: what is handed over, how it is written at once, and what it must say on a device."""

@@ -1,0 +1,140 @@
+"""Goldens: what an artifact said on the workstation, kept in the bundle to ask a device again.
+
+``goldens.json`` lets ``device_tests`` check on the device itself that text becomes the same ids,
+that a conversation renders to the same bytes, and that the logits are those that were proven.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from edgekit.errors import BundleError
+
+
+if TYPE_CHECKING:
+    from edgekit.runtime.session import Logits
+
+
+GOLDENS = "goldens.json"
+TOP_TOKENS = 16  # of every distribution; the rest is one remainder
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextGolden:
+    """A text and its ids, special tokens parsed and none added."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatGolden:
+    """A conversation, the text it renders to, and that text's ids."""
+
+    messages: tuple[dict[str, str], ...]
+    rendered: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitGolden:
+    """The most likely tokens after each token of a text."""
+
+    ids: tuple[int, ...]
+    top_ids: tuple[tuple[int, ...], ...]
+    top_log_probabilities: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of(cls, ids: Sequence[int], logits: "Logits") -> Self:
+        """Keep the top of each row; ``logits`` has shape ``(len(ids), vocabulary)``."""
+        import numpy as np
+
+        count = min(TOP_TOKENS, logits.shape[1])
+        top = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+        log_probabilities = np.take_along_axis(_log_softmax(logits), top, axis=1)
+        return cls(
+            ids=tuple(ids),
+            top_ids=tuple(map(tuple, top.tolist())),
+            top_log_probabilities=tuple(
+                tuple(round(value, 5) for value in row) for row in log_probabilities.tolist()
+            ),
+        )
+
+    def mean_kl_nats(self, logits: "Logits") -> float:
+        """Return how far a device's logits are from these, all other tokens taken as one.
+
+        Joining tokens never makes a divergence larger, so this is a lower bound of the full one.
+        """
+        import numpy as np
+
+        log_p = np.array(self.top_log_probabilities)
+        log_q = np.take_along_axis(_log_softmax(logits), np.array(self.top_ids), axis=1)
+        p_rest = np.maximum(1 - np.exp(log_p).sum(axis=1), 1e-9)
+        q_rest = np.maximum(1 - np.exp(log_q).sum(axis=1), 1e-9)
+        kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1) + p_rest * np.log(p_rest / q_rest)
+        return float(kl.mean())
+
+
+def _log_softmax(logits: "Logits") -> Any:
+    import numpy as np
+
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goldens:
+    """Everything a device is asked again."""
+
+    texts: tuple[TextGolden, ...]
+    chats: tuple[ChatGolden, ...]
+    logits: tuple[LogitGolden, ...]
+    answer_prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]  # what the artifact says next, greedily
+
+    def save(self, directory: Path) -> None:
+        """Write ``goldens.json``."""
+        text = json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
+        (directory / GOLDENS).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read ``goldens.json``.
+
+        Raises:
+            BundleError: If the bundle has none, since it was exported without proof, or they are
+                damaged.
+        """
+        path = directory / GOLDENS
+        if not path.is_file():
+            raise BundleError(f"{directory} has no {GOLDENS}", hint="export it without --no-verify")
+        try:
+            return cls._of_json(json.loads(path.read_text(encoding="utf-8")))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise BundleError(
+                f"{path} holds no goldens: {error!r}", hint="copy the bundle again"
+            ) from error
+
+    @classmethod
+    def _of_json(cls, fields: Any) -> Self:
+        return cls(
+            texts=tuple(TextGolden(text=t["text"], ids=tuple(t["ids"])) for t in fields["texts"]),
+            chats=tuple(
+                ChatGolden(
+                    messages=tuple(c["messages"]), rendered=c["rendered"], ids=tuple(c["ids"])
+                )
+                for c in fields["chats"]
+            ),
+            logits=tuple(
+                LogitGolden(
+                    ids=tuple(g["ids"]),
+                    top_ids=tuple(map(tuple, g["top_ids"])),
+                    top_log_probabilities=tuple(map(tuple, g["top_log_probabilities"])),
+                )
+                for g in fields["logits"]
+            ),
+            answer_prompt_ids=tuple(fields["answer_prompt_ids"]),
+            answer_ids=tuple(fields["answer_ids"]),
+        )

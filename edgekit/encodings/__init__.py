@@ -1,0 +1,1 @@
+"""Encodings: bytes of files, without a word about models."""

@@ -1,0 +1,1 @@
+"""Proof: that an artifact says what the checkpoint says."""

@@ -1,0 +1,258 @@
+"""How large the inputs of every weight are, column by column, on a broad text of edgekit's own.
+
+An error in a column that is multiplied with large numbers costs more than in one that is hardly
+used, so the fit of quantised weights is led by the mean of the squared inputs. One streamed pass
+of `reference` finds them: one layer's weights are in memory at a time. What was found is kept on
+disk under a hash of all it depends on.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekit.errors import MissingDependencyError, UsageError
+from edgekit.progress import Listener, Silent
+from edgekit.proof import interpreter
+from edgekit.quant.recipe import split_role
+from edgekit.source import opening
+from edgekit.source.checkpoint import Calibration, Checkpoint
+from edgekit.text.tokenizer import Text, open_tokenizer
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    Columns = npt.NDArray[np.float32]
+
+
+DIRECTORY = Path(__file__).with_name("calibration_texts")
+CONVERSATIONS = "chat"  # this text is turns of a user and a model, pair by pair
+TURN = "\n----\n"
+PIECE_TOKENS = 512  # as many as llama-imatrix takes
+MAX_OWN_TOKENS = 16384  # of a user's text: some minutes for a model of a billion weights
+VERSION = 1  # counts up when the same text would give other numbers
+
+# Weights that read the same, by the first of them.
+_SHARING = {
+    "query": ("query", "key", "value"),
+    "attention_output": ("attention_output",),
+    "gate": ("gate", "up"),
+    "down": ("down",),
+}
+
+
+def announce(checkpoint: Checkpoint, *, own_text: str | None = None) -> Checkpoint:
+    """Return the checkpoint, to be calibrated on a known text: all that a plan needs."""
+    return replace(checkpoint, calibration=Calibration(text_sha256=text_sha256(own_text)))
+
+
+def measure(
+    checkpoint: Checkpoint, *, own_text: str | None = None, listener: Listener | None = None
+) -> Checkpoint:
+    """Return the checkpoint with the importance of its columns; arguments are `importance`'s."""
+    found = importance(checkpoint, own_text=own_text, listener=listener)
+    calibration = Calibration(text_sha256=text_sha256(own_text), importance=found)
+    return replace(checkpoint, calibration=calibration)
+
+
+def require() -> None:
+    """Check that a calibration is possible here, before slow work.
+
+    Raises:
+        MissingDependencyError: If torch is not installed.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("torch") is None:
+        raise MissingDependencyError(
+            "a calibration needs torch",
+            hint="pip install 'edgekit[gguf]', or go without: --no-calibration",
+        )
+
+
+def importance(
+    checkpoint: Checkpoint, *, own_text: str | None = None, listener: Listener | None = None
+) -> "Mapping[str, Columns]":
+    """Return the mean of the squared inputs of every matrix, column by column.
+
+    Args:
+        checkpoint: The model, adapter included.
+        own_text: What the model will be used on; it joins edgekit's own text.
+        listener: Who is told how far the pass is.
+
+    Returns:
+        By role, float32, shape ``(columns,)``. A head that is the embedding has that one's role;
+        an embedding that is no head is multiplied with nothing and is absent.
+
+    Raises:
+        UsageError: If a weight holds NaN or infinity.
+        MissingDependencyError: If torch or tokenizers is not installed.
+    """
+    listener = listener or Silent()
+    texts = pieces(checkpoint, own_text=own_text)
+    path = _cache_path(checkpoint, texts)
+    found = _read(path, checkpoint)
+    if found is None:
+        require()
+        found = _measure(checkpoint, texts, listener)
+        _write(path, found)
+    return dict(_spread(found))
+
+
+def text_sha256(own_text: str | None = None) -> str:
+    """Return the hash of all text that `importance` would read."""
+    digest = hashlib.sha256()
+    for _, text in [*built_in_texts(), ("own", own_text or "")]:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()
+
+
+def read_own_text(path: Path) -> str:
+    """Return a user's text.
+
+    Raises:
+        UsageError: If there is no such file, or it holds no text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is no text in UTF-8: {error}") from error
+    if not text.strip():
+        raise UsageError(f"{path} holds no text to calibrate on")
+    return text
+
+
+def built_in_texts() -> list[tuple[str, str]]:
+    """Return edgekit's own texts with their names: prose, code, tables, chats, many languages."""
+    files = sorted(DIRECTORY.glob("*.txt"))
+    return [(path.stem, path.read_text(encoding="utf-8")) for path in files]
+
+
+def pieces(checkpoint: Checkpoint, *, own_text: str | None = None) -> list[list[int]]:
+    """Return all text as ids, in pieces that the context can hold."""
+    text = _open_text(checkpoint)
+    length = min(PIECE_TOKENS, checkpoint.spec.context_tokens)
+    found = [
+        piece
+        for name, content in built_in_texts()
+        for ids in (_chats(text, content) if name == CONVERSATIONS else [text.encode(content)])
+        for piece in _cut(ids, length)
+    ]
+    own = list(_cut(text.encode(own_text), length)) if own_text else []
+    return found + _some(own, max(1, MAX_OWN_TOKENS // length))
+
+
+def _open_text(checkpoint: Checkpoint) -> Text:
+    from edgekit.text.template import ChatTemplate
+
+    template = checkpoint.text.chat_template
+    return Text(
+        tokenizer=open_tokenizer(checkpoint.text.tokenizer_json),
+        template=None if template is None else ChatTemplate.compile(template),
+        rules=checkpoint.text.rules(),
+    )
+
+
+def _chats(text: Text, content: str) -> Iterator[list[int]]:
+    """Yield each question with its answer as the model's template writes them."""
+    turns = content.strip("\n").split(TURN)
+    for asked, answered in zip(turns[::2], turns[1::2], strict=True):
+        messages = [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": answered},
+        ]
+        try:
+            yield text.encode_chat(messages, add_generation_prompt=False)
+        except UsageError:  # no template, or one for another use
+            yield text.encode(f"{asked}\n\n{answered}\n")
+
+
+def _cut(ids: list[int], length: int) -> Iterator[list[int]]:
+    for first in range(0, len(ids), length):
+        yield ids[first : first + length]
+
+
+def _some(pieces: list[list[int]], count: int) -> list[list[int]]:
+    """Return at most ``count`` pieces, from the beginning to the end of the text."""
+    if len(pieces) <= count:
+        return pieces
+    return [pieces[index * len(pieces) // count] for index in range(count)]
+
+
+def _measure(
+    checkpoint: Checkpoint, texts: Sequence[Sequence[int]], listener: Listener
+) -> "dict[str, Columns]":
+    """Return the means, those that several weights share under the role of the first."""
+    tokens = sum(map(len, texts))
+    sums: dict[str, torch.Tensor] = {}
+
+    def observe(role: str, x: "torch.Tensor") -> None:
+        if split_role(role)[1] in _SHARING:
+            squares = x.square().sum(0).double()
+            sums[role] = sums[role] + squares if role in sums else squares
+
+    with listener.track("calibrate", tokens * len(checkpoint.spec.layers)) as advance:
+        states = interpreter.hidden_states(checkpoint, texts, observe=observe, advance=advance)
+    sums[_head(checkpoint)] = sum(x.square().sum(0).double() for x in states)
+    return {role: (total / tokens).float().numpy() for role, total in sums.items()}
+
+
+def _head(checkpoint: Checkpoint) -> str:
+    return "token_embedding" if checkpoint.spec.is_tied else "output_head"
+
+
+def _spread(found: "Mapping[str, Columns]") -> "Iterator[tuple[str, Columns]]":
+    """Yield what was measured once for every weight that reads it."""
+    for role, columns in found.items():
+        prefix, dot, part = role.rpartition(".")
+        for sharing in _SHARING.get(part, (part,)):
+            yield f"{prefix}{dot}{sharing}", columns
+
+
+def _cache_path(checkpoint: Checkpoint, texts: Sequence[Sequence[int]]) -> Path:
+    """Return where the result for this model and text is kept; ids say how text was cut, too."""
+    adapter = checkpoint.adapter
+    identity = [VERSION, checkpoint.sha256, adapter and adapter.sha256, texts]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return opening.cache_directory() / "importance" / f"{digest[:32]}.npz"
+
+
+def _read(path: Path, checkpoint: Checkpoint) -> "dict[str, Columns] | None":
+    """Return what is kept; None if there is nothing, or it is damaged."""
+    import numpy as np
+
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            found = {role: arrays[role] for role in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    kept = {role: columns.shape for role, columns in _spread(found)}
+    shapes = dict(checkpoint.spec.weights())
+    is_whole = all(shapes.get(role, (0,))[1:] == shape for role, shape in kept.items())
+    return found if is_whole and _head(checkpoint) in kept else None
+
+
+def _write(path: Path, found: "Mapping[str, Columns]") -> None:
+    """Keep what was found, at once: two processes may do so at the same time."""
+    import numpy as np
+
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            np.savez(file, allow_pickle=False, **found)
+        part.replace(path)
+    except OSError:  # a full or read-only disk: it is measured again next time
+        with contextlib.suppress(OSError):
+            part.unlink()

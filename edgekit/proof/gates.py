@@ -1,0 +1,526 @@
+"""Verification: a finished artifact, in its real runtime, must say what the checkpoint says.
+
+Eight gates; an export fails unless all hold. The checkpoint's word comes from `oracle`
+(transformers, float32), the artifact's from the runtime that devices use.
+"""
+
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from edgekit import formats
+from edgekit.bundle.goldens import ChatGolden, Goldens, LogitGolden, TextGolden
+from edgekit.bundle.manifest import Agreement, Bundle, Gate, TextRules
+from edgekit.errors import UsageError
+from edgekit.formats import Format, Layout, ReadableFormat
+from edgekit.progress import Listener, Silent
+from edgekit.proof import interpreter, transformers_logits
+from edgekit.proof.fidelity import Comparison, Fidelity
+from edgekit.proof.load_probe import probe
+from edgekit.quant.recipe import Recipe
+from edgekit.runtime.generate import Sampling, generate
+from edgekit.runtime.session import Session
+from edgekit.source import opening
+from edgekit.source.checkpoint import Calibration, Checkpoint
+from edgekit.text import corpus
+from edgekit.text.tokenizer import Text
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    # Token ids, the checkpoint's logits after each, and the artifact's.
+    Pair: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+
+CHUNK_TOKENS = 256
+LARGE_POSITIONS = 512  # of a model that is computed layer by layer, which takes long
+POSITIONS = 2048  # enough that the mean KL of 4-bit weights repeats within a tenth
+ANSWER_TOKENS = 24
+GOLDENS = 2
+GOLDEN_TOKENS = 48
+# What half precision in a runtime's cache and attention may add where weights are exact; tiny
+# random models lose 5e-6. Quantised ones may lose as much as by their weights again, since a small
+# change of an activation changes how it is rounded.
+MAX_CACHE_KL_NATS = 1e-3
+GREEDY = Sampling()
+QUESTION = "Name the capital of France."
+
+CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
+    ({"role": "user", "content": QUESTION},),
+    (
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": "  Which colour has the sky?\n"},
+    ),
+    (
+        {"role": "user", "content": "안녕하세요! 你好 👋🏽"},
+        {"role": "assistant", "content": "مرحبا"},
+        {"role": "user", "content": "Say it\n\nagain <b>&amp;</b> {{ x }}"},
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """An artifact and the checkpoint it was made from."""
+
+    checkpoint: Checkpoint
+    directory: Path
+    entry: str
+    format: str
+    recipe: Recipe
+    layout: Layout  # what the plan said the artifact would hold
+    rules: TextRules
+    context_tokens: int
+
+    @property
+    def path(self) -> Path:
+        """The file the runtime opens."""
+        return self.directory / self.entry
+
+    @property
+    def fmt(self) -> Format:
+        """The format of the artifact."""
+        return formats.get(self.format)
+
+    @property
+    def is_run_here(self) -> bool:
+        """Whether its runtime computes the artifact's side of the proof."""
+        return self.fmt.is_run_here(self.layout.variant)
+
+    @property
+    def said_by(self) -> str:
+        """What computes the artifact's side of the proof."""
+        if self.is_run_here:
+            return self.fmt.RUNTIME
+        needed = cast("ReadableFormat", self.fmt).runs_on(self.layout.variant)
+        return (
+            f"edgekit's float32 reference on the weights read back, not {self.fmt.RUNTIME}: "
+            f"not executed here, it needs {needed}"
+        )
+
+    @cached_property
+    def text(self) -> Text:
+        """The text layer of the bundle."""
+        return Text.open(self.directory, self.rules)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer in transformers."""
+        return transformers_logits.tokenizer(self.checkpoint)
+
+    @cached_property
+    def conversations(self) -> list[tuple[dict[str, str], ...]]:
+        """The conversations that this model's template can say; Gemma's has no system role."""
+        return [turns for turns in CONVERSATIONS if self._can_render(turns)]
+
+    def _can_render(self, turns: Sequence[dict[str, str]]) -> bool:
+        if self.text.template is None:
+            return False
+        try:
+            self.text.render(turns)
+        except UsageError:
+            return False
+        return True
+
+    @cached_property
+    def is_held(self) -> bool:
+        """Whether transformers can hold the checkpoint; asked once, as free memory changes."""
+        return transformers_logits.holds(self.checkpoint)
+
+    @cached_property
+    def chunks(self) -> list[list[int]]:
+        """Return the corpus as ids, a share of every text, in pieces the context can hold."""
+        texts = [self.text.encode(text, adds_bos=self.rules.adds_bos) for _, text in corpus.texts()]
+        length = min(CHUNK_TOKENS, self.context_tokens)
+        share = max(length, POSITIONS // len(texts))
+        if not self.is_held:
+            length = share = min(length, LARGE_POSITIONS // len(texts))
+        pieces = [
+            ids[first : first + length]
+            for ids in texts
+            for first in range(0, min(share, len(ids)), length)
+        ]
+        return [piece for piece in pieces if len(piece) > 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """The gates, and what the artifact said, to be asked again on a device."""
+
+    agreement: Agreement
+    goldens: Goldens
+
+
+@dataclass(kw_only=True)
+class _Findings:
+    gates: list[Gate] = field(default_factory=list)
+
+    def add(self, name: str, finding: str, *, passed: bool) -> None:
+        self.gates.append(Gate(name=name, passed=passed, finding=finding))
+
+
+def verify(directory: Path, model: str | Path, *, adapters: Sequence[Path] = (),
+           listener: Listener | None = None) -> Agreement:  # fmt: skip
+    """Repeat the proof of a bundle against its checkpoint.
+
+    Raises:
+        BundleError: If the bundle is damaged.
+        UsageError: If this is not the checkpoint the bundle was made from.
+    """
+    bundle = Bundle.load(directory)
+    checkpoint = opening.open_checkpoint(model, adapters=adapters, listener=listener)
+    if checkpoint.sha256 != bundle.model.sha256:
+        raise UsageError(
+            f"{directory} was made from another checkpoint than {model}",
+            hint=f"it was made from {bundle.model.name}",
+        )
+    if bundle.artifact.calibration:
+        calibration = Calibration(text_sha256=bundle.artifact.calibration)
+        checkpoint = replace(checkpoint, calibration=calibration)
+    artifact = bundle.artifact
+    fmt = formats.get(artifact.format)
+    recipe = fmt.RECIPES[artifact.recipe]
+    subject = Subject(
+        checkpoint=checkpoint,
+        directory=directory,
+        entry=artifact.entry,
+        format=artifact.format,
+        recipe=recipe,
+        layout=fmt.lay_out(
+            checkpoint, recipe, split_bytes=artifact.split_bytes, variant=artifact.variant
+        ),
+        rules=bundle.text,
+        context_tokens=bundle.context_tokens,
+    )
+    return check(subject, listener=listener).agreement
+
+
+def check(subject: Subject, *, listener: Listener | None = None) -> Proof:
+    """Put an artifact through all gates.
+
+    Returns:
+        The proof; whether its gates hold is for the caller to judge.
+
+    Raises:
+        BundleError, ToolchainError: If the runtime cannot even open or run the artifact.
+    """
+    transformers_logits.require()
+    listener = listener or Silent()
+    found = _Findings()
+    if subject.is_run_here:  # a native abort shall end a child, not this process and its work
+        probe(subject.format, subject.path, context_tokens=subject.context_tokens)
+    with closing(_open(subject)) as session:
+        prompt, answer = _check_generation(subject, session, found)
+        _check_stops(subject, session, prompt, answer, found)
+        logit_goldens = _logit_goldens(subject, session)
+    expected = transformers_logits.logits(
+        subject.checkpoint, subject.chunks, is_held=subject.is_held, listener=listener
+    )
+    first = next(expected)
+    with closing(_open(subject, has_exact_cache=True)) as session:
+        both = _both(subject, session, chain([first], expected), listener)
+        fidelity = _check_logits(subject, both, logit_goldens, found)
+    _check_ids(subject, found)
+    _check_template(subject, found)
+    _check_storages(subject, found)
+    _check_size(subject, found)
+    _check_adapter(subject, first, found)
+    return Proof(
+        agreement=_agreement(subject, found, fidelity),
+        goldens=_goldens(subject, logit_goldens, prompt, answer),
+    )
+
+
+def _open(subject: Subject, *, has_exact_cache: bool = False) -> Session:
+    context = subject.context_tokens
+    if has_exact_cache:
+        context = min(context, CHUNK_TOKENS)
+    if not subject.is_run_here:
+        read = cast("ReadableFormat", subject.fmt).read_back(subject.path, subject.checkpoint.spec)
+        return interpreter.ReferenceSession(read, context_tokens=context)
+    return subject.fmt.load(subject.path, context_tokens=context, has_exact_cache=has_exact_cache)
+
+
+def _agreement(subject: Subject, found: _Findings, fidelity: Fidelity) -> Agreement:
+    return Agreement(
+        gates=tuple(found.gates),
+        positions=fidelity.positions,
+        mean_kl_nats=fidelity.mean_kl_nats,
+        p99_kl_nats=fidelity.p99_kl_nats,
+        same_top_token=fidelity.same_top_token,
+        perplexity_ratio=fidelity.perplexity_ratio,
+        said_by=subject.said_by,
+    )
+
+
+def _check_generation(
+    subject: Subject, session: Session, found: _Findings
+) -> tuple[list[int], list[int]]:
+    """Gate 1: it loads and generates."""
+    prompt = _question(subject)[: subject.context_tokens - 1]
+    tokens = list(generate(session, prompt, max_tokens=ANSWER_TOKENS, stop_ids=(), sampling=GREEDY))
+    found.add(
+        "runs",
+        f"{len(tokens)} tokens from {subject.said_by}: {_shown(subject, tokens)}",
+        passed=bool(tokens),
+    )
+    return prompt, tokens
+
+
+def _shown(subject: Subject, tokens: list[int]) -> str:
+    """Return what a user would see of these tokens, and whether the answer ends with them."""
+    ends = [index for index, token in enumerate(tokens) if token in subject.rules.stop_ids]
+    said = subject.text.decode(tokens[: ends[0]] if ends else tokens)
+    return f"{said!r}, and stops" if ends else f"{said!r} …"
+
+
+def _question(subject: Subject) -> list[int]:
+    if subject.conversations:
+        return subject.text.encode_chat(subject.conversations[0])
+    return subject.text.encode(QUESTION)
+
+
+def _logit_goldens(subject: Subject, session: Session) -> list[LogitGolden]:
+    """Return what the artifact says on a device, its cache in half precision and all."""
+    chunks = [chunk[:GOLDEN_TOKENS] for chunk in subject.chunks[:GOLDENS]]
+    vocabulary = subject.checkpoint.spec.vocabulary
+    return [LogitGolden.of(chunk, session.all_logits(chunk)[:, :vocabulary]) for chunk in chunks]
+
+
+def _check_logits(
+    subject: Subject,
+    both: Iterator["Pair"],
+    goldens: Sequence[LogitGolden],
+    found: _Findings,
+) -> Fidelity:
+    """Gate 3: the logits agree with the checkpoint's, as closely as this recipe can.
+
+    The weights are judged with an exact cache; what the device's own adds is judged by itself.
+    """
+    comparison, cache_kl_nats = Comparison(), list[float]()
+    for index, (chunk, expected, said) in enumerate(both):
+        comparison.add(expected, said, chunk)
+        if index < len(goldens):
+            golden = goldens[index]
+            cache_kl_nats.append(golden.mean_kl_nats(said[: len(golden.ids)]))
+    fidelity, limits = comparison.result(), subject.recipe
+    max_cache_kl_nats = max(limits.max_mean_kl_nats, MAX_CACHE_KL_NATS)
+    found.add(
+        "logits",
+        f"mean KL {fidelity.mean_kl_nats:.2e} nats (<= {limits.max_mean_kl_nats:g}), same top "
+        f"token {fidelity.same_top_token:.1%} (>= {limits.min_same_top_token:.0%}) over "
+        f"{fidelity.positions} positions; a device's cache adds {max(cache_kl_nats):.0e} nats "
+        f"(<= {max_cache_kl_nats:g})",
+        passed=fidelity.mean_kl_nats <= limits.max_mean_kl_nats
+        and fidelity.same_top_token >= limits.min_same_top_token
+        and max(cache_kl_nats) <= max_cache_kl_nats,
+    )
+    return fidelity
+
+
+def _both(
+    subject: Subject,
+    session: Session,
+    expected_logits: Iterator["npt.NDArray[np.float32]"],
+    listener: Listener,
+) -> Iterator["Pair"]:
+    """Yield ids, the checkpoint's logits and the artifact's, chunk by chunk."""
+    import numpy as np
+
+    chunks = subject.chunks
+    with listener.track("prove", sum(map(len, chunks))) as advance:
+        for chunk, expected in zip(chunks, expected_logits, strict=True):
+            said = session.all_logits(chunk)[:, : subject.checkpoint.spec.vocabulary]
+            yield np.array(chunk), expected, said
+            advance(len(chunk))
+
+
+def _check_ids(subject: Subject, found: _Findings) -> None:
+    """Gate 4: every tokenizer that will read text makes the checkpoint's ids."""
+    lines = corpus.lines()
+    lines += [subject.text.render(turns) for turns in subject.conversations]
+    expected = [transformers_logits.ids(subject.tokenizer, line) for line in lines]
+    ours = [subject.text.encode(line, adds_bos=False) for line in lines]
+    theirs = subject.fmt.runtime_ids(subject.path, lines)
+    readers, finding = "edgekit run", ""
+    wrong = _first_difference(lines, expected, ours)
+    if theirs is not None and wrong is None:
+        readers += " and the runtime's own tokenizer"
+        uncomposed = _uncomposed(subject, lines, expected, theirs)
+        accepted = [expected[i] if i in uncomposed else ids for i, ids in enumerate(theirs)]
+        wrong = _first_difference(lines, expected, accepted)
+        if uncomposed:
+            finding = (
+                f"; for the runtime's own, {len(uncomposed)} of them need composing (NFC) first, "
+                "which edgekit run does"
+            )
+    if wrong is None:
+        finding = f"{len(lines)} lines give the checkpoint's ids in {readers}{finding}"
+    else:
+        finding = f"{readers.rpartition(' and ')[2]}: {wrong}"
+    found.add("token ids", finding, passed=wrong is None)
+
+
+def _uncomposed(
+    subject: Subject,
+    lines: Sequence[str],
+    expected: Sequence[list[int]],
+    theirs: Sequence[list[int]],
+) -> list[int]:
+    """Return which lines the runtime reads as the checkpoint does once their letters are composed.
+
+    Only where the checkpoint's tokenizer itself composes: to it both forms are the same text.
+    """
+    composed = [unicodedata.normalize("NFC", line) for line in lines]
+    candidates = [
+        index
+        for index, line in enumerate(lines)
+        if theirs[index] != expected[index]
+        and composed[index] != line
+        and transformers_logits.ids(subject.tokenizer, composed[index]) == expected[index]
+    ]
+    if not candidates:
+        return []
+    texts = [composed[index] for index in candidates]
+    again = subject.fmt.runtime_ids(subject.path, texts) or []
+    return [index for index, ids in zip(candidates, again, strict=True) if ids == expected[index]]
+
+
+def _first_difference(
+    lines: Sequence[str], expected: Sequence[list[int]], ids: Sequence[list[int]]
+) -> str | None:
+    for line, wanted, got in zip(lines, expected, ids, strict=True):
+        if wanted != got:
+            at = next(
+                (i for i, pair in enumerate(zip(wanted, got, strict=False)) if pair[0] != pair[1]),
+                min(len(wanted), len(got)),
+            )
+            return (
+                f"{line!r} becomes {got[at : at + 4]} at token {at}, the checkpoint's tokenizer "
+                f"says {wanted[at : at + 4]}"
+            )
+    return None
+
+
+def _check_template(subject: Subject, found: _Findings) -> None:
+    """Gate 5: a conversation becomes the same bytes as in transformers."""
+    template = subject.checkpoint.text.chat_template
+    if template is None:
+        found.add("chat template", "the checkpoint has none", passed=True)
+        return
+    for turns in subject.conversations:
+        expected = transformers_logits.rendered(subject.tokenizer, turns, template=template)
+        if subject.text.render(turns) != expected:
+            found.add("chat template", f"renders otherwise than {expected!r}", passed=False)
+            return
+    found.add(
+        "chat template",
+        f"{len(subject.conversations)} conversations render to the same bytes",
+        passed=bool(subject.conversations),
+    )
+
+
+def _check_stops(
+    subject: Subject, session: Session, prompt: list[int], answer: list[int], found: _Findings
+) -> None:
+    """Gate 2: every file agrees on where an answer ends, and generation ends there."""
+    by_file = subject.checkpoint.text.stop_ids_by_file
+    declared = {id for ids in by_file.values() for id in ids}
+    told = ", ".join(f"{name} {list(ids)}" for name, ids in by_file.items() if ids)
+    last = answer[-1]
+    before = answer[: answer.index(last)]
+    session.reset()
+    again = list(
+        generate(session, prompt, max_tokens=len(answer), stop_ids=(last,), sampling=GREEDY)
+    )
+    found.add(
+        "stops",
+        f"at {list(subject.rules.stop_ids)} ({told}); a generation ends at the id it is told",
+        passed=bool(declared) and set(subject.rules.stop_ids) == declared and again == before,
+    )
+
+
+def _check_storages(subject: Subject, found: _Findings) -> None:
+    """Gate 6: every tensor is stored as the plan said."""
+    contents = subject.fmt.contents(subject.path)
+    held = Counter((math.prod(shape), storage) for _, shape, storage in contents)
+    planned = Counter((p.parameters, p.storage) for p in subject.layout.placements)
+    counts = Counter(storage for _, _, storage in contents)
+    finding = ", ".join(f"{count} {storage}" for storage, count in sorted(counts.items()))
+    if subject.layout.substituted:
+        finding += f"; {len(subject.layout.substituted)} substituted"
+    for (weights, storage), count in sorted((planned - held).items()):
+        finding += f"; planned {count} more of {weights} weights in {storage}"
+    found.add("storages", finding, passed=planned <= held)
+
+
+def _check_size(subject: Subject, found: _Findings) -> None:
+    """Gate 7: the bytes on disk are the bytes predicted."""
+    files = subject.fmt.files(subject.path)
+    size, predicted = sum(file.stat().st_size for file in files), subject.layout.artifact_bytes
+    # The name under which llama.cpp cuts text is found by trial, and may lengthen the header.
+    allowed = 64 if subject.layout.is_exact else predicted // 100
+    found.add(
+        "size",
+        f"{size} bytes, predicted {predicted}",
+        passed=abs(size - predicted) <= allowed,
+    )
+
+
+def _check_adapter(subject: Subject, beside: "npt.NDArray[np.float32]", found: _Findings) -> None:
+    """Gate 8: base and adapter, side by side, say what the merged weights say.
+
+    ``beside`` is what they said to the first chunk.
+    """
+    adapter = subject.checkpoint.adapter
+    if adapter is None:
+        return
+    import numpy as np
+
+    if not subject.is_held:
+        found.add(
+            "adapter",
+            f"{adapter.name} merged; the base is too large here to run with the adapter beside it, "
+            "so only the artifact was compared with the merged weights",
+            passed=True,
+        )
+        return
+    merged = next(interpreter.logits(subject.checkpoint, subject.chunks[:1]))
+    difference = float(np.abs(beside - merged).max())
+    scale = float(np.abs(beside).max())
+    limit = 1e-4 * max(1.0, scale)
+    found.add(
+        "adapter",
+        f"{adapter.name} merged: logits within {difference:.1e} of base + adapter (<= {limit:.1e})",
+        passed=difference <= limit,
+    )
+
+
+def _goldens(
+    subject: Subject, logits: list[LogitGolden], prompt: list[int], answer: list[int]
+) -> Goldens:
+    text = subject.text
+    return Goldens(
+        texts=tuple(
+            TextGolden(text=line, ids=tuple(text.encode(line, adds_bos=False)))
+            for line in corpus.lines()
+        ),
+        chats=tuple(
+            ChatGolden(
+                messages=turns, rendered=text.render(turns), ids=tuple(text.encode_chat(turns))
+            )
+            for turns in subject.conversations
+        ),
+        logits=tuple(logits),
+        answer_prompt_ids=tuple(prompt),
+        answer_ids=tuple(answer),
+    )

@@ -1,0 +1,184 @@
+"""The checkpoint's own word: transformers in float32, with the adapter beside the base, not merged.
+
+Everything an artifact is compared with comes from here, and nothing here shares code with what
+makes artifacts.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekit.errors import MissingDependencyError, UsageError
+from edgekit.progress import Listener, Silent
+from edgekit.proof import interpreter
+from edgekit.runtime.silence import silence
+from edgekit.source.checkpoint import AdapterRecord, Checkpoint
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+Message = Mapping[str, str]
+
+
+def require() -> None:
+    """Check that a proof is possible here, before slow work.
+
+    Raises:
+        MissingDependencyError: If torch or transformers is not installed.
+    """
+    import importlib.util
+
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if missing:
+        raise MissingDependencyError(
+            f"a proof needs {' and '.join(missing)}",
+            hint="pip install 'edgekit[gguf]', or export with --no-verify",
+        )
+
+
+def require_for(checkpoint: Checkpoint) -> None:
+    """Check that this checkpoint's word can be had here.
+
+    Raises:
+        MissingDependencyError: If it is quantised and what quantised it is not installed.
+    """
+    import importlib.util
+
+    if checkpoint.quantisation and not importlib.util.find_spec("bitsandbytes"):
+        raise MissingDependencyError(
+            f"proving what {checkpoint.name} says needs bitsandbytes, which quantised it",
+            hint="pip install bitsandbytes, or export with --no-verify",
+        )
+
+
+def logits(
+    checkpoint: Checkpoint,
+    chunks: Sequence[Sequence[int]],
+    *,
+    is_held: bool | None = None,
+    listener: Listener | None = None,
+) -> Iterator["npt.NDArray[np.float32]"]:
+    """Return the logits after each token of each chunk: float32, shape ``(tokens, vocabulary)``.
+
+    Where transformers cannot hold the model, `reference` computes it layer by layer: an interpreter
+    of its own, which the tests prove against transformers on every family. All layers are done
+    when this returns, so that what is loaded next does not lie beside them in memory.
+
+    Args:
+        checkpoint: The model.
+        chunks: Token ids.
+        is_held: Whether transformers can hold it; None asks `holds`.
+        listener: Is told how far the layers are.
+    """
+    if holds(checkpoint) if is_held is None else is_held:
+        return _transformers_logits(checkpoint, chunks)
+    total = len(checkpoint.spec.layers) * sum(map(len, chunks))
+    with (listener or Silent()).track("read the checkpoint layer by layer", total) as advance:
+        states = interpreter.hidden_states(checkpoint, chunks, advance=advance)
+    return (interpreter.apply_head(checkpoint, x).numpy() for x in states)
+
+
+def holds(checkpoint: Checkpoint) -> bool:
+    """Tell whether transformers can hold a model in float32 in half of the memory that is free."""
+    return 4 * checkpoint.parameters <= _free_memory_bytes() // 2
+
+
+def _free_memory_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux: take what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def _transformers_logits(
+    checkpoint: Checkpoint, chunks: Sequence[Sequence[int]]
+) -> Iterator["npt.NDArray[np.float32]"]:
+    import torch
+
+    with silence():  # torchao, which is imported with the model, talks
+        model = _model(checkpoint)
+    for chunk in chunks:
+        with torch.inference_mode():
+            rows = model(input_ids=torch.tensor([chunk]), use_cache=False).logits[0]
+        yield rows[:, : checkpoint.spec.vocabulary].float().numpy()
+
+
+def _model(checkpoint: Checkpoint) -> Any:
+    import torch
+
+    require_for(checkpoint)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels nobody needs here
+    transformers = _transformers()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint.directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    if checkpoint.quantisation:  # its own layers compute in the type of training, often bfloat16
+        model = model.dequantize().to(torch.float32)
+    if checkpoint.adapter:
+        model = _with_adapter(model, checkpoint.adapter, vocabulary=checkpoint.spec.vocabulary)
+    return model.eval()
+
+
+def _with_adapter(model: Any, adapter: AdapterRecord, *, vocabulary: int) -> Any:
+    """Put an adapter beside a model; those that came before it are part of what it saw."""
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"proving an adapter needs peft ({error})", hint="pip install 'edgekit[gguf]'"
+        ) from error
+    if adapter.earlier:
+        model = _with_adapter(model, adapter.earlier, vocabulary=vocabulary).merge_and_unload()
+    if model.get_input_embeddings().weight.shape[0] != vocabulary:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    with warnings.catch_warnings():
+        # peft 0.19 asks models for a name that transformers 5 deprecates.
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.PeftModel.from_pretrained(model, adapter.directory)
+
+
+def tokenizer(checkpoint: Checkpoint) -> Any:
+    """Return transformers' tokenizer of the checkpoint, or of its adapter if that brings one."""
+    directory = checkpoint.text.tokenizer_json.parent
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise UsageError(
+            f"transformers cannot read the tokenizer of {directory}: {error}"
+        ) from error
+
+
+def ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a text, special tokens parsed and none added."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def rendered(tokenizer: Any, messages: Sequence[Message], *, template: str) -> str:
+    """Return a conversation as the chat template writes it, ready for the answer."""
+    return str(
+        tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    )
+
+
+def _transformers() -> Any:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers

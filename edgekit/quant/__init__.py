@@ -1,0 +1,1 @@
+"""Quantization: which tensor type each weight gets, and how numbers round."""

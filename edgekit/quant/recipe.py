@@ -1,0 +1,134 @@
+"""Recipes: which storage each weight gets. Nothing here knows a format or a device."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+from edgekit.model.spec import DecoderSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """One way a format stores numbers, under the name its own tools use."""
+
+    name: str
+    block_weights: int  # a row's length must be a multiple of this
+    block_bytes: int  # scales included
+    pads_rows: bool = False  # it need not: a last block that is not filled is stored whole
+
+    @property
+    def bits_per_weight(self) -> float:
+        """What one weight costs, its share of the scales included."""
+        return self.block_bytes * 8 / self.block_weights
+
+
+Layers = Literal["all", "sensitive", "first_two", "first_four", "first_eighth", "first_sixteenth"]
+Decoders = Literal["all", "tied", "grouped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Weights whose role, without its layer, matches ``pattern`` get ``storage``."""
+
+    pattern: str  # a regular expression for the whole role: "value|down"
+    storage: str
+    layers: Layers = "all"
+    decoders: Decoders = "all"  # tied: the head is the embedding; grouped: 4 or more queries a key
+
+    def applies_to(self, role: str, spec: DecoderSpec) -> bool:
+        """Tell whether this rule is about one weight of a decoder."""
+        layer, part = split_role(role)
+        if not re.fullmatch(self.pattern, part) or not _is_meant(self.decoders, spec):
+            return False
+        if layer is None:  # the embedding, the head, the last norm
+            return self.layers == "all"
+        return _is_chosen(self.layers, layer, depth=len(spec.layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Ordered rules; the first match wins, and what no rule names gets ``default``."""
+
+    name: str
+    default: str
+    rules: tuple[Rule, ...] = ()
+    max_mean_kl_nats: float  # above, an artifact does not say what the checkpoint says
+    min_same_top_token: float  # share of positions, 0 to 1
+
+    def storage_for(self, role: str, spec: DecoderSpec) -> str:
+        """Return the storage this recipe wants for one weight of a decoder."""
+        for rule in self.rules:
+            if rule.applies_to(role, spec):
+                return rule.storage
+        return self.default
+
+
+def with_limits(limits: Mapping[str, tuple[float, float]], *always: Rule) -> Callable[..., Recipe]:
+    """Return what makes the recipes of a format.
+
+    Args:
+        limits: By the name of the recipe, the mean KL in nats that an artifact may have, and the
+            share of equal top tokens that it must have.
+        always: The first rules of each recipe.
+    """
+
+    def make(name: str, default: str, *rules: Rule) -> Recipe:
+        mean_kl_nats, same_top_token = limits[name]
+        return Recipe(
+            name=name,
+            default=default,
+            rules=(*always, *rules),
+            max_mean_kl_nats=mean_kl_nats,
+            min_same_top_token=same_top_token,
+        )
+
+    return make
+
+
+def _is_meant(decoders: Decoders, spec: DecoderSpec) -> bool:
+    match decoders:
+        case "all":
+            return True
+        case "tied":
+            return spec.is_tied
+        case "grouped":
+            return spec.attention.heads // spec.attention.key_value_heads >= 4
+        case _:
+            assert_never(decoders)
+
+
+def _is_chosen(layers: Layers, layer: int, *, depth: int) -> bool:
+    match layers:
+        case "all":
+            return True
+        case "sensitive":
+            return is_sensitive(layer, depth=depth)
+        case "first_two":
+            return layer < 2
+        case "first_four":
+            return layer < 4
+        case "first_eighth":
+            return layer < depth // 8
+        case "first_sixteenth":
+            return layer < depth // 16
+        case _:
+            assert_never(layers)
+
+
+def split_role(role: str) -> tuple[int | None, str]:
+    """Split ``layers.3.down`` into its layer and the rest; ``final_norm`` has no layer."""
+    if role.startswith("layers."):
+        _, layer, part = role.split(".")
+        return int(layer), part
+    return None, role
+
+
+def is_sensitive(layer: int, *, depth: int) -> bool:
+    """Tell whether a layer is of the first or last eighth, or every third one between.
+
+    Source: ``use_more_bits`` in src/llama-quant.cpp of llama.cpp 0c1e57098; its authors found these
+    layers to lose most by rounding.
+    """
+    eighth = depth // 8
+    return layer < eighth or layer >= 7 * depth // 8 or (layer - eighth) % 3 == 2

@@ -1,0 +1,1 @@
+"""Runtime: a loaded model, and the machine it runs on."""

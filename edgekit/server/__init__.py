@@ -1,0 +1,1 @@
+"""Server: the protocol that `edgekit serve` speaks."""

@@ -1,0 +1,1 @@
+"""Source: what comes in, a checkpoint with its adapters, read one tensor at a time."""

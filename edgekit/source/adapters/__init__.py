@@ -1,0 +1,1 @@
+"""Adapters: what PEFT saves, merged into a base one tensor at a time."""

@@ -1,0 +1,294 @@
+"""What an ``adapter_config.json`` says, as far as it can change a weight.
+
+An option that is set and that nothing here reads is a refusal: it may change what the model says.
+The matching rules are PEFT's, because a module that is missed is an adapter that is half merged.
+
+Source: ``check_target_module_exists`` in tuners/tuners_utils.py, ``get_pattern_key`` in
+utils/other.py and ``LoraConfig`` in tuners/lora/config.py of peft 0.21.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekit.errors import UsageError
+from edgekit.source.checkpoint import read_json_object
+from edgekit.source.config import Config
+
+
+SUPPORTED = (
+    "LoRA with rank and alpha patterns, rsLoRA, DoRA, biases, modules_to_save and "
+    "trainable_token_indices"
+)
+ALL_LINEAR = "all-linear"
+_MOST = 2**31  # no rank and no alpha comes near
+_OTHER_KINDS = {
+    "ADALORA": "AdaLoRA",
+    "BOFT": "BOFT",
+    "HRA": "HRA",
+    "IA3": "IA3",
+    "LN_TUNING": "layer norm tuning",
+    "LOHA": "LoHa",
+    "LOKR": "LoKr",
+    "MISS": "MiSS",
+    "OFT": "OFT",
+    "PREFIX_TUNING": "prefix tuning",
+    "PROMPT_TUNING": "prompt tuning",
+    "P_TUNING": "p-tuning",
+    "TRAINABLE_TOKENS": "trainable tokens without LoRA",
+    "VBLORA": "VB-LoRA",
+    "VERA": "VeRA",
+}
+_REFUSED_OPTIONS = {
+    "alora_invocation_tokens": "activated LoRA, which changes the weights within a text",
+    "arrow_config": "Arrow, which chooses among adapters for each token",
+    "kasa_config": "KaSA, which truncates the base",
+    "layer_replication": "layer replication, which repeats layers of the base",
+    "megatron_config": "Megatron's parallel layers",
+    "monteclora_config": "MonteCLoRA, which samples its weights",
+    "target_parameters": "adapters on bare parameters (mixtures of experts)",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_mora": "MoRA",
+    "use_qalora": "QA-LoRA, which pools the input of a quantised layer",
+    "velora_config": "VeLoRA",
+}
+# How training started: PEFT subtracts these from the base when it loads the adapter, so the file
+# alone does not say what to add. Other ways to start leave an ordinary LoRA behind.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_READ = frozenset({
+    "alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
+    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "task_type",
+    "trainable_token_indices", "use_dora", "use_rslora",
+})  # fmt: skip
+_WITHOUT_EFFECT = frozenset({
+    "auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_dropout",
+    "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "fan_in_fan_out",  # for layers that store columns as rows; on others PEFT takes it back
+})  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """A LoRA configuration, parsed and checked."""
+
+    origin: str  # the file, for messages
+    base_model: str
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, float]
+    alpha_pattern: Mapping[str, float]
+    target_modules: str | tuple[str, ...]  # a string is a pattern for the whole name
+    exclude_modules: str | tuple[str, ...]
+    layers: tuple[int, ...]  # none: all of them
+    layers_pattern: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    token_ids: Mapping[str, tuple[int, ...]]  # "" is the input embedding
+    is_rank_stabilised: bool
+    has_magnitudes: bool  # DoRA
+    has_lora_bias: bool
+    keeps_tie: bool
+
+    def targets(self, module: str, *, is_embedding: bool) -> bool:
+        """Tell whether a module has a low-rank update; ``is_embedding`` includes the head."""
+        if self._excludes(module) or self.saves(module):
+            return False
+        if self.target_modules == ALL_LINEAR:
+            return not is_embedding
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, module) is not None
+        if module in self.target_modules:
+            return True
+        named = any(module.endswith(f".{name}") for name in self.target_modules)
+        return named and (not self.layers or self._layer_of(module) in self.layers)
+
+    def saves(self, module: str) -> bool:
+        """Tell whether a module is replaced as a whole."""
+        return any(
+            re.match(rf"(^|.*\.){name}($|\..*)", module) is not None
+            for name in self.modules_to_save
+        )
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank of a module's update."""
+        return int(_lookup(self.rank_pattern, module, self.rank))
+
+    def scale_of(self, module: str) -> float:
+        """Return what a module's update is multiplied with."""
+        rank = self.rank_of(module)
+        alpha = _lookup(self.alpha_pattern, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
+
+    def token_ids_of(self, module: str, *, is_embedding: bool) -> tuple[int, ...] | None:
+        """Return the tokens whose rows a module has anew, in the order of the file."""
+        for name, ids in self.token_ids.items():
+            if is_embedding if name == "" else module.endswith(name):
+                return ids
+        return None
+
+    def _excludes(self, module: str) -> bool:
+        if isinstance(self.exclude_modules, str):
+            return re.fullmatch(self.exclude_modules, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in self.exclude_modules)
+
+    def _layer_of(self, module: str) -> int | None:
+        patterns = self.layers_pattern or (r"[^.]*",)
+        before = r".*?\." if not self.layers_pattern else r"(?:^|.*?\.)"
+        for pattern in patterns:
+            if match := re.match(rf"{before}{pattern}\.(?P<layer>\d+)\.", module):
+                return int(match["layer"])
+        return None
+
+
+def read(directory: Path) -> AdapterSettings:
+    """Read the configuration of an adapter.
+
+    Raises:
+        UsageError: If this is no adapter, one of another kind, or one with an option that edgekit
+            does not know.
+    """
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        raise UsageError(
+            f"{directory} is no adapter: it has no adapter_config.json",
+            hint="pass the directory that PEFT's save_pretrained wrote",
+        )
+    fields = {name: value for name, value in read_json_object(path).items() if _is_set(value)}
+    _refuse_other_kinds(fields, origin=str(path))
+    config = Config(fields, origin=str(path))
+    settings = _settings(config, fields)
+    _refuse_unread(fields, origin=str(path))
+    _refuse_bad_patterns(settings)
+    return settings
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False and value not in ([], {}, "")
+
+
+def _refuse_other_kinds(fields: Mapping[str, Any], *, origin: str) -> None:
+    kind = str(fields.get("peft_type", ""))
+    if kind != "LORA":
+        raise UsageError(
+            f"{origin} describes an adapter of kind {_OTHER_KINDS.get(kind, kind)!r}, "
+            "edgekit merges LoRA",
+            hint=f"supported: {SUPPORTED}",
+        )
+    for name, meaning in _REFUSED_OPTIONS.items():
+        if name in fields:
+            raise UsageError(
+                f"{origin}: {name} is set, which is {meaning}; edgekit does not merge that",
+                hint=f"supported: {SUPPORTED}",
+            )
+    start = str(fields.get("init_lora_weights", True)).lower()
+    if start.startswith(_CHANGE_THE_BASE):
+        raise UsageError(
+            f"{origin}: init_lora_weights = {start!r}, so the adapter belongs to a base that PEFT "
+            "changed before training",
+            hint="convert it: save_pretrained(…, path_initial_model_for_weight_conversion=…)",
+        )
+
+
+def _refuse_unread(fields: Mapping[str, Any], *, origin: str) -> None:
+    if unread := sorted(fields.keys() - _READ - _WITHOUT_EFFECT):
+        raise UsageError(
+            f"{origin} has options that edgekit does not know: {', '.join(unread)}",
+            hint="remove them if they cannot change the weights, or report the adapter",
+        )
+
+
+def _settings(config: Config, fields: Mapping[str, Any]) -> AdapterSettings:
+    _refuse_other_values(fields, origin=config.origin)
+    return AdapterSettings(
+        origin=config.origin,
+        base_model=config.get("base_model_name_or_path", ""),
+        rank=config.integer("r"),
+        alpha=config.number("lora_alpha", 8),  # PEFT's default
+        rank_pattern=_numbers(config, "rank_pattern", whole=True),
+        alpha_pattern=_numbers(config, "alpha_pattern"),
+        target_modules=_names_or_pattern(fields, "target_modules", config.origin),
+        exclude_modules=_names_or_pattern(fields, "exclude_modules", config.origin),
+        layers=_integers(fields, "layers_to_transform", config.origin),
+        layers_pattern=_names(fields, "layers_pattern", config.origin),
+        modules_to_save=_names(fields, "modules_to_save", config.origin),
+        token_ids=_token_ids(fields, config.origin),
+        is_rank_stabilised=config.get("use_rslora", default=False),
+        has_magnitudes=config.get("use_dora", default=False),
+        has_lora_bias=config.get("lora_bias", default=False),
+        keeps_tie=config.get("ensure_weight_tying", default=False),
+    )
+
+
+def _refuse_other_values(fields: Mapping[str, Any], *, origin: str) -> None:
+    for name, known in (("task_type", ("CAUSAL_LM",)), ("bias", ("none", "all", "lora_only"))):
+        value = fields.get(name, known[0])
+        if value not in known:
+            raise UsageError(f"{origin}: {name} = {value!r}, expected {' or '.join(known)}")
+
+
+def _names_or_pattern(fields: Mapping[str, Any], name: str, origin: str) -> str | tuple[str, ...]:
+    value = fields.get(name)
+    return value if isinstance(value, str) else _names(fields, name, origin)
+
+
+def _names(fields: Mapping[str, Any], name: str, origin: str) -> tuple[str, ...]:
+    value = fields.get(name, [])
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise UsageError(f"{origin}: {name} = {value!r}, expected names")
+    return tuple(value)
+
+
+def _integers(fields: Mapping[str, Any], name: str, origin: str) -> tuple[int, ...]:
+    return _checked_integers(fields.get(name, []), name, origin)
+
+
+def _checked_integers(value: Any, name: str, origin: str) -> tuple[int, ...]:
+    value = [value] if isinstance(value, int) else value
+    if not isinstance(value, list) or not all(
+        isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value
+    ):
+        raise UsageError(f"{origin}: {name} = {value!r}, expected whole numbers")
+    return tuple(value)
+
+
+def _numbers(config: Config, name: str, *, whole: bool = False) -> dict[str, float]:
+    value = config.get(name, dict[str, Any]())
+    kind = int if whole else int | float
+    for key, number in value.items():
+        if not isinstance(number, kind) or isinstance(number, bool) or not 0 < number < _MOST:
+            raise UsageError(
+                f"{config.origin}: {name}[{key!r}] = {number!r}, expected a positive number"
+            )
+    return value
+
+
+def _token_ids(fields: Mapping[str, Any], origin: str) -> dict[str, tuple[int, ...]]:
+    name = "trainable_token_indices"
+    value = fields.get(name, {})
+    by_module = value if isinstance(value, dict) else {"": value}
+    return {key: _checked_integers(ids, name, origin) for key, ids in by_module.items()}
+
+
+def _lookup(pattern: Mapping[str, float], module: str, default: float) -> float:
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _refuse_bad_patterns(settings: AdapterSettings) -> None:
+    patterns = [*settings.rank_pattern, *settings.alpha_pattern, *settings.modules_to_save]
+    patterns += [*settings.layers_pattern]
+    for value in (settings.target_modules, settings.exclude_modules):
+        patterns += [value] if isinstance(value, str) else []
+    for pattern in patterns:
+        try:
+            re.compile(rf"(.*\.)?({pattern})$")
+        except re.error as error:
+            raise UsageError(
+                f"{settings.origin}: {pattern!r} is no regular expression: {error}"
+            ) from error

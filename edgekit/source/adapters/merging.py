@@ -1,0 +1,614 @@
+"""Adapters: a base and a PEFT directory become a checkpoint of merged tensors.
+
+Only headers are read here; a delta is computed when its tensor is read, for the rows that are
+asked for. So an adapter that does not fit its base is refused at once, and nothing after this
+module knows that there was one.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import NoReturn
+
+from edgekit.errors import UsageError
+from edgekit.model.spec import DecoderSpec, Shape
+from edgekit.model.tokenizer_files import TokenizerFiles, added_tokens
+from edgekit.source import families
+from edgekit.source.adapters import adapter_config
+from edgekit.source.adapters.adapter_config import AdapterSettings
+from edgekit.source.adapters.tensors import (
+    ColumnMagnitudes,
+    EmbeddingUpdate,
+    LowRankUpdate,
+    ReplacedRows,
+    RowMagnitudes,
+    Sum,
+    Twin,
+    Zeros,
+    stored_dtype,
+)
+from edgekit.source.checkpoint import (
+    AdapterRecord,
+    Checkpoint,
+    Tensor,
+    read_json_object,
+    read_safetensors,
+)
+from edgekit.source.config import Config
+
+
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # PEFT wraps the model twice
+_LOW_RANK = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+_ORIGINAL = "original_module."  # the base's own parameter, beside one that replaces it
+_QUANTISED_BASE = re.compile(r"4bit|8bit|bnb|gptq|awq|int4|int8", re.IGNORECASE)
+
+Parts = Mapping[str, Tensor]  # what the file holds for one module, by kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """An adapter beside the base it is to be merged into."""
+
+    base: Checkpoint
+    settings: AdapterSettings
+    path: Path  # of the adapter's weights
+    parts: Mapping[str, Parts]  # by module
+    embedding: str  # the tensor that token ids look up
+    head: str  # the tensor that gives the logits, also where the two are tied
+
+    @property
+    def name(self) -> str:
+        return self.path.parent.resolve().name
+
+    def is_embedding(self, module: str) -> bool:
+        """Tell whether a module is the token embedding or the output head."""
+        return f"{module}.weight" in (self.embedding, self.head)
+
+
+def merge(base: Checkpoint, directory: Path) -> Checkpoint:
+    """Return the checkpoint whose tensors are those of ``base`` with an adapter added.
+
+    Merging twice stacks two adapters: the second sees the base with the first one in it.
+
+    Raises:
+        UsageError: If the adapter is damaged, of a kind edgekit does not merge, or made for
+            another base; the message says what was found and what was expected.
+    """
+    fit = _open(base, directory)
+    tensors: dict[str, Tensor] = dict(base.tensors)
+    if base.spec.is_tied:
+        tensors[fit.head] = tensors[fit.embedding]
+    _refuse_other_targets(fit, tensors)
+    _replace_whole(fit, tensors)
+    _add_updates(fit, tensors)
+    _replace_token_rows(fit, tensors)
+    spec = _spec_of(fit, tensors)
+    text = _text_of(fit, vocabulary=spec.vocabulary)
+    record = _record_of(fit, spec, text)
+    merged = replace(base, spec=spec, tensors=tensors, text=text, adapter=record)
+    merged.refuse_mismatch()
+    return merged
+
+
+def _open(base: Checkpoint, directory: Path) -> _Fit:
+    settings = adapter_config.read(directory)
+    path = directory / WEIGHTS
+    if not path.is_file():
+        raise UsageError(
+            f"{directory} has no {WEIGHTS}",
+            hint="edgekit never opens pickles: load it with PEFT and save_pretrained() it again"
+            if (directory / "adapter_model.bin").exists()
+            else "pass the directory that PEFT's save_pretrained wrote",
+        )
+    family = families.get(base.architecture)
+    untied = replace(base.spec, is_tied=False)
+    return _Fit(
+        base=base,
+        settings=settings,
+        path=path,
+        parts=_read_parts(path),
+        embedding=family.source("token_embedding", untied).tensor,
+        head=family.source("output_head", untied).tensor,
+    )
+
+
+def _read_parts(path: Path) -> dict[str, dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in read_safetensors(path):
+        module, kind = _parse(key, path)
+        of_module = parts.setdefault(module, {})
+        if kind in of_module:
+            raise UsageError(f"{path} holds {kind} of {module} twice, the second time as {key}")
+        of_module[kind] = tensor
+    if not parts:
+        raise UsageError(f"{path} holds no tensor")
+    for module, of_module in parts.items():
+        _join_copies(of_module, f"{path} holds two versions of {module}")
+        for kind in of_module:
+            if kind.startswith(_ORIGINAL) and kind.removeprefix(_ORIGINAL) not in of_module:
+                raise UsageError(f"{path} holds {kind} of {module} and not what replaces it")
+    return parts
+
+
+def _join_copies(parts: dict[str, Tensor], complaint: str) -> None:
+    """Make one of what PEFT writes twice where a saved module was also resized."""
+    for kind in ("weight", "bias"):
+        if copy := parts.pop(f"modules_to_save.{kind}", None):
+            one = parts.get(kind)
+            parts[kind] = Twin(base=one, other=copy, complaint=complaint) if one else copy
+
+
+def _parse(key: str, path: Path) -> tuple[str, str]:
+    """Split a name of the file into the module and what of it this is.
+
+    The kinds are those of `_LOW_RANK`, ``lora_B.bias``, ``tokens``, ``weight`` and ``bias`` for a
+    parameter of the module itself, and these two after ``modules_to_save.`` or
+    ``original_module.``. Names with and without the adapter's own name (``lora_A.default.weight``,
+    ``lora_A.weight``) mean the same.
+    """
+    name = key.removeprefix(_PREFIX)
+    if match := re.fullmatch(r"(.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?", name):
+        return match[1], "tokens"
+    low_rank = rf"(.+?)\.({'|'.join(_LOW_RANK)})(\.(?!weight$|bias$)[^.]+)?(\.weight|\.bias)?"
+    if match := re.fullmatch(low_rank, name):
+        return match[1], match[2] + (".bias" if match[4] == ".bias" else "")
+    copy = r"(?:(modules_to_save\.|original_module\.)(?:default\.)?)?"
+    wrapped = rf"(.+?)(?:\.token_adapter)?(?:\.base_layer)?\.{copy}(weight|bias)"
+    if match := re.fullmatch(wrapped, name):
+        return match[1], (match[2] or "") + match[3]
+    raise UsageError(
+        f"{path} holds {key}, which is no part of a LoRA adapter",
+        hint=f"supported: {adapter_config.SUPPORTED}",
+    )
+
+
+def _refuse_other_targets(fit: _Fit, tensors: Mapping[str, Tensor]) -> None:
+    """Check that the file has low-rank updates for the modules of the config, and no others."""
+    targeted = {
+        module
+        for module in _modules(tensors)
+        if fit.settings.targets(module, is_embedding=fit.is_embedding(module))
+    }
+    embedding, head = (name.removesuffix(".weight") for name in (fit.embedding, fit.head))
+    if fit.settings.keeps_tie and fit.base.spec.is_tied and embedding in targeted:
+        targeted.add(head)
+    found = {module for module, parts in fit.parts.items() if _is_low_rank(parts)}
+    if missing := sorted(targeted - found):
+        _refuse_missing(fit, missing, found)
+    for module in sorted(found - targeted):
+        _refuse_unknown(fit, module, tensors)
+        raise UsageError(
+            f"{fit.path} holds an update of {module}, which {fit.settings.origin} does not target",
+            hint="the two files belong to different adapters",
+        )
+
+
+def _modules(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    for name, tensor in tensors.items():
+        if name.endswith(".weight") and len(tensor.shape) == 2:
+            yield name.removesuffix(".weight")
+
+
+def _is_low_rank(parts: Parts) -> bool:
+    return any(kind.startswith("lora_") for kind in parts)
+
+
+def _refuse_missing(fit: _Fit, missing: list[str], found: set[str]) -> NoReturn:
+    layers = [layer for module in found if (layer := _layer_of(module)) is not None]
+    depth = len(fit.base.spec.layers)
+    if (
+        layers
+        and max(layers) + 1 < depth
+        and all((_layer_of(module) or 0) > max(layers) for module in missing)
+    ):
+        raise UsageError(
+            f"{fit.path} is for {max(layers) + 1} layers, {fit.base.directory} has {depth}",
+            hint=_hint(fit),
+        )
+    raise UsageError(
+        f"{fit.path} lacks the update of {missing[0]}, which {fit.settings.origin} targets "
+        f"({len(missing)} such modules)",
+        hint=_hint(fit),
+    )
+
+
+def _refuse_unknown(fit: _Fit, module: str, tensors: Mapping[str, Tensor]) -> None:
+    """Stop if the base has no such module."""
+    if f"{module}.weight" in tensors:
+        return
+    depth = len(fit.base.spec.layers)
+    deepest = max((_layer_of(name) or 0 for name in fit.parts), default=0)
+    if deepest >= depth:
+        raise UsageError(
+            f"{fit.path} is for at least {deepest + 1} layers, {fit.base.directory} has {depth}",
+            hint=_hint(fit),
+        )
+    raise UsageError(
+        f"{fit.path} changes {module}, which {fit.base.directory} does not have", hint=_hint(fit)
+    )
+
+
+def _layer_of(module: str) -> int | None:
+    match = re.search(r"\.layers\.(\d+)\.", module)
+    return int(match[1]) if match else None
+
+
+def _hint(fit: _Fit) -> str:
+    made_for = fit.settings.base_model
+    return f"the adapter was made for {made_for!r}" if made_for else "it has another base"
+
+
+def _replace_whole(fit: _Fit, tensors: dict[str, Tensor]) -> None:
+    """Put in what the adapter stores whole: saved modules, biases, a resized embedding."""
+    ends: dict[str, Tensor] = {}
+    for module, parts in fit.parts.items():
+        for kind in sorted(parts.keys() & {"weight", "bias"}):
+            name, tensor = f"{module}.{kind}", parts[kind]
+            if name not in tensors:
+                _refuse_unknown(fit, module, tensors)
+                raise UsageError(
+                    f"{fit.path} has a {kind} for {module}, {fit.base.directory} has none",
+                    hint=_hint(fit),
+                )
+            is_end = name in (fit.embedding, fit.head)
+            _refuse_shape(fit, name, tensor.shape, tensors[name].shape, may_grow=is_end)
+            if is_end:
+                ends[name] = tensor
+            else:
+                tensors[name] = tensor
+    _replace_ends(fit, tensors, ends)
+    _refuse_unsaved(fit)
+
+
+def _refuse_shape(
+    fit: _Fit, name: str, found: Shape, expected: Shape, *, may_grow: bool = False
+) -> None:
+    if found == expected or (may_grow and found[1:] == expected[1:] and found[0] > 0):
+        return
+    raise UsageError(
+        f"{fit.path}: {name} has shape {list(found)}, expected {list(expected)}", hint=_hint(fit)
+    )
+
+
+def _replace_ends(fit: _Fit, tensors: dict[str, Tensor], ends: Mapping[str, Tensor]) -> None:
+    """Replace embedding and head.
+
+    Where the base ties them, one that PEFT saved as a module of its own leaves the other alone;
+    one that it saved because the vocabulary was resized, or its layer wrapped, is still both.
+    """
+    of_its_own = {
+        name
+        for name in ends
+        if fit.settings.saves(name.removesuffix(".weight")) and not fit.settings.keeps_tie
+    }
+    shared = [tensor for name, tensor in ends.items() if name not in of_its_own]
+    shared += [original for name in of_its_own if (original := _original(fit, name))]
+    if fit.base.spec.is_tied and shared:
+        both = shared[0] if len(shared) == 1 else _twin(fit, shared[0], shared[1])
+        tensors[fit.embedding] = tensors[fit.head] = both
+    for name in ends if not fit.base.spec.is_tied else of_its_own:
+        tensors[name] = ends[name]
+
+
+def _original(fit: _Fit, name: str) -> Tensor | None:
+    """Return what a saved embedding or head was a copy of, if the file holds that too."""
+    parts = fit.parts[name.removesuffix(".weight")]
+    original = parts.get(f"{_ORIGINAL}weight")
+    if original is not None:
+        _refuse_shape(fit, name, original.shape, parts["weight"].shape)
+    return original
+
+
+def _twin(fit: _Fit, one: Tensor, other: Tensor) -> Twin:
+    return Twin(
+        base=one,
+        other=other,
+        complaint=f"{fit.path} holds two versions of what {fit.base.directory} ties: "
+        f"{fit.embedding} and {fit.head}",
+    )
+
+
+def _refuse_unsaved(fit: _Fit) -> None:
+    stored = [module for module, parts in fit.parts.items() if parts.keys() & {"weight", "bias"}]
+    for name in fit.settings.modules_to_save:
+        if not any(re.match(rf"(^|.*\.){name}($|\..*)", module) for module in stored):
+            raise UsageError(
+                f"{fit.settings.origin} lists {name!r} in modules_to_save, {fit.path} lacks it",
+                hint="the adapter was saved incompletely; save it again with PEFT",
+            )
+
+
+def _add_updates(fit: _Fit, tensors: dict[str, Tensor]) -> None:
+    for module, parts in fit.parts.items():
+        if _is_low_rank(parts):
+            name = f"{module}.weight"
+            tensors[name] = _updated(fit, module, tensors[name])
+            if "lora_B.bias" in parts:
+                _add_bias(fit, module, tensors)
+    if fit.settings.keeps_tie and fit.base.spec.is_tied and _are_updates_tied(fit):
+        tensors[fit.head] = tensors[fit.embedding]
+
+
+def _updated(fit: _Fit, module: str, base: Tensor) -> Tensor:
+    is_lookup = f"{module}.weight" == fit.embedding
+    down, up = _factors(fit, module, base.shape, is_lookup=is_lookup)
+    update = EmbeddingUpdate if is_lookup else LowRankUpdate
+    updated = update(base=base, down=down, up=up, scale=fit.settings.scale_of(module))
+    if not fit.settings.has_magnitudes:
+        return updated
+    magnitudes = fit.parts[module]["lora_magnitude_vector"]
+    width = base.shape[1 if is_lookup else 0]
+    _refuse_shape(fit, f"{module}.lora_magnitude_vector", magnitudes.shape, (width,))
+    scaled = ColumnMagnitudes if is_lookup else RowMagnitudes
+    return scaled(base=updated, magnitudes=magnitudes)
+
+
+def _factors(fit: _Fit, module: str, shape: Shape, *, is_lookup: bool) -> tuple[Tensor, Tensor]:
+    names = _LOW_RANK[2:4] if is_lookup else _LOW_RANK[:2]
+    expected = {*names}
+    if fit.settings.has_magnitudes:
+        expected.add("lora_magnitude_vector")
+    if fit.settings.has_lora_bias and not is_lookup:
+        expected.add("lora_B.bias")
+    parts = fit.parts[module]
+    found = {kind for kind in parts if kind.startswith("lora_")}
+    if found != expected:
+        raise UsageError(
+            f"{fit.path} holds {_listed(found)} of {module}, expected {_listed(expected)}",
+            hint="the adapter was saved incompletely, or its config belongs to another one",
+        )
+    rows, columns = (shape[1], shape[0]) if is_lookup else shape
+    rank = fit.settings.rank_of(module)
+    _refuse_shape(fit, f"{module}.{names[0]}", parts[names[0]].shape, (rank, columns))
+    _refuse_shape(fit, f"{module}.{names[1]}", parts[names[1]].shape, (rows, rank))
+    return parts[names[0]], parts[names[1]]
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+def _add_bias(fit: _Fit, module: str, tensors: dict[str, Tensor]) -> None:
+    name, addend = f"{module}.bias", fit.parts[module]["lora_B.bias"]
+    base = tensors.get(name)
+    if base is None:  # whether the decoder can carry one, `_spec_with_biases` finds out
+        base = Zeros(shape=tensors[f"{module}.weight"].shape[:1], dtype=stored_dtype(addend))
+    _refuse_shape(fit, f"{module}.lora_B.bias", addend.shape, base.shape)
+    tensors[name] = Sum(base=base, addend=addend, scale=fit.settings.scale_of(module))
+
+
+def _are_updates_tied(fit: _Fit) -> bool:
+    """Tell whether embedding and head have the same factors, transposed; they are small."""
+    import numpy as np
+
+    lookup = fit.parts.get(fit.embedding.removesuffix(".weight"), {})
+    head = fit.parts.get(fit.head.removesuffix(".weight"), {})
+    if "lora_embedding_A" not in lookup or "lora_A" not in head or fit.settings.has_magnitudes:
+        return False
+    pairs = (("lora_embedding_B", "lora_A"), ("lora_embedding_A", "lora_B"))
+    return all(np.array_equal(lookup[one].read().T, head[other].read()) for one, other in pairs)
+
+
+def _replace_token_rows(fit: _Fit, tensors: dict[str, Tensor]) -> None:
+    rows = {
+        f"{module}.weight": parts["tokens"]
+        for module, parts in fit.parts.items()
+        if "tokens" in parts
+    }
+    for name in rows:
+        if name not in tensors:
+            _refuse_unknown(fit, name.removesuffix(".weight"), tensors)
+    if fit.base.spec.is_tied and _are_rows_tied(fit, rows, tensors):
+        values: Tensor = rows[fit.embedding]
+        if fit.head in rows:
+            values = _twin(fit, values, rows[fit.head])
+        both = _with_rows(fit, fit.embedding, tensors, values)
+        tensors[fit.embedding] = tensors[fit.head] = both
+        _refuse_untrained(fit, {*rows, fit.head})
+    else:
+        tensors |= {name: _with_rows(fit, name, tensors, values) for name, values in rows.items()}
+        _refuse_untrained(fit, set(rows))
+
+
+def _refuse_untrained(fit: _Fit, replaced: set[str]) -> None:
+    """Check that the file had the rows of every token the config names."""
+    for module in fit.settings.token_ids:
+        if not any(
+            name.removesuffix(".weight").endswith(module) if module else name == fit.embedding
+            for name in replaced
+        ):
+            raise UsageError(
+                f"{fit.settings.origin} trains tokens of {module or 'the embedding'!r}, "
+                f"{fit.path} lacks them",
+                hint="the adapter was saved incompletely; save it again with PEFT",
+            )
+
+
+def _are_rows_tied(fit: _Fit, rows: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
+    """Tell whether the trained tokens of a tied embedding are also those of the head.
+
+    PEFT keeps the two together unless the config names other tokens for the head.
+    """
+    if fit.embedding not in rows:
+        return False
+    head_ids = fit.settings.token_ids_of(fit.head.removesuffix(".weight"), is_embedding=False)
+    if head_ids is not None and head_ids != _token_ids(fit, fit.embedding):
+        return False
+    if tensors[fit.embedding] is not tensors[fit.head]:
+        raise UsageError(
+            f"{fit.path} trains tokens of {fit.embedding}, which {fit.base.directory} ties to "
+            f"{fit.head}, and changes one of the two in another way",
+            hint="train the tokens, or the whole matrix, not both",
+        )
+    return True
+
+
+def _with_rows(fit: _Fit, name: str, tensors: Mapping[str, Tensor], values: Tensor) -> ReplacedRows:
+    module, base = name.removesuffix(".weight"), tensors[name]
+    if _is_low_rank(fit.parts[module]) or len(base.shape) != 2:
+        raise UsageError(
+            f"{fit.path} has both trained tokens and a low-rank update for {module}",
+            hint="edgekit merges one or the other",
+        )
+    ids = _token_ids(fit, name)
+    _refuse_shape(fit, f"{module} (tokens)", values.shape, (len(ids), base.shape[1]))
+    if max(ids, default=0) >= base.shape[0]:
+        raise UsageError(
+            f"{fit.settings.origin} trains the token {max(ids)}, {name} has {base.shape[0]}",
+            hint=_hint(fit),
+        )
+    return ReplacedRows(base=base, replaced=ids, values=values)
+
+
+def _token_ids(fit: _Fit, name: str) -> tuple[int, ...]:
+    module = name.removesuffix(".weight")
+    ids = fit.settings.token_ids_of(module, is_embedding=name == fit.embedding)
+    if ids is None:
+        raise UsageError(
+            f"{fit.path} holds trained tokens of {module}, {fit.settings.origin} does not say which"
+        )
+    return ids
+
+
+def _spec_of(fit: _Fit, tensors: dict[str, Tensor]) -> DecoderSpec:
+    """Return the decoder of the merged tensors; completes ``tensors`` where that asks for it."""
+    embedding, head = tensors[fit.embedding], tensors[fit.head]
+    if embedding.shape[0] != head.shape[0]:
+        raise UsageError(
+            f"{fit.path} makes the vocabulary {embedding.shape[0]} tokens in {fit.embedding} and "
+            f"{head.shape[0]} in {fit.head}",
+            hint="save the adapter with save_embedding_layers=True",
+        )
+    is_tied = fit.base.spec.is_tied and embedding is head
+    if is_tied:
+        del tensors[fit.head]
+    spec = replace(fit.base.spec, is_tied=is_tied, vocabulary=embedding.shape[0])
+    new_biases = tensors.keys() - fit.base.tensors.keys() - {fit.head}
+    return _spec_with_biases(fit, spec, tensors, new_biases) if new_biases else spec
+
+
+def _spec_with_biases(
+    fit: _Fit, spec: DecoderSpec, tensors: dict[str, Tensor], new: set[str]
+) -> DecoderSpec:
+    """Return the decoder that also has the biases ``new``; others it then needs are zeros."""
+    family = families.get(fit.base.architecture)
+    for candidate in _with_more_biases(spec):
+        config = Config(family.config(candidate), origin="the merged config")
+        if family.describe(config) != candidate:
+            continue
+        needed = {
+            family.source(role, candidate).tensor: shape for role, shape in candidate.weights()
+        }
+        if new <= needed.keys():
+            dtype = stored_dtype(tensors[fit.embedding])
+            absent = needed.keys() - tensors.keys()
+            tensors |= {name: Zeros(shape=needed[name], dtype=dtype) for name in absent}
+            return candidate
+    raise UsageError(
+        f"{fit.path} adds a bias to {min(new).removesuffix('.bias')}, "
+        f"{fit.base.architecture} models have none there",
+        hint="train without lora_bias",
+    )
+
+
+def _with_more_biases(spec: DecoderSpec) -> Iterator[DecoderSpec]:
+    attention = spec.attention
+    for more in sorted(product((False, True), repeat=3), key=sum):
+        query_key_value, output, mlp = more
+        yield replace(
+            spec,
+            attention=replace(
+                attention,
+                has_qkv_bias=attention.has_qkv_bias or query_key_value,
+                has_output_bias=attention.has_output_bias or output,
+            ),
+            has_mlp_bias=spec.has_mlp_bias or mlp,
+        )
+
+
+def _text_of(fit: _Fit, *, vocabulary: int) -> TokenizerFiles:
+    """Return the adapter's tokenizer where it has one, the base's with its template otherwise."""
+    text, directory = fit.base.text, fit.path.parent
+    if (directory / "tokenizer.json").is_file():
+        return _with_stop_ids(TokenizerFiles.open(directory, config={}), text)
+    if vocabulary > fit.base.spec.vocabulary:
+        raise UsageError(
+            f"{fit.path} grows the vocabulary from {fit.base.spec.vocabulary} to {vocabulary} "
+            f"tokens, but {directory} has no tokenizer.json for them",
+            hint="save the tokenizer of the training run into the adapter's directory",
+        )
+    template = _template_of(directory)
+    return text if template is None else replace(text, chat_template=template)
+
+
+def _with_stop_ids(text: TokenizerFiles, base: TokenizerFiles) -> TokenizerFiles:
+    """Return ``text`` with the stop ids of the base where the adapter's files declare none."""
+    by_file = {
+        file: ids or base.stop_ids_by_file.get(file, ())
+        for file, ids in text.stop_ids_by_file.items()
+    }
+    return replace(
+        text,
+        chat_template=text.chat_template or base.chat_template,
+        stop_ids_by_file=by_file,
+        declared_stop_ids=tuple(sorted({id for ids in by_file.values() for id in ids})),
+    )
+
+
+def _template_of(directory: Path) -> str | None:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    settings = directory / "tokenizer_config.json"
+    template = read_json_object(settings).get("chat_template") if settings.is_file() else None
+    return template if isinstance(template, str) else None
+
+
+def _record_of(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> AdapterRecord:
+    digest = hashlib.sha256()
+    earlier = fit.base.adapter
+    if earlier:
+        digest.update(bytes.fromhex(earlier.sha256))
+    for path in (fit.path.parent / "adapter_config.json", fit.path):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return AdapterRecord(
+        directory=fit.path.parent,
+        name=f"{earlier.name} + {fit.name}" if earlier else fit.name,
+        sha256=digest.hexdigest(),
+        notes=(*(earlier.notes if earlier else ()), *_notes(fit, spec, text)),
+        earlier=earlier,
+    )
+
+
+def _notes(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> Iterator[str]:
+    """Yield what a user should know about this merge, one sentence each."""
+    before, made_for = fit.base.spec, fit.settings.base_model
+    if before.is_tied and not spec.is_tied:
+        yield (
+            "the adapter changes the token embedding and the output head differently, so they are "
+            "no longer tied and the model stores both"
+        )
+    if spec.vocabulary != before.vocabulary:
+        yield f"the vocabulary has {spec.vocabulary} tokens, the base {before.vocabulary}"
+    if (fit.path.parent / "tokenizer.json").is_file():
+        yield "tokenizer and chat template are the adapter's"
+    elif _template_of(fit.path.parent) is not None:
+        yield "the chat template is the adapter's"
+    if fit.base.quantisation:
+        yield (
+            f"{fit.base.name!r} is stored as {fit.base.quantisation}; the adapter is merged into "
+            "its de-quantised weights"
+        )
+    elif _QUANTISED_BASE.search(made_for):
+        yield (
+            f"the adapter was trained on the quantised {made_for!r} and is merged into "
+            f"{fit.base.name!r} as it is"
+        )
+    ids = added_tokens(text.tokenizer_json)
+    if beyond := [token for token, id in ids.items() if id >= spec.vocabulary]:
+        yield f"the tokenizer knows tokens for which the model has no row: {', '.join(beyond)}"

@@ -1,0 +1,208 @@
+"""Tensors made from a base and an adapter, computed when they are read and not before.
+
+Every class satisfies `edgekit.source.checkpoint.Tensor`. The arithmetic is float32, whatever
+the files hold; whoever stores the result rounds it, once.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from edgekit.errors import UsageError
+from edgekit.model.spec import Shape
+from edgekit.source.checkpoint import Tensor
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Values = npt.NDArray[np.float32]
+
+
+_CHUNK_BYTES = 16 * 2**20  # of float32 values, where a whole tensor has to pass by
+
+
+def stored_dtype(tensor: Tensor) -> str:
+    """Return the type a tensor has on disk: F32, F16 or BF16; F32 where it cannot say."""
+    return str(getattr(tensor, "dtype", "F32"))
+
+
+def row_chunks(tensor: Tensor, *, chunk_bytes: int = _CHUNK_BYTES) -> Iterator[tuple[int, int]]:
+    """Yield ``(first_row, rows)`` so that no read holds more than about ``chunk_bytes``."""
+    row_items = 1
+    for width in tensor.shape[1:]:
+        row_items *= width
+    step = max(1, chunk_bytes // (4 * max(1, row_items)))
+    for first in range(0, tensor.shape[0], step):
+        yield first, min(step, tensor.shape[0] - first)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedTensor(ABC):
+    """A change to a tensor; the result has the shape of its base."""
+
+    base: Tensor
+
+    @property
+    def shape(self) -> Shape:
+        """Its dimensions, slowest first."""
+        return self.base.shape
+
+    @property
+    def size_bytes(self) -> int:
+        """How much of the checkpoint it takes: as much as its base."""
+        return self.base.size_bytes
+
+    @property
+    def dtype(self) -> str:
+        """The type its base is stored in."""
+        return stored_dtype(self.base)
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "Values":
+        """Return some rows, or all, in float32.
+
+        Numbers that overflow become infinite without a warning: whoever reads refuses those.
+        """
+        import numpy as np
+
+        rows = self.shape[0] - first_row if rows is None else rows
+        with np.errstate(all="ignore"):
+            return self._merged(first_row, rows)
+
+    @abstractmethod
+    def _merged(self, first_row: int, rows: int) -> "Values": ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankUpdate(MergedTensor):
+    """``base + scale * up @ down`` (LoRA on a linear layer)."""
+
+    down: Tensor  # lora_A: (rank, columns)
+    up: Tensor  # lora_B: (rows, rank)
+    scale: float
+
+    def _merged(self, first_row: int, rows: int) -> "Values":
+        values: Values = self.up.read(first_row, rows) @ self.down.read()
+        values *= self.scale
+        values += self.base.read(first_row, rows)
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingUpdate(MergedTensor):
+    """``base + scale * (up @ down).T`` (LoRA on an embedding)."""
+
+    down: Tensor  # lora_embedding_A: (rank, rows)
+    up: Tensor  # lora_embedding_B: (columns, rank)
+    scale: float
+
+    def _merged(self, first_row: int, rows: int) -> "Values":
+        down = self.down.read()[:, first_row : first_row + rows]
+        values: Values = down.T @ self.up.read().T
+        values *= self.scale
+        values += self.base.read(first_row, rows)
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowMagnitudes(MergedTensor):
+    """``base`` with every row scaled to a length of its own (DoRA on a linear layer)."""
+
+    magnitudes: Tensor  # (rows,)
+
+    def _merged(self, first_row: int, rows: int) -> "Values":
+        import numpy as np
+
+        values = self.base.read(first_row, rows)
+        squares = np.einsum("ij,ij->i", values, values, dtype=np.float64)
+        scales = self.magnitudes.read(first_row, rows) / np.sqrt(squares)
+        scaled: Values = values * scales.astype(np.float32)[:, None]
+        return scaled
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnMagnitudes(MergedTensor):
+    """``base`` with every column scaled to a length of its own (DoRA on an embedding)."""
+
+    magnitudes: Tensor  # (columns,)
+
+    @cached_property
+    def _scales(self) -> "Values":
+        import numpy as np
+
+        squares = np.zeros(self.shape[1], dtype=np.float64)
+        for first_row, rows in row_chunks(self.base):
+            values = self.base.read(first_row, rows)
+            squares += np.einsum("ij,ij->j", values, values, dtype=np.float64)
+        return (self.magnitudes.read() / np.sqrt(squares)).astype(np.float32)
+
+    def _merged(self, first_row: int, rows: int) -> "Values":
+        return self.base.read(first_row, rows) * self._scales
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplacedRows(MergedTensor):
+    """``base`` with some rows taken from elsewhere (trained tokens)."""
+
+    replaced: tuple[int, ...]
+    values: Tensor  # one row for each of ``replaced``
+
+    def _merged(self, first_row: int, rows: int) -> "Values":
+        result = self.base.read(first_row, rows).copy()
+        values = self.values.read()
+        for index, row in enumerate(self.replaced):
+            if 0 <= row - first_row < result.shape[0]:
+                result[row - first_row] = values[index]
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum(MergedTensor):
+    """``base + scale * addend``."""
+
+    addend: Tensor
+    scale: float
+
+    def _merged(self, first_row: int, rows: int) -> "Values":
+        values = self.addend.read(first_row, rows) * self.scale
+        values += self.base.read(first_row, rows)
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twin(MergedTensor):
+    """A tensor that is stored twice; reading it refuses two that differ."""
+
+    other: Tensor
+    complaint: str
+
+    def _merged(self, first_row: int, rows: int) -> "Values":
+        import numpy as np
+
+        values = self.base.read(first_row, rows)
+        if not np.array_equal(values, self.other.read(first_row, rows), equal_nan=True):
+            raise UsageError(self.complaint)
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zeros:
+    """A tensor the decoder asks for and no file holds."""
+
+    shape: Shape
+    dtype: str
+
+    @property
+    def size_bytes(self) -> int:
+        """Nothing: it comes from no file."""
+        return 0
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "Values":
+        """Return some rows, or all, in float32."""
+        import numpy as np
+
+        rows = self.shape[0] - first_row if rows is None else rows
+        return np.zeros((rows, *self.shape[1:]), dtype=np.float32)

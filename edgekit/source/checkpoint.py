@@ -1,0 +1,511 @@
+"""Checkpoints: a model on disk, known from its headers, read one tensor at a time.
+
+Only safetensors is read: never a pickle, never code from the model's directory.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import struct
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from edgekit.errors import UsageError
+from edgekit.model import card as model_card
+from edgekit.model.card import ModelCard, SamplingDefaults
+from edgekit.model.spec import DecoderSpec, Shape, Source
+from edgekit.model.tokenizer_files import TokenizerFiles
+from edgekit.source import bitsandbytes_tensors, families
+from edgekit.source.config import Config
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reference implementation
+BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
+FLOATS = ("F32", "F16", "BF16")
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+# Tables that older transformers stored beside the weights; they are computed, never read.
+_COMPUTED_TENSORS = ("rotary_emb.inv_freq", "self_attn.bias", "self_attn.masked_bias")
+
+
+class Tensor(Protocol):
+    """One tensor of a checkpoint, or one made from several, not in memory until it is read."""
+
+    @property
+    def shape(self) -> Shape:
+        """Its dimensions, slowest first."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """How much of the checkpoint it takes."""
+        ...
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "npt.NDArray[np.float32]":
+        """Return some rows, or all, in float32."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a safetensors file."""
+
+    path: Path
+    offset: int  # from the start of the file
+    dtype: str  # F32, F16 or BF16; U8 in a quantised checkpoint, to be read as bytes only
+    shape: Shape
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes it takes in the file."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "npt.NDArray[np.float32]":
+        """Return some rows, or all, in float32."""
+        import numpy as np
+
+        rows = self.shape[0] - first_row if rows is None else rows
+        row_items = math.prod(self.shape[1:])
+        stored = np.dtype({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[self.dtype])
+        values = np.fromfile(
+            self.path,
+            dtype=stored,
+            count=rows * row_items,
+            offset=self.offset + first_row * row_items * stored.itemsize,
+        )
+        if values.size != rows * row_items:
+            raise UsageError(f"{self.path} became shorter while edgekit read it")
+        if self.dtype == "BF16":  # the upper half of a float32
+            wide = values.astype(np.uint32)
+            wide <<= 16
+            return wide.view(np.float32).reshape(rows, *self.shape[1:])
+        return values.astype(np.float32, copy=False).reshape(rows, *self.shape[1:])
+
+    def read_bytes(self, first: int = 0, count: int | None = None) -> "npt.NDArray[np.uint8]":
+        """Return some of its bytes, or all, as they are stored."""
+        import numpy as np
+
+        count = self.size_bytes - first if count is None else count
+        stored = np.fromfile(self.path, dtype=np.uint8, count=count, offset=self.offset + first)
+        if stored.size != count:
+            raise UsageError(f"{self.path} became shorter while edgekit read it")
+        return stored
+
+
+@dataclass(frozen=True)
+class StackedTensors:
+    """Tensors of one shape, each a row of the whole."""
+
+    parts: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> Shape:
+        """The number of parts, then the dimensions of one."""
+        return (len(self.parts), *self.parts[0].shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """How much of the checkpoint they take together."""
+        return sum(part.size_bytes for part in self.parts)
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "npt.NDArray[np.float32]":
+        """Return some parts, or all, in float32."""
+        import numpy as np
+
+        last_row = None if rows is None else first_row + rows
+        return np.stack([part.read() for part in self.parts[first_row:last_row]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecord:
+    """An adapter whose deltas are part of a checkpoint's tensors."""
+
+    directory: Path
+    name: str
+    sha256: str
+    notes: tuple[str, ...] = ()  # what a user should know about the merge, one sentence each
+    earlier: "AdapterRecord | None" = None  # the one that was merged before it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What leads the fit of quantised weights: how large their inputs are, on some text."""
+
+    text_sha256: str
+    # The mean of squares, by role, of shape (columns,); None until it is measured.
+    importance: Mapping[str, "npt.NDArray[np.float32]"] | None = None
+
+    def of(self, role: str) -> "npt.NDArray[np.float32]":
+        """Return how large the inputs of a weight of a layer are.
+
+        Raises:
+            ValueError: If that is announced, but not measured yet.
+        """
+        if self.importance is None:
+            raise ValueError("the calibration is announced, but not measured")
+        return self.importance[role]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model directory in the layout of transformers."""
+
+    directory: Path
+    architecture: str  # the model_type of its config
+    spec: DecoderSpec
+    tensors: Mapping[str, Tensor]
+    text: TokenizerFiles
+    licence: str | None = None
+    adapter: AdapterRecord | None = None
+    calibration: Calibration | None = None  # None: an error counts the same in every column
+    quantisation: str | None = None  # of the files, where reading de-quantises: nf4, fp4
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Read the config, the tokenizer's files and the tensor headers; no weight is loaded.
+
+        Raises:
+            UsageError: If this is no checkpoint, one edgekit does not understand, or a damaged one.
+        """
+        fields = _read_config(directory)
+        architecture = _architecture(directory, fields)
+        family = families.get(architecture)
+        config = Config(fields, origin=str(directory / "config.json"))
+        is_four_bit = bitsandbytes_tensors.is_four_bit(fields, origin=config.origin)
+        config.ignore(bitsandbytes_tensors.FIELD)  # each tensor says it again, and more
+        spec = family.describe(config)
+        config.refuse_unread()
+        tensors, quantisation = _read_headers(directory, is_four_bit=is_four_bit)
+        checkpoint = cls(
+            directory=directory,
+            architecture=architecture,
+            spec=spec,
+            tensors=tensors,
+            text=TokenizerFiles.open(directory, config=fields),
+            licence=model_card.read(directory).licence,
+            quantisation=quantisation,
+        )
+        checkpoint.refuse_mismatch()
+        return checkpoint
+
+    @property
+    def name(self) -> str:
+        """The last part of the path: ``SmolLM2-135M-Instruct``."""
+        return self.directory.resolve().name
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the decoder has, tied ones once."""
+        return sum(math.prod(shape) for _, shape in self.spec.weights())
+
+    @cached_property
+    def card(self) -> ModelCard:
+        """What the model card says, and with an adapter what that adds to it."""
+        own = model_card.read(self.directory)
+        if self.adapter is None:
+            return own
+        return model_card.with_adapter(own, self.adapter.directory, base_name=self.name)
+
+    @cached_property
+    def sampling(self) -> SamplingDefaults:
+        """How the makers of the model sample from it."""
+        return model_card.read_sampling(self.directory)
+
+    @property
+    def sha256(self) -> str:
+        """A hash over the config and every weight file, in order of name."""
+        paths = (self.directory / "config.json", *_weight_files(self.directory))
+        return _sha256_of(tuple((path, path.stat().st_mtime_ns) for path in paths))
+
+    def weight(
+        self, role: str, first_row: int = 0, rows: int | None = None
+    ) -> "npt.NDArray[np.float32]":
+        """Return one weight of ``spec.weights()``, or some rows of it, in float32.
+
+        Raises:
+            UsageError: If it holds NaN or infinity; the message names the tensor.
+        """
+        import numpy as np
+
+        source = families.get(self.architecture).source(role, self.spec)
+        if rows is None and source.rows is not None:
+            rows = source.rows - first_row
+        values = self._tensor(source).read(source.first_row + first_row, rows)
+        if not np.isfinite(values).all():
+            raise UsageError(
+                f"{source.tensor} in {self.directory} holds NaN or infinity",
+                hint="the training diverged, or the file was damaged; take an earlier checkpoint",
+            )
+        return values
+
+    def blocks(
+        self, role: str, *, row_multiple: int = 1
+    ) -> Iterator[tuple[int, "npt.NDArray[np.float32]"]]:
+        """Yield a weight some million numbers at a time, as a decoder multiplies with it.
+
+        Args:
+            role: One of ``spec.weights()``.
+            row_multiple: What the number of rows of each block is a multiple of.
+
+        Yields:
+            The number of the first row, and float32 of shape ``(rows, columns)`` or ``(rows,)``;
+            Gemma's norms with their one.
+
+        Raises:
+            UsageError: As `weight`.
+        """
+        shape = self._shapes[role]
+        step = max(1, BLOCK_WEIGHTS // math.prod(shape[1:]) // row_multiple) * row_multiple
+        for first in range(0, shape[0], step):
+            rows = self.weight(role, first, min(step, shape[0] - first))
+            yield first, rows + 1 if self.spec.adds_one(role) else rows
+
+    @cached_property
+    def _shapes(self) -> dict[str, Shape]:
+        return dict(self.spec.weights())
+
+    def _tensor(self, source: Source) -> Tensor:
+        if source.siblings:
+            return StackedTensors(tuple(self.tensors[name] for name in source.tensors))
+        return self.tensors[source.tensor]
+
+    def refuse_mismatch(self) -> None:
+        """Check that every weight is there in its shape and every tensor is used.
+
+        Raises:
+            UsageError: If a tensor is missing, of another shape, or one that nothing would read.
+        """
+        family = families.get(self.architecture)
+        used_rows: Counter[str] = Counter()
+        for role, shape in self.spec.weights():
+            source = family.source(role, self.spec)
+            for name in source.tensors:
+                if name not in self.tensors:
+                    raise UsageError(f"{self.directory} lacks the tensor {name}")
+            self._refuse_shape(source, shape)
+            for name in source.tensors:
+                used_rows[name] += shape[1] if source.siblings else shape[0]
+        self._refuse_unused(used_rows)
+
+    def _refuse_shape(self, source: Source, shape: Shape) -> None:
+        """Check that a weight of this shape is where it should be."""
+        expected = shape[1:] if source.siblings else shape
+        for name in source.tensors:
+            found = whole = self.tensors[name].shape
+            if source.rows is not None and whole and source.first_row + source.rows <= whole[0]:
+                found = (source.rows, *whole[1:])
+            if found != expected:
+                raise UsageError(
+                    f"{name} in {self.directory} has shape {list(whole)}, "
+                    f"the config asks for {list(expected)}"
+                )
+
+    def _refuse_unused(self, used_rows: Mapping[str, int]) -> None:
+        for name, tensor in self.tensors.items():
+            if name not in used_rows:
+                if name.endswith(_COMPUTED_TENSORS):
+                    continue
+                if self.spec.is_tied and name == "lm_head.weight":
+                    continue  # transformers ties it over whatever is stored
+                raise UsageError(
+                    f"{self.directory} has a tensor that {self.architecture} does not use: {name}",
+                    hint="a merged adapter, a vision tower or another architecture?",
+                )
+            if used_rows[name] != tensor.shape[0]:
+                raise UsageError(
+                    f"{name} in {self.directory} has {tensor.shape[0]} rows, "
+                    f"the config uses {used_rows[name]}"
+                )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UsageError(
+            f"{directory} is no checkpoint: it has no config.json",
+            hint="pass a Hugging Face model directory, a GGUF file, or `demo`",
+        )
+    return read_json_object(path)
+
+
+def _architecture(directory: Path, fields: Mapping[str, Any]) -> str:
+    architecture = fields.get("model_type")
+    if not isinstance(architecture, str):
+        raise UsageError(
+            f"{directory / 'config.json'}: model_type = {architecture!r}, expected a name",
+            hint=f"supported: {', '.join(families.names())}",
+        )
+    return architecture
+
+
+@functools.lru_cache(maxsize=4)  # an export asks twice, of copies that differ in their notes
+def _sha256_of(files: tuple[tuple[Path, int], ...]) -> str:
+    """Return one hash over files, each with the time it was changed."""
+    digest = hashlib.sha256()
+    for path, _ in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        UsageError: If the file is no JSON, or holds no object.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise UsageError(f"{path} holds a {type(fields).__name__}, expected an object")
+    return fields
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object; which of two equal keys counts, nobody can say."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return fields
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return [single]  # before an index, as transformers does
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return [directory / shard for shard in _shards(index)]
+    files = sorted(directory.glob("*.safetensors"))
+    return [path for path in files if path.name != "adapter_model.safetensors"]
+
+
+def _shards(index: Path) -> list[str]:
+    shards = read_json_object(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise UsageError(f"{index} has no weight_map")
+    for shard in shards.values():
+        is_name = isinstance(shard, str) and Path(shard).name == shard
+        if not is_name or not shard.endswith(".safetensors"):
+            raise UsageError(f"{index} names {shard!r}, which is no file beside it")
+    return sorted(set(shards.values()))
+
+
+def _read_headers(directory: Path, *, is_four_bit: bool) -> tuple[Mapping[str, Tensor], str | None]:
+    """Return the tensors and, if they are de-quantised when read, what they are stored as."""
+    tensors: dict[str, StoredTensor] = {}
+    files = _weight_files(directory)
+    if not files:
+        pickles = [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")]
+        raise UsageError(
+            f"{directory} has no *.safetensors",
+            hint="edgekit never opens pickles: save with `safe_serialization=True`"
+            if pickles
+            else "is this a Hugging Face model directory?",
+        )
+    for path in files:
+        for name, tensor in read_safetensors(path, dtypes=_ITEM_BYTES if is_four_bit else FLOATS):
+            if name in tensors:
+                raise UsageError(f"{directory} holds the tensor {name} twice")
+            tensors[name] = tensor
+    if is_four_bit:
+        return bitsandbytes_tensors.dequantised(tensors, origin=directory)
+    return tensors, None
+
+
+def read_safetensors(
+    path: Path, *, dtypes: Collection[str] = FLOATS
+) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield the tensors of one file from its header: a few kilobytes, whatever its size.
+
+    Raises:
+        UsageError: If the file is missing, truncated, or its header contradicts itself; the
+            message names the file and the field or offset.
+
+    Source: https://github.com/huggingface/safetensors#format (8-byte little-endian length, then
+    that many bytes of JSON, then the data, without holes or overlaps).
+    """
+    header, data_start, file_bytes = _read_header(path)
+    end = 0
+    for name, field in _by_offset(path, header):
+        tensor = _stored_tensor(path, name, field, data_start=data_start, dtypes=dtypes)
+        first, last = field["data_offsets"]
+        if first != end or last - first != tensor.size_bytes:
+            raise UsageError(
+                f"{path}: {name} claims bytes {first} to {last}, expected {end} to "
+                f"{end + tensor.size_bytes}",
+                hint="the file is damaged; download it again",
+            )
+        end = last
+        yield name, tensor
+    if data_start + end != file_bytes:
+        raise UsageError(
+            f"{path} has {file_bytes} bytes, its header describes {data_start + end}",
+            hint="the file is truncated or damaged; download it again",
+        )
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    try:
+        file_bytes = os.stat(path).st_size  # noqa: PTH116 - one call for missing and size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(MAX_HEADER_BYTES, file_bytes - 8):
+                raise UsageError(
+                    f"{path}: the header claims {length} bytes, the file has {file_bytes}",
+                    hint="the file is truncated or damaged; download it again",
+                )
+            header = json.loads(file.read(length), object_pairs_hook=_without_repetition)
+    except FileNotFoundError:
+        raise UsageError(f"{path} is missing", hint="copy every shard of the model") from None
+    except (struct.error, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise UsageError(f"{path}: the header is no JSON object")
+    header.pop("__metadata__", None)
+    return header, 8 + length, file_bytes
+
+
+def _by_offset(path: Path, header: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the header's entries in the order of their data."""
+    for name, field in header.items():
+        offsets = field.get("data_offsets") if isinstance(field, dict) else None
+        if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int]:
+            raise UsageError(
+                f"{path}: {name} has data_offsets {offsets!r}, expected two integers",
+                hint="the file is damaged; download it again",
+            )
+    return sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"]))
+
+
+def _stored_tensor(
+    path: Path, name: str, field: Any, *, data_start: int, dtypes: Collection[str]
+) -> StoredTensor:
+    shape, dtype = field.get("shape"), field.get("dtype")
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise UsageError(
+            f"{path}: {name} has dtype {dtype!r}, expected one of {', '.join(dtypes)}",
+            hint="quantised models are read where bitsandbytes made them and their config.json "
+            "says so; pass the 16-bit model",
+        )
+    if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise UsageError(f"{path}: {name} has shape {shape!r}")
+    return StoredTensor(
+        path=path,
+        offset=data_start + field["data_offsets"][0],
+        dtype=dtype,
+        shape=tuple(shape),
+    )

@@ -1,0 +1,56 @@
+"""Families: what makes each kind of model different, and nothing else.
+
+The module's name is the ``model_type`` of ``config.json``: put ``mamba.py`` here and every format
+has it, or refuses it in one sentence. A family that is another one plus a difference calls it;
+modules with an underscore are what families share.
+"""
+
+import functools
+import importlib
+import pkgutil
+from typing import Any, Protocol, cast
+
+from edgekit.errors import UsageError
+from edgekit.model.spec import DecoderSpec, Source
+from edgekit.source.config import Config
+
+
+class Family(Protocol):
+    """What a module in this package offers."""
+
+    def describe(self, config: Config) -> DecoderSpec:
+        """Read the whole config; whoever calls then calls ``config.refuse_unread``."""
+        ...
+
+    def source(self, role: str, spec: DecoderSpec) -> Source:
+        """Return where a weight of `DecoderSpec.weights` lives in the checkpoint."""
+        ...
+
+    def config(self, spec: DecoderSpec) -> dict[str, Any]:
+        """Return the config that `describe` reads as ``spec``, as far as the family can say it.
+
+        The inverse is what lets a GGUF file become an ordinary checkpoint. A family that cannot
+        express ``spec`` returns a config that `describe` reads otherwise; the caller compares.
+        """
+        ...
+
+
+def names() -> list[str]:
+    """Return every supported ``model_type``."""
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in modules if not name.startswith("_"))
+
+
+@functools.cache  # asked for every weight
+def get(model_type: str) -> Family:
+    """Import one family.
+
+    Raises:
+        UsageError: If there is no such family.
+    """
+    if model_type not in names():
+        raise UsageError(
+            f"models of type {model_type!r} are not supported",
+            hint=f"supported: {', '.join(names())}",
+        )
+    return cast("Family", importlib.import_module(f"{__name__}.{model_type}"))

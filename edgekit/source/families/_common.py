@@ -1,0 +1,144 @@
+"""What the configs of all families have in common, as transformers 5 and 4 write it.
+
+A field that is absent has the value transformers gives it, which differs by family: `Defaults`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from edgekit.errors import UsageError
+from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope
+from edgekit.source.config import Config
+
+
+LayerKind = Literal["full_attention", "sliding_attention"]
+
+MOST_LAYERS = 1024  # no small model comes near; a damaged config must not fill the memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What transformers assumes where a family's config is silent."""
+
+    key_value_heads: int | None = None  # None: as many as heads
+    head_width: int | None = None  # None: hidden_size / num_attention_heads
+    is_tied: bool = False
+    norm_epsilon: float = 1e-6
+
+
+def read_head_width(config: Config, defaults: Defaults) -> int:
+    """Return how wide a head is.
+
+    Raises:
+        UsageError: If the config leaves it to a division with a remainder.
+    """
+    width = config.optional_integer("head_dim", absent=defaults.head_width)
+    if width is not None:
+        return width
+    heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
+    if hidden % heads:
+        raise UsageError(f"{config.origin}: hidden_size = {hidden} is no multiple of {heads} heads")
+    return hidden // heads
+
+
+def read_decoder(config: Config, defaults: Defaults, *, rope: Rope | None) -> DecoderSpec:
+    """Read what every family spells alike: sizes, heads, RMS norms, tying; ``rope`` everywhere."""
+    return DecoderSpec(
+        vocabulary=config.integer("vocab_size"),
+        hidden_width=config.integer("hidden_size"),
+        mlp_width=config.integer("intermediate_size"),
+        context_tokens=config.integer("max_position_embeddings"),
+        layers=(Layer(rope=rope),) * config.integer("num_hidden_layers", most=MOST_LAYERS),
+        attention=_read_heads(config, defaults),
+        norm=Norm(kind="rms", epsilon=config.number("rms_norm_eps", defaults.norm_epsilon)),
+        is_tied=config.get("tie_word_embeddings", defaults.is_tied),
+    )
+
+
+def _read_heads(config: Config, defaults: Defaults) -> Attention:
+    heads = config.integer("num_attention_heads")
+    absent = defaults.key_value_heads
+    key_value_heads = config.optional_integer("num_key_value_heads", absent=absent) or heads
+    if heads % key_value_heads:
+        raise UsageError(
+            f"{config.origin}: {heads} attention heads cannot share {key_value_heads} "
+            "key and value heads evenly"
+        )
+    width = read_head_width(config, defaults)
+    return Attention(
+        heads=heads, key_value_heads=key_value_heads, head_width=width, score_scale=width**-0.5
+    )
+
+
+def read_layer_kinds(config: Config, otherwise: Sequence[LayerKind]) -> list[LayerKind]:
+    """Return each layer's kind: of ``layer_types`` where it is there, else ``otherwise``.
+
+    Raises:
+        UsageError: If a kind is unknown, or there are more or fewer kinds than layers.
+    """
+    kinds = config.get("layer_types", list[LayerKind]()) or list(otherwise)
+    if len(kinds) != len(otherwise):
+        raise UsageError(
+            f"{config.origin}: layer_types names {len(kinds)} layers, the model has "
+            f"{len(otherwise)}"
+        )
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UsageError(
+                f"{config.origin}: a layer of type {kind!r} is not supported",
+                hint="full_attention, sliding_attention",
+            )
+    return kinds
+
+
+def with_windows(
+    config: Config, layers: tuple[Layer, ...], kinds: Sequence[LayerKind], window: int | None
+) -> tuple[Layer, ...]:
+    """Return the layers with ``window`` on those of kind ``sliding_attention``.
+
+    Raises:
+        UsageError: If a layer slides and there is no window.
+    """
+    if window is None and "sliding_attention" in kinds:
+        raise UsageError(f"{config.origin}: a layer has sliding attention, but there is no window")
+    return tuple(
+        replace(layer, window_tokens=window if kind == "sliding_attention" else None)
+        for layer, kind in zip(layers, kinds, strict=True)
+    )
+
+
+def write_decoder(spec: DecoderSpec, *, model_type: str, architecture: str) -> dict[str, Any]:
+    """Return the fields that `read_decoder` reads.
+
+    The special tokens are null until someone who has the tokenizer says otherwise: absent, they
+    would be those of the family's first model.
+    """
+    return {
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": spec.vocabulary,
+        "hidden_size": spec.hidden_width,
+        "intermediate_size": spec.mlp_width,
+        "num_hidden_layers": len(spec.layers),
+        "num_attention_heads": spec.attention.heads,
+        "num_key_value_heads": spec.attention.key_value_heads,
+        "head_dim": spec.attention.head_width,
+        "max_position_embeddings": spec.context_tokens,
+        "rms_norm_eps": spec.norm.epsilon,
+        "tie_word_embeddings": spec.is_tied,
+    }
+
+
+def write_layer_kinds(spec: DecoderSpec) -> dict[str, Any]:
+    """Return the fields that say which layers have a window, and which."""
+    windows = [layer.window_tokens for layer in spec.layers]
+    return {
+        "sliding_window": next((window for window in windows if window is not None), None),
+        "layer_types": [
+            "full_attention" if window is None else "sliding_attention" for window in windows
+        ],
+    }

@@ -1,0 +1,189 @@
+"""Rotary positions as configs say them, in both directions.
+
+transformers 5 has one object, ``rope_parameters``; version 4 had ``rope_scaling``, which was null
+without scaling, and ``rope_theta`` and ``partial_rotary_factor`` beside it.
+"""
+
+import math
+from typing import Any
+
+from edgekit.errors import UsageError
+from edgekit.model.spec import (
+    DecoderSpec,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    RopeScaling,
+)
+from edgekit.source.config import Config
+
+
+def read_rope(
+    config: Config,
+    head_width: int,
+    *,
+    theta: float = 10_000.0,
+    rotated: float | None = None,
+    original_context_tokens: int | None = None,
+) -> Rope:
+    """Read the rope that all layers share.
+
+    Args:
+        config: The whole config.
+        head_width: Channels of a head.
+        theta: What transformers takes where the config is silent.
+        rotated: The fraction of a head that turns where the config is silent; None where the
+            family always turns whole heads.
+        original_context_tokens: What transformers takes where the config is silent.
+    """
+    fields = _section(config)
+    fraction = 1.0
+    if rotated is None:
+        config.expect(partial_rotary_factor=1.0)
+        fields.expect(partial_rotary_factor=1.0)
+    else:
+        outer = config.number("partial_rotary_factor", rotated)
+        fraction = fields.number("partial_rotary_factor", outer)
+    # The one beside the object wins, as in standardize_rope_params of transformers 5.
+    original = config.optional_integer("original_max_position_embeddings")
+    rope = read_fields(
+        fields,
+        width=int(head_width * fraction),
+        theta=config.number("rope_theta", theta),
+        context_tokens=config.integer("max_position_embeddings"),
+        original_context_tokens=original or original_context_tokens,
+    )
+    fields.refuse_unread()
+    return rope
+
+
+def _section(config: Config) -> Config:
+    """Return the rope's object; an older one counts where both are there, as in transformers 5."""
+    newer = config.section("rope_parameters")
+    return config.section("rope_scaling") if config.get("rope_scaling", dict[str, Any]()) else newer
+
+
+def read_fields(
+    fields: Config,
+    *,
+    width: int,
+    theta: float,
+    context_tokens: int,
+    original_context_tokens: int | None = None,
+) -> Rope:
+    """Read one rope object; ``theta`` where it does not say."""
+    if width < 2 or width % 2:
+        raise UsageError(
+            f"{fields.origin} turns {width} channels of a head, expected an even count"
+        )
+    rope = Rope(width=width, theta=fields.number("rope_theta", theta))
+    inner = fields.optional_integer("original_max_position_embeddings") or context_tokens
+    original = original_context_tokens or inner
+    match _kind(fields):
+        case "default":
+            return rope
+        case "linear":
+            return _scaled(rope, LinearScaling(factor=fields.number("factor")))
+        case "llama3":
+            return _scaled(rope, _read_llama3(fields, original))
+        # "su" and "yarn" are what the first Phi-3 called longrope; others have no such factors.
+        case "longrope" | "su" | "yarn" if "long_factor" in fields:
+            return _scaled(rope, _read_longrope(fields, original, context_tokens, width))
+        case unknown:
+            raise UsageError(
+                f"{fields.origin}: rope of type {unknown!r} is not supported",
+                hint="default, linear, llama3, longrope",
+            )
+
+
+def _kind(fields: Config) -> str:
+    older = fields.get("type", "default")
+    return fields.get("rope_type", older)
+
+
+def _scaled(rope: Rope, scaling: RopeScaling) -> Rope:
+    return Rope(width=rope.width, theta=rope.theta, scaling=scaling)
+
+
+def _read_llama3(fields: Config, original_context_tokens: int) -> Llama3Scaling:
+    low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
+    if high <= low:
+        raise UsageError(f"{fields.origin}: high_freq_factor = {high} is not above {low}")
+    return Llama3Scaling(
+        factor=fields.number("factor"),
+        low_frequency_factor=low,
+        high_frequency_factor=high,
+        original_context_tokens=original_context_tokens,
+    )
+
+
+def _read_longrope(
+    fields: Config, original_context_tokens: int, context_tokens: int, width: int
+) -> LongRopeScaling:
+    if original_context_tokens < 2:
+        raise UsageError(f"{fields.origin}: an original context of 1 token cannot be stretched")
+    factor = fields.number("factor", context_tokens / original_context_tokens)
+    stretch = max(factor, 1.0)
+    # Both contexts logarithmic, as _compute_longrope_parameters of transformers 5 has it
+    usual = math.sqrt(1 + math.log(stretch) / math.log(original_context_tokens))
+    return LongRopeScaling(
+        short_factors=_read_factors(fields, "short_factor", width),
+        long_factors=_read_factors(fields, "long_factor", width),
+        original_context_tokens=original_context_tokens,
+        attention_factor=fields.number("attention_factor", usual),
+    )
+
+
+def _read_factors(fields: Config, name: str, width: int) -> tuple[float, ...]:
+    values = fields.get(name, list[Any]())
+    if len(values) != width // 2:
+        raise UsageError(
+            f"{fields.origin}: {name} has {len(values)} numbers, expected {width // 2}"
+        )
+    for value in values:
+        if not isinstance(value, int | float) or not 0 < value < 1e9:
+            raise UsageError(f"{fields.origin}: {name} holds {value!r}, expected positive numbers")
+    return tuple(float(value) for value in values)
+
+
+def write_rope(spec: DecoderSpec, *, rotated: bool = False) -> dict[str, Any]:
+    """Return the fields that `read_rope` reads, as transformers 5 writes them.
+
+    Args:
+        spec: The first of its layers that has a rope speaks for all.
+        rotated: Whether the family may turn a part of each head.
+    """
+    rope = next((layer.rope for layer in spec.layers if layer.rope), None)
+    if rope is None:
+        return {}
+    fields = write_fields(rope)
+    if rotated:
+        fields["partial_rotary_factor"] = rope.width / spec.attention.head_width
+    return {"rope_parameters": fields}
+
+
+def write_fields(rope: Rope) -> dict[str, Any]:
+    """Return what `read_fields` reads."""
+    fields: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.theta}
+    match rope.scaling:
+        case None:
+            return fields
+        case LinearScaling(factor=factor):
+            return fields | {"rope_type": "linear", "factor": factor}
+        case Llama3Scaling() as scaling:
+            return fields | {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_frequency_factor,
+                "high_freq_factor": scaling.high_frequency_factor,
+                "original_max_position_embeddings": scaling.original_context_tokens,
+            }
+        case LongRopeScaling() as scaling:
+            return fields | {
+                "rope_type": "longrope",
+                "short_factor": list(scaling.short_factors),
+                "long_factor": list(scaling.long_factors),
+                "attention_factor": scaling.attention_factor,
+                "original_max_position_embeddings": scaling.original_context_tokens,
+            }

@@ -1,0 +1,52 @@
+"""Phi-3, Phi-3.5 and Phi-4-mini: fused projections, longrope, and heads that may turn in part."""
+
+from dataclasses import replace
+from typing import Any
+
+from edgekit.model.spec import DecoderSpec, Source
+from edgekit.source.config import Config
+from edgekit.source.families import _common, _rope, llama
+
+
+DEFAULTS = _common.Defaults(norm_epsilon=1e-5)
+
+
+def describe(config: Config) -> DecoderSpec:
+    """Read a Phi-3 config."""
+    config.expect(hidden_act="silu", attention_bias=False, mlp_bias=False, lm_head_bias=False)
+    config.expect(full_attn_mod=1, interpolate_factor=1)
+    head_width = _common.read_head_width(config, DEFAULTS)
+    rope = _rope.read_rope(config, head_width, rotated=1.0, original_context_tokens=4096)
+    spec = _common.read_decoder(config, DEFAULTS, rope=rope)
+    window = config.optional_integer("sliding_window")
+    layers = tuple(replace(layer, window_tokens=window) for layer in spec.layers)
+    return replace(spec, layers=layers)
+
+
+def config(spec: DecoderSpec) -> dict[str, Any]:
+    """Return the Phi-3 config of a decoder."""
+    fields = _common.write_decoder(spec, model_type="phi3", architecture="Phi3ForCausalLM")
+    fields |= _rope.write_rope(spec, rotated=True)
+    fields |= {"hidden_act": "silu", "sliding_window": spec.layers[0].window_tokens}
+    original = fields["rope_parameters"].get("original_max_position_embeddings")
+    return fields if original is None else fields | {"original_max_position_embeddings": original}
+
+
+def source(role: str, spec: DecoderSpec) -> Source:
+    """Return where a weight lives: queries, keys and values share a tensor, gate and up another."""
+    layer, _, part = role.rpartition(".")
+    attention, mlp = f"model.{layer}.self_attn.qkv_proj.weight", f"model.{layer}.mlp.gate_up_proj"
+    wide, narrow = spec.attention.query_width, spec.attention.key_value_width
+    match part:
+        case "query":
+            return Source(attention, 0, wide)
+        case "key":
+            return Source(attention, wide, narrow)
+        case "value":
+            return Source(attention, wide + narrow, narrow)
+        case "gate":
+            return Source(f"{mlp}.weight", 0, spec.mlp_width)
+        case "up":
+            return Source(f"{mlp}.weight", spec.mlp_width, spec.mlp_width)
+        case _:
+            return llama.source(role, spec)

@@ -1,0 +1,65 @@
+"""StableLM 2: layer norms and heads that turn in part; 12B: head norms, parallel residual."""
+
+from dataclasses import replace
+from typing import Any
+
+from edgekit.model.spec import DecoderSpec, Norm, Source
+from edgekit.source.config import Config
+from edgekit.source.families import _common, _rope, llama
+
+
+DEFAULTS = _common.Defaults(key_value_heads=32)
+TENSORS = llama.TENSORS | {
+    "attention_norm_bias": "input_layernorm.bias",
+    "mlp_norm_bias": "post_attention_layernorm.bias",
+}
+
+
+def describe(config: Config) -> DecoderSpec:
+    """Read a StableLM config."""
+    config.expect(hidden_act="silu")
+    head_width = _common.read_head_width(config, DEFAULTS)
+    rope = _rope.read_rope(config, head_width, rotated=0.25)
+    spec = _common.read_decoder(config, DEFAULTS, rope=rope)
+    epsilon = config.number("layer_norm_eps", 1e-5)
+    has_head_norms = config.get("qk_layernorm", default=False)
+    attention = replace(
+        spec.attention,
+        has_qkv_bias=config.get("use_qkv_bias", default=False),
+        query_key_norm=Norm(kind="layer", epsilon=epsilon) if has_head_norms else None,
+        has_norm_per_head=has_head_norms,
+    )
+    return replace(
+        spec,
+        attention=attention,
+        norm=Norm(kind="layer", epsilon=epsilon, has_bias=True),
+        residual="parallel" if config.get("use_parallel_residual", default=False) else "serial",
+    )
+
+
+def config(spec: DecoderSpec) -> dict[str, Any]:
+    """Return the StableLM config of a decoder."""
+    fields = _common.write_decoder(spec, model_type="stablelm", architecture="StableLmForCausalLM")
+    del fields["head_dim"], fields["rms_norm_eps"]
+    return (
+        fields
+        | _rope.write_rope(spec, rotated=True)
+        | {
+            "hidden_act": "silu",
+            "layer_norm_eps": spec.norm.epsilon,
+            "qk_layernorm": spec.attention.query_key_norm is not None,
+            "use_qkv_bias": spec.attention.has_qkv_bias,
+            "use_parallel_residual": spec.residual == "parallel",
+        }
+    )
+
+
+def source(role: str, spec: DecoderSpec) -> Source:
+    """Return where a weight lives; the norms of heads are a tensor for each head."""
+    layer, _, part = role.rpartition(".")
+    heads = {"query_norm": spec.attention.heads, "key_norm": spec.attention.key_value_heads}
+    if part not in heads:
+        return llama.locate(role, TENSORS)
+    norm = f"model.{layer}.self_attn.{part[0]}_layernorm"
+    first, *others = (f"{norm}.norms.{head}.weight" for head in range(heads[part]))
+    return Source(first, siblings=tuple(others))

@@ -1,0 +1,278 @@
+"""A GGUF file as an ordinary checkpoint, so that a model found as GGUF can go to every format."""
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekit.errors import UsageError
+from edgekit.formats.gguf import conversion, hyperparameters, layout
+from edgekit.formats.gguf.architectures import Architecture
+from edgekit.formats.gguf.hyperparameters import Facts
+from edgekit.formats.gguf.layout import GgufFile, TensorInfo
+from edgekit.model.spec import DecoderSpec, Shape
+from edgekit.model.tokenizer_files import TokenizerFiles
+from edgekit.progress import Listener
+from edgekit.quant.recipe import split_role
+from edgekit.source import families
+from edgekit.source.checkpoint import Checkpoint, Tensor
+from edgekit.source.config import Config
+from edgekit.source.gguf_tokenizer import write_tokenizer
+from edgekit.source.writer import write_checkpoint
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Rows = npt.NDArray[np.float32]
+
+
+_SMALL = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_COMPUTED = (*_SMALL, "attn_rot_embd.weight")  # tables made from the metadata
+
+
+def write_from_gguf(file: Path, directory: Path, *, listener: Listener) -> None:
+    """Decode a GGUF file into a checkpoint directory in float32, which loses nothing.
+
+    Raises:
+        UsageError: If the file is damaged, or of an architecture or tokenizer edgekit does not
+            know; nothing is written then.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgekit-gguf-") as text_directory:
+        checkpoint = _checkpoint(layout.read(file), directory.name, Path(text_directory))
+        total = 4 * sum(math.prod(shape) for _, shape in checkpoint.spec.weights())
+        with listener.track(f"decode {file.name}", total) as advance:
+            write_checkpoint(checkpoint, directory, precision="f32", advance=advance)
+
+
+def _checkpoint(file: GgufFile, name: str, text_directory: Path) -> Checkpoint:
+    facts = _facts(file)
+    spec = hyperparameters.read(facts)
+    architecture = _family_for(spec, facts.architecture.name)
+    write_tokenizer(file.metadata, text_directory)
+    return Checkpoint(
+        directory=text_directory / name,  # has no files of its own
+        architecture=architecture,
+        spec=spec,
+        tensors=_tensors(file, spec, architecture, facts.architecture),
+        text=TokenizerFiles.open(text_directory, config={}),
+        licence=file.metadata.get("general.license"),
+    )
+
+
+def _facts(file: GgufFile) -> Facts:
+    infos = {info.name: info for info in file.tensors}
+    if "token_embd.weight" not in infos:
+        raise UsageError(f"{file.path} has no token_embd.weight: it holds no decoder")
+    return Facts(
+        metadata=file.metadata,
+        tensors=frozenset(infos),
+        vocabulary=infos["token_embd.weight"].shape[0],
+        rope_factors={
+            name: layout.read_tensor(file, infos[name]).tolist() for name in _SMALL if name in infos
+        },
+    )
+
+
+def _family_for(spec: DecoderSpec, preferred: str) -> str:
+    """Return the first family whose config can say exactly this decoder."""
+    names = sorted(families.names(), key=lambda name: (not name.startswith(preferred), name))
+    for name in names:
+        family = families.get(name)
+        try:
+            config = Config(family.config(spec), origin="the GGUF file")
+            if family.describe(config) == spec:
+                return name
+        except UsageError:
+            continue
+    raise UsageError(
+        f"no family's config can say what this {preferred} file is",
+        hint=f"families: {', '.join(families.names())}",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleTensor:
+    """One weight of a decoder inside a GGUF file, in the checkpoint's order and scale."""
+
+    file: GgufFile
+    info: TensorInfo
+    shape: Shape
+    first_row: int  # where it starts in a fused tensor
+    group_rows: int  # rows that change places among themselves; 1: none do
+    restore: Callable[["Rows"], "Rows"]
+
+    @property
+    def size_bytes(self) -> int:
+        """What it will take in float32."""
+        return 4 * math.prod(self.shape)
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "Rows":
+        """Return some rows, or all, in float32."""
+        last = self.shape[0] if rows is None else first_row + rows
+        start = first_row // self.group_rows * self.group_rows
+        stop = min(self.shape[0], -(-last // self.group_rows) * self.group_rows)
+        stored = layout.read_tensor(
+            self.file, self.info, first_row=self.first_row + start, rows=stop - start
+        )
+        restored = self.restore(stored.reshape(stop - start, *self.shape[1:]))
+        return restored[first_row - start : last - start]
+
+
+@dataclass(frozen=True)
+class ConcatenatedTensor:
+    """Tensors one after another along the rows, as fused projections are stored."""
+
+    parts: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> Shape:
+        """All rows together."""
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def size_bytes(self) -> int:
+        """All parts together."""
+        return sum(part.size_bytes for part in self.parts)
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "Rows":
+        """Return some rows, or all, in float32."""
+        import numpy as np
+
+        last_row = self.shape[0] if rows is None else first_row + rows
+        found, start = [], 0
+        for part in self.parts:
+            low, high = max(first_row, start), min(last_row, start + part.shape[0])
+            if low < high:
+                found.append(part.read(low - start, high - low))
+            start += part.shape[0]
+        return np.concatenate(found)
+
+
+@dataclass(frozen=True)
+class RowTensor:
+    """One row of a tensor, as a tensor of its own."""
+
+    whole: Tensor
+    row: int
+
+    @property
+    def shape(self) -> Shape:
+        """The dimensions of the row."""
+        return self.whole.shape[1:]
+
+    @property
+    def size_bytes(self) -> int:
+        """What it will take in float32."""
+        return 4 * math.prod(self.shape)
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "Rows":
+        """Return some of its items, or all, in float32."""
+        last = None if rows is None else first_row + rows
+        whole: Rows = self.whole.read(self.row, 1)[0]
+        return whole[first_row:last]
+
+
+def _tensors(
+    file: GgufFile, spec: DecoderSpec, family_name: str, graph: Architecture
+) -> Mapping[str, Tensor]:
+    """Return the file's weights under the names a checkpoint of that family gives them."""
+    infos = {info.name: info for info in file.tensors}
+    family = families.get(family_name)
+    _refuse_unused(file, infos, spec, graph)
+    pieces: dict[str, list[tuple[int, Tensor]]] = {}
+    for role, shape in spec.weights():
+        tensor = _role_tensor(file, infos, role, shape, spec, graph)
+        source = family.source(role, spec)
+        if source.siblings:
+            for row, name in enumerate(source.tensors):
+                pieces[name] = [(0, RowTensor(tensor, row))]
+        else:
+            pieces.setdefault(source.tensor, []).append((source.first_row, tensor))
+    return {name: _joined(found) for name, found in pieces.items()}
+
+
+def _refuse_unused(
+    file: GgufFile, infos: Mapping[str, TensorInfo], spec: DecoderSpec, graph: Architecture
+) -> None:
+    """Check that every tensor is one the decoder needs: what is left out would be missed."""
+    used = {_place(infos, role, spec, graph).name for role, _ in spec.weights()}
+    unused = sorted(name for name in infos.keys() - used if not name.endswith(_COMPUTED))
+    if unused:
+        raise UsageError(
+            f"{file.path} holds {unused[0]}, which no {graph.name} decoder of edgekit uses",
+            hint="a mixture of experts, or another kind of model under the same name?",
+        )
+
+
+def _joined(found: list[tuple[int, Tensor]]) -> Tensor:
+    parts = tuple(tensor for _, tensor in sorted(found, key=lambda item: item[0]))
+    return parts[0] if len(parts) == 1 else ConcatenatedTensor(parts)
+
+
+def _role_tensor(  # noqa: PLR0913, PLR0917 - the file, the weight, and the two descriptions between them
+    file: GgufFile,
+    infos: Mapping[str, TensorInfo],
+    role: str,
+    shape: Shape,
+    spec: DecoderSpec,
+    graph: Architecture,
+) -> RoleTensor:
+    place = _place(infos, role, spec, graph)
+    if place.name not in infos:
+        raise UsageError(f"{file.path} lacks the tensor {place.name}")
+    info, expected = infos[place.name], (place.rows or shape[0], *shape[1:])
+    if info.shape != expected:
+        raise UsageError(
+            f"{file.path}: {place.name} has shape {list(info.shape)}, expected {list(expected)}"
+        )
+    return RoleTensor(
+        file=file,
+        info=info,
+        shape=shape,
+        first_row=place.first_row,
+        group_rows=spec.attention.head_width if _swaps(role, graph) else 1,
+        restore=_restore(role, spec, graph),
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The tensor that holds a weight; if it is a fused one, where, and all of its rows."""
+
+    name: str
+    first_row: int = 0
+    rows: int | None = None
+
+
+def _place(
+    infos: Mapping[str, TensorInfo], role: str, spec: DecoderSpec, graph: Architecture
+) -> _Place:
+    layer, part = split_role(role)
+    name = conversion.tensor_name(role)
+    kind, _, bias = part.partition("_")
+    fused = f"blk.{layer}.attn_qkv.{'bias' if bias == 'bias' else 'weight'}"
+    if kind in {"query", "key", "value"} and bias in {"", "bias"} and fused in infos:
+        queries, keys = spec.attention.query_width, spec.attention.key_value_width
+        first_row = {"query": 0, "key": queries, "value": queries + keys}[kind]
+        return _Place(fused, first_row, queries + 2 * keys)
+    if graph.fuses_gate_and_up and part in {"gate", "up"}:
+        first_row = 0 if part == "gate" else spec.mlp_width
+        return _Place(f"blk.{layer}.ffn_up.weight", first_row, 2 * spec.mlp_width)
+    return _Place(name)
+
+
+def _swaps(role: str, graph: Architecture) -> bool:
+    is_rotated = split_role(role)[1] in {"query", "key", "query_bias", "key_bias"}
+    return is_rotated and graph.rope_pairs == "neighbours"
+
+
+def _restore(role: str, spec: DecoderSpec, graph: Architecture) -> Callable[["Rows"], "Rows"]:
+    if _swaps(role, graph):
+        return lambda rows: conversion.separate_halves(rows, spec.attention.head_width)
+    if split_role(role)[1].endswith("norm") and graph.norm_adds_one:
+        return lambda rows: rows - 1
+    return lambda rows: rows

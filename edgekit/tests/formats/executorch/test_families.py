@@ -1,0 +1,206 @@
+"""Every family as an ExecuTorch program: the module in torch, and what XNNPACK makes of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from edgekit import formats
+from edgekit.proof import transformers_logits
+from edgekit.proof.fidelity import Comparison, Fidelity
+from edgekit.source import opening
+from edgekit.source.checkpoint import Checkpoint
+from edgekit.tests.tiny.checkpoints import TINY, WINDOW_TOKENS, write_tiny_checkpoint
+
+
+np = pytest.importorskip("numpy")
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("executorch", reason="pip install 'edgekit[executorch]'")
+
+from edgekit.formats.executorch import conversion, embeddings, storage  # noqa: E402
+from edgekit.formats.executorch.backends import xnnpack  # noqa: E402
+from edgekit.formats.executorch.backends.xnnpack import decoder  # noqa: E402
+
+
+pytestmark = [
+    pytest.mark.toolchain,
+    # What torch and ExecuTorch say about their own insides.
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+
+MAX_KL_NATS = 1e-10
+MIN_POSITIONS = 300
+executorch = formats.get("executorch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Some tokens read at once."""
+
+    ids: tuple[int, ...]
+    position: int  # of the first
+
+    @property
+    def last(self) -> int:
+        return self.position + len(self.ids) - 1
+
+
+def steps(ids: list[int]) -> Iterator[Step]:
+    """Yield a prompt, single tokens past every window, a second prompt, and all the rest singly."""
+    prompts = {0: 2 * WINDOW_TOKENS, 4 * WINDOW_TOKENS: 3 * WINDOW_TOKENS}
+    at = 0
+    while at < len(ids):
+        count = prompts.get(at, 1)
+        yield Step(ids=tuple(ids[at : at + count]), position=at)
+        at += count
+
+
+def texts(checkpoint: Checkpoint) -> list[list[int]]:
+    random = np.random.default_rng(7)
+    spec = checkpoint.spec
+    return [random.integers(0, spec.vocabulary, spec.context_tokens).tolist() for _ in range(2)]
+
+
+def expected_logits(checkpoint: Checkpoint, ids: list[int]):
+    """Return what transformers says to each beginning of a text, in one row for each.
+
+    Past the original context of a longrope every position of a beginning turns otherwise.
+    """
+    (rows,) = transformers_logits.logits(checkpoint, [ids])
+    border = checkpoint.spec.border_tokens
+    if border is None or border >= len(ids):
+        return rows
+    (short,) = transformers_logits.logits(checkpoint, [ids[:border]])
+    return np.concatenate((short, rows[border:]))
+
+
+def agreement(expected, said, rows, ids) -> Fidelity:
+    comparison = Comparison()
+    comparison.add(expected[rows], np.stack(said), np.array(ids)[rows])
+    return comparison.result()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """A tiny checkpoint, and the program made of it."""
+
+    checkpoint: Checkpoint
+    path: Path
+
+
+@pytest.fixture(scope="module", params=TINY)
+def converted(request, tmp_path_factory) -> Converted:
+    directory = tmp_path_factory.mktemp("executorch")
+    checkpoint = opening.open_checkpoint(write_tiny_checkpoint(directory / "model", request.param))
+    context = checkpoint.spec.context_tokens
+    entry = conversion.convert(
+        checkpoint,
+        storage.RECIPES["F32"],
+        directory,
+        progress=lambda _: None,
+        context_tokens=context,
+        variant=xnnpack.PORTABLE,
+    )
+    return Converted(checkpoint=checkpoint, path=directory / entry)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_program_says_what_transformers_says(converted):
+    checkpoint, positions = converted.checkpoint, 0
+    for ids in texts(checkpoint):
+        session = executorch.load(
+            converted.path, context_tokens=checkpoint.spec.context_tokens, threads=1
+        )
+        said, rows = [], []
+        for step in steps(ids):
+            several = len(step.ids) > 1
+            logits = session.prefill(step.ids) if several else session.decode(step.ids[0])
+            said.append(logits.copy())
+            rows.append(step.last)
+        session.close()
+        found = agreement(expected_logits(checkpoint, ids), said, rows, ids)
+        assert found.mean_kl_nats <= MAX_KL_NATS
+        assert found.same_top_token == 1
+        positions += found.positions
+    assert positions >= MIN_POSITIONS
+
+
+def test_the_file_holds_every_weight_as_planned(converted):
+    spec = converted.checkpoint.spec
+    held = {name: (shape, kind) for name, shape, kind in executorch.contents(converted.path)}
+    assert held == {role: (shape, "F32") for role, shape in spec.weights()}
+
+
+def test_the_size_is_predicted_within_one_percent(converted):
+    layout = executorch.lay_out(converted.checkpoint, storage.RECIPES["F32"])
+    size = converted.path.stat().st_size
+    assert size == pytest.approx(layout.artifact_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("gemma2", "INT4_G32"), ("phi3", "INT4_G32"), ("odd-sizes", "INT8")],  # 72 fill no group
+)
+def test_four_bits_everywhere_say_nearly_what_transformers_says(name, words, tmp_path):
+    checkpoint = opening.open_checkpoint(write_tiny_checkpoint(tmp_path / "model", name))
+    ids, recipe = texts(checkpoint)[0][:64], storage.RECIPES["8da4w_all"]
+    entry = conversion.convert(
+        checkpoint, recipe, tmp_path, progress=lambda _: None, context_tokens=64,
+        variant=xnnpack.PORTABLE,
+    )  # fmt: skip
+    held = {name: kind for name, _, kind in executorch.contents(tmp_path / entry)}
+    layout = executorch.lay_out(checkpoint, recipe)
+    assert held == {placement.role: placement.storage for placement in layout.placements}
+    assert held["token_embedding"] == words
+    session = executorch.load(tmp_path / entry, context_tokens=64, threads=1)
+    said, expected = session.all_logits(ids), expected_logits(checkpoint, ids)
+    session.close()
+    assert abs(said - expected).mean() < 0.6 * abs(expected).mean()
+
+
+# The module by itself, before anything is lowered
+
+
+def eager(checkpoint: Checkpoint) -> decoder.Decoder:
+    spec = checkpoint.spec
+
+    def weight(role: str):
+        values = torch.from_numpy(checkpoint.weight(role))
+        return values + 1 if spec.adds_one(role) else values
+
+    segments = []
+    for index, shape in enumerate(decoder.segment_shapes(spec, mixes=True)):
+        roles = decoder.segment_roles(spec, index)
+        weights = {name: weight(role) for name, role in roles.items()}
+        segments.append(decoder.Segment(spec, shape, weights))
+    return decoder.Decoder(
+        spec,
+        embedding=embeddings.FloatEmbedding(weight("token_embedding")),
+        segments=segments,
+        context_tokens=spec.context_tokens,
+    )
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_module_says_what_transformers_says(name, tmp_path):
+    checkpoint = opening.open_checkpoint(write_tiny_checkpoint(tmp_path / "model", name))
+    border = checkpoint.spec.border_tokens or checkpoint.spec.context_tokens
+    ids = texts(checkpoint)[0][:border]
+    module, said, rows = eager(checkpoint), [], []
+    with torch.inference_mode():
+        for step in steps(ids):
+            positions = torch.arange(step.position, step.position + len(step.ids))
+            said.append(module(torch.tensor([step.ids]), positions)[0].numpy())
+            rows.append(step.last)
+    found = agreement(expected_logits(checkpoint, ids), said, rows, ids)
+    assert found.mean_kl_nats <= MAX_KL_NATS
+    assert found.same_top_token == 1

@@ -1,0 +1,181 @@
+"""The tokenizer inside ExecuTorch's runners, and what a bundle hands to the developer of an app."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from edgekit.errors import MissingDependencyError
+from edgekit.formats.executorch import handover, tokenizer
+from edgekit.formats.executorch.tokenizer import RUNNER_COPY, Preparation
+from edgekit.source import opening
+from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
+from edgekit.tests.tiny.tokenizers import VOICES, train
+from edgekit.tests.witnesses.tiny_runner import sentencepiece_tokenizer
+from edgekit.text import corpus
+
+
+pytestmark = pytest.mark.toolchain
+tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("pytorch_tokenizers", reason="pip install 'edgekit[executorch]'")
+pytest.importorskip("jinja2")
+
+
+def write_tokenizer(directory, content):
+    path = directory / "tokenizer.json"
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("voice", list(VOICES))
+def test_the_copy_reads_the_corpus_as_the_checkpoint_does(voice, tmp_path):
+    path = write_tokenizer(tmp_path, train(voice))
+    copy = tokenizer.runner_copy(path)
+    assert copy is not None
+    (tmp_path / RUNNER_COPY).write_bytes(copy)
+    lines = corpus.lines()
+    exact = tokenizers.Tokenizer.from_file(str(path))
+    expected = [exact.encode(line, add_special_tokens=False).ids for line in lines]
+    assert tokenizer.runtime_ids(tmp_path / "model.pte", lines) == expected
+
+
+@pytest.mark.parametrize(
+    ("voice", "text", "prepared"),
+    [
+        ("qwen2", "cafe\u0301", "caf\u00e9"),
+        ("phi3", "<|user|>\n \u3000Hi<|end|>\n<s> ", "<|user|>Hi<|end|><s> "),
+    ],
+)
+def test_without_preparation_the_runner_would_read_otherwise(voice, text, prepared, tmp_path):
+    path = write_tokenizer(tmp_path, train(voice))
+    assert Preparation.of(json.loads(train(voice)))(text) == prepared
+    exact = tokenizers.Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids
+    (tmp_path / RUNNER_COPY).write_bytes(tokenizer.runner_copy(path) or b"")
+    assert tokenizer.runner_ids(tmp_path / RUNNER_COPY, [text, prepared]) != [exact, exact]
+    assert tokenizer.runtime_ids(tmp_path / "model.pte", [text, prepared]) == [exact, exact]
+
+
+def test_a_file_that_composes_is_read_wrongly_as_it_is(tmp_path):
+    """If this fails, the runner's tokenizer has learnt to compose; then drop the preparation."""
+    path = write_tokenizer(tmp_path, train("qwen2"))
+    exact = tokenizers.Tokenizer.from_file(str(path)).encode("café").ids
+    assert tokenizer.runner_ids(path, ["café"]) != [exact]
+
+
+def test_bytes_among_the_added_tokens_are_taken_off_the_list(tmp_path):
+    fields = json.loads(train("tinyllama"))
+    ids = fields["model"]["vocab"]
+    like = fields["added_tokens"][0] | {"special": False}
+    fields["added_tokens"] += [
+        like | {"content": name, "id": ids[name]} for name in (f"<0x{b:02X}>" for b in range(256))
+    ]
+    path = write_tokenizer(tmp_path, json.dumps(fields))
+    exact = tokenizers.Tokenizer.from_file(str(path)).encode("潮 🌊", add_special_tokens=False).ids
+    copy = tokenizer.runner_copy(path)
+    assert copy is not None
+    (tmp_path / RUNNER_COPY).write_bytes(copy)
+    assert tokenizer.runtime_ids(tmp_path / "model.pte", ["潮 🌊"]) == [exact]
+
+
+def unigram():
+    model = tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], unk_id=0)
+    return tokenizers.Tokenizer(model).to_str()
+
+
+@pytest.mark.parametrize(
+    "content", [unigram(), sentencepiece_tokenizer(decoder="metaspace").to_str()],
+    ids=["Unigram", "Metaspace"],
+)  # fmt: skip
+def test_what_the_runner_cannot_read_has_no_copy(content, tmp_path):
+    path = write_tokenizer(tmp_path, content)
+    assert tokenizer.runner_copy(path) is None
+    assert tokenizer.runtime_ids(tmp_path / "model.pte", ["a"]) is None
+
+
+def test_a_missing_tokenizer_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        tokenizer, "environment", lambda: {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    )
+    (tmp_path / "pytorch_tokenizers.py").write_text("raise ImportError('no such library')")
+    (tmp_path / "edgekit").symlink_to(tokenizer.__file__.partition("/formats/")[0])
+    with pytest.raises(MissingDependencyError, match="no such library") as refusal:
+        tokenizer.runner_ids(tmp_path / "tokenizer.json", [])
+    assert "edgekit[executorch]" in refusal.value.hint
+
+
+# What lies beside the program
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return opening.open_checkpoint(write_tiny_checkpoint(tmp_path_factory.mktemp("phi3"), "phi3"))
+
+
+def hand_over(checkpoint, directory):
+    handover.write(checkpoint, directory, "model.pte", context_tokens=256, variant="llm-ops")
+    return (directory / handover.README).read_text(encoding="utf-8")
+
+
+def test_the_readme_has_lines_for_exactly_this_bundle(checkpoint, tmp_path):
+    readme = hand_over(checkpoint, tmp_path)
+    kotlin, swift = readme.split("```kotlin")[1].split("```swift")
+    for lines in (kotlin, swift):
+        assert '"<|user|>\\n"' in lines
+        assert '"<|end|>\\n<|assistant|>\\n"' in lines
+        assert '"<|endoftext|>", "<|assistant|>", "<|end|>"' in lines
+        assert "/model.pte" in lines
+        assert f"/{RUNNER_COPY}" in lines
+        assert "256" in lines
+    assert "variant llm-ops" in readme
+    assert "not compiled there" in readme
+
+
+def test_the_lines_for_kotlin_and_swift_prepare_a_prompt_as_edgekit_does(checkpoint, tmp_path):
+    readme = hand_over(checkpoint, tmp_path)
+    text = "<|system|>\n\nA <|user|> \u2003\tB<|end|>\x85C <s> D"
+    prepared = Preparation.of(json.loads(train("phi3")))(text)
+    assert prepared == "<|system|>A <|user|>B<|end|>C <s> D"
+    for pattern in (
+        re.findall(r'Regex\("(.*)"\), "\\\$1"\)', readme)[0].replace("\\$", "$"),
+        re.findall(r'  of: "(.*)", with: "\$1"', readme)[0],
+    ):
+        assert re.sub(json.loads(f'"{pattern}"'), r"\1", text) == prepared
+
+
+def test_every_prompt_becomes_its_ids_in_the_runner(checkpoint, tmp_path):
+    hand_over(checkpoint, tmp_path)
+    found = json.loads((tmp_path / handover.PROMPTS).read_text(encoding="utf-8"))
+    assert len(found["prompts"]) == len(handover.CONVERSATIONS)
+    prompts = [entry["prompt"] for entry in found["prompts"]]
+    ids = [entry["ids"] for entry in found["prompts"]]
+    assert tokenizer.runner_ids(tmp_path / RUNNER_COPY, prompts) == ids
+    assert found["stop_ids"] == list(checkpoint.text.declared_stop_ids)
+
+
+def test_a_model_without_a_template_goes_on_with_text(checkpoint, tmp_path):
+    bare = replace(checkpoint, text=replace(checkpoint.text, chat_template=None))
+    readme = hand_over(bare, tmp_path)
+    assert "it continues text" in readme
+    found = json.loads((tmp_path / handover.PROMPTS).read_text(encoding="utf-8"))
+    assert len(found["prompts"]) == len(handover.PLAIN_TEXTS)
+
+
+def test_a_model_the_runner_cannot_read_is_handed_over_with_ids_only(checkpoint, tmp_path):
+    path = write_tokenizer(tmp_path, sentencepiece_tokenizer(decoder="metaspace").to_str())
+    text = replace(checkpoint.text, tokenizer_json=path, declared_stop_ids=(2,))
+    other = replace(checkpoint, text=text)
+    assert handover.note(other) == tokenizer.NOTE
+    out = tmp_path / "out"
+    out.mkdir()
+    readme = hand_over(other, out)
+    assert "ids only" in readme
+    assert "LlmModule(" not in readme
+    assert not (out / RUNNER_COPY).exists()
+
+
+def test_a_developer_is_told_to_prepare_prompts_only_where_it_is_needed(checkpoint, tmp_path):
+    assert "prepare prompts" in (handover.note(checkpoint) or "")
+    path = write_tokenizer(tmp_path, train("smollm"))
+    plain = replace(checkpoint, text=replace(checkpoint.text, tokenizer_json=path))
+    assert handover.note(plain) is None

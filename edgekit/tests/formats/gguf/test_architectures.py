@@ -1,0 +1,452 @@
+"""Which of llama.cpp's graphs computes a decoder, and how its metadata say what it is."""
+
+import json
+import math
+import struct
+from dataclasses import replace
+
+import pytest
+
+from edgekit.errors import UsageError
+from edgekit.formats.gguf import architectures, conversion, hyperparameters, memory
+from edgekit.formats.gguf.hyperparameters import Facts
+from edgekit.model.spec import LinearScaling, Llama3Scaling, LongRopeScaling, Norm, Rope
+from edgekit.source import families
+from edgekit.source.config import Config
+from edgekit.tests.tiny import checkpoints
+from edgekit.tests.tiny.checkpoints import TINY, find_case
+
+
+GRAPHS = {  # of each family; a plain Phi-3 or Mistral computes what Llama's graph does
+    "gemma2": {"gemma2"}, "gemma3_text": {"gemma3"}, "llama": {"llama"}, "mistral": {"llama"},
+    "phi3": {"phi3", "llama"}, "qwen2": {"qwen2"}, "qwen3": {"qwen3"}, "smollm3": {"smollm3"},
+    "stablelm": {"stablelm"},
+}  # fmt: skip
+HAVE_NO_GRAPH = {"gemma2-wide-heads": "a score scale of 0.25", "smollm3-pattern": "layer 0 without"}
+LONG = {"original_max_position_embeddings": 4096, "max_position_embeddings": 131072}
+
+
+def describe(name, **fields):
+    """Return the spec of a tiny case, from its config alone."""
+    case = find_case(name)
+    config = checkpoints._SIZES | {"vocab_size": 96} | dict(case.fields) | fields
+    return families.get(case.model_type).describe(
+        Config(json.loads(json.dumps(config)), origin=name)
+    )
+
+
+def change_layers(spec, **changes):
+    return replace(spec, layers=tuple(replace(layer, **changes) for layer in spec.layers))
+
+
+def change_ropes(spec, change, *, only_local=False):
+    return replace(
+        spec,
+        layers=tuple(
+            replace(layer, rope=change(layer.rope))
+            if layer.rope and (layer.window_tokens or not only_local)
+            else layer
+            for layer in spec.layers
+        ),
+    )
+
+
+def scale(rope):
+    return replace(rope, scaling=LinearScaling(factor=2.0))
+
+
+# The choice
+
+
+@pytest.mark.parametrize("name", TINY.keys() - HAVE_NO_GRAPH)
+def test_a_family_goes_to_the_graph_of_its_name(name):
+    spec = describe(name)
+    graph = architectures.choose(spec)
+    assert graph.name in GRAPHS[TINY[name].model_type]
+    assert list(graph.refusals(spec)) == []
+    assert architectures.get(graph.name) is graph
+
+
+def test_every_family_has_a_graph_and_every_graph_a_family():
+    assert GRAPHS.keys() == set(families.names())
+    assert {name for names in GRAPHS.values() for name in names} == {
+        graph.name for graph in architectures.ARCHITECTURES
+    }
+
+
+@pytest.mark.parametrize("name", HAVE_NO_GRAPH)
+def test_a_decoder_that_no_graph_computes_is_refused(name):
+    with pytest.raises(UsageError, match=HAVE_NO_GRAPH[name]) as refusal:
+        architectures.choose(describe(name))
+    assert "--format" in refusal.value.hint
+
+
+LLAMA = describe("llama")
+QWEN3 = describe("qwen3")
+GEMMA2, GEMMA3 = describe("gemma2"), describe("gemma3")
+STABLELM = describe("stablelm-12b")
+MADE_UP = {
+    "a logit cap on a Llama": (replace(LLAMA, logit_cap=30.0), "a cap on the logits"),
+    "a score cap on a Llama": (
+        replace(LLAMA, attention=replace(LLAMA.attention, score_cap=50.0)), "a cap on the scores",
+    ),
+    "another score scale": (
+        replace(LLAMA, attention=replace(LLAMA.attention, score_scale=0.1)), "a score scale of 0.1",
+    ),
+    "a scaled embedding": (replace(LLAMA, embedding_scale=12.0), "an embedding scale of 12"),
+    "another activation": (replace(LLAMA, activation="gelu_tanh"), "activation gelu_tanh"),
+    "parallel residuals": (replace(LLAMA, residual="parallel"), "parallel residuals"),
+    "post norms": (replace(LLAMA, has_post_norms=True), "norms after attention and MLP"),
+    "a norm with one added": (
+        replace(LLAMA, norm=replace(LLAMA.norm, adds_one=True)), "normalisation rms with 1 added",
+    ),
+    "a norm without bias": (
+        replace(STABLELM, norm=replace(STABLELM.norm, has_bias=False)),
+        "layer normalisation without bias",
+    ),
+    "norms of queries with another epsilon": (
+        replace(QWEN3, attention=replace(
+            QWEN3.attention, query_key_norm=Norm(kind="rms", epsilon=0.5))),
+        "another epsilon",
+    ),
+    "no logit cap on a Gemma 2": (replace(GEMMA2, logit_cap=None), "no cap on the logits"),
+    "no positions at all": (change_layers(LLAMA, rope=None), "layer 0 without positions"),
+    "half a rope": (
+        change_ropes(QWEN3, lambda rope: replace(rope, width=rope.width // 2)), "rope on 12 of 24",
+    ),
+    "a longrope on Qwen 3": (
+        change_ropes(QWEN3, lambda rope: replace(rope, scaling=LongRopeScaling(
+            short_factors=(1.0,) * 12, long_factors=(2.0,) * 12, original_context_tokens=8,
+            attention_factor=1.0))),
+        "rope with longrope scaling",
+    ),
+    "ropes that differ": (
+        replace(LLAMA, layers=(*LLAMA.layers[:-1], replace(
+            LLAMA.layers[-1], rope=replace(LLAMA.layers[-1].rope, theta=9.0)))),
+        "ropes that differ between layers",
+    ),
+    "windows of several lengths": (
+        replace(LLAMA, layers=tuple(
+            replace(layer, window_tokens=8 + index) for index, layer in enumerate(LLAMA.layers))),
+        "windows of several lengths",
+    ),
+    # Gemma 3's graph never scales the layers with a window, Gemma 2's scales all of them.
+    "Gemma 3 scaled everywhere": (change_ropes(GEMMA3, scale), "other rope scaling in the layers"),
+    "Gemma 2 scaled in some layers": (
+        change_ropes(GEMMA2, scale, only_local=True), "other rope scaling in the layers",
+    ),
+    "Gemma 2 with a head of its own": (replace(GEMMA2, is_tied=False), "an output head of its own"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MADE_UP)
+def test_the_refusal_says_what_the_nearest_graph_cannot_do(name):
+    spec, difference = MADE_UP[name]
+    with pytest.raises(UsageError) as refusal:
+        architectures.choose(spec)
+    assert difference in str(refusal.value)
+    assert "its nearest, " in str(refusal.value)
+
+
+def test_gemma_2_may_scale_all_its_ropes_alike():
+    assert architectures.choose(change_ropes(GEMMA2, scale)).name == "gemma2"
+
+
+def test_the_deepest_gemma_scales_its_scores_by_another_width():
+    layer = replace(GEMMA2.layers[0], rope=Rope(width=32, theta=10_000.0))
+    spec = replace(GEMMA2, layers=(layer,) * 46)
+    wide = replace(spec.attention, head_width=32, score_scale=16**-0.5)  # hidden 64 / 4 heads
+    assert architectures.choose(replace(spec, attention=wide)).name == "gemma2"
+    by_head = replace(wide, score_scale=32**-0.5)
+    with pytest.raises(UsageError, match="a score scale"):
+        architectures.choose(replace(spec, attention=by_head))
+
+
+def test_a_bias_decides_between_qwen_2_and_llama():
+    qwen = describe("qwen2")
+    assert architectures.choose(qwen).name == "qwen2"
+    bare = replace(qwen, attention=replace(qwen.attention, has_qkv_bias=False))
+    assert architectures.choose(bare).name == "llama"
+
+
+def test_an_unknown_graph_is_refused_with_those_that_are_read():
+    with pytest.raises(UsageError, match="architecture 'mamba' are not read") as refusal:
+        architectures.get("mamba")
+    assert "gemma3" in refusal.value.hint
+
+
+# How far a graph agrees
+
+
+def test_a_model_without_windows_goes_as_far_as_it_was_made_for():
+    limit = architectures.context_limit(LLAMA)
+    assert limit.tokens == LLAMA.context_tokens
+    assert "made for no more" in limit.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("mistral-window", 16), ("qwen2-window", 16), ("phi3", 15)]
+)
+def test_a_window_that_the_graph_ignores_ends_the_agreement(name, tokens):
+    limit = architectures.context_limit(describe(name))
+    assert limit.tokens == tokens
+    assert "attention window" in limit.reason
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_a_window_that_the_graph_knows_limits_nothing(name):
+    spec = describe(name)
+    assert any(layer.window_tokens for layer in spec.layers)
+    assert architectures.context_limit(spec).tokens == spec.context_tokens
+
+
+def test_a_window_as_long_as_the_model_limits_nothing():
+    spec = describe("mistral-window", sliding_window=256)
+    assert architectures.context_limit(spec).tokens == 256
+
+
+@pytest.mark.parametrize(("original", "tokens"), [(4096, 4096), (4095, 3840), (256, 256)])
+def test_a_longrope_ends_before_a_rounded_cache_would_take_the_long_factors(original, tokens):
+    fields = LONG | {"original_max_position_embeddings": original}
+    limit = architectures.context_limit(describe("phi3-longrope", **fields))
+    assert limit.tokens == tokens
+    assert "long rope factors" in limit.reason
+
+
+def test_a_longrope_that_was_never_stretched_limits_nothing():
+    fields = {"original_max_position_embeddings": 512, "max_position_embeddings": 512}
+    assert architectures.context_limit(describe("phi3-longrope", **fields)).tokens == 512
+
+
+def test_a_longrope_shorter_than_the_smallest_cache_is_refused():
+    with pytest.raises(UsageError, match="rounds a context up to 256"):
+        architectures.context_limit(describe("phi3-longrope"))
+
+
+# What is written is what is read
+
+
+def to_float32(value):
+    return struct.unpack("<f", struct.pack("<f", value))[0]
+
+
+def facts_of(spec):
+    """Return what a file of this decoder says, floats rounded as the file rounds them."""
+    graph = architectures.choose(spec)
+    keys = hyperparameters.write(spec, graph)
+    tensors = {conversion.tensor_name(roles[-1]) for roles, _ in conversion._stacked(spec, graph)}
+    factors = {
+        name: [to_float32(value) for value in values]
+        for name, values in hyperparameters.rope_tensors(spec).items()
+    }
+    return Facts(
+        metadata={"general.architecture": graph.name} | {
+            key: to_float32(value) if kind == "float32" else value
+            for key, (kind, value) in keys.items()
+        },
+        tensors=frozenset(tensors | factors.keys()),
+        vocabulary=spec.vocabulary,
+        rope_factors=factors,
+    )  # fmt: skip
+
+
+def as_published(spec):
+    """Return a decoder with the only original context that Llama 3 models have."""
+
+    def change(rope):
+        if not isinstance(rope.scaling, Llama3Scaling):
+            return rope
+        return replace(rope, scaling=replace(rope.scaling, original_context_tokens=8192))
+
+    return change_ropes(spec, change)
+
+
+def as_the_graph_sees_it(spec):
+    """Return a decoder without what is lost on purpose: ignored windows, and what lies beyond.
+
+    A longrope's factors are computed, and come back as the shortest decimals of their float32.
+    """
+
+    def change(rope):
+        if not isinstance(rope.scaling, LongRopeScaling):
+            return rope
+        shortest, scaling = hyperparameters.shortest, rope.scaling
+        return replace(
+            rope,
+            scaling=replace(
+                scaling,
+                short_factors=tuple(map(shortest, scaling.short_factors)),
+                long_factors=tuple(map(shortest, scaling.long_factors)),
+                attention_factor=shortest(scaling.attention_factor),
+            ),
+        )
+
+    limit = architectures.context_limit(spec).tokens
+    if not architectures.choose(spec).has_windows:
+        spec = change_layers(spec, window_tokens=None)
+    return change_ropes(replace(spec, context_tokens=limit), change)
+
+
+@pytest.mark.parametrize("name", TINY.keys() - HAVE_NO_GRAPH)
+def test_what_is_written_is_read_as_the_same_decoder(name):
+    pytest.importorskip("numpy")
+    has_longrope = "original_max_position_embeddings" in TINY[name].fields
+    spec = as_published(describe(name, **(LONG if has_longrope else {})))
+    assert hyperparameters.read(facts_of(spec)) == as_the_graph_sees_it(spec)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        replace(LLAMA, is_tied=False),
+        replace(GEMMA3, is_tied=False, logit_cap=30.0),
+        change_ropes(GEMMA2, scale),
+        replace(GEMMA2, attention=replace(GEMMA2.attention, score_cap=12.5), logit_cap=7.5),
+        change_layers(GEMMA3, window_tokens=None, rope=Rope(width=16, theta=5e5)),
+        change_layers(GEMMA3, window_tokens=8, rope=Rope(width=16, theta=1e4)),
+        replace(STABLELM, residual="serial"),
+    ],
+)
+def test_so_are_its_variants(spec):
+    pytest.importorskip("numpy")
+    assert hyperparameters.read(facts_of(spec)) == spec
+
+
+@pytest.mark.parametrize("value", [1e-5, 1e-6, 1 / 3, 500_000.0, 0.1])
+def test_a_float_is_read_as_the_decimal_it_was_written_from(value):
+    pytest.importorskip("numpy")
+    read = hyperparameters.shortest(to_float32(value))
+    assert to_float32(read) == to_float32(value)
+    assert len(repr(read)) < len(repr(to_float32(value))) or to_float32(value) == value
+    assert read == pytest.approx(value, rel=1e-7)
+
+
+def damaged(spec=LLAMA, **changes):
+    """Return a file's facts with some keys changed, or removed if None."""
+    facts = facts_of(spec)
+    graph = facts.architecture.name
+    changed = {f"{graph}.{key.replace('__', '.')}": value for key, value in changes.items()}
+    metadata = {k: v for k, v in (facts.metadata | changed).items() if v is not None}
+    return replace(facts, metadata=metadata)
+
+
+DAMAGES = {
+    "no depth": (damaged(block_count=None), "lacks llama.block_count"),
+    "no layers": (damaged(block_count=0), "block_count = 0"),
+    "more layers than tensors": (damaged(block_count=4_000_000_000), "expected a count up to"),
+    "no heads": (damaged(attention__head_count=0), "head_count = 0"),
+    "heads by layer": (damaged(attention__head_count_kv=[2, 1, 2]), "expected one number"),
+    "half a head": (damaged(attention__head_count=2.5), "expected a count"),
+    "a width in words": (damaged(embedding_length="wide"), "expected one number"),
+    "heads narrower than a column": (
+        damaged(attention__head_count=999, attention__key_length=None), "key_length = 0",
+    ),
+    "a yarn rope": (damaged(rope__scaling__type="yarn"), "yarn rope scaling"),
+    "a pattern of no layer": (
+        damaged(GEMMA2, attention__sliding_window_pattern=0), "sliding_window_pattern = 0",
+    ),
+    "a pattern that is too short": (
+        damaged(GEMMA2, attention__sliding_window_pattern=[True]), "has 1 layers, expected 4",
+    ),
+    "another model": (
+        replace(facts_of(LLAMA), metadata={"general.architecture": "mamba"}),
+        "'mamba' are not read",
+    ),
+    "rope factors of nobody": (
+        replace(facts_of(LLAMA), rope_factors={"rope_freqs.weight": [1.0, 3.0] * 4}),
+        "not those of a Llama 3 model",
+    ),
+    "too few rope factors": (
+        replace(facts_of(LLAMA), rope_factors={"rope_freqs.weight": [1.0, 8.0]}),
+        "not those of a Llama 3 model",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_metadata_that_make_no_sense_are_refused(name):
+    pytest.importorskip("numpy")
+    facts, message = DAMAGES[name]
+    with pytest.raises(UsageError) as refusal:
+        hyperparameters.read(facts)
+    assert message in str(refusal.value)
+
+
+def test_what_a_file_does_not_say_is_what_llama_cpp_takes():
+    pytest.importorskip("numpy")
+
+    def rope_of(**changes):
+        return hyperparameters.read(damaged(**changes)).layers[0].rope
+
+    assert rope_of(rope__freq_base=None).theta == 10_000
+    assert rope_of(rope__dimension_count=None).width == 16
+    assert rope_of(rope__scaling__factor=4.0).scaling == LinearScaling(factor=4.0)
+    assert rope_of(rope__scale_linear=4.0).scaling == LinearScaling(factor=4.0)
+    assert rope_of(rope__scaling__factor=0.0).scaling is None
+    assert rope_of(rope__scaling__type="none", rope__scaling__factor=4.0).scaling is None
+    capped = damaged(GEMMA2, final_logit_softcapping=None, attn_logit_softcapping=None)
+    assert hyperparameters.read(capped).logit_cap == 30
+    assert hyperparameters.read(capped).attention.score_cap == 50
+    heads = hyperparameters.read(damaged(attention__head_count_kv=None)).attention
+    assert heads.key_value_heads == heads.heads
+
+
+@pytest.mark.parametrize(
+    ("spec", "is_local"),
+    [(GEMMA2, [True, False, True, False]), (GEMMA3, [True] * 5 + [False, True])],
+)
+def test_without_a_pattern_the_graphs_own_holds(spec, is_local):
+    pytest.importorskip("numpy")
+    read = hyperparameters.read(damaged(spec, attention__sliding_window_pattern=None))
+    assert [layer.window_tokens is not None for layer in read.layers] == is_local
+
+
+# What it holds in memory
+
+
+def test_the_cache_has_two_bytes_for_every_key_and_value():
+    width = LLAMA.attention.key_value_width
+    assert memory.cache_bytes(LLAMA, context_tokens=512) == 3 * 512 * 2 * width * 2
+    # Cells come in steps of 256.
+    assert memory.cache_bytes(LLAMA, context_tokens=257) == 3 * 512 * 2 * width * 2
+
+
+def test_a_layer_with_a_window_keeps_no_more_than_it_sees():
+    token_bytes = 2 * GEMMA2.attention.key_value_width * 2
+    is_local = [layer.window_tokens is not None for layer in GEMMA2.layers]
+    assert sorted(is_local) == [False, False, True, True]
+    # 16 tokens and a batch of 256, rounded up
+    assert memory.cache_bytes(GEMMA2, context_tokens=8192) == 2 * (8192 + 512) * token_bytes
+    assert memory.cache_bytes(GEMMA2, context_tokens=256) == 4 * 256 * token_bytes
+
+
+# Rows that change places
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (24,), (16, 2)])
+def test_halves_become_neighbours_and_back(shape):
+    np = pytest.importorskip("numpy")
+    rows = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    pairs = conversion.interleave_halves(rows, 8)
+    assert pairs.shape == shape
+    assert not np.array_equal(pairs, rows)
+    assert np.array_equal(conversion.separate_halves(pairs, 8), rows)
+    assert np.array_equal(
+        conversion.interleave_halves(conversion.separate_halves(rows, 8), 8), rows
+    )
+
+
+def test_a_pair_is_a_channel_and_the_one_half_a_head_on():
+    np = pytest.importorskip("numpy")
+    rows = np.arange(12, dtype=np.float32)  # two heads of six
+    found = conversion.interleave_halves(rows, 6).tolist()
+    assert found == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "label"),
+    [(134_515_008, "135M"), (999_600, "1M"), (999_499_999, "999M"), (999_500_000, "1B"),
+     (1_235_814_400, "1.2B"), (41_234, "41K")],
+)  # fmt: skip
+def test_a_size_is_written_as_model_names_carry_it(parameters, label):
+    assert conversion.size_label(parameters) == label

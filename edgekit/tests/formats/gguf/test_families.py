@@ -1,0 +1,369 @@
+"""Every family through a GGUF file in llama.cpp, against transformers in float32."""
+
+import json
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgekit import formats
+from edgekit.errors import UsageError
+from edgekit.formats import ContextLimit
+from edgekit.formats.gguf import conversion, layout, runtime
+from edgekit.formats.gguf.runtime import GgufSession
+from edgekit.proof import transformers_logits
+from edgekit.proof.fidelity import Comparison, Fidelity
+from edgekit.proof.gates import CONVERSATIONS
+from edgekit.source import opening
+from edgekit.source.checkpoint import Checkpoint
+from edgekit.tests.tiny.checkpoints import (
+    CONTEXT_TOKENS,
+    TINY,
+    WINDOW_TOKENS,
+    write_tiny_checkpoint,
+)
+from edgekit.text import corpus
+from edgekit.text.tokenizer import Text
+
+
+pytestmark = pytest.mark.toolchain
+np = pytest.importorskip("numpy")
+torch = pytest.importorskip("torch")
+NFC = pytest.importorskip("tokenizers").normalizers.NFC
+pytest.importorskip("llama_cpp")
+
+GGUF = formats.get("gguf")
+F32 = GGUF.RECIPES["F32"]
+MIN_POSITIONS = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A tiny checkpoint, and what its config says otherwise than the one in `TINY`."""
+
+    tiny: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    max_mean_kl_nats: float = 1e-6
+
+
+HAS_NO_DECODER = ("gemma2-wide-heads", "smollm3-pattern", "phi3-longrope")
+CASES = {
+    **{name: Case(tiny=name) for name in TINY if name not in HAS_NO_DECODER},
+    "llama-untied": Case(tiny="llama", fields={"tie_word_embeddings": False}),
+    "qwen2-odd-head-width": Case(tiny="qwen2", fields={"head_dim": 24}),
+    "qwen2-untied": Case(tiny="qwen2", fields={"tie_word_embeddings": False}),
+    "gemma3-untied": Case(tiny="gemma3", fields={"tie_word_embeddings": False}),
+    "mistral-tied": Case(tiny="mistral", fields={"tie_word_embeddings": True}),
+    "phi3-tied": Case(tiny="phi3", fields={"tie_word_embeddings": True}),
+    "stablelm-tied": Case(
+        tiny="stablelm-1.6b", fields={"tie_word_embeddings": True, "use_qkv_bias": False}
+    ),
+    "gemma3-logit-cap": Case(tiny="gemma3", fields={"final_logit_softcapping": 6.0}),
+    # The score's scale is not that of the head, and llama.cpp tells by the depth.
+    "gemma2-27b": Case(
+        tiny="gemma2-wide-heads",
+        fields={"num_hidden_layers": 46, "max_position_embeddings": 64},
+        max_mean_kl_nats=1e-5,  # ggml looks GELU up in a float16 table, 46 times here
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A checkpoint and the file made of it."""
+
+    checkpoint: Checkpoint
+    path: Path
+    limit: ContextLimit
+    max_mean_kl_nats: float = 1e-6
+
+    def open(self, *, has_exact_cache: bool = True) -> GgufSession:
+        return GgufSession(
+            self.path,
+            context_tokens=self.limit.tokens,
+            threads=1,
+            has_exact_cache=has_exact_cache,
+        )
+
+    def chunks(self) -> Iterator[list[int]]:
+        """Yield random texts until there are enough positions, the first as long as can be."""
+        random, left = np.random.default_rng(0), MIN_POSITIONS
+        while left > 0:
+            ids = random.integers(0, self.checkpoint.spec.vocabulary, self.limit.tokens)
+            left -= len(ids)
+            yield ids.tolist()
+
+    def fidelity(self) -> Fidelity:
+        chunks, comparison, session = list(self.chunks()), Comparison(), self.open()
+        for ids, expected in zip(
+            chunks, transformers_logits.logits(self.checkpoint, chunks), strict=True
+        ):
+            comparison.add(expected, session.all_logits(ids), np.array(ids))
+        session.close()
+        return comparison.result()
+
+    def text(self) -> Text:
+        rules = self.checkpoint.text.rules()
+        return Text.open(self.checkpoint.directory, rules)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def open_tiny(directory: Path, name: str, **fields: Any) -> Checkpoint:
+    return opening.open_checkpoint(write_tiny_checkpoint(directory / "model", name, **fields))
+
+
+def make(directory: Path, name: str, **fields: Any) -> Made:
+    return convert(open_tiny(directory, name, **fields), directory)
+
+
+def convert(checkpoint: Checkpoint, directory: Path) -> Made:
+    entry = GGUF.convert(checkpoint, F32, directory, progress=lambda _: None)
+    limit = GGUF.context_limit(checkpoint)
+    return Made(checkpoint=checkpoint, path=directory / entry, limit=limit)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def made(request, tmp_path_factory):
+    case = CASES[request.param]
+    made = make(tmp_path_factory.mktemp("gguf"), case.tiny, **case.fields)
+    return replace(made, max_mean_kl_nats=case.max_mean_kl_nats)
+
+
+# Every family, every shape
+
+
+def test_logits_are_those_of_transformers_as_far_as_the_context_goes(made):
+    found = made.fidelity()
+    assert found.positions >= MIN_POSITIONS
+    assert found.mean_kl_nats <= made.max_mean_kl_nats
+    assert found.same_top_token >= 0.99
+
+
+def test_both_tokenizers_make_the_ids_of_transformers(made):
+    reference, text = transformers_logits.tokenizer(made.checkpoint), made.text()
+    added = [f"one{token}two {token} three" for token in reference.get_added_vocab()]
+    lines = corpus.lines() + added
+    expected = [transformers_logits.ids(reference, line) for line in lines]
+    assert [text.encode(line, adds_bos=False) for line in lines] == expected
+    if isinstance(text.tokenizer.normalizer, NFC):  # llama.cpp composes no letters
+        lines = [unicodedata.normalize("NFC", line) for line in lines]
+    assert GGUF.runtime_ids(made.path, lines) == expected
+
+
+def test_conversations_render_to_the_bytes_of_transformers_and_the_file_holds_the_template(made):
+    template = made.checkpoint.text.chat_template
+    assert template is not None
+    reference, text = transformers_logits.tokenizer(made.checkpoint), made.text()
+    for turns in CONVERSATIONS:
+        assert text.render(turns) == transformers_logits.rendered(
+            reference, turns, template=template
+        )
+    assert layout.read(made.path).metadata["tokenizer.chat_template"] == template
+
+
+def test_llama_cpp_ends_an_answer_at_every_stop_id(made):
+    stops = made.checkpoint.text.declared_stop_ids
+    config = json.loads((made.checkpoint.directory / "generation_config.json").read_text())
+    assert set(stops) >= set(config["eos_token_id"])
+    llama, model = runtime.library(), runtime.open_model(made.path, vocabulary_only=True)
+    table = llama.llama_model_get_vocab(model)
+    ends = {id for id in range(made.checkpoint.spec.vocabulary)
+            if llama.llama_vocab_is_eog(table, id)}  # fmt: skip
+    llama.llama_model_free(model)
+    assert ends >= set(stops)
+    assert len(ends) < 6  # not everything ends one
+
+
+def test_the_file_is_as_planned(made):
+    planned = GGUF.lay_out(made.checkpoint, F32)
+    assert made.path.stat().st_size == planned.artifact_bytes
+    assert {storage for _, _, storage in GGUF.contents(made.path)} == {"F32"}
+    assert not planned.substituted
+
+
+def test_read_back_the_file_is_a_checkpoint_of_the_same_weights_and_ids(
+    made, tmp_path, monkeypatch
+):
+    if "rope_freqs.weight" in {name for name, _, _ in GGUF.contents(made.path)}:
+        pytest.skip("a file keeps Llama 3's divisors only, and published models' are known")
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path))
+    read, original = opening.open_checkpoint(made.path), made.checkpoint
+    assert read.spec.attention == original.spec.attention
+    assert read.spec.norm == original.spec.norm
+    assert read.spec.context_tokens == made.limit.tokens
+    for role, shape in original.spec.weights():
+        stored = read.weight(role)
+        assert stored.shape == shape
+        np.testing.assert_allclose(stored, original.weight(role), rtol=0, atol=1e-7)
+    ours, theirs = transformers_logits.tokenizer(read), transformers_logits.tokenizer(original)
+    assert all(
+        transformers_logits.ids(ours, line) == transformers_logits.ids(theirs, line)
+        for line in corpus.lines()
+    )
+    assert set(read.text.declared_stop_ids) >= set(original.text.declared_stop_ids)
+
+
+# Texts longer than what a test above could hold
+
+
+@pytest.mark.parametrize("name", ["llama3-rope-tied", "gemma2", "gemma3"])
+def test_a_text_of_several_batches_and_many_windows_is_read_alike(name, tmp_path):
+    made = make(tmp_path, name, max_position_embeddings=600)
+    assert runtime.BATCH_TOKENS < made.limit.tokens == 600
+    assert made.fidelity().mean_kl_nats <= 1e-6
+
+
+def test_reading_token_by_token_past_the_window_says_what_reading_at_once_says(tmp_path):
+    made = make(tmp_path, "gemma3")
+    ids, session = next(made.chunks())[: 4 * WINDOW_TOKENS], made.open()
+    (expected,) = transformers_logits.logits(made.checkpoint, [ids])
+    said = [session.prefill(ids[:20]).copy(), *(session.decode(id).copy() for id in ids[20:])]
+    session.close()
+    comparison = Comparison()
+    comparison.add(expected[19:], np.stack(said), np.array(ids[19:]))
+    assert comparison.result().mean_kl_nats <= 1e-6
+
+
+# What llama.cpp gets wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "reason"),
+    [
+        ("smollm3-pattern", {}, "layer 0 without positions"),
+        ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1]}, "layer 2 without positions"),
+        ("gemma2-wide-heads", {}, "a score scale of 0.25"),
+        ("gemma2", {"attn_logit_softcapping": None}, "no cap on the scores"),
+        ("gemma2", {"final_logit_softcapping": None}, "no cap on the logits"),
+        ("qwen3", {"attention_bias": True}, "norms on queries and keys"),
+        ("phi3-longrope", {}, "made for 64"),
+    ],
+)
+def test_what_no_graph_computes_is_refused_in_one_sentence(name, fields, reason, tmp_path):
+    checkpoint = open_tiny(tmp_path, name, **fields)
+    with pytest.raises(UsageError) as refusal:
+        GGUF.lay_out(checkpoint, F32)
+    assert reason in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert refusal.value.hint
+
+
+def test_a_window_llama_cpp_ignores_and_long_factors_it_would_take_too_early_end_the_context(
+    tmp_path,
+):
+    mistral = open_tiny(tmp_path / "mistral", "mistral-window")
+    assert GGUF.context_limit(mistral).tokens == WINDOW_TOKENS
+    assert "window" in GGUF.context_limit(mistral).reason
+    phi = open_tiny(tmp_path / "phi", "phi3.5-longrope")
+    assert GGUF.context_limit(phi).tokens == 256
+    assert "long rope factors" in GGUF.context_limit(phi).reason
+    gemma = open_tiny(tmp_path / "gemma", "gemma3")
+    assert GGUF.context_limit(gemma).tokens == CONTEXT_TOKENS
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "phi3"])
+def test_past_an_ignored_window_llama_cpp_does_err(name, tmp_path):
+    made = make(tmp_path, name)
+    beyond = replace(made, limit=ContextLimit(tokens=made.limit.tokens + 32, reason=""))
+    assert beyond.fidelity().mean_kl_nats > 1e-3
+
+
+def test_in_a_larger_cache_llama_cpp_takes_long_rope_factors_for_a_short_text(tmp_path):
+    made = make(tmp_path, "phi3.5-longrope")
+    ids = next(made.chunks())[:100]
+    larger = replace(made, limit=ContextLimit(tokens=made.limit.tokens + 1, reason=""))
+    for asked, is_right in ((made, True), (larger, False)):
+        session, comparison = asked.open(), Comparison()
+        (expected,) = transformers_logits.logits(made.checkpoint, [ids])
+        comparison.add(expected, session.all_logits(ids), np.array(ids))
+        session.close()
+        assert (comparison.result().mean_kl_nats < 1e-6) == is_right
+
+
+# Configs of two generations, checkpoints of several kinds
+
+
+def file_bytes(checkpoint: Checkpoint, directory: Path) -> bytes:
+    entry = conversion.convert(checkpoint, F32, directory, pre="default", progress=lambda _: None)
+    return (directory / entry).read_bytes()
+
+
+def write_as_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the same config in the words of the version before."""
+    older = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype")}
+    older |= {"torch_dtype": config["dtype"], "transformers_version": "4.47.0"}
+    rope = dict(config["rope_parameters"])
+    if "full_attention" in rope:  # Gemma 3
+        older["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
+    older["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        older["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    is_plain = rope.get("rope_type", "default") == "default"
+    return older | {"rope_scaling": None if is_plain else rope}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama3-rope-tied",
+        "llama-linear-rope",
+        "qwen2",
+        "phi4-mini",
+        "gemma3-linear-rope",
+        "stablelm-12b",
+    ],
+)
+def test_a_config_of_transformers_4_makes_the_same_file_as_one_of_5(name, tmp_path):
+    newer = open_tiny(tmp_path, name)
+    expected = file_bytes(newer, tmp_path)
+    path = newer.directory / "config.json"
+    config = json.loads(path.read_text())
+    assert "rope_parameters" in config
+    path.write_text(json.dumps(write_as_transformers_4(config)))
+    assert file_bytes(opening.open_checkpoint(newer.directory), tmp_path) == expected
+
+
+def test_weights_in_bfloat16_and_in_several_files_are_the_same_to_the_bit(tmp_path):
+    made = make(tmp_path, "llama-bias", dtype=torch.bfloat16, shards=3)
+    assert len(list(made.checkpoint.directory.glob("*.safetensors"))) >= 3
+    assert made.fidelity().mean_kl_nats <= 1e-6
+
+
+# Widths that fill no block
+
+
+@pytest.mark.parametrize("recipe", ["Q8_0", "Q4_K_M", "Q2_K"])
+@pytest.mark.parametrize(
+    ("name", "fields", "substitute"),
+    [
+        ("odd-sizes", {}, "F16"),  # 72 columns: no multiple of 32
+        ("llama", {"hidden_size": 96, "intermediate_size": 160}, None),  # of 32, not of 256
+    ],
+)
+def test_rows_that_fill_no_block_are_stored_otherwise_and_that_is_reported(
+    name, fields, substitute, recipe, tmp_path
+):
+    checkpoint = open_tiny(tmp_path, name, **fields)
+    chosen = GGUF.RECIPES[recipe]
+    planned = GGUF.lay_out(checkpoint, chosen)
+    entry = conversion.convert(checkpoint, chosen, tmp_path, pre="smollm", progress=lambda _: None)
+    stored = {name: storage for name, _, storage in GGUF.contents(tmp_path / entry)}
+    assert stored == {conversion.tensor_name(p.role): p.storage for p in planned.placements}
+    matrices = [p for p in planned.placements if p.parameters > 1000]
+    assert {p.storage for p in matrices} & {substitute} == {substitute} - {None}
+    is_whole = substitute is None and recipe == "Q8_0"
+    assert bool(planned.substituted) != is_whole
+    session = GgufSession(tmp_path / entry, context_tokens=32, threads=1)
+    assert np.isfinite(session.all_logits([1, 2, 3])).all()
+    session.close()

@@ -1,0 +1,264 @@
+"""MLC's settings, and which decoders its models compute."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edgekit.errors import UsageError
+from edgekit.formats import Buffer, mlc
+from edgekit.formats.mlc import chat_config, decoders, packing
+from edgekit.model.spec import (
+    Attention,
+    DecoderSpec,
+    Layer,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Norm,
+    Rope,
+)
+
+
+pytest.importorskip("numpy")
+pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+
+GOLDEN = Path(__file__).parent / "data"
+
+
+def tiny_spec(**changes):
+    return replace(
+        DecoderSpec(
+            vocabulary=96,
+            hidden_width=64,
+            mlp_width=96,
+            context_tokens=512,
+            layers=(Layer(rope=Rope(width=16, theta=10_000.0)),) * 2,
+            attention=Attention(heads=4, key_value_heads=2, head_width=16, score_scale=0.25),
+            norm=Norm(kind="rms", epsilon=1e-6),
+        ),
+        **changes,
+    )
+
+
+def with_attention(**changes):
+    return tiny_spec(attention=replace(tiny_spec().attention, **changes))
+
+
+def with_rope(**changes):
+    return tiny_spec(layers=(Layer(rope=replace(Rope(width=16, theta=1e4), **changes)),) * 2)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "spec"),
+    [
+        ("llama_odd_f32", "q3f16_1", tiny_spec(
+            vocabulary=101, hidden_width=60, mlp_width=70,
+            attention=Attention(heads=6, key_value_heads=3, head_width=12, score_scale=12**-0.5),
+        )),
+        ("llama_untied_f32", "q4f16_0", tiny_spec()),
+        ("qwen2_tied_f32", "q4f16_1", tiny_spec(is_tied=True)),
+    ],
+)  # fmt: skip
+def test_settings_are_in_the_words_and_the_order_of_mlc_llm(name, scheme, spec):
+    expected = json.loads((GOLDEN / name / "mlc-chat-config.json").read_text())
+    found = chat_config.model_config(
+        expected["model_type"], spec, context_tokens=512, chunk_tokens=512
+    )
+    assert expected["quantization"] == scheme
+    assert json.dumps(found) == json.dumps(expected["model_config"])
+
+
+def test_the_outer_fields_are_those_of_mlc_llm_in_its_order(tmp_path):
+    from edgekit.doctor import _tiny_checkpoint
+
+    expected = json.loads((GOLDEN / "llama_untied_f32" / "mlc-chat-config.json").read_text())
+    checkpoint = _tiny_checkpoint(tmp_path)
+    found = chat_config.build(
+        checkpoint, "q4f16_1", context_tokens=48, conv_template={"seps": [""]}
+    )
+    assert list(found) == list(expected)
+    assert found["context_window_size"] == found["prefill_chunk_size"] == 48
+    assert found["vocab_size"] == 257
+    assert found["eos_token_id"] == 256
+    assert found["conv_template"] == {"seps": [""]}
+    kinds = {key: type(value) for key, value in expected.items()}
+    assert {key: type(value) for key, value in found.items()} == kinds
+
+
+def test_a_prompt_is_read_in_chunks_as_large_as_a_prebuilt_library_takes(tmp_path):
+    from edgekit.doctor import _tiny_checkpoint
+
+    checkpoint = _tiny_checkpoint(tmp_path)
+    found = chat_config.build(checkpoint, "q4f16_1", context_tokens=8192, conv_template={})
+    assert (found["context_window_size"], found["prefill_chunk_size"]) == (8192, 1024)
+
+
+def test_special_tokens_and_sampling_come_from_the_checkpoint(tmp_path):
+    from edgekit.doctor import _tiny_checkpoint
+
+    checkpoint = _tiny_checkpoint(tmp_path)
+    checkpoint.directory.mkdir()
+    said = {"bos_token_id": 7, "pad_token_id": 9, "temperature": 0.6, "top_p": 0.95}
+    (checkpoint.directory / "generation_config.json").write_text(json.dumps(said))
+    found = chat_config.build(checkpoint, "q4f16_1", context_tokens=64, conv_template={})
+    assert {key: found[key] for key in said} == said
+    assert (found["repetition_penalty"], found["presence_penalty"]) == (1.0, 0.0)
+
+
+LONG = LongRopeScaling(
+    short_factors=(1.0,) * 8, long_factors=(2.0,) * 8, original_context_tokens=128,
+    attention_factor=decoders._attention_factor(512, 128),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "spec", "fields"),
+    [
+        ("llama", with_rope(scaling=Llama3Scaling(
+            factor=32.0, low_frequency_factor=1.0, high_frequency_factor=4.0,
+            original_context_tokens=64)),
+         {"rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+                           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+        ("mistral", tiny_spec(), {"sliding_window_size": -1, "position_embedding_base": 10_000.0}),
+        ("qwen3", with_attention(has_qkv_bias=True, has_output_bias=True),
+         {"attention_bias": True, "rope_theta": 10_000.0, "head_dim": 16}),
+        ("phi3", with_rope(scaling=LONG),
+         {"max_position_embeddings": 512, "original_max_position_embeddings": 128,
+          "partial_rotary_factor": 1.0}),
+        ("phi3", with_rope(width=12), {"rope_scaling": None, "partial_rotary_factor": 0.75}),
+        ("gemma2", with_attention(score_cap=50.0),
+         {"attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 16, "sliding_window": 64}),
+        ("stablelm", with_rope(width=4), {"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-6}),
+    ],
+)  # fmt: skip
+def test_a_model_definition_is_told_what_the_decoder_is(architecture, spec, fields):
+    found = chat_config.model_config(architecture, spec, context_tokens=64, chunk_tokens=64)
+    assert {key: found[key] for key in fields} == fields
+    assert (found["hidden_size"], found["num_hidden_layers"]) == (64, 2)
+    assert (found["context_window_size"], found["prefill_chunk_size"]) == (64, 64)
+
+
+# What MLC computes
+
+
+@pytest.mark.parametrize(
+    ("architecture", "spec"),
+    [
+        ("llama", tiny_spec()),
+        ("llama", with_attention(head_width=24, score_scale=24**-0.5)),
+        ("mistral", tiny_spec(layers=(Layer(rope=Rope(width=16, theta=1e4), window_tokens=8),))),
+        ("qwen2", with_attention(has_qkv_bias=True)),
+        ("qwen3", with_attention(query_key_norm=Norm(kind="rms", epsilon=1e-6))),
+        ("phi3", with_rope(scaling=LONG, width=16)),
+        ("stablelm", with_rope(width=4)),
+        ("gemma2", replace(with_attention(score_cap=50.0), is_tied=True, logit_cap=30.0)),
+    ],
+)
+def test_what_mlc_computes_is_taken(architecture, spec):
+    if architecture == "llama" and spec.attention.head_width == 24:
+        spec = replace(spec, layers=(Layer(rope=Rope(width=24, theta=1e4)),) * 2)
+    decoders.refuse(architecture, spec)
+
+
+LINEAR = LinearScaling(factor=4.0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "spec", "words"),
+    [
+        ("smollm3", tiny_spec(), "no model with layers that have no positions"),
+        ("gemma3_text", tiny_spec(), "one rope for all layers in a browser"),
+        ("gpt2", tiny_spec(), "no model of type 'gpt2'"),
+        ("llama", with_rope(scaling=LINEAR), "has no linear rope"),
+        ("qwen2", replace(with_attention(has_qkv_bias=True), layers=with_rope(
+            scaling=Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0,
+                                  original_context_tokens=64)).layers), "has no llama3 rope"),
+        ("llama", with_rope(scaling=LONG), "has no longrope rope"),
+        ("llama", with_rope(width=8), "turns whole heads, the checkpoint 8 channels"),
+        ("llama", tiny_spec(layers=(Layer(rope=Rope(width=16, theta=1e4)), Layer(rope=None))),
+         "turns every layer alike"),
+        ("phi3", with_rope(scaling=replace(LONG, attention_factor=1.5)),
+         "attention factor of 1.1339, the checkpoint 1.5000"),
+        ("llama", with_attention(has_qkv_bias=True), "no biases on queries, keys and values"),
+        ("qwen2", tiny_spec(), "has biases on queries, keys and values"),
+        ("llama", with_attention(has_output_bias=True), "no biases on the output of attention"),
+        ("qwen3", with_attention(has_qkv_bias=True), "all biases of attention or none"),
+        ("llama", tiny_spec(has_mlp_bias=True), "no biases in the MLP"),
+        ("stablelm", tiny_spec(residual="parallel"), "runs both in parallel"),
+        ("stablelm", with_attention(query_key_norm=Norm(kind="layer", epsilon=1e-5)),
+         "norms on queries and keys"),
+        ("mistral", tiny_spec(is_tied=True), "an output head of its own"),
+        ("gemma2", tiny_spec(), "the embedding as output head"),
+        ("gemma2", replace(with_attention(score_scale=1 / 12), is_tied=True),
+         "multiplies scores by 0.2500, the checkpoint by 0.0833"),
+        ("phi3", with_attention(heads=2, score_scale=0.25), "splits a hidden width of 64 among 2"),
+    ],
+)  # fmt: skip
+def test_what_mlc_computes_otherwise_is_refused_in_one_sentence(architecture, spec, words):
+    with pytest.raises(UsageError, match=words) as refusal:
+        decoders.refuse(architecture, spec)
+    assert "\n" not in str(refusal.value)
+    assert "--format gguf" in refusal.value.hint
+
+
+def test_a_layout_refuses_too_before_anything_is_written(tmp_path):
+    from edgekit.doctor import _tiny_checkpoint
+
+    tiny = _tiny_checkpoint(tmp_path)
+    biased = replace(tiny, spec=replace(tiny.spec, has_mlp_bias=True))
+    with pytest.raises(UsageError, match="no biases in the MLP"):
+        mlc.lay_out(biased, packing.RECIPES["q0f16"])
+    with pytest.raises(UsageError, match="32 MiB each"):
+        mlc.lay_out(tiny, packing.RECIPES["q0f16"], split_bytes=10**8)
+
+
+def test_a_cap_on_scores_is_left_out_told_and_counted():
+    spec = with_attention(score_cap=50.0)
+    assert decoders.computed(spec).attention.score_cap is None
+    (note,) = decoders.notes(spec)
+    assert "leaves out the cap of 50 on attention scores" in note
+    assert list(decoders.notes(tiny_spec())) == []
+
+
+# Context
+
+
+def test_the_context_is_the_models_own_where_mlc_computes_all_of_it():
+    limit = decoders.context_limit("llama", tiny_spec())
+    assert (limit.tokens, limit.reason) == (512, "the model was made for no more")
+
+
+def test_a_window_ends_the_context_since_mlc_leaves_it_out():
+    rope = Rope(width=16, theta=1e4)
+    spec = tiny_spec(layers=(Layer(rope=rope), Layer(rope=rope, window_tokens=100)))
+    limit = decoders.context_limit("gemma2", spec)
+    assert limit.tokens == 100
+    assert "leaves the window out" in limit.reason
+    wide = tiny_spec(layers=(Layer(rope=rope, window_tokens=4096),))
+    assert decoders.context_limit("phi3", wide).tokens == 512
+
+
+def test_longrope_ends_where_the_long_factors_would_begin():
+    limit = decoders.context_limit("phi3", with_rope(scaling=LONG))
+    assert limit.tokens == 128
+    assert "short factors" in limit.reason
+
+
+def test_a_browser_must_bind_the_largest_tensor_and_compute_in_float16_only_where_asked(tmp_path):
+    from edgekit.doctor import _tiny_checkpoint
+
+    tiny = _tiny_checkpoint(tmp_path)
+    half = mlc.lay_out(tiny, packing.RECIPES["q0f16"])
+    assert half.largest_buffer == Buffer(name="model.embed_tokens.weight", size_bytes=257 * 64 * 2)
+    assert half.needs_shader_f16
+    full = mlc.lay_out(tiny, packing.RECIPES["q0f32"])
+    assert full.largest_buffer == Buffer(  # as in memory, not as stored
+        name="model.embed_tokens.weight", size_bytes=257 * 64 * 4
+    )
+    assert not full.needs_shader_f16

@@ -1,0 +1,152 @@
+"""Which prebuilt library runs a model, and what is said where none does."""
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edgekit.formats.mlc import decoders, libraries
+from edgekit.formats.mlc.packing import SCHEMES
+from edgekit.model.spec import Attention, DecoderSpec, Layer, Llama3Scaling, Norm, Rope
+from edgekit.model.tokenizer_files import TokenizerFiles
+from edgekit.source.checkpoint import Checkpoint
+
+
+NO_TEXT = TokenizerFiles(
+    tokenizer_json=Path("absent"), special_tokens={}, chat_template=None, declared_stop_ids=(),
+    stop_ids_by_file={},
+)  # fmt: skip
+QWEN = DecoderSpec(  # Qwen2.5-0.5B
+    vocabulary=151936,
+    hidden_width=896,
+    mlp_width=4864,
+    context_tokens=32768,
+    layers=(Layer(rope=Rope(width=64, theta=1_000_000.0)),) * 24,
+    attention=Attention(
+        heads=14, key_value_heads=2, head_width=64, score_scale=0.125, has_qkv_bias=True
+    ),
+    norm=Norm(kind="rms", epsilon=1e-6),
+    is_tied=True,
+)
+LLAMA = DecoderSpec(  # Llama-3.2-1B
+    vocabulary=128256,
+    hidden_width=2048,
+    mlp_width=8192,
+    context_tokens=131072,
+    layers=(
+        Layer(
+            rope=Rope(
+                width=64,
+                theta=500_000.0,
+                scaling=Llama3Scaling(
+                    factor=32.0,
+                    low_frequency_factor=1.0,
+                    high_frequency_factor=4.0,
+                    original_context_tokens=8192,
+                ),
+            )
+        ),
+    )
+    * 16,
+    attention=Attention(heads=32, key_value_heads=8, head_width=64, score_scale=0.125),
+    norm=Norm(kind="rms", epsilon=1e-5),
+    is_tied=True,
+)
+SMOLLM = replace(  # SmolLM2-360M
+    LLAMA,
+    vocabulary=49152,
+    hidden_width=960,
+    mlp_width=2560,
+    layers=(Layer(rope=Rope(width=64, theta=100_000.0)),) * 32,
+    attention=Attention(heads=15, key_value_heads=5, head_width=64, score_scale=0.125),
+)
+
+
+def found_for(checkpoint, scheme):
+    """Return the library for a model, which there must be."""
+    found = libraries.find(checkpoint, scheme)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    def make(architecture, spec):
+        return Checkpoint(
+            directory=tmp_path / "mine", architecture=architecture, spec=spec, tensors={},
+            text=NO_TEXT,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("architecture", "spec", "scheme", "name"),
+    [
+        ("qwen2", QWEN, "q4f16_1", "Qwen2-0.5B-Instruct-q4f16_1_cs1k-webgpu.wasm"),
+        ("qwen2", QWEN, "q0f32", "Qwen2-0.5B-Instruct-q0f32_cs1k-webgpu.wasm"),
+        ("llama", LLAMA, "q4f32_1", "Llama-3.2-1B-Instruct-q4f32_1_cs1k-webgpu.wasm"),
+        ("llama", SMOLLM, "q4f16_1", "SmolLM2-360M-Instruct-q4f16_1_cs1k-webgpu.wasm"),
+    ],
+)
+def test_a_fine_tune_takes_the_library_of_its_base(checkpoint, architecture, spec, scheme, name):
+    found = found_for(checkpoint(architecture, spec), scheme)
+    assert found.name == name
+    assert found.webllm_version == "0.2.85"
+    assert found.url.startswith("https://")
+    assert found.url.endswith(f"/v0_2_84/base/{name}")
+
+
+def test_added_tokens_leave_a_library_that_is_bound_to_the_vocabulary(checkpoint):
+    grown = checkpoint("qwen2", replace(QWEN, vocabulary=151968))
+    assert libraries.find(grown, "q4f16_1") is None
+    assert libraries.missing(grown, "q4f16_1") == (
+        "no WebGPU library is prebuilt for this shape: Qwen2-0.5B-Instruct-q4f16_1_cs1k-webgpu.wasm"
+        " has vocabulary 151936, not 151968"
+    )
+
+
+def test_added_tokens_keep_one_whose_embedding_may_have_any_size(checkpoint):
+    grown = checkpoint("llama", replace(LLAMA, vocabulary=128264))
+    assert found_for(grown, "q4f16_1").stem == "Llama-3.2-1B-Instruct"
+
+
+def test_another_rope_is_another_shape(checkpoint):
+    layers = (Layer(rope=Rope(width=64, theta=10_000.0)),) * 24
+    turned = checkpoint("qwen2", replace(QWEN, layers=layers))
+    assert libraries.find(turned, "q4f16_1") is None
+    assert "rope 64 channels, theta 1000000, not 64 channels, theta 10000" in libraries.missing(
+        turned, "q4f16_1"
+    )
+
+
+def test_another_scheme_of_the_same_shape_is_named(checkpoint):
+    assert libraries.missing(checkpoint("llama", SMOLLM), "q4f16_2") == (
+        "no WebGPU library is prebuilt for q4f16_2: SmolLM2-360M-Instruct has q0f16, q0f32, "
+        "q4f16_1, q4f32_1"
+    )
+
+
+def test_a_shape_like_no_other_has_no_near_miss(checkpoint):
+    small = checkpoint("llama", replace(LLAMA, hidden_width=320, mlp_width=640, is_tied=False))
+    assert libraries.missing(small, "q4f16_1") == (
+        "no WebGPU library is prebuilt for a model of this shape as q4f16_1"
+    )
+    assert "mlc_llm compile mlc-chat-config.json --device webgpu" in libraries.compile_command()
+
+
+def test_the_table_says_where_it_comes_from_and_has_no_two_for_one_model():
+    table = tomllib.loads(libraries.TABLE.read_text(encoding="utf-8"))
+    assert str(table["date"]) == "2026-11-24"
+    assert all(entry["shape_source"] for entry in table["library"])
+    known = [(library.shape, library.scheme) for library in libraries.prebuilt()]
+    assert len(known) == len(set(known))
+    assert len(known) > 40
+    assert {scheme for _, scheme in known} <= SCHEMES.keys()
+
+
+def test_a_library_names_its_vocabulary_exactly_where_it_is_bound_to_one():
+    for library in libraries.prebuilt():
+        model = decoders.MODELS[library.shape.architecture]
+        assert (library.shape.vocabulary is not None) == model.is_bound_to_vocabulary

@@ -1,0 +1,127 @@
+"""What MLC models take of a GPU, held against what WebLLM says of its own."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edgekit.doctor import _tiny_checkpoint
+from edgekit.formats import mlc
+from edgekit.formats.mlc import artifact, conversion, memory
+from edgekit.formats.mlc.packing import RECIPES
+from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope
+from edgekit.model.tokenizer_files import TokenizerFiles
+from edgekit.source.checkpoint import Checkpoint
+
+
+pytest.importorskip("numpy")
+pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+
+PUBLISHED = json.loads(
+    (Path(__file__).parent / "data" / "webllm_vram.json").read_text()
+)["models"]  # fmt: skip
+NO_TEXT = TokenizerFiles(
+    tokenizer_json=Path("absent"), special_tokens={}, chat_template=None, declared_stop_ids=(),
+    stop_ids_by_file={},
+)  # fmt: skip
+CASES = [(model, *row) for model in PUBLISHED for row in model["published"]]
+
+
+def spec_of(model):
+    architecture, width = model["architecture"], model["head_width"]
+    is_stablelm = architecture == "stablelm"
+    norm = Norm(kind="layer" if is_stablelm else "rms", epsilon=1e-5, has_bias=is_stablelm)
+    return DecoderSpec(
+        vocabulary=model["vocabulary"],
+        hidden_width=model["hidden_width"],
+        mlp_width=model["mlp_width"],
+        context_tokens=8192,
+        layers=(Layer(rope=Rope(width=width, theta=1e4)),) * model["layers"],
+        attention=Attention(
+            heads=model["heads"],
+            key_value_heads=model["key_value_heads"],
+            head_width=width,
+            score_scale=width**-0.5,
+            has_qkv_bias=architecture in {"qwen2", "stablelm"},
+            query_key_norm=norm if architecture == "qwen3" else None,
+        ),
+        norm=norm,
+        has_post_norms=architecture == "gemma2",
+        is_tied=model["is_tied"],
+    )
+
+
+def checkpoint_of(model, directory):
+    """Return headers without a file: a layout reads no weights."""
+    return Checkpoint(
+        directory=directory,
+        architecture=model["architecture"],
+        spec=spec_of(model),
+        tensors={},
+        text=NO_TEXT,
+    )
+
+
+def planned_mib(model, scheme, context_tokens, directory):
+    checkpoint = checkpoint_of(model, directory)
+    layout = conversion.lay_out(checkpoint, RECIPES[scheme], split_bytes=None)
+    used = mlc.memory_use(checkpoint, layout, context_tokens=context_tokens, repacks=False)
+    return memory.vram_bytes(used) / 2**20
+
+
+def test_what_webllm_requires_is_planned_within_a_twentieth(tmp_path):
+    errors = {
+        (model["name"], scheme, context): planned_mib(model, scheme, context, tmp_path) / mib - 1
+        for model, scheme, context, mib in CASES
+    }
+    beyond = {case: error for case, error in errors.items() if abs(error) > 0.05}
+    assert len(errors) == 121
+    # The rest are models whose figures date from other compilers than those of their neighbours.
+    assert {name for name, _, _ in beyond} <= {
+        "Llama-2-7b-chat-hf", "Llama-2-13b-chat-hf", "Hermes-2-Pro-Mistral-7B",
+        "Hermes-3-Llama-3.1-8B",
+    }  # fmt: skip
+    assert len(beyond) <= 6
+
+
+def test_the_cache_is_kept_in_whole_pages(tmp_path):
+    spec = _tiny_checkpoint(tmp_path).spec
+    token_bytes = 2 * 2 * 32 * 2
+    found = [memory.cache_bytes(spec, context_tokens=n, item_bytes=2) for n in (1, 16, 17)]
+    assert found == [16 * token_bytes, 16 * token_bytes, 32 * token_bytes]
+
+
+def test_what_is_stored_as_bfloat16_is_twice_as_large_in_memory(tmp_path):
+    tiny = _tiny_checkpoint(tmp_path)
+    for recipe in RECIPES.values():
+        layout = mlc.lay_out(tiny, recipe)
+        used = mlc.memory_use(tiny, layout, context_tokens=64, repacks=False)
+        planned = conversion.plan(tiny, recipe)
+        tensors = [record.tensor for shard in planned.shards for record in shard.records]
+        assert used.weights_bytes == sum(tensor.memory_bytes for tensor in tensors)
+
+
+def test_a_head_of_fixed_size_makes_room_for_the_logits_of_a_chunk(tmp_path):
+    spec = _tiny_checkpoint(tmp_path).spec
+    llama, qwen = (
+        memory.compute_bytes(name, spec, chunk_tokens=64, item_bytes=2)
+        for name in ("llama", "qwen2")
+    )
+    assert qwen - llama == 64 * 257 * 4
+    phi = [
+        memory.compute_bytes("phi3", replace(spec, is_tied=tied), chunk_tokens=64, item_bytes=2)
+        for tied in (False, True)
+    ]
+    assert phi == [llama, qwen]
+
+
+def test_a_phones_app_is_told_what_was_planned_for_its_shorter_chunks(tmp_path):
+    tiny = _tiny_checkpoint(tmp_path)
+    layout = mlc.lay_out(tiny, RECIPES["q4f16_1"])
+    (entry,) = artifact.package_config(tiny, layout, model_id="m", context_tokens=512)["model_list"]
+    used = mlc.memory_use(tiny, layout, context_tokens=512, repacks=False)
+    assert entry["overrides"] == {"context_window_size": 512, "prefill_chunk_size": 128}
+    assert entry["bundle_weight"] is True
+    assert entry["estimated_vram_bytes"] == memory.vram_bytes(used) - used.compute_bytes * 3 // 4

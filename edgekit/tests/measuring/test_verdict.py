@@ -1,0 +1,220 @@
+import dataclasses
+
+import pytest
+
+from edgekit.measuring.measurement import Conditions
+from edgekit.measuring.verdict import judge
+from edgekit.target import FirstTokenLimit
+from edgekit.tests.tiny.measurements import ENVIRONMENT, QUIET, STEADY_S, make_measurement
+from edgekit.tests.tiny.pretend_format import make_bundle, make_target
+
+
+LIMITS = {
+    "first_token": (FirstTokenLimit(prompt_tokens=8, limit_s=0.2),),
+    "decode_tokens_per_s": 5.0,
+}
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return make_bundle(tmp_path / "bundle")
+
+
+def verdict_of(bundle, measurement=None, **limits):
+    return judge(measurement or make_measurement(), bundle, make_target(**(LIMITS | limits)))
+
+
+def check(verdict, name):
+    return next(check for check in verdict.checks if check.name.startswith(name))
+
+
+def test_a_steady_measurement_inside_the_budget_passes(bundle):
+    verdict = verdict_of(bundle)
+
+    assert verdict.outcome == "pass"
+    assert verdict.exit_status == 0
+    assert check(verdict, "decoding").measured == pytest.approx(10)
+
+
+def test_the_artifact_is_judged_to_the_byte(bundle):
+    size = bundle.artifact.size_bytes
+
+    assert verdict_of(bundle, artifact_bytes=size).outcome == "pass"
+    assert verdict_of(bundle, artifact_bytes=size - 1).outcome == "fail"
+
+
+def test_one_process_above_the_memory_budget_is_a_miss(bundle):
+    measurement = make_measurement()
+    first = measurement.repetitions[0]
+    greedy = dataclasses.replace(first, memory_peaks_bytes={"working_set": 10**8 + 1})
+    measurement = dataclasses.replace(
+        measurement, repetitions=(greedy, *measurement.repetitions[1:])
+    )
+
+    assert verdict_of(bundle, measurement, peak_memory_bytes=10**8).outcome == "fail"
+    assert verdict_of(bundle, measurement, peak_memory_bytes=10**8 + 1).outcome == "pass"
+
+
+def test_two_processes_are_too_few_for_a_peak_but_more_may_help(bundle):
+    few = make_measurement(first_token_s=STEADY_S[:4], token_s=STEADY_S[:4])
+
+    verdict = verdict_of(bundle, few)
+
+    assert check(verdict, "peak memory").outcome == "inconclusive"
+    assert verdict.more_samples_may_help
+
+
+@pytest.mark.parametrize("metric", ["phys_footprint", "total_pss", "process_tree_pss"])
+def test_a_phone_or_a_browser_is_judged_by_its_own_metric(bundle, metric):
+    verdict = verdict_of(bundle, make_measurement(metric=metric))
+
+    assert check(verdict, "peak memory").outcome == "pass"
+    assert metric.replace("_", " ") in check(verdict, "peak memory").basis
+
+
+def test_private_memory_alone_is_no_peak(bundle):
+    verdict = verdict_of(bundle, make_measurement(metric="unreclaimable"))
+
+    assert verdict.outcome == "unstable"
+
+
+def test_weights_that_do_not_stay_in_memory_are_a_miss(bundle):
+    thrashing = verdict_of(bundle, make_measurement(major_faults=7))
+    now_and_then = verdict_of(bundle, make_measurement(major_faults=1))
+
+    assert check(thrashing, "peak memory").outcome == "fail"
+    assert check(now_and_then, "peak memory").outcome == "inconclusive"
+    assert not now_and_then.more_samples_may_help
+
+
+def test_a_process_that_was_killed_is_a_miss(bundle):
+    verdict = verdict_of(bundle, make_measurement(deaths=("repetition 1 was killed",)))
+
+    assert verdict.outcome == "fail"
+    assert "was killed" in check(verdict, "peak memory").basis
+
+
+def test_a_miss_is_a_miss_even_if_noisy(bundle):
+    noisy = [0.3, 0.9, 0.4, 0.8, 0.3, 0.9, 0.4, 0.8, 0.3, 0.9]
+
+    verdict = verdict_of(bundle, make_measurement(token_s=noisy))
+
+    assert check(verdict, "decoding").outcome == "fail"
+    assert verdict.exit_status == 3
+
+
+def test_a_noisy_pass_is_no_pass(bundle):
+    noisy = [0.10, 0.12, 0.10, 0.12, 0.10, 0.12, 0.10, 0.12, 0.10, 0.12]
+
+    verdict = verdict_of(bundle, make_measurement(token_s=noisy))
+
+    assert verdict.outcome == "unstable"
+    assert verdict.exit_status == 4
+    assert "varies by" in check(verdict, "decoding").basis
+    assert not verdict.more_samples_may_help
+
+
+def test_noise_far_inside_the_limit_hides_no_miss(bundle):
+    noisy = [0.010, 0.012, 0.010, 0.012, 0.010, 0.012, 0.010, 0.012, 0.010, 0.020]
+
+    verdict = verdict_of(bundle, make_measurement(token_s=noisy))
+
+    assert check(verdict, "decoding").outcome == "pass"
+    assert "times inside the limit" in check(verdict, "decoding").basis
+
+
+def test_a_pass_that_slows_down_is_no_pass(bundle):
+    warming_up = [0.100] * 5 + [0.106] * 5
+
+    verdict = verdict_of(bundle, make_measurement(first_token_s=warming_up))
+
+    assert check(verdict, "first token").outcome == "inconclusive"
+    assert "+6.0%" in check(verdict, "first token").basis
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "outcome"), [(0.102, "pass"), (0.1, "inconclusive"), (0.0985, "fail")]
+)
+def test_a_limit_between_the_bounds_is_unclear(bundle, limit_s, outcome):
+    """The bounds of ``STEADY_S`` are 0.099 and 0.101 s."""
+    limit = FirstTokenLimit(prompt_tokens=8, limit_s=limit_s)
+
+    verdict = verdict_of(bundle, first_token=(limit,))
+
+    assert check(verdict, "first token").outcome == outcome
+    assert verdict.more_samples_may_help == (outcome == "inconclusive")
+
+
+@pytest.mark.parametrize("bits", [0x1, 0x2, 0x4, 0x8, 0x40000])
+def test_a_board_that_was_throttled_is_not_judged_on_speed(bundle, bits):
+    throttled = Conditions(throttled_before=0, throttled_during=bits)
+    slow = make_measurement(token_s=[9.0] * 10, conditions=throttled)
+
+    verdict = verdict_of(bundle, slow)
+
+    assert verdict.outcome == "unstable"
+    assert "throttled" in verdict.doubts[0]
+    assert check(verdict, "peak memory").outcome == "pass"
+
+
+def test_throttling_before_the_measurement_is_only_noted(bundle):
+    earlier = Conditions(throttled_before=0x50000, throttled_during=0x50000)
+
+    verdict = verdict_of(bundle, make_measurement(conditions=earlier))
+
+    assert verdict.outcome == "pass"
+    assert "under-voltage, throttled" in verdict.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("conditions", "outcome"),
+    [
+        (Conditions(run_delay_share=0.04, cpu_pressure_share=0.9), "pass"),
+        (Conditions(run_delay_share=0.06), "unstable"),
+        (Conditions(cpu_pressure_share=0.2), "pass"),
+        (Conditions(cpu_pressure_share=0.3), "unstable"),
+        (Conditions(memory_pressure_share=0.02), "unstable"),
+        (Conditions(), "pass"),
+    ],
+)
+def test_a_device_that_others_used_at_the_same_time_is_no_evidence(bundle, conditions, outcome):
+    assert verdict_of(bundle, make_measurement(conditions=conditions)).outcome == outcome
+
+
+def test_a_bundle_without_proof_is_never_a_pass(tmp_path):
+    unproven = make_bundle(tmp_path / "unproven", is_proven=False)
+
+    verdict = verdict_of(unproven)
+
+    assert verdict.outcome == "unstable"
+    assert "without verification" in verdict.doubts[0]
+    assert not verdict.more_samples_may_help
+
+
+def test_doubts_of_the_runner_forbid_a_pass(bundle):
+    verdict = verdict_of(bundle, make_measurement(doubts=("the app left the foreground",)))
+
+    assert verdict.outcome == "unstable"
+
+
+def test_a_context_too_short_for_the_budget_is_a_miss(bundle):
+    verdict = verdict_of(bundle, answer_tokens=57)  # 8 + 57 > 64
+
+    assert check(verdict, "context").outcome == "fail"
+
+
+def test_another_processor_than_the_target_is_noted(bundle):
+    target = dataclasses.replace(make_target(**LIMITS), cpu_features=("asimd", "i8mm"))
+
+    verdict = judge(make_measurement(environment=ENVIRONMENT), bundle, target)
+
+    assert verdict.outcome == "pass"
+    assert "no i8mm" in verdict.notes[0]
+
+
+def test_a_governor_that_saves_power_is_noted(bundle):
+    thrifty = dataclasses.replace(ENVIRONMENT, governor="ondemand")
+
+    verdict = verdict_of(bundle, make_measurement(environment=thrifty, conditions=QUIET))
+
+    assert any("'ondemand'" in note for note in verdict.notes)

@@ -1,0 +1,542 @@
+"""What every family reads out of a config. A new family is a new case, with a config here."""
+
+import copy
+import json
+import math
+from typing import Any
+
+import pytest
+
+from edgekit.errors import UsageError
+from edgekit.model.spec import LinearScaling, Llama3Scaling, LongRopeScaling, Norm, Rope
+from edgekit.source import families
+from edgekit.source.config import Config
+from edgekit.tests.tiny.checkpoints import TINY, write_tiny_checkpoint
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 6,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+# As their makers published them, in the layout of transformers 4, sizes apart.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "llama": SIZES | {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "head_dim": 8,
+        "hidden_act": "silu", "initializer_range": 0.02, "mlp_bias": False, "model_type": "llama",
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 16, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers_version": "4.45.0.dev0", "use_cache": True,
+    },
+    "mistral": SIZES | {
+        "hidden_act": "silu", "model_type": "mistral", "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0, "sliding_window": 16, "tie_word_embeddings": False,
+    },
+    "qwen2": SIZES | {
+        "hidden_act": "silu", "max_window_layers": 4, "model_type": "qwen2", "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0, "sliding_window": 32, "tie_word_embeddings": True,
+        "use_mrope": False, "use_sliding_window": False,
+    },
+    "qwen3": SIZES | {
+        "attention_bias": False, "head_dim": 16, "hidden_act": "silu", "max_window_layers": 6,
+        "model_type": "qwen3", "rms_norm_eps": 1e-06, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+        "use_sliding_window": False,
+    },
+    "phi3": SIZES | {
+        "attention_bias": False, "embd_pdrop": 0.0, "hidden_act": "silu", "model_type": "phi3",
+        "original_max_position_embeddings": 16, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"long_factor": [1.5, 2.0, 4.0, 8.0], "short_factor": [1.0, 1.0, 1.1, 1.2],
+                         "type": "longrope"},
+        "rope_theta": 10000.0, "sliding_window": 48, "tie_word_embeddings": False,
+    },
+    "gemma2": SIZES | {
+        "attn_logit_softcapping": 50.0, "cache_implementation": "hybrid",
+        "final_logit_softcapping": 30.0, "head_dim": 16, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "model_type": "gemma2",
+        "query_pre_attn_scalar": 16, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
+        "sliding_window": 8,
+    },
+    "gemma3_text": SIZES | {
+        "attention_bias": False, "attn_logit_softcapping": None, "cache_implementation": "hybrid",
+        "final_logit_softcapping": None, "head_dim": 16,
+        "hidden_activation": "gelu_pytorch_tanh", "model_type": "gemma3_text",
+        "query_pre_attn_scalar": 16, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000,
+        "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 8,
+        "sliding_window_pattern": 6,
+    },
+    "stablelm": SIZES | {
+        "hidden_act": "silu", "hidden_dropout": 0.0, "layer_norm_eps": 1e-05,
+        "model_type": "stablelm", "partial_rotary_factor": 0.25, "qk_layernorm": True,
+        "rope_scaling": None, "rope_theta": 10000, "tie_word_embeddings": False,
+        "use_parallel_residual": True, "use_qkv_bias": False,
+    },
+    "smollm3": SIZES | {
+        "attention_bias": False, "hidden_act": "silu", "layer_types": ["full_attention"] * 6,
+        "max_window_layers": 28, "mlp_bias": False, "model_type": "smollm3",
+        "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0, 1, 1], "rms_norm_eps": 1e-06,
+        "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None,
+        "use_sliding_window": False,
+    },
+}  # fmt: skip
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-wide-heads": ("llama", {"head_dim": 24}),
+    "llama-one-kv-head": ("llama", {"num_key_value_heads": 1}),
+    "llama-untied": ("llama", {"tie_word_embeddings": False}),
+    "llama-linear": ("llama", {"rope_scaling": {"type": "linear", "factor": 2}}),
+    "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "qwen2-windows": ("qwen2", {"use_sliding_window": True}),
+    "qwen3-bias": ("qwen3", {"attention_bias": True}),
+    "phi3-no-scaling": ("phi3", {"rope_scaling": None, "sliding_window": None}),
+    "phi4-mini": ("phi3", {
+        "hidden_size": 96, "partial_rotary_factor": 0.5, "tie_word_embeddings": True,
+        "full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False,
+    }),
+    "gemma2-27b": ("gemma2", {"query_pre_attn_scalar": 144}),
+    "gemma2-no-caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma2-bias": ("gemma2", {"attention_bias": True}),
+    "gemma3-4b": ("gemma3_text", {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}),
+    "stablelm-1.6b": ("stablelm", {
+        "qk_layernorm": False, "use_parallel_residual": False, "use_qkv_bias": True,
+    }),
+    "smollm3-windows": ("smollm3", {
+        "use_sliding_window": True, "sliding_window": 8, "layer_types": None,
+    }),
+}  # fmt: skip
+CASES = {name: (name, fields) for name, fields in PUBLISHED.items()} | {
+    name: (model_type, PUBLISHED[model_type] | fields)
+    for name, (model_type, fields) in VARIANTS.items()
+}
+
+
+def describe(model_type, fields):
+    config = Config(json.loads(json.dumps(fields)), origin="config.json")
+    spec = families.get(model_type).describe(config)
+    config.refuse_unread()
+    return spec
+
+
+def published(model_type, **changes):
+    return describe(model_type, PUBLISHED[model_type] | changes)
+
+
+def without(model_type, *names):
+    return {name: value for name, value in PUBLISHED[model_type].items() if name not in names}
+
+
+@pytest.mark.parametrize("model_type", families.names())
+def test_every_family_has_a_published_config_here(model_type):
+    assert model_type in PUBLISHED
+    published(model_type)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_weight_has_a_source_and_fused_rows_do_not_overlap(name):
+    model_type, fields = CASES[name]
+    spec = describe(model_type, fields)
+    taken: dict[str, set[int]] = {}
+    for role, shape in spec.weights():
+        source = families.get(model_type).source(role, spec)
+        count = len(source.tensors) if source.siblings else (source.rows or shape[0])
+        assert count == shape[0], role
+        rows = {0} if source.siblings else set(range(source.first_row, source.first_row + count))
+        for tensor in source.tensors:
+            assert not taken.get(tensor, set()) & rows, role
+            taken.setdefault(tensor, set()).update(rows)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_config_written_from_a_decoder_reads_as_that_decoder(name):
+    model_type, fields = CASES[name]
+    spec = describe(model_type, fields)
+    assert describe(model_type, families.get(model_type).config(spec)) == spec
+
+
+@pytest.mark.parametrize("model_type", families.names())
+def test_a_field_nobody_knows_is_refused(model_type):
+    with pytest.raises(UsageError, match="mystery_scale"):
+        published(model_type, mystery_scale=2.0)
+
+
+@pytest.mark.parametrize("model_type", families.names())
+def test_a_rope_parameter_nobody_knows_is_refused(model_type):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mystery_factor": 2.0}
+    if model_type == "gemma3_text":
+        rope = {"full_attention": rope}
+    fields = without(model_type, "rope_scaling", "rope_theta", "rope_local_base_freq")
+    with pytest.raises(UsageError, match="mystery_factor"):
+        describe(model_type, fields | {"rope_parameters": rope})
+
+
+@pytest.mark.parametrize("model_type", families.names())
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_attention_heads", 0), ("vocab_size", -3), ("hidden_size", 2**40),
+     ("num_hidden_layers", 10**9), ("intermediate_size", "many"), ("rope_theta", float("nan")),
+     ("rope_theta", 10**400), ("num_key_value_heads", 4), ("max_position_embeddings", None)],
+)  # fmt: skip
+def test_an_absurd_size_is_refused_by_the_name_of_its_field(model_type, name, value):
+    with pytest.raises(UsageError, match=r"config\.json") as refusal:
+        published(model_type, **{name: value})
+    assert name.removeprefix("num_").split("_")[0] in str(refusal.value)
+
+
+ODD_VALUES = [None, True, 0, -1, 1, 3, 2**40, 10**400, 0.5, math.nan, math.inf, "", "x", [], {},
+              [None], ["x"], [1] * 6, {"x": 1}, {"rope_type": "longrope"}, {"rope_type": 3},
+              {"full_attention": 1}]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_whatever_a_field_holds_is_read_or_refused(name):
+    model_type, fields = CASES[name]
+    for changed in [*fields, "rope_parameters", "layer_types", "original_max_position_embeddings"]:
+        for value in ODD_VALUES:
+            odd = fields | {changed: value}
+            try:
+                spec = families.get(model_type).describe(Config(odd, origin="config.json"))
+            except UsageError:
+                continue
+            assert len(list(spec.weights())) > len(spec.layers), (changed, value)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"])
+def test_an_unknown_activation_is_refused(model_type):
+    with pytest.raises(UsageError, match="hidden_act = 'relu2'"):
+        published(model_type, hidden_act="relu2")
+
+
+def test_an_unsupported_model_type_names_the_supported_ones():
+    with pytest.raises(UsageError) as refusal:
+        families.get("mamba9")
+    assert "llama" in refusal.value.hint
+    assert "_common" not in refusal.value.hint
+
+
+def test_what_families_share_is_no_family():
+    with pytest.raises(UsageError, match="'_rope'"):
+        families.get("_rope")
+
+
+def test_a_null_is_an_absent_field():
+    assert published("llama", quantization_config=None) == published("llama")
+    with pytest.raises(UsageError, match="quantization_config"):
+        published("llama", quantization_config={"quant_method": "fp8"})
+
+
+def test_llama_rope_scaling_is_read_in_both_layouts():
+    older = published("llama")
+    rope = PUBLISHED["llama"]["rope_scaling"] | {"rope_theta": 500000.0}
+    fields = without("llama", "rope_scaling", "rope_theta", "torch_dtype")
+    newer = describe("llama", fields | {"rope_parameters": rope, "dtype": "bfloat16"})
+    assert newer == older
+    assert older.layers[0].rope == Rope(
+        width=8,
+        theta=500000.0,
+        scaling=Llama3Scaling(
+            factor=32.0,
+            low_frequency_factor=1.0,
+            high_frequency_factor=4.0,
+            original_context_tokens=16,
+        ),
+    )
+
+
+def test_a_rope_nobody_implements_is_refused():
+    with pytest.raises(UsageError, match="'yarn'"):
+        published("llama", rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    with pytest.raises(UsageError, match="'dynamic'"):
+        published("qwen2", rope_scaling={"type": "dynamic", "factor": 4.0})
+
+
+def test_an_incomplete_rope_says_what_it_lacks():
+    with pytest.raises(UsageError, match="rope_scaling: factor = None"):
+        published("llama", rope_scaling={"rope_type": "linear"})
+
+
+def test_a_llama_that_turns_part_of_its_heads_is_refused():
+    """transformers ignores the field for Llama; other readers do not."""
+    with pytest.raises(UsageError, match="partial_rotary_factor"):
+        published("llama", partial_rotary_factor=0.5)
+
+
+def test_an_odd_head_width_is_refused():
+    with pytest.raises(UsageError, match="turns 7 channels"):
+        published("llama", head_dim=7)
+
+
+def test_head_width_comes_from_the_config_before_the_division():
+    assert published("llama", head_dim=24).attention.head_width == 24
+    assert describe("llama", without("llama", "head_dim")).attention.head_width == 8
+    assert published("llama", head_dim=24).attention.score_scale == 24**-0.5
+    with pytest.raises(UsageError, match="no multiple of 6 heads"):
+        describe("llama", without("llama", "head_dim") | {"hidden_size": 50})
+
+
+def test_an_absent_number_of_kv_heads_is_what_transformers_fills_in():
+    fields = without("llama", "num_key_value_heads")
+    assert describe("llama", fields).attention.key_value_heads == 6
+    assert published("qwen2", num_key_value_heads=None).attention.key_value_heads == 6
+    wide = {"num_attention_heads": 16, "head_dim": 8}
+    fields = without("mistral", "num_key_value_heads") | wide
+    assert describe("mistral", fields).attention.key_value_heads == 8
+
+
+def test_tying_is_what_the_family_assumes_where_the_config_is_silent():
+    assert published("gemma2").is_tied
+    assert published("smollm3").is_tied
+    assert not published("gemma2", tie_word_embeddings=False).is_tied
+    assert not describe("qwen2", without("qwen2", "tie_word_embeddings")).is_tied
+
+
+def test_llama_attention_bias_is_on_all_four_projections_and_qwen2_on_three():
+    llama, qwen2 = published("llama", attention_bias=True), published("qwen2")
+    assert "layers.0.attention_output_bias" in dict(llama.weights())
+    assert "layers.0.query_bias" in dict(qwen2.weights())
+    assert "layers.0.attention_output_bias" not in dict(qwen2.weights())
+    assert "layers.0.query_bias" not in dict(published("llama").weights())
+
+
+def test_a_mistral_window_is_on_every_layer_unless_it_is_null():
+    assert {layer.window_tokens for layer in published("mistral").layers} == {16}
+    none = published("mistral", sliding_window=None)
+    assert {layer.window_tokens for layer in none.layers} == {None}
+    absent = describe("mistral", without("mistral", "sliding_window"))
+    assert {layer.window_tokens for layer in absent.layers} == {4096}
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_a_qwen_window_counts_only_with_use_sliding_window(model_type):
+    unused = published(model_type, sliding_window=16, use_sliding_window=False)
+    assert {layer.window_tokens for layer in unused.layers} == {None}
+    used = published(model_type, sliding_window=16, use_sliding_window=True, max_window_layers=4)
+    assert [layer.window_tokens for layer in used.layers] == [None] * 4 + [16] * 2
+
+
+def test_layer_types_win_over_the_number_of_the_first_windowed_layer():
+    kinds = ["sliding_attention", "full_attention"] * 3
+    spec = published("qwen2", use_sliding_window=True, sliding_window=16, layer_types=kinds)
+    assert [layer.window_tokens for layer in spec.layers] == [16, None] * 3
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "smollm3", "gemma2", "gemma3_text"])
+def test_a_sliding_layer_without_a_window_is_refused(model_type):
+    kinds = ["sliding_attention"] * 6
+    with pytest.raises(UsageError, match="no window"):
+        published(model_type, layer_types=kinds, sliding_window=None)
+
+
+def test_layer_types_that_do_not_fit_are_refused():
+    with pytest.raises(UsageError, match="names 2 layers, the model has 6"):
+        published("qwen2", layer_types=["full_attention"] * 2)
+    with pytest.raises(UsageError, match="chunked_attention"):
+        published("qwen2", layer_types=["chunked_attention"] * 6)
+
+
+def test_qwen3_normalises_queries_and_keys():
+    spec = published("qwen3")
+    assert spec.attention.query_key_norm == Norm(kind="rms", epsilon=1e-6)
+    assert dict(spec.weights())["layers.5.key_norm"] == (16,)
+
+
+def test_phi3_longrope_is_read_with_its_names_of_three_years():
+    spec = published("phi3")
+    assert spec.layers[0].rope == Rope(
+        width=8,
+        theta=10000.0,
+        scaling=LongRopeScaling(
+            short_factors=(1.0, 1.0, 1.1, 1.2),
+            long_factors=(1.5, 2.0, 4.0, 8.0),
+            original_context_tokens=16,
+            attention_factor=math.sqrt(1 + math.log(4) / math.log(16)),
+        ),
+    )
+    for older in ("su", "yarn"):
+        scaling = PUBLISHED["phi3"]["rope_scaling"] | {"type": older}
+        assert published("phi3", rope_scaling=scaling) == spec
+    fields = without("phi3", "rope_scaling", "rope_theta")
+    rope = PUBLISHED["phi3"]["rope_scaling"] | {"rope_type": "longrope", "rope_theta": 10000.0}
+    rope |= {"partial_rotary_factor": 1.0, "original_max_position_embeddings": 16}
+    assert describe("phi3", fields | {"rope_parameters": rope}) == spec
+
+
+def test_phi3_longrope_needs_a_factor_for_each_frequency():
+    scaling = PUBLISHED["phi3"]["rope_scaling"] | {"long_factor": [1.0, 2.0]}
+    with pytest.raises(UsageError, match="long_factor has 2 numbers, expected 4"):
+        published("phi3", rope_scaling=scaling)
+
+
+def test_phi3_takes_its_queries_keys_and_values_from_one_tensor():
+    spec, source = published("phi3"), families.get("phi3").source
+    name = "model.layers.1.self_attn.qkv_proj.weight"
+    found = [source(f"layers.1.{role}", spec) for role in ("query", "key", "value")]
+    assert {part.tensor for part in found} == {name}
+    assert [(part.first_row, part.rows) for part in found] == [(0, 48), (48, 16), (64, 16)]
+
+
+def test_phi4_mini_turns_part_of_its_heads():
+    _, fields = CASES["phi4-mini"]
+    spec = describe("phi3", fields)
+    assert spec.attention.head_width == 16
+    assert spec.layers[0].rope is not None
+    assert spec.layers[0].rope.width == 8
+
+
+def test_gemma2_alternates_windows_starting_with_one():
+    layers = published("gemma2").layers
+    assert [layer.window_tokens for layer in layers] == [8, None] * 3
+
+
+def test_gemma2_scales_scores_by_its_scalar_and_not_by_the_head():
+    assert published("gemma2", query_pre_attn_scalar=144).attention.score_scale == 1 / 12
+    fields = without("gemma2", "query_pre_attn_scalar")
+    assert describe("gemma2", fields).attention.score_scale == 1 / 16
+
+
+def test_gemma2_caps_unless_the_config_says_null():
+    absent = without("gemma2", "attn_logit_softcapping", "final_logit_softcapping")
+    spec = describe("gemma2", absent)
+    assert (spec.attention.score_cap, spec.logit_cap) == (50.0, 30.0)
+    null = published("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert (null.attention.score_cap, null.logit_cap) == (None, None)
+
+
+def test_gemma_reads_hidden_activation_and_not_hidden_act():
+    assert published("gemma2", hidden_act="silu").activation == "gelu_tanh"
+    with pytest.raises(UsageError, match="hidden_activation = 'silu'"):
+        published("gemma2", hidden_activation="silu")
+
+
+def test_gemma_that_looks_ahead_is_refused():
+    with pytest.raises(UsageError, match="use_bidirectional_attention"):
+        published("gemma3_text", use_bidirectional_attention=True)
+
+
+def test_gemma3_turns_slowly_where_it_sees_everything():
+    layers = published("gemma3_text").layers
+    assert [layer.window_tokens for layer in layers] == [8] * 5 + [None]
+    assert [layer.rope.theta for layer in layers if layer.rope] == [1e4] * 5 + [1e6]
+
+
+def test_gemma3_scales_only_the_rope_of_its_full_layers():
+    layers = describe(*CASES["gemma3-4b"]).layers
+    scalings = [layer.rope.scaling for layer in layers if layer.rope]
+    assert scalings == [None] * 5 + [LinearScaling(factor=8.0)]
+
+
+def test_gemma3_names_its_pattern_in_four_ways():
+    fields = without("gemma3_text", "sliding_window_pattern")
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    spellings = [
+        fields | {"sliding_window_pattern": 3},
+        fields | {"_sliding_window_pattern": 3},
+        fields | {"layer_types": kinds},
+        fields | {"layer_types": kinds, "_sliding_window_pattern": 6},
+    ]
+    found = {describe("gemma3_text", spelling) for spelling in spellings}
+    assert len(found) == 1
+    assert [layer.window_tokens for layer in found.pop().layers] == [8, 8, None] * 2
+
+
+def test_stablelm_12b_keeps_one_norm_for_each_head():
+    spec = published("stablelm")
+    source = families.get("stablelm").source("layers.2.key_norm", spec)
+    assert source.tensors == tuple(
+        f"model.layers.2.self_attn.k_layernorm.norms.{head}.weight" for head in range(2)
+    )
+    assert dict(spec.weights())["layers.2.query_norm"] == (6, 8)
+    assert "layers.2.mlp_norm" not in dict(spec.weights())
+
+
+def test_stablelm_turns_a_quarter_of_each_head_where_the_config_is_silent():
+    spec = describe("stablelm", without("stablelm", "partial_rotary_factor"))
+    assert spec.layers[0].rope is not None
+    assert spec.layers[0].rope.width == 2
+
+
+def test_smollm3_leaves_positions_out_of_every_fourth_layer():
+    listed = published("smollm3")
+    assert [layer.rope is None for layer in listed.layers] == [False] * 3 + [True] + [False] * 2
+    counted = describe("smollm3", without("smollm3", "no_rope_layers"))
+    assert counted == listed
+    other = describe(
+        "smollm3", without("smollm3", "no_rope_layers") | {"no_rope_layer_interval": 2}
+    )
+    assert [layer.rope is None for layer in other.layers] == [False, True] * 3
+
+
+def test_smollm3_with_too_few_layers_listed_is_refused():
+    with pytest.raises(UsageError, match="no_rope_layers"):
+        published("smollm3", no_rope_layers=[1, 0])
+
+
+def test_longrope_takes_the_long_factors_when_the_text_outgrows_the_original_context():
+    rope = published("phi3").layers[0].rope
+    assert rope is not None
+    assert rope.divisors(16) == (1.0, 1.0, 1.1, 1.2)
+    assert rope.divisors(17) == (1.5, 2.0, 4.0, 8.0)
+
+
+def test_llama3_divides_slow_frequencies_keeps_fast_ones_and_blends_between():
+    rope = published("llama").layers[0].rope
+    assert rope is not None
+    fast, *_, slow = rope.divisors(1)
+    assert slow == pytest.approx(32.0)
+    assert 1 < fast < 32  # a full turn takes 6.28 tokens, between 16 / 4 and 16 / 1
+
+
+def in_version_4(fields):
+    """Return a config of transformers 5 as version 4 would have written it."""
+    fields = copy.deepcopy(fields)
+    fields["torch_dtype"] = fields.pop("dtype")
+    rope = fields.pop("rope_parameters")
+    if "full_attention" in rope:
+        fields["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+        fields["sliding_window_pattern"] = 6
+        del fields["layer_types"]
+    fields["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        fields["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    scaling = rope if rope["rope_type"] != "default" else None
+    if scaling and "long_factor" in scaling:
+        scaling["type"] = scaling.pop("rope_type")
+        del scaling["original_max_position_embeddings"]
+    return fields | {"rope_scaling": scaling}
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("name", TINY)
+def test_configs_of_both_versions_describe_one_decoder(name, tmp_path):
+    from transformers import AutoConfig
+
+    newer = json.loads((write_tiny_checkpoint(tmp_path, name) / "config.json").read_text())
+    older = in_version_4(newer)
+    model_type = newer["model_type"]
+    assert describe(model_type, older) == describe(model_type, newer)
+
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    understood = AutoConfig.from_pretrained(tmp_path).to_dict()["rope_parameters"]
+    understood.pop("type", None)  # the older name of rope_type stays beside the newer one
+    assert understood == newer["rope_parameters"]
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("name", TINY)
+def test_transformers_reads_the_configs_that_families_write(name, tmp_path):
+    """So a GGUF file becomes a checkpoint that other tools open."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    saved = json.loads((write_tiny_checkpoint(tmp_path, name) / "config.json").read_text())
+    model_type = saved["model_type"]
+    spec = describe(model_type, saved)
+    (tmp_path / "config.json").write_text(json.dumps(families.get(model_type).config(spec)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    expected = {tuple(shape) for _, shape in spec.weights()}
+    found = {tuple(weight.shape) for weight in model.parameters()}
+    if model_type not in ("phi3", "stablelm"):  # fused, and one norm for each head
+        assert found == expected
+    read_back = json.loads(model.config.to_json_string())
+    assert describe(model_type, read_back) == spec

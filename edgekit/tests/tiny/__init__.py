@@ -1,0 +1,1 @@
+"""Tiny real things that tests are about: checkpoints, tokenizers, adapters, vocabularies."""

@@ -1,0 +1,246 @@
+"""Tiny random checkpoints of every family, as transformers would save them.
+
+Random weights are the harder test: every bias, norm and scale differs from its neutral value, so
+whatever an export forgets shows in the logits.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekit.tests.tiny.tokenizers import VOICES, train
+
+
+if TYPE_CHECKING:
+    import torch
+
+CONTEXT_TOKENS = 256
+ORIGINAL_TOKENS = 64  # the context before a rope was stretched
+WINDOW_TOKENS = 16
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT_TOKENS,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyCase:
+    """A kind of model: its family, how it speaks, and what its config says beyond the sizes."""
+
+    model_type: str
+    voice: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _longrope(width: int, **fields: Any) -> dict[str, Any]:
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0 + 0.05 * i for i in range(width // 2)],
+        "long_factor": [1.0 + 0.7 * i for i in range(width // 2)],
+        **fields,
+    }
+
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": ORIGINAL_TOKENS,
+}  # fmt: skip
+_TIED = {"tie_word_embeddings": True}
+_STRETCHED = {"max_position_embeddings": 512, "original_max_position_embeddings": 256}
+_GEMMA = _TIED | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW_TOKENS}
+
+TINY: dict[str, TinyCase] = {
+    "llama": TinyCase(model_type="llama", voice="smollm", fields=_TIED),
+    "llama3-rope-tied": TinyCase(
+        model_type="llama", voice="llama3", fields=_TIED | {"rope_parameters": _LLAMA3_ROPE}
+    ),
+    "llama-linear-rope": TinyCase(
+        model_type="llama", voice="llama3",
+        fields={"rope_parameters": {
+            "rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0,
+        }},
+    ),
+    "llama-bias": TinyCase(
+        model_type="llama", voice="llama3", fields={"attention_bias": True, "mlp_bias": True}
+    ),
+    "tinyllama-spm": TinyCase(model_type="llama", voice="tinyllama"),
+    "odd-head-width": TinyCase(model_type="llama", voice="smollm", fields={"head_dim": 24}),
+    "odd-sizes": TinyCase(  # no multiple of 32 anywhere
+        model_type="llama", voice="smollm",
+        fields={"hidden_size": 72, "intermediate_size": 100, "vocab_size": 555},
+    ),
+    "one-kv-head": TinyCase(
+        model_type="llama", voice="smollm", fields=_TIED | {"num_key_value_heads": 1}
+    ),
+    "mistral": TinyCase(model_type="mistral", voice="mistral", fields={"sliding_window": None}),
+    "mistral-window": TinyCase(
+        model_type="mistral", voice="mistral", fields={"sliding_window": WINDOW_TOKENS}
+    ),
+    "qwen2": TinyCase(model_type="qwen2", voice="qwen2", fields=_TIED),
+    "qwen2-window": TinyCase(
+        model_type="qwen2", voice="qwen2",
+        fields={"use_sliding_window": True, "sliding_window": WINDOW_TOKENS,
+                "max_window_layers": 1},
+    ),
+    "qwen3": TinyCase(model_type="qwen3", voice="qwen3", fields=_TIED | {"head_dim": 24}),
+    "phi3": TinyCase(
+        model_type="phi3", voice="phi3",
+        fields={"sliding_window": WINDOW_TOKENS - 1, "num_key_value_heads": 4},
+    ),
+    "phi3-longrope": TinyCase(
+        model_type="phi3", voice="phi3",
+        fields={"original_max_position_embeddings": ORIGINAL_TOKENS,
+                "rope_parameters": _longrope(16)},
+    ),
+    "phi3.5-longrope": TinyCase(  # an original context that a runtime's rounding leaves alone
+        model_type="phi3", voice="phi3",
+        fields=_STRETCHED | {"rope_parameters": _longrope(16)},
+    ),
+    "phi4-mini": TinyCase(
+        model_type="phi3", voice="phi4",
+        fields=_TIED | _STRETCHED | {
+                        "num_attention_heads": 2, "num_key_value_heads": 1,
+                        "rope_parameters": _longrope(24, partial_rotary_factor=0.75)},
+    ),
+    "gemma2": TinyCase(
+        model_type="gemma2", voice="gemma",
+        fields=_GEMMA | {"num_hidden_layers": 4, "attn_logit_softcapping": 4.0,
+                         "final_logit_softcapping": 6.0},
+    ),
+    "gemma2-wide-heads": TinyCase(  # 27B: the score's scale is not that of the head
+        model_type="gemma2", voice="gemma", fields=_GEMMA | {"head_dim": 32},
+    ),
+    "gemma3": TinyCase(model_type="gemma3_text", voice="gemma",
+                       fields=_GEMMA | {"num_hidden_layers": 7}),
+    "gemma3-linear-rope": TinyCase(  # 4B and up
+        model_type="gemma3_text", voice="gemma",
+        fields=_GEMMA | {"num_hidden_layers": 6, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        }},
+    ),
+    "stablelm-1.6b": TinyCase(
+        model_type="stablelm", voice="stablelm",
+        fields={"use_qkv_bias": True, "num_key_value_heads": 4},
+    ),
+    "stablelm-12b": TinyCase(
+        model_type="stablelm", voice="stablelm",
+        fields={"qk_layernorm": True, "use_parallel_residual": True},
+    ),
+    "smollm3": TinyCase(
+        model_type="smollm3", voice="smollm3", fields=_TIED | {"num_hidden_layers": 5}
+    ),
+    "smollm3-pattern": TinyCase(
+        model_type="smollm3", voice="smollm3", fields=_TIED | {"no_rope_layers": [0, 1, 1]}
+    ),
+}  # fmt: skip
+
+
+def write_tiny_checkpoint(
+    directory: Path,
+    name: str,
+    *,
+    seed: int = 0,
+    dtype: "torch.dtype | None" = None,
+    shards: int = 1,
+    **config_overrides: Any,
+) -> Path:
+    """Write a random checkpoint with its tokenizer, template and generation settings.
+
+    Args:
+        directory: Where it goes; made if it is not there.
+        name: Of a case in `TINY`, or a ``model_type``, which means its first case.
+        seed: Of the weights.
+        dtype: What is stored; float32 if None.
+        shards: At least into how many files the weights are split.
+        config_overrides: Fields of the config.
+    """
+    import torch
+
+    case = find_case(name)
+    directory.mkdir(parents=True, exist_ok=True)
+    stops = _write_text_files(directory, case.voice)
+    model = _build(case, seed=seed, stops=stops, overrides=config_overrides)
+    model.to(dtype or torch.float32)
+    stored_bytes = sum(weight.nbytes for weight in model.parameters())
+    model.save_pretrained(directory, max_shard_size=-(-stored_bytes // shards))
+    return directory
+
+
+def find_case(name: str) -> TinyCase:
+    """Return a case by its name, or the first of a ``model_type``."""
+    if name in TINY:
+        return TINY[name]
+    return next(case for case in TINY.values() if case.model_type == name)
+
+
+def _build(case: TinyCase, *, seed: int, stops: list[int], overrides: Mapping[str, Any]) -> Any:
+    """Return the model with random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    voice = VOICES[case.voice]
+    ids = _token_ids(case.voice)
+    special = {
+        f"{kind}_token_id": ids[token]
+        for kind, token in (("bos", voice.bos), ("eos", voice.eos), ("pad", voice.pad))
+        if token
+    }
+    unset = {"bos_token_id": None, "pad_token_id": None}
+    sizes = _SIZES | {"vocab_size": -(-len(ids) // 32) * 32}
+    fields = sizes | unset | special | dict(case.fields) | dict(overrides)
+    config = AutoConfig.for_model(case.model_type, **json.loads(json.dumps(fields)))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    _randomise(model, seed=seed, neutral=0.0 if case.model_type.startswith("gemma") else 1.0)
+    model.generation_config = GenerationConfig(**(special | {"eos_token_id": stops}))
+    return model.eval()
+
+
+def _randomise(model: Any, *, seed: int, neutral: float) -> None:
+    """Give every weight a value whose loss would be seen."""
+    import torch
+
+    source = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            # Sharper logits than weights inside: then small errors inside move the answer.
+            std = 0.3 if "embed" in name or "lm_head" in name else 0.15
+            weight.normal_(std=std, generator=source)
+            if "norm" in name and name.endswith("weight"):
+                weight.add_(neutral)
+
+
+@functools.cache
+def _token_ids(voice: str) -> Mapping[str, int]:
+    from tokenizers import Tokenizer
+
+    return dict(Tokenizer.from_str(train(voice)).get_vocab())
+
+
+def _write_text_files(directory: Path, name: str) -> list[int]:
+    """Write what transformers' ``save_pretrained`` of a tokenizer writes; return the stop ids."""
+    voice = VOICES[name]
+    (directory / "tokenizer.json").write_text(train(name), encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(voice.template, encoding="utf-8")
+    settings = {
+        "backend": "tokenizers",
+        "bos_token": voice.bos,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": voice.eos,
+        "model_max_length": CONTEXT_TOKENS,
+        "pad_token": voice.pad,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": voice.unk,
+    }
+    text = json.dumps(settings, indent=2)
+    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    return [_token_ids(name)[token] for token in voice.stops]

@@ -1,0 +1,1 @@
+"""What artifacts are held against: other runtimes, clients and readers than edgekit's own."""

@@ -1,0 +1,1 @@
+"""Text: how a model reads and speaks, without transformers."""

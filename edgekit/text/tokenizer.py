@@ -1,0 +1,352 @@
+"""Text on the device: the tokenizer, the chat template, and token ids turned back into text.
+
+The tokenizers library and a sandboxed Jinja do the work; transformers is only the reference they
+are proven against.
+"""
+
+import codecs
+import functools
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Self
+
+from edgekit.bundle.manifest import TextRules
+from edgekit.errors import BundleError, MissingDependencyError, UsageError
+from edgekit.text.template import ChatTemplate, Message
+
+
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+_SENTINEL = "edgekit-7f3a-answer"  # an answer no template contains
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """How one model reads and writes text."""
+
+    tokenizer: Any  # tokenizers.Tokenizer
+    template: ChatTemplate | None
+    rules: TextRules
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, directory: Path, rules: TextRules) -> Self:
+        """Load ``tokenizer.json`` and, if the model has one, ``chat_template.jinja``.
+
+        Raises:
+            BundleError: If a file is missing or is not what ``rules`` say.
+            UsageError: If the template is not Jinja.
+            MissingDependencyError: If tokenizers or jinja2 is not installed.
+        """
+        source = _template_source(directory / CHAT_TEMPLATE, rules.chat_template_sha256)
+        return cls(
+            tokenizer=open_tokenizer(directory / TOKENIZER),
+            template=None if source is None else ChatTemplate.compile(source),
+            rules=rules,
+        )
+
+    def encode(
+        self, text: str, *, parses_special: bool = True, adds_bos: bool | None = None
+    ) -> list[int]:
+        """Return the token ids of plain text.
+
+        Args:
+            text: What the model shall read.
+            parses_special: Whether ``<|im_end|>`` in it is that token, or its letters.
+            adds_bos: None does what the model's tokenizer does. There is never a second one.
+
+        Raises:
+            UsageError: If the text holds half a surrogate pair.
+        """
+        ids = self._ids(text, parses_special=parses_special)
+        if not (self.rules.adds_bos if adds_bos is None else adds_bos):
+            return ids
+        bos = self._bos_id
+        return ids if ids[:1] == [bos] else [bos, *ids]
+
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """Return the conversation as the model's chat template writes it.
+
+        Raises:
+            UsageError: If there is no template or no message, or the template refuses or fails.
+        """
+        if self.template is None:
+            raise UsageError("the model has no chat template", hint="pass it plain text")
+        if not messages:
+            raise UsageError("the conversation is empty")
+        known = {"tools": None, "documents": None, **self.rules.special_tokens}
+        variables = {"add_generation_prompt": add_generation_prompt, **known, **variables}
+        return self.template.render(messages, variables)
+
+    def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """Return the token ids of a conversation, up to where the model shall answer."""
+        return self._ids(self.render(messages, **variables), parses_special=True)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids`` without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def detokenizer(self, *, continues: bool = False) -> "Detokenizer":
+        """Return what turns ids into text one by one.
+
+        Args:
+            continues: Whether the text goes on where a prompt ended, so that the space that opens
+                its first word is kept.
+        """
+        return Detokenizer(self._pieces, is_at_start=not continues)
+
+    def stop_id_of_template(self) -> int | None:
+        """Return the token that the template puts right after an answer, None if there is none."""
+        if self.template is None:
+            return None
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _SENTINEL}]
+        rendered = self.render(turns, add_generation_prompt=False)
+        after = rendered.rpartition(_SENTINEL)[2].lstrip()
+        added = self.tokenizer.get_added_tokens_decoder().items()
+        found = [(token.content, id) for id, token in added if after.startswith(token.content)]
+        return max(found, key=lambda item: len(item[0]))[1] if found else None
+
+    @functools.cached_property
+    def _pieces(self) -> "_Pieces":
+        return _Pieces.of(self.tokenizer)
+
+    @property
+    def _bos_id(self) -> int:
+        bos = self.rules.special_tokens.get("bos_token")
+        id = None if bos is None else self.tokenizer.token_to_id(bos)
+        if id is None:
+            raise BundleError(f"text starts with a BOS token, but {TOKENIZER} has no {bos!r}")
+        return int(id)
+
+    def _ids(self, text: str, *, parses_special: bool) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError(f"the text is not Unicode at character {error.start}") from error
+        with self._lock:  # the switch belongs to the tokenizer, not to the call
+            self.tokenizer.encode_special_tokens = not parses_special
+            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+class Detokenizer:
+    """Turns token ids into text piece by piece: whole characters only, each id seen once.
+
+    All pieces together are what `Text.decode` makes of all ids, wherever those are valid UTF-8.
+    """
+
+    def __init__(self, pieces: "_Pieces", *, is_at_start: bool) -> None:
+        self._pieces = pieces
+        self._is_at_start = is_at_start
+        self._spaces_to_strip = pieces.leading_spaces_stripped if is_at_start else 0
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token: int) -> str:
+        """Return the text that ``token`` completes; often all of its own, sometimes none."""
+        piece = self._pieces.bytes_of(token, is_first=self._is_at_start)
+        if piece is None:
+            return ""
+        self._is_at_start = False
+        return self._stripped(self._utf8.decode(piece))
+
+    def finish(self) -> str:
+        """Return what is left: U+FFFD if the ids end within a character."""
+        return self._stripped(self._utf8.decode(b"", final=True))
+
+    def _stripped(self, text: str) -> str:
+        while self._spaces_to_strip and text:
+            if text[0] != " ":
+                self._spaces_to_strip = 0
+                break
+            text = text[1:]
+            self._spaces_to_strip -= 1
+        return text
+
+
+class StopStrings:
+    """Watches text for strings that end it, across the borders of its pieces."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        if "" in strings:
+            raise UsageError("a stop string is empty")
+        self._strings = tuple(strings)
+        self._held = ""  # may be the beginning of a stop string
+        self.found = False
+
+    def feed(self, text: str) -> str:
+        """Return the text that is certainly before any stop string."""
+        text = self._held + text
+        starts = [at for at in map(text.find, self._strings) if at >= 0]
+        if starts:
+            self.found, self._held = True, ""
+            return text[: min(starts)]
+        kept = max((_overlap(text, string) for string in self._strings), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, string: str) -> int:
+    """Return how many characters at the end of ``text`` begin ``string``."""
+    longest = min(len(text), len(string) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pieces:
+    """What each token contributes to the text, in bytes, by the decoder of a tokenizer.json."""
+
+    token_of: Callable[[int], str | None]
+    special_ids: frozenset[int]  # never part of an answer
+    is_byte_level: bool
+    has_byte_fallback: bool
+    replacements: tuple[tuple[str, str], ...]
+    metaspace: str | None  # at the very start it is dropped instead of replaced
+    leading_spaces_stripped: int
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Self:
+        """Read the decoder.
+
+        Raises:
+            BundleError: If it is of a kind no small decoder model uses (WordPiece, CTC …).
+        """
+        steps = list(_decoder_steps(tokenizer.decoder))
+        _refuse_unknown(steps)
+        kinds = [step["type"] for step in steps]
+        spaces = [step for step in steps if step["type"] == "Metaspace"]
+        added = tokenizer.get_added_tokens_decoder()
+        return cls(
+            token_of=tokenizer.id_to_token,
+            special_ids=frozenset(id for id, token in added.items() if token.special),
+            is_byte_level="ByteLevel" in kinds,
+            has_byte_fallback="ByteFallback" in kinds,
+            replacements=(
+                *((s["pattern"]["String"], s["content"]) for s in steps if s["type"] == "Replace"),
+                *((s["replacement"], " ") for s in spaces),
+            ),
+            metaspace=next(
+                (s["replacement"] for s in spaces if s["prepend_scheme"] != "never"), None
+            ),
+            leading_spaces_stripped=sum(s["start"] for s in steps if s["type"] == "Strip"),
+        )
+
+    def bytes_of(self, id: int, *, is_first: bool) -> bytes | None:
+        """Return the bytes of a token, None if it is special or unknown and so not text."""
+        token = None if id in self.special_ids else self.token_of(id)
+        if token is None:
+            return None
+        if self.is_byte_level:
+            return _byte_level_bytes(token)
+        if self.has_byte_fallback and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        if is_first and self.metaspace:
+            token = token.replace(self.metaspace, "")
+        for old, new in self.replacements:
+            token = token.replace(old, new)
+        return token.encode()
+
+
+def _decoder_steps(decoder: Any) -> Iterator[dict[str, Any]]:
+    # The state of a decoder is its part of tokenizer.json; the whole file can be 17 MB.
+    waiting = [] if decoder is None else [json.loads(decoder.__getstate__())]
+    while waiting:
+        step = waiting.pop(0)
+        if step["type"] == "Sequence":
+            waiting = step["decoders"] + waiting
+        else:
+            yield step
+
+
+def _refuse_unknown(steps: list[dict[str, Any]]) -> None:
+    kinds = [step["type"] for step in steps]
+    unknown = set(kinds) - {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Strip", "Fuse"}
+    for step in steps:
+        is_of_whole_text = "Fuse" in kinds[: kinds.index(step["type"])]
+        if step["type"] == "Replace" and "String" not in step["pattern"]:
+            unknown.add("Replace with a pattern")
+        if step["type"] == "Strip" and not (
+            is_of_whole_text and step["content"] == " " and not step["stop"]
+        ):
+            unknown.add("Strip of each token")
+    if unknown or not kinds:
+        found = ", ".join(sorted(unknown)) or "none"
+        raise BundleError(
+            f"{TOKENIZER} has a decoder edgekit does not know: {found}",
+            hint="known are those of byte-level BPE and of SentencePiece",
+        )
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    table = _bytes_by_letter()
+    if all(letter in table for letter in token):
+        return bytes(table[letter] for letter in token)
+    return token.encode()  # an added token is spelt as it is
+
+
+@functools.cache
+def _bytes_by_letter() -> dict[str, int]:
+    """Return the byte each letter of byte-level BPE stands for.
+
+    Printable Latin-1 stands for itself, the other bytes for the letters from U+0100 on, in order.
+    Source: ``bytes_char`` in tokenizers/src/pre_tokenizers/byte_level.rs.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + index): byte for index, byte in enumerate(others)
+    }
+
+
+def _template_source(path: Path, expected_sha256: str | None) -> str | None:
+    if not path.is_file():
+        if expected_sha256 is not None:
+            raise BundleError(f"{path} is missing", hint="copy the bundle again")
+        return None
+    content = path.read_bytes()
+    if sha256(content).hexdigest() != expected_sha256:
+        raise BundleError(
+            f"{path} is not the chat template that the manifest describes",
+            hint="copy the bundle again",
+        )
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{path} is not UTF-8 at byte {error.start}") from error
+
+
+def open_tokenizer(path: Path) -> Any:
+    """Load a ``tokenizer.json`` as it is, without its truncation and padding.
+
+    Raises:
+        BundleError: If it is missing or no tokenizer.
+        MissingDependencyError: If tokenizers is not installed.
+    """
+    try:
+        import tokenizers
+    except ModuleNotFoundError:
+        raise MissingDependencyError(
+            "tokenizers is not installed, every model needs it",
+            hint="pip install 'edgekit[run-gguf]'",
+        ) from None
+    if not path.is_file():
+        raise BundleError(f"{path} is missing", hint="copy the bundle again")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers raises the bare class
+            raise
+        raise BundleError(f"{path} is not a tokenizer: {error}") from error
+    tokenizer.no_truncation()  # the file may say otherwise; a prompt is never cut in silence
+    tokenizer.no_padding()
+    return tokenizer
