@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from edgekit.inspect import inspect as inspect
     from edgekit.merge import merge as merge
     from edgekit.plan import plan as plan
-    from edgekit.proof.gates import verify as verify
     from edgekit.run import Chat as Chat
     from edgekit.run import Runner as Runner
     from edgekit.run import run as run
@@ -32,21 +31,22 @@ if TYPE_CHECKING:
     from edgekit.target import Target as Target
     from edgekit.target import load
     from edgekit.validate import validate as validate
+    from edgekit.verify import verify as verify
+    from edgekit.versions import EDGEKIT
 
     load_target = load
-
-__version__ = "0.1.0"
+    __version__ = EDGEKIT
 
 _PLACES = {
     "Bundle": "bundle.manifest", "Chat": "run", "EdgekitError": "errors", "Runner": "run",
     "Sampling": "runtime.generate", "Target": "target", "doctor": "doctor", "export": "export",
     "inspect": "inspect", "load_target": "target", "merge": "merge",
     "open_checkpoint": "source.opening", "plan": "plan", "run": "run", "serve": "serve",
-    "validate": "validate", "verify": "proof.gates",
+    "validate": "validate", "verify": "verify", "__version__": "versions",
 }  # fmt: skip
-_OTHER_NAMES = {"load_target": "load"}
+_OTHER_NAMES = {"load_target": "load", "__version__": "EDGEKIT"}
 
-__all__ = [*_PLACES]  # noqa: PLE0604 - the table is the list
+__all__ = [name for name in _PLACES if name != "__version__"]
 
 
 class _Package(ModuleType):

@@ -400,7 +400,7 @@ def raise_outcome(outcome: str, bundle: Path, target: str) -> None:
 def verify_command(bundle: Path, model: str, adapters: tuple[Path, ...], as_json: bool) -> None:
     """Prove again that BUNDLE says what MODEL says."""
     from edgekit.errors import DisagreementError
-    from edgekit.proof.gates import verify
+    from edgekit.verify import verify
 
     agreement = verify(bundle, model, adapters=adapters, listener=Terminal())
     if as_json:

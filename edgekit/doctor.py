@@ -16,7 +16,7 @@ from edgekit import formats
 from edgekit.errors import EdgekitError, MissingDependencyError
 from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope, Shape
 from edgekit.model.tokenizer_files import TokenizerFiles
-from edgekit.source.checkpoint import Checkpoint, Tensor
+from edgekit.source.checkpoint import Checkpoint
 
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edgekit.formats import ReadableFormat
+    from edgekit.model.checkpoint_protocol import Tensor
 
 
 State = Literal["ok", "missing", "broken"]

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self, TypeVar
 
 from edgekit.errors import BundleError, DisagreementError
+from edgekit.text.rules import TextRules
 
 
 SCHEMA_VERSION = 1
@@ -71,16 +72,6 @@ class Artifact:
             calibration=calibration,
             variant=variant,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextRules:
-    """What the runner needs beside ``tokenizer.json`` and ``chat_template.jinja``."""
-
-    stop_ids: tuple[int, ...]  # any of these ends an answer
-    special_tokens: dict[str, str]  # the names a template may use: {"bos_token": "<s>", …}
-    adds_bos: bool  # whether plain text, outside a template, starts with the BOS token
-    chat_template_sha256: str | None  # None: the model has no template
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.spec import DecoderSpec
-    from edgekit.source.checkpoint import Checkpoint
 
 
 Progress = Callable[[int], None]  # called with the number of weights just read
@@ -134,7 +134,7 @@ class Format(Protocol):
 
     def lay_out(
         self,
-        checkpoint: "Checkpoint",
+        checkpoint: "CheckpointProtocol",
         recipe: Recipe,
         *,
         split_bytes: int | None = None,
@@ -153,19 +153,24 @@ class Format(Protocol):
         """
         ...
 
-    def context_limit(self, checkpoint: "Checkpoint") -> ContextLimit:
+    def context_limit(self, checkpoint: "CheckpointProtocol") -> ContextLimit:
         """Return the longest context in which the runtime says what the checkpoint says."""
         ...
 
     def memory_use(
-        self, checkpoint: "Checkpoint", layout: Layout, *, context_tokens: int, repacks: bool
+        self,
+        checkpoint: "CheckpointProtocol",
+        layout: Layout,
+        *,
+        context_tokens: int,
+        repacks: bool,
     ) -> MemoryUse:
         """Return what the runtime will hold; ``repacks`` if the device has fast kernels."""
         ...
 
     def convert(  # noqa: PLR0913 - what, how, where, and four ways to be asked for it
         self,
-        checkpoint: "Checkpoint",
+        checkpoint: "CheckpointProtocol",
         recipe: Recipe,
         directory: Path,
         *,

@@ -26,7 +26,6 @@ from types import TracebackType
 from typing import Protocol, Self
 from urllib.parse import parse_qs, urlsplit
 
-import edgekit
 from edgekit.bundle.manifest import MANIFEST, sha256_of
 from edgekit.errors import EdgekitError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.runtime.child import environment
@@ -350,7 +349,7 @@ def library_zip() -> bytes:
 
     The same sources give the same bytes.
     """
-    package = Path(edgekit.__file__).parent
+    package = Path(__file__).parents[1]
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(package.rglob("*.py")):

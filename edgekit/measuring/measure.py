@@ -26,6 +26,7 @@ from edgekit.errors import (
     UsageError,
 )
 from edgekit.measuring.devices import KILLED, Device, Finished
+from edgekit.measuring.machine import Machine, Watch, cached_share, faults, forget
 from edgekit.measuring.measurement import (
     ColdStart,
     Environment,
@@ -35,7 +36,6 @@ from edgekit.measuring.measurement import (
     Workload,
     read_fields,
 )
-from edgekit.runtime.machine import Machine, Watch, cached_share, faults, forget
 from edgekit.runtime.session import Session
 
 

@@ -16,7 +16,7 @@ from string import Template
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from edgekit import __version__
+from edgekit import versions
 from edgekit.bundle.manifest import Bundle
 from edgekit.measuring import plot
 from edgekit.measuring.measurement import SCHEMA_VERSION as MEASUREMENT_VERSION
@@ -79,7 +79,7 @@ def as_json(result: Result) -> str:
     measurement = json.loads(result.measurement.to_json())
     document = {
         "schema_version": SCHEMA_VERSION,
-        "edgekit": __version__,
+        "edgekit": versions.EDGEKIT,
         "outcome": verdict.outcome,
         "checks": [
             {**dataclasses.asdict(check), "statistics": _statistics(check.samples)}
@@ -173,7 +173,7 @@ def as_html(result: Result) -> str:
         prediction=_prediction_html(result),
         proof=_proof_html(result.bundle),
         footer=escape(
-            f"edgekit {__version__}; artifact {result.measurement.artifact_sha256[:16]}…; "
+            f"edgekit {versions.EDGEKIT}; artifact {result.measurement.artifact_sha256[:16]}…; "
             f"every sample is in the JSON report."
         ),
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from edgekit.bundle.manifest import Bundle
+from edgekit.measuring.machine import THROTTLED_NOW, THROTTLED_SINCE_BOOT
 from edgekit.measuring.measurement import JUDGED_METRICS, Generation, Measurement, MemoryMetric
 from edgekit.measuring.statistics import (
     MedianBounds,
@@ -19,7 +20,6 @@ from edgekit.measuring.statistics import (
     coefficient_of_variation,
     drift,
 )
-from edgekit.runtime.machine import THROTTLED_NOW, THROTTLED_SINCE_BOOT
 from edgekit.target import Budget, Target
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from edgekit.bundle.manifest import TextRules
 from edgekit.errors import UsageError
+from edgekit.text.rules import TextRules
 
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token",

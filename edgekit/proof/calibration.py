@@ -17,12 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgekit.cache import cache_directory
 from edgekit.errors import MissingDependencyError, UsageError
+from edgekit.model.checkpoint_protocol import Calibration
 from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter
 from edgekit.quant.recipe import split_role
-from edgekit.source import opening
-from edgekit.source.checkpoint import Calibration, Checkpoint
+from edgekit.source.checkpoint import Checkpoint
 from edgekit.text.tokenizer import Text, open_tokenizer
 
 
@@ -225,7 +226,7 @@ def _cache_path(checkpoint: Checkpoint, texts: Sequence[Sequence[int]]) -> Path:
     adapter = checkpoint.adapter
     identity = [VERSION, checkpoint.sha256, adapter and adapter.sha256, texts]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return opening.cache_directory() / "importance" / f"{digest[:32]}.npz"
+    return cache_directory() / "importance" / f"{digest[:32]}.npz"
 
 
 def _read(path: Path, checkpoint: Checkpoint) -> "dict[str, Columns] | None":

@@ -1,7 +1,7 @@
-"""Verification: a finished artifact, in its real runtime, must say what the checkpoint says.
+"""Gates: a finished artifact, in its real runtime, must say what the checkpoint says.
 
-Eight gates; an export fails unless all hold. The checkpoint's word comes from `oracle`
-(transformers, float32), the artifact's from the runtime that devices use.
+Eight gates; an export fails unless all hold. The checkpoint's word comes from
+`transformers_logits` (float32), the artifact's from the runtime that devices use.
 """
 
 import math
@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from edgekit import formats
 from edgekit.bundle.goldens import ChatGolden, Goldens, LogitGolden, TextGolden
-from edgekit.bundle.manifest import Agreement, Bundle, Gate, TextRules
+from edgekit.bundle.manifest import Agreement, Gate
 from edgekit.errors import UsageError
 from edgekit.formats import Format, Layout, ReadableFormat
 from edgekit.progress import Listener, Silent
@@ -27,9 +27,9 @@ from edgekit.proof.load_probe import probe
 from edgekit.quant.recipe import Recipe
 from edgekit.runtime.generate import Sampling, generate
 from edgekit.runtime.session import Session
-from edgekit.source import opening
-from edgekit.source.checkpoint import Calibration, Checkpoint
+from edgekit.source.checkpoint import Checkpoint
 from edgekit.text import corpus
+from edgekit.text.rules import TextRules
 from edgekit.text.tokenizer import Text
 
 
@@ -166,42 +166,6 @@ class _Findings:
 
     def add(self, name: str, finding: str, *, passed: bool) -> None:
         self.gates.append(Gate(name=name, passed=passed, finding=finding))
-
-
-def verify(directory: Path, model: str | Path, *, adapters: Sequence[Path] = (),
-           listener: Listener | None = None) -> Agreement:  # fmt: skip
-    """Repeat the proof of a bundle against its checkpoint.
-
-    Raises:
-        BundleError: If the bundle is damaged.
-        UsageError: If this is not the checkpoint the bundle was made from.
-    """
-    bundle = Bundle.load(directory)
-    checkpoint = opening.open_checkpoint(model, adapters=adapters, listener=listener)
-    if checkpoint.sha256 != bundle.model.sha256:
-        raise UsageError(
-            f"{directory} was made from another checkpoint than {model}",
-            hint=f"it was made from {bundle.model.name}",
-        )
-    if bundle.artifact.calibration:
-        calibration = Calibration(text_sha256=bundle.artifact.calibration)
-        checkpoint = replace(checkpoint, calibration=calibration)
-    artifact = bundle.artifact
-    fmt = formats.get(artifact.format)
-    recipe = fmt.RECIPES[artifact.recipe]
-    subject = Subject(
-        checkpoint=checkpoint,
-        directory=directory,
-        entry=artifact.entry,
-        format=artifact.format,
-        recipe=recipe,
-        layout=fmt.lay_out(
-            checkpoint, recipe, split_bytes=artifact.split_bytes, variant=artifact.variant
-        ),
-        rules=bundle.text,
-        context_tokens=bundle.context_tokens,
-    )
-    return check(subject, listener=listener).agreement
 
 
 def check(subject: Subject, *, listener: Listener | None = None) -> Proof:

@@ -14,11 +14,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from edgekit.errors import UsageError
 from edgekit.model import card as model_card
 from edgekit.model.card import ModelCard, SamplingDefaults
+from edgekit.model.checkpoint_protocol import Calibration, Tensor
 from edgekit.model.spec import DecoderSpec, Shape, Source
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.source import bitsandbytes_tensors, families
@@ -36,24 +37,6 @@ FLOATS = ("F32", "F16", "BF16")
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 # Tables that older transformers stored beside the weights; they are computed, never read.
 _COMPUTED_TENSORS = ("rotary_emb.inv_freq", "self_attn.bias", "self_attn.masked_bias")
-
-
-class Tensor(Protocol):
-    """One tensor of a checkpoint, or one made from several, not in memory until it is read."""
-
-    @property
-    def shape(self) -> Shape:
-        """Its dimensions, slowest first."""
-        ...
-
-    @property
-    def size_bytes(self) -> int:
-        """How much of the checkpoint it takes."""
-        ...
-
-    def read(self, first_row: int = 0, rows: int | None = None) -> "npt.NDArray[np.float32]":
-        """Return some rows, or all, in float32."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,25 +118,6 @@ class AdapterRecord:
     sha256: str
     notes: tuple[str, ...] = ()  # what a user should know about the merge, one sentence each
     earlier: "AdapterRecord | None" = None  # the one that was merged before it
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """What leads the fit of quantised weights: how large their inputs are, on some text."""
-
-    text_sha256: str
-    # The mean of squares, by role, of shape (columns,); None until it is measured.
-    importance: Mapping[str, "npt.NDArray[np.float32]"] | None = None
-
-    def of(self, role: str) -> "npt.NDArray[np.float32]":
-        """Return how large the inputs of a weight of a layer are.
-
-        Raises:
-            ValueError: If that is announced, but not measured yet.
-        """
-        if self.importance is None:
-            raise ValueError("the calibration is announced, but not measured")
-        return self.importance[role]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,13 @@ from edgekit.formats.gguf import conversion, hyperparameters, layout
 from edgekit.formats.gguf.architectures import Architecture
 from edgekit.formats.gguf.hyperparameters import Facts
 from edgekit.formats.gguf.layout import GgufFile, TensorInfo
+from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.model.spec import DecoderSpec, Shape
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.progress import Listener
 from edgekit.quant.recipe import split_role
 from edgekit.source import families
-from edgekit.source.checkpoint import Checkpoint, Tensor
+from edgekit.source.checkpoint import Checkpoint
 from edgekit.source.config import Config
 from edgekit.source.gguf_tokenizer import write_tokenizer
 from edgekit.source.writer import write_checkpoint

@@ -1,18 +1,19 @@
 """What MODEL may be: a Hugging Face directory, a GGUF file, or ``demo``."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgekit.bundle.manifest import TextRules, sha256_of
+from edgekit.bundle.manifest import sha256_of
+from edgekit.cache import cache_directory
 from edgekit.errors import BundleError, MissingDependencyError, UsageError
 from edgekit.model.card import read_sampling
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.progress import Listener, Silent
 from edgekit.source.checkpoint import Checkpoint
+from edgekit.text.rules import TextRules
 from edgekit.text.template import ChatTemplate
 from edgekit.text.tokenizer import Text, open_tokenizer
 
@@ -103,15 +104,6 @@ def _unpacked(file: Path, listener: Listener) -> Path:
 def _model_name(file: Path) -> str:
     """Drop the quantisation from a file name: ``SmolLM2-135M-Instruct.Q4_1`` loses its end."""
     return re.sub(r"(?i)(?<=.)\.(I?Q\d\w*|B?F16|F32)$", "", file.stem)
-
-
-def cache_directory() -> Path:
-    """Return where decoded models are kept: $EDGEKIT_CACHE, or the user's cache directory."""
-    own = os.environ.get("EDGEKIT_CACHE")
-    if own:
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "edgekit"
 
 
 def with_template_stop(checkpoint: Checkpoint) -> Checkpoint:

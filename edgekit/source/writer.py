@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from edgekit.bundle.workdir import new_directory, refuse_existing
 from edgekit.errors import EdgekitError, UsageError
+from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.model.tokenizer_files import added_tokens
 from edgekit.progress import Advance
 from edgekit.source import families
 from edgekit.source.adapters.tensors import row_chunks, stored_dtype
-from edgekit.source.checkpoint import Checkpoint, Tensor, read_json_object
+from edgekit.source.checkpoint import Checkpoint, read_json_object
 from edgekit.source.config import Config
 
 

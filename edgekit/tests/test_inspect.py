@@ -4,11 +4,12 @@ import pytest
 from click.testing import CliRunner
 
 from edgekit import inspect
-from edgekit.bundle.manifest import Agreement, Artifact, Bundle, Gate, ModelRecord, TextRules
+from edgekit.bundle.manifest import Agreement, Artifact, Bundle, Gate, ModelRecord
 from edgekit.cli import cli
 from edgekit.errors import BundleError, UsageError
 from edgekit.formats.gguf.layout import TensorEntry, Writer
 from edgekit.inspect import lines
+from edgekit.text.rules import TextRules
 
 
 def write_gguf(path):

@@ -15,8 +15,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
-from edgekit.bundle.manifest import TextRules
 from edgekit.errors import BundleError, MissingDependencyError, UsageError
+from edgekit.text.rules import TextRules
 from edgekit.text.template import ChatTemplate, Message
 
 

@@ -23,8 +23,8 @@ from edgekit.quant.recipe import Recipe
 
 if TYPE_CHECKING:
     from edgekit.formats.executorch.backends import ReadableBackend
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.spec import DecoderSpec
-    from edgekit.source.checkpoint import Checkpoint
 
 
 STORAGES, RECIPES = storage.STORAGES, storage.RECIPES
@@ -53,7 +53,7 @@ def runtime_state() -> str:
 
 
 def lay_out(
-    checkpoint: "Checkpoint",
+    checkpoint: "CheckpointProtocol",
     recipe: Recipe,
     *,
     split_bytes: int | None = None,
@@ -63,7 +63,7 @@ def lay_out(
     return conversion.lay_out(checkpoint, recipe, split_bytes=split_bytes, variant=variant)
 
 
-def context_limit(checkpoint: "Checkpoint") -> ContextLimit:
+def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
     """Return the model's own limit, or with a longrope where its other factors begin.
 
     A program has those too, and edgekit's session reads a text anew when it gets there; programs
@@ -81,7 +81,7 @@ def context_limit(checkpoint: "Checkpoint") -> ContextLimit:
 
 
 def memory_use(
-    checkpoint: "Checkpoint", layout: Layout, *, context_tokens: int, repacks: bool
+    checkpoint: "CheckpointProtocol", layout: Layout, *, context_tokens: int, repacks: bool
 ) -> MemoryUse:
     """Return what ExecuTorch will hold."""
     del repacks  # XNNPACK packs weights on every processor
@@ -90,7 +90,7 @@ def memory_use(
 
 
 def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
-    checkpoint: "Checkpoint",
+    checkpoint: "CheckpointProtocol",
     recipe: Recipe,
     directory: Path,
     *,

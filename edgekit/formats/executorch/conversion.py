@@ -16,7 +16,7 @@ from edgekit.quant.recipe import Recipe
 
 
 if TYPE_CHECKING:
-    from edgekit.source.checkpoint import Checkpoint
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
 
 
 ENTRY = "model.pte"
@@ -58,7 +58,7 @@ def variant_of(spec: DecoderSpec, variant: str | None, split_bytes: int | None) 
 
 
 def lay_out(
-    checkpoint: "Checkpoint",
+    checkpoint: "CheckpointProtocol",
     recipe: Recipe,
     *,
     split_bytes: int | None = None,
@@ -93,13 +93,13 @@ def _placement(weight: Weight) -> Placement:
     )
 
 
-def _calibration(checkpoint: "Checkpoint", planned: Iterable[Weight]) -> str | None:
+def _calibration(checkpoint: "CheckpointProtocol", planned: Iterable[Weight]) -> str | None:
     announced = checkpoint.calibration
     return announced.text_sha256 if announced and any(w.is_led for w in planned) else None
 
 
 def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
-    checkpoint: "Checkpoint",
+    checkpoint: "CheckpointProtocol",
     recipe: Recipe,
     directory: Path,
     *,
@@ -127,7 +127,7 @@ def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
     return ENTRY
 
 
-def metadata(checkpoint: "Checkpoint", context_tokens: int, variant: str) -> dict[str, Any]:
+def metadata(checkpoint: "CheckpointProtocol", context_tokens: int, variant: str) -> dict[str, Any]:
     """Return what ExecuTorch's runners ask a program for."""
     text, border = checkpoint.text, checkpoint.spec.border_tokens
     bos = text.special_tokens.get("bos_token", "")

@@ -22,8 +22,8 @@ from edgekit.text.tokenizer import Text, open_tokenizer
 
 
 if TYPE_CHECKING:
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.tokenizer_files import TokenizerFiles
-    from edgekit.source.checkpoint import Checkpoint
 
 
 README = "README.md"
@@ -68,7 +68,12 @@ class Handover:
 
 
 def write(
-    checkpoint: "Checkpoint", directory: Path, entry: str, *, context_tokens: int, variant: str
+    checkpoint: "CheckpointProtocol",
+    directory: Path,
+    entry: str,
+    *,
+    context_tokens: int,
+    variant: str,
 ) -> None:
     """Write what apps need beside the program ``entry``.
 
@@ -91,7 +96,7 @@ def write(
     (directory / README).write_text(readme(handover), encoding="utf-8")
 
 
-def note(checkpoint: "Checkpoint") -> str | None:
+def note(checkpoint: "CheckpointProtocol") -> str | None:
     """Return what a developer must know of the model's text, None if a phone's runner just works.
 
     None too where ExecuTorch's tokenizer is not installed, so that a plan needs none.

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.spec import DecoderSpec
-    from edgekit.source.checkpoint import Checkpoint
 
     Rows = npt.NDArray[np.float32]
 
@@ -49,7 +49,7 @@ class Weight:
 class Job:
     """A program to be written."""
 
-    checkpoint: "Checkpoint"
+    checkpoint: "CheckpointProtocol"
     variant: str
     recipe: str
     weights: tuple[Weight, ...]

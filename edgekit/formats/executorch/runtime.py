@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats.executorch import backends, handover, program, shim_build, stock_runtime
-from edgekit.runtime.machine import performance_cores
+from edgekit.runtime.processors import performance_cores
 
 
 if TYPE_CHECKING:

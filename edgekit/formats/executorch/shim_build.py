@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgekit.cache import cache_directory
 from edgekit.errors import MissingDependencyError, ToolchainError
 
 
@@ -136,14 +137,7 @@ def _cached(wheel: Wheel) -> Path:
     command = compile_command("", wheel.directory, Path())
     parts = [wheel.version, *command, platform.system(), platform.machine()]
     key = hashlib.sha256("\0".join(parts).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    return cache_directory() / f"shim-{wheel.version}-{platform.machine()}-{key}.so"
-
-
-def cache_directory() -> Path:
-    """Return where compiled shims are kept: $EDGEKIT_CACHE, or the user's cache directory."""
-    own, base = os.environ.get("EDGEKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    root = Path(own) if own else (Path(base) if base else Path.home() / ".cache") / "edgekit"
-    return root / "executorch"
+    return cache_directory() / "executorch" / f"shim-{wheel.version}-{platform.machine()}-{key}.so"
 
 
 def _compile(wheel: Wheel, path: Path) -> None:

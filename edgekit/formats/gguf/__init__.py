@@ -10,7 +10,7 @@ from edgekit.quant.recipe import Recipe
 
 
 if TYPE_CHECKING:
-    from edgekit.source.checkpoint import Checkpoint
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
 
 
 STORAGES, RECIPES = storage.STORAGES, storage.RECIPES
@@ -35,7 +35,7 @@ def runtime_state() -> str:
 
 
 def lay_out(
-    checkpoint: "Checkpoint",
+    checkpoint: "CheckpointProtocol",
     recipe: Recipe,
     *,
     split_bytes: int | None = None,
@@ -48,13 +48,13 @@ def lay_out(
     return conversion.lay_out(checkpoint, recipe, split_bytes=split_bytes)
 
 
-def context_limit(checkpoint: "Checkpoint") -> ContextLimit:
+def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
     """Return how far llama.cpp agrees with the checkpoint."""
     return architectures.context_limit(checkpoint.spec)
 
 
 def memory_use(
-    checkpoint: "Checkpoint", layout: Layout, *, context_tokens: int, repacks: bool
+    checkpoint: "CheckpointProtocol", layout: Layout, *, context_tokens: int, repacks: bool
 ) -> MemoryUse:
     """Return what llama.cpp will hold, by the sizes of its buffers."""
     del repacks  # files are read, not mapped, so a repacked weight is held once too
@@ -62,7 +62,7 @@ def memory_use(
 
 
 def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
-    checkpoint: "Checkpoint",
+    checkpoint: "CheckpointProtocol",
     recipe: Recipe,
     directory: Path,
     *,

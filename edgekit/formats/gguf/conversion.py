@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.tokenizer_files import TokenizerFiles
-    from edgekit.source.checkpoint import Checkpoint
 
     Rows = npt.NDArray[np.float32]
     Block = tuple[str, Rows, str]  # tensor, some of its rows, storage
@@ -90,7 +90,7 @@ class Part:
     wanted: str  # the storage the recipe asked for
 
 
-def parts(checkpoint: "Checkpoint", recipe: Recipe) -> list[Part]:
+def parts(checkpoint: "CheckpointProtocol", recipe: Recipe) -> list[Part]:
     """Return every tensor made from weights, in the order of the file.
 
     Raises:
@@ -130,7 +130,9 @@ def _part(roles: tuple[str, ...], shape: Shape, recipe: Recipe, spec: DecoderSpe
     return Part(entry=entry, roles=roles, wanted=wanted)
 
 
-def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None = None) -> Layout:
+def lay_out(
+    checkpoint: "CheckpointProtocol", recipe: Recipe, *, split_bytes: int | None = None
+) -> Layout:
     """Return what the files will hold and their exact size, from headers alone."""
     found = parts(checkpoint, recipe)
     placements = tuple(
@@ -157,7 +159,7 @@ def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None
 
 
 def _files(
-    checkpoint: "Checkpoint",
+    checkpoint: "CheckpointProtocol",
     keys: Mapping[str, Value],
     found: list[Part],
     split_bytes: int | None,
@@ -172,7 +174,7 @@ def likely_pre(text: "TokenizerFiles") -> str:
     return pretokenizers.likely_pre(text)
 
 
-def _entries(checkpoint: "Checkpoint", found: list[Part]) -> list[TensorEntry]:
+def _entries(checkpoint: "CheckpointProtocol", found: list[Part]) -> list[TensorEntry]:
     ropes = hyperparameters.rope_tensors(checkpoint.spec)
     factors = [
         TensorEntry(name=name, shape=(len(values),), storage="F32")
@@ -181,7 +183,7 @@ def _entries(checkpoint: "Checkpoint", found: list[Part]) -> list[TensorEntry]:
     return [*factors, *(part.entry for part in found)]
 
 
-def metadata(checkpoint: "Checkpoint", recipe: Recipe, *, pre: str) -> dict[str, Value]:
+def metadata(checkpoint: "CheckpointProtocol", recipe: Recipe, *, pre: str) -> dict[str, Value]:
     """Return every key of the file: what it is, the decoder, the tokenizer."""
     architecture = architectures.choose(checkpoint.spec)
     keys: dict[str, Value] = {
@@ -215,7 +217,7 @@ def size_label(parameters: int) -> str:
 
 
 def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
-    checkpoint: "Checkpoint",
+    checkpoint: "CheckpointProtocol",
     recipe: Recipe,
     directory: Path,
     *,
@@ -260,7 +262,9 @@ def _write_ropes(writer: FilesWriter, spec: DecoderSpec) -> None:
         writer.write(name, np.asarray(values, np.float32).tobytes())
 
 
-def _blocks(checkpoint: "Checkpoint", part: Part, architecture: Architecture) -> Iterator["Rows"]:
+def _blocks(
+    checkpoint: "CheckpointProtocol", part: Part, architecture: Architecture
+) -> Iterator["Rows"]:
     """Yield the rows of a part as llama.cpp wants them, some million weights at a time."""
     width = checkpoint.spec.attention.head_width
     for role in part.roles:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from edgekit.formats.gguf.conversion import Part
     from edgekit.formats.gguf.layout import Value
-    from edgekit.source.checkpoint import Calibration
+    from edgekit.model.checkpoint_protocol import Calibration
 
 
 # Of the mean, added to every column, so that none is free to err. Mean KL of SmolLM2 as Q4_0,

@@ -14,7 +14,7 @@ from edgekit.text.template import ChatTemplate
 
 if TYPE_CHECKING:
     from edgekit.model.card import SamplingDefaults
-    from edgekit.source.checkpoint import Checkpoint
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
 
 
 MODELFILE = "Modelfile"
@@ -29,13 +29,15 @@ _NO_TEMPLATE_NOTE = "# The model has no chat template: it continues text.\n"
 _MARK = "edgekit-system-mark"
 
 
-def write(checkpoint: "Checkpoint", directory: Path, entry: str, *, context_tokens: int) -> None:
+def write(
+    checkpoint: "CheckpointProtocol", directory: Path, entry: str, *, context_tokens: int
+) -> None:
     """Write the ``Modelfile`` of a GGUF file in ``directory``."""
     text = modelfile(checkpoint, entry, context_tokens=context_tokens)
     (directory / MODELFILE).write_text(text, encoding="utf-8")
 
 
-def modelfile(checkpoint: "Checkpoint", entry: str, *, context_tokens: int) -> str:
+def modelfile(checkpoint: "CheckpointProtocol", entry: str, *, context_tokens: int) -> str:
     """Return the text of a ``Modelfile``.
 
     Args:
@@ -75,14 +77,14 @@ def sampling_parameters(defaults: "SamplingDefaults") -> Iterator[tuple[str, str
             yield name, f"{value:g}"
 
 
-def _stop_texts(checkpoint: "Checkpoint") -> list[str]:
+def _stop_texts(checkpoint: "CheckpointProtocol") -> list[str]:
     from edgekit.model.tokenizer_files import added_tokens
 
     texts = {id: text for text, id in added_tokens(checkpoint.text.tokenizer_json).items()}
     return [texts[id] for id in checkpoint.text.declared_stop_ids if id in texts]
 
 
-def default_system(checkpoint: "Checkpoint") -> str | None:
+def default_system(checkpoint: "CheckpointProtocol") -> str | None:
     """Return the system message that the chat template puts in by itself, None if it has none.
 
     Ollama's versions of templates have none of their own, so a model would miss it.

@@ -9,22 +9,22 @@ programs take where a user says nothing.
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from edgekit import __version__
+from edgekit import versions
 from edgekit.model.card import SamplingDefaults, hub_id
 
 
 if TYPE_CHECKING:
     from edgekit.formats.gguf.layout import Value
-    from edgekit.source.checkpoint import Checkpoint
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
 
 
 _HUB = "https://huggingface.co"
 
 
-def write(checkpoint: "Checkpoint") -> dict[str, "Value"]:
+def write(checkpoint: "CheckpointProtocol") -> dict[str, "Value"]:
     """Return the keys: licence, parents, datasets, languages, tags, sampling, and who made it."""
     card = checkpoint.card
-    keys: dict[str, Value] = {"general.quantized_by": ("string", f"edgekit {__version__}")}
+    keys: dict[str, Value] = {"general.quantized_by": ("string", f"edgekit {versions.EDGEKIT}")}
     texts = {
         "general.license": checkpoint.licence,
         "general.license.name": card.licence_name,

@@ -12,8 +12,8 @@ from edgekit.quant.recipe import Recipe
 
 if TYPE_CHECKING:
     from edgekit.formats.mlc.reading import Weights
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.spec import DecoderSpec
-    from edgekit.source.checkpoint import Checkpoint
 
 
 STORAGES, RECIPES = packing.STORAGES, packing.RECIPES
@@ -38,7 +38,7 @@ def runtime_state() -> str:
 
 
 def lay_out(
-    checkpoint: "Checkpoint",
+    checkpoint: "CheckpointProtocol",
     recipe: Recipe,
     *,
     split_bytes: int | None = None,
@@ -52,13 +52,13 @@ def lay_out(
     )
 
 
-def context_limit(checkpoint: "Checkpoint") -> ContextLimit:
+def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
     """Return how far MLC computes what the checkpoint says."""
     return decoders.context_limit(checkpoint.architecture, checkpoint.spec)
 
 
 def memory_use(
-    checkpoint: "Checkpoint", layout: Layout, *, context_tokens: int, repacks: bool
+    checkpoint: "CheckpointProtocol", layout: Layout, *, context_tokens: int, repacks: bool
 ) -> MemoryUse:
     """Return what the GPU and the page will hold."""
     del repacks  # weights are computed with as they are stored
@@ -68,7 +68,7 @@ def memory_use(
 
 
 def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
-    checkpoint: "Checkpoint",
+    checkpoint: "CheckpointProtocol",
     recipe: Recipe,
     directory: Path,
     *,

@@ -13,7 +13,7 @@ from edgekit.quant.recipe import Recipe
 
 if TYPE_CHECKING:
     from edgekit.formats.mlc.conversation import Conversation
-    from edgekit.source.checkpoint import Checkpoint
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
 
 
 RAW_PROMPT = "raw-prompt"
@@ -22,7 +22,7 @@ PHONE_CHUNK_TOKENS = 128  # as MLC's own apps set it, for phones read more slowl
 
 
 def lay_out(
-    checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None, variant: str
+    checkpoint: "CheckpointProtocol", recipe: Recipe, *, split_bytes: int | None, variant: str
 ) -> Layout:
     """Return what the weights will be, and what a user should know about the rest.
 
@@ -35,11 +35,11 @@ def lay_out(
     return replace(layout, notes=notes, variant=RAW_PROMPT if said.is_raw else variant)
 
 
-def _conversation(checkpoint: "Checkpoint", variant: str | None) -> "Conversation":
+def _conversation(checkpoint: "CheckpointProtocol", variant: str | None) -> "Conversation":
     return conversation.derive(checkpoint, raw_prompt=variant == RAW_PROMPT)
 
 
-def _library_notes(checkpoint: "Checkpoint", recipe: Recipe) -> Iterator[str]:
+def _library_notes(checkpoint: "CheckpointProtocol", recipe: Recipe) -> Iterator[str]:
     library = libraries.find(checkpoint, recipe.name)
     if library:
         yield f"it runs with {library.name}, prebuilt for WebLLM {library.webllm_version}"
@@ -51,7 +51,7 @@ def _library_notes(checkpoint: "Checkpoint", recipe: Recipe) -> Iterator[str]:
 
 
 def convert(  # noqa: PLR0913 - what, how, where, and what was planned
-    checkpoint: "Checkpoint",
+    checkpoint: "CheckpointProtocol",
     recipe: Recipe,
     directory: Path,
     *,
@@ -86,7 +86,7 @@ def convert(  # noqa: PLR0913 - what, how, where, and what was planned
 
 
 def package_config(
-    checkpoint: "Checkpoint", layout: Layout, *, model_id: str, context_tokens: int
+    checkpoint: "CheckpointProtocol", layout: Layout, *, model_id: str, context_tokens: int
 ) -> dict[str, Any]:
     """Return what ``mlc_llm package`` reads to build an app: for an iPhone, change the device."""
     chunk_tokens = min(context_tokens, PHONE_CHUNK_TOKENS)

@@ -24,7 +24,7 @@ from edgekit.model.spec import (
 
 
 if TYPE_CHECKING:
-    from edgekit.source.checkpoint import Checkpoint
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
 
 
 NAME = "mlc-chat-config.json"
@@ -36,7 +36,7 @@ _DEFAULT_IDS = {"pad_token_id": 0, "bos_token_id": 1}  # MLC_CHAT_SYSTEM_DEFAULT
 
 
 def build(
-    checkpoint: "Checkpoint",
+    checkpoint: "CheckpointProtocol",
     scheme: str,
     *,
     context_tokens: int,
@@ -78,7 +78,7 @@ def build(
     }
 
 
-def _sampling(checkpoint: "Checkpoint") -> dict[str, float]:
+def _sampling(checkpoint: "CheckpointProtocol") -> dict[str, float]:
     said = checkpoint.sampling
 
     def or_else(value: float | None, default: float) -> float:
@@ -93,7 +93,7 @@ def _sampling(checkpoint: "Checkpoint") -> dict[str, float]:
     }
 
 
-def _token_ids(checkpoint: "Checkpoint") -> dict[str, int | list[int]]:
+def _token_ids(checkpoint: "CheckpointProtocol") -> dict[str, int | list[int]]:
     """Return special tokens as MLC looks for them: generation settings, config, its defaults."""
     found: dict[str, int | list[int]] = dict(_DEFAULT_IDS)
     for name in ("config.json", "generation_config.json"):

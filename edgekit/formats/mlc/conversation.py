@@ -22,8 +22,8 @@ from edgekit.text.tokenizer import Text, open_tokenizer
 
 
 if TYPE_CHECKING:
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.tokenizer_files import TokenizerFiles
-    from edgekit.source.checkpoint import Checkpoint
 
 
 RAW_HINT = (
@@ -91,7 +91,7 @@ def keeps_cache(template: Mapping[str, Any]) -> bool:
     return not template["seps"][-1] and not template["stop_str"]
 
 
-def derive(checkpoint: "Checkpoint", *, raw_prompt: bool = False) -> Conversation:
+def derive(checkpoint: "CheckpointProtocol", *, raw_prompt: bool = False) -> Conversation:
     """Return the checkpoint's chat template in MLC's language, proven.
 
     Args:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from edgekit.model.checkpoint_protocol import Calibration, CheckpointProtocol
     from edgekit.model.spec import DecoderSpec
-    from edgekit.source.checkpoint import Calibration, Checkpoint
 
     Rows = npt.NDArray[np.float32]
     Stored = npt.NDArray[np.generic]
@@ -75,7 +75,7 @@ def scheme_of(recipe: Recipe) -> Scheme:
     return packing.SCHEMES[recipe.name]
 
 
-def plan(checkpoint: "Checkpoint", recipe: Recipe) -> Planned:
+def plan(checkpoint: "CheckpointProtocol", recipe: Recipe) -> Planned:
     """Return the files of the weights, down to the place of every tensor."""
     scheme = scheme_of(recipe)
     weights = tuple(
@@ -100,7 +100,7 @@ def _weight(parameter: Parameter, storage: str, scheme: Scheme) -> Weight:
     )
 
 
-def _stored_parameters(checkpoint: "Checkpoint") -> int:
+def _stored_parameters(checkpoint: "CheckpointProtocol") -> int:
     """Return how many numbers mlc_llm counts: a head that is tied but stored is one more."""
     spec = checkpoint.spec
     is_extra = spec.is_tied and "lm_head.weight" in checkpoint.tensors
@@ -112,7 +112,7 @@ def _calibration(announced: "Calibration | None", weights: tuple[Weight, ...]) -
     return announced.text_sha256 if announced and is_led else None
 
 
-def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None) -> Layout:
+def lay_out(checkpoint: "CheckpointProtocol", recipe: Recipe, *, split_bytes: int | None) -> Layout:
     """Return what the files will hold and their exact size, from headers alone."""
     decoders.refuse(checkpoint.architecture, checkpoint.spec)
     if split_bytes is not None:
@@ -153,7 +153,7 @@ def _placements(
         )
 
 
-def _notes(checkpoint: "Checkpoint") -> Iterator[str]:
+def _notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
     is_bf16 = "BF16" in {getattr(tensor, "dtype", "") for tensor in checkpoint.tensors.values()}
     if checkpoint.spec.norm.adds_one and is_bf16:
         yield (
@@ -163,7 +163,7 @@ def _notes(checkpoint: "Checkpoint") -> Iterator[str]:
 
 
 def write(
-    checkpoint: "Checkpoint",
+    checkpoint: "CheckpointProtocol",
     recipe: Recipe,
     directory: Path,
     *,
@@ -211,7 +211,7 @@ class _Writer:
     places: Mapping[str, Record]  # by name of the tensor
     largest: float  # no weight may be as large
 
-    def write(self, checkpoint: "Checkpoint", weight: Weight, progress: Progress) -> None:
+    def write(self, checkpoint: "CheckpointProtocol", weight: Weight, progress: Progress) -> None:
         """Write the tensors of a parameter."""
         whole: list[list[Stored]] = []
         for first, values, importance in _blocks(checkpoint, weight):
@@ -257,7 +257,9 @@ class _Writer:
             file.write(values.tobytes())
 
 
-def _blocks(checkpoint: "Checkpoint", weight: Weight) -> "Iterator[tuple[int, Rows, Rows | None]]":
+def _blocks(
+    checkpoint: "CheckpointProtocol", weight: Weight
+) -> "Iterator[tuple[int, Rows, Rows | None]]":
     """Yield some rows of a parameter, the number of the first, and how much its columns count."""
     for role, start, _ in weight.parameter.parts():
         importance = _importance(checkpoint, weight, role)
@@ -265,7 +267,7 @@ def _blocks(checkpoint: "Checkpoint", weight: Weight) -> "Iterator[tuple[int, Ro
             yield start + first, values, importance
 
 
-def _importance(checkpoint: "Checkpoint", weight: Weight, role: str) -> "Rows | None":
+def _importance(checkpoint: "CheckpointProtocol", weight: Weight, role: str) -> "Rows | None":
     """Return how much an error counts; all alike in the embedding and the head."""
     calibration = checkpoint.calibration
     if calibration is None or weight.storage not in packing.GROUPS or split_role(role)[0] is None:

@@ -18,8 +18,8 @@ from edgekit.model.spec import LinearScaling, Llama3Scaling, LongRopeScaling, Ro
 
 
 if TYPE_CHECKING:
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.spec import DecoderSpec
-    from edgekit.source.checkpoint import Checkpoint
 
 
 TABLE = Path(__file__).with_name("libraries.toml")
@@ -141,7 +141,7 @@ def _shape(entry: Mapping[str, Any]) -> Shape:
     return Shape(**{f.name: entry[f.name] for f in fields(Shape) if f.name in entry})
 
 
-def find(checkpoint: "Checkpoint", scheme: str) -> Library | None:
+def find(checkpoint: "CheckpointProtocol", scheme: str) -> Library | None:
     """Return the prebuilt library that runs a model as this scheme; None if there is none."""
     shape = Shape.of(checkpoint.architecture, checkpoint.spec)
     fitting = (
@@ -150,7 +150,7 @@ def find(checkpoint: "Checkpoint", scheme: str) -> Library | None:
     return next(fitting, None)
 
 
-def missing(checkpoint: "Checkpoint", scheme: str) -> str:
+def missing(checkpoint: "CheckpointProtocol", scheme: str) -> str:
     """Return why no prebuilt library fits: what the nearest one has otherwise."""
     shape = Shape.of(checkpoint.architecture, checkpoint.spec)
     same = [library for library in prebuilt() if library.shape == shape]

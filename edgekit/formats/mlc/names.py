@@ -15,8 +15,8 @@ from edgekit.model.spec import Shape
 
 
 if TYPE_CHECKING:
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.spec import DecoderSpec
-    from edgekit.source.checkpoint import Checkpoint
 
 
 # What transformers calls the weights of a decoder, on which both names and order of MLC's depend.
@@ -151,7 +151,7 @@ def _mlc_name(architecture: str, tensor: str) -> str:
     return _PREFIX.get(architecture, "") + tensor
 
 
-def in_file_order(checkpoint: "Checkpoint") -> list[Parameter]:
+def in_file_order(checkpoint: "CheckpointProtocol") -> list[Parameter]:
     """Return the parameters as mlc_llm writes them: as their first tensor comes in the checkpoint.
 
     That is the order of its index, or of the names where it has none.

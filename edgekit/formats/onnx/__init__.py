@@ -20,7 +20,7 @@ from edgekit.quant.recipe import Recipe
 
 
 if TYPE_CHECKING:
-    from edgekit.source.checkpoint import Checkpoint
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
 
 
 STORAGES, RECIPES = storage.STORAGES, storage.RECIPES
@@ -45,7 +45,7 @@ def runtime_state() -> str:
 
 
 def lay_out(
-    checkpoint: "Checkpoint",
+    checkpoint: "CheckpointProtocol",
     recipe: Recipe,
     *,
     split_bytes: int | None = None,
@@ -58,7 +58,7 @@ def lay_out(
     return conversion.lay_out(checkpoint, recipe, split_bytes=split_bytes)
 
 
-def context_limit(checkpoint: "Checkpoint") -> ContextLimit:
+def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
     """Return the model's own limit: the graph computes every position."""
     return ContextLimit(
         tokens=checkpoint.spec.context_tokens, reason="the model was made for no more"
@@ -66,7 +66,7 @@ def context_limit(checkpoint: "Checkpoint") -> ContextLimit:
 
 
 def memory_use(
-    checkpoint: "Checkpoint", layout: Layout, *, context_tokens: int, repacks: bool
+    checkpoint: "CheckpointProtocol", layout: Layout, *, context_tokens: int, repacks: bool
 ) -> MemoryUse:
     """Return what ONNX Runtime will hold."""
     del repacks  # it packs weights on every processor
@@ -74,7 +74,7 @@ def memory_use(
 
 
 def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
-    checkpoint: "Checkpoint",
+    checkpoint: "CheckpointProtocol",
     recipe: Recipe,
     directory: Path,
     *,

@@ -16,8 +16,8 @@ from edgekit.quant.recipe import Recipe
 
 
 if TYPE_CHECKING:
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.spec import DecoderSpec
-    from edgekit.source.checkpoint import Checkpoint
 
 
 NOTE = (
@@ -29,7 +29,7 @@ NOTE = (
 _KNOWN_BORDER_TOKENS = 4096
 
 
-def notes(checkpoint: "Checkpoint") -> Iterator[str]:
+def notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
     """Yield what a user should know of other programs that open the files."""
     yield NOTE
     yield from genai_text.notes(checkpoint.text.tokenizer_json)
@@ -53,7 +53,12 @@ def not_on_webgpu(spec: "DecoderSpec") -> str | None:
 
 
 def write(
-    checkpoint: "Checkpoint", recipe: Recipe, directory: Path, entry: str, *, context_tokens: int
+    checkpoint: "CheckpointProtocol",
+    recipe: Recipe,
+    directory: Path,
+    entry: str,
+    *,
+    context_tokens: int,
 ) -> None:
     """Write the settings of every client beside the model."""
     data_files = len([*directory.glob(f"{entry}_data*")])
@@ -83,7 +88,7 @@ def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
 
 
 def transformers_files(
-    checkpoint: "Checkpoint", recipe: Recipe, *, data_files: int
+    checkpoint: "CheckpointProtocol", recipe: Recipe, *, data_files: int
 ) -> dict[str, dict[str, Any]]:
     """Return the checkpoint's own settings by file, as far as it has them, true for this artifact.
 
@@ -116,7 +121,9 @@ def _transformers_js(recipe: Recipe, *, data_files: int) -> dict[str, Any]:
     return {"dtype": how.dtype, "use_external_data_format": data_files, **cache}
 
 
-def genai_config(checkpoint: "Checkpoint", entry: str, *, context_tokens: int) -> dict[str, Any]:
+def genai_config(
+    checkpoint: "CheckpointProtocol", entry: str, *, context_tokens: int
+) -> dict[str, Any]:
     """Return the settings of ONNX Runtime GenAI 0.18: greedy, as many tokens as were planned."""
     spec = checkpoint.spec
     return {
@@ -137,7 +144,7 @@ def genai_config(checkpoint: "Checkpoint", entry: str, *, context_tokens: int) -
     }
 
 
-def _token_ids(checkpoint: "Checkpoint") -> dict[str, Any]:
+def _token_ids(checkpoint: "CheckpointProtocol") -> dict[str, Any]:
     stops = list(checkpoint.text.declared_stop_ids)
     ids = added_tokens(checkpoint.text.tokenizer_json)
     special = checkpoint.text.special_tokens
@@ -149,7 +156,7 @@ def _token_ids(checkpoint: "Checkpoint") -> dict[str, Any]:
     return {"pad_token_id": stops[0], **found, "eos_token_id": stops} if stops else found
 
 
-def _decoder(checkpoint: "Checkpoint", entry: str) -> dict[str, Any]:
+def _decoder(checkpoint: "CheckpointProtocol", entry: str) -> dict[str, Any]:
     spec = checkpoint.spec
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
     outputs = {"logits": "logits"}

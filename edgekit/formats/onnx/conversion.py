@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edgekit.source.checkpoint import Checkpoint
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
 
     Rows = npt.NDArray[np.float32]
 
@@ -69,7 +69,9 @@ class Planned:
         return [*self.frequencies, *(tensor for w in self.weights for tensor in w.tensors)]
 
 
-def plan(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None = None) -> Planned:
+def plan(
+    checkpoint: "CheckpointProtocol", recipe: Recipe, *, split_bytes: int | None = None
+) -> Planned:
     """Return the files of an artifact, down to the place of every weight."""
     spec = checkpoint.spec
     refuse(spec)
@@ -95,7 +97,7 @@ def plan(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None = 
     )
 
 
-def _calibration(checkpoint: "Checkpoint", weights: Iterable[Weight]) -> str | None:
+def _calibration(checkpoint: "CheckpointProtocol", weights: Iterable[Weight]) -> str | None:
     announced = checkpoint.calibration
     return announced.text_sha256 if announced and any(w.is_led for w in weights) else None
 
@@ -160,7 +162,9 @@ def _refuse_split(tensors: list[External], split_bytes: int | None) -> None:
         )
 
 
-def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None = None) -> Layout:
+def lay_out(
+    checkpoint: "CheckpointProtocol", recipe: Recipe, *, split_bytes: int | None = None
+) -> Layout:
     """Return what the files will hold and their exact size, from headers alone."""
     planned = plan(checkpoint, recipe, split_bytes=split_bytes)
     sizes = model.file_sizes(planned.tensors)
@@ -178,7 +182,7 @@ def lay_out(checkpoint: "Checkpoint", recipe: Recipe, *, split_bytes: int | None
     )
 
 
-def _notes(checkpoint: "Checkpoint", planned: Planned) -> Iterator[str]:
+def _notes(checkpoint: "CheckpointProtocol", planned: Planned) -> Iterator[str]:
     yield from clients.notes(checkpoint)
     if any(weight.stored in storage.BLOCKS for weight in planned.weights):
         yield storage.ACTIVATIONS_NOTE
@@ -206,7 +210,7 @@ def _placement(weight: Weight, shape: tuple[int, ...]) -> Placement:
 
 
 def convert(
-    checkpoint: "Checkpoint",
+    checkpoint: "CheckpointProtocol",
     recipe: Recipe,
     directory: Path,
     *,
@@ -236,7 +240,7 @@ def convert(
     return planned.entry
 
 
-def _importance(checkpoint: "Checkpoint", weight: Weight) -> "Rows | None":
+def _importance(checkpoint: "CheckpointProtocol", weight: Weight) -> "Rows | None":
     calibration = checkpoint.calibration
     return calibration.of(weight.role) if calibration and weight.is_led else None
 

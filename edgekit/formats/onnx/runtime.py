@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats.onnx import model
 from edgekit.formats.onnx.graph import FIRST_LOGIT, ROPE_BORDER, TEXT_TOKENS
-from edgekit.runtime.machine import performance_cores
+from edgekit.runtime.processors import performance_cores
 
 
 if TYPE_CHECKING:

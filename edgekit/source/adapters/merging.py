@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from edgekit.errors import UsageError
+from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.model.spec import DecoderSpec, Shape
 from edgekit.model.tokenizer_files import TokenizerFiles, added_tokens
 from edgekit.source import families
@@ -30,13 +31,7 @@ from edgekit.source.adapters.tensors import (
     Zeros,
     stored_dtype,
 )
-from edgekit.source.checkpoint import (
-    AdapterRecord,
-    Checkpoint,
-    Tensor,
-    read_json_object,
-    read_safetensors,
-)
+from edgekit.source.checkpoint import AdapterRecord, Checkpoint, read_json_object, read_safetensors
 from edgekit.source.config import Config
 
 

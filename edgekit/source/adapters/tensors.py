@@ -1,7 +1,7 @@
 """Tensors made from a base and an adapter, computed when they are read and not before.
 
-Every class satisfies `edgekit.source.checkpoint.Tensor`. The arithmetic is float32, whatever
-the files hold; whoever stores the result rounds it, once.
+Every class satisfies `edgekit.model.checkpoint_protocol.Tensor`. The arithmetic is float32,
+whatever the files hold; whoever stores the result rounds it, once.
 """
 
 from abc import ABC, abstractmethod
@@ -11,8 +11,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from edgekit.errors import UsageError
+from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.model.spec import Shape
-from edgekit.source.checkpoint import Tensor
 
 
 if TYPE_CHECKING:

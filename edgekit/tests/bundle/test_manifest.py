@@ -13,10 +13,10 @@ from edgekit.bundle.manifest import (
     FileRecord,
     Gate,
     ModelRecord,
-    TextRules,
     sha256_of,
 )
 from edgekit.errors import BundleError, DisagreementError
+from edgekit.text.rules import TextRules
 
 
 PROOF = Agreement(

@@ -9,9 +9,9 @@ import pytest
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.measuring import measure, measurement
 from edgekit.measuring.devices import Finished, ThisMachine
+from edgekit.measuring.machine import Machine
 from edgekit.measuring.measure import measure_bundle, prompt_ids
 from edgekit.measuring.measurement import Measurement, Workload
-from edgekit.runtime.machine import Machine
 from edgekit.tests.tiny import pretend_format
 from edgekit.tests.tiny.measurements import make_measurement
 

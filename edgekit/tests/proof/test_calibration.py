@@ -11,15 +11,16 @@ from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
 from edgekit.export import export
 from edgekit.formats.gguf import conversion, importance, layout, storage
+from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.plan import plan
 from edgekit.progress import Silent
 from edgekit.proof import calibration
 from edgekit.proof.fidelity import Comparison
-from edgekit.proof.gates import verify
 from edgekit.source import opening
-from edgekit.source.checkpoint import Checkpoint, Tensor
+from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 from edgekit.text import corpus
+from edgekit.verify import verify
 
 
 GGUF = formats.get("gguf")

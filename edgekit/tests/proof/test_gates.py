@@ -18,11 +18,11 @@ from edgekit.formats.gguf import conversion, layout, pretokenizers, runtime
 from edgekit.model.spec import DecoderSpec
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.proof import transformers_logits
-from edgekit.proof.gates import verify
 from edgekit.quant.recipe import Rule
 from edgekit.source import opening
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 from edgekit.text import corpus
+from edgekit.verify import verify
 
 
 pytestmark = pytest.mark.toolchain

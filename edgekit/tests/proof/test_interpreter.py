@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from edgekit.errors import UsageError
+from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.model.spec import LinearScaling
 from edgekit.proof import interpreter
-from edgekit.source.checkpoint import Checkpoint, Tensor
+from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.tiny.checkpoints import (
     CONTEXT_TOKENS,
     ORIGINAL_TOKENS,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from edgekit import formats, open_checkpoint
+from edgekit.cache import cache_directory
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import EdgekitError, MissingDependencyError, UsageError
 from edgekit.formats.gguf import conversion, pretokenizers
@@ -17,7 +18,6 @@ from edgekit.formats.gguf.layout import TensorEntry, Writer, read, read_tensor
 from edgekit.progress import Silent
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.source.gguf import write_from_gguf
-from edgekit.source.opening import cache_directory
 from edgekit.source.writer import write_checkpoint
 from edgekit.tests.formats.gguf.test_architectures import HAVE_NO_GRAPH, as_the_graph_sees_it
 from edgekit.tests.tiny.checkpoints import TINY, write_tiny_checkpoint

@@ -5,7 +5,6 @@ from datetime import datetime
 
 import pytest
 
-from edgekit.bundle.manifest import TextRules
 from edgekit.errors import BundleError, UsageError
 from edgekit.tests.witnesses.tiny_runner import (
     CHATML,
@@ -14,6 +13,7 @@ from edgekit.tests.witnesses.tiny_runner import (
     sentencepiece_tokenizer,
     text_in,
 )
+from edgekit.text.rules import TextRules
 from edgekit.text.template import ChatTemplate, Message
 from edgekit.text.tokenizer import StopStrings, Text
 

@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgekit import formats
-from edgekit.bundle.manifest import Agreement, Artifact, Bundle, Gate, ModelRecord, TextRules
+from edgekit.bundle.manifest import Agreement, Artifact, Bundle, Gate, ModelRecord
 from edgekit.target import Budget, FirstTokenLimit, Target, load
+from edgekit.text.rules import TextRules
 
 
 SITECUSTOMIZE = """

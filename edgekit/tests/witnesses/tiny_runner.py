@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from edgekit.bundle.manifest import Artifact, Bundle, ModelRecord, TextRules
+from edgekit.bundle.manifest import Artifact, Bundle, ModelRecord
 from edgekit.errors import UsageError
 from edgekit.run import Runner
+from edgekit.text.rules import TextRules
 from edgekit.text.tokenizer import Text
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from edgekit import formats
 from edgekit.errors import BundleError, ToolchainError
+from edgekit.model.checkpoint_protocol import Calibration, Tensor
 from edgekit.proof import transformers_logits
 from edgekit.quant.recipe import Recipe, Rule
 from edgekit.source import opening
-from edgekit.source.checkpoint import Calibration, Tensor
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 from edgekit.tests.tiny.executorch_artifacts import decoded
 

@@ -16,7 +16,7 @@ from edgekit.formats.gguf import layout, split
 from edgekit.formats.gguf.layout import TensorEntry
 from edgekit.formats.gguf.split import FilesWriter, PlannedFile, plan_files
 from edgekit.inspect import inspect
-from edgekit.proof.gates import verify
+from edgekit.verify import verify
 
 
 METADATA = {"general.architecture": ("string", "llama"), "general.name": ("string", "x" * 100)}

@@ -15,9 +15,10 @@ from edgekit.formats import mlc
 from edgekit.formats.mlc import conversion, decoders, names, packing, reading, shards
 from edgekit.formats.mlc.names import Parameter
 from edgekit.formats.mlc.packing import GROUPS, RECIPES, Tensor
+from edgekit.model.checkpoint_protocol import Calibration
 from edgekit.model.spec import Shape
 from edgekit.source import families
-from edgekit.source.checkpoint import Calibration, Checkpoint
+from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.formats.mlc.test_config import tiny_spec
 
 

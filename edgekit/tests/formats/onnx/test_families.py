@@ -11,10 +11,11 @@ import pytest
 from edgekit.errors import UsageError
 from edgekit.formats.onnx import conversion, graph, model, storage
 from edgekit.formats.onnx.runtime import OnnxSession
+from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.proof import transformers_logits
 from edgekit.proof.fidelity import Comparison, Fidelity
 from edgekit.source import opening
-from edgekit.source.checkpoint import Checkpoint, Tensor
+from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.tiny.checkpoints import TINY, write_tiny_checkpoint
 
 

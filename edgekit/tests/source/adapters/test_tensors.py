@@ -1,6 +1,7 @@
 import pytest
 
 from edgekit.errors import UsageError
+from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.source.adapters.tensors import (
     ColumnMagnitudes,
     EmbeddingUpdate,
@@ -12,7 +13,6 @@ from edgekit.source.adapters.tensors import (
     Zeros,
     row_chunks,
 )
-from edgekit.source.checkpoint import Tensor
 from edgekit.tests.tiny.adapters import Given
 
 

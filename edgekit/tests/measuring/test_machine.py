@@ -3,8 +3,9 @@ import sys
 
 import pytest
 
+from edgekit.measuring.machine import Machine, Watch, cached_share, faults, forget
 from edgekit.measuring.measurement import MemoryPoint
-from edgekit.runtime.machine import Machine, Watch, cached_share, faults, forget, performance_cores
+from edgekit.runtime.processors import performance_cores
 
 
 def make_pi(root, **files):

@@ -21,8 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from edgekit import __version__
+from edgekit import versions
 from edgekit.measuring.measurement import Conditions, Environment, MemoryMetric, MemoryPoint
+from edgekit.runtime.processors import usable_cores
 
 
 # Bits 0 to 3 of get_throttled: under-voltage, clock capped, throttled, soft temperature limit; bits
@@ -73,7 +74,7 @@ class Machine:
             governor=self.text("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
             has_swap=self._has_swap(),
             python=platform.python_version(),
-            versions={"edgekit": __version__, **installed_versions(packages)},
+            versions={"edgekit": versions.EDGEKIT, **installed_versions(packages)},
         )
 
     def _has_swap(self) -> bool | None:
@@ -309,13 +310,6 @@ def _share(before_s: float | None, after_s: float | None, wall_s: float) -> floa
     return (after_s - before_s) / wall_s
 
 
-def usable_cores() -> int | None:
-    """Return how many cores this process may use, which a container may have limited."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     """Return the version of each package that is installed."""
     versions = {}
@@ -405,22 +399,3 @@ def _output_of(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
-
-
-def performance_cores() -> int:
-    """Count the fastest cores this process may use; slow ones would hold the others up.
-
-    Source: /sys/devices/system/cpu/cpu*/cpufreq/cpuinfo_max_freq; where that is not told, all.
-    """
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = os.sched_getaffinity(0) if has_affinity else range(os.cpu_count() or 1)
-    speeds = [_max_frequency(core) for core in cores]
-    return max(1, sum(speed >= 0.8 * max(speeds) for speed in speeds))
-
-
-def _max_frequency(core: int) -> int:
-    path = Path(f"/sys/devices/system/cpu/cpu{core}/cpufreq/cpuinfo_max_freq")
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return 0

@@ -1,0 +1,143 @@
+"""What a format may ask of a checkpoint: known from headers, read some rows at a time."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from edgekit.model.card import ModelCard, SamplingDefaults
+from edgekit.model.spec import DecoderSpec, Shape
+from edgekit.model.tokenizer_files import TokenizerFiles
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+class Tensor(Protocol):
+    """One tensor of a checkpoint, or one made from several, not in memory until it is read."""
+
+    @property
+    def shape(self) -> Shape:
+        """Its dimensions, slowest first."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """How much of the checkpoint it takes."""
+        ...
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "npt.NDArray[np.float32]":
+        """Return some rows, or all, in float32."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What leads the fit of quantised weights: how large their inputs are, on some text."""
+
+    text_sha256: str
+    # The mean of squares, by role, of shape (columns,); None until it is measured.
+    importance: Mapping[str, "npt.NDArray[np.float32]"] | None = None
+
+    def of(self, role: str) -> "npt.NDArray[np.float32]":
+        """Return how large the inputs of a weight of a layer are.
+
+        Raises:
+            ValueError: If that is announced, but not measured yet.
+        """
+        if self.importance is None:
+            raise ValueError("the calibration is announced, but not measured")
+        return self.importance[role]
+
+
+class Named(Protocol):
+    """An adapter, as far as a format writes down where weights came from."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        ...
+
+
+class CheckpointProtocol(Protocol):
+    """A model to be exported, adapters included."""
+
+    @property
+    def directory(self) -> Path:
+        """Where its files are, for settings that other programs take over as they are."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The last part of the path: ``SmolLM2-135M-Instruct``."""
+        ...
+
+    @property
+    def architecture(self) -> str:
+        """The ``model_type`` of its config."""
+        ...
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """What it computes."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the decoder has, tied ones once."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What is stored, by the checkpoint's own names."""
+        ...
+
+    @property
+    def text(self) -> TokenizerFiles:
+        """Its tokenizer, chat template and stop ids."""
+        ...
+
+    @property
+    def card(self) -> ModelCard:
+        """What the model card says."""
+        ...
+
+    @property
+    def licence(self) -> str | None:
+        """The licence that the model card names."""
+        ...
+
+    @property
+    def sampling(self) -> SamplingDefaults:
+        """How the makers of the model sample from it."""
+        ...
+
+    @property
+    def adapter(self) -> Named | None:
+        """The adapter whose deltas are part of the weights, if any."""
+        ...
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What the fit of quantized weights is weighted with; None: all columns count alike."""
+        ...
+
+    def blocks(
+        self, role: str, *, row_multiple: int = 1
+    ) -> Iterator[tuple[int, "npt.NDArray[np.float32]"]]:
+        """Yield a weight some million numbers at a time, as a decoder multiplies with it.
+
+        Args:
+            role: One of ``spec.weights()``.
+            row_multiple: What the number of rows of each block is a multiple of.
+
+        Yields:
+            The number of the first row, and float32 of shape ``(rows, columns)`` or ``(rows,)``;
+            Gemma's norms with their one.
+
+        Raises:
+            UsageError: If it holds NaN or infinity; the message names the tensor.
+        """
+        ...

@@ -1,0 +1,49 @@
+"""Verification: repeat the proof of a bundle against its checkpoint."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from edgekit import formats
+from edgekit.bundle.manifest import Agreement, Bundle
+from edgekit.errors import UsageError
+from edgekit.model.checkpoint_protocol import Calibration
+from edgekit.progress import Listener
+from edgekit.proof.gates import Subject, check
+from edgekit.source import opening
+
+
+def verify(directory: Path, model: str | Path, *, adapters: Sequence[Path] = (),
+           listener: Listener | None = None) -> Agreement:  # fmt: skip
+    """Repeat the proof of a bundle against its checkpoint.
+
+    Raises:
+        BundleError: If the bundle is damaged.
+        UsageError: If this is not the checkpoint the bundle was made from.
+    """
+    bundle = Bundle.load(directory)
+    checkpoint = opening.open_checkpoint(model, adapters=adapters, listener=listener)
+    if checkpoint.sha256 != bundle.model.sha256:
+        raise UsageError(
+            f"{directory} was made from another checkpoint than {model}",
+            hint=f"it was made from {bundle.model.name}",
+        )
+    if bundle.artifact.calibration:
+        calibration = Calibration(text_sha256=bundle.artifact.calibration)
+        checkpoint = replace(checkpoint, calibration=calibration)
+    artifact = bundle.artifact
+    fmt = formats.get(artifact.format)
+    recipe = fmt.RECIPES[artifact.recipe]
+    subject = Subject(
+        checkpoint=checkpoint,
+        directory=directory,
+        entry=artifact.entry,
+        format=artifact.format,
+        recipe=recipe,
+        layout=fmt.lay_out(
+            checkpoint, recipe, split_bytes=artifact.split_bytes, variant=artifact.variant
+        ),
+        rules=bundle.text,
+        context_tokens=bundle.context_tokens,
+    )
+    return check(subject, listener=listener).agreement
