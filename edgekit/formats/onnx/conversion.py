@@ -83,7 +83,7 @@ def plan(
     placing = model.place(loose, stem=f"{how.file}_data", split_bytes=split_bytes)
     placed = {tensor.name: tensor for tensor in placing}
     storages = {weight.role: weight.stored for weight in weights}
-    metadata = {"edgekit.quant.recipe": recipe.name}
+    metadata = {"edgekit.recipe": recipe.name}
     calibration = _calibration(checkpoint, weights)
     if calibration:
         metadata["edgekit.calibration"] = calibration
