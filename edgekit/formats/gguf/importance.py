@@ -48,6 +48,6 @@ def weights(
     for part in parts:
         importance = importance_of(calibration, part)
         if importance is not None:
-            weighting = damped(importance, share=DAMPING)
+            weighting = damped(importance.astype(np.float64), share=DAMPING)
             # ggml rounds differently without weights than with equal ones.
             yield part.name, np.ones_like(importance) if weighting is None else weighting

@@ -338,7 +338,9 @@ def test_the_columns_of_every_matrix_lead_its_fit(name, tmp_path):
         name, weights = tensor_name(part.role), measured[part.role]
         rows = weights_of(exact, name)
         expected = storage.quantise(
-            rows, part.storage, importance=damped(weights, share=importance.DAMPING)
+            rows,
+            part.storage,
+            importance=damped(weights.astype(np.float64), share=importance.DAMPING),
         )
         assert bytes_of(led, name) == expected.tobytes(), name
         errors = [(weights * (weights_of(file, name) - rows) ** 2).sum() for file in (led, bare)]
