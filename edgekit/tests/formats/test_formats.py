@@ -380,7 +380,7 @@ def memory_use(checkpoint, layout, *, context_tokens, repacks):
 
 
 def convert(checkpoint, request, directory, *, progress):
-    (directory / "model.echo").write_text(json.dumps({"vocabulary": checkpoint.spec.vocabulary}))
+    (directory / "model.echo").write_text(json.dumps({"vocabulary": checkpoint.spec.vocab_size}))
     progress(checkpoint.parameters)
     return "model.echo"
 """,
