@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit import installed
-from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, Progress
+from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse
 from edgekit.formats.executorch import app_kit, backends, conversion
+from edgekit.progress import Advance
 
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def convert(
     request: BuildRequest,
     directory: Path,
     *,
-    progress: Progress,
+    progress: Advance,
 ) -> str:
     """Write ``model.pte`` and what the developer of an app wants next to it."""
     installed.require("torch", "executorch", purpose="writing a program", extra="executorch")

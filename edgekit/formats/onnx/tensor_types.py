@@ -128,7 +128,7 @@ ACTIVATIONS_NOTE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Build:
+class GraphBuild:
     """What a recipe decides beside the tensor type of each weight."""
 
     dtype: str  # the word of transformers.js for such a model, which names the file
@@ -193,13 +193,13 @@ RECIPES: Mapping[str, Recipe] = {
 # Source: DEFAULT_DTYPE_SUFFIX_MAPPING in src/utils/dtypes.js of transformers.js 4.3.1.
 _SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
 
-BUILDS: Mapping[str, Build] = {
-    "F32": Build(dtype="fp32"),
-    "F16": Build(dtype="fp16"),
-    "F16_GPU": Build(dtype="fp16", arithmetic="float16"),
-    "INT8": Build(dtype="q8"),
-    "UINT4_GPU": Build(dtype="q4f16", arithmetic="float16"),
-} | dict.fromkeys(("UINT4", "INT4", "UINT4_128", "INT4_128", "UINT4_ALL"), Build(dtype="q4"))
+BUILDS: Mapping[str, GraphBuild] = {
+    "F32": GraphBuild(dtype="fp32"),
+    "F16": GraphBuild(dtype="fp16"),
+    "F16_GPU": GraphBuild(dtype="fp16", arithmetic="float16"),
+    "INT8": GraphBuild(dtype="q8"),
+    "UINT4_GPU": GraphBuild(dtype="q4f16", arithmetic="float16"),
+} | dict.fromkeys(("UINT4", "INT4", "UINT4_128", "INT4_128", "UINT4_ALL"), GraphBuild(dtype="q4"))
 
 
 # Tensors

@@ -23,7 +23,7 @@ from edgekit.formats.mlc import (
     writing,
 )
 from edgekit.formats.mlc.names import Parameter
-from edgekit.formats.mlc.packing import GROUPS, RECIPES, Tensor
+from edgekit.formats.mlc.packing import GROUPS, RECIPES, PackedTensor
 from edgekit.model.checkpoint_protocol import Calibration
 from edgekit.model.spec import Shape
 from edgekit.source import families
@@ -114,7 +114,7 @@ def test_mistral_and_stablelm_fuse_queries_keys_and_values_as_llama_does():
 def gathered(*sizes):
     """Return which tensors of so many MiB share a file, file by file."""
     tensors = [
-        Tensor(name=str(number), shape=(size * 2**19,), dtype="float16")
+        PackedTensor(name=str(number), shape=(size * 2**19,), dtype="float16")
         for number, size in enumerate(sizes)
     ]
     return [[record.tensor.name for record in shard.records] for shard in shards.place(tensors)]

@@ -10,7 +10,7 @@ import pytest
 from edgekit.bundle.manifest import Artifact
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.encodings import protobuf
-from edgekit.encodings.protobuf import Message
+from edgekit.encodings.protobuf import ProtobufMessage
 from edgekit.errors import BundleError
 from edgekit.formats import BuildRequest
 from edgekit.formats.onnx import conversion, model, runtime, tensor_types
@@ -60,7 +60,7 @@ def unsealed(path):
 def rewrite(path, change):
     """Write the model file with other places for its weights, as one who means harm would."""
     tensors = model.read(path)
-    whole = Message.whole(path.read_bytes(), origin="")
+    whole = ProtobufMessage.whole(path.read_bytes(), origin="")
     graph = whole.message(7)
     assert graph is not None
     nodes = b"".join(protobuf.nested(1, node.content) for node in graph.messages(1))

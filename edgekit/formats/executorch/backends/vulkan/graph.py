@@ -22,7 +22,7 @@ ITEM_BYTES: Mapping[Dtype, int] = {
 
 
 @dataclass(kw_only=True)
-class Graph:
+class VulkanGraph:
     """A graph as it grows."""
 
     floats: Dtype  # what products are computed in
