@@ -17,7 +17,7 @@ from edgekit.errors import UsageError
 from edgekit.formats.mlc import clients, template_affixes
 from edgekit.formats.mlc.template_affixes import Role, Surroundings
 from edgekit.model.tokenizer_files import added_tokens
-from edgekit.text.template import ChatTemplate
+from edgekit.text.template import ChatTemplate, Message
 from edgekit.text.tokenizer import Text, open_tokenizer
 
 
@@ -363,7 +363,7 @@ class _Derivation:
         return passed, None
 
     def _difference(
-        self, template: Mapping[str, Any], messages: Sequence[clients.Message]
+        self, template: Mapping[str, Any], messages: Sequence[Message]
     ) -> str | None:
         """Return how MLC's prompt differs from the template's, None if it does not."""
         shown = [self._as_app_sends(message) for message in messages]
@@ -378,7 +378,7 @@ class _Derivation:
                 return self._id_difference(client, wanted_ids, ids)
         return None
 
-    def _as_app_sends(self, message: clients.Message) -> clients.Message:
+    def _as_app_sends(self, message: Message) -> Message:
         is_trimmed = message["role"] in self._trimmed_roles
         return {**message, "content": message["content"].strip()} if is_trimmed else message
 
