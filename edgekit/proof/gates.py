@@ -19,7 +19,7 @@ from edgekit import formats
 from edgekit.bundle.goldens import ChatGolden, Goldens, LogitGolden, TextGolden
 from edgekit.bundle.manifest import Agreement, Gate
 from edgekit.errors import UsageError
-from edgekit.formats import Format, Layout, ReadableFormat
+from edgekit.formats import Layout, ReadableRunning, Running
 from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter, transformers_logits
 from edgekit.proof.fidelity import Comparison, Fidelity
@@ -48,7 +48,7 @@ ANSWER_TOKENS = 24
 GOLDENS = 2
 GOLDEN_TOKENS = 48
 # What half precision in a runtime's cache and attention may add where weights are exact; tiny
-# random models lose 5e-6. Quantised ones may lose as much as by their weights again, since a small
+# random models lose 5e-6. Quantized ones may lose as much as by their weights again, since a small
 # change of an activation changes how it is rounded.
 MAX_CACHE_KL_NATS = 1e-3
 GREEDY = Sampling()
@@ -87,23 +87,28 @@ class Subject:
         return self.directory / self.entry
 
     @property
-    def fmt(self) -> Format:
-        """The format of the artifact."""
-        return formats.get(self.format)
+    def running(self) -> Running:
+        """What runs artifacts of its format."""
+        return formats.running(self.format)
+
+    @property
+    def runtime(self) -> str:
+        """What opens the artifact, as people call it."""
+        return formats.get(self.format).RUNTIME
 
     @property
     def is_run_here(self) -> bool:
         """Whether its runtime computes the artifact's side of the proof."""
-        return self.fmt.is_run_here(self.layout.variant)
+        return self.running.is_run_here(self.layout.variant)
 
     @property
     def said_by(self) -> str:
         """What computes the artifact's side of the proof."""
         if self.is_run_here:
-            return self.fmt.RUNTIME
-        needed = cast("ReadableFormat", self.fmt).runs_on(self.layout.variant)
+            return self.runtime
+        needed = cast("ReadableRunning", self.running).runs_on(self.layout.variant)
         return (
-            f"edgekit's float32 reference on the weights read back, not {self.fmt.RUNTIME}: "
+            f"edgekit's float32 reference on the weights read back, not {self.runtime}: "
             f"not executed here, it needs {needed}"
         )
 
@@ -132,7 +137,7 @@ class Subject:
         return True
 
     @cached_property
-    def is_held(self) -> bool:
+    def fits_in_memory(self) -> bool:
         """Whether transformers can hold the checkpoint; asked once, as free memory changes."""
         return transformers_logits.holds(self.checkpoint)
 
@@ -142,7 +147,7 @@ class Subject:
         texts = [self.text.encode(text, adds_bos=self.rules.adds_bos) for _, text in corpus.texts()]
         length = min(CHUNK_TOKENS, self.context_tokens)
         share = max(length, POSITIONS // len(texts))
-        if not self.is_held:
+        if not self.fits_in_memory:
             length = share = min(length, LARGE_POSITIONS // len(texts))
         pieces = [
             ids[first : first + length]
@@ -187,7 +192,7 @@ def check(subject: Subject, *, listener: Listener | None = None) -> Proof:
         _check_stops(subject, session, prompt, answer, found)
         logit_goldens = _logit_goldens(subject, session)
     expected = transformers_logits.logits(
-        subject.checkpoint, subject.chunks, is_held=subject.is_held, listener=listener
+        subject.checkpoint, subject.chunks, fits_in_memory=subject.fits_in_memory, listener=listener
     )
     first = next(expected)
     with closing(_open(subject, has_exact_cache=True)) as session:
@@ -195,7 +200,7 @@ def check(subject: Subject, *, listener: Listener | None = None) -> Proof:
         fidelity = _check_logits(subject, both, logit_goldens, found)
     _check_ids(subject, found)
     _check_template(subject, found)
-    _check_storages(subject, found)
+    _check_tensor_types(subject, found)
     _check_size(subject, found)
     _check_adapter(subject, first, found)
     return Proof(
@@ -209,9 +214,13 @@ def _open(subject: Subject, *, has_exact_cache: bool = False) -> Session:
     if has_exact_cache:
         context = min(context, CHUNK_TOKENS)
     if not subject.is_run_here:
-        read = cast("ReadableFormat", subject.fmt).read_back(subject.path, subject.checkpoint.spec)
-        return interpreter.ReferenceSession(read, context_tokens=context)
-    return subject.fmt.load(subject.path, context_tokens=context, has_exact_cache=has_exact_cache)
+        read = cast("ReadableRunning", subject.running).read_back(
+            subject.path, subject.checkpoint.spec
+        )
+        return interpreter.InterpreterSession(read, context_tokens=context)
+    return subject.running.load(
+        subject.path, context_tokens=context, has_exact_cache=has_exact_cache
+    )
 
 
 def _agreement(subject: Subject, found: _Findings, fidelity: Fidelity) -> Agreement:
@@ -256,7 +265,7 @@ def _question(subject: Subject) -> list[int]:
 def _logit_goldens(subject: Subject, session: Session) -> list[LogitGolden]:
     """Return what the artifact says on a device, its cache in half precision and all."""
     chunks = [chunk[:GOLDEN_TOKENS] for chunk in subject.chunks[:GOLDENS]]
-    vocabulary = subject.checkpoint.spec.vocabulary
+    vocabulary = subject.checkpoint.spec.vocab_size
     return [LogitGolden.of(chunk, session.all_logits(chunk)[:, :vocabulary]) for chunk in chunks]
 
 
@@ -303,7 +312,7 @@ def _both(
     chunks = subject.chunks
     with listener.track("prove", sum(map(len, chunks))) as advance:
         for chunk, expected in zip(chunks, expected_logits, strict=True):
-            said = session.all_logits(chunk)[:, : subject.checkpoint.spec.vocabulary]
+            said = session.all_logits(chunk)[:, : subject.checkpoint.spec.vocab_size]
             yield np.array(chunk), expected, said
             advance(len(chunk))
 
@@ -314,7 +323,7 @@ def _check_ids(subject: Subject, found: _Findings) -> None:
     lines += [subject.text.render(turns) for turns in subject.conversations]
     expected = [transformers_logits.ids(subject.tokenizer, line) for line in lines]
     ours = [subject.text.encode(line, adds_bos=False) for line in lines]
-    theirs = subject.fmt.runtime_ids(subject.path, lines)
+    theirs = subject.running.runtime_ids(subject.path, lines)
     readers, finding = "edgekit run", ""
     wrong = _first_difference(lines, expected, ours)
     if theirs is not None and wrong is None:
@@ -355,7 +364,7 @@ def _uncomposed(
     if not candidates:
         return []
     texts = [composed[index] for index in candidates]
-    again = subject.fmt.runtime_ids(subject.path, texts) or []
+    again = subject.running.runtime_ids(subject.path, texts) or []
     return [index for index, ids in zip(candidates, again, strict=True) if ids == expected[index]]
 
 
@@ -413,23 +422,23 @@ def _check_stops(
     )
 
 
-def _check_storages(subject: Subject, found: _Findings) -> None:
+def _check_tensor_types(subject: Subject, found: _Findings) -> None:
     """Gate 6: every tensor is stored as the plan said."""
-    contents = subject.fmt.contents(subject.path)
-    held = Counter((math.prod(shape), storage) for _, shape, storage in contents)
-    planned = Counter((p.parameters, p.storage) for p in subject.layout.placements)
-    counts = Counter(storage for _, _, storage in contents)
-    finding = ", ".join(f"{count} {storage}" for storage, count in sorted(counts.items()))
+    contents = subject.running.contents(subject.path)
+    held = Counter((math.prod(shape), tensor_type) for _, shape, tensor_type in contents)
+    planned = Counter((p.parameters, p.tensor_type) for p in subject.layout.placements)
+    counts = Counter(tensor_type for _, _, tensor_type in contents)
+    finding = ", ".join(f"{count} {tensor_type}" for tensor_type, count in sorted(counts.items()))
     if subject.layout.substituted:
         finding += f"; {len(subject.layout.substituted)} substituted"
-    for (weights, storage), count in sorted((planned - held).items()):
-        finding += f"; planned {count} more of {weights} weights in {storage}"
-    found.add("storages", finding, passed=planned <= held)
+    for (weights, tensor_type), count in sorted((planned - held).items()):
+        finding += f"; planned {count} more of {weights} weights in {tensor_type}"
+    found.add("tensor types", finding, passed=planned <= held)
 
 
 def _check_size(subject: Subject, found: _Findings) -> None:
     """Gate 7: the bytes on disk are the bytes predicted."""
-    files = subject.fmt.files(subject.path)
+    files = subject.running.files(subject.path)
     size, predicted = sum(file.stat().st_size for file in files), subject.layout.artifact_bytes
     # The name under which llama.cpp cuts text is found by trial, and may lengthen the header.
     allowed = 64 if subject.layout.is_exact else predicted // 100
@@ -450,7 +459,7 @@ def _check_adapter(subject: Subject, beside: "npt.NDArray[np.float32]", found: _
         return
     import numpy as np
 
-    if not subject.is_held:
+    if not subject.fits_in_memory:
         found.add(
             "adapter",
             f"{adapter.name} merged; the base is too large here to run with the adapter beside it, "

@@ -4,15 +4,18 @@ import ast
 import itertools
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
 
 from edgekit import formats, target, versions
 from edgekit.cli import cli
-from edgekit.errors import UsageError
+from edgekit.errors import MissingDependencyError, UsageError
+from edgekit.formats.gguf import runtime
 from edgekit.tests.support_matrix import ROOT
 
 
@@ -171,6 +174,23 @@ def test_a_path_in_the_text_exists(page):
     named = {path.rstrip(".") for path in re.findall(own, text)}
     assert [path for path in sorted(named - {"targets/my-board.toml"})
             if not (ROOT / path).exists()] == []  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/handover.md"])
+def test_installing_builds_only_what_is_used_of_llama_cpp(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    found = set(re.findall(r"-DCMAKE_PROJECT_llama_cpp_INCLUDE='\$PWD/(.+?)'", text))
+    assert {ROOT / path for path in found} == {runtime.BUILD}
+    blocks = [block for _, block in FENCED.findall(text)]
+    assert all("CMAKE_ARGS" in block for block in blocks if "pip install" in block)
+
+
+def test_whoever_lacks_llama_cpp_is_told_how_to_build_only_that(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(MissingDependencyError) as refusal:
+        runtime.library()
+    (path,) = re.findall(r"-DCMAKE_PROJECT_llama_cpp_INCLUDE=(\S+)", refusal.value.hint)
+    assert f"llama-cpp-python {versions.LLAMA_CPP_PYTHON}" in Path(path).read_text(encoding="utf-8")
 
 
 def contracts():

@@ -13,7 +13,7 @@ from edgekit.bundle.goldens import Goldens
 from edgekit.bundle.manifest import Bundle
 from edgekit.errors import BudgetError, DisagreementError, UsageError
 from edgekit.export import default_out, export
-from edgekit.plan import make
+from edgekit.plan import Choice, make
 from edgekit.source.opening import open_checkpoint
 
 
@@ -46,7 +46,7 @@ def test_a_bundle_holds_the_artifact_its_text_its_goldens_and_a_manifest(tiny_bu
     assert bundle.agreement is not None
     assert bundle.agreement.passed
     assert {gate.name for gate in bundle.agreement.gates} == {
-        "runs", "logits", "token ids", "chat template", "stops", "storages", "size",
+        "runs", "logits", "token ids", "chat template", "stops", "tensor types", "size",
     }  # fmt: skip
     assert Goldens.load(tiny_bundle).answer_ids
 
@@ -141,14 +141,14 @@ def _target_text(name):
 def test_ctrl_c_leaves_nothing(tiny_checkpoint, tmp_path):
     """A real SIGINT to a real process, while it converts."""
     program = (
-        "import signal, sys, time, edgekit.formats.gguf.storage as storage\n"
+        "import signal, sys, time, edgekit.formats.gguf.tensor type as tensor type\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a parent may ignore it
         "from edgekit.cli import main\n"
-        "slow = storage.quantise_each\n"
+        "slow = tensor type.quantize_each\n"
         "def crawl(blocks, **kw):\n"
         "    for item in slow(blocks, **kw):\n"
         "        print('block', flush=True); time.sleep(0.2); yield item\n"
-        "storage.quantise_each = crawl\n"
+        "tensor type.quantize_each = crawl\n"
         "main(sys.argv[1:])\n"
     )
     process = subprocess.Popen(
@@ -191,7 +191,7 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tiny_checkp
 
 def test_a_bundle_is_named_after_what_is_in_it(tiny_checkpoint, pi):
     checkpoint = open_checkpoint(tiny_checkpoint)
-    made = make(checkpoint, pi, quant="Q4_0")
+    made = make(checkpoint, pi, Choice(quant="Q4_0"))
     assert default_out(checkpoint, made, pi).as_posix() == (
         "bundles/tiny-llama-raspberry-pi-5-8gb-gguf-Q4_0"
     )

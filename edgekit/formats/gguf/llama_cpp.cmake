@@ -1,5 +1,5 @@
 # What the build of llama-cpp-python may leave out, for edgekit uses none of it: llama.cpp's library
-# for images, and the one that its command line tools share. They take most of the time to compile.
+# for images, and the one that its command line tools share: more than half of the compiling.
 #
 #   CMAKE_ARGS=-DCMAKE_PROJECT_llama_cpp_INCLUDE=/path/to/this/file pip install 'edgekit[run-gguf]'
 #

@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.errors import UsageError
-from edgekit.formats import Buffer, Layout, Placement, Progress
+from edgekit.formats import Buffer, BuildRequest, Layout
 from edgekit.formats.mlc import decoders, names, packing, shards
 from edgekit.formats.mlc.names import Parameter
-from edgekit.formats.mlc.packing import Scheme, Tensor
+from edgekit.formats.mlc.packing import PackedTensor, Scheme
 from edgekit.formats.mlc.shards import Record, Shard
+from edgekit.progress import Advance
 from edgekit.quant import grid
-from edgekit.quant.recipe import Recipe, split_role
+from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
+from edgekit.quant.recipe import Recipe
 
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edgekit.model.checkpoint_protocol import Calibration, CheckpointProtocol
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.spec import DecoderSpec
 
     Rows = npt.NDArray[np.float32]
@@ -32,28 +34,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weight:
+class MlcWeight:
     """A parameter of MLC's model, how it is stored, and the tensors that hold it."""
 
     parameter: Parameter
-    storage: str
-    tensors: tuple[Tensor, ...]
+    tensor_type: str
+    tensors: tuple[PackedTensor, ...]
     is_transposed: bool
-
-    @property
-    def row_bytes(self) -> int:
-        """What one of its rows takes in the files."""
-        return sum(t.size_bytes for t in self.tensors) // self.parameter.shape[0]
+    placements: Mapping[str, PlannedWeight]  # by role: several share a fused parameter
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
+class MlcPlan:
     """An artifact before its weights are written."""
 
-    weights: tuple[Weight, ...]
+    weights: tuple[MlcWeight, ...]
     shards: tuple[Shard, ...]
+    placements: tuple[PlannedWeight, ...]  # in the order of the spec
     parameters: int  # of the checkpoint's files, as the tensor cache counts them
-    calibration: str | None  # SHA-256 of the text that leads the fit, if any is led
 
     @property
     def size_bytes(self) -> int:
@@ -75,28 +73,41 @@ def scheme_of(recipe: Recipe) -> Scheme:
     return packing.SCHEMES[recipe.name]
 
 
-def plan(checkpoint: "CheckpointProtocol", recipe: Recipe) -> Planned:
+def plan(checkpoint: "CheckpointProtocol", recipe: Recipe) -> MlcPlan:
     """Return the files of the weights, down to the place of every tensor."""
-    scheme = scheme_of(recipe)
+    scheme, spec = scheme_of(recipe), checkpoint.spec
     weights = tuple(
-        _weight(parameter, recipe.storage_for(parameter.roles[0], checkpoint.spec), scheme)
-        for parameter in names.in_file_order(checkpoint)
+        _weight(parameter, recipe, scheme, spec) for parameter in names.in_file_order(checkpoint)
     )
-    tensors = [tensor for weight in weights for tensor in weight.tensors]
-    return Planned(
+    by_role = {role: placed for weight in weights for role, placed in weight.placements.items()}
+    return MlcPlan(
         weights=weights,
-        shards=tuple(shards.place(tensors)),
+        placements=tuple(by_role[role] for role, _ in spec.weights()),
+        shards=tuple(shards.place([tensor for weight in weights for tensor in weight.tensors])),
         parameters=_stored_parameters(checkpoint),
-        calibration=_calibration(checkpoint.calibration, weights),
     )
 
 
-def _weight(parameter: Parameter, storage: str, scheme: Scheme) -> Weight:
-    return Weight(
+def _weight(parameter: Parameter, recipe: Recipe, scheme: Scheme, spec: "DecoderSpec") -> MlcWeight:
+    tensor_type = recipe.tensor_type_for(parameter.roles[0], spec)
+    tensors = tuple(packing.tensors(parameter, tensor_type, scheme))
+    row_bytes = sum(tensor.size_bytes for tensor in tensors) // parameter.shape[0]
+    return MlcWeight(
         parameter=parameter,
-        storage=storage,
-        tensors=tuple(packing.tensors(parameter, storage, scheme)),
-        is_transposed=packing.is_transposed(parameter, storage, scheme),
+        tensor_type=tensor_type,
+        tensors=tensors,
+        is_transposed=packing.is_transposed(parameter, tensor_type, scheme),
+        placements={
+            role: PlannedWeight(
+                role=role,
+                shape=(rows, *parameter.shape[1:]),
+                wanted=recipe.tensor_type_for(role, spec),
+                tensor_type=tensor_type,
+                size_bytes=rows * row_bytes,
+                is_coarse=tensor_type in packing.GROUPS,
+            )
+            for role, _, rows in parameter.parts()
+        },
     )
 
 
@@ -104,58 +115,37 @@ def _stored_parameters(checkpoint: "CheckpointProtocol") -> int:
     """Return how many numbers mlc_llm counts: a head that is tied but stored is one more."""
     spec = checkpoint.spec
     is_extra = spec.is_tied and "lm_head.weight" in checkpoint.tensors
-    return checkpoint.parameters + (spec.vocabulary * spec.hidden_width if is_extra else 0)
+    return checkpoint.parameters + (spec.vocab_size * spec.hidden_size if is_extra else 0)
 
 
-def _calibration(announced: "Calibration | None", weights: tuple[Weight, ...]) -> str | None:
-    is_led = announced and any(weight.storage in packing.GROUPS for weight in weights)
-    return announced.text_sha256 if announced and is_led else None
-
-
-def lay_out(checkpoint: "CheckpointProtocol", recipe: Recipe, *, split_bytes: int | None) -> Layout:
+def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     """Return what the files will hold and their exact size, from headers alone."""
     decoders.refuse(checkpoint.architecture, checkpoint.spec)
-    if split_bytes is not None:
+    if request.split_bytes is not None:
         raise UsageError(
             f"MLC's files are {shards.SHARD_BYTES // 2**20} MiB each, or one tensor",
             hint="leave out the size to split at",
         )
+    recipe = request.recipe
     planned = plan(checkpoint, recipe)
     largest = max(
         (tensor for weight in planned.weights for tensor in weight.tensors),
         key=lambda tensor: tensor.memory_bytes,
     )
     return Layout(
-        placements=tuple(_placements(checkpoint.spec, recipe, planned.weights)),
+        placements=planned.placements,
         artifact_bytes=planned.size_bytes,
         is_exact=True,
         notes=(*decoders.notes(checkpoint.spec), *_notes(checkpoint)),
-        calibration=planned.calibration,
+        calibration=calibration_sha256(checkpoint.calibration, planned.placements),
         largest_buffer=Buffer(name=largest.name, size_bytes=largest.memory_bytes),
         needs_shader_f16=scheme_of(recipe).dtype == "float16",
     )
 
 
-def _placements(
-    spec: "DecoderSpec", recipe: Recipe, weights: tuple[Weight, ...]
-) -> Iterator[Placement]:
-    held = {
-        role: (weight, rows) for weight in weights for role, _, rows in weight.parameter.parts()
-    }
-    for role, _ in spec.weights():
-        weight, rows = held[role]
-        yield Placement(
-            role=role,
-            parameters=rows * (weight.parameter.columns or 1),
-            storage=weight.storage,
-            wanted=recipe.storage_for(role, spec),
-            size_bytes=rows * weight.row_bytes,
-        )
-
-
 def _notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
     is_bf16 = "BF16" in {getattr(tensor, "dtype", "") for tensor in checkpoint.tensors.values()}
-    if checkpoint.spec.norm.adds_one and is_bf16:
+    if checkpoint.spec.norm.unit_offset and is_bf16:
         yield (
             "norms are stored as 1 + w without rounding it to bfloat16, as mlc_llm does; they are "
             "closer to the checkpoint than its own converter's"
@@ -167,7 +157,7 @@ def write(
     recipe: Recipe,
     directory: Path,
     *,
-    progress: Progress,
+    progress: Advance,
     refuses_overflow: bool = True,
 ) -> str:
     """Write the shards and the tensor cache, one block of rows in memory at a time.
@@ -211,15 +201,15 @@ class _Writer:
     places: Mapping[str, Record]  # by name of the tensor
     largest: float  # no weight may be as large
 
-    def write(self, checkpoint: "CheckpointProtocol", weight: Weight, progress: Progress) -> None:
+    def write(self, checkpoint: "CheckpointProtocol", weight: MlcWeight, progress: Advance) -> None:
         """Write the tensors of a parameter."""
         whole: list[list[Stored]] = []
         for first, values, importance in _blocks(checkpoint, weight):
             self._refuse_overflow(weight, values)
             encoded = packing.encode(
                 values,
-                weight.storage,
-                is_led=checkpoint.calibration is not None,
+                weight.tensor_type,
+                is_calibrated=checkpoint.calibration is not None,
                 importance=importance,
             )
             if weight.is_transposed:
@@ -230,7 +220,7 @@ class _Writer:
         if whole:
             self._write_transposed(weight, whole)
 
-    def _refuse_overflow(self, weight: Weight, values: "Rows") -> None:
+    def _refuse_overflow(self, weight: MlcWeight, values: "Rows") -> None:
         found = max(float(values.max(initial=0)), -float(values.min(initial=0)))
         if found >= self.largest:
             raise UsageError(
@@ -238,19 +228,19 @@ class _Writer:
                 hint="take q4f32_1 or q0f32",
             )
 
-    def _write_rows(self, weight: Weight, first: int, encoded: "list[Stored]") -> None:
+    def _write_rows(self, weight: MlcWeight, first: int, encoded: "list[Stored]") -> None:
         for tensor, part in zip(weight.tensors, encoded, strict=True):
             row_bytes = tensor.size_bytes // tensor.shape[0]
             self._write_at(tensor, first * row_bytes, part)
 
-    def _write_transposed(self, weight: Weight, blocks: "list[list[Stored]]") -> None:
+    def _write_transposed(self, weight: MlcWeight, blocks: "list[list[Stored]]") -> None:
         """Write a packed matrix columns first, which needs all of it: 4.5 bits a weight."""
         import numpy as np
 
         for index, tensor in enumerate(weight.tensors):
             self._write_at(tensor, 0, np.concatenate([block[index] for block in blocks]).T)
 
-    def _write_at(self, tensor: Tensor, offset: int, values: "Stored") -> None:
+    def _write_at(self, tensor: PackedTensor, offset: int, values: "Stored") -> None:
         place = self.places[tensor.name]
         with (self.directory / place.file).open("r+b") as file:
             file.seek(place.offset + offset)
@@ -258,18 +248,10 @@ class _Writer:
 
 
 def _blocks(
-    checkpoint: "CheckpointProtocol", weight: Weight
+    checkpoint: "CheckpointProtocol", weight: MlcWeight
 ) -> "Iterator[tuple[int, Rows, Rows | None]]":
     """Yield some rows of a parameter, the number of the first, and how much its columns count."""
     for role, start, _ in weight.parameter.parts():
-        importance = _importance(checkpoint, weight, role)
+        importance = importance_of(checkpoint.calibration, weight.placements[role])
         for first, values in checkpoint.blocks(role):
             yield start + first, values, importance
-
-
-def _importance(checkpoint: "CheckpointProtocol", weight: Weight, role: str) -> "Rows | None":
-    """Return how much an error counts; all alike in the embedding and the head."""
-    calibration = checkpoint.calibration
-    if calibration is None or weight.storage not in packing.GROUPS or split_role(role)[0] is None:
-        return None
-    return calibration.of(role)

@@ -4,19 +4,21 @@ The graph and the place of every weight are made from headers alone, so a plan k
 the byte; converting writes the same and holds one block of rows at a time.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from edgekit.errors import UsageError
-from edgekit.formats import Buffer, Layout, Placement, Progress
-from edgekit.formats.onnx import clients, graph, model, storage
+from edgekit.formats import Buffer, BuildRequest, Layout
+from edgekit.formats.onnx import clients, graph, model, tensor_types
 from edgekit.formats.onnx.model import External
-from edgekit.formats.onnx.storage import Build
+from edgekit.formats.onnx.tensor_types import GraphBuild
 from edgekit.model.spec import DecoderSpec, Rope
-from edgekit.quant.recipe import Recipe, split_role
+from edgekit.progress import Advance
+from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
+from edgekit.quant.recipe import Recipe
 
 
 if TYPE_CHECKING:
@@ -33,27 +35,18 @@ MIN_SPLIT_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weight:
+class OnnxWeight(PlannedWeight):
     """One weight of the checkpoint, and the tensors that hold it."""
 
-    role: str
-    wanted: str  # the storage the recipe asked for
-    stored: str
     tensors: tuple[External, ...]
-
-    @property
-    def is_led(self) -> bool:
-        """Whether the inputs of a calibration lead its fit: in layers, not the head's."""
-        blocks = storage.BLOCKS.get(self.stored)
-        return blocks is not None and blocks.is_coarse and split_role(self.role)[0] is not None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
+class OnnxPlan:
     """An artifact before its weights are written."""
 
-    how: Build
-    weights: tuple[Weight, ...]
+    how: GraphBuild
+    weights: tuple[OnnxWeight, ...]
     frequencies: tuple[External, ...]
     model: bytes  # the model file
     calibration: str | None  # SHA-256 of the text that leads the fit, if any is led
@@ -69,26 +62,24 @@ class Planned:
         return [*self.frequencies, *(tensor for w in self.weights for tensor in w.tensors)]
 
 
-def plan(
-    checkpoint: "CheckpointProtocol", recipe: Recipe, *, split_bytes: int | None = None
-) -> Planned:
+def plan(checkpoint: "CheckpointProtocol", request: BuildRequest) -> OnnxPlan:
     """Return the files of an artifact, down to the place of every weight."""
-    spec = checkpoint.spec
+    spec, recipe = checkpoint.spec, request.recipe
     refuse(spec)
     weights = tuple(_weights(spec, recipe))
     frequencies = tuple(_frequency_tensors(spec))
     loose = [*frequencies, *(tensor for weight in weights for tensor in weight.tensors)]
-    _refuse_split(loose, split_bytes)
-    how = storage.BUILDS[recipe.name]
-    placing = model.place(loose, stem=f"{how.file}_data", split_bytes=split_bytes)
+    _refuse_split(loose, request.split_bytes)
+    how = tensor_types.BUILDS[recipe.name]
+    placing = model.place(loose, stem=f"{how.file}_data", split_bytes=request.split_bytes)
     placed = {tensor.name: tensor for tensor in placing}
-    storages = {weight.role: weight.stored for weight in weights}
-    metadata = {"edgekit.quant.recipe": recipe.name}
-    calibration = _calibration(checkpoint, weights)
+    stored = {weight.role: weight.tensor_type for weight in weights}
+    metadata = {"edgekit.recipe": recipe.name}
+    calibration = calibration_sha256(checkpoint.calibration, weights)
     if calibration:
         metadata["edgekit.calibration"] = calibration
-    made = graph.build(spec, storages, how, metadata=metadata)
-    return Planned(
+    made = graph.build(spec, stored, how, metadata=metadata)
+    return OnnxPlan(
         how=how,
         calibration=calibration,
         weights=tuple(_with_places(weight, placed) for weight in weights),
@@ -97,12 +88,7 @@ def plan(
     )
 
 
-def _calibration(checkpoint: "CheckpointProtocol", weights: Iterable[Weight]) -> str | None:
-    announced = checkpoint.calibration
-    return announced.text_sha256 if announced and any(w.is_led for w in weights) else None
-
-
-def _with_places(weight: Weight, placed: Mapping[str, External]) -> Weight:
+def _with_places(weight: OnnxWeight, placed: Mapping[str, External]) -> OnnxWeight:
     return replace(weight, tensors=tuple(placed[tensor.name] for tensor in weight.tensors))
 
 
@@ -117,21 +103,26 @@ def refuse(spec: DecoderSpec) -> None:
         raise UsageError(f"longrope with several original contexts: {sorted(borders)}")
 
 
-def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[Weight]:
+def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[OnnxWeight]:
     for role, shape in spec.weights():
-        wanted = recipe.storage_for(role, spec)
-        stored = storage.stored_as(wanted, shape[-1])
-        yield Weight(
+        wanted = recipe.tensor_type_for(role, spec)
+        stored = tensor_types.stored_as(wanted, shape[-1])
+        tensors = tuple(tensor_types.tensors(role, shape, stored))
+        blocks = tensor_types.BLOCKS.get(stored)
+        yield OnnxWeight(
             role=role,
+            shape=shape,
             wanted=wanted,
-            stored=stored,
-            tensors=tuple(storage.tensors(role, shape, stored)),
+            tensor_type=stored,
+            size_bytes=sum(tensor.size_bytes for tensor in tensors),
+            is_coarse=blocks is not None and blocks.is_coarse,
+            tensors=tensors,
         )
 
 
 def _frequency_tensors(spec: DecoderSpec) -> Iterator[External]:
     for number, rope in enumerate(graph.ropes(spec)):
-        for is_long in (False, True) if rope.border_tokens else (False,):
+        for is_long in (False, True) if rope.original_max_position_embeddings else (False,):
             name = graph.frequencies_name(number, is_long=is_long)
             yield External(name=name, dtype="float32", shape=(rope.width // 2,))
 
@@ -162,15 +153,12 @@ def _refuse_split(tensors: list[External], split_bytes: int | None) -> None:
         )
 
 
-def lay_out(
-    checkpoint: "CheckpointProtocol", recipe: Recipe, *, split_bytes: int | None = None
-) -> Layout:
+def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     """Return what the files will hold and their exact size, from headers alone."""
-    planned = plan(checkpoint, recipe, split_bytes=split_bytes)
+    planned = plan(checkpoint, request)
     sizes = model.file_sizes(planned.tensors)
-    shapes = dict(checkpoint.spec.weights())
     return Layout(
-        placements=tuple(_placement(weight, shapes[weight.role]) for weight in planned.weights),
+        placements=planned.weights,
         artifact_bytes=len(planned.model) + sum(sizes.values()),
         is_exact=True,
         notes=tuple(_notes(checkpoint, planned)),
@@ -182,13 +170,13 @@ def lay_out(
     )
 
 
-def _notes(checkpoint: "CheckpointProtocol", planned: Planned) -> Iterator[str]:
+def _notes(checkpoint: "CheckpointProtocol", planned: OnnxPlan) -> Iterator[str]:
     yield from clients.notes(checkpoint)
-    if any(weight.stored in storage.BLOCKS for weight in planned.weights):
-        yield storage.ACTIVATIONS_NOTE
+    if any(weight.tensor_type in tensor_types.BLOCKS for weight in planned.weights):
+        yield tensor_types.ACTIVATIONS_NOTE
 
 
-def _largest_buffer(planned: Planned) -> Buffer:
+def _largest_buffer(planned: OnnxPlan) -> Buffer:
     """Return the largest tensor on a GPU; one converted to float32 at load is as large as that."""
     grown = 1 if planned.how.is_half else 2
     sizes = {
@@ -199,30 +187,19 @@ def _largest_buffer(planned: Planned) -> Buffer:
     return Buffer(name=name, size_bytes=sizes[name])
 
 
-def _placement(weight: Weight, shape: tuple[int, ...]) -> Placement:
-    return Placement(
-        role=weight.role,
-        parameters=shape[0] * (shape[1] if shape[1:] else 1),
-        storage=weight.stored,
-        wanted=weight.wanted,
-        size_bytes=sum(tensor.size_bytes for tensor in weight.tensors),
-    )
-
-
 def convert(
     checkpoint: "CheckpointProtocol",
-    recipe: Recipe,
+    request: BuildRequest,
     directory: Path,
     *,
-    progress: Progress,
-    split_bytes: int | None = None,
+    progress: Advance,
 ) -> str:
     """Write the model file and its data files, one block of rows in memory at a time.
 
     Returns:
         The name of the model file, relative to ``directory``.
     """
-    planned = plan(checkpoint, recipe, split_bytes=split_bytes)
+    planned = plan(checkpoint, request)
     path = directory / planned.entry
     path.parent.mkdir(exist_ok=True)
     with ExitStack() as stack:
@@ -232,7 +209,7 @@ def convert(
             files[name].truncate(size_bytes)
         _write_frequencies(checkpoint.spec, planned, files)
         for weight in planned.weights:
-            importance = _importance(checkpoint, weight)
+            importance = importance_of(checkpoint.calibration, weight)
             for first, rows in checkpoint.blocks(weight.role):
                 _write_rows(files, weight, first, rows, importance)
                 progress(rows.size)
@@ -240,15 +217,10 @@ def convert(
     return planned.entry
 
 
-def _importance(checkpoint: "CheckpointProtocol", weight: Weight) -> "Rows | None":
-    calibration = checkpoint.calibration
-    return calibration.of(weight.role) if calibration and weight.is_led else None
-
-
-def _write_frequencies(spec: DecoderSpec, planned: Planned, files: Mapping[str, BinaryIO]) -> None:
+def _write_frequencies(spec: DecoderSpec, planned: OnnxPlan, files: Mapping[str, BinaryIO]) -> None:
     by_name = {tensor.name: tensor for tensor in planned.frequencies}
     for number, rope in enumerate(graph.ropes(spec)):
-        border = rope.border_tokens
+        border = rope.original_max_position_embeddings
         for is_long in (False, True) if border else (False,):
             tensor = by_name[graph.frequencies_name(number, is_long=is_long)]
             values = frequencies(rope, (border or 0) + 1 if is_long else 1)
@@ -257,13 +229,13 @@ def _write_frequencies(spec: DecoderSpec, planned: Planned, files: Mapping[str, 
 
 def _write_rows(
     files: Mapping[str, BinaryIO],
-    weight: Weight,
+    weight: OnnxWeight,
     first: int,
     rows: "Rows",
     importance: "Rows | None",
 ) -> None:
     try:
-        encoded = storage.encode(rows, weight.stored, importance=importance)
+        encoded = tensor_types.encode(rows, weight.tensor_type, importance=importance)
     except UsageError as error:
         raise UsageError(f"{weight.role}: {error}", hint=error.hint) from error
     for tensor, part in zip(weight.tensors, encoded, strict=True):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from edgekit.encodings.protobuf import Message, integer, nested, real, text
+from edgekit.encodings.protobuf import ProtobufMessage, integer, nested, real, text
 from edgekit.errors import BundleError
 from edgekit.model.spec import Shape
 
@@ -138,7 +138,7 @@ class Port:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Graph:
+class OnnxGraph:
     """What a decoder computes, in ONNX's operators."""
 
     nodes: tuple[Node, ...]
@@ -148,7 +148,7 @@ class Graph:
     metadata: Mapping[str, str]
 
 
-def encode(graph: Graph, weights: Sequence[External]) -> bytes:
+def encode(graph: OnnxGraph, weights: Sequence[External]) -> bytes:
     """Return a ModelProto."""
     content = (
         *(nested(1, node.encode()) for node in graph.nodes),
@@ -192,7 +192,7 @@ def read(path: Path) -> list[External]:
             names the tensor or the offset.
     """
     data = _read_bytes(path)
-    whole = Message.whole(data, origin=str(path))
+    whole = ProtobufMessage.whole(data, origin=str(path))
     graph = whole.message(7)
     if graph is None or not graph.messages(1):
         raise BundleError(f"{path} is no ONNX model: it has no graph")
@@ -221,7 +221,7 @@ def _read_bytes(path: Path) -> bytes:
         raise BundleError(f"{path} cannot be read: {error}") from error
 
 
-def _refuse_versions(path: Path, whole: Message) -> None:
+def _refuse_versions(path: Path, whole: ProtobufMessage) -> None:
     """Check that operators mean what they meant when edgekit wrote them."""
     version = whole.integer(1)
     if version != IR_VERSION:
@@ -231,7 +231,7 @@ def _refuse_versions(path: Path, whole: Message) -> None:
         raise BundleError(f"{path} asks for operators {opsets}, this edgekit writes opset {OPSET}")
 
 
-def _external(path: Path, tensor: Message) -> External:
+def _external(path: Path, tensor: ProtobufMessage) -> External:
     name = tensor.text(8)
     number = tensor.integer(2)
     if number not in _DTYPES:

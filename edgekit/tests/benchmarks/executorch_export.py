@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekit.formats import BuildRequest
+from edgekit.formats.executorch import writing
 from edgekit.source import opening
 from edgekit.tests.benchmarks.gguf_export import memory_bytes
 
@@ -115,10 +117,12 @@ def child(model: str, out: str, way: str) -> None:
     if way == OURS:
         from edgekit.formats import executorch
 
-        executorch.convert(
-            opening.open_checkpoint(Path(model)), executorch.RECIPES[RECIPE], Path(out),
-            progress=lambda _: None, context_tokens=CONTEXT_TOKENS,
-        )  # fmt: skip
+        writing.convert(
+            opening.open_checkpoint(Path(model)),
+            BuildRequest(recipe=executorch.RECIPES[RECIPE], context_tokens=CONTEXT_TOKENS),
+            Path(out),
+            progress=lambda _: None,
+        )
     else:
         export_with_transformers(model, Path(out) / "model.pte")
     print(time.process_time(), memory_bytes("VmHWM"))
@@ -139,7 +143,7 @@ def export_with_transformers(model: str, path: Path) -> None:
     )
     from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
-    exportable = TorchExportableModuleForDecoderOnlyLM(quantised(model))
+    exportable = TorchExportableModuleForDecoderOnlyLM(quantized(model))
     exported = exportable.export(
         input_ids=torch.zeros(1, 8, dtype=torch.long),
         cache_position=torch.arange(8),
@@ -159,7 +163,7 @@ def export_with_transformers(model: str, path: Path) -> None:
         made.write_to_file(file)
 
 
-def quantised(model: str) -> Any:
+def quantized(model: str) -> Any:
     """Return a model whose weights torchao rounds to nearest."""
     import torch
     from torchao.quantization import quantize_  # type: ignore[import-untyped]

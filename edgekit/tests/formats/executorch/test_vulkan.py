@@ -11,6 +11,8 @@ import pytest
 from edgekit import formats
 from edgekit.errors import BundleError, UsageError
 from edgekit.export import export
+from edgekit.formats import BuildRequest
+from edgekit.formats.executorch import running, writing
 from edgekit.inspect import inspect, lines
 from edgekit.proof import interpreter, transformers_logits
 from edgekit.proof.fidelity import Comparison
@@ -21,7 +23,7 @@ from edgekit.validate import validate
 
 
 if TYPE_CHECKING:
-    from edgekit.formats import ReadableFormat
+    from edgekit.formats import ReadableRunning
 
 np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
@@ -29,14 +31,15 @@ pytest.importorskip("transformers")
 pytest.importorskip("executorch", reason="pip install 'edgekit[executorch]'")
 
 from edgekit.formats.executorch import (  # noqa: E402
+    app_kit,
     conversion,
     embeddings,
-    handover,
     program,
-    storage,
+    tensor_types,
 )
 from edgekit.formats.executorch.backends import vulkan  # noqa: E402
 from edgekit.formats.executorch.backends.vulkan import limits, size, wrapper  # noqa: E402
+from edgekit.formats.executorch.backends.vulkan import writing as vulkan_writing  # noqa: E402
 from edgekit.tests.witnesses.vulkan_interpreter import Interpreter  # noqa: E402
 
 
@@ -45,7 +48,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
 
-executorch = cast("ReadableFormat", formats.get("executorch"))
+executorch = cast("ReadableRunning", formats.get("executorch"))
 CONTEXT_TOKENS = 160
 MAX_KL_NATS = 1e-10
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
@@ -67,11 +70,11 @@ def opened(directory, kind="llama", **fields):
 
 def convert(checkpoint, recipe, directory, context_tokens=CONTEXT_TOKENS):
     directory.mkdir(parents=True, exist_ok=True)
-    entry = conversion.convert(
-        checkpoint, storage.RECIPES[recipe], directory, progress=lambda _: None,
-        context_tokens=context_tokens,
-        variant=conversion.variant_of(checkpoint.spec, "vulkan", None),
-    )  # fmt: skip
+    request = BuildRequest(
+        recipe=tensor_types.RECIPES[recipe], context_tokens=context_tokens, variant="vulkan"
+    )
+    assert conversion.variant_of(checkpoint.spec, request) == "vulkan"
+    entry = conversion.convert(checkpoint, request, directory, progress=lambda _: None)
     return directory / entry
 
 
@@ -92,7 +95,7 @@ def embedding(path, spec, read):
     parts = [
         torch.frombuffer(bytearray(named[part.key]), dtype=dtype)
         for part, dtype in zip(
-            storage.parts("token_embedding", shape, stored),
+            tensor_types.parts("token_embedding", shape, stored),
             {
                 "F32": [torch.float32], "F16": [torch.float16],
                 "INT8": [torch.int8, torch.float32],
@@ -104,7 +107,7 @@ def embedding(path, spec, read):
         return embeddings.Int8Embedding(parts[0].view(shape), parts[1])
     if len(parts) == 1:
         return embeddings.FloatEmbedding(parts[0].view(shape))
-    rows = spec.vocabulary
+    rows = spec.vocab_size
     return embeddings.AcrossInt4Embedding(parts[0].view(rows, -1), parts[1].view(-1, rows))
 
 
@@ -133,7 +136,7 @@ def agreement(expected, rows, found, ids):
 
 
 def random_ids(spec, count=60):
-    return np.random.default_rng(3).integers(0, spec.vocabulary, count).tolist()
+    return np.random.default_rng(3).integers(0, spec.vocab_size, count).tolist()
 
 
 # What is computed
@@ -142,14 +145,16 @@ def random_ids(spec, count=60):
 @pytest.mark.parametrize(("kind", "fields"), COMPUTED)
 def test_the_delegates_operators_say_what_transformers_says(kind, fields, tmp_path):
     checkpoint = opened(tmp_path, kind, **fields)
-    border = checkpoint.spec.border_tokens
+    border = checkpoint.spec.original_max_position_embeddings
     context = min(CONTEXT_TOKENS, border or CONTEXT_TOKENS)
     path, ids = convert(checkpoint, "F32", tmp_path, context), random_ids(checkpoint.spec)
-    read = executorch.read_back(path, checkpoint.spec)
+    read = running.read_back(path, checkpoint.spec)
     rows, found = said(path, checkpoint.spec, ids, read, context)
     (expected,) = transformers_logits.logits(checkpoint, [ids])
     assert agreement(expected, rows, found, ids).mean_kl_nats <= MAX_KL_NATS
-    layout = executorch.lay_out(checkpoint, storage.RECIPES["F32"], variant="vulkan")
+    layout = writing.lay_out(
+        checkpoint, BuildRequest(recipe=tensor_types.RECIPES["F32"], variant="vulkan")
+    )
     assert path.stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
     report = json.loads((path.parent / conversion.COVERAGE).read_text())
     assert report["operators_in_backend"] == size.operators(checkpoint.spec)
@@ -168,16 +173,18 @@ def test_the_weights_read_back_are_those_that_the_delegate_multiplies_with(
 ):
     checkpoint = opened(tmp_path, **WIDE, **fields)
     path, ids = convert(checkpoint, recipe, tmp_path), random_ids(checkpoint.spec)
-    read = executorch.read_back(path, checkpoint.spec)
+    read = running.read_back(path, checkpoint.spec)
     rows, found = said(path, checkpoint.spec, ids, read)
     (expected,) = interpreter.logits(read, [ids])
     assert agreement(expected, rows, found, ids).mean_kl_nats <= 1e-9
-    layout = executorch.lay_out(checkpoint, storage.RECIPES[recipe], variant="vulkan")
+    layout = writing.lay_out(
+        checkpoint, BuildRequest(recipe=tensor_types.RECIPES[recipe], variant="vulkan")
+    )
     assert layout.is_half == (recipe == "F16")
     assert layout.substituted == ()
     assert path.stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
-    held = {name: kind for name, _, kind in executorch.contents(path)}
-    assert held == {placement.role: placement.storage for placement in layout.placements}
+    held = {name: kind for name, _, kind in running.contents(path)}
+    assert held == {placement.role: placement.tensor_type for placement in layout.placements}
 
 
 @pytest.mark.parametrize(
@@ -188,7 +195,7 @@ def test_what_outgrows_a_phones_textures_is_computed_in_buffers(
 ):
     checkpoint = opened(tmp_path, vocab_size=vocabulary)
     path = convert(checkpoint, "F32", tmp_path, context_tokens)
-    ids, read = random_ids(checkpoint.spec), executorch.read_back(path, checkpoint.spec)
+    ids, read = random_ids(checkpoint.spec), running.read_back(path, checkpoint.spec)
     rows, found = said(path, checkpoint.spec, ids, read, context_tokens)
     (expected,) = interpreter.logits(read, [ids])
     assert agreement(expected, rows, found, ids).mean_kl_nats <= MAX_KL_NATS
@@ -206,7 +213,7 @@ def test_a_matrix_that_outgrows_a_buffer_is_multiplied_in_parts(tmp_path, monkey
     checkpoint = opened(tmp_path, "llama-bias")
     path, ids = convert(checkpoint, "F32", tmp_path), random_ids(checkpoint.spec)
     assert "layers.0.query_bias@32" in Interpreter(path).named
-    read = executorch.read_back(path, checkpoint.spec)
+    read = running.read_back(path, checkpoint.spec)
     rows, found = said(path, checkpoint.spec, ids, read)
     (expected,) = interpreter.logits(read, [ids])
     assert agreement(expected, rows, found, ids).mean_kl_nats <= MAX_KL_NATS
@@ -214,10 +221,10 @@ def test_a_matrix_that_outgrows_a_buffer_is_multiplied_in_parts(tmp_path, monkey
 
 def test_no_more_is_read_at_once_than_its_scores_fit_into_a_buffer(checkpoint):
     spec = checkpoint.spec
-    assert vulkan.batch_tokens(spec, context_tokens=64) == 64
-    assert vulkan.batch_tokens(spec, context_tokens=4096) == 128
+    assert vulkan_writing.batch_tokens(spec, context_tokens=64) == 64
+    assert vulkan_writing.batch_tokens(spec, context_tokens=4096) == 128
     context = 2**18
-    batch = vulkan.batch_tokens(spec, context_tokens=context)
+    batch = vulkan_writing.batch_tokens(spec, context_tokens=context)
     assert 0 < batch < 128
     assert 4 * spec.attention.heads * batch * context < limits.BUFFER_BYTES
 
@@ -238,7 +245,7 @@ def test_a_position_past_the_context_fails_before_it_is_written(checkpoint, four
     forward = program.read(four_bit_path).method("forward")
     assert forward
     assert "aten::arange.start_out" in forward.operators
-    read = executorch.read_back(four_bit_path, checkpoint.spec)
+    read = running.read_back(four_bit_path, checkpoint.spec)
     decoder = wrapper.Decoder(
         checkpoint.spec, embedding=embedding(four_bit_path, checkpoint.spec, read),
         inner=Interpreter(four_bit_path), context_tokens=CONTEXT_TOKENS,
@@ -263,7 +270,7 @@ def test_all_but_the_embedding_is_in_the_backend(checkpoint, four_bit_path):
 
 
 def test_a_tied_table_is_in_the_file_once(checkpoint, four_bit_path):
-    codes, scales = storage.encode(checkpoint.weight("token_embedding"), "INT8")
+    codes, scales = tensor_types.encode(checkpoint.weight("token_embedding"), "INT8")
     content = four_bit_path.read_bytes()
     assert (content.count(codes.tobytes()), content.count(scales.tobytes())) == (1, 1)
 
@@ -277,7 +284,7 @@ def test_caches_take_no_room_in_the_file(checkpoint, tmp_path):
 
 
 def test_codes_lie_across_their_scales(checkpoint, four_bit_path):
-    codes, scales = storage.encode(checkpoint.weight("layers.1.down"), "Q4GSW_G32")
+    codes, scales = tensor_types.encode(checkpoint.weight("layers.1.down"), "Q4GSW_G32")
     named = Interpreter(four_bit_path).named
     assert named["layers.1.down"] == codes.tobytes()
     assert named["layers.1.down.scale"] == scales.T.tobytes()
@@ -294,8 +301,8 @@ def test_two_processes_write_the_same_bytes(checkpoint, four_bit_path, tmp_path)
         "import sys\n"
         "from pathlib import Path\n"
         "from edgekit import source\n"
-        "from edgekit.formats.executorch import conversion, storage\n"
-        "conversion.convert(source.open_checkpoint(sys.argv[1]), storage.RECIPES['8da4w'],\n"
+        "from edgekit.formats.executorch import conversion, tensor type\n"
+        "conversion.convert(source.open_checkpoint(sys.argv[1]), tensor type.RECIPES['8da4w'],\n"
         "    Path(sys.argv[2]), progress=lambda _: None, context_tokens=int(sys.argv[3]),\n"
         "    variant='vulkan')\n"
     )
@@ -312,10 +319,10 @@ def test_two_processes_write_the_same_bytes(checkpoint, four_bit_path, tmp_path)
 
 def test_memory_grows_with_the_context_and_is_halved_by_float16(checkpoint):
     def use(recipe, context_tokens):
-        layout = executorch.lay_out(checkpoint, storage.RECIPES[recipe], variant="vulkan")
-        return executorch.memory_use(
-            checkpoint, layout, context_tokens=context_tokens, repacks=True
+        layout = writing.lay_out(
+            checkpoint, BuildRequest(recipe=tensor_types.RECIPES[recipe], variant="vulkan")
         )
+        return writing.memory_use(checkpoint, layout, context_tokens=context_tokens, repacks=True)
 
     assert use("F32", 4096).cache_bytes == 8 * use("F32", 512).cache_bytes
     assert use("F32", 512).cache_bytes == 2 * use("F16", 512).cache_bytes
@@ -346,13 +353,17 @@ def test_a_bundle_says_that_it_was_not_executed_and_is_not_validated_here(tmp_pa
 def test_a_decoder_that_the_delegate_does_not_compute_is_refused(kind, tmp_path):
     spec = opened(tmp_path, kind).spec
     with pytest.raises(UsageError, match=f"has no {REFUSED[kind]}") as refusal:
-        conversion.variant_of(spec, "vulkan", None)
+        conversion.variant_of(
+            spec, BuildRequest(recipe=tensor_types.RECIPES["F32"], variant="vulkan")
+        )
     assert "--variant portable" in refusal.value.hint
 
 
 def test_a_recipe_that_it_cannot_hold_is_refused_with_those_it_can(checkpoint):
     with pytest.raises(UsageError, match="no recipe 8da8w") as refusal:
-        executorch.lay_out(checkpoint, storage.RECIPES["8da8w"], variant="vulkan")
+        writing.lay_out(
+            checkpoint, BuildRequest(recipe=tensor_types.RECIPES["8da8w"], variant="vulkan")
+        )
     assert "8da4w" in refusal.value.hint
 
 
@@ -369,9 +380,9 @@ def test_a_context_past_which_attention_would_be_another_is_refused(kind, most, 
 
 
 def test_this_machine_says_which_device_it_lacks(four_bit_path):
-    assert not executorch.is_run_here("vulkan")
+    assert not running.is_run_here("vulkan")
     with pytest.raises(UsageError, match="for Vulkan, which this machine has not") as refusal:
-        executorch.load(four_bit_path, context_tokens=32)
+        running.load(four_bit_path, context_tokens=32)
     assert "an Android phone whose GPU has Vulkan 1.1" in str(refusal.value)
     assert "validate --measurement" in refusal.value.hint
 
@@ -385,7 +396,7 @@ def test_a_bent_delegate_is_read_or_refused(four_bit_path, tmp_path):
         bent[begin + int(random.integers(4000))] ^= 1 << int(random.integers(8))
         path.write_bytes(bent)
         try:
-            executorch.contents(path)
+            running.contents(path)
         except BundleError:
             refused += 1
     assert refused > 5
@@ -394,12 +405,12 @@ def test_a_bent_delegate_is_read_or_refused(four_bit_path, tmp_path):
 def test_a_program_of_another_model_is_not_read_back(four_bit_path, tmp_path):
     other = opened(tmp_path, "llama-bias")
     with pytest.raises(BundleError, match="holds no"):
-        executorch.read_back(four_bit_path, other.spec)
+        running.read_back(four_bit_path, other.spec)
 
 
 def test_the_readme_says_what_to_link_and_that_nothing_ran(checkpoint, tmp_path):
-    handover.write(checkpoint, tmp_path, "model.pte", context_tokens=96, variant="vulkan")
-    text = (tmp_path / handover.README).read_text(encoding="utf-8")
+    app_kit.write(checkpoint, tmp_path, "model.pte", context_tokens=96, variant="vulkan")
+    text = (tmp_path / app_kit.README).read_text(encoding="utf-8")
     assert "`executorch-android-vulkan`" in text
     assert "**not executed**" in text
     assert "needs an Android phone whose GPU has Vulkan 1.1" in text
@@ -407,4 +418,4 @@ def test_the_readme_says_what_to_link_and_that_nothing_ran(checkpoint, tmp_path)
 
 
 def test_recipes_are_those_of_the_format():
-    assert set(vulkan.RECIPES) < storage.RECIPES.keys()
+    assert set(vulkan.BACKEND.recipes) < tensor_types.RECIPES.keys()

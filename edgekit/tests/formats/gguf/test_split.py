@@ -12,7 +12,8 @@ from edgekit.cli import main, size_bytes
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import BundleError, UsageError
 from edgekit.export import export
-from edgekit.formats.gguf import layout, split
+from edgekit.formats import BuildRequest
+from edgekit.formats.gguf import layout, running, split, writing
 from edgekit.formats.gguf.layout import TensorEntry
 from edgekit.formats.gguf.split import FilesWriter, PlannedFile, plan_files
 from edgekit.inspect import inspect
@@ -21,7 +22,7 @@ from edgekit.verify import verify
 
 METADATA = {"general.architecture": ("string", "llama"), "general.name": ("string", "x" * 100)}
 # Of 5 to 120 bytes, so that padding and headers decide.
-TENSORS = [TensorEntry(name=f"t{n}", shape=(n % 24 + 5,), storage="F32") for n in range(40)]
+TENSORS = [TensorEntry(name=f"t{n}", shape=(n % 24 + 5,), tensor_type="F32") for n in range(40)]
 LIMITS = [400, 640, 999, 1024, 4096]
 
 
@@ -51,7 +52,9 @@ def rewrite(path, **changes):
     keys = {key: (words[key], found.metadata[key]) for key in words} | {
         f"split.{key}": (words[f"split.{key}"], value) for key, value in changes.items()
     }
-    entries = [TensorEntry(name=t.name, shape=t.shape, storage=t.storage) for t in found.tensors]
+    entries = [
+        TensorEntry(name=t.name, shape=t.shape, tensor_type=t.tensor_type) for t in found.tensors
+    ]
     with layout.Writer(path, keys, entries) as writer:
         for entry in entries:
             writer.write(entry.name, payload(entry))
@@ -98,8 +101,8 @@ def test_only_the_first_part_carries_the_metadata(tmp_path):
 def test_the_contents_of_the_first_part_are_those_of_all(tmp_path):
     first = made(tmp_path)
     found = list(split.read_tensors(first))
-    assert [(t.name, t.shape, t.storage) for t in found] == [
-        (t.name, t.shape, t.storage) for t in TENSORS
+    assert [(t.name, t.shape, t.tensor_type) for t in found] == [
+        (t.name, t.shape, t.tensor_type) for t in TENSORS
     ]
 
 
@@ -110,7 +113,7 @@ def test_what_fits_into_one_file_is_one_file(limit, tmp_path):
 
 
 def test_a_tensor_larger_than_a_file_is_named():
-    large = TensorEntry(name="wide.weight", shape=(1000,), storage="F32")
+    large = TensorEntry(name="wide.weight", shape=(1000,), tensor_type="F32")
     with pytest.raises(UsageError, match=r"wide\.weight takes 4\d\d\d bytes, more than the 640"):
         plan_files("model", METADATA, [*TENSORS, large], split_bytes=640)
 
@@ -256,10 +259,9 @@ def test_a_split_bundle_is_proven_and_hashed_part_by_part(bundle):
 @pytest.mark.toolchain
 def test_the_parts_say_what_the_whole_says(bundle, tiny_bundle):
     np = pytest.importorskip("numpy")
-    fmt = formats.get("gguf")
     said = []
     for path in (bundle, tiny_bundle):
-        session = fmt.load(Bundle.load(path).artifact_path, context_tokens=64, threads=1)
+        session = running.load(Bundle.load(path).artifact_path, context_tokens=64, threads=1)
         said.append(session.all_logits([1, 5, 9, 30]).copy())
         session.close()
     assert np.array_equal(*said)
@@ -275,7 +277,7 @@ def test_without_one_of_its_parts_an_artifact_does_not_load(bundle, tmp_path):
     first = Bundle.load(bundle).artifact_path
     shutil.copy(first, tmp_path)
     with pytest.raises(BundleError, match=r"00002-of-.* is missing, part 2 of"):
-        formats.get("gguf").load(tmp_path / first.name, context_tokens=64)
+        formats.running("gguf").load(tmp_path / first.name, context_tokens=64)
 
 
 @pytest.mark.toolchain
@@ -302,7 +304,7 @@ def test_a_split_too_small_for_the_model_is_refused_with_the_tensor(tmp_path):
     checkpoint = _tiny_checkpoint(tmp_path)
     fmt = formats.get("gguf")
     with pytest.raises(UsageError, match=r"the metadata and token_embd\.weight take \d+ bytes"):
-        fmt.lay_out(checkpoint, fmt.RECIPES["F32"], split_bytes=20_000)
+        writing.lay_out(checkpoint, BuildRequest(recipe=fmt.RECIPES["F32"], split_bytes=20_000))
 
 
 def test_one_part_of_a_model_is_no_model(tmp_path):

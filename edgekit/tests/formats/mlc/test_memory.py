@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from edgekit.doctor import _tiny_checkpoint
-from edgekit.formats import mlc
-from edgekit.formats.mlc import artifact, conversion, memory
+from edgekit.formats import BuildRequest
+from edgekit.formats.mlc import artifact, conversion, memory, writing
 from edgekit.formats.mlc.packing import RECIPES
 from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope
 from edgekit.model.tokenizer_files import TokenizerFiles
@@ -30,20 +30,20 @@ CASES = [(model, *row) for model in PUBLISHED for row in model["published"]]
 
 
 def spec_of(model):
-    architecture, width = model["architecture"], model["head_width"]
+    architecture, width = model["architecture"], model["head_dim"]
     is_stablelm = architecture == "stablelm"
     norm = Norm(kind="layer" if is_stablelm else "rms", epsilon=1e-5, has_bias=is_stablelm)
     return DecoderSpec(
-        vocabulary=model["vocabulary"],
-        hidden_width=model["hidden_width"],
-        mlp_width=model["mlp_width"],
+        vocab_size=model["vocabulary"],
+        hidden_size=model["hidden_size"],
+        intermediate_size=model["intermediate_size"],
         context_tokens=8192,
         layers=(Layer(rope=Rope(width=width, theta=1e4)),) * model["layers"],
         attention=Attention(
             heads=model["heads"],
-            key_value_heads=model["key_value_heads"],
-            head_width=width,
-            score_scale=width**-0.5,
+            num_kv_heads=model["num_kv_heads"],
+            head_dim=width,
+            softmax_scale=width**-0.5,
             has_qkv_bias=architecture in {"qwen2", "stablelm"},
             query_key_norm=norm if architecture == "qwen3" else None,
         ),
@@ -66,8 +66,8 @@ def checkpoint_of(model, directory):
 
 def planned_mib(model, scheme, context_tokens, directory):
     checkpoint = checkpoint_of(model, directory)
-    layout = conversion.lay_out(checkpoint, RECIPES[scheme], split_bytes=None)
-    used = mlc.memory_use(checkpoint, layout, context_tokens=context_tokens, repacks=False)
+    layout = conversion.lay_out(checkpoint, BuildRequest(recipe=RECIPES[scheme], split_bytes=None))
+    used = writing.memory_use(checkpoint, layout, context_tokens=context_tokens, repacks=False)
     return memory.vram_bytes(used) / 2**20
 
 
@@ -96,8 +96,8 @@ def test_the_cache_is_kept_in_whole_pages(tmp_path):
 def test_what_is_stored_as_bfloat16_is_twice_as_large_in_memory(tmp_path):
     tiny = _tiny_checkpoint(tmp_path)
     for recipe in RECIPES.values():
-        layout = mlc.lay_out(tiny, recipe)
-        used = mlc.memory_use(tiny, layout, context_tokens=64, repacks=False)
+        layout = writing.lay_out(tiny, BuildRequest(recipe=recipe))
+        used = writing.memory_use(tiny, layout, context_tokens=64, repacks=False)
         planned = conversion.plan(tiny, recipe)
         tensors = [record.tensor for shard in planned.shards for record in shard.records]
         assert used.weights_bytes == sum(tensor.memory_bytes for tensor in tensors)
@@ -119,9 +119,9 @@ def test_a_head_of_fixed_size_makes_room_for_the_logits_of_a_chunk(tmp_path):
 
 def test_a_phones_app_is_told_what_was_planned_for_its_shorter_chunks(tmp_path):
     tiny = _tiny_checkpoint(tmp_path)
-    layout = mlc.lay_out(tiny, RECIPES["q4f16_1"])
+    layout = writing.lay_out(tiny, BuildRequest(recipe=RECIPES["q4f16_1"]))
     (entry,) = artifact.package_config(tiny, layout, model_id="m", context_tokens=512)["model_list"]
-    used = mlc.memory_use(tiny, layout, context_tokens=512, repacks=False)
+    used = writing.memory_use(tiny, layout, context_tokens=512, repacks=False)
     assert entry["overrides"] == {"context_window_size": 512, "prefill_chunk_size": 128}
     assert entry["bundle_weight"] is True
     assert entry["estimated_vram_bytes"] == memory.vram_bytes(used) - used.compute_bytes * 3 // 4

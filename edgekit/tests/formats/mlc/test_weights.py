@@ -11,10 +11,19 @@ import pytest
 import edgekit.source.checkpoint
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import UsageError
-from edgekit.formats import mlc
-from edgekit.formats.mlc import conversion, decoders, names, packing, reading, shards
+from edgekit.formats import BuildRequest
+from edgekit.formats.mlc import (
+    conversion,
+    decoders,
+    names,
+    packing,
+    reading,
+    running,
+    shards,
+    writing,
+)
 from edgekit.formats.mlc.names import Parameter
-from edgekit.formats.mlc.packing import GROUPS, RECIPES, Tensor
+from edgekit.formats.mlc.packing import GROUPS, RECIPES, PackedTensor
 from edgekit.model.checkpoint_protocol import Calibration
 from edgekit.model.spec import Shape
 from edgekit.source import families
@@ -105,7 +114,7 @@ def test_mistral_and_stablelm_fuse_queries_keys_and_values_as_llama_does():
 def gathered(*sizes):
     """Return which tensors of so many MiB share a file, file by file."""
     tensors = [
-        Tensor(name=str(number), shape=(size * 2**19,), dtype="float16")
+        PackedTensor(name=str(number), shape=(size * 2**19,), dtype="float16")
         for number, size in enumerate(sizes)
     ]
     return [[record.tensor.name for record in shard.records] for shard in shards.place(tensors)]
@@ -130,25 +139,25 @@ def random_rows(rows, columns, seed=0):
     return np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
 
 
-@pytest.mark.parametrize("storage", packing.STORAGES)
+@pytest.mark.parametrize("tensor_type", packing.TENSOR_TYPES)
 @pytest.mark.parametrize("columns", [64, 70, 256])
-def test_what_is_encoded_is_decoded_within_half_a_step(storage, columns):
+def test_what_is_encoded_is_decoded_within_half_a_step(tensor_type, columns):
     rows = random_rows(9, columns)
-    stored = packing.encode(rows, storage)
-    found = packing.decode(stored, storage, columns=columns)
+    stored = packing.encode(rows, tensor_type)
+    found = packing.decode(stored, tensor_type, columns=columns)
     assert found.shape == rows.shape
     assert found.dtype == np.float32
-    step = {"BF16": 2**-7, "F16": 2**-10}.get(storage)
+    step = {"BF16": 2**-7, "F16": 2**-10}.get(tensor_type)
     if step is None:
-        step = 1.02 / GROUPS[storage].zero  # and how a scale is rounded
+        step = 1.02 / GROUPS[tensor_type].zero  # and how a scale is rounded
     assert np.abs(found - rows).max() <= step / 2 * np.abs(rows).max()
 
 
-@pytest.mark.parametrize("storage", packing.STORAGES)
-def test_a_weight_costs_what_the_storage_says(storage):
+@pytest.mark.parametrize("tensor_type", packing.TENSOR_TYPES)
+def test_a_weight_costs_what_the_storage_says(tensor_type):
     rows = random_rows(8, 160)
-    size = sum(part.nbytes for part in packing.encode(rows, storage))
-    assert size * 8 / rows.size == packing.STORAGES[storage].bits_per_weight
+    size = sum(part.nbytes for part in packing.encode(rows, tensor_type))
+    assert size * 8 / rows.size == packing.TENSOR_TYPES[tensor_type].bits_per_weight
 
 
 def test_a_calibration_makes_what_counts_more_exact():
@@ -160,14 +169,16 @@ def test_a_calibration_makes_what_counts_more_exact():
         found = packing.decode(stored, "INT4_F16", columns=128)
         return float((importance * (found - rows) ** 2).mean())
 
-    native, led = error(), error(is_led=True, importance=importance)
-    assert led < 0.7 * native
-    assert error(is_led=True) < native
+    native, calibrated = error(), error(is_calibrated=True, importance=importance)
+    assert calibrated < 0.7 * native
+    assert error(is_calibrated=True) < native
 
 
 def test_a_row_that_does_not_fill_its_last_group_is_led_too():
     rows = random_rows(5, 70)
-    stored = packing.encode(rows, "INT3_F16", is_led=True, importance=np.ones(70, np.float32))
+    stored = packing.encode(
+        rows, "INT3_F16", is_calibrated=True, importance=np.ones(70, np.float32)
+    )
     assert stored[0].shape == (5, GROUPS["INT3_F16"].words(70))
     assert np.abs(packing.decode(stored, "INT3_F16", columns=70) - rows).max() < 1
     assert (stored[0].reshape(5, 2, 4)[:, 1, 3] == 0).all()  # columns 70 and up
@@ -176,9 +187,9 @@ def test_a_row_that_does_not_fill_its_last_group_is_led_too():
 def test_a_layout_says_whose_text_led_the_fit_and_only_where_something_is_fitted(tmp_path):
     tiny = _tiny_checkpoint(tmp_path)
     led = replace(tiny, calibration=Calibration(text_sha256="5ca1ab1e"))
-    assert mlc.lay_out(led, RECIPES["q4f16_1"]).calibration == "5ca1ab1e"
-    assert mlc.lay_out(led, RECIPES["q0f16"]).calibration is None
-    assert mlc.lay_out(tiny, RECIPES["q4f16_1"]).calibration is None
+    assert writing.lay_out(led, BuildRequest(recipe=RECIPES["q4f16_1"])).calibration == "5ca1ab1e"
+    assert writing.lay_out(led, BuildRequest(recipe=RECIPES["q0f16"])).calibration is None
+    assert writing.lay_out(tiny, BuildRequest(recipe=RECIPES["q4f16_1"])).calibration is None
 
 
 def test_a_led_artifact_has_other_codes_and_the_same_size(tmp_path):
@@ -202,9 +213,9 @@ def stored_rows(checkpoint, scheme, role, shape: Shape):
     """Return what an artifact shall hold of a weight, computed on the whole of it at once."""
     norm = decoders.computed(checkpoint.spec) != checkpoint.spec and "norm" in role
     values = checkpoint.weight(role) + (1 if norm else 0)
-    storage = RECIPES[scheme].storage_for(role, checkpoint.spec)
-    encoded = packing.encode(values, storage)
-    return packing.decode(encoded, storage, columns=shape[1] if shape[1:] else None)
+    tensor_type = RECIPES[scheme].tensor_type_for(role, checkpoint.spec)
+    encoded = packing.encode(values, tensor_type)
+    return packing.decode(encoded, tensor_type, columns=shape[1] if shape[1:] else None)
 
 
 @pytest.mark.parametrize("scheme", RECIPES)
@@ -213,25 +224,27 @@ def test_every_weight_is_read_back_as_it_was_stored(name, scheme, tmp_path):
     checkpoint = open_golden(name, tmp_path / "checkpoint")
     spec = checkpoint.spec
     (tmp_path / "out").mkdir()
-    entry = mlc.convert(checkpoint, RECIPES[scheme], tmp_path / "out", progress=quiet)
-    model = mlc.read_back(tmp_path / "out" / entry, spec)
+    entry = writing.convert(
+        checkpoint, BuildRequest(recipe=RECIPES[scheme]), tmp_path / "out", progress=quiet
+    )
+    model = running.read_back(tmp_path / "out" / entry, spec)
     assert model.spec == decoders.computed(spec)
     for role, shape in spec.weights():
         found = model.weight(role)
         np.testing.assert_array_equal(found, stored_rows(checkpoint, scheme, role, shape))
         some = model.weight(role, 3, 2)
         np.testing.assert_array_equal(some, found[3:5])
-    listed = {role: (shape, storage) for role, shape, storage in mlc.contents(
+    listed = {role: (shape, tensor_type) for role, shape, tensor_type in running.contents(
         tmp_path / "out" / entry)}  # fmt: skip
     assert listed == {
-        role: (shape, RECIPES[scheme].storage_for(role, spec)) for role, shape in spec.weights()
+        role: (shape, RECIPES[scheme].tensor_type_for(role, spec)) for role, shape in spec.weights()
     }
 
 
 def test_norms_that_add_one_are_stored_with_it_and_computed_without(tmp_path):
     checkpoint = open_golden("gemma2_f32", tmp_path / "checkpoint")
-    assert checkpoint.spec.norm.adds_one
-    assert not decoders.computed(checkpoint.spec).norm.adds_one
+    assert checkpoint.spec.norm.unit_offset
+    assert not decoders.computed(checkpoint.spec).norm.unit_offset
     found = write(checkpoint, "q0f32", tmp_path / "out")
     (record,) = (
         record
@@ -283,7 +296,9 @@ def test_the_model_that_is_read_back_says_what_the_checkpoint_says(tmp_path):
 
     checkpoint = open_golden("stablelm_f32", tmp_path / "checkpoint")
     (tmp_path / "out").mkdir()
-    entry = mlc.convert(checkpoint, RECIPES["q0f16"], tmp_path / "out", progress=quiet)
+    entry = writing.convert(
+        checkpoint, BuildRequest(recipe=RECIPES["q0f16"]), tmp_path / "out", progress=quiet
+    )
     model = reading.open_weights(tmp_path / "out" / entry, checkpoint.spec)
     texts = [[1, 5, 90, 17, 33]]
     (expected,), (found,) = (list(interpreter.logits(m, texts)) for m in (checkpoint, model))

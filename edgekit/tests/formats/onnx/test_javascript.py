@@ -12,7 +12,8 @@ from edgekit import formats, run
 from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
 from edgekit.export import export
-from edgekit.formats.onnx import model
+from edgekit.formats import BuildRequest
+from edgekit.formats.onnx import model, running, writing
 from edgekit.proof.gates import CONVERSATIONS, QUESTION
 from edgekit.runtime.generate import Sampling, generate
 from edgekit.source import opening
@@ -70,7 +71,7 @@ def exports(tmp_path_factory):
 
 
 def open_session(path):
-    return ONNX.load(path, context_tokens=CONTEXT_TOKENS, threads=1)
+    return running.load(path, context_tokens=CONTEXT_TOKENS, threads=1)
 
 
 def answer_name(bundle, first=0):
@@ -292,9 +293,9 @@ ON_THE_PROCESSOR = {
     "BitShift", "BitwiseAnd", "Cast", "Concat", "Greater", "Max", "Range", "ReduceSum", "Reshape",
     "Shape", "Size", "Squeeze", "Sub", "Unsqueeze",
 }  # fmt: skip
-# What multiplies with matrices that are not quantised, in float32; WebGPU has no kernel for it.
-UNQUANTISED = "FusedMatMul"
-UNQUANTISED_RECIPES = ("F32", "F16")
+# What multiplies with matrices that are not quantized, in float32; WebGPU has no kernel for it.
+UNQUANTIZED = "FusedMatMul"
+UNQUANTIZED_RECIPES = ("F32", "F16")
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +306,7 @@ def on_webgpu(exports):
         bundle = exports.bundle(kind, recipe)
         entry, *data = (
             f"/files/{file.relative_to(exports.directory)}"
-            for file in ONNX.files(bundle.artifact_path)
+            for file in running.files(bundle.artifact_path)
         )
         models.append({"name": answer_name(bundle, first), "path": entry, "data": data,
                        "provider": "webgpu", "prompt": PROMPT, "steps": STEPS,
@@ -333,7 +334,9 @@ def placements(found):
 
 
 def layout(exports, kind, recipe):
-    return ONNX.lay_out(opening.open_checkpoint(exports.checkpoint(kind)), ONNX.RECIPES[recipe])
+    return writing.lay_out(
+        opening.open_checkpoint(exports.checkpoint(kind)), BuildRequest(recipe=ONNX.RECIPES[recipe])
+    )
 
 
 def check_logits(bundle, answers, first=0):
@@ -400,5 +403,5 @@ def test_webgpu_computes_all_that_is_large(kind, recipe, on_webgpu, exports):
     assert {"GroupQueryAttention", "RotaryEmbedding"} <= placed["WebGpu"]
     assert {"SimplifiedLayerNormalization", "LayerNormalization"} & placed["WebGpu"]
     left = placed["CPU"] - ON_THE_PROCESSOR
-    assert left == ({UNQUANTISED} if recipe in UNQUANTISED_RECIPES else set())
+    assert left == ({UNQUANTIZED} if recipe in UNQUANTIZED_RECIPES else set())
     assert ("MatMulNBits" in placed["WebGpu"]) == ("INT" in recipe)
