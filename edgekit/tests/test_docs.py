@@ -16,9 +16,9 @@ from edgekit import formats, target, versions
 from edgekit.cli import cli
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.formats.gguf import runtime
-from edgekit.tests.support_matrix import ROOT
 
 
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 SOURCES = [
     *sorted(ROOT.glob("examples/*.py")),
