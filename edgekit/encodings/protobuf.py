@@ -122,7 +122,7 @@ class ProtobufMessage:
         try:
             return found.content.decode()
         except UnicodeDecodeError:
-            raise self._damage("a name that is no UTF-8", found.first) from None
+            raise self._damage("a name that is not UTF-8", found.first) from None
 
     @property
     def content(self) -> bytes:

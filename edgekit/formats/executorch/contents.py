@@ -19,7 +19,7 @@ NamedWeight = tuple[
 ]  # a role, the shape and the tensor type of its weight
 Entry = tuple[str, tuple[int, ...], str]
 
-CONSTANT = "constant."  # what the keys of named data that is no weight begin with
+CONSTANT = "constant."  # what the keys of named data that is not a weight begin with
 _TENSOR = 5  # of the program's KernelTypes
 _DELEGATE_HEADER = struct.Struct("<4sHII")  # after four bytes: magic, length, offset, size
 _TABLES = {1: "INT8", 5: "F16", 6: "F32"}  # of the program's ScalarType

@@ -26,7 +26,7 @@ def runtime_state() -> str:
     return (
         f"ExecuTorch {shim_build.installed_version()}, on the CPU with XNNPACK; makes programs for "
         f"{elsewhere}, which are not executed here; QNN and MediaTek are not offered: their "
-        "compilers are no part of ExecuTorch's wheel"
+        "compilers are not part of ExecuTorch's wheel"
     )
 
 

@@ -124,7 +124,7 @@ def _entry(record: Record, *, is_b16: bool) -> dict[str, Any]:
 
 
 def md5_of(path: Path) -> str:
-    """Return the hash that TVM writes beside a shard; it guards against accidents only."""
+    """Return the hash that TVM writes next to a shard; it guards against accidents only."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
@@ -138,7 +138,7 @@ def read(path: Path) -> list[Shard]:
     fields = read_json(path)
     entries = fields.get("records")
     if not isinstance(entries, list) or not entries:
-        raise BundleError(f"{path} lists no records: it is no tensor cache")
+        raise BundleError(f"{path} lists no records: it is not a tensor cache")
     shards = [_read_shard(path, entry) for entry in entries]
     names = [record.tensor.name for shard in shards for record in shard.records]
     files = [shard.file for shard in shards]
@@ -175,7 +175,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_shard(path: Path, entry: Any) -> Shard:
     file = _field(path, entry, "dataPath", str, "a shard")
     if Path(file).name != file or not file.endswith(".bin"):
-        raise BundleError(f"{path} names {file!r}, which is no shard beside it")
+        raise BundleError(f"{path} names {file!r}, which is not a shard next to it")
     size_bytes = _field(path, entry, "nbytes", int, file)
     records = [
         _read_record(path, file, record) for record in _field(path, entry, "records", list, file)

@@ -49,7 +49,7 @@ class OnnxPlan:
     weights: tuple[OnnxWeight, ...]
     frequencies: tuple[External, ...]
     model: bytes  # the model file
-    calibration: str | None  # SHA-256 of the text that leads the fit, if any is led
+    calibration: str | None  # SHA-256 of the calibration text, where one is used
 
     @property
     def entry(self) -> str:

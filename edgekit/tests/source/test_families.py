@@ -263,7 +263,7 @@ def test_a_llama_that_turns_part_of_its_heads_is_refused():
 
 
 def test_an_odd_head_width_is_refused():
-    with pytest.raises(UsageError, match="turns 7 channels"):
+    with pytest.raises(UsageError, match="rotates 7 channels"):
         published("llama", head_dim=7)
 
 
@@ -271,7 +271,7 @@ def test_head_width_comes_from_the_config_before_the_division():
     assert published("llama", head_dim=24).attention.head_dim == 24
     assert describe("llama", without("llama", "head_dim")).attention.head_dim == 8
     assert published("llama", head_dim=24).attention.softmax_scale == 24**-0.5
-    with pytest.raises(UsageError, match="no multiple of 6 heads"):
+    with pytest.raises(UsageError, match="not a multiple of 6 heads"):
         describe("llama", without("llama", "head_dim") | {"hidden_size": 50})
 
 
@@ -519,7 +519,7 @@ def test_configs_of_both_versions_describe_one_decoder(name, tmp_path):
 
     (tmp_path / "config.json").write_text(json.dumps(older))
     understood = AutoConfig.from_pretrained(tmp_path).to_dict()["rope_parameters"]
-    understood.pop("type", None)  # the older name of rope_type stays beside the newer one
+    understood.pop("type", None)  # the older name of rope_type stays next to the newer one
     assert understood == newer["rope_parameters"]
 
 

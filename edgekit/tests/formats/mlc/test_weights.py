@@ -45,7 +45,7 @@ def quiet(_weights):
 
 
 def open_golden(name, directory):
-    """Open one of the checkpoints; they have no tokenizer, so one that reads bytes lies beside."""
+    """Open one of the checkpoints; they have no tokenizer, so one that reads bytes lies next to."""
     shutil.copytree(GOLDEN / name, directory, dirs_exist_ok=True)
     text = directory / "text"
     text.mkdir()
@@ -210,7 +210,7 @@ def test_a_led_artifact_has_other_codes_and_the_same_size(tmp_path):
 
 
 def stored_rows(checkpoint, scheme, role, shape: Shape):
-    """Return what an artifact shall hold of a weight, computed on the whole of it at once."""
+    """Return what an artifact must hold of a weight, computed on the whole of it at once."""
     norm = decoders.computed(checkpoint.spec) != checkpoint.spec and "norm" in role
     values = checkpoint.weight(role) + (1 if norm else 0)
     tensor_type = RECIPES[scheme].tensor_type_for(role, checkpoint.spec)

@@ -112,7 +112,7 @@ def test_a_data_file_may_be_a_hard_link_which_is_a_file_but_no_symbolic_one(link
 )  # fmt: skip
 def test_weights_are_read_from_data_files_beside_the_model_only(path, file):
     rewrite(path, lambda tensor: replace(tensor, file=file))
-    with pytest.raises(BundleError, match="which is no data file beside it"):
+    with pytest.raises(BundleError, match="which is not a data file next to it"):
         model.read(path)
 
 

@@ -194,7 +194,9 @@ class _Finder:
             raise struct.error(f"an array ends at byte {blob.end} of {self._size_bytes}")
         at = self._first + blob.offset
         if _read(self._file, at, self._first + blob.first) != blob.header:
-            raise struct.error(f"what is at byte {blob.offset} of the weights is no {kind} array")
+            raise struct.error(
+                f"what is at byte {blob.offset} of the weights is not a {kind} array"
+            )
         return Array(kind=kind, shape=shape, first=self._first + blob.first)
 
 
