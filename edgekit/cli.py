@@ -195,6 +195,7 @@ def plan_command(
     made = plan(
         model, target, adapters=adapters, format=format, quant=quant,
         context_tokens=context_tokens, variant=variant, calibrate=not no_calibration,
+        listener=Terminal(),
     )  # fmt: skip
     if as_json:
         print_json(made)
@@ -363,14 +364,15 @@ def validate_command(
     from edgekit.target import load
     from edgekit.validate import judge_document, validate
 
+    terminal = Terminal()
     target = load(target_name or Bundle.load(bundle, check_hashes=False).target)
     if measurement:
         result = judge_document(bundle, target, measurement)
     else:
-        with Terminal().counted("measure") as progress:
+        with terminal.counted("measure") as progress:
             result = validate(
                 bundle, target, device=device, repetitions=repetitions, threads=threads,
-                progress=progress,
+                progress=progress, listener=terminal,
             )  # fmt: skip
     click.echo(report.as_json(result) if as_json else report.as_text(result))
     for path, write in ((html, report.as_html), (junit, report.as_junit)):
@@ -535,7 +537,7 @@ def doctor_command(as_json: bool) -> None:
     """Say what is installed, what works, and how to mend the rest."""
     from edgekit.doctor import doctor
 
-    findings = doctor()
+    findings = doctor(listener=Terminal())
     if as_json:
         print_json(findings)
         return

@@ -117,13 +117,14 @@ class Target:
         return not _REPACKED_FOR.isdisjoint(self.cpu_features)
 
     @classmethod
-    def from_file(cls, path: Path) -> Self:
+    def from_file(cls, path: str | Path) -> Self:
         """Read one target file.
 
         Raises:
             UsageError: If the file cannot be read, is no TOML, or a field is unknown, missing, of
                 the wrong type or without a unit; the message names the file and the field.
         """
+        path = Path(path)
         root = _Table(path, "", _parse(path), known=("title", "formats", "variants", *_TABLES))
         target = cls._from_table(path.stem, root)
         _check(path, target)
@@ -231,21 +232,26 @@ def titles() -> dict[str, str]:
     }
 
 
-def load(name_or_path: str) -> Target:
+def load(name_or_path: str | Path | Target) -> Target:
     """Return the target of that name, or the one in that file if it ends in ``.toml``.
+
+    A `Target` is returned as it is, so that whoever takes a target takes all three.
 
     Raises:
         UsageError: If there is no such target or its file is wrong; the hint offers the way out.
     """
-    if name_or_path.endswith(".toml"):
-        return Target.from_file(Path(name_or_path))
+    if isinstance(name_or_path, Target):
+        return name_or_path
+    name = str(name_or_path)
+    if name.endswith(".toml"):
+        return Target.from_file(name)
     files = _files()
-    if name_or_path not in files:
+    if name not in files:
         raise UsageError(
-            f"no target named {name_or_path!r}",
-            hint=f"{_did_you_mean(name_or_path, sorted(files))}; a file of your own ends in .toml",
+            f"no target named {name!r}",
+            hint=f"{_did_you_mean(name, sorted(files))}; a file of your own ends in .toml",
         )
-    return Target.from_file(files[name_or_path])
+    return Target.from_file(files[name])
 
 
 def json_schema() -> dict[str, Any]:
