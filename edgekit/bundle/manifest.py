@@ -40,7 +40,7 @@ class Artifact:
     files: dict[str, FileRecord]
     substitutions: tuple[str, ...] = ()  # weights stored otherwise than the recipe asked, and why
     split_bytes: int | None = None  # the most that one of its files may take, where that was asked
-    calibration: str | None = None  # SHA-256 of the text that led the fit of its weights, if any
+    calibration: str | None = None  # SHA-256 of the calibration text, where one was used
     variant: str | None = None  # which of the format's builds, where it has several
 
     @property
@@ -243,7 +243,7 @@ def _read_manifest(directory: Path) -> Mapping[str, Any]:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
-            f"{directory} is no bundle: it has no {MANIFEST}",
+            f"{directory} is not a bundle: it has no {MANIFEST}",
             hint="pass the directory that `edgekit export` printed",
         ) from None
     except OSError as error:

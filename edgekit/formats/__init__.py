@@ -9,14 +9,15 @@ here and it is a choice of ``--format``, a line of ``edgekit formats``, and a ca
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from edgekit.errors import UsageError
+from edgekit.progress import Advance
 from edgekit.quant.planned import PlannedWeight
-from edgekit.quant.recipe import Recipe, Storage
+from edgekit.quant.recipe import Recipe, TensorType
 from edgekit.runtime.session import Session
 
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
     from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.spec import DecoderSpec
-
-
-Progress = Callable[[int], None]  # called with the number of weights just read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +45,7 @@ class Layout:
     artifact_bytes: int
     is_exact: bool  # whether the file has this size to the byte
     notes: tuple[str, ...] = ()  # what a user should know about the files
-    calibration: str | None = None  # SHA-256 of the text that leads the fit, if any is led
+    calibration: str | None = None  # SHA-256 of the calibration text, where one is used
     not_on_webgpu: str | None = None  # what browsers' GPUs get wrong in this model, if anything
     variant: str | None = None  # which of the format's builds, where it has several
     largest_buffer: Buffer | None = None  # what a browser must be able to bind
@@ -58,7 +56,7 @@ class Layout:
     @property
     def substituted(self) -> tuple[PlannedWeight, ...]:
         """The weights that are stored otherwise than the recipe asked."""
-        return tuple(p for p in self.placements if p.storage != p.wanted)
+        return tuple(p for p in self.placements if p.tensor_type != p.wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +82,7 @@ class ContextLimit:
     reason: str
 
 
-class Model(Protocol):
+class DecoderWeights(Protocol):
     """Weights by role, as a decoder multiplies with them, and the decoder they are for."""
 
     @property
@@ -112,7 +110,7 @@ class BuildRequest:
 class Format(Protocol):
     """The face of a format: what a user chooses from, known without importing anything else."""
 
-    STORAGES: Mapping[str, Storage]  # by name; the support matrix is made from these
+    TENSOR_TYPES: Mapping[str, TensorType]  # by name; the support matrix is made from these
     RECIPES: Mapping[str, Recipe]  # the values of --quant, most faithful first
     DEFAULT_RECIPES: tuple[str, ...]  # those a plan considers by default, most faithful first
     ENDING: str  # of the name of the file that `Running.load` opens
@@ -154,7 +152,7 @@ class Writing(Protocol):
         request: BuildRequest,
         directory: Path,
         *,
-        progress: Progress,
+        progress: Advance,
     ) -> str:
         """Write the artifact into ``directory``, one tensor in memory at a time.
 
@@ -240,7 +238,7 @@ class Running(Protocol):
 class ReadableRunning(Running, Protocol):
     """Of a format with builds that no program here can start (`Running.is_run_here` is false)."""
 
-    def read_back(self, path: Path, spec: "DecoderSpec") -> Model:
+    def read_back(self, path: Path, spec: "DecoderSpec") -> DecoderWeights:
         """Return the weights as they are in an artifact, for a proof without its runtime.
 
         Raises:

@@ -24,8 +24,8 @@ class PlannedWeight:
 
     role: str
     shape: Shape
-    wanted: str  # the storage that the recipe asks for
-    storage: str  # the one it gets
+    wanted: str  # the tensor type that the recipe asks for
+    tensor_type: str  # the one it gets
     size_bytes: int
     is_coarse: bool  # whether its grid is coarse enough for a calibration to matter
 
@@ -60,19 +60,20 @@ def importance_of(calibration: "Calibration | None", weight: PlannedWeight) -> "
     return calibration.of(weight.role) if calibration is not None and is_used else None
 
 
-def damped(importance: "Columns", *, share: float) -> "Columns | None":
+def damped(importance: "npt.NDArray[np.floating]", *, share: float) -> "Columns | None":
     """Return importance over its mean, plus a share of that, so that no column is free to err.
 
     Args:
-        importance: The mean of the squared inputs, float32, shape ``(columns,)``.
+        importance: The mean of the squared inputs, shape ``(columns,)``; its precision is that of
+            the division.
         share: Of the mean, that is added.
 
     Returns:
-        The same shape; None if nothing ever passed here, so that all columns count alike.
+        float32 of the same shape; None if nothing ever passed here: all columns count alike.
     """
     import numpy as np
 
     mean = float(importance.mean(dtype=np.float64))
     if mean == 0:
         return None
-    return (importance / np.float64(mean) + share).astype(np.float32)
+    return (importance / mean + share).astype(np.float32, copy=False)

@@ -35,7 +35,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reference impleme
 BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
 FLOATS = ("F32", "F16", "BF16")
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
-# Tables that older transformers stored beside the weights; they are computed, never read.
+# Tables that older transformers stored next to the weights; they are computed, never read.
 _COMPUTED_TENSORS = ("rotary_emb.inv_freq", "self_attn.bias", "self_attn.masked_bias")
 
 
@@ -45,7 +45,7 @@ class StoredTensor:
 
     path: Path
     offset: int  # from the start of the file
-    dtype: str  # F32, F16 or BF16; U8 in a quantised checkpoint, to be read as bytes only
+    dtype: str  # F32, F16 or BF16; U8 in a quantized checkpoint, to be read as bytes only
     shape: Shape
 
     @property
@@ -132,14 +132,14 @@ class Checkpoint:
     licence: str | None = None
     adapter: AdapterRecord | None = None
     calibration: Calibration | None = None  # None: an error counts the same in every column
-    quantisation: str | None = None  # of the files, where reading de-quantises: nf4, fp4
+    quantization: str | None = None  # of the files, where reading de-quantizes: nf4, fp4
 
     @classmethod
     def open(cls, directory: Path) -> Self:
         """Read the config, the tokenizer's files and the tensor headers; no weight is loaded.
 
         Raises:
-            UsageError: If this is no checkpoint, one edgekit does not understand, or a damaged one.
+            UsageError: If this is not a checkpoint, is damaged, or is one edgekit does not know.
         """
         fields = _read_config(directory)
         architecture = _architecture(directory, fields)
@@ -149,7 +149,7 @@ class Checkpoint:
         config.ignore(bitsandbytes_tensors.FIELD)  # each tensor says it again, and more
         spec = family.describe(config)
         config.refuse_unread()
-        tensors, quantisation = _read_headers(directory, is_four_bit=is_four_bit)
+        tensors, quantization = _read_headers(directory, is_four_bit=is_four_bit)
         checkpoint = cls(
             directory=directory,
             architecture=architecture,
@@ -157,7 +157,7 @@ class Checkpoint:
             tensors=tensors,
             text=TokenizerFiles.open(directory, config=fields),
             licence=model_card.read(directory).licence,
-            quantisation=quantisation,
+            quantization=quantization,
         )
         checkpoint.refuse_mismatch()
         return checkpoint
@@ -232,7 +232,7 @@ class Checkpoint:
         step = max(1, BLOCK_WEIGHTS // math.prod(shape[1:]) // row_multiple) * row_multiple
         for first in range(0, shape[0], step):
             rows = self.weight(role, first, min(step, shape[0] - first))
-            yield first, rows + 1 if self.spec.adds_one(role) else rows
+            yield first, rows + 1 if self.spec.unit_offset(role) else rows
 
     @cached_property
     def _shapes(self) -> dict[str, Shape]:
@@ -296,7 +296,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise UsageError(
-            f"{directory} is no checkpoint: it has no config.json",
+            f"{directory} is not a checkpoint: it has no config.json",
             hint="pass a Hugging Face model directory, a GGUF file, or `demo`",
         )
     return read_json_object(path)
@@ -326,7 +326,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        UsageError: If the file is no JSON, or holds no object.
+        UsageError: If the file is not JSON, or holds no object.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
@@ -364,12 +364,12 @@ def _shards(index: Path) -> list[str]:
     for shard in shards.values():
         is_name = isinstance(shard, str) and Path(shard).name == shard
         if not is_name or not shard.endswith(".safetensors"):
-            raise UsageError(f"{index} names {shard!r}, which is no file beside it")
+            raise UsageError(f"{index} names {shard!r}, which is not a file next to it")
     return sorted(set(shards.values()))
 
 
 def _read_headers(directory: Path, *, is_four_bit: bool) -> tuple[Mapping[str, Tensor], str | None]:
-    """Return the tensors and, if they are de-quantised when read, what they are stored as."""
+    """Return the tensors and, if they are de-quantized when read, what they are stored as."""
     tensors: dict[str, StoredTensor] = {}
     files = _weight_files(directory)
     if not files:
@@ -386,7 +386,7 @@ def _read_headers(directory: Path, *, is_four_bit: bool) -> tuple[Mapping[str, T
                 raise UsageError(f"{directory} holds the tensor {name} twice")
             tensors[name] = tensor
     if is_four_bit:
-        return bitsandbytes_tensors.dequantised(tensors, origin=directory)
+        return bitsandbytes_tensors.dequantized(tensors, origin=directory)
     return tensors, None
 
 
@@ -436,9 +436,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     except FileNotFoundError:
         raise UsageError(f"{path} is missing", hint="copy every shard of the model") from None
     except (struct.error, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no safetensors file: {error}") from error
+        raise UsageError(f"{path} is not a safetensors file: {error}") from error
     if not isinstance(header, dict):
-        raise UsageError(f"{path}: the header is no JSON object")
+        raise UsageError(f"{path}: the header is not a JSON object")
     header.pop("__metadata__", None)
     return header, 8 + length, file_bytes
 
@@ -462,7 +462,7 @@ def _stored_tensor(
     if not isinstance(dtype, str) or dtype not in dtypes:
         raise UsageError(
             f"{path}: {name} has dtype {dtype!r}, expected one of {', '.join(dtypes)}",
-            hint="quantised models are read where bitsandbytes made them and their config.json "
+            hint="quantized models are read where bitsandbytes made them and their config.json "
             "says so; pass the 16-bit model",
         )
     if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):

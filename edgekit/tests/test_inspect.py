@@ -14,9 +14,9 @@ from edgekit.text.rules import TextRules
 
 def write_gguf(path):
     tensors = (
-        TensorEntry(name="token_embd.weight", shape=(4, 32), storage="Q8_0"),
-        TensorEntry(name="output_norm.weight", shape=(32,), storage="F32"),
-        TensorEntry(name="blk.0.attn_norm.weight", shape=(32,), storage="F32"),
+        TensorEntry(name="token_embd.weight", shape=(4, 32), tensor_type="Q8_0"),
+        TensorEntry(name="output_norm.weight", shape=(32,), tensor_type="F32"),
+        TensorEntry(name="blk.0.attn_norm.weight", shape=(32,), tensor_type="F32"),
     )
     with Writer(path, {"general.architecture": ("string", "llama")}, tensors) as writer:
         for tensor in tensors:
@@ -121,10 +121,10 @@ def test_what_is_no_artifact_is_refused(tmp_path):
     with pytest.raises(UsageError, match="there is no"):
         inspect(tmp_path / "nothing.gguf")
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(UsageError, match="no artifact") as refusal:
+    with pytest.raises(UsageError, match="not an artifact") as refusal:
         inspect(tmp_path / "notes.txt")
     assert "gguf" in refusal.value.hint
-    with pytest.raises(BundleError, match="no bundle"):
+    with pytest.raises(BundleError, match="not a bundle"):
         inspect(tmp_path)
 
 

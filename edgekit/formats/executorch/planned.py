@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from edgekit.errors import UsageError
-from edgekit.formats import Progress
-from edgekit.formats.executorch import storage
+from edgekit.formats.executorch import tensor_types
 from edgekit.model.spec import Shape
+from edgekit.progress import Advance
 from edgekit.quant.planned import PlannedWeight, importance_of
 
 
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weight(PlannedWeight):
+class ProgramWeight(PlannedWeight):
     """One weight of the checkpoint, and what holds it."""
 
     @classmethod
     def of(cls, role: str, shape: Shape, *, wanted: str, stored: str) -> Self:
         """Return a weight as it is stored."""
-        sizes = (part.size_bytes for part in storage.parts(role, shape, stored))
+        sizes = (part.size_bytes for part in tensor_types.parts(role, shape, stored))
         return cls(
             role=role,
             shape=shape,
             wanted=wanted,
-            storage=stored,
+            tensor_type=stored,
             size_bytes=sum(sizes),
-            is_coarse=stored in storage.COARSE,
+            is_coarse=stored in tensor_types.COARSE,
         )
 
     @property
-    def parts(self) -> tuple[storage.Part, ...]:
+    def parts(self) -> tuple[tensor_types.Part, ...]:
         """The bytes that hold it."""
-        return tuple(storage.parts(self.role, self.shape, self.storage))
+        return tuple(tensor_types.parts(self.role, self.shape, self.tensor_type))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +51,10 @@ class Job:
     checkpoint: "CheckpointProtocol"
     variant: str
     recipe: str
-    weights: tuple[Weight, ...]
+    weights: tuple[ProgramWeight, ...]
     context_tokens: int
     constants: Mapping[str, Any]  # what methods without arguments return, by name
-    progress: Progress  # to be told how many weights were just read
+    progress: Advance  # to be told how many weights were just read
 
     @property
     def spec(self) -> "DecoderSpec":
@@ -62,21 +62,23 @@ class Job:
         return self.checkpoint.spec
 
     @property
-    def storages(self) -> dict[str, str]:
+    def tensor_types(self) -> dict[str, str]:
         """How each weight is stored, by role."""
-        return {weight.role: weight.storage for weight in self.weights}
+        return {weight.role: weight.tensor_type for weight in self.weights}
 
-    def blocks(self, weight: Weight) -> "Iterator[tuple[int, Rows]]":
+    def blocks(self, weight: ProgramWeight) -> "Iterator[tuple[int, Rows]]":
         """Yield a weight as `Checkpoint.blocks` does, and tell the progress."""
         for first, rows in self.checkpoint.blocks(weight.role):
             yield first, rows
             self.progress(rows.size)
 
-    def encoded(self, weight: Weight) -> "Iterator[tuple[int, list[npt.NDArray[np.generic]]]]":
-        """Yield blocks as `storage.encode` has them, an array for each of the weight's parts."""
+    def encoded(
+        self, weight: ProgramWeight
+    ) -> "Iterator[tuple[int, list[npt.NDArray[np.generic]]]]":
+        """Yield blocks as `tensor_types.encode` has them, an array for each part of the weight."""
         importance = importance_of(self.checkpoint.calibration, weight)
         for first, rows in self.blocks(weight):
             try:
-                yield first, storage.encode(rows, weight.storage, importance=importance)
+                yield first, tensor_types.encode(rows, weight.tensor_type, importance=importance)
             except UsageError as error:
                 raise UsageError(f"{weight.role}: {error}", hint=error.hint) from error

@@ -1,4 +1,4 @@
-"""How positions turn queries and keys, as a module of torch."""
+"""How positions rotate queries and keys, as a module of torch."""
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
@@ -8,21 +8,21 @@ from edgekit.model.spec import DecoderSpec, Rope
 
 
 class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
-    """How queries and keys turn with the positions of their tokens, once for all layers."""
+    """How queries and keys rotate with the positions of their tokens, once for all layers."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.ropes = list(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
         for number, rope in enumerate(self.ropes):
             self._keep(f"frequencies_{number}", frequencies(rope, text_tokens=1))
-            border = rope.border_tokens
+            border = rope.original_max_position_embeddings
             if border is not None:
                 self._keep(f"long_frequencies_{number}", frequencies(rope, text_tokens=border + 1))
 
     def _keep(self, name: str, values: Tensor) -> None:
         self.register_buffer(name, values, persistent=False)
 
-    def turns(self, input_pos: Tensor) -> dict[Rope, tuple[Tensor, Tensor]]:
+    def rotations(self, input_pos: Tensor) -> dict[Rope, tuple[Tensor, Tensor]]:
         """Return for each rope cosine and sine, of shape ``(tokens, 1, width)``."""
         return {
             rope: (torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1))
@@ -42,7 +42,7 @@ class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
 
     def _frequencies(self, number: int, rope: Rope, input_pos: Tensor) -> Tensor:
         usual = self.get_buffer(f"frequencies_{number}")
-        border = rope.border_tokens
+        border = rope.original_max_position_embeddings
         if border is None:
             return usual
         # All positions take the long factors once the last is past the border.

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit import installed
-from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, Progress
-from edgekit.formats.executorch import backends, conversion, handover
+from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse
+from edgekit.formats.executorch import app_kit, backends, conversion
+from edgekit.progress import Advance
 
 
 if TYPE_CHECKING:
@@ -24,11 +25,12 @@ def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
     A program has those too, and edgekit's session reads a text again when it gets there; programs
     of others do not.
     """
-    border = checkpoint.spec.border_tokens
+    border = checkpoint.spec.original_max_position_embeddings
     if border is not None and border < checkpoint.spec.context_tokens:
         return ContextLimit(
             tokens=border,
-            reason="beyond, every position turns otherwise, and phones' runners read no text anew",
+            reason="beyond, every position is rotated differently, and phones' runners do not read "
+            "a text again",
         )
     return ContextLimit(
         tokens=checkpoint.spec.context_tokens, reason="the model was made for no more"
@@ -49,7 +51,7 @@ def convert(
     request: BuildRequest,
     directory: Path,
     *,
-    progress: Progress,
+    progress: Advance,
 ) -> str:
     """Write ``model.pte`` and what the developer of an app wants next to it."""
     installed.require("torch", "executorch", purpose="writing a program", extra="executorch")
@@ -57,5 +59,5 @@ def convert(
     context = request.context_tokens or context_limit(checkpoint).tokens
     request = replace(request, variant=variant, context_tokens=context)
     entry = conversion.convert(checkpoint, request, directory, progress=progress)
-    handover.write(checkpoint, directory, entry, context_tokens=context, variant=variant)
+    app_kit.write(checkpoint, directory, entry, context_tokens=context, variant=variant)
     return entry

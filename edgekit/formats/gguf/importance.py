@@ -1,7 +1,7 @@
 """How a calibration weights the rounding of GGUF's tensors, and the keys that say so.
 
 Source of the keys: ``llama_model_quantize`` in tools/quantize/quantize.cpp of llama.cpp 0c1e57098.
-The choice of storages stays as it is without a calibration, where llama-quantize changes two rules.
+The choice of tensor types stays as it is without a calibration; llama-quantize changes two rules.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edgekit.formats.gguf.layout import Value
-    from edgekit.formats.gguf.parts import Part
+    from edgekit.formats.gguf.parts import FileTensor
     from edgekit.model.checkpoint_protocol import Calibration
 
 
@@ -40,7 +40,7 @@ def keys(calibration: "Calibration | None", planned: Sequence[PlannedWeight]) ->
 
 
 def weights(
-    calibration: "Calibration | None", parts: "Sequence[Part]"
+    calibration: "Calibration | None", parts: "Sequence[FileTensor]"
 ) -> "Iterator[tuple[str, npt.NDArray[np.float32]]]":
     """Yield how much an error counts, column by column, with the name of the tensor."""
     import numpy as np
@@ -48,6 +48,6 @@ def weights(
     for part in parts:
         importance = importance_of(calibration, part)
         if importance is not None:
-            weighting = damped(importance, share=DAMPING)
+            weighting = damped(importance.astype(np.float64), share=DAMPING)
             # ggml rounds differently without weights than with equal ones.
             yield part.name, np.ones_like(importance) if weighting is None else weighting

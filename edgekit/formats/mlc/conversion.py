@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.errors import UsageError
-from edgekit.formats import Buffer, BuildRequest, Layout, Progress
+from edgekit.formats import Buffer, BuildRequest, Layout
 from edgekit.formats.mlc import decoders, names, packing, shards
 from edgekit.formats.mlc.names import Parameter
-from edgekit.formats.mlc.packing import Scheme, Tensor
+from edgekit.formats.mlc.packing import PackedTensor, Scheme
 from edgekit.formats.mlc.shards import Record, Shard
+from edgekit.progress import Advance
 from edgekit.quant import grid
 from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
 from edgekit.quant.recipe import Recipe
@@ -33,21 +34,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weight:
+class MlcWeight:
     """A parameter of MLC's model, how it is stored, and the tensors that hold it."""
 
     parameter: Parameter
-    storage: str
-    tensors: tuple[Tensor, ...]
+    tensor_type: str
+    tensors: tuple[PackedTensor, ...]
     is_transposed: bool
     placements: Mapping[str, PlannedWeight]  # by role: several share a fused parameter
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
+class MlcPlan:
     """An artifact before its weights are written."""
 
-    weights: tuple[Weight, ...]
+    weights: tuple[MlcWeight, ...]
     shards: tuple[Shard, ...]
     placements: tuple[PlannedWeight, ...]  # in the order of the spec
     parameters: int  # of the checkpoint's files, as the tensor cache counts them
@@ -72,14 +73,14 @@ def scheme_of(recipe: Recipe) -> Scheme:
     return packing.SCHEMES[recipe.name]
 
 
-def plan(checkpoint: "CheckpointProtocol", recipe: Recipe) -> Planned:
+def plan(checkpoint: "CheckpointProtocol", recipe: Recipe) -> MlcPlan:
     """Return the files of the weights, down to the place of every tensor."""
     scheme, spec = scheme_of(recipe), checkpoint.spec
     weights = tuple(
         _weight(parameter, recipe, scheme, spec) for parameter in names.in_file_order(checkpoint)
     )
     by_role = {role: placed for weight in weights for role, placed in weight.placements.items()}
-    return Planned(
+    return MlcPlan(
         weights=weights,
         placements=tuple(by_role[role] for role, _ in spec.weights()),
         shards=tuple(shards.place([tensor for weight in weights for tensor in weight.tensors])),
@@ -87,23 +88,23 @@ def plan(checkpoint: "CheckpointProtocol", recipe: Recipe) -> Planned:
     )
 
 
-def _weight(parameter: Parameter, recipe: Recipe, scheme: Scheme, spec: "DecoderSpec") -> Weight:
-    storage = recipe.storage_for(parameter.roles[0], spec)
-    tensors = tuple(packing.tensors(parameter, storage, scheme))
+def _weight(parameter: Parameter, recipe: Recipe, scheme: Scheme, spec: "DecoderSpec") -> MlcWeight:
+    tensor_type = recipe.tensor_type_for(parameter.roles[0], spec)
+    tensors = tuple(packing.tensors(parameter, tensor_type, scheme))
     row_bytes = sum(tensor.size_bytes for tensor in tensors) // parameter.shape[0]
-    return Weight(
+    return MlcWeight(
         parameter=parameter,
-        storage=storage,
+        tensor_type=tensor_type,
         tensors=tensors,
-        is_transposed=packing.is_transposed(parameter, storage, scheme),
+        is_transposed=packing.is_transposed(parameter, tensor_type, scheme),
         placements={
             role: PlannedWeight(
                 role=role,
                 shape=(rows, *parameter.shape[1:]),
-                wanted=recipe.storage_for(role, spec),
-                storage=storage,
+                wanted=recipe.tensor_type_for(role, spec),
+                tensor_type=tensor_type,
                 size_bytes=rows * row_bytes,
-                is_coarse=storage in packing.GROUPS,
+                is_coarse=tensor_type in packing.GROUPS,
             )
             for role, _, rows in parameter.parts()
         },
@@ -114,7 +115,7 @@ def _stored_parameters(checkpoint: "CheckpointProtocol") -> int:
     """Return how many numbers mlc_llm counts: a head that is tied but stored is one more."""
     spec = checkpoint.spec
     is_extra = spec.is_tied and "lm_head.weight" in checkpoint.tensors
-    return checkpoint.parameters + (spec.vocabulary * spec.hidden_width if is_extra else 0)
+    return checkpoint.parameters + (spec.vocab_size * spec.hidden_size if is_extra else 0)
 
 
 def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
@@ -144,7 +145,7 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
 
 def _notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
     is_bf16 = "BF16" in {getattr(tensor, "dtype", "") for tensor in checkpoint.tensors.values()}
-    if checkpoint.spec.norm.adds_one and is_bf16:
+    if checkpoint.spec.norm.unit_offset and is_bf16:
         yield (
             "norms are stored as 1 + w without rounding it to bfloat16, as mlc_llm does; they are "
             "closer to the checkpoint than its own converter's"
@@ -156,7 +157,7 @@ def write(
     recipe: Recipe,
     directory: Path,
     *,
-    progress: Progress,
+    progress: Advance,
     refuses_overflow: bool = True,
 ) -> str:
     """Write the shards and the tensor cache, one block of rows in memory at a time.
@@ -200,14 +201,14 @@ class _Writer:
     places: Mapping[str, Record]  # by name of the tensor
     largest: float  # no weight may be as large
 
-    def write(self, checkpoint: "CheckpointProtocol", weight: Weight, progress: Progress) -> None:
+    def write(self, checkpoint: "CheckpointProtocol", weight: MlcWeight, progress: Advance) -> None:
         """Write the tensors of a parameter."""
         whole: list[list[Stored]] = []
         for first, values, importance in _blocks(checkpoint, weight):
             self._refuse_overflow(weight, values)
             encoded = packing.encode(
                 values,
-                weight.storage,
+                weight.tensor_type,
                 is_calibrated=checkpoint.calibration is not None,
                 importance=importance,
             )
@@ -219,7 +220,7 @@ class _Writer:
         if whole:
             self._write_transposed(weight, whole)
 
-    def _refuse_overflow(self, weight: Weight, values: "Rows") -> None:
+    def _refuse_overflow(self, weight: MlcWeight, values: "Rows") -> None:
         found = max(float(values.max(initial=0)), -float(values.min(initial=0)))
         if found >= self.largest:
             raise UsageError(
@@ -227,19 +228,19 @@ class _Writer:
                 hint="take q4f32_1 or q0f32",
             )
 
-    def _write_rows(self, weight: Weight, first: int, encoded: "list[Stored]") -> None:
+    def _write_rows(self, weight: MlcWeight, first: int, encoded: "list[Stored]") -> None:
         for tensor, part in zip(weight.tensors, encoded, strict=True):
             row_bytes = tensor.size_bytes // tensor.shape[0]
             self._write_at(tensor, first * row_bytes, part)
 
-    def _write_transposed(self, weight: Weight, blocks: "list[list[Stored]]") -> None:
+    def _write_transposed(self, weight: MlcWeight, blocks: "list[list[Stored]]") -> None:
         """Write a packed matrix columns first, which needs all of it: 4.5 bits a weight."""
         import numpy as np
 
         for index, tensor in enumerate(weight.tensors):
             self._write_at(tensor, 0, np.concatenate([block[index] for block in blocks]).T)
 
-    def _write_at(self, tensor: Tensor, offset: int, values: "Stored") -> None:
+    def _write_at(self, tensor: PackedTensor, offset: int, values: "Stored") -> None:
         place = self.places[tensor.name]
         with (self.directory / place.file).open("r+b") as file:
             file.seek(place.offset + offset)
@@ -247,7 +248,7 @@ class _Writer:
 
 
 def _blocks(
-    checkpoint: "CheckpointProtocol", weight: Weight
+    checkpoint: "CheckpointProtocol", weight: MlcWeight
 ) -> "Iterator[tuple[int, Rows, Rows | None]]":
     """Yield some rows of a parameter, the number of the first, and how much its columns count."""
     for role, start, _ in weight.parameter.parts():

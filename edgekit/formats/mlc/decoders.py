@@ -22,11 +22,11 @@ from edgekit.model.spec import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class MlcModel:
     """What one of MLC's model definitions can be told."""
 
     scaling: type[RopeScaling] | None = None  # of the rope, where one is known
-    turns_in_part: bool = False  # whether a part of a head may turn
+    rotates_in_part: bool = False  # whether a part of a head may rotate
     can_be_tied: bool = True
     can_be_untied: bool = True
     qkv_biases: bool | None = False  # None: either way
@@ -37,16 +37,16 @@ class Model:
     plans_logits: bool = True
 
 
-_ANY_VOCABULARY = Model(is_bound_to_vocabulary=False, plans_logits=False)
+_ANY_VOCABULARY = MlcModel(is_bound_to_vocabulary=False, plans_logits=False)
 MODELS = {
     "llama": replace(_ANY_VOCABULARY, scaling=Llama3Scaling),
     "mistral": replace(_ANY_VOCABULARY, can_be_tied=False),
-    "qwen2": Model(qkv_biases=True, has_square_heads=True),
-    "qwen3": Model(qkv_biases=None, output_bias=None),
-    "phi3": Model(scaling=LongRopeScaling, turns_in_part=True, has_square_heads=True),
+    "qwen2": MlcModel(qkv_biases=True, has_square_heads=True),
+    "qwen3": MlcModel(qkv_biases=None, output_bias=None),
+    "phi3": MlcModel(scaling=LongRopeScaling, rotates_in_part=True, has_square_heads=True),
     "gemma2": replace(_ANY_VOCABULARY, can_be_untied=False),
-    "stablelm": Model(
-        turns_in_part=True, can_be_tied=False, qkv_biases=None, has_square_heads=True
+    "stablelm": MlcModel(
+        rotates_in_part=True, can_be_tied=False, qkv_biases=None, has_square_heads=True
     ),
 }
 _ABSENT = {
@@ -55,7 +55,7 @@ _ABSENT = {
 }
 
 
-def model_of(architecture: str) -> Model:
+def model_of(architecture: str) -> MlcModel:
     """Return what MLC's model of this type can be told.
 
     Raises:
@@ -81,11 +81,11 @@ def refuse(architecture: str, spec: DecoderSpec) -> None:
         )
 
 
-def _problems(model: Model, architecture: str, spec: DecoderSpec) -> Iterator[str]:
+def _problems(model: MlcModel, architecture: str, spec: DecoderSpec) -> Iterator[str]:
     ropes = {layer.rope for layer in spec.layers}
     rope, *others = ropes
     if rope is None or others:
-        yield "turns every layer alike, the checkpoint does not"
+        yield "rotates every layer alike, the checkpoint does not"
         return
     yield from _rope_problems(model, spec, rope)
     yield from _attention_problems(model, architecture, spec.attention)
@@ -98,16 +98,16 @@ def _problems(model: Model, architecture: str, spec: DecoderSpec) -> Iterator[st
     if spec.residual == "parallel":
         yield "adds attention before the MLP reads, the checkpoint runs both in parallel"
     width, heads = spec.attention.query_width, spec.attention.heads
-    if (model.has_square_heads and width != spec.hidden_width) or spec.hidden_width % heads:
+    if (model.has_square_heads and width != spec.hidden_size) or spec.hidden_size % heads:
         yield (
-            f"splits a hidden width of {spec.hidden_width} among {heads} heads, the checkpoint's "
-            f"are {spec.attention.head_width} wide"
+            f"splits a hidden width of {spec.hidden_size} among {heads} heads, the checkpoint's "
+            f"are {spec.attention.head_dim} wide"
         )
 
 
-def _rope_problems(model: Model, spec: DecoderSpec, rope: Rope) -> Iterator[str]:
-    if rope.width != spec.attention.head_width and not model.turns_in_part:
-        yield f"turns whole heads, the checkpoint {rope.width} channels of them"
+def _rope_problems(model: MlcModel, spec: DecoderSpec, rope: Rope) -> Iterator[str]:
+    if rope.width != spec.attention.head_dim and not model.rotates_in_part:
+        yield f"rotates whole heads, the checkpoint {rope.width} channels of them"
     scaling = rope.scaling
     if scaling is not None and not (model.scaling and isinstance(scaling, model.scaling)):
         yield f"has no {_kind(scaling)} rope, the checkpoint has"
@@ -131,7 +131,7 @@ def _attention_factor(context_tokens: int, original_tokens: int) -> float:
     return math.sqrt(1 + math.log(stretch) / math.log(original_tokens)) if stretch > 1 else 1.0
 
 
-def _attention_problems(model: Model, architecture: str, attention: Attention) -> Iterator[str]:
+def _attention_problems(model: MlcModel, architecture: str, attention: Attention) -> Iterator[str]:
     for name, has, may_have in (
         ("on queries, keys and values", attention.has_qkv_bias, model.qkv_biases),
         ("on the output of attention", attention.has_output_bias, model.output_bias),
@@ -141,9 +141,9 @@ def _attention_problems(model: Model, architecture: str, attention: Attention) -
     is_paired = model.qkv_biases is None and model.output_bias is None
     if is_paired and attention.has_qkv_bias != attention.has_output_bias:
         yield "has all biases of attention or none, the checkpoint some"
-    scale = attention.head_width**-0.5
-    if not math.isclose(attention.score_scale, scale, rel_tol=1e-6):
-        yield (f"multiplies scores by {scale:.4f}, the checkpoint by {attention.score_scale:.4f}")
+    scale = attention.head_dim**-0.5
+    if not math.isclose(attention.softmax_scale, scale, rel_tol=1e-6):
+        yield (f"multiplies scores by {scale:.4f}, the checkpoint by {attention.softmax_scale:.4f}")
     if (attention.query_key_norm is not None) != (architecture == "qwen3"):
         yield "differs from the checkpoint in norms on queries and keys"
 
@@ -153,16 +153,16 @@ def computed(spec: DecoderSpec) -> DecoderSpec:
 
     A norm's weights are stored with the 1 that Gemma adds, and scores are not capped.
     """
-    plain = spec.without_added_ones()
-    return replace(plain, attention=replace(plain.attention, score_cap=None))
+    plain = spec.without_unit_offsets()
+    return replace(plain, attention=replace(plain.attention, attn_logit_softcap=None))
 
 
 def notes(spec: DecoderSpec) -> Iterator[str]:
     """Yield what a user should know about how MLC computes a decoder it takes."""
-    if spec.attention.score_cap is not None:
+    if spec.attention.attn_logit_softcap is not None:
         yield (
-            f"MLC leaves out the cap of {spec.attention.score_cap:g} on attention scores; the "
-            "proof computes without it too, so that its figures count the difference"
+            f"MLC leaves out the cap of {spec.attention.attn_logit_softcap:g} on attention scores; "
+            "the proof computes without it too, so that its figures count the difference"
         )
 
 

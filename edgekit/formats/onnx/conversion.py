@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from edgekit.errors import UsageError
-from edgekit.formats import Buffer, BuildRequest, Layout, Progress
-from edgekit.formats.onnx import clients, graph, model, storage
+from edgekit.formats import Buffer, BuildRequest, Layout
+from edgekit.formats.onnx import clients, graph, model, tensor_types
 from edgekit.formats.onnx.model import External
-from edgekit.formats.onnx.storage import Build
+from edgekit.formats.onnx.tensor_types import GraphBuild
 from edgekit.model.spec import DecoderSpec, Rope
+from edgekit.progress import Advance
 from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
 from edgekit.quant.recipe import Recipe
 
@@ -34,21 +35,21 @@ MIN_SPLIT_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weight(PlannedWeight):
+class OnnxWeight(PlannedWeight):
     """One weight of the checkpoint, and the tensors that hold it."""
 
     tensors: tuple[External, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
+class OnnxPlan:
     """An artifact before its weights are written."""
 
-    how: Build
-    weights: tuple[Weight, ...]
+    how: GraphBuild
+    weights: tuple[OnnxWeight, ...]
     frequencies: tuple[External, ...]
     model: bytes  # the model file
-    calibration: str | None  # SHA-256 of the text that leads the fit, if any is led
+    calibration: str | None  # SHA-256 of the calibration text, where one is used
 
     @property
     def entry(self) -> str:
@@ -61,7 +62,7 @@ class Planned:
         return [*self.frequencies, *(tensor for w in self.weights for tensor in w.tensors)]
 
 
-def plan(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Planned:
+def plan(checkpoint: "CheckpointProtocol", request: BuildRequest) -> OnnxPlan:
     """Return the files of an artifact, down to the place of every weight."""
     spec, recipe = checkpoint.spec, request.recipe
     refuse(spec)
@@ -69,16 +70,16 @@ def plan(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Planned:
     frequencies = tuple(_frequency_tensors(spec))
     loose = [*frequencies, *(tensor for weight in weights for tensor in weight.tensors)]
     _refuse_split(loose, request.split_bytes)
-    how = storage.BUILDS[recipe.name]
+    how = tensor_types.BUILDS[recipe.name]
     placing = model.place(loose, stem=f"{how.file}_data", split_bytes=request.split_bytes)
     placed = {tensor.name: tensor for tensor in placing}
-    storages = {weight.role: weight.storage for weight in weights}
+    stored = {weight.role: weight.tensor_type for weight in weights}
     metadata = {"edgekit.recipe": recipe.name}
     calibration = calibration_sha256(checkpoint.calibration, weights)
     if calibration:
         metadata["edgekit.calibration"] = calibration
-    made = graph.build(spec, storages, how, metadata=metadata)
-    return Planned(
+    made = graph.build(spec, stored, how, metadata=metadata)
+    return OnnxPlan(
         how=how,
         calibration=calibration,
         weights=tuple(_with_places(weight, placed) for weight in weights),
@@ -87,7 +88,7 @@ def plan(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Planned:
     )
 
 
-def _with_places(weight: Weight, placed: Mapping[str, External]) -> Weight:
+def _with_places(weight: OnnxWeight, placed: Mapping[str, External]) -> OnnxWeight:
     return replace(weight, tensors=tuple(placed[tensor.name] for tensor in weight.tensors))
 
 
@@ -102,17 +103,17 @@ def refuse(spec: DecoderSpec) -> None:
         raise UsageError(f"longrope with several original contexts: {sorted(borders)}")
 
 
-def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[Weight]:
+def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[OnnxWeight]:
     for role, shape in spec.weights():
-        wanted = recipe.storage_for(role, spec)
-        stored = storage.stored_as(wanted, shape[-1])
-        tensors = tuple(storage.tensors(role, shape, stored))
-        blocks = storage.BLOCKS.get(stored)
-        yield Weight(
+        wanted = recipe.tensor_type_for(role, spec)
+        stored = tensor_types.stored_as(wanted, shape[-1])
+        tensors = tuple(tensor_types.tensors(role, shape, stored))
+        blocks = tensor_types.BLOCKS.get(stored)
+        yield OnnxWeight(
             role=role,
             shape=shape,
             wanted=wanted,
-            storage=stored,
+            tensor_type=stored,
             size_bytes=sum(tensor.size_bytes for tensor in tensors),
             is_coarse=blocks is not None and blocks.is_coarse,
             tensors=tensors,
@@ -121,7 +122,7 @@ def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[Weight]:
 
 def _frequency_tensors(spec: DecoderSpec) -> Iterator[External]:
     for number, rope in enumerate(graph.ropes(spec)):
-        for is_long in (False, True) if rope.border_tokens else (False,):
+        for is_long in (False, True) if rope.original_max_position_embeddings else (False,):
             name = graph.frequencies_name(number, is_long=is_long)
             yield External(name=name, dtype="float32", shape=(rope.width // 2,))
 
@@ -169,13 +170,13 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     )
 
 
-def _notes(checkpoint: "CheckpointProtocol", planned: Planned) -> Iterator[str]:
+def _notes(checkpoint: "CheckpointProtocol", planned: OnnxPlan) -> Iterator[str]:
     yield from clients.notes(checkpoint)
-    if any(weight.storage in storage.BLOCKS for weight in planned.weights):
-        yield storage.ACTIVATIONS_NOTE
+    if any(weight.tensor_type in tensor_types.BLOCKS for weight in planned.weights):
+        yield tensor_types.ACTIVATIONS_NOTE
 
 
-def _largest_buffer(planned: Planned) -> Buffer:
+def _largest_buffer(planned: OnnxPlan) -> Buffer:
     """Return the largest tensor on a GPU; one converted to float32 at load is as large as that."""
     grown = 1 if planned.how.is_half else 2
     sizes = {
@@ -191,7 +192,7 @@ def convert(
     request: BuildRequest,
     directory: Path,
     *,
-    progress: Progress,
+    progress: Advance,
 ) -> str:
     """Write the model file and its data files, one block of rows in memory at a time.
 
@@ -216,10 +217,10 @@ def convert(
     return planned.entry
 
 
-def _write_frequencies(spec: DecoderSpec, planned: Planned, files: Mapping[str, BinaryIO]) -> None:
+def _write_frequencies(spec: DecoderSpec, planned: OnnxPlan, files: Mapping[str, BinaryIO]) -> None:
     by_name = {tensor.name: tensor for tensor in planned.frequencies}
     for number, rope in enumerate(graph.ropes(spec)):
-        border = rope.border_tokens
+        border = rope.original_max_position_embeddings
         for is_long in (False, True) if border else (False,):
             tensor = by_name[graph.frequencies_name(number, is_long=is_long)]
             values = frequencies(rope, (border or 0) + 1 if is_long else 1)
@@ -228,13 +229,13 @@ def _write_frequencies(spec: DecoderSpec, planned: Planned, files: Mapping[str, 
 
 def _write_rows(
     files: Mapping[str, BinaryIO],
-    weight: Weight,
+    weight: OnnxWeight,
     first: int,
     rows: "Rows",
     importance: "Rows | None",
 ) -> None:
     try:
-        encoded = storage.encode(rows, weight.storage, importance=importance)
+        encoded = tensor_types.encode(rows, weight.tensor_type, importance=importance)
     except UsageError as error:
         raise UsageError(f"{weight.role}: {error}", hint=error.hint) from error
     for tensor, part in zip(weight.tensors, encoded, strict=True):

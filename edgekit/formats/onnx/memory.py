@@ -3,7 +3,7 @@
 from edgekit.formats import Layout, MemoryUse
 from edgekit.formats.onnx.graph import cache_width
 from edgekit.formats.onnx.runtime import BATCH_TOKENS
-from edgekit.formats.onnx.storage import BLOCKS
+from edgekit.formats.onnx.tensor_types import BLOCKS
 from edgekit.model.spec import DecoderSpec
 from edgekit.quant.planned import PlannedWeight
 
@@ -15,7 +15,7 @@ from edgekit.quant.planned import PlannedWeight
 #   UINT4_GPU 279 and 272, UINT4_128 263 and 271; with 2048 tokens, INT8 391 and 407, UINT4 341 and
 #   358, UINT4_GPU 336 and 319.
 # With session.disable_prepacking a model is merely mapped at load (INT8 99, UINT4 99), but the
-# first prompt unpacks the head in float32 (372, 324), and every token the rest anew.
+# first prompt unpacks the head in float32 (372, 324), and every token the rest again.
 RUNTIME_BYTES = 64 * 2**20
 LAYER_BYTES = 2**19
 VOCABULARY_ENTRY_BYTES = 500
@@ -32,32 +32,32 @@ def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
         compute_bytes=compute_bytes(spec, context_tokens=context_tokens),
         runtime_bytes=RUNTIME_BYTES
         + LAYER_BYTES * len(spec.layers)
-        + VOCABULARY_ENTRY_BYTES * spec.vocabulary,
+        + VOCABULARY_ENTRY_BYTES * spec.vocab_size,
     )
 
 
 def weight_bytes(spec: DecoderSpec, placement: PlannedWeight, *, is_half: bool) -> int:
     """Return what a weight takes in memory: packed for multiplication, and what that leaves over.
 
-    Scales are packed with their codes and kept beside them; an embedding that is also the head is
+    Scales are packed with their codes and kept next to them; an embedding that is also the head is
     there in both forms; the largest matrix is held twice meanwhile. A CPU multiplies in float32: in
     a float32 graph float16 is converted at once, in one of float16 layers are held in both.
     """
     is_head = placement.role == ("token_embedding" if spec.is_tied else "output_head")
     is_read_only_by_row = placement.role == "token_embedding" and not is_head
-    if placement.storage == "F16" and not is_read_only_by_row:
+    if placement.tensor_type == "F16" and not is_read_only_by_row:
         layers_item_bytes, head_item_bytes = (6, 4) if is_half else (4, 8)
         return placement.parameters * (head_item_bytes if is_head else layers_item_bytes)
     held = placement.size_bytes
-    if placement.storage in BLOCKS:
-        scales = placement.parameters // BLOCKS[placement.storage].weights
+    if placement.tensor_type in BLOCKS:
+        scales = placement.parameters // BLOCKS[placement.tensor_type].weights
         held += scales * (8 if is_half else 4)
     return held + placement.size_bytes if is_head and spec.is_tied else held
 
 
 def cache_bytes(spec: DecoderSpec, *, context_tokens: int, is_half: bool) -> int:
     """Return the size of all keys and values."""
-    heads = spec.attention.key_value_heads
+    heads = spec.attention.num_kv_heads
     token_bytes = 2 * heads * cache_width(spec) * (2 if is_half else 4)
     return len(spec.layers) * token_bytes * context_tokens
 
@@ -65,6 +65,6 @@ def cache_bytes(spec: DecoderSpec, *, context_tokens: int, is_half: bool) -> int
 def compute_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     """Return the size of what one batch of a prompt needs: activations and attention scores."""
     batch = min(BATCH_TOKENS, context_tokens)
-    widest = 3 * spec.mlp_width + 2 * spec.hidden_width
+    widest = 3 * spec.intermediate_size + 2 * spec.hidden_size
     scores = spec.attention.heads * context_tokens
-    return 4 * (batch * (widest + scores) + spec.vocabulary)
+    return 4 * (batch * (widest + scores) + spec.vocab_size)

@@ -1,7 +1,7 @@
 """Rotary positions as configs say them, in both directions.
 
 transformers 5 has one object, ``rope_parameters``; version 4 had ``rope_scaling``, which was null
-without scaling, and ``rope_theta`` and ``partial_rotary_factor`` beside it.
+without scaling, and ``rope_theta`` and ``partial_rotary_factor`` next to it.
 """
 
 import math
@@ -21,7 +21,7 @@ from edgekit.source.config import Config
 
 def read_rope(
     config: Config,
-    head_width: int,
+    head_dim: int,
     *,
     theta: float = 10_000.0,
     rotated: float | None = None,
@@ -31,10 +31,10 @@ def read_rope(
 
     Args:
         config: The whole config.
-        head_width: Channels of a head.
+        head_dim: Channels of a head.
         theta: What transformers takes where the config is silent.
-        rotated: The fraction of a head that turns where the config is silent; None where the
-            family always turns whole heads.
+        rotated: The fraction of a head that rotates where the config is silent; None where the
+            family always rotates whole heads.
         original_context_tokens: What transformers takes where the config is silent.
     """
     fields = _section(config)
@@ -45,11 +45,11 @@ def read_rope(
     else:
         outer = config.number("partial_rotary_factor", rotated)
         fraction = fields.number("partial_rotary_factor", outer)
-    # The one beside the object wins, as in standardize_rope_params of transformers 5.
+    # The one next to the object wins, as in standardize_rope_params of transformers 5.
     original = config.optional_integer("original_max_position_embeddings")
     rope = read_fields(
         fields,
-        width=int(head_width * fraction),
+        width=int(head_dim * fraction),
         theta=config.number("rope_theta", theta),
         context_tokens=config.integer("max_position_embeddings"),
         original_context_tokens=original or original_context_tokens,
@@ -75,7 +75,7 @@ def read_fields(
     """Read one rope object; ``theta`` where it does not say."""
     if width < 2 or width % 2:
         raise UsageError(
-            f"{fields.origin} turns {width} channels of a head, expected an even count"
+            f"{fields.origin} rotates {width} channels of a head, expected an even count"
         )
     rope = Rope(width=width, theta=fields.number("rope_theta", theta))
     inner = fields.optional_integer("original_max_position_embeddings") or context_tokens
@@ -152,14 +152,14 @@ def write_rope(spec: DecoderSpec, *, rotated: bool = False) -> dict[str, Any]:
 
     Args:
         spec: The first of its layers that has a rope speaks for all.
-        rotated: Whether the family may turn a part of each head.
+        rotated: Whether the family may rotate a part of each head.
     """
     rope = next((layer.rope for layer in spec.layers if layer.rope), None)
     if rope is None:
         return {}
     fields = write_fields(rope)
     if rotated:
-        fields["partial_rotary_factor"] = rope.width / spec.attention.head_width
+        fields["partial_rotary_factor"] = rope.width / spec.attention.head_dim
     return {"rope_parameters": fields}
 
 

@@ -175,7 +175,7 @@ DAMAGES = {
         lambda d: (d / "link").symlink_to("/etc"), "link does not belong to the bundle",
     ),
     "a symlink to nowhere": (point_to_nowhere, "model.gguf cannot be read: No such file"),
-    "an entry that is no file": (
+    "an entry that is not a file": (
         lambda d: edit_manifest(d, lambda m: m["artifact"].update(entry="model.onnx")),
         "has no file 'model.onnx' to open",
     ),
@@ -233,7 +233,7 @@ def test_symlinks_in_a_circle_are_refused(bundle):
 
 def test_a_file_and_nothing_at_all_are_no_bundles(bundle, tmp_path):
     for path in (bundle.directory / "model.gguf", tmp_path / "nothing"):
-        with pytest.raises(BundleError, match="no bundle") as refusal:
+        with pytest.raises(BundleError, match="not a bundle") as refusal:
             Bundle.load(path)
         assert "edgekit export" in refusal.value.hint
 

@@ -11,7 +11,7 @@ from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
 from edgekit.export import export
 from edgekit.formats import BuildRequest
-from edgekit.formats.gguf import conversion, importance, layout, running, storage, writing
+from edgekit.formats.gguf import conversion, importance, layout, running, tensor_types, writing
 from edgekit.formats.gguf.parts import tensor_name
 from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.plan import plan
@@ -261,7 +261,7 @@ def decoded(checkpoint, ids):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "holds no text"), (b" \n\n", "holds no text"), (b"caf\xe9", "no text in UTF-8")],
+    [(b"", "holds no text"), (b" \n\n", "holds no text"), (b"caf\xe9", "not text in UTF-8")],
 )
 def test_what_is_no_text_is_refused(tmp_path, content, message):
     (tmp_path / "own.txt").write_bytes(content)
@@ -295,8 +295,8 @@ def test_a_calibrated_file_says_so_and_has_the_size_that_was_planned(tmp_path, q
     assert made.metadata["quantize.imatrix.entries_count"] == len(led) > 0
     bare = convert(plain, quant, tmp_path / "bare")
     assert not [key for key in bare.metadata if "imatrix" in key]
-    kinds = [{i.name: i.storage for i in file.tensors} for file in (made, bare)]
-    assert kinds[0] == kinds[1]  # a calibration changes no storage
+    kinds = [{i.name: i.tensor_type for i in file.tensors} for file in (made, bare)]
+    assert kinds[0] == kinds[1]  # a calibration changes no tensor type
 
 
 @pytest.mark.toolchain
@@ -337,8 +337,10 @@ def test_the_columns_of_every_matrix_lead_its_fit(name, tmp_path):
     for part in parts:
         name, weights = tensor_name(part.role), measured[part.role]
         rows = weights_of(exact, name)
-        expected = storage.quantise(
-            rows, part.storage, importance=damped(weights, share=importance.DAMPING)
+        expected = tensor_types.quantize(
+            rows,
+            part.tensor_type,
+            importance=damped(weights.astype(np.float64), share=importance.DAMPING),
         )
         assert bytes_of(led, name) == expected.tobytes(), name
         errors = [(weights * (weights_of(file, name) - rows) ** 2).sum() for file in (led, bare)]

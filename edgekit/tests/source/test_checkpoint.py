@@ -113,7 +113,7 @@ def test_a_weight_is_read_in_blocks_of_rows(role, row_multiple, starts, tmp_path
     monkeypatch.setattr("edgekit.source.checkpoint.BLOCK_WEIGHTS", 7 * 64)
     checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path / "gemma2", "gemma2"))
     blocks = list(checkpoint.blocks(role, row_multiple=row_multiple))
-    expected = checkpoint.weight(role) + checkpoint.spec.adds_one(role)
+    expected = checkpoint.weight(role) + checkpoint.spec.unit_offset(role)
     assert [first for first, _ in blocks] == [*starts]
     np.testing.assert_array_equal(np.concatenate([rows for _, rows in blocks]), expected)
 
@@ -136,15 +136,15 @@ def test_bfloat16_is_the_upper_half_of_float32(model):
 
 
 def test_a_directory_without_a_config_is_no_checkpoint(tmp_path):
-    assert "is no checkpoint" in refusal(Model(tmp_path))
+    assert "is not a checkpoint" in refusal(Model(tmp_path))
 
 
 def test_a_path_that_is_not_there_is_no_checkpoint(tmp_path):
-    assert "is no checkpoint" in refusal(Model(tmp_path / "nowhere"))
+    assert "is not a checkpoint" in refusal(Model(tmp_path / "nowhere"))
 
 
 def test_a_file_is_no_checkpoint_directory(model):
-    assert "is no checkpoint" in refusal(Model(model.weights))
+    assert "is not a checkpoint" in refusal(Model(model.weights))
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\x00", '"llama"', "[" * 100_000])
@@ -269,7 +269,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(model, shape):
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "I8"])
-def test_quantised_checkpoints_are_refused(model, dtype):
+def test_quantized_checkpoints_are_refused(model, dtype):
     model.write_weights(dtype=dtype)
     assert f"has dtype '{dtype}'" in refusal(model)
 
@@ -343,7 +343,7 @@ def test_a_tensor_in_two_shards_is_refused(model):
 )
 def test_an_index_that_points_elsewhere_is_refused(model, name):
     split(model, names=("a.safetensors", name))
-    assert "no file beside it" in refusal(model)
+    assert "not a file next to it" in refusal(model)
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": ["a.safetensors"]}, {"weight_map": None}])

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.formats import Layout, MemoryUse
-from edgekit.formats.executorch import storage
+from edgekit.formats.executorch import tensor_types
 from edgekit.formats.executorch.backends import Backend
 
 
 if TYPE_CHECKING:
-    from edgekit.formats.executorch.planned import Job, Weight
+    from edgekit.formats.executorch.planned import Job, ProgramWeight
     from edgekit.model.spec import DecoderSpec, Shape
 
 
-class Writing(ABC):
+class BackendWriting(ABC):
     """How programs for one back-end are planned and written."""
 
     backend: Backend
@@ -35,7 +35,7 @@ class Writing(ABC):
     def stored_as(self, wanted: str, shape: "Shape", *, recipe: str) -> str:
         """Return the tensor type that a weight really gets where ``wanted`` is meant."""
         del recipe
-        return storage.stored_as(wanted, shape[-1])
+        return tensor_types.stored_as(wanted, shape[-1])
 
     def constants(
         self, spec: "DecoderSpec", variant: str, *, context_tokens: int
@@ -45,7 +45,9 @@ class Writing(ABC):
         return self.backend.builds[variant].constants
 
     @abstractmethod
-    def file_bytes(self, spec: "DecoderSpec", planned: tuple["Weight", ...], variant: str) -> int:
+    def file_bytes(
+        self, spec: "DecoderSpec", planned: tuple["ProgramWeight", ...], variant: str
+    ) -> int:
         """Return about how large the program gets: within a hundredth."""
 
     @abstractmethod

@@ -10,10 +10,10 @@ import pytest
 from edgekit.bundle.manifest import Artifact
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.encodings import protobuf
-from edgekit.encodings.protobuf import Message
+from edgekit.encodings.protobuf import ProtobufMessage
 from edgekit.errors import BundleError
 from edgekit.formats import BuildRequest
-from edgekit.formats.onnx import conversion, model, runtime, storage
+from edgekit.formats.onnx import conversion, model, runtime, tensor_types
 from edgekit.tests.bundle.test_manifest import make_bundle
 
 
@@ -26,7 +26,7 @@ OPENED_MUTANTS = 200
 def convert(directory, recipe="UINT4"):
     directory.mkdir(exist_ok=True)
     checkpoint = _tiny_checkpoint(directory)
-    chosen = storage.RECIPES[recipe]
+    chosen = tensor_types.RECIPES[recipe]
     return directory / conversion.convert(
         checkpoint, BuildRequest(recipe=chosen), directory, progress=lambda _: None
     )
@@ -60,7 +60,7 @@ def unsealed(path):
 def rewrite(path, change):
     """Write the model file with other places for its weights, as one who means harm would."""
     tensors = model.read(path)
-    whole = Message.whole(path.read_bytes(), origin="")
+    whole = ProtobufMessage.whole(path.read_bytes(), origin="")
     graph = whole.message(7)
     assert graph is not None
     nodes = b"".join(protobuf.nested(1, node.content) for node in graph.messages(1))
@@ -112,7 +112,7 @@ def test_a_data_file_may_be_a_hard_link_which_is_a_file_but_no_symbolic_one(link
 )  # fmt: skip
 def test_weights_are_read_from_data_files_beside_the_model_only(path, file):
     rewrite(path, lambda tensor: replace(tensor, file=file))
-    with pytest.raises(BundleError, match="which is no data file beside it"):
+    with pytest.raises(BundleError, match="which is not a data file next to it"):
         model.read(path)
 
 
@@ -135,7 +135,7 @@ def test_a_storage_that_edgekit_never_writes_is_refused(path):
     rewrite(path, lambda tensor: tensor if "scales" not in tensor.name
             else replace(tensor, name=tensor.name.replace("scales", "steps")))  # fmt: skip
     with pytest.raises(BundleError, match="stored in a way that edgekit never writes"):
-        storage.contents(path)
+        tensor_types.contents(path)
 
 
 # Data files that fit, but are not those: only a bundle's manifest can tell
@@ -262,7 +262,7 @@ def test_no_mutant_is_opened(path):
             continue
         path.write_bytes(mutant)
         with pytest.raises(BundleError) as refusal:
-            storage.contents(path)
+            tensor_types.contents(path)
         assert os.fspath(path.parent) in str(refusal.value)
         seals += "SHA-256" in str(refusal.value)
     assert MUTANTS // 10 < seals < MUTANTS  # what only the seal can tell, and what more is told
@@ -294,7 +294,7 @@ def test_mutants_with_a_new_seal_do_not_bring_the_runtime_down_either(path):
         mutant = model.sealed(mutate(content, random))
         path.write_bytes(mutant)
         try:
-            storage.contents(path)
+            tensor_types.contents(path)
         except BundleError:
             continue
         path.with_name(f"{number:03}.mutant").write_bytes(mutant)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
-from edgekit.formats.executorch import storage
+from edgekit.formats.executorch import tensor_types
 from edgekit.formats.executorch.backends.coreml.mil import Blob, Value, Writer
 from edgekit.model.spec import DecoderSpec, Norm, Rope, Shape
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 HIDDEN = -1e9  # added to the score of a key that is not to be seen
 TOKENS, POSITION, LOGITS = "tokens", "input_pos", "logits"
-STEP = 256  # tokens; a position is so many steps and a rest, each with a table of its turns
+STEP = 256  # tokens; a position is so many steps and a rest, each with a table of its rotations
 ZEROS = "zeros."  # what the keys of tables without content begin with
 
 
@@ -39,15 +39,15 @@ class CoreMLProgram:
     operators: Mapping[str, int]  # how often each is applied
 
 
-def write(spec: DecoderSpec, storages: Mapping[str, str], context_tokens: int) -> CoreMLProgram:
+def write(spec: DecoderSpec, tensor_types: Mapping[str, str], context_tokens: int) -> CoreMLProgram:
     """Return the program of a decoder.
 
     Args:
         spec: The decoder.
-        storages: How each weight is stored, by role.
+        tensor_types: How each weight is stored, by role.
         context_tokens: How many tokens its caches hold.
     """
-    return _Decoder(spec, storages, context_tokens).program()
+    return _Decoder(spec, tensor_types, context_tokens).program()
 
 
 def caches(spec: DecoderSpec) -> tuple[str, ...]:
@@ -59,11 +59,11 @@ def caches(spec: DecoderSpec) -> tuple[str, ...]:
 
 def cache_shape(spec: DecoderSpec, context_tokens: int) -> Shape:
     """Return the shape of keys, and of values; new ones go to the second axis."""
-    return spec.attention.key_value_heads, context_tokens, spec.attention.head_width
+    return spec.attention.num_kv_heads, context_tokens, spec.attention.head_dim
 
 
 def ropes(spec: DecoderSpec) -> tuple[Rope, ...]:
-    """Return the turns of a decoder, each once, in the order of their tables."""
+    """Return the rotations of a decoder, each once, in the order of their tables."""
     return tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
 
 
@@ -93,16 +93,18 @@ def _turn_tables(spec: DecoderSpec, index: int) -> tuple[tuple[str, int, int], .
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Turn:
-    """How a token's queries and keys turn: ``(1, width)``, the first half of the sine negative."""
+class _Rotation:
+    """How queries and keys of a token rotate: ``(1, width)``, half of the sine negative."""
 
     cosine: Value
     sine: Value
 
 
 class _Decoder:
-    def __init__(self, spec: DecoderSpec, storages: Mapping[str, str], context_tokens: int) -> None:
-        self._spec, self._storages, self._context_tokens = spec, storages, context_tokens
+    def __init__(
+        self, spec: DecoderSpec, tensor_types: Mapping[str, str], context_tokens: int
+    ) -> None:
+        self._spec, self._tensor_types, self._context_tokens = spec, tensor_types, context_tokens
         self._shapes = dict(spec.weights())
         self._writer = Writer()
         self._token = Value(name=TOKENS, kind="int32", shape=(1, 1))
@@ -116,12 +118,14 @@ class _Decoder:
     def program(self) -> CoreMLProgram:
         x = self._embed()
         where = self._steps_and_rest()
-        turns = {rope: self._turn(index, *where) for index, rope in enumerate(ropes(self._spec))}
+        rotations = {
+            rope: self._rotation(index, *where) for index, rope in enumerate(ropes(self._spec))
+        }
         windows = dict.fromkeys(layer.window_tokens for layer in self._spec.layers)
         masks = {window: self._mask(window) for window in windows}
         for index, layer in enumerate(self._spec.layers):
-            turn = turns[layer.rope] if layer.rope else None
-            x = self._layer(index, x, turn, masks[layer.window_tokens])
+            rotation = rotations[layer.rope] if layer.rope else None
+            x = self._layer(index, x, rotation, masks[layer.window_tokens])
         inputs = (self._token, self._position, *self._caches.values())
         outputs = (self._head(x), *self._added)
         return CoreMLProgram(
@@ -145,15 +149,15 @@ class _Decoder:
             validate_indices=False,
         )  # fmt: skip
 
-    def _turn(self, index: int, steps: Value, rest: Value) -> _Turn:
-        """Return the turn by the sum of two angles."""
+    def _rotation(self, index: int, steps: Value, rest: Value) -> _Rotation:
+        """Return the rotation by the sum of two angles."""
         (cosine, sine), (cosine_of_rest, sine_of_rest) = (
             self._waves(index, table, row) for table, row in enumerate((steps, rest))
         )
         both = self._mul(cosine, cosine_of_rest), self._mul(sine, sine_of_rest)
         mixed = self._mul(sine, cosine_of_rest), self._mul(cosine, sine_of_rest)
         cosine, sine = self._sub(*both), self._add(*mixed)
-        return _Turn(
+        return _Rotation(
             cosine=self._join(cosine, cosine), sine=self._join(self._mul(sine, -1.0), sine)
         )
 
@@ -184,26 +188,26 @@ class _Decoder:
             hidden = apply("logical_or", shape, x=hidden, y=gone)
         return self._mul(self._float32(hidden), HIDDEN)
 
-    def _layer(self, index: int, x: Value, turn: _Turn | None, mask: Value) -> Value:
+    def _layer(self, index: int, x: Value, rotation: _Rotation | None, mask: Value) -> Value:
         spec, prefix = self._spec, f"layers.{index}."
-        read = self._float16(self._normalise(spec.norm, f"{prefix}attention_norm", x))
-        attended = self._attend(index, read, turn, mask)
+        read = self._float16(self._normalize(spec.norm, f"{prefix}attention_norm", x))
+        attended = self._attend(index, read, rotation, mask)
         if spec.has_post_norms:
-            attended = self._normalise(spec.norm, f"{prefix}attention_post_norm", attended)
+            attended = self._normalize(spec.norm, f"{prefix}attention_post_norm", attended)
         x = self._add(x, attended)
         if spec.residual == "serial":
-            read = self._float16(self._normalise(spec.norm, f"{prefix}mlp_norm", x))
+            read = self._float16(self._normalize(spec.norm, f"{prefix}mlp_norm", x))
         changed = self._mlp(prefix, read)
         if spec.has_post_norms:
-            changed = self._normalise(spec.norm, f"{prefix}mlp_post_norm", changed)
+            changed = self._normalize(spec.norm, f"{prefix}mlp_post_norm", changed)
         return self._add(x, changed)
 
-    def _attend(self, index: int, read: Value, turn: _Turn | None, mask: Value) -> Value:
+    def _attend(self, index: int, read: Value, rotation: _Rotation | None, mask: Value) -> Value:
         a, prefix = self._spec.attention, f"layers.{index}."
-        query = self._mul(self._turned_heads(prefix, "query", read, turn), a.score_scale)
-        grouped = (a.key_value_heads, a.heads // a.key_value_heads, a.head_width)
+        query = self._mul(self._rotated_heads(prefix, "query", read, rotation), a.softmax_scale)
+        grouped = (a.num_kv_heads, a.heads // a.num_kv_heads, a.head_dim)
         query = self._reshape(self._float16(query), grouped)
-        key = self._remember(f"keys_{index}", self._turned_heads(prefix, "key", read, turn))
+        key = self._remember(f"keys_{index}", self._rotated_heads(prefix, "key", read, rotation))
         value = self._linear(f"{prefix}value", read, has_bias=a.has_qkv_bias)
         value = self._remember(f"values_{index}", value)
         shares = self._shares(query, self._caches[f"keys_{index}"], key, mask)
@@ -221,7 +225,7 @@ class _Decoder:
     def _scores(self, query: Value, keys: Value) -> Value:
         shape = (*query.shape[:2], keys.shape[1])
         scores = self._float32(self._matmul(query, keys, shape, transposes=True))
-        cap = self._spec.attention.score_cap
+        cap = self._spec.attention.attn_logit_softcap
         return scores if cap is None else self._cap(scores, cap)
 
     def _mix(self, shares: Value, values: Value, value: Value) -> Value:
@@ -232,28 +236,30 @@ class _Decoder:
         own = self._matmul(self._slice(shares, context, places), value, shape, transposes=False)
         return self._float16(self._add(self._float32(seen), self._float32(own)))
 
-    def _turned_heads(self, prefix: str, name: str, read: Value, turn: _Turn | None) -> Value:
+    def _rotated_heads(
+        self, prefix: str, name: str, read: Value, rotation: _Rotation | None
+    ) -> Value:
         """Return queries or keys: ``(heads, head width)``, float32."""
         a = self._spec.attention
-        heads = a.heads if name == "query" else a.key_value_heads
+        heads = a.heads if name == "query" else a.num_kv_heads
         x = self._linear(f"{prefix}{name}", read, has_bias=a.has_qkv_bias)
-        x = self._reshape(x, (heads, a.head_width))
+        x = self._reshape(x, (heads, a.head_dim))
         if a.query_key_norm:
-            x = self._normalise(a.query_key_norm, f"{prefix}{name}_norm", x)
-        return self._turned(x, turn) if turn else x
+            x = self._normalize(a.query_key_norm, f"{prefix}{name}_norm", x)
+        return self._rotated(x, rotation) if rotation else x
 
-    def _turned(self, x: Value, turn: _Turn) -> Value:
-        whole, width = x.shape[-1], turn.cosine.shape[-1]
+    def _rotated(self, x: Value, rotation: _Rotation) -> Value:
+        whole, width = x.shape[-1], rotation.cosine.shape[-1]
         halves = (self._slice(x, width // 2, width), self._slice(x, 0, width // 2))
         swapped = self._join(*halves)
         first = x if width == whole else self._slice(x, 0, width)
-        turned = self._add(self._mul(first, turn.cosine), self._mul(swapped, turn.sine))
-        return turned if width == whole else self._join(turned, self._slice(x, width, whole))
+        rotated = self._add(self._mul(first, rotation.cosine), self._mul(swapped, rotation.sine))
+        return rotated if width == whole else self._join(rotated, self._slice(x, width, whole))
 
     def _remember(self, name: str, x: Value) -> Value:
         """Hand out what to add to a cache: ``(key heads, 1, head width)``."""
         a = self._spec.attention
-        shape = (a.key_value_heads, 1, a.head_width)
+        shape = (a.num_kv_heads, 1, a.head_dim)
         made = self._writer.apply(
             "reshape", shape, name=f"new_{name}", x=self._float16(x), shape=[*shape]
         )
@@ -278,14 +284,14 @@ class _Decoder:
 
     def _head(self, x: Value) -> Value:
         role = "token_embedding" if self._spec.is_tied else "output_head"
-        read = self._float16(self._normalise(self._spec.norm, "final_norm", x))
+        read = self._float16(self._normalize(self._spec.norm, "final_norm", x))
         logits = self._linear(role, read, has_bias=False)
-        if self._spec.logit_cap is not None:
-            logits = self._cap(logits, self._spec.logit_cap)
+        if self._spec.final_logit_softcap is not None:
+            logits = self._cap(logits, self._spec.final_logit_softcap)
         return self._writer.apply("identity", logits.shape, name=LOGITS, x=logits)
 
-    def _normalise(self, norm: Norm, role: str, x: Value) -> Value:
-        """Normalise the last axis; Gemma's ones are in its weights already."""
+    def _normalize(self, norm: Norm, role: str, x: Value) -> Value:
+        """Normalize the last axis; Gemma's ones are in its weights already."""
         if norm.kind == "layer":
             x = self._sub(x, self._mean(x))
         mean = self._mean(self._mul(x, x))
@@ -310,14 +316,16 @@ class _Decoder:
         return self._add(made, self._vector(f"{role}_bias")) if has_bias else made
 
     def _matrix(self, role: str) -> Value:
-        shape, stored = self._shapes[role], self._storages[role]
+        shape, stored = self._shapes[role], self._tensor_types[role]
         if stored == "F16":
             return self._writer.stored(role, "fp16", shape)
         if stored == "INT8":
-            scales = role + storage.SCALE
+            scales = role + tensor_types.SCALE
             return self._writer.scaled(role, "int8", shape, scales=scales, groups=1)
-        groups = shape[1] // storage.STORAGES[stored].block_weights
-        return self._writer.scaled(role, "int4", shape, scales=role + storage.SCALE, groups=groups)
+        groups = shape[1] // tensor_types.TENSOR_TYPES[stored].block_weights
+        return self._writer.scaled(
+            role, "int4", shape, scales=role + tensor_types.SCALE, groups=groups
+        )
 
     def _vector(self, role: str) -> Value:
         return self._writer.stored(role, "fp32", self._shapes[role])

@@ -19,11 +19,11 @@ def delegate(spec: DecoderSpec, *, backend: str, compute_units: str) -> nn.Modul
     Args:
         spec: The decoder.
         backend: The name of the delegate.
-        compute_units: What of a device shall compute, as the delegate spells it.
+        compute_units: Which processors of a device compute, by the delegate's name.
     """
 
     def outputs(tokens: Tensor, _: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        logits = torch.empty(len(tokens), spec.vocabulary)
+        logits = torch.empty(len(tokens), spec.vocab_size)
         return logits, *(cache.new_empty(cache[:, :1].shape) for cache in caches)
 
     units = {"compute_units": compute_units.encode()}

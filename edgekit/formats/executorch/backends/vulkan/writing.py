@@ -5,24 +5,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import UsageError
-from edgekit.formats.executorch import assembly, coverage, storage
+from edgekit.formats.executorch import assembly, coverage, tensor_types
 from edgekit.formats.executorch.backends import vulkan
-from edgekit.formats.executorch.backends._writing import Writing
+from edgekit.formats.executorch.backends._writing import BackendWriting
 from edgekit.formats.executorch.backends.vulkan import limits, memory, size
 
 
 if TYPE_CHECKING:
     from edgekit.formats import Layout, MemoryUse
-    from edgekit.formats.executorch.planned import Job, Weight
+    from edgekit.formats.executorch.planned import Job, ProgramWeight
     from edgekit.model.spec import DecoderSpec, Shape
 
 
 BATCH_TOKENS = 128  # are read at once, unless scores of so many outgrow a buffer
-_TURNED_LANES = 8  # channels that its shader turns together
+_ROTARY_LANES = 8  # channels that its shader rotates together
 _ROW_LANES = 4  # rows of four bits that it packs together
 
 
-class VulkanWriting(Writing):
+class VulkanWriting(BackendWriting):
     """The delegate computes in float16 or float32, as weights are stored."""
 
     backend = vulkan.BACKEND
@@ -39,21 +39,27 @@ class VulkanWriting(Writing):
 
     def meant_by(self, wanted: str, *, recipe: str) -> str:
         """Return float16 for all where it computes in that, else the delegate's own four bits."""
-        return "F16" if recipe in self.backend.half_recipes else storage.ACROSS.get(wanted, wanted)
+        return (
+            "F16"
+            if recipe in self.backend.half_recipes
+            else tensor_types.ACROSS.get(wanted, wanted)
+        )
 
     def stored_as(self, wanted: str, shape: "Shape", *, recipe: str) -> str:
-        """Return the storage that a weight really gets.
+        """Return the tensor type that a weight really gets.
 
         Its int8 is for one row of inputs, so matrices that fill no group of four bits stay F32.
         """
         del recipe
-        if wanted not in storage.VULKAN_FOUR_BITS:
+        if wanted not in tensor_types.VULKAN_FOUR_BITS:
             return wanted
         rows, columns = shape
-        fits = storage.stored_as(wanted, columns)
-        return fits if fits in storage.VULKAN_FOUR_BITS and rows % _ROW_LANES == 0 else "F32"
+        fits = tensor_types.stored_as(wanted, columns)
+        return fits if fits in tensor_types.VULKAN_FOUR_BITS and rows % _ROW_LANES == 0 else "F32"
 
-    def file_bytes(self, spec: "DecoderSpec", planned: tuple["Weight", ...], variant: str) -> int:
+    def file_bytes(
+        self, spec: "DecoderSpec", planned: tuple["ProgramWeight", ...], variant: str
+    ) -> int:
         """Return about how large the program gets."""
         del variant
         return size.file_bytes(spec, [part for weight in planned for part in weight.parts])
@@ -79,7 +85,7 @@ class VulkanWriting(Writing):
         _refuse_context(job)
         lowered = wrapper.lower(
             job.spec,
-            job.storages,
+            job.tensor_types,
             context_tokens=job.context_tokens,
             batch_tokens=batch_tokens(job.spec, context_tokens=job.context_tokens),
             constants=job.constants,
@@ -97,15 +103,15 @@ WRITING = VulkanWriting()
 
 def _lacks(spec: "DecoderSpec") -> Iterator[str]:
     a = spec.attention
-    if a.score_cap is not None:
+    if a.attn_logit_softcap is not None:
         yield "attention with a cap on scores"
-    if spec.logit_cap is not None:
+    if spec.final_logit_softcap is not None:
         yield "cap on logits"
     if a.has_norm_per_head:
         yield "norm with weights of its own for each head"
     widths = {layer.rope.width for layer in spec.layers if layer.rope}
-    if any(width % _TURNED_LANES for width in widths):
-        yield f"rope over {min(widths)} channels: they must be a multiple of {_TURNED_LANES}"
+    if any(width % _ROTARY_LANES for width in widths):
+        yield f"rope over {min(widths)} channels: they must be a multiple of {_ROTARY_LANES}"
 
 
 def batch_tokens(spec: "DecoderSpec", *, context_tokens: int) -> int:
@@ -116,11 +122,11 @@ def batch_tokens(spec: "DecoderSpec", *, context_tokens: int) -> int:
 
 
 def _refuse_context(job: "Job") -> None:
-    """Check that attention has all the tokens before it, and that none turns otherwise later."""
-    border = job.spec.border_tokens
+    """Check that attention sees all it should and that no position is rotated differently."""
+    border = job.spec.original_max_position_embeddings
     windows = [layer.window_tokens for layer in job.spec.layers if layer.window_tokens]
     for most, why in (
-        (border, "beyond, every position turns otherwise, and no text is read anew"),
+        (border, "beyond, every position is rotated differently, and no text is read again"),
         (min(windows, default=None), "attention looks back no further, and the delegate's would"),
     ):
         if most is not None and job.context_tokens > most:

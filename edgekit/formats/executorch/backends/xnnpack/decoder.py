@@ -28,7 +28,9 @@ _GELU_CUBE = 0.044715 * _GELU
 # What positions are multiplied with, for masks: exp(-2 ** 30) is 0, and whole numbers stay exact.
 HIDDEN = 2.0**30
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-Weights = Mapping[str, Tensor]  # by role within a layer; the last segment has those without a layer
+LayerTensors = Mapping[
+    str, Tensor
+]  # by role within a layer; the last segment has those without a layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class SegmentShape:
 
     reads_cache: bool  # has the second half of a layer
     fills_cache: bool  # has the first half of a layer; else the output head
-    turns: bool  # the first half has a rope
+    rotates: bool  # the first half has a rope
     mixes: bool  # the second half computes attention; else a custom operator did
     window_tokens: int | None  # of that attention
     changes_x: bool
@@ -50,7 +52,7 @@ def segment_shapes(spec: DecoderSpec, *, mixes: bool) -> Iterator[SegmentShape]:
         yield SegmentShape(
             reads_cache=index > 0,
             fills_cache=index < depth,
-            turns=index < depth and spec.layers[index].rope is not None,
+            rotates=index < depth and spec.layers[index].rope is not None,
             mixes=mixes,
             window_tokens=spec.layers[index - 1].window_tokens if index > 0 else None,
             changes_x=index > 0 or spec.residual == "parallel",
@@ -82,13 +84,13 @@ def _is_first_half(spec: DecoderSpec, part: str) -> bool:
 class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
     """What is computed between two caches; every tensor has a row for each token."""
 
-    def __init__(self, spec: DecoderSpec, shape: SegmentShape, weights: Weights) -> None:
+    def __init__(self, spec: DecoderSpec, shape: SegmentShape, weights: LayerTensors) -> None:
         super().__init__()
         self.spec = spec
         self.shape = shape
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-        for width in (spec.hidden_width, spec.attention.head_width):
+        for width in (spec.hidden_size, spec.attention.head_dim):
             mean = torch.full((1, width), 1 / width)
             self.register_buffer(f"mean_{width}", mean, persistent=False)
         self._numbers: dict[float, str] = {}
@@ -107,7 +109,7 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
             x: ``(tokens, hidden width)``.
             inputs: Query, keys, values and the positions of queries and keys, or what attention
                 made of them, where the cache is read; cosine and sine where queries and keys are
-                turned.
+                rotated.
         """
         left = list(inputs)
         if self.shape.reads_cache:
@@ -117,21 +119,21 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
             return (self._head(x),)
         return self._begin_layer(x, *left)
 
-    def _begin_layer(self, x: Tensor, *turn: Tensor) -> tuple[Tensor, ...]:
+    def _begin_layer(self, x: Tensor, *rotation: Tensor) -> tuple[Tensor, ...]:
         """Return x, queries, keys and values, each as the cache or attention wants them."""
-        read = self._normalise(self.spec.norm, "attention_norm", x)
+        read = self._normalize(self.spec.norm, "attention_norm", x)
         a = self.spec.attention
         query = self._project_heads("query", read, a.heads)
-        key = self._project_heads("key", read, a.key_value_heads)
-        value = self._project_heads("value", read, a.key_value_heads)
+        key = self._project_heads("key", read, a.num_kv_heads)
+        value = self._project_heads("value", read, a.num_kv_heads)
         if a.query_key_norm:
-            query = self._normalise(a.query_key_norm, "query_norm", query)
-            key = self._normalise(a.query_key_norm, "key_norm", key)
-        if self.shape.turns:
-            query, key = _turn(query, *turn), _turn(key, *turn)
+            query = self._normalize(a.query_key_norm, "query_norm", query)
+            key = self._normalize(a.query_key_norm, "key_norm", key)
+        if self.shape.rotates:
+            query, key = _rotation(query, *rotation), _rotation(key, *rotation)
         if self.spec.residual == "parallel":
             x = x + self._mlp(read)
-        query = query * self._number(a.score_scale)
+        query = query * self._number(a.softmax_scale)
         made = (query, key, value)
         if self.shape.mixes:
             made = _grouped(a, query), key.permute(1, 2, 0), value.permute(1, 0, 2)
@@ -148,12 +150,12 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
         """
         a = self.spec.attention
         scores = torch.bmm(query, keys)
-        if a.score_cap is not None:
-            scores = self._cap(scores, a.score_cap)
+        if a.attn_logit_softcap is not None:
+            scores = self._cap(scores, a.attn_logit_softcap)
         shares = functional.softmax(scores + self._mask(rows, columns), -1)
         mixed = torch.bmm(shares, values)  # (key heads, tokens * shared, head width)
-        shared = a.heads // a.key_value_heads
-        mixed = mixed.view(a.key_value_heads, -1, shared * a.head_width)
+        shared = a.heads // a.num_kv_heads
+        mixed = mixed.view(a.num_kv_heads, -1, shared * a.head_dim)
         return mixed.permute(1, 0, 2).reshape(-1, a.query_width)
 
     def _mask(self, rows: Tensor, columns: Tensor) -> Tensor:
@@ -168,13 +170,13 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
         a = self.spec.attention
         attended = self._linear("attention_output", mixed, has_bias=a.has_output_bias)
         if self.spec.has_post_norms:
-            attended = self._normalise(self.spec.norm, "attention_post_norm", attended)
+            attended = self._normalize(self.spec.norm, "attention_post_norm", attended)
         x = x + attended
         if self.spec.residual == "parallel":
             return x
-        changed = self._mlp(self._normalise(self.spec.norm, "mlp_norm", x))
+        changed = self._mlp(self._normalize(self.spec.norm, "mlp_norm", x))
         if self.spec.has_post_norms:
-            changed = self._normalise(self.spec.norm, "mlp_post_norm", changed)
+            changed = self._normalize(self.spec.norm, "mlp_post_norm", changed)
         return x + changed
 
     def _mlp(self, x: Tensor) -> Tensor:
@@ -195,9 +197,13 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
 
     def _head(self, x: Tensor) -> Tensor:
         logits = self._linear(
-            "output_head", self._normalise(self.spec.norm, "final_norm", x), has_bias=False
+            "output_head", self._normalize(self.spec.norm, "final_norm", x), has_bias=False
         )
-        return logits if self.spec.logit_cap is None else self._cap(logits, self.spec.logit_cap)
+        return (
+            logits
+            if self.spec.final_logit_softcap is None
+            else self._cap(logits, self.spec.final_logit_softcap)
+        )
 
     def _cap(self, x: Tensor, cap: float) -> Tensor:
         shares = torch.sigmoid(x * self._number(2 / cap))
@@ -209,10 +215,10 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
 
     def _project_heads(self, name: str, x: Tensor, heads: int) -> Tensor:
         rows = self._linear(name, x, has_bias=self.spec.attention.has_qkv_bias)
-        return rows.view(-1, heads, self.spec.attention.head_width)
+        return rows.view(-1, heads, self.spec.attention.head_dim)
 
-    def _normalise(self, norm: Norm, name: str, x: Tensor) -> Tensor:
-        """Normalise the last axis; Gemma's ones are in its weights already."""
+    def _normalize(self, norm: Norm, name: str, x: Tensor) -> Tensor:
+        """Normalize the last axis; Gemma's ones are in its weights already."""
         mean = self.get_buffer(f"mean_{x.shape[-1]}")
         if norm.kind == "layer":
             x = x - functional.linear(x, mean)
@@ -227,15 +233,17 @@ def _numbers(spec: DecoderSpec, shape: SegmentShape) -> Iterator[float]:
     if shape.window_tokens is not None:
         yield (shape.window_tokens - 1) * HIDDEN
     a = spec.attention
-    yield a.score_scale
+    yield a.softmax_scale
     yield from dict.fromkeys(norm.epsilon for norm in (spec.norm, a.query_key_norm) if norm)
-    for cap in dict.fromkeys(cap for cap in (a.score_cap, spec.logit_cap) if cap is not None):
+    for cap in dict.fromkeys(
+        cap for cap in (a.attn_logit_softcap, spec.final_logit_softcap) if cap is not None
+    ):
         yield from (2 / cap, 2 * cap, cap)
     if spec.activation == "gelu_tanh":
         yield from (_GELU, _GELU_CUBE)
 
 
-def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def _rotation(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turn the first channels of every head; the first half of ``sine`` is negative."""
     width = cosine.shape[-1]
     swapped = torch.cat((x[..., width // 2 : width], x[..., : width // 2]), -1)
@@ -246,9 +254,9 @@ def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 def _grouped(attention: Attention, query: Tensor) -> Tensor:
     """Return ``(key heads, tokens * queries of a key, head width)``: no key is copied."""
-    shared = attention.heads // attention.key_value_heads
-    rows = query.view(-1, attention.key_value_heads, shared * attention.head_width)
-    return rows.permute(1, 0, 2).reshape(attention.key_value_heads, -1, attention.head_width)
+    shared = attention.heads // attention.num_kv_heads
+    rows = query.view(-1, attention.num_kv_heads, shared * attention.head_dim)
+    return rows.permute(1, 0, 2).reshape(attention.num_kv_heads, -1, attention.head_dim)
 
 
 class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
@@ -277,11 +285,11 @@ class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
         a = self.spec.attention
         if self.uses_llm_operators:
             yield from dict.fromkeys(
-                ("keys", "values"), (1, self.context_tokens, a.key_value_heads, a.head_width)
+                ("keys", "values"), (1, self.context_tokens, a.num_kv_heads, a.head_dim)
             ).items()
         else:  # as the products of attention want them
-            yield "keys", (a.key_value_heads, a.head_width, self.context_tokens)
-            yield "values", (a.key_value_heads, self.context_tokens, a.head_width)
+            yield "keys", (a.num_kv_heads, a.head_dim, self.context_tokens)
+            yield "values", (a.num_kv_heads, self.context_tokens, a.head_dim)
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         """Return ``(1, vocabulary)``.
@@ -290,15 +298,15 @@ class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
             tokens: ``(1, tokens)``, int64.
             input_pos: ``(tokens,)``, int64, without gaps: what was read before is in the cache.
         """
-        turns = self.positions.turns(input_pos)
+        rotations = self.positions.rotations(input_pos)
         x = self._embed(tokens)
-        *changed, query, keys, values = self.segments[0](x, *self._turn(turns, 0))
+        *changed, query, keys, values = self.segments[0](x, *self._rotation(rotations, 0))
         x = changed[0] if changed else x
         attend = self._attend_there if self.uses_llm_operators else self._attend_here
         reach = attend(input_pos)
         for index in range(len(self.spec.layers)):
             x, *mixed = reach(index, x, query, keys, values)
-            made = self.segments[index + 1](x, *mixed, *self._turn(turns, index + 1))
+            made = self.segments[index + 1](x, *mixed, *self._rotation(rotations, index + 1))
             if len(made) == 1:
                 return made[0]
             x, query, keys, values = made
@@ -309,7 +317,7 @@ class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
         filled = self._filled(input_pos)
         rows, columns = self._places(input_pos, filled)
         last = len(self.spec.layers) - 1
-        shared = self.spec.attention.heads // self.spec.attention.key_value_heads
+        shared = self.spec.attention.heads // self.spec.attention.num_kv_heads
 
         def attend(
             index: int, x: Tensor, query: Tensor, keys: Tensor, values: Tensor
@@ -323,7 +331,7 @@ class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
 
     def _places(self, input_pos: Tensor, filled: int) -> tuple[Tensor, Tensor]:
         """Return the positions of queries and of keys, for masks."""
-        shared = self.spec.attention.heads // self.spec.attention.key_value_heads
+        shared = self.spec.attention.heads // self.spec.attention.num_kv_heads
         scaled = input_pos.to(torch.float32)[:, None] * HIDDEN
         rows = scaled.expand(-1, shared).reshape(-1, 1)
         return rows, torch.arange(filled, dtype=torch.float32)[None] * HIDDEN
@@ -360,10 +368,12 @@ class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
         scale = self.spec.embedding_scale
         return rows if scale == 1 else rows * scale
 
-    def _turn(self, turns: Mapping[Rope, tuple[Tensor, Tensor]], index: int) -> tuple[Tensor, ...]:
+    def _rotation(
+        self, rotations: Mapping[Rope, tuple[Tensor, Tensor]], index: int
+    ) -> tuple[Tensor, ...]:
         layers = self.spec.layers
         rope = layers[index].rope if index < len(layers) else None
-        return () if rope is None else turns[rope]
+        return () if rope is None else rotations[rope]
 
     def _cache(
         self, index: int, keys: Tensor, values: Tensor, input_pos: Tensor, filled: int

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.formats.executorch.contents import CONSTANT, Held, delegate_graph, named_weights
+from edgekit.formats.executorch.contents import CONSTANT, NamedWeight, delegate_graph, named_weights
 from edgekit.formats.executorch.flatbuffer import Table, refuse
 
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from edgekit.model.spec import Shape
 
 
-_QUANTISED = 2  # of XNNPACK's XValueUnion
+_QUANTIZED = 2  # of XNNPACK's XValueUnion
 _GROUPED = 4  # of XNNPACK's XNNQuantParams
 _FLOATS = {1: "F32", 2: "F16"}  # of XNNDatatype
 _QCINT8, _QBINT4 = 6, 10
@@ -24,22 +24,22 @@ def contents(path: Path, head: "Program") -> list[tuple[str, "Shape", str]]:
     return named_weights(path, head, delegated)
 
 
-def delegated(payload: bytes) -> Iterator[Held]:
+def delegated(payload: bytes) -> Iterator[NamedWeight]:
     """Yield the weights of a delegate."""
     graph = delegate_graph(payload, mark=b"XH00", of="XNNPACK")
     keys = [data.text(2) for data in graph.tables(8)]
     for value in graph.tables(2):
-        is_quantised = value.number(0, "B") == _QUANTISED
+        is_quantized = value.number(0, "B") == _QUANTIZED
         outer = value.table(1)
-        tensor = outer.table(0) if is_quantised else outer
+        tensor = outer.table(0) if is_quantized else outer
         index = tensor.number(3, "I")
         if index >= len(keys):
             refuse(f"a delegate has no data {index}")
         if index and not keys[index].startswith(CONSTANT):
-            yield keys[index], (tensor.numbers(2, "I"), _storage(tensor, outer))
+            yield keys[index], (tensor.numbers(2, "I"), _tensor_type(tensor, outer))
 
 
-def _storage(tensor: Table, outer: Table) -> str:
+def _tensor_type(tensor: Table, outer: Table) -> str:
     kind = tensor.number(0, "h")
     if kind in _FLOATS:
         return _FLOATS[kind]

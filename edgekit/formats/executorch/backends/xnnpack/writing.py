@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import UsageError
 from edgekit.formats.executorch import assembly, coverage, memory
 from edgekit.formats.executorch.backends import xnnpack
-from edgekit.formats.executorch.backends._writing import Writing
+from edgekit.formats.executorch.backends._writing import BackendWriting
 from edgekit.formats.executorch.backends.xnnpack import size
 
 
 if TYPE_CHECKING:
     from edgekit.formats import Layout, MemoryUse
-    from edgekit.formats.executorch.planned import Job, Weight
+    from edgekit.formats.executorch.planned import Job, ProgramWeight
     from edgekit.model.spec import DecoderSpec
 
 
-class XnnpackWriting(Writing):
+class XnnpackWriting(BackendWriting):
     """All is computed in float32, and a tensor type is what its name says."""
 
     backend = xnnpack.BACKEND
@@ -25,7 +25,7 @@ class XnnpackWriting(Writing):
     def refuse(self, spec: "DecoderSpec", variant: str) -> None:
         """Check that ``custom_sdpa`` computes the attention of a decoder, where it must."""
         lacks = None
-        if spec.attention.score_cap is not None:
+        if spec.attention.attn_logit_softcap is not None:
             lacks = "a cap on scores"
         elif any(layer.window_tokens is not None for layer in spec.layers):
             lacks = "windows"
@@ -36,7 +36,9 @@ class XnnpackWriting(Writing):
                 hint=f"take --variant {xnnpack.PORTABLE}: any ExecuTorch runtime has its operators",
             )
 
-    def file_bytes(self, spec: "DecoderSpec", planned: tuple["Weight", ...], variant: str) -> int:
+    def file_bytes(
+        self, spec: "DecoderSpec", planned: tuple["ProgramWeight", ...], variant: str
+    ) -> int:
         """Return about how large the program gets."""
         parts = [part for weight in planned for part in weight.parts]
         return size.file_bytes(spec, parts, uses_llm_operators=variant == xnnpack.LLM)
@@ -53,7 +55,7 @@ class XnnpackWriting(Writing):
 
         lowered = wrapper.lower(
             job.spec,
-            job.storages,
+            job.tensor_types,
             context_tokens=job.context_tokens,
             uses_llm_operators=job.variant == xnnpack.LLM,
             constants=job.constants,
