@@ -11,6 +11,7 @@ from edgekit.errors import UsageError
 from edgekit.formats import DecoderWeights
 from edgekit.model.spec import Activation, Attention, DecoderSpec, Layer, Norm, Rope
 from edgekit.progress import Advance
+from edgekit.runtime import reading
 
 
 if TYPE_CHECKING:
@@ -86,10 +87,13 @@ class InterpreterSession:
         self._read: list[int] = []
 
     def prefill(self, ids: Sequence[int]) -> "npt.NDArray[np.float32]":
-        """Read ``ids`` after what was read; return the logits after the last one."""
-        if not ids:
-            raise UsageError("an empty prompt has no next token")
-        self._refuse(ids, cached=len(self._read))
+        """Read ``ids`` after what was read; return float32 ``(vocabulary_tokens,)`` logits.
+
+        Raises:
+            UsageError: If ``ids`` is empty, has an unknown id, or outgrows the context.
+        """
+        reading.refuse_empty(ids)
+        reading.refuse(self, ids, cached_tokens=len(self._read))
         text = [*self._read, *ids]
         (states,) = hidden_states(self._model, [text])
         self._read = text
@@ -97,12 +101,12 @@ class InterpreterSession:
         return found
 
     def decode(self, token: int) -> "npt.NDArray[np.float32]":
-        """Read one token more; return the logits after it."""
+        """Read one token more; return float32 ``(vocabulary_tokens,)`` logits."""
         return self.prefill([token])
 
     def all_logits(self, ids: Sequence[int]) -> "npt.NDArray[np.float32]":
-        """Read ``ids`` alone; return the logits after each of them."""
-        self._refuse(ids, cached=0)
+        """Read ``ids`` alone; return float32 ``(len(ids), vocabulary_tokens)`` logits."""
+        reading.refuse(self, ids, cached_tokens=0)
         self._read = list(ids)
         return next(logits(self._model, [ids]))
 
@@ -113,13 +117,6 @@ class InterpreterSession:
     def close(self) -> None:
         """Give the weights back."""
         self._model.forget()
-
-    def _refuse(self, ids: Sequence[int], *, cached: int) -> None:
-        if cached + len(ids) > self.context_tokens:
-            raise UsageError(
-                f"{cached} cached and {len(ids)} new tokens exceed the context of "
-                f"{self.context_tokens}"
-            )
 
 
 class _Held:

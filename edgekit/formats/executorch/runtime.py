@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats.executorch import backends, memory, program, shim_build, stock_runtime
+from edgekit.runtime import reading
 from edgekit.runtime.processors import performance_cores
 
 
@@ -64,17 +65,20 @@ class ExecutorchSession:
         self._last_rows: dict[tuple[int | None, int], Logits] = {}  # by address; it rarely moves
 
     def prefill(self, ids: Sequence[int]) -> "Logits":
-        """Read ``ids`` after what is cached; return the logits after the last one."""
-        if not ids:
-            raise UsageError("an empty prompt has no next token", hint="pass at least one token")
+        """Read ``ids`` after what is cached; return float32 ``(vocabulary_tokens,)`` logits.
+
+        Raises:
+            UsageError: If ``ids`` is empty, has an unknown id, or outgrows the context.
+        """
+        reading.refuse_empty(ids)
         return self._append(ids)
 
     def decode(self, token: int) -> "Logits":
-        """Read one token after what is cached; return the logits after it."""
+        """Read one token after what is cached; return float32 ``(vocabulary_tokens,)`` logits."""
         return self._append((token,))
 
     def all_logits(self, ids: Sequence[int]) -> "Logits":
-        """Empty the cache, read ``ids``, and return the logits after each of them.
+        """Read ``ids`` alone; return float32 ``(len(ids), vocabulary_tokens)`` logits.
 
         Token by token, since a program gives those of the last one only.
         """
@@ -147,8 +151,8 @@ class ExecutorchSession:
 
     def _append(self, ids: Sequence[int]) -> "Logits":
         self._refuse(ids)
-        if self._crosses_border(len(ids)):
-            # As transformers' generate: what was cached has the other frequencies.
+        cached = len(self._cached)
+        if reading.outgrows(self._border_tokens, cached_tokens=cached, new_tokens=len(ids)):
             ids = [*self._cached, *ids]
             self.reset()
         for batch in self._batches(ids):
@@ -165,12 +169,7 @@ class ExecutorchSession:
         if border is not None and not self._cached and len(ids) > border:
             first = border + 1
             yield ids[:first]
-        for at in range(first, len(ids), self._batch_tokens):
-            yield ids[at : at + self._batch_tokens]
-
-    def _crosses_border(self, new_tokens: int) -> bool:
-        border, cached = self._border_tokens, len(self._cached)
-        return border is not None and 0 < cached <= border < cached + new_tokens
+        yield from (part for _, part in reading.batches(ids[first:], self._batch_tokens))
 
     def _read(self, ids: Sequence[int]) -> None:
         count, position = len(ids), len(self._cached)
@@ -209,18 +208,7 @@ class ExecutorchSession:
         return last
 
     def _refuse(self, ids: Sequence[int]) -> None:
-        tokens, cached = len(ids), len(self._cached)
-        if cached + tokens > self.context_tokens:
-            raise UsageError(
-                f"{cached} cached and {tokens} new tokens exceed the context of "
-                f"{self.context_tokens}",
-                hint="shorten the prompt, or export with a larger --context",
-            )
-        for id in ids:
-            if not 0 <= id < self.vocabulary_tokens:
-                raise UsageError(
-                    f"there is no token id {id}, the vocabulary has {self.vocabulary_tokens}"
-                )
+        reading.refuse(self, ids, cached_tokens=len(self._cached))
 
 
 def _forward_of(found: program.Program, path: Path) -> program.Method:

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
+from edgekit.errors import BundleError, MissingDependencyError, ToolchainError
 from edgekit.formats.gguf import split
+from edgekit.runtime import reading
 from edgekit.runtime.processors import performance_cores
 
 
@@ -138,38 +139,38 @@ class GgufSession:
         self._rows: dict[int, npt.NDArray[np.float32]] = {}  # by address; it rarely moves
 
     def prefill(self, ids: Sequence[int]) -> "Logits":
-        """Read ``ids`` after what is cached; return the logits after the last one."""
-        if not ids:
-            raise UsageError("an empty prompt has no next token", hint="pass at least one token")
-        self._refuse_overflow(len(ids))
-        for first in range(0, len(ids), BATCH_TOKENS):
-            part = ids[first : first + BATCH_TOKENS]
+        """Read ``ids`` after what is cached; return float32 ``(vocabulary_tokens,)`` logits.
+
+        Raises:
+            UsageError: If ``ids`` is empty, has an unknown id, or outgrows the context.
+        """
+        reading.refuse_empty(ids)
+        self._refuse(ids)
+        for _, part in reading.batches(ids, BATCH_TOKENS):
             tokens = (ctypes.c_int32 * len(part))(*part)
             self._run(self._context, self._llama.llama_batch_get_one(tokens, len(part)))
         self._cached_tokens += len(ids)
         return self._last_row()
 
     def decode(self, token: int) -> "Logits":
-        """Read one token after what is cached; return the logits after it."""
-        if self._cached_tokens >= self.context_tokens:
-            self._refuse_overflow(1)
+        """Read one token after what is cached; return float32 ``(vocabulary_tokens,)`` logits."""
+        self._refuse((token,))
         self._single[0] = token
         self._run(self._context, self._single_batch)
         self._cached_tokens += 1
         return self._last_row()
 
     def all_logits(self, ids: Sequence[int]) -> "Logits":
-        """Empty the cache, read ``ids``, and return the logits after each of them."""
+        """Read ``ids`` alone; return float32 ``(len(ids), vocabulary_tokens)`` logits."""
         import numpy as np
 
         self.reset()
-        self._refuse_overflow(len(ids))
+        self._refuse(ids)
         if self._scoring is None:
             self._scoring = self._new_context(rows=BATCH_TOKENS)
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._scoring), False)
         rows = np.empty((len(ids), self.vocabulary_tokens), np.float32)
-        for first in range(0, len(ids), BATCH_TOKENS):
-            part = ids[first : first + BATCH_TOKENS]
+        for first, part in reading.batches(ids, BATCH_TOKENS):
             with _batch_of_all_rows(self._llama, part, first) as batch:
                 self._run(self._scoring, batch)
             logits = self._llama.llama_get_logits(self._scoring)
@@ -229,13 +230,8 @@ class GgufSession:
             self._rows = {address: row}
         return row
 
-    def _refuse_overflow(self, tokens: int) -> None:
-        if self._cached_tokens + tokens > self.context_tokens:
-            raise UsageError(
-                f"{self._cached_tokens} cached and {tokens} new tokens exceed the context of "
-                f"{self.context_tokens}",
-                hint="shorten the prompt, or export with a larger --context",
-            )
+    def _refuse(self, ids: Sequence[int]) -> None:
+        reading.refuse(self, ids, cached_tokens=self._cached_tokens)
 
 
 @contextmanager

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
+from edgekit.errors import BundleError, MissingDependencyError, ToolchainError
 from edgekit.formats.onnx import model
 from edgekit.formats.onnx.graph import FIRST_LOGIT, ROPE_BORDER, TEXT_TOKENS
+from edgekit.runtime import reading
 from edgekit.runtime.processors import performance_cores
 
 
@@ -129,24 +130,26 @@ class OnnxSession:
         self._allocate()
 
     def prefill(self, ids: Sequence[int]) -> "Logits":
-        """Read ``ids`` after what is cached; return the logits after the last one."""
-        if not ids:
-            raise UsageError("an empty prompt has no next token", hint="pass at least one token")
+        """Read ``ids`` after what is cached; return float32 ``(vocabulary_tokens,)`` logits.
+
+        Raises:
+            UsageError: If ``ids`` is empty, has an unknown id, or outgrows the context.
+        """
+        reading.refuse_empty(ids)
         return self._append(ids)
 
     def decode(self, token: int) -> "Logits":
-        """Read one token after what is cached; return the logits after it."""
+        """Read one token after what is cached; return float32 ``(vocabulary_tokens,)`` logits."""
         return self._append([token])
 
     def all_logits(self, ids: Sequence[int]) -> "Logits":
-        """Empty the cache, read ``ids``, and return the logits after each of them."""
+        """Read ``ids`` alone; return float32 ``(len(ids), vocabulary_tokens)`` logits."""
         import numpy as np
 
         self.reset()
         self._refuse(ids)
         rows = np.empty((len(ids), self.vocabulary_tokens), np.float32)
-        for first in range(0, len(ids), BATCH_TOKENS):
-            part = ids[first : first + BATCH_TOKENS]
+        for first, part in reading.batches(ids, BATCH_TOKENS):
             self._run(part, rows[first : first + len(part)], text_tokens=len(ids))
         self.reset()  # so that the next text begins again, as in llama.cpp
         return rows
@@ -162,19 +165,15 @@ class OnnxSession:
 
     def _append(self, ids: Sequence[int]) -> "Logits":
         self._refuse(ids)
-        if self._crosses_border(len(ids)):
-            # As transformers' generate: what was cached has the other frequencies.
+        cached = len(self._read)
+        if reading.outgrows(self._border_tokens, cached_tokens=cached, new_tokens=len(ids)):
             ids = [*self._read, *ids]
             self.reset()
         text_tokens = len(self._read) + len(ids)
-        for first in range(0, len(ids), BATCH_TOKENS):
-            self._run(ids[first : first + BATCH_TOKENS], self._last, text_tokens=text_tokens)
+        for _, part in reading.batches(ids, BATCH_TOKENS):
+            self._run(part, self._last, text_tokens=text_tokens)
         last: Logits = self._last[0]
         return last
-
-    def _crosses_border(self, new_tokens: int) -> bool:
-        border, cached = self._border_tokens, len(self._read)
-        return border is not None and 0 < cached <= border < cached + new_tokens
 
     def _run(self, ids: Sequence[int], logits: "Logits", *, text_tokens: int) -> None:
         """Read some tokens; the logits after the last of them fill as many rows as are given."""
@@ -241,15 +240,4 @@ class OnnxSession:
         return None if found is None else int(found)
 
     def _refuse(self, ids: Sequence[int]) -> None:
-        tokens, cached = len(ids), len(self._read)
-        if cached + tokens > self.context_tokens:
-            raise UsageError(
-                f"{cached} cached and {tokens} new tokens exceed the context of "
-                f"{self.context_tokens}",
-                hint="shorten the prompt, or export with a larger --context",
-            )
-        for id in ids:
-            if not 0 <= id < self.vocabulary_tokens:  # a negative one would count from the end
-                raise UsageError(
-                    f"there is no token id {id}, the vocabulary has {self.vocabulary_tokens}"
-                )
+        reading.refuse(self, ids, cached_tokens=len(self._read))

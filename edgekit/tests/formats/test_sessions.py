@@ -7,7 +7,7 @@ import pytest
 
 from edgekit import formats
 from edgekit.doctor import _tiny_checkpoint
-from edgekit.errors import ToolchainError, UsageError
+from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest
 from edgekit.proof.interpreter import InterpreterSession
 from edgekit.tests.formats.test_formats import needs_runtime
@@ -157,8 +157,10 @@ def test_no_tokens_have_no_next_token(session):
 @pytest.mark.parametrize("token", [VOCABULARY_TOKENS, -1])
 def test_a_token_that_is_none_is_refused_and_the_session_goes_on(session, token):
     fresh = session.prefill(IDS).copy()
-    session.reset()
-    with pytest.raises((UsageError, ToolchainError)):
-        session.decode(token)
+    for read in (lambda: session.decode(token), lambda: session.prefill([1, token]),
+                 lambda: session.all_logits([token, 1])):  # fmt: skip
+        session.reset()
+        with pytest.raises(UsageError, match=f"no token id {token}, the vocabulary has 257"):
+            read()
     session.reset()
     np.testing.assert_array_equal(session.prefill(IDS), fresh)
