@@ -72,5 +72,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List the public names for completion."""
-    return sorted([*globals(), *_PLACES])
+    """List the public names, and nothing of how they are found."""
+    return sorted(_PLACES)

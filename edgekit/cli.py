@@ -5,17 +5,19 @@ imported by the command that runs them, so that ``edgekit --help`` answers at on
 """
 
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from edgekit import versions
 from edgekit.errors import BudgetError, EdgekitError, ToolchainError, UnstableError, UsageError
 
 
@@ -27,16 +29,41 @@ if TYPE_CHECKING:
     from edgekit.target import Target
 
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 DIRECTORY = click.Path(path_type=Path)
 TARGET_HELP = "Device class: a name from `edgekit targets`, or a TOML file of your own."
+CONTEXT_HELP = "Context length in tokens; default: what the bundle was exported for."
+_TARGET_COLUMNS = (28, 10, 14, 30)  # widths: name, memory, context, formats
+THREADS_HELP = "Threads to compute with; default: the performance cores."
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="edgekit")
+class Command(click.Command):
+    """A command that refuses an option given twice, where click would keep the last."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments; options that may be repeated, and flags, may come again."""
+        _, _, given = self.make_parser(ctx).parse_args(list(args))
+        for option in given:
+            is_single = isinstance(option, click.Option) and not (option.multiple or option.is_flag)
+            if is_single and given.count(option) > 1:
+                raise click.UsageError(f"{option.opts[-1]} is given more than once", ctx)
+        return super().parse_args(ctx, args)
+
+
+class Group(click.Group):
+    """The commands, each a `Command`."""
+
+    command_class: type[click.Command] | None = Command
+
+
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(versions.EDGEKIT)
 def cli() -> None:
-    """Turn a fine-tuned small language model into artifacts that fit a device, proven to say the
-    same as the model.
+    """Turn a fine-tuned small language model into artifacts that fit a device, and prove that they
+    say the same as the model.
 
     \b
     Start here:
@@ -46,7 +73,7 @@ def cli() -> None:
     """  # noqa: D205 - the first sentence is the help text
 
 
-def adapter_option(command: Command) -> Command:
+def adapter_option(command: Decorated) -> Decorated:
     """Add ``--adapter``."""
     return click.option(
         "--adapter",
@@ -54,24 +81,24 @@ def adapter_option(command: Command) -> Command:
         type=DIRECTORY,
         multiple=True,
         metavar="DIR",
-        help="PEFT adapter to merge; repeat it to stack several in this order.",
+        help="PEFT adapter to merge; repeat it to stack several, in this order.",
     )(command)
 
 
-def trained_on_option(command: Command) -> Command:
+def trained_on_option(command: Decorated) -> Decorated:
     """Add ``--trained-on``."""
     return click.option(
         "--trained-on", type=DIRECTORY, metavar="DIR",
-        help="4-bit base that QLoRA trained on, to compare the merge with; default: the one the "
-             "adapter names, if it is here.",
+        help="4-bit base model that the adapter was trained on (QLoRA), to compare the merged "
+             "model with; default: the one that the adapter names, if it is a directory here.",
     )(command)  # fmt: skip
 
 
-def choice_options(command: Command) -> Command:
+def choice_options(command: Decorated) -> Decorated:
     """Add what narrows a plan."""
     for option in (
         click.option("--context", "context_tokens", type=int, metavar="N",
-                     help="Tokens the runner must hold; default: the target's."),
+                     help="Context length in tokens; default: the target's."),
         click.option("--quant", metavar="Q",
                      help="Recipe, e.g. Q4_K_M; default: the most faithful one that fits."),
         click.option("--format", metavar="F",
@@ -83,15 +110,15 @@ def choice_options(command: Command) -> Command:
     return adapter_option(command)
 
 
-def no_calibration_option(command: Command) -> Command:
+def no_calibration_option(command: Decorated) -> Decorated:
     """Add ``--no-calibration``."""
     return click.option(
         "--no-calibration", is_flag=True,
-        help="Round every weight by itself, without asking how large its inputs are.",
+        help="Round to nearest, without weighting errors by the size of the inputs.",
     )(command)  # fmt: skip
 
 
-def split_option(command: Command) -> Command:
+def split_option(command: Decorated) -> Decorated:
     """Add ``--split``."""
 
     def to_bytes(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
@@ -99,15 +126,16 @@ def split_option(command: Command) -> Command:
 
     return click.option(
         "--split", "split_bytes", metavar="SIZE", callback=to_bytes,
-        help="Write the artifact as files of at most this size, e.g. 512MB.",
+        help="Split the artifact into files of at most this size, e.g. 512MB.",
     )(command)  # fmt: skip
 
 
-def variant_option(command: Command) -> Command:
+def variant_option(command: Decorated) -> Decorated:
     """Add ``--variant``."""
     return click.option(
         "--variant", metavar="NAME",
-        help="Build for another program on the device than the target's (`edgekit formats`).",
+        help="Build of the format for a particular program on the device (`edgekit formats`); "
+             "default: the target's.",
     )(command)  # fmt: skip
 
 
@@ -116,13 +144,13 @@ def size_bytes(text: str, *, of: str) -> int:
     from edgekit.units import parse_quantity
 
     spaced = re.sub(r"(?<=[0-9])(?=[A-Za-z])", " ", text)
-    found = int(parse_quantity(spaced, of=of, dimension="bytes"))
-    if found < 1:
-        raise UsageError(f"{of} = {text!r} leaves no room for anything")
-    return found
+    size = int(parse_quantity(spaced, of=of, dimension="bytes"))
+    if size < 1:
+        raise UsageError(f"{of} = {text!r} is less than one byte")
+    return size
 
 
-def json_option(command: Command) -> Command:
+def json_option(command: Decorated) -> Decorated:
     """Add ``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
 
@@ -134,14 +162,17 @@ def json_option(command: Command) -> Command:
 @split_option
 @variant_option
 @click.option("--calibration", type=DIRECTORY, metavar="FILE",
-              help="Text to calibrate on besides edgekit's own: like what the model will read.",
+              help="Text like what the model will read, to calibrate on in addition to edgekit's "
+                   "own.",
               )  # fmt: skip
 @no_calibration_option
 @click.option("-o", "--out", type=DIRECTORY, help="Bundle directory to create.")
 @click.option(
-    "--replace", is_flag=True, help="Replace the bundle at OUT, once the new one is whole."
+    "--replace", is_flag=True, help="Replace the bundle at OUT, once the new one is complete."
 )
-@click.option("--no-verify", is_flag=True, help="Skip the proof; such a bundle never passes.")
+@click.option(
+    "--no-verify", is_flag=True, help="Skip the proof; such a bundle never passes validate."
+)
 @json_option
 def export_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
@@ -187,7 +218,7 @@ def plan_command(
     quant: str | None, context_tokens: int | None, variant: str | None, no_calibration: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Show what `export` would make of MODEL, what it would cost, and why the rest falls."""
+    """Show what `export` would make of MODEL, what it would cost, and why the rest is rejected."""
     from edgekit.plan import plan
     from edgekit.target import load
 
@@ -195,6 +226,7 @@ def plan_command(
     made = plan(
         model, target, adapters=adapters, format=format, quant=quant,
         context_tokens=context_tokens, variant=variant, calibrate=not no_calibration,
+        listener=Terminal(),
     )  # fmt: skip
     if as_json:
         print_json(made)
@@ -238,18 +270,23 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
 @cli.command("run")
 @click.argument("bundle", type=DIRECTORY)
 @click.argument("prompt", required=False)
-@click.option("--system", metavar="TEXT", help="What the system says first.")
-@click.option("--max-tokens", type=int, default=512, show_default=True)
+@click.option("--system", metavar="TEXT", help="System prompt.")
+@click.option("--max-tokens", type=int, default=512, show_default=True, metavar="N",
+              help="Length of the answer at most.")  # fmt: skip
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int, default=0, help="Choose among the K likeliest; 0: all.")
-@click.option("--top-p", type=float, default=1.0, help="Choose within this probability.")
-@click.option("--min-p", type=float, default=0.0, help="None less likely than this share.")
+@click.option("--top-k", type=int, default=0, help="Sample from the K most likely; 0: all.")
+@click.option(
+    "--top-p", type=float, default=1.0, help="Sample from the most likely, up to this total."
+)
+@click.option(
+    "--min-p", type=float, default=0.0, help="Drop what is less likely than this share of the top."
+)
 @click.option("--repetition-penalty", type=float, default=1.0, help="1: none.")
-@click.option("--seed", type=int, help="The same tokens every time.")
+@click.option("--seed", type=int, help="Sample the same tokens every time.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text.")
-@click.option("--raw", is_flag=True, help="Go on with PROMPT as it is, without the template.")
-@click.option("--context", "context_tokens", type=int, metavar="N", help="Tokens to hold.")
-@click.option("--threads", type=int, metavar="N", help="Default: the performance cores.")
+@click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the template.")
+@click.option("--context", "context_tokens", type=int, metavar="N", help=CONTEXT_HELP)
+@click.option("--threads", type=int, metavar="N", help=THREADS_HELP)
 @json_option
 def run_command(
     bundle: Path, prompt: str | None, system: str | None, max_tokens: int, temperature: float,
@@ -257,7 +294,7 @@ def run_command(
     stop: tuple[str, ...], raw: bool, context_tokens: int | None, threads: int | None,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Answer PROMPT with the bundle in BUNDLE, or chat if there is none.
+    """Answer PROMPT with BUNDLE; without PROMPT, chat.
 
     \b
     Examples:
@@ -303,17 +340,19 @@ def chat(
     runner: "Runner", *, system: str | None, max_tokens: int, sampling: "Sampling",
     stop: Sequence[str],
 ) -> None:  # fmt: skip
-    """Talk until the end of input; Ctrl-C ends an answer, twice the chat."""
+    """Talk until the end of input; Ctrl-C cuts an answer short, at the prompt it ends the chat."""
     from edgekit.run import Chat
 
     talk = Chat(
         runner=runner, system=system, max_tokens=max_tokens, sampling=sampling, stop=tuple(stop)
     )
-    click.echo(f"{runner.bundle.model.name}; /clear forgets, Ctrl-D leaves", err=True)
+    click.echo(
+        f"{runner.bundle.model.name}; /clear forgets the conversation, Ctrl-D leaves", err=True
+    )
     while True:
         try:
             said = input("> ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             click.echo(err=True)
             return
         if said == "/clear":
@@ -334,25 +373,28 @@ def say(reply: "Reply") -> None:
 @cli.command("validate")
 @click.argument("bundle", type=DIRECTORY)
 @click.option("--target", "target_name", metavar="NAME|FILE.toml",
-              help="Whose budget to enforce; default: the one it was exported for.")  # fmt: skip
+              help="Whose budget to enforce; default: the target it was exported for.")  # fmt: skip
 @click.option("--device", default="this", show_default=True, metavar="this|ssh://USER@HOST",
               help="Where to measure.")  # fmt: skip
 @click.option("--repetitions", type=int, default=5, show_default=True,
-              help="Fresh processes to begin with; doubled while chance decides.")  # fmt: skip
-@click.option("--threads", type=int, metavar="N", help="Default: the target's.")
+              help="Fresh processes to start with; doubled while more may decide.")  # fmt: skip
+@click.option("--threads", type=int, metavar="N",
+              help="Threads to compute with; default: the target's.")  # fmt: skip
 @click.option("--measurement", type=DIRECTORY, metavar="FILE",
-              help="Judge what an app measured on its device, and measure nothing.")  # fmt: skip
-@click.option("--html", type=DIRECTORY, metavar="FILE", help="Write one page with plots.")
-@click.option("--junit", type=DIRECTORY, metavar="FILE", help="Write JUnit XML.")
+              help="Judge what an app measured on its device; measure nothing.")  # fmt: skip
+@click.option(
+    "--html", type=DIRECTORY, metavar="FILE", help="Write a report with plots as one HTML page."
+)
+@click.option("--junit", type=DIRECTORY, metavar="FILE", help="Write a report as JUnit XML.")
 @json_option
 def validate_command(
     bundle: Path, target_name: str | None, device: str, repetitions: int, threads: int | None,
     measurement: Path | None, html: Path | None, junit: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure BUNDLE on a device and hold it against the budget of its target.
+    """Measure BUNDLE on a device and compare it with the budget of its target.
 
     \b
-    Exit status: 0 pass, 3 over budget, 4 too noisy to judge.
+    Exit status: 0 pass, 3 over budget, 4 no verdict, as the measurement is unstable or in doubt.
     Examples:
       edgekit validate out
       edgekit validate out --device ssh://pi@raspberrypi.local --html report.html
@@ -363,14 +405,15 @@ def validate_command(
     from edgekit.target import load
     from edgekit.validate import judge_document, validate
 
+    terminal = Terminal()
     target = load(target_name or Bundle.load(bundle, check_hashes=False).target)
     if measurement:
         result = judge_document(bundle, target, measurement)
     else:
-        with Terminal().counted("measure") as progress:
+        with terminal.counted("measure") as progress:
             result = validate(
                 bundle, target, device=device, repetitions=repetitions, threads=threads,
-                progress=progress,
+                progress=progress, listener=terminal,
             )  # fmt: skip
     click.echo(report.as_json(result) if as_json else report.as_text(result))
     for path, write in ((html, report.as_html), (junit, report.as_junit)):
@@ -383,10 +426,10 @@ def validate_command(
 def raise_outcome(outcome: str, bundle: Path, target: str) -> None:
     """Turn what is not a pass into its exit status."""
     if outcome == "fail":
-        raise BudgetError(f"{bundle} misses the budget of {target}")
+        raise BudgetError(f"{bundle} does not meet the budget of {target}")
     if outcome == "unstable":
         raise UnstableError(
-            f"{bundle} could not be judged for {target}",
+            f"the measurement allows no verdict on {bundle} for {target}",
             hint="close other programs, let the device cool down, and try again",
         )
 
@@ -417,7 +460,7 @@ def verify_command(bundle: Path, model: str, adapters: tuple[Path, ...], as_json
 @trained_on_option
 @click.option("-o", "--out", type=DIRECTORY, required=True, help="Directory to create.")
 @click.option("--precision", type=click.Choice(["bf16", "f16", "f32"]),
-              help="Default: what each tensor of MODEL has.")  # fmt: skip
+              help="Tensor type to write; default: the one each tensor of MODEL has.")  # fmt: skip
 def merge_command(
     model: str, adapters: tuple[Path, ...], trained_on: Path | None, out: Path, precision: Any
 ) -> None:
@@ -438,21 +481,23 @@ def inspect_command(path: Path, tensors: bool, as_json: bool) -> None:
     """Print what a bundle or an artifact file really contains."""
     from edgekit.inspect import inspect, lines
 
-    found = inspect(path)
+    inspection = inspect(path)
     if as_json:
-        print_json(found)
+        print_json(inspection)
     else:
-        click.echo("\n".join(lines(found, lists_tensors=tensors)))
+        click.echo("\n".join(lines(inspection, lists_tensors=tensors)))
 
 
 @cli.command("serve")
 @click.argument("bundle", type=DIRECTORY)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=int, default=8080, show_default=True)
-@click.option("--allow-remote", is_flag=True, help="Let --host be reachable from other machines.")
-@click.option("--api-key", envvar="EDGEKIT_API_KEY", metavar="KEY", help="Ask clients for this.")
-@click.option("--threads", type=int, metavar="N", help="Default: the performance cores.")
-@click.option("--context", "context_tokens", type=int, metavar="N", help="Tokens to hold.")
+@click.option("--allow-remote", is_flag=True, help="Allow a --host that other machines can reach.")
+@click.option(
+    "--api-key", envvar="EDGEKIT_API_KEY", metavar="KEY", help="Key that clients must send."
+)
+@click.option("--threads", type=int, metavar="N", help=THREADS_HELP)
+@click.option("--context", "context_tokens", type=int, metavar="N", help=CONTEXT_HELP)
 def serve_command(
     bundle: Path, host: str, port: int, allow_remote: bool, api_key: str | None,
     threads: int | None, context_tokens: int | None,
@@ -471,7 +516,7 @@ def serve_command(
 @click.option("--schema", is_flag=True, help="Print the JSON schema of target files.")
 @json_option
 def targets_command(name: str | None, schema: bool, as_json: bool) -> None:
-    """List the devices edgekit knows, or show one with the origin of every number."""
+    """List the targets edgekit knows, or show one with the origin of every number."""
     from edgekit import target
 
     if schema:
@@ -479,8 +524,8 @@ def targets_command(name: str | None, schema: bool, as_json: bool) -> None:
     elif name is None and as_json:
         print_json(target.titles())
     elif name is None:
-        for known, title in target.titles().items():
-            click.echo(f"{known:<28}{title}")
+        for line in target_table():
+            click.echo(line)
     elif as_json:
         print_json(target.load(name))
     else:
@@ -488,16 +533,39 @@ def targets_command(name: str | None, schema: bool, as_json: bool) -> None:
             click.echo(line)
 
 
-def target_lines(found: "Target") -> Iterator[str]:
-    """Yield a target's numbers, each with where it comes from."""
-    yield f"{found.name}: {found.title} ({found.soc})"
-    yield f"formats, best first: {', '.join(found.formats)}"
-    numbers = asdict(found) | asdict(found.budget)
-    numbers |= {f"first_token[{f.prompt_tokens}]": f.limit_s for f in found.budget.first_token}
-    for field, origin in found.origins.items():
-        value = numbers.get(field, "")
-        shown = ", ".join(value) if isinstance(value, tuple) else value
-        yield f"  {field:<32}{shown!s:<22}  {origin.basis}, {origin.source} ({origin.date})"
+def target_table() -> Iterator[str]:
+    """Yield the targets as a table; a file that is wrong says so in its row."""
+    from edgekit import target
+    from edgekit.units import format_bytes
+
+    yield _target_row("target", "memory", "context", "formats", "device")
+    for name in target.names():
+        try:
+            known = target.load(name)
+        except UsageError as error:
+            yield f"{name:<{_TARGET_COLUMNS[0]}}{error}"
+            continue
+        memory, context = format_bytes(known.memory_bytes), f"{known.budget.context_tokens} tokens"
+        yield _target_row(name, memory, context, ", ".join(known.formats), known.title)
+
+
+def _target_row(*cells: str) -> str:
+    widths = (*_TARGET_COLUMNS, 0)
+    return "".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
+
+
+def target_lines(target: "Target") -> Iterator[str]:
+    """Yield a target's numbers as its file names them, each with where it comes from."""
+    from edgekit.target import quantities
+
+    yield f"{target.name}: {target.title} ({target.soc})"
+    yield f"formats, best first: {', '.join(target.formats)}"
+    for quantity in quantities(target):
+        origin = quantity.origin
+        yield (
+            f"  {quantity.key:<32}{quantity.value:<16}  "
+            f"{origin.basis}, {origin.source} ({origin.date})"
+        )
 
 
 @cli.command("formats")
@@ -506,14 +574,14 @@ def formats_command(as_json: bool) -> None:
     """List the artifact formats and what each can store."""
     from edgekit import formats
 
-    found = {
+    recipes_by_format = {
         name: {recipe: fmt.RECIPES[recipe].default for recipe in fmt.RECIPES}
         for name, fmt in formats.get_all()
     }
     if as_json:
-        print_json(found)
+        print_json(recipes_by_format)
     else:
-        for name, recipes in found.items():
+        for name, recipes in recipes_by_format.items():
             click.echo(f"{name:<12}{', '.join(recipes)}{_variants(name)}")
 
 
@@ -525,17 +593,17 @@ def _variants(name: str) -> str:
     here = [variant for variant in variants if running.is_run_here(variant)]
     there = [variant for variant in variants if variant not in here]
     groups = {"variants": here, "not executed here": there}
-    said = "; ".join(f"{title}: {', '.join(found)}" for title, found in groups.items() if found)
-    return f"  ({said})" if said else ""
+    lists = "; ".join(f"{title}: {', '.join(names)}" for title, names in groups.items() if names)
+    return f"  ({lists})" if lists else ""
 
 
 @cli.command("doctor")
 @json_option
 def doctor_command(as_json: bool) -> None:
-    """Say what is installed, what works, and how to mend the rest."""
+    """Check what is installed and what works, and say how to fix the rest."""
     from edgekit.doctor import doctor
 
-    findings = doctor()
+    findings = doctor(listener=Terminal())
     if as_json:
         print_json(findings)
         return
@@ -609,7 +677,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         error.show()
         sys.exit(UsageError.exit_status)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing half-written was kept", err=True)
+        click.echo("interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read has left; so do we
@@ -619,7 +687,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def print_refusal(error: EdgekitError) -> None:
     """Print what was found, what was expected, and the way out."""
-    click.secho(f"error: {error}", fg="red", err=True)
+    is_plain = bool(os.environ.get("NO_COLOR"))  # https://no-color.org
+    click.secho(f"error: {error}", fg="red", err=True, color=False if is_plain else None)
     if isinstance(error, ToolchainError) and error.log:
         click.echo(error.log, err=True)
     if error.hint:

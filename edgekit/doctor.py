@@ -17,6 +17,7 @@ from edgekit.errors import EdgekitError, MissingDependencyError
 from edgekit.formats import BuildRequest
 from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope, Shape
 from edgekit.model.tokenizer_files import TokenizerFiles
+from edgekit.progress import Listener, Silent
 from edgekit.source.checkpoint import Checkpoint
 
 
@@ -41,9 +42,19 @@ class Finding:
     way_out: str = ""
 
 
-def doctor() -> list[Finding]:
-    """Look at everything; nothing is changed and nothing leaves this machine."""
-    return [*_system(), *_packages(), *(_backend(name) for name in formats.names())]
+def doctor(*, listener: Listener | None = None) -> list[Finding]:
+    """Look at everything; nothing is changed and nothing leaves this machine.
+
+    Args:
+        listener: Who is told what happens.
+    """
+    findings = [*_system(), *_packages()]
+    names = formats.names()
+    with (listener or Silent()).track("try the back-ends", len(names)) as advance:
+        for name in names:
+            findings.append(_backend(name))
+            advance(1)
+    return findings
 
 
 def _system() -> Iterator[Finding]:

@@ -40,18 +40,18 @@ class Request:
 
 def export(  # noqa: PLR0913 - the request, spelled out for Python users
     model: str | Path,
-    target_name: str | Target,
+    target_name: str | Path | Target,
     *,
-    adapters: Sequence[Path] = (),
+    adapters: Sequence[str | Path] = (),
     format: str | None = None,
     quant: str | None = None,
     context_tokens: int | None = None,
     split_bytes: int | None = None,
     variant: str | None = None,
-    trained_on: Path | None = None,
-    calibration: Path | None = None,
+    trained_on: str | Path | None = None,
+    calibration: str | Path | None = None,
     calibrate: bool = True,
-    out: Path | None = None,
+    out: str | Path | None = None,
     replace: bool = False,
     verify: bool = True,
     listener: Listener | None = None,
@@ -83,11 +83,10 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         UsageError: If ``out`` exists, or an input is not what it should be.
         DisagreementError: If the artifact does not say what the checkpoint says.
     """
-    found = target_name if isinstance(target_name, Target) else target.load(target_name)
     request = Request(
         model=model,
-        target=found,
-        adapters=tuple(adapters),
+        target=target.load(target_name),
+        adapters=opening.adapter_directories(adapters),
         choice=Choice(
             format=format,
             quant=quant,
@@ -95,10 +94,10 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
             split_bytes=split_bytes,
             variant=variant,
         ),
-        trained_on=trained_on,
-        calibration=calibration,
+        trained_on=None if trained_on is None else Path(trained_on),
+        calibration=None if calibration is None else Path(calibration),
         is_calibrated=calibrate,
-        out=out,
+        out=None if out is None else Path(out),
         replaces=replace,
         is_verified=verify,
     )

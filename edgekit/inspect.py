@@ -29,13 +29,14 @@ class Inspection:
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def inspect(path: Path) -> Inspection:
+def inspect(path: str | Path) -> Inspection:
     """Read a bundle, every hash included, or a single artifact file.
 
     Raises:
         BundleError: If it is damaged; the message says where.
         UsageError: If it is neither.
     """
+    path = Path(path)
     if path.is_dir():
         bundle = Bundle.load(path)
         return _artifact(bundle.artifact_path, bundle.artifact.format, bundle)

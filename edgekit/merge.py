@@ -11,17 +11,14 @@ from edgekit.source import opening
 from edgekit.source.writer import Precision, write_checkpoint, written_bytes
 
 
-_SILENT = Silent()
-
-
 def merge(  # noqa: PLR0913 - the request, spelled out for Python users
     model: str | Path,
-    adapters: Sequence[Path],
-    out: Path,
+    adapters: Sequence[str | Path],
+    out: str | Path,
     *,
     precision: Precision | None = None,
-    trained_on: Path | None = None,
-    listener: Listener = _SILENT,
+    trained_on: str | Path | None = None,
+    listener: Listener | None = None,
 ) -> Path:
     """Write ``model`` with ``adapters`` merged in, one after the other, to ``out``.
 
@@ -32,7 +29,7 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
         precision: None keeps the type each tensor of the base has.
         trained_on: The four-bit base the adapters were trained on (QLoRA), to compare with.
             None takes the one an adapter names, if it is a directory here.
-        listener: Is told what changes besides the weights, and the progress.
+        listener: Who is told what changes apart from the weights, and the progress.
 
     Returns:
         ``out``: weights, config, tokenizer and template, as transformers reads them.
@@ -41,11 +38,18 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
         UsageError: If an adapter does not fit, or ``out`` exists.
         EdgekitError: If the disk is full.
     """
+    listener = listener or Silent()
+    out, adapters = Path(out), opening.adapter_directories(adapters)
     refuse_existing(out)
     if not adapters:
         raise UsageError("there is no adapter to merge", hint="name one with --adapter")
     checkpoint = opening.open_checkpoint(model, adapters=adapters, listener=listener)
-    checkpoint = qlora.with_score(checkpoint, adapters, trained_on=trained_on, listener=listener)
+    checkpoint = qlora.with_score(
+        checkpoint,
+        adapters,
+        trained_on=None if trained_on is None else Path(trained_on),
+        listener=listener,
+    )
     for note in checkpoint.adapter.notes if checkpoint.adapter else ():
         listener.say(note)
     total = written_bytes(checkpoint, precision)

@@ -9,6 +9,7 @@ from typing import cast
 from edgekit import formats
 from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, ReadableRunning
+from edgekit.progress import Listener
 from edgekit.proof.calibration import announce
 from edgekit.quant.recipe import Recipe
 from edgekit.source import opening
@@ -112,29 +113,30 @@ class Plan:
 
 def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     model: str | Path,
-    target_name: str | Target,
+    target_name: str | Path | Target,
     *,
-    adapters: Sequence[Path] = (),
+    adapters: Sequence[str | Path] = (),
     format: str | None = None,
     quant: str | None = None,
     context_tokens: int | None = None,
     split_bytes: int | None = None,
     variant: str | None = None,
     calibrate: bool = True,
+    listener: Listener | None = None,
 ) -> Plan:
     """Return what `edgekit export` would make of a model; nothing is changed.
 
     The arguments and errors are those of `edgekit.export`.
     """
-    found = target_name if isinstance(target_name, Target) else load_target(target_name)
-    checkpoint = opening.open_checkpoint(model, adapters=adapters)
+    target = load_target(target_name)
+    checkpoint = opening.open_checkpoint(model, adapters=adapters, listener=listener)
     if calibrate:
         checkpoint = announce(checkpoint)
     choice = Choice(
         format=format, quant=quant, context_tokens=context_tokens, split_bytes=split_bytes,
         variant=variant,
     )  # fmt: skip
-    return make(checkpoint, found, choice)
+    return make(checkpoint, target, choice)
 
 
 def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -> Plan:

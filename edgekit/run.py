@@ -9,6 +9,7 @@ from typing import Self
 from edgekit import formats
 from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
+from edgekit.progress import Listener, Silent
 from edgekit.runtime.generate import FinishReason, Generation, Sampling, generate
 from edgekit.runtime.session import Session
 from edgekit.text.template import Message
@@ -143,7 +144,7 @@ class Runner:
     @classmethod
     def open(
         cls,
-        directory: Path,
+        directory: str | Path,
         *,
         context_tokens: int | None = None,
         threads: int | None = None,
@@ -169,7 +170,7 @@ class Runner:
                 f"{bundle.context_tokens}",
                 hint="export again with a larger --context",
             )
-        text = Text.open(directory, bundle.text)  # cheap, so that its refusals come first
+        text = Text.open(bundle.directory, bundle.text)  # cheap, so that its refusals come first
         session = formats.running(bundle.artifact.format).load(
             bundle.artifact_path,
             context_tokens=context_tokens or bundle.context_tokens,
@@ -290,7 +291,7 @@ def conversation(prompt: str, *, system: str | None = None) -> list[Message]:
 
 
 def run(  # noqa: PLR0913 - a request in full
-    bundle_directory: Path,
+    bundle_directory: str | Path,
     prompt: str,
     *,
     system: str | None = None,
@@ -298,10 +299,14 @@ def run(  # noqa: PLR0913 - a request in full
     sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
     raw: bool = False,
+    listener: Listener | None = None,
 ) -> Generator[str]:
-    """Load a bundle, yield the pieces of one answer, and close it; see `answer`."""
+    """Load a bundle, yield the pieces of one answer, and close it; see `answer`.
+
+    ``listener`` is told the notes: what a reader of the answer should know.
+    """
     with Runner.open(bundle_directory) as runner:
-        yield from answer(
+        reply = answer(
             runner,
             prompt,
             system=system,
@@ -310,6 +315,9 @@ def run(  # noqa: PLR0913 - a request in full
             stop=stop,
             raw=raw,
         )
+        for note in reply.notes:
+            (listener or Silent()).say(note)
+        yield from reply
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgekit.errors import EdgekitError, MissingDependencyError, UsageError
+from edgekit.progress import Listener
 from edgekit.run import Answer, Reply, Runner
 from edgekit.runtime.generate import Sampling
 from edgekit.server.openai_api import ApiError, Ask, Fields, Wire
@@ -292,7 +293,7 @@ def check_installed() -> None:
 
 
 def serve(  # noqa: PLR0913 - a request in full
-    bundle_directory: Path,
+    bundle_directory: str | Path,
     *,
     host: str = "127.0.0.1",
     port: int = 8080,
@@ -301,6 +302,7 @@ def serve(  # noqa: PLR0913 - a request in full
     context_tokens: int | None = None,
     threads: int | None = None,
     say: Callable[[str], object] | None = None,
+    listener: Listener | None = None,
 ) -> None:
     """Serve a bundle until Ctrl-C.
 
@@ -312,7 +314,8 @@ def serve(  # noqa: PLR0913 - a request in full
         allow_remote: Whether ``host`` may be one that other machines reach.
         context_tokens: How much the cache must hold; None: what the bundle was made for.
         threads: None leaves the choice to the runtime.
-        say: Is told the address; None writes to stderr.
+        say: Is told the address, where there is no listener; None writes to stderr.
+        listener: Who is told the address.
 
     Raises:
         UsageError: If ``host`` is not this machine's own and ``allow_remote`` is not given, or
@@ -325,9 +328,9 @@ def serve(  # noqa: PLR0913 - a request in full
         raise UsageError(
             f"{host} can be reached from other machines", hint="add --allow-remote if it should be"
         )
-    say = say or (lambda line: sys.stderr.write(f"{line}\n"))
+    say = listener.say if listener else say or (lambda line: sys.stderr.write(f"{line}\n"))
     with (
-        _listen(host, port) as listener,
+        _listen(host, port) as listening,
         Runner.open(bundle_directory, context_tokens=context_tokens, threads=threads) as runner,
     ):
         service = Service(
@@ -336,9 +339,9 @@ def serve(  # noqa: PLR0913 - a request in full
             api_key=api_key,
             hosts=LOOPBACK_HOSTS if is_local else None,
         )
-        for line in _greeting(service, host, listener.getsockname()[1], is_local=is_local):
+        for line in _greeting(service, host, listening.getsockname()[1], is_local=is_local):
             say(line)
-        _run_server(service, listener)
+        _run_server(service, listening)
 
 
 def _greeting(service: Service, host: str, port: int, *, is_local: bool) -> list[str]:
@@ -350,7 +353,7 @@ def _greeting(service: Service, host: str, port: int, *, is_local: bool) -> list
     return lines
 
 
-def _run_server(service: Service, listener: socket.socket) -> None:
+def _run_server(service: Service, listening: socket.socket) -> None:
     import uvicorn
 
     config = uvicorn.Config(
@@ -364,7 +367,7 @@ def _run_server(service: Service, listener: socket.socket) -> None:
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        uvicorn.Server(config).run(sockets=[listening])
     finally:
         service.step.acquire()  # the session is closed next, no step may follow
 

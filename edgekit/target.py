@@ -12,13 +12,21 @@ import itertools
 import os
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast, get_args
 
 from edgekit.errors import UsageError
-from edgekit.units import DIMENSIONS, Dimension, format_bytes, parse_quantity, quantity_pattern
+from edgekit.units import (
+    DIMENSIONS,
+    Dimension,
+    format_bytes,
+    format_duration,
+    format_quantity,
+    parse_quantity,
+    quantity_pattern,
+)
 
 
 Basis = Literal["measured", "documented", "extrapolated", "policy"]
@@ -28,6 +36,7 @@ FormatName = Literal["gguf", "onnx", "executorch", "mlc"]
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 
 DIRECTORY_VARIABLE = "EDGEKIT_TARGETS"
+MOST_SUGGESTIONS = 4
 _MISSING_HINT = "the files in targets/ are complete examples"
 _DATE_PATTERN = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
 _TEXT = {"type": "string", "minLength": 1}
@@ -117,13 +126,14 @@ class Target:
         return not _REPACKED_FOR.isdisjoint(self.cpu_features)
 
     @classmethod
-    def from_file(cls, path: Path) -> Self:
+    def from_file(cls, path: str | Path) -> Self:
         """Read one target file.
 
         Raises:
             UsageError: If the file cannot be read, is not TOML, or a field is unknown, missing, of
                 the wrong type or without a unit; the message names the file and the field.
         """
+        path = Path(path)
         root = _Table(path, "", _parse(path), known=("title", "formats", "variants", *_TABLES))
         target = cls._from_table(path.stem, root)
         _check(path, target)
@@ -231,21 +241,60 @@ def titles() -> dict[str, str]:
     }
 
 
-def load(name_or_path: str) -> Target:
+def load(name_or_path: str | Path | Target) -> Target:
     """Return the target of that name, or the one in that file if it ends in ``.toml``.
+
+    A `Target` is returned as it is, so that whoever takes a target takes all three.
 
     Raises:
         UsageError: If there is no such target or its file is wrong; the hint offers the way out.
     """
-    if name_or_path.endswith(".toml"):
-        return Target.from_file(Path(name_or_path))
+    if isinstance(name_or_path, Target):
+        return name_or_path
+    name = str(name_or_path)
+    if name.endswith(".toml"):
+        return Target.from_file(name)
     files = _files()
-    if name_or_path not in files:
+    if name not in files:
         raise UsageError(
-            f"no target named {name_or_path!r}",
-            hint=f"{_did_you_mean(name_or_path, sorted(files))}; a file of your own ends in .toml",
+            f"no target named {name!r}",
+            hint=f"{_near_names(name, sorted(files))}`edgekit targets` lists all; "
+            "a file of your own ends in .toml",
         )
-    return Target.from_file(files[name_or_path])
+    return Target.from_file(files[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """A value of a target file, for people."""
+
+    key: str  # as the file names it: ``hardware.memory``
+    value: str
+    origin: Origin
+
+
+def quantities(target: Target) -> Iterator[Quantity]:
+    """Yield every value of a target that has an origin, in the order of its file."""
+    for name, origin in target.origins.items():
+        key, value = _key_and_value(target, name)
+        yield Quantity(key=key, value=value, origin=origin)
+
+
+def _key_and_value(target: Target, name: str) -> tuple[str, str]:
+    if name == "cpu_features":
+        return "cpu.features", ", ".join(target.cpu_features) or "none"
+    if name == "has_shader_f16":
+        return (
+            "webgpu.shader_f16",
+            "yes" if target.webgpu and target.webgpu.has_shader_f16 else "no",
+        )
+    for limit in target.budget.first_token:
+        if name == _limit_name(limit.prompt_tokens):
+            prompt = format_quantity(limit.prompt_tokens, "tokens")
+            return f"budget.first_token, {prompt}", format_duration(limit.limit_s)
+    number = _NUMBERS[name]
+    part = {"budget": target.budget, "webgpu": target.webgpu}.get(number.table, target)
+    return f"{number.table}.{number.key}", format_quantity(getattr(part, name), number.dimension)
 
 
 def json_schema() -> dict[str, Any]:
@@ -388,7 +437,7 @@ class _Table:
             if prompt_tokens in limits:
                 raise entry.refusal("prompt", f"= {prompt_tokens} tokens is named twice")
             limits[prompt_tokens] = entry.number("value", "seconds", is_whole=False)
-            self.origins[f"first_token[{prompt_tokens}]"] = entry.origin()
+            self.origins[_limit_name(prompt_tokens)] = entry.origin()
         return tuple(FirstTokenLimit(prompt_tokens=n, limit_s=limits[n]) for n in sorted(limits))
 
     def tables(self, key: str, known: Collection[str]) -> "list[_Table]":
@@ -463,9 +512,25 @@ def _check(path: Path, target: Target) -> None:
         )
 
 
+def _near_names(name: str, known: Sequence[str]) -> str:
+    """Ask for the targets that may have been meant: ``pi4`` stands in three names."""
+    containing = [other for other in known if (bare := _bare(name)) and bare in _bare(other)]
+    near = containing[:MOST_SUGGESTIONS] or difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {', '.join(near)}? " if near else ""
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 def _did_you_mean(word: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(word, known, n=3)
     return f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
+
+
+def _limit_name(prompt_tokens: int) -> str:
+    """Return the name under which the origin of a first-token limit is kept."""
+    return f"first_token[{prompt_tokens}]"
 
 
 def _is_date(text: str) -> bool:

@@ -35,6 +35,9 @@ _UNITS: dict[Dimension, dict[str, Decimal]] = {
     "threads": {"threads": Decimal(1), "thread": Decimal(1)},
     "share": {"%": Decimal("0.01")},
 }  # fmt: skip
+_RATES: dict[Dimension, str] = {
+    "tokens/s": "tokens/s", "bytes/s": "B/s", "FLOP/s": "FLOP/s", "hertz": "Hz",
+}  # fmt: skip
 _NUMBER = r"\d+(?:\.\d+)?"
 
 
@@ -85,6 +88,25 @@ def _nearest(unit: str, allowed: tuple[str, ...]) -> str:
     near = by_case or difflib.get_close_matches(unit, allowed, n=1)
     suggestion = f"did you mean {near[0]!r}? " if near else ""
     return f"{suggestion}units: {', '.join(allowed)}"
+
+
+def format_quantity(value: float, dimension: Dimension) -> str:
+    """Return a quantity of any dimension, in its base unit, for people.
+
+    >>> format_quantity(8 * 2**30, "bytes"), format_quantity(11.3e9, "bytes/s")
+    ('8 GiB', '11.3 GB/s')
+    >>> format_quantity(4, "threads"), format_quantity(0.05, "share")
+    ('4 threads', '5 %')
+    """
+    if dimension == "bytes":
+        return format_bytes(value)
+    if dimension == "seconds":
+        return format_duration(value)
+    if dimension == "share":
+        return f"{_short(value * 100)} %"
+    if dimension in _RATES:
+        return format_rate(value, _RATES[dimension])
+    return f"{value:.0f} {dimension.removesuffix('s') if value == 1 else dimension}"
 
 
 def format_bytes(count: float) -> str:

@@ -1,5 +1,6 @@
 """Validate: measure a bundle on a device and judge it against the budget of a target."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -7,12 +8,14 @@ from edgekit import formats
 from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
 from edgekit.measuring import measure
-from edgekit.measuring.devices import Device, connect
+from edgekit.measuring.devices import connect
 from edgekit.measuring.measure import DEFAULT_REPETITIONS, Progress
 from edgekit.measuring.measurement import Environment, Measurement, Workload
 from edgekit.measuring.report import Result
 from edgekit.measuring.verdict import judge
+from edgekit.progress import Listener, Silent
 from edgekit.target import Target
+from edgekit.target import load as load_target
 
 
 if TYPE_CHECKING:
@@ -22,13 +25,14 @@ MOST_SAMPLES = 40  # of a time or a rate; what is unclear then stays unstable
 
 
 def validate(  # noqa: PLR0913  # the options of the verb
-    bundle_directory: Path,
-    target: Target,
+    bundle_directory: str | Path,
+    target: str | Path | Target,
     *,
     device: str = "this",
     repetitions: int = DEFAULT_REPETITIONS,
     threads: int | None = None,
     progress: Progress | None = None,
+    listener: Listener | None = None,
 ) -> Result:
     """Return what a device did with a bundle, and the verdict.
 
@@ -37,11 +41,12 @@ def validate(  # noqa: PLR0913  # the options of the verb
 
     Args:
         bundle_directory: The bundle.
-        target: Whose budget is enforced.
+        target: Whose budget is enforced: a name, a TOML file, or a `Target`.
         device: ``"this"`` or ``"ssh://user@host"``, see `edgekit.measuring.devices.connect`.
         repetitions: Fresh processes to begin with.
         threads: None takes the target's decode threads, or the device's cores if they are fewer.
         progress: Called with the repetitions done and to do.
+        listener: Who is told what happens.
 
     Raises:
         BundleError: If the bundle is damaged.
@@ -51,9 +56,18 @@ def validate(  # noqa: PLR0913  # the options of the verb
     """
     if repetitions < 1:
         raise UsageError(f"{repetitions} repetitions measure nothing", hint="use 5 or more")
+    target, listener = load_target(target), listener or Silent()
     bundle = Bundle.load(bundle_directory)
     _refuse_elsewhere(bundle, target)
     with connect(device) as place:
+
+        def add(measurement: Measurement, count: int) -> Measurement:
+            listener.say(f"chance may still decide: {count} more repetitions")
+            return measure.add_repetitions(
+                measurement, bundle, place, count=count, progress=progress
+            )
+
+        listener.say(f"measuring on {place.label}: {repetitions} repetitions to begin with")
         environment = measure.environment_of(bundle, place)
         measurement = measure.measure_bundle(
             bundle,
@@ -62,7 +76,7 @@ def validate(  # noqa: PLR0913  # the options of the verb
             repetitions=repetitions,
             progress=progress,
         )
-        measurement = _until_clear(measurement, bundle, target, place, progress)
+        measurement = _until_clear(measurement, bundle, target, add)
     verdict = judge(measurement, bundle, target)
     return Result(bundle=bundle, target=target, measurement=measurement, verdict=verdict)
 
@@ -80,15 +94,17 @@ def _refuse_elsewhere(bundle: Bundle, target: Target) -> None:
         )
 
 
-def judge_document(bundle_directory: Path, target: Target, document: Path) -> Result:
+def judge_document(
+    bundle_directory: str | Path, target: str | Path | Target, document: str | Path
+) -> Result:
     """Return the verdict on a measurement that another runner wrote, a phone's or a browser's.
 
     Raises:
         UsageError: If the document does not follow the schema, or measured another artifact.
     """
-    bundle = Bundle.load(bundle_directory)
+    bundle, target = Bundle.load(bundle_directory), load_target(target)
     try:
-        measurement = Measurement.from_json(document.read_text(encoding="utf-8"))
+        measurement = Measurement.from_json(Path(document).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {document}: {error}") from error
     expected = measure.artifact_sha256(bundle.artifact)
@@ -132,15 +148,13 @@ def _until_clear(
     measurement: Measurement,
     bundle: Bundle,
     target: Target,
-    place: Device,
-    progress: Progress | None,
+    add: Callable[[Measurement, int], Measurement],
 ) -> Measurement:
+    """Double the repetitions with ``add`` as long as that may help, up to `MOST_SAMPLES`."""
     most = MOST_SAMPLES // measurement.workload.generations
     while judge(measurement, bundle, target).more_samples_may_help:
         more = min(len(measurement.repetitions), most - len(measurement.repetitions))
         if more <= 0:
             break
-        measurement = measure.add_repetitions(
-            measurement, bundle, place, count=more, progress=progress
-        )
+        measurement = add(measurement, more)
     return measurement

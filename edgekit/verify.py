@@ -14,7 +14,7 @@ from edgekit.proof.gates import Subject, check
 from edgekit.source import opening
 
 
-def verify(directory: Path, model: str | Path, *, adapters: Sequence[Path] = (),
+def verify(directory: str | Path, model: str | Path, *, adapters: Sequence[str | Path] = (),
            listener: Listener | None = None) -> Agreement:  # fmt: skip
     """Repeat the proof of a bundle against its checkpoint.
 
@@ -41,7 +41,7 @@ def verify(directory: Path, model: str | Path, *, adapters: Sequence[Path] = (),
     )
     subject = Subject(
         checkpoint=checkpoint,
-        directory=directory,
+        directory=bundle.directory,
         entry=artifact.entry,
         format=artifact.format,
         recipe=request.recipe,

@@ -152,7 +152,7 @@ class Bundle:
         temporary.replace(self.directory / MANIFEST)
 
     @classmethod
-    def load(cls, directory: Path, *, check_hashes: bool = True) -> Self:
+    def load(cls, directory: str | Path, *, check_hashes: bool = True) -> Self:
         """Open a bundle and check that its files are the ones the manifest describes.
 
         Args:
@@ -163,6 +163,7 @@ class Bundle:
             BundleError: If the manifest is missing, unreadable or of another schema, or a file is
                 missing, new, or changed; the message names it.
         """
+        directory = Path(directory)
         bundle = cls._from_manifest(directory, _read_manifest(directory))
         bundle.check_files(check_hashes=check_hashes)
         return bundle

@@ -28,13 +28,15 @@ from edgekit.measuring.verdict import (
     Outcome,
     Unit,
     Verdict,
+    counted,
     decode_rates,
     faults_per_token,
+    foreign_features,
     judged_metric,
     throttling_in_words,
 )
 from edgekit.target import Target
-from edgekit.units import format_bytes, format_duration, format_rate
+from edgekit.units import format_bytes, format_duration, format_quantity
 
 
 SCHEMA_VERSION = 1
@@ -42,7 +44,7 @@ SCHEMA_VERSION = 1
 _TEMPLATE = Path(__file__).with_name("report_template.html")
 _SIGNS: dict[Outcome, str] = {"pass": "✓", "fail": "✗", "unstable": "≈"}
 _WORDS: dict[CheckOutcome, str] = {
-    "pass": "✓ pass", "fail": "✗ fail", "inconclusive": "≈ unclear",
+    "pass": "✓ pass", "fail": "✗ fail", "inconclusive": "≈ inconclusive",
 }  # fmt: skip
 _STYLES = ("one", "two", "three")  # of prompt lengths, in the page's CSS
 
@@ -185,27 +187,20 @@ def summarize(result: Result) -> str:
     missed = [check.name for check in checks if check.outcome == "fail"]
     unclear = [check.name for check in checks if check.outcome == "inconclusive"]
     if missed:
-        return f"It misses the budget in {_listed(missed)}."
+        verb = "is" if len(missed) == 1 else "are"
+        return f"{counted(len(missed), 'check')} {verb} over budget: {_listed(missed)}."
     if not unclear and not doubts:
-        return f"It keeps the budget in all {len(checks)} checks, steadily."
-    reasons = [f"{_counted(len(unclear), 'check')} cannot be judged"] if unclear else []
-    reasons += [f"there is {_counted(len(doubts), 'doubt')}"] if doubts else []
-    return f"No miss, but no proof of a pass: {' and '.join(reasons)}."
+        return f"All {len(checks)} checks are within budget and stable."
+    reasons = [f"{counted(len(unclear), 'check')} inconclusive"] if unclear else []
+    reasons += [f"{counted(len(doubts), 'doubt')} about the measurement"] if doubts else []
+    return f"No check is over budget, but this is not a pass: {' and '.join(reasons)}."
 
 
 def format_value(value: float | None, unit: Unit) -> str:
     """Return a measured number or a limit for people."""
     if value is None:
         return "n/a"
-    match unit:
-        case "bytes":
-            return format_bytes(value)
-        case "s":
-            return format_duration(value)
-        case "tokens/s":
-            return format_rate(value)
-        case "tokens":
-            return f"{value:.0f} tokens"
+    return format_quantity(value, "seconds" if unit == "s" else unit)
 
 
 def budget_used(check: Check, value: float | None) -> float | None:
@@ -233,9 +228,17 @@ def _pad(cells: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
 
 
 def _sentence(check: Check) -> str:
-    judged = format_value(check.judged, check.unit)
     limit = format_value(check.limit, check.unit)
-    return f"{check.name}: {judged}, {check.direction} {limit} allowed ({check.basis})"
+    return f"{check.name}: {_found(check)}, {check.direction} {limit} allowed ({check.basis})"
+
+
+def _found(check: Check) -> str:
+    """Return what is judged; where there are too few samples to judge, what was measured."""
+    if check.judged is not None:
+        return format_value(check.judged, check.unit)
+    if check.measured is not None:
+        return f"median {format_value(check.measured, check.unit)}"
+    return "nothing measured"
 
 
 def _add_failure(case: ET.Element, outcome: CheckOutcome, message: str) -> None:
@@ -252,10 +255,6 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def _remarks_html(verdict: Verdict) -> Iterator[str]:
     for title, tone, remarks in (
         ("Doubts", "unstable", verdict.doubts),
@@ -267,10 +266,11 @@ def _remarks_html(verdict: Verdict) -> Iterator[str]:
 
 
 def _check_html(check: Check) -> str:
-    used = budget_used(check, check.judged)
+    used = budget_used(check, check.measured if check.judged is None else check.judged)
     shares = [budget_used(check, sample) for sample in check.samples]
-    share = "nothing measured" if used is None else f"{used:.0%} of the budget"
-    graph = plot.bar(used or 0, [s for s in shares if s is not None], check.outcome, share)
+    share = "" if used is None else f"{used:.0%} of the budget: "
+    found = f"{share}{_found(check)}"
+    graph = plot.bar(used or 0, [s for s in shares if s is not None], check.outcome, found)
     sign = "≤" if check.direction == "at most" else "≥"
     return (
         f'<div class="check {check.outcome}"><strong>{escape(check.name)}</strong>'
@@ -278,8 +278,7 @@ def _check_html(check: Check) -> str:
         f'<span class="graph">{graph}</span>'
         f'<span class="end">{sign} {format_value(check.limit, check.unit)}</span>'
         f'<span class="end"><span class="chip">{_WORDS[check.outcome]}</span></span>'
-        f'<span class="why">{share}: {format_value(check.judged, check.unit)}, '
-        f"{escape(check.basis)}{_spread_in_words(check)}</span></div>"
+        f'<span class="why">{found}, {escape(check.basis)}{_spread_in_words(check)}</span></div>'
     )
 
 
@@ -322,7 +321,7 @@ def _first_token_html(result: Result) -> str:
     graph = plot.dots(rows, plot.Frame(format=format_duration, title="Time to the first token"))
     legend = _key("one", "a generation") + _key("mark", "median")
     legend += _key("ring", "after a cold start, not judged") if cold else ""
-    return _card("First token", f"by length of the prompt; allowed are {limits}", graph, legend)
+    return _card("First token", f"by prompt length; limits: {limits}", graph, legend)
 
 
 def _decoding_html(result: Result) -> str:
@@ -407,8 +406,8 @@ def _order_html(result: Result) -> str:
             limit=result.target.budget.decode_tokens_per_s,
         ),
     )
-    caption = "tokens per second; a slope would be a device that heats up or fills up"
-    return _card("Does it last?", caption, graph, legend)
+    caption = "tokens per second; a slope means a device that heats up or runs out of memory"
+    return _card("Does the speed last?", caption, graph, legend)
 
 
 def _rows_html(rows: Sequence[tuple[str, str]]) -> str:
@@ -470,8 +469,8 @@ def _describe_bundle(result: Result) -> list[tuple[str, str]]:
     ]
     if cold:
         share = cold.cached_before_load
-        found = "" if share is None else f", {share:.0%} of it cached"
-        rows.append(("cold start", f"loads in {format_duration(cold.load_s)}{found}"))
+        cached = "" if share is None else f", {share:.0%} of it cached"
+        rows.append(("cold start", f"loads in {format_duration(cold.load_s)}{cached}"))
     return rows
 
 
@@ -485,26 +484,41 @@ def _prediction_html(result: Result) -> str:
         return ""
     return (
         "<section><h2>Prediction and measurement</h2>"
-        f'<p class="soft small">what the plan expected of {escape(result.target.title)} before '
-        "anything was converted</p><table><thead><tr><th></th><th class=end>predicted</th>"
+        f'<p class="soft small">what the plan estimated for {escape(_predicted_for(result))} '
+        "before anything was converted</p><table><thead><tr><th></th>"
+        "<th class=end>predicted</th>"
         "<th class=end>measured</th><th class=end>measured / predicted</th></tr></thead>"
         f"{''.join(rows)}</table></section>"
     )
 
 
+def _predicted_for(result: Result) -> str:
+    bundle, target = result.bundle, result.target
+    return target.title if bundle.target == target.name else bundle.target
+
+
+def _is_comparable(result: Result) -> bool:
+    """Whether the machine that was measured may be one of those that the plan was made for."""
+    is_same_target = result.bundle.target == result.target.name
+    return is_same_target and not foreign_features(result.measurement, result.target)
+
+
 def _predictions(result: Result) -> Iterator[tuple[str, str, str, str]]:
+    """Yield name, prediction, measurement and their ratio, for people."""
     predictions, measured = result.bundle.predicted, measured_by_name(result)
+    is_comparable = _is_comparable(result)
     for name, predicted in predictions.items():
         words, unit = _words_and_unit(name)
         if unit is None or name.endswith(("_low", "_high")):
             continue
-        found = measured.get(name)
-        ratio = f"{found / predicted:.2f}" if found is not None and predicted else ""
-        there = format_value(found, unit) if found is not None else ""
+        value = measured.get(name)
+        ratio = f"{value / predicted:.2f}" if value is not None and predicted else ""
+        if ratio and name != "artifact_bytes" and not is_comparable:
+            ratio += ", measured on another kind of device"
         expected = format_value(predicted, unit)
         if (low := predictions.get(f"{name}_low")) and (high := predictions.get(f"{name}_high")):
             expected += f" ({format_value(low, unit)} to {format_value(high, unit)})"
-        yield words, expected, there, ratio
+        yield words, expected, "" if value is None else format_value(value, unit), ratio
 
 
 def measured_by_name(result: Result) -> dict[str, float]:
@@ -530,10 +544,10 @@ def _words_and_unit(name: str) -> tuple[str, Unit | None]:
     units: dict[str, Unit] = {
         "tokens_per_s": "tokens/s", "bytes": "bytes", "tokens": "tokens", "s": "s",
     }  # fmt: skip
-    found = re.fullmatch(r"(.+?)_(tokens_per_s|bytes|tokens|s)(_.+)?", name)
-    if found is None:
+    parts = re.fullmatch(r"(.+?)_(tokens_per_s|bytes|tokens|s)(_.+)?", name)
+    if parts is None:
         return name, None
-    return f"{found[1]}{found[3] or ''}".replace("_", " "), units[found[2]]
+    return f"{parts[1]}{parts[3] or ''}".replace("_", " "), units[parts[2]]
 
 
 def _proof_html(bundle: Bundle) -> str:

@@ -151,7 +151,11 @@ def _check_memory(measurement: Measurement, budget: Budget) -> Check:
         measured=peak,
         judged=peak,
         outcome=outcome,
-        basis="; ".join(filter(None, (f"largest {name} of {len(peaks)} processes", reason))),
+        basis="; ".join(
+            filter(
+                None, (f"largest {name} of {counted(len(peaks), 'process', 'processes')}", reason)
+            )
+        ),
         samples=tuple(float(peak) for peak in peaks),
         more_samples_may_help=outcome == "inconclusive" and len(peaks) < LEAST_PROCESSES,
     )
@@ -159,8 +163,8 @@ def _check_memory(measurement: Measurement, budget: Budget) -> Check:
 
 def judged_metric(measurement: Measurement) -> MemoryMetric | None:
     """Return the metric that this device's peak is judged by."""
-    found = (metric for metric in JUDGED_METRICS if measurement.memory_peaks_bytes(metric))
-    return next(found, None)
+    known = (metric for metric in JUDGED_METRICS if measurement.memory_peaks_bytes(metric))
+    return next(known, None)
 
 
 def _judge_memory(
@@ -176,7 +180,7 @@ def _judge_memory(
     if faults:
         return "inconclusive", f"{faults:.3f} major faults per token: some pages were dropped"
     if len(peaks) < LEAST_PROCESSES:
-        return "inconclusive", f"{LEAST_PROCESSES} processes are needed"
+        return "inconclusive", f"at least {LEAST_PROCESSES} processes are needed"
     return "pass", ""
 
 
@@ -237,7 +241,7 @@ class _Judging:
             samples, _margin(samples, limit, direction)
         )
         side = _GOOD_SIDE[direction] if ruling.outcome == "fail" else _BAD_SIDE[direction]
-        basis = bounds.basis(side) if bounds else f"{len(samples)} samples"
+        basis = bounds.basis(side) if bounds else counted(len(samples), "sample")
         return Check(
             name=name,
             unit=unit,
@@ -259,11 +263,13 @@ class _Judging:
         if self.is_void:
             return _Ruling("inconclusive", "not judged, see the doubts")
         if bounds is None:
-            return _Ruling("inconclusive", "too few for a bound", more_samples_may_help=True)
+            return _Ruling(
+                "inconclusive", "too few for a confidence bound", more_samples_may_help=True
+            )
         if not _holds(getattr(bounds, _GOOD_SIDE[direction]), limit, direction):
-            return _Ruling("fail", "even the better bound misses")
+            return _Ruling("fail", "even the better bound is over the limit")
         if not _holds(getattr(bounds, _BAD_SIDE[direction]), limit, direction):
-            reason = "the limit lies between the bounds"
+            reason = "the limit lies within the confidence bounds"
             return _Ruling("inconclusive", reason, more_samples_may_help=True)
         return None
 
@@ -272,10 +278,12 @@ class _Judging:
         if self.max_spread is None:
             return _Ruling("pass")
         if margin >= AMPLE_MARGIN:
-            return _Ruling("pass", f"even the worst sample is {margin:.1f} times inside the limit")
+            return _Ruling(
+                "pass", f"even the worst sample is within the limit by a factor of {margin:.1f}"
+            )
         spread, change = coefficient_of_variation(samples), drift(samples)
         if spread > self.max_spread:
-            reason = f"unsteady: varies by {spread:.1%}, {self.max_spread:.1%} allowed"
+            reason = f"unstable: varies by {spread:.1%}, {self.max_spread:.1%} allowed"
             return _Ruling("inconclusive", reason)
         if change is not None and abs(change) > LARGEST_DRIFT:
             reason = f"drifts by {change:+.1%} from the first half to the second"
@@ -312,17 +320,17 @@ def _reasons_to_ignore_speed(measurement: Measurement) -> Iterator[str]:
         bits |= during & THROTTLED_NOW
         bits |= (during & ~before & THROTTLED_SINCE_BOOT) >> 16
     if bits:
-        yield f"the board was throttled ({throttling_in_words(bits)}): its speed is not its own"
+        yield f"the board was throttled ({throttling_in_words(bits)}): its speed is not typical"
     delay = _mean([each.run_delay_share for each in conditions])
     pressure = _mean([each.cpu_pressure_share for each in conditions])
     if delay is not None and delay > LARGEST_RUN_DELAY:
         yield (
-            f"other work took the cores: threads waited {delay:.0%} of their time, "
+            f"other work used the cores: threads waited {delay:.0%} of their time, "
             f"{LARGEST_RUN_DELAY:.0%} allowed"
         )
     if delay is None and pressure is not None and pressure > LARGEST_CPU_PRESSURE:
         yield (
-            f"other work took the cores: some task waited {pressure:.0%} of the time, "
+            f"other work used the cores: some task waited {pressure:.0%} of the time, "
             f"{LARGEST_CPU_PRESSURE:.0%} allowed"
         )
 
@@ -336,21 +344,22 @@ def throttling_in_words(bits: int) -> str:
 def _other_doubts(measurement: Measurement, bundle: Bundle) -> Iterator[str]:
     yield from measurement.doubts
     if bundle.agreement is None:
-        yield "the bundle was exported without verification: nobody knows what it says"
+        yield "the bundle was exported without verification: its outputs are unproven"
     elif not bundle.agreement.passed:
         yield "the bundle does not agree with its checkpoint"
     shares = [repetition.conditions.memory_pressure_share for repetition in measurement.repetitions]
     pressure = _mean(shares)
     if pressure is not None and pressure > LARGEST_MEMORY_PRESSURE:
-        yield f"tasks waited for memory {pressure:.0%} of the time: it does not suffice"
+        yield f"tasks waited for memory {pressure:.0%} of the time: there is too little of it"
 
 
 def _notes(measurement: Measurement, bundle: Bundle, target: Target) -> Iterator[str]:
     environment, budget = measurement.environment, target.budget
-    if foreign := _foreign_features(measurement, target):
+    if foreign := foreign_features(measurement, target):
         yield (
             f"measured on {environment.model or environment.cpu or environment.system}, which is "
-            f"no {target.title} (no {foreign[0]}): the verdict holds for the machine measured"
+            f"not a {target.title} (it lacks {foreign[0]}): the verdict holds for the machine "
+            "measured"
         )
     if bundle.target != target.name:
         yield f"the bundle was exported for {bundle.target}"
@@ -367,17 +376,22 @@ def _notes(measurement: Measurement, bundle: Bundle, target: Target) -> Iterator
         yield f"the board has been limited since boot, before this measurement ({earlier})"
     cached = [repetition.cached_before_load for repetition in measurement.repetitions]
     if any(share is not None and share < 0.9 for share in cached):
-        yield "parts of the artifact had to be read from storage again while loading"
+        yield "parts of the artifact were not in the page cache and were read from storage on load"
 
 
-def _foreign_features(measurement: Measurement, target: Target) -> list[str]:
+def foreign_features(measurement: Measurement, target: Target) -> list[str]:
     """Return what CPUs of the target have and this one lacks: then it is another kind of device."""
     return sorted(set(target.cpu_features) - set(measurement.environment.cpu_features))
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number of things: ``1 sample``, ``2 samples``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {plural or noun + 's'}"
+
+
 def _allowed_spread(measurement: Measurement, target: Target) -> float:
     """Return how far speeds may vary: what the target's own kind of device keeps, or a tenth."""
-    if _foreign_features(measurement, target):
+    if foreign_features(measurement, target):
         return max(target.max_spread, SPREAD_ELSEWHERE)
     return target.max_spread
 

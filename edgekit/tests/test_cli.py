@@ -1,11 +1,19 @@
 """The command line: results on stdout, everything else on stderr, one status for each refusal."""
 
+import contextlib
 import json
+import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import click
 import pytest
 
+import edgekit
 from edgekit.cli import cli, main
 
 
@@ -30,6 +38,83 @@ def test_the_help_starts_with_three_commands_that_work_in_this_order(capsys):
         < out.index("edgekit run out")
         < out.index("edgekit validate out")
     )
+
+
+def examples():
+    """Return every command that a help text shows, as words."""
+    texts = [cli.help or "", *(command.help or "" for command in cli.commands.values())]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    commands = [line.split(" | ")[-1] for line in lines if " | " in line or line.startswith("edge")]
+    return [shlex.split(command)[1:] for command in commands]
+
+
+def test_help_texts_show_examples():
+    assert len(examples()) >= 10
+
+
+@pytest.mark.parametrize("words", examples(), ids=" ".join)
+def test_every_example_in_a_help_text_is_accepted(words):
+    name, *rest = words
+    with cli.commands[name].make_context(name, rest) as context:
+        target = context.params.get("target_name")
+    if target and not target.endswith(".toml"):
+        assert edgekit.load_target(target).name == target
+
+
+SINGLE_VALUED = [
+    (name, option.opts[-1])
+    for name, command in sorted(cli.commands.items())
+    for option in command.params
+    if isinstance(option, click.Option) and not option.multiple and not option.is_flag
+]
+
+
+@pytest.mark.parametrize(("name", "option"), SINGLE_VALUED)
+def test_an_option_given_twice_is_refused(name, option, capsys):
+    status, out, err = run(capsys, name, option, "1", f"{option}=2")
+    assert (status, out) == (2, "")
+    assert f"{option} is given more than once" in err
+
+
+def test_what_may_be_repeated_may_be_repeated():
+    assert ("export", "--target") in SINGLE_VALUED
+    words = ["demo", "--target=x", "--adapter=a", "--adapter=b", "--json", "--json"]
+    with cli.commands["plan"].make_context("plan", words) as context:
+        assert [path.name for path in context.params["adapters"]] == ["a", "b"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+@pytest.mark.parametrize(("no_color", "is_colored"), [(None, True), ("", True), ("1", False)])
+def test_no_color_is_respected_at_a_terminal(no_color, is_colored):
+    import pty
+
+    leader, follower = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    if no_color is not None:
+        environment["NO_COLOR"] = no_color
+    subprocess.run(
+        [sys.executable, "-m", "edgekit", "plan", "demo", "--target", "nowhere"],
+        stderr=follower, env=environment, check=False, timeout=60,
+    )  # fmt: skip
+    said = os.read(leader, 10_000)
+    os.close(leader)
+    os.close(follower)
+    assert b"no target named 'nowhere'" in said
+    assert (b"\x1b[" in said) == is_colored
+
+
+def test_sources_that_are_not_installed_know_their_version(tmp_path):
+    """Without site-packages there is no metadata of any package to ask."""
+    for package in (edgekit, click):
+        place = Path(str(package.__file__)).parent
+        (tmp_path / place.name).symlink_to(place, target_is_directory=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "edgekit", "--version"],
+        env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"edgekit, version {edgekit.__version__}\n"
 
 
 def test_an_unknown_command_or_option_is_a_usage_error(capsys):
@@ -67,14 +152,30 @@ def test_a_directory_that_is_no_bundle_has_status_6(tmp_path, capsys):
 
 def test_targets_are_listed_and_shown_with_the_origin_of_every_number(capsys):
     _, out, _ = run(capsys, "targets")
-    assert "raspberry-pi-5-8gb" in out
+    rows = {line.split()[0]: line for line in out.splitlines()}
+    assert rows["target"].split() == ["target", "memory", "context", "formats", "device"]
+    for cell in ("8 GiB  ", "4096 tokens  ", "gguf, onnx, executorch  ", "Raspberry Pi 5, 8 GB"):
+        assert cell in rows["raspberry-pi-5-8gb"]
+    assert all(" onnx" not in row or not re.search(r"onnx[A-Z]", row) for row in rows.values())
     _, out, _ = run(capsys, "targets", "raspberry-pi-5-8gb")
+    assert "8 GiB" in out
+    assert "8589934592" not in out
     assert "https://" in out
     assert "policy" in out
     _, out, _ = run(capsys, "targets", "--json")
     assert json.loads(out)["raspberry-pi-5-8gb"] == "Raspberry Pi 5, 8 GB"
     _, out, _ = run(capsys, "targets", "--schema")
     assert json.loads(out)["type"] == "object"
+
+
+def test_a_target_file_that_is_wrong_leaves_the_list_whole(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my-board.toml").write_text('title = "My board"\n')
+    monkeypatch.setenv("EDGEKIT_TARGETS", str(tmp_path))
+    status, out, _ = run(capsys, "targets")
+    assert status == 0
+    (row,) = (line for line in out.splitlines() if line.startswith("my-board"))
+    assert "is missing" in row
+    assert "raspberry-pi-5-8gb" in out
 
 
 def test_formats_lists_what_quant_may_be(capsys):
@@ -138,7 +239,6 @@ def test_without_a_prompt_standard_input_is_read(tiny_bundle):
 @pytest.mark.toolchain
 def test_a_chat_at_a_terminal_remembers_and_ends_at_ctrl_d(tiny_bundle):
     """A real pseudo-terminal, so that edgekit chats instead of reading standard input."""
-    import os
     import pty
 
     leader, follower = pty.openpty()
@@ -156,6 +256,41 @@ def test_a_chat_at_a_terminal_remembers_and_ends_at_ctrl_d(tiny_bundle):
     answers = [line for line in out.replace("> ", "\n").splitlines() if line.strip()]
     assert len(answers) == 2
     assert answers[0] == answers[1]  # it forgot, so it says the same again
+
+
+def interrupt(process):
+    """Press Ctrl-C until it is noticed: between a prompt and the read after it, it may not be."""
+    for _ in range(10):
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=3)
+            return
+    process.kill()
+
+
+@pytest.mark.toolchain
+def test_ctrl_c_at_an_empty_prompt_ends_the_chat_quietly(tiny_bundle):
+    import pty
+
+    program = (  # CI may run us with SIGINT ignored
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from edgekit.cli import main; main(sys.argv[1:])"
+    )
+    leader, follower = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "run", str(tiny_bundle), "--threads", "1"],
+        stdin=follower, stdout=follower, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stderr
+        assert b"Ctrl-D leaves" in process.stderr.readline()
+        assert process.stderr.read(2) == b"> "
+        interrupt(process)
+        err = process.stderr.read()
+    os.close(leader)
+    os.close(follower)
+    assert process.returncode == 0, err
+    assert b"half-written" not in err
+    assert b"interrupted" not in err
 
 
 @pytest.mark.toolchain

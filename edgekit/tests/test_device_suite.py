@@ -73,7 +73,8 @@ def sound(tmp_path_factory):
     return export(checkpoint, TARGET, quant="F32", out=directory / "bundle")
 
 
-def run_suite(device, bundle_words, *words, **environment):
+def run_suite(device, bundle_words, *words, place=None, **environment):
+    """Run the suite in a directory like a device's, or in ``place``."""
     report = device / "report.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "device_tests", *bundle_words, *words]
@@ -85,7 +86,7 @@ def run_suite(device, bundle_words, *words, **environment):
             "no:cacheprovider",
             f"--basetemp={device / 'tmp'}",
         ],
-        cwd=device,
+        cwd=place or device,
         env={**os.environ, "PYTHONPATH": str(device / "site"), "PYTHONWARNINGS": "", **environment},
         capture_output=True,
         text=True,
@@ -134,6 +135,15 @@ def test_a_sound_bundle_passes_with_nothing_of_a_workstation_installed(device, s
     assert outcome.names("skipped") <= may_skip
     assert all(outcome.message(name) for name in outcome.names("skipped"))
     assert "logits of text 1: mean KL" in outcome.output
+
+
+def test_a_sound_bundle_passes_from_a_checkout_too_where_warnings_are_errors(device, sound):
+    words = ["--bundle", str(sound.directory), "--threads=1"]
+    outcome = run_suite(device, words, "-m", "not latency and not slow", place=ROOT)
+    assert outcome.status == 0, outcome.output
+    assert "rootdir: " + str(ROOT) in outcome.output
+    assert "logits of text 1: mean KL" in outcome.output
+    assert not outcome.names("error")
 
 
 def test_a_bundle_that_says_something_else_fails_where_it_does(device, sound, tmp_path):
@@ -219,7 +229,7 @@ def test_a_missed_budget_fails_with_the_table(device, sound, tmp_path):
     outcome = run_suite(device, words, "-m", "latency", "--repetitions=1")
 
     assert outcome.names("failure") == {"test_the_budget_is_kept_steadily"}, outcome.output
-    assert "It misses the budget in artifact." in outcome.output
+    assert "1 check is over budget: artifact." in outcome.output
 
 
 def test_from_afar_it_checks_what_can_be_checked_and_says_where_to_run_the_rest(

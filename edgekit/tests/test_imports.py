@@ -71,7 +71,7 @@ def test_help_comes_without_the_verbs(arguments):
     )
     assert packages(found) & HEAVY == {"click"}
     assert {name for name in found if name.startswith("edgekit.")} == {
-        "edgekit.cli", "edgekit.errors",
+        "edgekit.cli", "edgekit.errors", "edgekit.versions",
     }  # fmt: skip
 
 

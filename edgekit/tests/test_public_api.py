@@ -1,11 +1,14 @@
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 from types import FunctionType
 
 import pytest
 
 import edgekit
+from edgekit.progress import Listener
+from edgekit.target import Target
 
 
 VERBS = ["doctor", "export", "inspect", "merge", "plan", "run", "serve", "validate", "verify"]
@@ -58,10 +61,73 @@ def test_every_public_function_is_documented_and_annotated(name):
         assert signature.return_annotation is not signature.empty, function
 
 
-def test_all_lists_each_name_once_and_dir_shows_them():
+def test_all_lists_each_name_once_and_dir_shows_them_and_no_others():
     assert len(set(edgekit.__all__)) == len(edgekit.__all__)
-    assert set(edgekit.__all__) <= set(dir(edgekit))
+    assert set(dir(edgekit)) == {*edgekit.__all__, "__version__"}
     assert set(VERBS) <= set(edgekit.__all__)
+
+
+def parameters_of(name):
+    return inspect.signature(getattr(edgekit, name)).parameters
+
+
+PATHS = {"adapters", "bundle_directory", "calibration", "directory", "model", "out", "path",
+         "trained_on"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*VERBS, "load_target", "open_checkpoint"])
+def test_a_path_may_be_a_text_in_every_verb(name):
+    for parameter in parameters_of(name).values():
+        annotation = str(parameter.annotation)
+        if parameter.name in PATHS or "Path" in annotation:
+            assert "str | pathlib.Path" in annotation or "str | Path" in annotation, parameter
+
+
+@pytest.mark.parametrize("name", ["export", "plan", "validate"])
+def test_a_target_may_be_a_name_a_file_or_a_target(name):
+    (parameter,) = (p for n, p in parameters_of(name).items() if n in {"target", "target_name"})
+    assert parameter.annotation == str | Path | Target
+
+
+@pytest.mark.parametrize("name", sorted({*VERBS, "open_checkpoint"} - {"inspect"}))
+def test_every_verb_that_has_something_to_tell_takes_the_same_listener(name):
+    parameter = parameters_of(name)["listener"]
+    assert parameter.annotation == Listener | None
+    assert parameter.default is None
+    assert parameter.kind is parameter.KEYWORD_ONLY
+
+
+@pytest.mark.toolchain
+def test_verbs_find_what_a_text_names(tiny_bundle, tiny_checkpoint, tmp_path):
+    bundle = str(tiny_bundle)
+    assert edgekit.Bundle.load(bundle).directory == tiny_bundle
+    assert edgekit.inspect(bundle).bundle == edgekit.Bundle.load(bundle)
+    assert edgekit.verify(bundle, str(tiny_checkpoint)).passed
+    assert next(edgekit.run(bundle, "hello", max_tokens=2))
+    made = edgekit.export(
+        str(tiny_checkpoint), "raspberry-pi-5-8gb", quant="F32", context_tokens=64,
+        out=str(tmp_path / "out"), verify=False,
+    )  # fmt: skip
+    assert made.directory == tmp_path / "out"
+
+
+def test_verbs_refuse_what_a_text_does_not_name(tmp_path):
+    missing = str(tmp_path / "missing")
+    with pytest.raises(edgekit.EdgekitError, match="missing"):
+        list(edgekit.run(missing, "Hi"))
+    with pytest.raises(edgekit.EdgekitError, match="missing"):
+        edgekit.validate(missing, "raspberry-pi-5-8gb")
+    with pytest.raises(edgekit.EdgekitError, match="missing"):
+        edgekit.verify(missing, missing)
+    with pytest.raises(edgekit.EdgekitError, match="missing"):
+        edgekit.merge(missing, [missing], str(tmp_path / "out"))
+    with pytest.raises(edgekit.EdgekitError, match="missing"):
+        edgekit.export(missing, "raspberry-pi-5-8gb", out=str(tmp_path / "out"), verify=False)
+
+
+def test_one_adapter_instead_of_a_list_is_refused_and_not_read_letter_by_letter(tmp_path):
+    with pytest.raises(edgekit.EdgekitError, match=r"adapters = 'lora' is not a list"):
+        edgekit.merge("demo", "lora", tmp_path / "out")
 
 
 def test_a_name_that_is_not_public_is_an_attribute_error():

@@ -423,7 +423,7 @@ def test_the_verb_serves_a_bundle_until_ctrl_c(tmp_path):
         runner = runner_in(directory)
         runner.bundle.save()
         runner.load = lambda path, **_: runner.session
-        formats.get = lambda name: runner
+        formats.running = lambda name: runner
         try:
             serve(directory, port=0, say=lambda line: print(line, flush=True))
         except KeyboardInterrupt:

@@ -190,10 +190,57 @@ def test_a_misspelt_target_gets_a_suggestion():
     assert "did you mean raspberry-pi-5-8gb" in caught.value.hint
 
 
-def test_a_name_unlike_any_lists_them_all():
+def test_a_name_unlike_any_says_how_to_list_them_in_one_line():
     with pytest.raises(UsageError) as caught:
         target.load("zzz")
-    assert all(name in caught.value.hint for name in PROMISED)
+    assert caught.value.hint.startswith("`edgekit targets` lists all")
+    assert len(caught.value.hint) < 100
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("pi4", ["raspberry-pi-4-2gb", "raspberry-pi-4-4gb", "raspberry-pi-4-8gb"]),
+        ("iPad", ["ipad-m-16gb", "ipad-m-8gb"]),
+        ("rasberry-pi-5-8gb", ["raspberry-pi-5-8gb"]),
+    ],
+)
+def test_a_part_of_a_name_suggests_the_names_it_stands_in(name, meant):
+    with pytest.raises(UsageError) as caught:
+        target.load(name)
+    assert f"did you mean {', '.join(meant)}" in caught.value.hint
+    assert "`edgekit targets` lists all" in caught.value.hint
+
+
+@each_target
+def test_every_number_is_told_for_people_under_the_name_it_has_in_the_file(name):
+    document = tomllib.loads((SHIPPED / f"{name}.toml").read_text("utf-8"))
+    told = {quantity.key: quantity for quantity in target.quantities(target.load(name))}
+    assert len(told) >= 15
+    for key, quantity in told.items():
+        table, entry = key.split(", ")[0].split(".")
+        assert entry in document[table]
+        assert not re.search(r"\d{5}", quantity.value), quantity
+        assert quantity.origin.source
+
+
+def test_a_number_is_told_with_its_unit():
+    told = {q.key: q.value for q in target.quantities(target.load("raspberry-pi-5-8gb"))}
+    assert told["hardware.memory"] == "8 GiB"
+    assert told["hardware.memory_bandwidth"] == "17.1 GB/s"
+    assert told["hardware.decode_threads"] == "4 threads"
+    assert told["measurement.max_spread"] == "5 %"
+    assert told["budget.first_token, 128 tokens"] == "5 s"
+    assert told["budget.context"] == "4096 tokens"
+    assert {q.key: q.value for q in target.quantities(target.load("webgpu-ios"))}[
+        "webgpu.shader_f16"
+    ] == "no"
+
+
+def test_what_takes_a_target_takes_it_loaded_too():
+    known = target.load(PI5)
+    assert target.load(known) is known
+    assert target.load(str(PI5)) == known
 
 
 def test_a_target_file_of_ones_own_is_read_by_its_path(edited):

@@ -107,4 +107,4 @@ def test_rates_are_printed_with_three_digits(rate, unit, text):
 
 
 def test_the_examples_in_the_docstrings_are_true():
-    assert doctest.testmod(units) == (0, 5)
+    assert doctest.testmod(units) == (0, 7)

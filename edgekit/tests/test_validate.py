@@ -148,7 +148,7 @@ def test_the_command_judges_what_a_phone_measured(bundle, tmp_path, capsys):
               "--measurement", str(document)])  # fmt: skip
 
     assert ended.value.code == 3  # over budget
-    assert "FAIL: It misses the budget in context and decoding" in capsys.readouterr().out
+    assert "FAIL: 2 checks are over budget: context and decoding" in capsys.readouterr().out
 
 
 def test_a_measurement_of_another_artifact_is_refused(bundle, tmp_path):

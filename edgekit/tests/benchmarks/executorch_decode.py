@@ -4,17 +4,21 @@ The runner is the wheel's ``TextLLMRunner``, the C++ loop of Android's LlmModule
 TextRunner, with its own tokenizer and sampler; it takes its times itself, in whole milliseconds.
 Both live in one process, on one thread pool, and take turns, each the first to be opened in every
 other turn. The ratios are medians over the pairs (goal: >= 0.97). Then a fresh process without
-torch says its peak memory, besides the plan's.
+torch says its peak memory, next to the plan's.
 
-    python edgekit/tests/benchmarks/executorch_decode.py BUNDLE [THREADS [ROUNDS]]
+    python edgekit/tests/benchmarks/executorch_decode.py [BUNDLE] [--threads N] [--rounds N]
+
+Without BUNDLE, the demo is exported into a temporary directory first.
 """
 
+import argparse
 import json
 import os
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,13 +30,13 @@ from edgekit.bundle.manifest import Bundle
 from edgekit.formats.executorch.tokenizer import RUNNER_COPY
 from edgekit.run import Answer, Runner
 from edgekit.runtime.child import environment
+from edgekit.tests.benchmarks.gguf_decode import exported_demo
 from edgekit.text.tokenizer import Text
 
 
 LONG_PROMPT = "The keeper of the lighthouse fed a gull while the tide came in. " * 16  # 250 tokens
 PROMPT = "Tell a long story about a lighthouse keeper and a gull."
 TOKENS = 96
-ROUNDS = 7
 PEAK = """
 import re, sys
 from pathlib import Path
@@ -53,8 +57,20 @@ class Rates:
 
 def main() -> None:
     """Print both rates of both, their ratios, and the peak memory."""
-    bundle, threads = Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] else 1
-    rounds = int(sys.argv[3]) if sys.argv[3:] else ROUNDS
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        bundle = options.bundle or exported_demo(Path(directory) / "bundle", format="executorch")
+        measure(bundle, threads=options.threads, rounds=options.rounds)
+
+
+def measure(bundle: Path, *, threads: int, rounds: int) -> None:
+    """Let both take turns, and print rates, ratios and the peak memory."""
     pairs = [turn(bundle, threads, is_stock_first=bool(index % 2)) for index in range(rounds + 1)]
     report(pairs[1:])  # the first turn warms caches
     report_memory(bundle, threads)

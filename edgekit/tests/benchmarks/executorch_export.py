@@ -47,7 +47,9 @@ class Sample:
 
 def main() -> None:
     """Measure, and print a line for each way and the ratios."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int)
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--ours-only", action="store_true")

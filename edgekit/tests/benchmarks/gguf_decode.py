@@ -4,31 +4,54 @@ The native loop is llama.cpp's greedy sampler on its own logits, through the sam
 the same memory, with nothing between two tokens. Both run in turn, several times; the last line is
 the ratio of medians (goal: >= 0.97).
 
-    python edgekit/tests/benchmarks/gguf_decode.py BUNDLE [THREADS]
+    python edgekit/tests/benchmarks/gguf_decode.py [BUNDLE] [--threads N] [--rounds N]
+
+Without BUNDLE, the demo is exported into a temporary directory first.
 """
 
+import argparse
 import ctypes
 import statistics
-import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from edgekit.export import export
 from edgekit.run import Runner
 
 
 PROMPT = "Tell a long story about a lighthouse keeper and a gull."
 TOKENS = 96
-ROUNDS = 7
+TARGET = "raspberry-pi-5-8gb"
 
 
 def main() -> None:
     """Print tokens per second of both, and the ratio."""
-    bundle, threads = Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] else 1
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        bundle = options.bundle or exported_demo(Path(directory) / "bundle", format="gguf")
+        measure(bundle, threads=options.threads, rounds=options.rounds)
+
+
+def exported_demo(out: Path, *, format: str) -> Path:
+    """Export the demo in a format, unproven: only its speed is of interest."""
+    made = export("demo", TARGET, format=format, calibrate=False, out=out, verify=False)
+    return made.directory
+
+
+def measure(bundle: Path, *, threads: int, rounds: int) -> None:
+    """Run both in turn and print their rates and the ratio."""
     with Runner.open(bundle, context_tokens=512, threads=threads) as runner:
         ids = runner.text.encode_chat([{"role": "user", "content": PROMPT}])
         ours, theirs = [], []
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             ours.append(edgekit_rate(runner))
             theirs.append(native_rate(runner, ids))
     print(f"edgekit run   {statistics.median(ours):7.2f} tokens/s  {rounded(ours)}")

@@ -61,7 +61,9 @@ ONE_BILLION = DecoderSpec(  # Llama-3.2-1B
 
 def main() -> None:
     """Measure, and print a block for each recipe."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipes", nargs="*", default=["Q8_0", "Q4_0", "Q4_K_M"])
     parser.add_argument("--model", choices=["demo", "1b"], default="demo")
     parser.add_argument("--adapter", action="store_true", help="merge a random LoRA of rank 16 too")

@@ -27,7 +27,9 @@ SCHEMES = ["q4f16_1", "q4f32_1", "q0f16"]
 
 def main() -> None:
     """Measure, and print a line for each scheme, then one for the plans."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("schemes", nargs="*", default=SCHEMES)
     parser.add_argument("--model", choices=["demo", "1b"], default="demo")
     parser.add_argument("--runs", type=int, default=3)

@@ -37,7 +37,9 @@ HOLDERS = ("edgekit", "edgekit, no prepacking", "ONNX Runtime GenAI")
 
 def main() -> None:
     """Print a block for each recipe."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipes", nargs="*", default=["INT8", "UINT4"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)

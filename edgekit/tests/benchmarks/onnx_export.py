@@ -44,7 +44,9 @@ class Sample:
 
 def main() -> None:
     """Measure, and print a line for each way and the ratios."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=["demo", "1b"], default="demo")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--quant", default="UINT4")

@@ -1,8 +1,11 @@
 """How long edgekit takes to say something: medians of whole processes.
 
+    python edgekit/tests/benchmarks/startup.py
+
 Prints the time of ``edgekit --help``, and of ``import edgekit`` beyond the bare interpreter.
 """
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -24,6 +27,9 @@ def median_s(*words: str) -> float:
 
 def main() -> None:
     """Print both."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     bare_s = median_s("-c", "pass")
     print(f"bare interpreter      {bare_s * 1e3:6.1f} ms")
     imported_s = median_s("-c", "import edgekit")

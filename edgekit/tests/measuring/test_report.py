@@ -12,6 +12,7 @@ from edgekit.measuring.report import Result
 from edgekit.measuring.verdict import judge
 from edgekit.tests.tiny.measurements import STEADY_S, make_measurement
 from edgekit.tests.tiny.pretend_format import make_bundle, make_target
+from edgekit.tests.witnesses import javascript_clients
 
 
 HOSTILE = "</title><script>alert('ü & \x07')</script>"
@@ -36,7 +37,7 @@ def test_the_table_says_what_was_measured_and_what_is_allowed(bundle):
         "decoding", "after", "8", "10", "tokens/s", "9.9", "tokens/s", ">=", "4", "tokens/s",
         "40%", "pass",
     ]  # fmt: skip
-    assert lines[-1] == "PASS: It keeps the budget in all 6 checks, steadily."
+    assert lines[-1] == "PASS: All 6 checks are within budget and stable."
 
 
 def test_the_table_ends_with_doubts_and_the_outcome(bundle):
@@ -45,13 +46,13 @@ def test_the_table_ends_with_doubts_and_the_outcome(bundle):
     text = report.as_text(result_of(bundle, measurement))
 
     assert "doubt: it was too warm" in text
-    assert text.splitlines()[-1].startswith("UNSTABLE: No miss, but no proof")
+    assert text.splitlines()[-1].startswith("UNSTABLE: No check is over budget, but")
 
 
 def test_a_miss_is_named(bundle):
     result = result_of(bundle, artifact_bytes=1, load_s=0.001)
 
-    assert report.summarize(result) == "It misses the budget in artifact and load."
+    assert report.summarize(result) == "2 checks are over budget: artifact and load."
 
 
 def test_the_json_holds_the_verdict_and_the_whole_measurement(bundle):
@@ -100,6 +101,71 @@ def test_junit_shows_doubts_as_a_failure(bundle):
 
     assert failures_of(suite, "trustworthy measurement") == ["unstable"]
     assert [failure.get("message") for failure in suite.iter("failure")] == ["too warm"]
+
+
+@pytest.fixture
+def short(bundle):
+    """Two samples of a time and one process, and a doubt."""
+    two = STEADY_S[:2]
+    return result_of(bundle, make_measurement(doubts=("too warm",), first_token_s=two, token_s=two))
+
+
+def test_what_was_measured_too_rarely_is_told_and_not_called_nothing(short):
+    page = report.as_html(short)
+
+    assert "nothing measured" not in page
+    assert "median 100 ms, 2 samples; too few for a confidence bound" in page
+    messages = [failure.get("message") for failure in suite_of(short).iter("failure")]
+    assert len(messages) == 5
+    assert not any("n/a" in message for message in messages)
+    assert any(message.startswith("first token after 8: median 100 ms") for message in messages)
+
+
+def test_where_nothing_was_measured_that_is_said(bundle):
+    nothing = make_measurement(first_token_s=(), token_s=())
+
+    assert "nothing measured" in report.as_html(result_of(bundle, nothing))
+    assert "load: nothing measured" in report.as_junit(result_of(bundle, nothing))
+
+
+ELSEWHERE = "measured on another kind of device"
+
+
+def test_a_prediction_is_not_compared_with_another_machine_without_a_remark(bundle):
+    result = result_of(bundle)
+    board = dataclasses.replace(result.target, cpu_features=("asimd",))
+    server = dataclasses.replace(result.measurement.environment, cpu_features=("avx2",))
+    measurement = make_measurement(environment=server)
+
+    here = report.as_html(dataclasses.replace(result, target=board))
+    there = report.as_html(dataclasses.replace(result, target=board, measurement=measurement))
+
+    assert ELSEWHERE not in here
+    assert there.count(ELSEWHERE) == 1  # of the memory; the size of the artifact is the same
+
+
+def test_a_prediction_for_another_target_is_told_as_such(bundle):
+    other = dataclasses.replace(bundle, target="iphone-8gb")
+
+    page = report.as_html(result_of(other))
+
+    assert "what the plan estimated for iphone-8gb before" in page
+    assert ELSEWHERE in page
+
+
+@pytest.mark.toolchain
+def test_the_page_fits_a_phone(short, tmp_path):
+    javascript_clients.need_browser()
+    predicted = {"decode_tokens_per_s": 12.0, "decode_tokens_per_s_low": 8.0,
+                 "decode_tokens_per_s_high": 15.0}  # fmt: skip
+    bundle = dataclasses.replace(short.bundle, predicted=predicted)
+    page = report.as_html(dataclasses.replace(short, bundle=bundle))
+    (tmp_path / "report.html").write_text(page, encoding="utf-8")
+
+    visit = javascript_clients.run_page("report_width.mjs", {"width": 390}, directory=tmp_path)
+
+    assert visit.answer["wide"] == []
+    assert visit.answer["scrollWidth"] <= 390
 
 
 @pytest.fixture
