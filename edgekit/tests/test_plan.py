@@ -9,17 +9,15 @@ from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import Buffer
 from edgekit.formats.gguf import RECIPES
 from edgekit.plan import estimate, make, substitutions
-from edgekit.source.opening import open_checkpoint
 from edgekit.target import WebGpuLimits
 from edgekit.target import load as load_target
+from edgekit.tests.tiny.random_checkpoints import random_checkpoint
 
 
-pytestmark = pytest.mark.toolchain  # transformers writes the tiny checkpoint
-
-
-@pytest.fixture
-def checkpoint(tiny_checkpoint):
-    return open_checkpoint(tiny_checkpoint)
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Three layers whose rows fill no block of 256, and whose head is the embedding."""
+    return random_checkpoint(tmp_path_factory.mktemp("plan"), layers=3, context_tokens=256)
 
 
 def with_budget(target, **limits):

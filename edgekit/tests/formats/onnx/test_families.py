@@ -16,13 +16,12 @@ from edgekit.proof import transformers_logits
 from edgekit.proof.fidelity import Comparison, Fidelity
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
+from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import TINY, write_tiny_checkpoint
 
 
-pytestmark = pytest.mark.toolchain
+pytestmark = [pytest.mark.toolchain, needs("torch", "onnxruntime")]
 np = pytest.importorskip("numpy")
-torch = pytest.importorskip("torch")
-pytest.importorskip("onnxruntime")
 
 F32 = storage.RECIPES["F32"]
 MIN_POSITIONS = 500
@@ -64,6 +63,8 @@ class Made:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -333,12 +333,13 @@ def test_a_bias_that_the_family_cannot_have_is_refused(tmp_path):
     assert "up_proj" in refusal(base, directory)
 
 
-def test_a_damaged_adapter_is_refused_and_never_crashes(base, tmp_path):
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_a_damaged_adapter_is_refused_and_never_crashes(base, tmp_path, count):
     seed = np.random.default_rng(7)
     directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
     whole = {path: path.read_bytes() for path in directory.iterdir()}
     refused = 0
-    for _ in range(300):
+    for _ in range(count):
         for path, data in whole.items():
             damaged = bytearray(
                 data[: seed.integers(1, len(data))] if seed.random() < 0.2 else data
@@ -350,7 +351,7 @@ def test_a_damaged_adapter_is_refused_and_never_crashes(base, tmp_path):
             merging.merge(base, directory)
         except UsageError:
             refused += 1
-    assert refused > 200
+    assert refused > count * 2 // 3
 
 
 def test_a_sixteen_bit_base_is_merged_in_float32_and_rounded_once(tmp_path):
