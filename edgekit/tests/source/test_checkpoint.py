@@ -400,6 +400,36 @@ def test_a_missing_norm_of_one_head_is_named(tmp_path):
         Checkpoint.open(tmp_path)
 
 
+def fused(*, attention_rows=8, mlp_rows=10):
+    """Return the shapes of a Phi-3, which fuses queries, keys and values, and gate and up."""
+    parts = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    plain = {name: shape for name, shape in SHAPES.items() if not any(p in name for p in parts)}
+    return plain | {
+        f"{LAYER}.self_attn.qkv_proj.weight": (attention_rows, 4),
+        f"{LAYER}.mlp.gate_up_proj.weight": (mlp_rows, 4),
+    }
+
+
+def test_a_fused_tensor_of_just_the_rows_in_use_opens(model):
+    model.write_config(model_type="phi3")
+    model.write_weights(fused())
+    assert model.open().parameters == sum(math.prod(shape) for shape in fused().values())
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ({"attention_rows": 9}, "qkv_proj.weight in {} has 9 rows, the config uses 8"),
+        ({"mlp_rows": 11}, "gate_up_proj.weight in {} has 11 rows, the config uses 10"),
+        ({"attention_rows": 7}, "qkv_proj.weight in {} has shape [7, 4], the config asks for"),
+    ],
+)
+def test_rows_of_a_fused_tensor_that_nothing_would_read_are_refused(model, rows, said):
+    model.write_config(model_type="phi3")
+    model.write_weights(fused(**rows))
+    assert said.format(model.directory) in refusal(model)
+
+
 @pytest.mark.toolchain
 def test_a_fused_tensor_gives_up_its_parts(tmp_path):
     import numpy as np

@@ -76,6 +76,17 @@ def test_bfloat16_rounds_to_nearest_and_ties_to_even():
     assert to_bfloat16(bits.view(np.float32)).tolist() == [0x3F80, 0x3F80, 0x3F82, 0x3F81]
 
 
+@pytest.mark.parametrize(("precision", "ulp"), [("bf16", 2.0**-7), ("f16", 2.0**-10)])
+def test_what_is_written_is_the_nearest_and_of_two_the_even_one(base, tmp_path, precision, ulp):
+    given = 1 + ulp * np.array([0.49, 0.5, 0.51, 1.5, 2.5])
+    norm = np.resize(np.concatenate([given, -given]), 16)
+    tensors = {**base.tensors, "model.norm.weight": tiny.Given(norm)}
+    write_checkpoint(replace(base, tensors=tensors), tmp_path / "out", precision=precision)
+    written = Checkpoint.open(tmp_path / "out").tensors["model.norm.weight"].read()
+    expected = 1 + ulp * np.array([0, 0, 1, 2, 2])
+    np.testing.assert_array_equal(written[:10], np.concatenate([expected, -expected]))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_number_that_is_none_is_refused_with_its_tensor(base, tmp_path, value):
     with pytest.raises(UsageError, match=r"model\.norm\.weight holds NaN or infinity"):

@@ -10,7 +10,10 @@ from edgekit.source import families
 from edgekit.source.checkpoint import Checkpoint
 
 
-GEMMA2 = {"norm": Norm(kind="rms", epsilon=1e-6, adds_one=True), "has_post_norms": True}
+GEMMA2: dict[str, Any] = {
+    "norm": Norm(kind="rms", epsilon=1e-6, adds_one=True),
+    "has_post_norms": True,
+}
 
 
 def random_checkpoint(

@@ -315,7 +315,7 @@ def test_the_cache_is_empty_at_first_and_then_holds_each_token_at_its_place(llam
     from edgekit.formats.executorch import assembly
     from edgekit.formats.executorch.backends.coreml import wrapper
 
-    class Counts(torch.nn.Module):  # type: ignore[misc,name-defined]
+    class Counts(torch.nn.Module):  # type: ignore[misc]
         """Stands for Core ML: says what is in the first cache, and adds the token to all."""
 
         def forward(self, tokens, input_pos, *caches):

@@ -122,6 +122,30 @@ def test_f32_is_kept_bit_by_bit(np):
     assert quantise(values, "F32").tobytes() == values.tobytes()
 
 
+@pytest.mark.parametrize(
+    ("bits", "rounded"),
+    [
+        (0x3F807FFF, 0x3F80), (0x3F808000, 0x3F80), (0x3F808001, 0x3F81),  # around 1 + 2**-8
+        (0x3F817FFF, 0x3F81), (0x3F818000, 0x3F82), (0x3F818001, 0x3F82),  # 1 + 3 * 2**-8
+        (0xBF808000, 0xBF80), (0xBF818000, 0xBF82), (0x00008000, 0x0000), (0x00018000, 0x0002),
+        (0x3FFF8000, 0x4000), (0x80000000, 0x8000),
+    ],
+)  # fmt: skip
+def test_bfloat16_takes_the_nearest_and_of_two_the_even_one(bits, rounded, np):
+    values = np.array([[bits]], np.uint32).view(np.float32)
+    assert quantise(values, "BF16").view("<u2").tolist() == [[rounded]]
+
+
+@pytest.mark.parametrize(
+    ("value", "rounded"),
+    [(1 + 2**-11, 0x3C00), (1 + 3 * 2**-11, 0x3C02), (1 + 2**-11 + 2**-20, 0x3C01),
+     (-1 - 3 * 2**-11, 0xBC02), (65504.0, 0x7BFF), (65519.9, 0x7BFF)],
+)  # fmt: skip
+def test_float16_takes_the_nearest_and_of_two_the_even_one(value, rounded, np):
+    values = np.array([[value]], np.float32)
+    assert quantise(values, "F16").view("<u2").tolist() == [[rounded]]
+
+
 def test_a_vector_is_one_row(np):
     assert quantise(np.ones(5, np.float32), "F32").shape == (1, 20)
 

@@ -49,6 +49,26 @@ def test_a_plain_adapter_adds_its_scaled_product(base, tmp_path):
     assert merged.tensors["model.norm.weight"] is base.tensors["model.norm.weight"]
 
 
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"lora_alpha": 8}, 8 / 4),
+        ({"lora_alpha": 8, "use_rslora": True}, 8 / 2),  # the square root of the rank
+        ({"lora_alpha": 8, "alpha_pattern": {"q_proj": 3}}, 3 / 4),
+        ({"lora_alpha": 8, "alpha_pattern": {"q_proj": 3}, "use_rslora": True}, 3 / 2),
+        ({"lora_alpha": 8, "r": 16, "rank_pattern": {"q_proj": 4}, "use_rslora": True}, 8 / 2),
+    ],
+)
+def test_the_product_is_scaled_by_alpha_over_the_rank_or_its_square_root(
+    base, tmp_path, config, scale
+):
+    updates = tiny.q_proj_updates(rank=4)
+    merged = merging.merge(base, tiny.write_adapter(tmp_path / "a", updates, **config))
+    delta = scale * updates[f"{Q0}.lora_B.weight"] @ updates[f"{Q0}.lora_A.weight"]
+    expected = base.tensors[f"{Q0}.weight"].read() + delta
+    np.testing.assert_allclose(merged.weight("layers.0.query"), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_reading_some_rows_gives_the_rows_of_the_whole(base, tmp_path):
     updates = tiny.q_proj_updates()
     updates |= {f"{q}.lora_magnitude_vector": random(16) for q in (Q0, Q1)}
