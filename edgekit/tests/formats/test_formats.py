@@ -143,6 +143,7 @@ def test_the_extras_exist(fmt):
 
 
 def test_storages_know_what_they_cost(fmt):
+    assert len(fmt.STORAGES) > 1
     for name, storage in fmt.STORAGES.items():
         assert storage.name == name
         assert storage.block_weights >= 1
@@ -173,6 +174,7 @@ def test_the_usual_recipes_are_recipes_each_smaller_than_the_one_before(fmt, pla
 
 
 def test_a_layout_places_every_weight_once_and_in_a_storage_of_the_format(fmt, plain):
+    assert len(fmt.RECIPES) > 1
     for recipe in fmt.RECIPES.values():
         layout = fmt.lay_out(plain, recipe)
         assert {p.role for p in layout.placements} == {role for role, _ in PLAIN.weights()}
@@ -184,8 +186,10 @@ def test_a_layout_places_every_weight_once_and_in_a_storage_of_the_format(fmt, p
 
 def test_a_substitution_is_told(fmt, tiny):
     """The tiny model's rows of 64 are no multiple of 256."""
+    assert fmt.RECIPES
     for recipe in fmt.RECIPES.values():
         layout = fmt.lay_out(tiny, recipe)
+        assert len(layout.placements) == len(dict(tiny.spec.weights()))
         for placement in layout.placements:
             storage = fmt.STORAGES[placement.wanted]
             rows_fill = storage.pads_rows or 64 % storage.block_weights == 0

@@ -17,6 +17,7 @@ from edgekit.source.opening import open_checkpoint
 from edgekit.source.writer import write_checkpoint
 from edgekit.tests.tiny.random_checkpoints import random_checkpoint
 from edgekit.tests.witnesses.tiny_runner import CHATML, NgramSession
+from edgekit.text import corpus
 
 
 np = pytest.importorskip("numpy")
@@ -159,7 +160,7 @@ def subject(tmp_path_factory):
     (model / "chat_template.jinja").write_text(
         CHATML.replace("<|im_start|>", "").replace("<|im_end|>", "<|end|>")
     )
-    settings = {"format": "onnx", "quant": "F32"}
+    settings: dict[str, Any] = {"format": "onnx", "quant": "F32"}
     bundle = edgekit.export(
         str(model), TARGET, out=home / "bundle", verify=False, calibrate=False, **settings
     )
@@ -243,7 +244,7 @@ def test_the_same_ids_and_the_same_bytes_pass(subject, monkeypatch):
 
 
 def test_one_id_of_one_line_fails_the_token_ids(subject, monkeypatch):
-    line = gates.corpus.lines()[7]
+    line = corpus.lines()[7]
     found = gate(gates._check_ids, read_by(subject, monkeypatch, loses=line))
     assert not found.passed
     assert found.finding.startswith(f"edgekit run: {line!r} becomes [")
@@ -277,7 +278,7 @@ def test_a_model_that_is_not_held_is_asked_for_fewer_positions(
 ):
     monkeypatch.setattr(transformers_logits, "holds", lambda _: is_held)
     chunks = replace(subject, context_tokens=64).chunks
-    longest = 64 if is_held else 512 // len(list(gates.corpus.texts()))
+    longest = 64 if is_held else 512 // len(list(corpus.texts()))
     assert max(map(len, chunks)) == longest
     assert least <= sum(map(len, chunks)) <= most
 

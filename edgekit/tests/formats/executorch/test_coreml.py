@@ -210,7 +210,9 @@ def test_coremltools_infers_the_types_that_were_written(kind, tmp_path, coremlto
         for operator in parsed.functions["main"].operations
         for output in operator.outputs
     }
-    for name, written in outputs(model):
+    written_outputs = list(outputs(model))
+    assert len(written_outputs) > 100
+    for name, written in written_outputs:
         read = helper.proto_to_types(written)
         assert read.__type_info__() == inferred[name].__type_info__(), name
 

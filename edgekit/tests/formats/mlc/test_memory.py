@@ -95,6 +95,7 @@ def test_the_cache_is_kept_in_whole_pages(tmp_path):
 
 def test_what_is_stored_as_bfloat16_is_twice_as_large_in_memory(tmp_path):
     tiny = _tiny_checkpoint(tmp_path)
+    assert len(RECIPES) > 1
     for recipe in RECIPES.values():
         layout = mlc.lay_out(tiny, recipe)
         used = mlc.memory_use(tiny, layout, context_tokens=64, repacks=False)
