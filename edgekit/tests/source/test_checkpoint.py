@@ -304,6 +304,14 @@ def test_a_header_entry_that_is_no_object_is_refused(model, entry):
     assert "model.norm.weight" in refusal(model)
 
 
+def test_a_header_beyond_what_safetensors_itself_reads_is_refused(model, monkeypatch):
+    length = struct.unpack("<Q", model.weights.read_bytes()[:8])[0]
+    monkeypatch.setattr("edgekit.source.checkpoint.MAX_HEADER_BYTES", length)
+    model.open()
+    monkeypatch.setattr("edgekit.source.checkpoint.MAX_HEADER_BYTES", length - 1)
+    assert f"claims {length} bytes" in refusal(model)
+
+
 def split(model, *, names=("a.safetensors", "b.safetensors"), index=None):
     """Write the weights as two shards and their index."""
     first, second = dict(list(SHAPES.items())[:5]), dict(list(SHAPES.items())[5:])
@@ -318,6 +326,16 @@ def split(model, *, names=("a.safetensors", "b.safetensors"), index=None):
 def test_shards_are_read_as_one(model):
     split(model)
     assert model.open().tensors.keys() == SHAPES.keys()
+
+
+def test_one_whole_file_counts_before_an_index_and_what_lies_beside_it(model):
+    """As in transformers."""
+    whole = model.weights.read_bytes()
+    split(model)
+    model.weights.write_bytes(whole)
+    assert {tensor.path for tensor in model.open().tensors.values()} == {model.weights}
+    (model.directory / "model.safetensors.index.json").unlink()
+    assert {tensor.path for tensor in model.open().tensors.values()} == {model.weights}
 
 
 def test_a_missing_shard_is_named(model):
