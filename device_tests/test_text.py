@@ -33,7 +33,9 @@ def test_every_text_becomes_the_same_ids(text: Text, goldens: Goldens):
 def test_the_runtimes_own_tokenizer_makes_the_same_ids(bundle: Bundle, goldens: Goldens):
     expected = {golden.text: golden.ids for golden in goldens.texts}
     expected |= {golden.rendered: golden.ids for golden in goldens.chats}
-    found = formats.get(bundle.artifact.format).runtime_ids(bundle.artifact_path, list(expected))
+    found = formats.running(bundle.artifact.format).runtime_ids(
+        bundle.artifact_path, list(expected)
+    )
     if found is None:
         pytest.skip(f"the runtime of {bundle.artifact.format} has no tokenizer of its own")
     for line, ids in zip(expected, found, strict=True):

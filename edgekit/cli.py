@@ -20,7 +20,6 @@ from edgekit.errors import BudgetError, EdgekitError, ToolchainError, UnstableEr
 
 
 if TYPE_CHECKING:
-    from edgekit.formats import Format
     from edgekit.plan import Plan
     from edgekit.progress import Advance
     from edgekit.run import Reply, Runner
@@ -515,13 +514,16 @@ def formats_command(as_json: bool) -> None:
         print_json(found)
     else:
         for name, recipes in found.items():
-            click.echo(f"{name:<12}{', '.join(recipes)}{_variants(formats.get(name))}")
+            click.echo(f"{name:<12}{', '.join(recipes)}{_variants(name)}")
 
 
-def _variants(fmt: "Format") -> str:
+def _variants(name: str) -> str:
     """Return the builds of a format for a line of a list, those apart that no program here runs."""
-    here = [variant for variant in fmt.VARIANTS if fmt.is_run_here(variant)]
-    there = [variant for variant in fmt.VARIANTS if variant not in here]
+    from edgekit import formats
+
+    variants, running = formats.get(name).VARIANTS, formats.running(name)
+    here = [variant for variant in variants if running.is_run_here(variant)]
+    there = [variant for variant in variants if variant not in here]
     groups = {"variants": here, "not executed here": there}
     said = "; ".join(f"{title}: {', '.join(found)}" for title, found in groups.items() if found)
     return f"  ({said})" if said else ""

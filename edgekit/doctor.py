@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from edgekit import formats
 from edgekit.errors import EdgekitError, MissingDependencyError
+from edgekit.formats import BuildRequest
 from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope, Shape
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.source.checkpoint import Checkpoint
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edgekit.formats import ReadableFormat
+    from edgekit.formats import ReadableRunning
     from edgekit.model.checkpoint_protocol import Tensor
 
 
@@ -116,8 +117,8 @@ def _backend(name: str) -> Finding:
 
 
 def _try_out(name: str, directory: Path) -> str:
-    fmt = formats.get(name)
-    state = fmt.runtime_state()
+    fmt, running = formats.get(name), formats.running(name)
+    state = running.runtime_state()
     recipe = next(iter(fmt.RECIPES.values()))  # the most faithful
     if importlib.util.find_spec("numpy") is None:
         raise MissingDependencyError(
@@ -125,16 +126,18 @@ def _try_out(name: str, directory: Path) -> str:
         )
     tiny = _tiny_checkpoint(directory)
     try:
-        entry = fmt.convert(tiny, recipe, directory, progress=lambda _: None)
+        request = BuildRequest(recipe=recipe)
+        writing = formats.writing(name)
+        entry = writing.convert(tiny, request, directory, progress=lambda _: None)
     except MissingDependencyError as error:  # on a device, which only runs what was made elsewhere
         return f"{state}; bundles run and are not made here: {error} ({error.hint})"
-    if not fmt.is_run_here(None):
-        read = cast("ReadableFormat", fmt).read_back(directory / entry, tiny.spec)
+    if not running.is_run_here(None):
+        read = cast("ReadableRunning", running).read_back(directory / entry, tiny.spec)
         norm = read.weight("final_norm")
         return (
             f"{state}; a tiny model, {len(norm)} wide, was written as {recipe.name} and read back"
         )
-    session = fmt.load(directory / entry, context_tokens=32, threads=1)
+    session = running.load(directory / entry, context_tokens=32, threads=1)
     try:
         token = int(session.prefill([1, 2, 3]).argmax())
     finally:

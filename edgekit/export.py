@@ -10,7 +10,7 @@ from edgekit.bundle import workdir
 from edgekit.bundle.manifest import MANIFEST, Artifact, Bundle, ModelRecord
 from edgekit.doctor import extras
 from edgekit.errors import UsageError
-from edgekit.plan import Plan, substitutions
+from edgekit.plan import FREE_CHOICE, Choice, Plan, substitutions
 from edgekit.plan import make as make_plan
 from edgekit.progress import Listener, Silent
 from edgekit.proof import qlora, transformers_logits
@@ -29,11 +29,7 @@ class Request:
     model: str | Path
     target: Target
     adapters: tuple[Path, ...] = ()
-    format: str | None = None
-    quant: str | None = None
-    context_tokens: int | None = None
-    split_bytes: int | None = None
-    variant: str | None = None
+    choice: Choice = FREE_CHOICE
     trained_on: Path | None = None
     calibration: Path | None = None
     is_calibrated: bool = True
@@ -92,11 +88,13 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         model=model,
         target=found,
         adapters=tuple(adapters),
-        format=format,
-        quant=quant,
-        context_tokens=context_tokens,
-        split_bytes=split_bytes,
-        variant=variant,
+        choice=Choice(
+            format=format,
+            quant=quant,
+            context_tokens=context_tokens,
+            split_bytes=split_bytes,
+            variant=variant,
+        ),
         trained_on=trained_on,
         calibration=calibration,
         is_calibrated=calibrate,
@@ -122,15 +120,7 @@ def make(request: Request, *, listener: Listener) -> Bundle:
         transformers_logits.require_for(checkpoint)
     if request.is_calibrated:
         checkpoint = announce(checkpoint, own_text=own_text)
-    chosen = make_plan(
-        checkpoint,
-        request.target,
-        format=request.format,
-        quant=request.quant,
-        context_tokens=request.context_tokens,
-        split_bytes=request.split_bytes,
-        variant=request.variant,
-    )
+    chosen = make_plan(checkpoint, request.target, request.choice)
     _refuse_unused(own_text, chosen)
     out = request.out or default_out(checkpoint, chosen, request.target)
     workdir.refuse_existing(out, replaces=replaces)
@@ -169,14 +159,10 @@ def _fill(
     work: Path, checkpoint: Checkpoint, chosen: Plan, request: Request, listener: Listener
 ) -> Bundle:
     """Write everything but the manifest into ``work`` and return what describes it."""
-    fmt = formats.get(chosen.format)
     rules = checkpoint.text.copy_into(work)
     with listener.track(f"convert to {chosen.recipe.name}", checkpoint.parameters) as advance:
-        entry = fmt.convert(
-            checkpoint, chosen.recipe, work, progress=advance,
-            context_tokens=chosen.context_tokens, split_bytes=chosen.split_bytes,
-            variant=chosen.variant,
-        )  # fmt: skip
+        writing = formats.writing(chosen.format)
+        entry = writing.convert(checkpoint, chosen.request, work, progress=advance)
     bundle = Bundle(
         directory=work,
         model=_record(checkpoint),
@@ -253,7 +239,7 @@ def _artifact(work: Path, entry: str, chosen: Plan) -> Artifact:
         format=chosen.format,
         recipe=chosen.recipe.name,
         substitutions=tuple(substitutions(chosen.layout)),
-        split_bytes=chosen.split_bytes,
+        split_bytes=chosen.request.split_bytes,
         calibration=chosen.layout.calibration,
         variant=chosen.variant,
     )

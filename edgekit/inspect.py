@@ -50,12 +50,12 @@ def inspect(path: Path) -> Inspection:
 
 
 def _artifact(path: Path, format: str, bundle: Bundle | None) -> Inspection:
-    fmt = formats.get(format)
+    running = formats.running(format)
     return Inspection(
         path=path,
         format=format,
-        size_bytes=sum(file.stat().st_size for file in fmt.files(path)),
-        tensors=tuple(fmt.contents(path)),
+        size_bytes=sum(file.stat().st_size for file in running.files(path)),
+        tensors=tuple(running.contents(path)),
         bundle=bundle,
     )
 

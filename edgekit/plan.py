@@ -8,7 +8,7 @@ from typing import cast
 
 from edgekit import formats
 from edgekit.errors import BudgetError, UsageError
-from edgekit.formats import ContextLimit, Layout, MemoryUse, ReadableFormat
+from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, ReadableRunning
 from edgekit.proof.calibration import announce
 from edgekit.quant.recipe import Recipe
 from edgekit.source import opening
@@ -22,6 +22,20 @@ from edgekit.units import format_bytes, format_duration, format_rate
 # within 9 % of one effective bandwidth, four boards within 35 %.
 SPEED_UNCERTAINTY = 0.35
 TOKEN_OVERHEAD_S = 0.0002  # sampling and text, per token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a user chose; None leaves it to the plan."""
+
+    format: str | None = None  # consider only this one
+    quant: str | None = None  # consider only this recipe, even if it is not a default one
+    context_tokens: int | None = None  # how many the runner must hold; None: the budget's
+    split_bytes: int | None = None  # the most that one file may take; None: one file
+    variant: str | None = None  # consider only formats with this build
+
+
+FREE_CHOICE = Choice()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +71,7 @@ class Candidate:
     """One recipe in one format, and why it falls, if it does."""
 
     format: str
-    recipe: Recipe
+    request: BuildRequest
     context: ContextLimit  # what it would hold, and the format's reason if that is little
     layout: Layout | None
     estimate: Estimate | None
@@ -68,7 +82,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """``gguf Q4_K_M``."""
-        return f"{self.format} {self.recipe.name}"
+        return f"{self.format} {self.request.recipe.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +90,17 @@ class Plan:
     """One choice, and why the others fell."""
 
     format: str
-    recipe: Recipe
+    request: BuildRequest
     context_tokens: int
     layout: Layout
     estimate: Estimate
     rejected: tuple[Candidate, ...]
     notes: tuple[str, ...] = ()  # what a user should know: a shortened context, substitutions
-    split_bytes: int | None = None  # the most that one file of the artifact may take
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the weights are stored."""
+        return self.request.recipe
 
     @property
     def variant(self) -> str | None:
@@ -110,22 +128,14 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     checkpoint = opening.open_checkpoint(model, adapters=adapters)
     if calibrate:
         checkpoint = announce(checkpoint)
-    return make(
-        checkpoint, found, format=format, quant=quant, context_tokens=context_tokens,
-        split_bytes=split_bytes, variant=variant,
+    choice = Choice(
+        format=format, quant=quant, context_tokens=context_tokens, split_bytes=split_bytes,
+        variant=variant,
     )  # fmt: skip
+    return make(checkpoint, found, choice)
 
 
-def make(  # noqa: PLR0913 - the request, spelled out
-    checkpoint: Checkpoint,
-    target: Target,
-    *,
-    format: str | None = None,
-    quant: str | None = None,
-    context_tokens: int | None = None,
-    split_bytes: int | None = None,
-    variant: str | None = None,
-) -> Plan:
+def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -> Plan:
     """Return the most faithful recipe that fits, in the first format of the target that has one.
 
     The largest counts as the most faithful. Which of two is larger depends on the model: rows that
@@ -134,11 +144,7 @@ def make(  # noqa: PLR0913 - the request, spelled out
     Args:
         checkpoint: The model, adapter included.
         target: The device class and its budget.
-        format: Consider only this one.
-        quant: Consider only this recipe; it is planned even if it is not among the usual ones.
-        context_tokens: How many tokens the runner must hold; None takes the budget's.
-        split_bytes: The most that one file of the artifact may take; None asks for one file.
-        variant: Consider only formats with this build; None takes what the target's programs take.
+        choice: What the user wants otherwise than the plan would choose.
 
     Raises:
         UsageError: If a name is unknown, the context is longer than the model or runtime can, or
@@ -146,21 +152,21 @@ def make(  # noqa: PLR0913 - the request, spelled out
         BudgetError: If nothing fits; the message lists every candidate with its numbers.
     """
     candidates: list[Candidate] = []
-    for name in _format_names(target, format=format, quant=quant, variant=variant):
-        limit = formats.get(name).context_limit(checkpoint)
-        context = _context(limit, target, asked=context_tokens)
+    for name in _format_names(target, choice):
+        limit = formats.writing(name).context_limit(checkpoint)
+        context = _context(limit, target, asked=choice.context_tokens)
         held = ContextLimit(tokens=context, reason=limit.reason if context == limit.tokens else "")
-        assessed = [
-            assess(
-                checkpoint,
-                recipe,
-                target,
-                format=name,
-                held=held,
-                split_bytes=split_bytes,
-                variant=variant or next(iter(target.variants.get(name, ())), None),
+        requests = (
+            BuildRequest(
+                recipe=recipe,
+                context_tokens=context,
+                split_bytes=choice.split_bytes,
+                variant=choice.variant or next(iter(target.variants.get(name, ())), None),
             )
-            for recipe in _recipes(name, quant)
+            for recipe in _recipes(name, choice.quant)
+        )
+        assessed = [
+            assess(checkpoint, request, target, format=name, held=held) for request in requests
         ]
         candidates += sorted(assessed, key=_faithful_first)
     chosen = _choose(candidates)
@@ -171,7 +177,7 @@ def make(  # noqa: PLR0913 - the request, spelled out
             + "\n".join(f"  {c.name}: {'; '.join(c.misses)}" for c in candidates),
             hint="take a smaller model, a shorter --context, or a target file with a wider budget",
         )
-    return _plan(chosen, candidates, target, split_bytes=split_bytes)
+    return _plan(chosen, candidates, target)
 
 
 def _faithful_first(candidate: Candidate) -> tuple[int, int]:
@@ -190,20 +196,17 @@ def _choose(candidates: Sequence[Candidate]) -> Candidate | None:
     return next((candidate for candidate in candidates if not candidate.sure_misses), None)
 
 
-def _plan(
-    chosen: Candidate, candidates: Sequence[Candidate], target: Target, *, split_bytes: int | None
-) -> Plan:
+def _plan(chosen: Candidate, candidates: Sequence[Candidate], target: Target) -> Plan:
     assert chosen.layout is not None  # noqa: S101 - what has none misses
     assert chosen.estimate is not None  # noqa: S101
     return Plan(
         format=chosen.format,
-        recipe=chosen.recipe,
+        request=chosen.request,
         context_tokens=chosen.context.tokens,
         layout=chosen.layout,
         estimate=chosen.estimate,
         rejected=tuple(candidates[: candidates.index(chosen)]),
         notes=tuple(_notes(chosen, target)),
-        split_bytes=split_bytes,
     )
 
 
@@ -215,9 +218,8 @@ def _refuse_bad_input(rejected: Sequence[Candidate]) -> None:
         raise refusal
 
 
-def _format_names(
-    target: Target, *, format: str | None, quant: str | None, variant: str | None
-) -> list[str]:
+def _format_names(target: Target, choice: Choice) -> list[str]:
+    format, quant, variant = choice.format, choice.quant, choice.variant
     if format is not None:
         formats.get(format)  # refuses an unknown name
         return _taken(target, _with_variant([format], variant), variant)
@@ -290,30 +292,26 @@ def _context(limit: ContextLimit, target: Target, *, asked: int | None) -> int:
     return asked
 
 
-def assess(  # noqa: PLR0913 - one candidate, spelled out
+def assess(
     checkpoint: Checkpoint,
-    recipe: Recipe,
+    request: BuildRequest,
     target: Target,
     *,
     format: str,
     held: ContextLimit,
-    split_bytes: int | None = None,
-    variant: str | None = None,
 ) -> Candidate:
     """Return what one recipe would cost and which limits of the target it would miss."""
     try:
-        layout = formats.get(format).lay_out(
-            checkpoint, recipe, split_bytes=split_bytes, variant=variant
-        )
+        layout = formats.writing(format).lay_out(checkpoint, request)
     except UsageError as error:
         return Candidate(
-            format=format, recipe=recipe, context=held, layout=None, estimate=None,
+            format=format, request=request, context=held, layout=None, estimate=None,
             misses=(str(error),), sure_misses=(str(error),), refusal=error,
         )  # fmt: skip
     estimated = estimate(checkpoint, layout, target, format=format, context_tokens=held.tokens)
     return Candidate(
         format=format,
-        recipe=recipe,
+        request=request,
         context=held,
         layout=layout,
         estimate=estimated,
@@ -326,7 +324,7 @@ def estimate(
     checkpoint: Checkpoint, layout: Layout, target: Target, *, format: str, context_tokens: int
 ) -> Estimate:
     """Return the cost of an artifact on a target, without loading a weight."""
-    memory = formats.get(format).memory_use(
+    memory = formats.writing(format).memory_use(
         checkpoint, layout, context_tokens=context_tokens, repacks=target.repacks
     )
     token_s = _token_s(checkpoint, layout, memory, target, context_tokens=context_tokens)
@@ -428,9 +426,9 @@ def _notes(candidate: Candidate, target: Target) -> Iterator[str]:
 
 
 def _elsewhere(format: str, variant: str | None) -> Iterator[str]:
-    fmt = formats.get(format)
-    if not fmt.is_run_here(variant):
-        needed = cast("ReadableFormat", fmt).runs_on(variant)
+    running = formats.running(format)
+    if not running.is_run_here(variant):
+        needed = cast("ReadableRunning", running).runs_on(variant)
         yield f"not executed here: it needs {needed}; speeds are guessed from the target's figures"
 
 

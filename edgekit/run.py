@@ -170,7 +170,7 @@ class Runner:
                 hint="export again with a larger --context",
             )
         text = Text.open(directory, bundle.text)  # cheap, so that its refusals come first
-        session = formats.get(bundle.artifact.format).load(
+        session = formats.running(bundle.artifact.format).load(
             bundle.artifact_path,
             context_tokens=context_tokens or bundle.context_tokens,
             threads=threads,

@@ -16,7 +16,7 @@ from edgekit.target import Target
 
 
 if TYPE_CHECKING:
-    from edgekit.formats import ReadableFormat
+    from edgekit.formats import ReadableRunning
 
 MOST_SAMPLES = 40  # of a time or a rate; what is unclear then stays unstable
 
@@ -70,9 +70,9 @@ def validate(  # noqa: PLR0913  # the options of the verb
 def _refuse_elsewhere(bundle: Bundle, target: Target) -> None:
     """Name the device that a bundle needs where no program of edgekit's can start it."""
     artifact = bundle.artifact
-    fmt = formats.get(artifact.format)
-    if not fmt.is_run_here(artifact.variant):
-        needed = cast("ReadableFormat", fmt).runs_on(artifact.variant)
+    running = formats.running(artifact.format)
+    if not running.is_run_here(artifact.variant):
+        needed = cast("ReadableRunning", running).runs_on(artifact.variant)
         raise UsageError(
             f"{bundle.directory} is not executed by edgekit: it needs {needed}, and its budget is "
             f"that of {target.name} ({target.title})",

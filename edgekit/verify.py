@@ -7,6 +7,7 @@ from pathlib import Path
 from edgekit import formats
 from edgekit.bundle.manifest import Agreement, Bundle
 from edgekit.errors import UsageError
+from edgekit.formats import BuildRequest
 from edgekit.model.checkpoint_protocol import Calibration
 from edgekit.progress import Listener
 from edgekit.proof.gates import Subject, check
@@ -32,17 +33,19 @@ def verify(directory: Path, model: str | Path, *, adapters: Sequence[Path] = (),
         calibration = Calibration(text_sha256=bundle.artifact.calibration)
         checkpoint = replace(checkpoint, calibration=calibration)
     artifact = bundle.artifact
-    fmt = formats.get(artifact.format)
-    recipe = fmt.RECIPES[artifact.recipe]
+    request = BuildRequest(
+        recipe=formats.get(artifact.format).RECIPES[artifact.recipe],
+        context_tokens=bundle.context_tokens,
+        split_bytes=artifact.split_bytes,
+        variant=artifact.variant,
+    )
     subject = Subject(
         checkpoint=checkpoint,
         directory=directory,
         entry=artifact.entry,
         format=artifact.format,
-        recipe=recipe,
-        layout=fmt.lay_out(
-            checkpoint, recipe, split_bytes=artifact.split_bytes, variant=artifact.variant
-        ),
+        recipe=request.recipe,
+        layout=formats.writing(artifact.format).lay_out(checkpoint, request),
         rules=bundle.text,
         context_tokens=bundle.context_tokens,
     )

@@ -1,9 +1,10 @@
 """Formats: how an artifact is written on a workstation and loaded on a device.
 
-One module, or one package, is one format. Put ``tflite.py`` here with the names of `Format` and it
-is a choice of ``--format``, a line of ``edgekit formats``, and a case of ``tests/test_formats.py``;
-nothing else needs an edit. Heavy packages are imported inside the functions, so that a Raspberry
-Pi opens a GGUF file without torch.
+A package in here is one format. Its ``__init__`` is its face: the constants of `Format`, which say
+what there is to choose. Its module ``writing`` has the names of `Writing` and is what a workstation
+asks; ``running`` has those of `Running` and is all that a device needs. Put a package ``tflite``
+here and it is a choice of ``--format``, a line of ``edgekit formats``, and a case of
+``tests/formats/test_formats.py``; nothing else needs an edit.
 """
 
 import importlib
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from edgekit.errors import UsageError
+from edgekit.quant.planned import PlannedWeight
 from edgekit.quant.recipe import Recipe, Storage
 from edgekit.runtime.session import Session
 
@@ -30,17 +32,6 @@ Progress = Callable[[int], None]  # called with the number of weights just read
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placement:
-    """One weight in an artifact: how it is stored, and how the recipe wanted it."""
-
-    role: str
-    parameters: int
-    storage: str
-    wanted: str
-    size_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Buffer:
     """An array that a GPU must hold and bind as a whole."""
 
@@ -52,7 +43,7 @@ class Buffer:
 class Layout:
     """What an artifact will hold, known from headers alone."""
 
-    placements: tuple[Placement, ...]
+    placements: tuple[PlannedWeight, ...]
     artifact_bytes: int
     is_exact: bool  # whether the file has this size to the byte
     notes: tuple[str, ...] = ()  # what a user should know about the files
@@ -65,7 +56,7 @@ class Layout:
     reads_by_token: bool = False  # whether a prompt takes a call of the program for each token
 
     @property
-    def substituted(self) -> tuple[Placement, ...]:
+    def substituted(self) -> tuple[PlannedWeight, ...]:
         """The weights that are stored otherwise than the recipe asked."""
         return tuple(p for p in self.placements if p.storage != p.wanted)
 
@@ -108,45 +99,34 @@ class Model(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest:
+    """What is asked of an artifact, handed on whole to whoever plans and writes it."""
+
+    recipe: Recipe
+    context_tokens: int | None = None  # what a runner must hold; None: all that the format can
+    split_bytes: int | None = None  # the most that one file may take; None: one file
+    variant: str | None = None  # one of the format's `VARIANTS`; None: the usual one
+
+
 class Format(Protocol):
-    """What a module in this package offers; for a module, PEP 544 ignores ``self``."""
+    """The face of a format: what a user chooses from, known without importing anything else."""
 
     STORAGES: Mapping[str, Storage]  # by name; the support matrix is made from these
     RECIPES: Mapping[str, Recipe]  # the values of --quant, most faithful first
-    DEFAULT_RECIPES: tuple[str, ...]  # the ones a plan considers unasked, most faithful first
-    ENDING: str  # of the name of the file that `load` opens
+    DEFAULT_RECIPES: tuple[str, ...]  # those a plan considers by default, most faithful first
+    ENDING: str  # of the name of the file that `Running.load` opens
     VARIANTS: tuple[str, ...]  # builds for different programs on the device, the usual one first
     RUNTIME: str  # what opens the artifacts, as people call it
     EXTRA: str  # `pip install 'edgekit[EXTRA]'` makes and proves artifacts
     RUN_EXTRA: str  # `pip install 'edgekit[RUN_EXTRA]'` runs them
 
-    def is_run_here(self, variant: str | None) -> bool:
-        """Tell whether `load` can start what runs this build; else see `ReadableFormat`."""
-        ...
 
-    def runtime_state(self) -> str:
-        """Start the runtime without a model, and say which it is and what it computes with.
+class Writing(Protocol):
+    """What the module ``writing`` of a format offers; for a module, PEP 544 ignores ``self``."""
 
-        Raises:
-            MissingDependencyError: If it, or what it is built with, is not installed.
-        """
-        ...
-
-    def lay_out(
-        self,
-        checkpoint: "CheckpointProtocol",
-        recipe: Recipe,
-        *,
-        split_bytes: int | None = None,
-        variant: str | None = None,
-    ) -> Layout:
+    def lay_out(self, checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         """Return what an artifact would hold, from headers alone.
-
-        Args:
-            checkpoint: The model.
-            recipe: How its weights shall be stored.
-            split_bytes: The most that one file of the artifact may take; None asks for one file.
-            variant: One of `VARIANTS`; None takes the usual one.
 
         Raises:
             UsageError: If the format cannot express this decoder, hold this recipe, or be split.
@@ -168,31 +148,44 @@ class Format(Protocol):
         """Return what the runtime will hold; ``repacks`` if the device has fast kernels."""
         ...
 
-    def convert(  # noqa: PLR0913 - what, how, where, and four ways to be asked for it
+    def convert(
         self,
         checkpoint: "CheckpointProtocol",
-        recipe: Recipe,
+        request: BuildRequest,
         directory: Path,
         *,
         progress: Progress,
-        context_tokens: int | None = None,
-        split_bytes: int | None = None,
-        variant: str | None = None,
     ) -> str:
         """Write the artifact into ``directory``, one tensor in memory at a time.
 
         Args:
             checkpoint: The model.
-            recipe: How its weights are stored.
-            directory: Where the files go, and what other programs want beside them.
+            request: How it is stored, and what settings that other programs read must say.
+            directory: Where the files go, and what other programs want next to them.
             progress: Told how many weights were just read.
-            context_tokens: How many tokens a runner shall hold, for settings other programs read;
-                None takes all that the format can.
-            split_bytes: As in `lay_out`.
-            variant: As in `lay_out`.
 
         Returns:
-            The name of the file that `load` opens, relative to ``directory``.
+            The name of the file that `Running.load` opens, relative to ``directory``.
+
+        Raises:
+            UsageError: If a weight cannot be stored as the recipe asks; it is named.
+            MissingDependencyError: If what writes the format is not installed.
+        """
+        ...
+
+
+class Running(Protocol):
+    """What the module ``running`` of a format offers."""
+
+    def is_run_here(self, variant: str | None) -> bool:
+        """Tell whether `load` can start what runs this build; else see `ReadableRunning`."""
+        ...
+
+    def runtime_state(self) -> str:
+        """Start the runtime without a model, and say which it is and what it computes with.
+
+        Raises:
+            MissingDependencyError: If it, or what it is built with, is not installed.
         """
         ...
 
@@ -207,11 +200,11 @@ class Format(Protocol):
         """Open an artifact in its runtime.
 
         Args:
-            path: The file `convert` named.
-            context_tokens: How many tokens the cache shall hold.
+            path: The file that `Writing.convert` named.
+            context_tokens: How many tokens the cache must hold.
             threads: None takes as many as there are performance cores.
-            has_exact_cache: Whether attention shall keep float32 where the runtime would round:
-                slower, to judge the weights by themselves.
+            has_exact_cache: Whether attention keeps float32 where the runtime would round: slower,
+                to judge the weights by themselves.
 
         Raises:
             MissingDependencyError: If the runtime is not installed.
@@ -236,7 +229,7 @@ class Format(Protocol):
         ...
 
     def contents(self, path: Path) -> list[tuple[str, tuple[int, ...], str]]:
-        """Return ``(tensor, shape, storage)`` of everything an artifact really holds.
+        """Return ``(tensor, shape, tensor type)`` of everything an artifact really holds.
 
         Raises:
             BundleError: If the file is damaged; the message names the field and the offset.
@@ -244,8 +237,8 @@ class Format(Protocol):
         ...
 
 
-class ReadableFormat(Format, Protocol):
-    """A format with builds that no program here can start (`Format.is_run_here` is false)."""
+class ReadableRunning(Running, Protocol):
+    """Of a format with builds that no program here can start (`Running.is_run_here` is false)."""
 
     def read_back(self, path: Path, spec: "DecoderSpec") -> Model:
         """Return the weights as they are in an artifact, for a proof without its runtime.
@@ -266,7 +259,7 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Format:
-    """Import one format.
+    """Import the face of a format.
 
     Raises:
         UsageError: If there is no such format.
@@ -274,6 +267,18 @@ def get(name: str) -> Format:
     if name not in names():
         raise UsageError(f"no format named {name!r}", hint=f"formats: {', '.join(names())}")
     return cast("Format", importlib.import_module(f"{__name__}.{name}"))
+
+
+def writing(name: str) -> Writing:
+    """Import what writes artifacts of a format; the errors are those of `get`."""
+    get(name)
+    return cast("Writing", importlib.import_module(f"{__name__}.{name}.writing"))
+
+
+def running(name: str) -> Running:
+    """Import what runs artifacts of a format; the errors are those of `get`."""
+    get(name)
+    return cast("Running", importlib.import_module(f"{__name__}.{name}.running"))
 
 
 def of_file(path: Path) -> str | None:

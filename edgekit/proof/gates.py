@@ -19,7 +19,7 @@ from edgekit import formats
 from edgekit.bundle.goldens import ChatGolden, Goldens, LogitGolden, TextGolden
 from edgekit.bundle.manifest import Agreement, Gate
 from edgekit.errors import UsageError
-from edgekit.formats import Format, Layout, ReadableFormat
+from edgekit.formats import Layout, ReadableRunning, Running
 from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter, transformers_logits
 from edgekit.proof.fidelity import Comparison, Fidelity
@@ -87,23 +87,28 @@ class Subject:
         return self.directory / self.entry
 
     @property
-    def fmt(self) -> Format:
-        """The format of the artifact."""
-        return formats.get(self.format)
+    def running(self) -> Running:
+        """What runs artifacts of its format."""
+        return formats.running(self.format)
+
+    @property
+    def runtime(self) -> str:
+        """What opens the artifact, as people call it."""
+        return formats.get(self.format).RUNTIME
 
     @property
     def is_run_here(self) -> bool:
         """Whether its runtime computes the artifact's side of the proof."""
-        return self.fmt.is_run_here(self.layout.variant)
+        return self.running.is_run_here(self.layout.variant)
 
     @property
     def said_by(self) -> str:
         """What computes the artifact's side of the proof."""
         if self.is_run_here:
-            return self.fmt.RUNTIME
-        needed = cast("ReadableFormat", self.fmt).runs_on(self.layout.variant)
+            return self.runtime
+        needed = cast("ReadableRunning", self.running).runs_on(self.layout.variant)
         return (
-            f"edgekit's float32 reference on the weights read back, not {self.fmt.RUNTIME}: "
+            f"edgekit's float32 reference on the weights read back, not {self.runtime}: "
             f"not executed here, it needs {needed}"
         )
 
@@ -209,9 +214,13 @@ def _open(subject: Subject, *, has_exact_cache: bool = False) -> Session:
     if has_exact_cache:
         context = min(context, CHUNK_TOKENS)
     if not subject.is_run_here:
-        read = cast("ReadableFormat", subject.fmt).read_back(subject.path, subject.checkpoint.spec)
+        read = cast("ReadableRunning", subject.running).read_back(
+            subject.path, subject.checkpoint.spec
+        )
         return interpreter.ReferenceSession(read, context_tokens=context)
-    return subject.fmt.load(subject.path, context_tokens=context, has_exact_cache=has_exact_cache)
+    return subject.running.load(
+        subject.path, context_tokens=context, has_exact_cache=has_exact_cache
+    )
 
 
 def _agreement(subject: Subject, found: _Findings, fidelity: Fidelity) -> Agreement:
@@ -314,7 +323,7 @@ def _check_ids(subject: Subject, found: _Findings) -> None:
     lines += [subject.text.render(turns) for turns in subject.conversations]
     expected = [transformers_logits.ids(subject.tokenizer, line) for line in lines]
     ours = [subject.text.encode(line, adds_bos=False) for line in lines]
-    theirs = subject.fmt.runtime_ids(subject.path, lines)
+    theirs = subject.running.runtime_ids(subject.path, lines)
     readers, finding = "edgekit run", ""
     wrong = _first_difference(lines, expected, ours)
     if theirs is not None and wrong is None:
@@ -355,7 +364,7 @@ def _uncomposed(
     if not candidates:
         return []
     texts = [composed[index] for index in candidates]
-    again = subject.fmt.runtime_ids(subject.path, texts) or []
+    again = subject.running.runtime_ids(subject.path, texts) or []
     return [index for index, ids in zip(candidates, again, strict=True) if ids == expected[index]]
 
 
@@ -415,7 +424,7 @@ def _check_stops(
 
 def _check_storages(subject: Subject, found: _Findings) -> None:
     """Gate 6: every tensor is stored as the plan said."""
-    contents = subject.fmt.contents(subject.path)
+    contents = subject.running.contents(subject.path)
     held = Counter((math.prod(shape), storage) for _, shape, storage in contents)
     planned = Counter((p.parameters, p.storage) for p in subject.layout.placements)
     counts = Counter(storage for _, _, storage in contents)
@@ -429,7 +438,7 @@ def _check_storages(subject: Subject, found: _Findings) -> None:
 
 def _check_size(subject: Subject, found: _Findings) -> None:
     """Gate 7: the bytes on disk are the bytes predicted."""
-    files = subject.fmt.files(subject.path)
+    files = subject.running.files(subject.path)
     size, predicted = sum(file.stat().st_size for file in files), subject.layout.artifact_bytes
     # The name under which llama.cpp cuts text is found by trial, and may lengthen the header.
     allowed = 64 if subject.layout.is_exact else predicted // 100

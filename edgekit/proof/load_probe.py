@@ -57,7 +57,7 @@ def _tail(output: bytes) -> str:
 def main(format: str, path: Path, context_tokens: int) -> None:
     """Do what `probe` has a child do."""
     try:
-        session = formats.get(format).load(path, context_tokens=context_tokens)
+        session = formats.running(format).load(path, context_tokens=context_tokens)
         session.prefill([0])
         session.close()
     except EdgekitError as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias, assert_never
 
 from edgekit.errors import UsageError
+from edgekit.quant.planned import damped
 
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ Precision = Literal["float32", "float16", "bfloat16"]
 # Of the whole range. Finer or further steps gain 2 % of the error at three times the time.
 RANGES = (1.0, 0.92, 0.84, 0.76)
 SHIFTS = (0, -1, 1)  # of the zero point
-DAMPING = 0.1  # of the mean, added to every column, so that no column is free to err
+DAMPING = 0.1  # see `damped`
 _PART_WEIGHTS = 2**18  # for a thread: 1 MiB of float32; with less, threads wait for each other
 
 
@@ -148,11 +149,8 @@ def _joined(parts: list[Fitted]) -> Fitted:
 
 def _weights(importance: "Rows | None", grid: Grid) -> "Rows | None":
     """Return how much each weight of a block counts; None: all alike."""
-    if importance is None or not importance.any():
-        return None
-    mean = float(importance.mean(dtype="float64"))
-    damped: Rows = (importance / mean + DAMPING).astype("float32")
-    return damped.reshape(-1, grid.block_weights)
+    weights = None if importance is None else damped(importance, share=DAMPING)
+    return None if weights is None else weights.reshape(-1, grid.block_weights)
 
 
 def _nearest_part(blocks: "Blocks", grid: Grid) -> Fitted:

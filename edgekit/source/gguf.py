@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.errors import UsageError
-from edgekit.formats.gguf import conversion, hyperparameters, layout
+from edgekit.formats.gguf import conversion, hyperparameters, layout, parts
 from edgekit.formats.gguf.architectures import Architecture
 from edgekit.formats.gguf.hyperparameters import Facts
 from edgekit.formats.gguf.layout import GgufFile, TensorInfo
@@ -253,7 +253,7 @@ def _place(
     infos: Mapping[str, TensorInfo], role: str, spec: DecoderSpec, graph: Architecture
 ) -> _Place:
     layer, part = split_role(role)
-    name = conversion.tensor_name(role)
+    name = parts.tensor_name(role)
     kind, _, bias = part.partition("_")
     fused = f"blk.{layer}.attn_qkv.{'bias' if bias == 'bias' else 'weight'}"
     if kind in {"query", "key", "value"} and bias in {"", "bias"} and fused in infos:

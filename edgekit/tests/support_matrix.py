@@ -13,7 +13,7 @@ from typing import cast
 
 from edgekit import formats
 from edgekit.errors import UsageError
-from edgekit.formats import Format, ReadableFormat
+from edgekit.formats import BuildRequest, ReadableRunning
 from edgekit.model.spec import DecoderSpec
 from edgekit.proof import transformers_logits
 from edgekit.proof.fidelity import Comparison
@@ -59,7 +59,7 @@ def matrix() -> str:
 
 
 def _cell(case: str, format_name: str, notes: list[str]) -> str:
-    word, told = _prove_any(case, formats.get(format_name))
+    word, told = _prove_any(case, format_name)
     for note in told:
         if note not in notes:
             notes.append(note)
@@ -67,17 +67,17 @@ def _cell(case: str, format_name: str, notes: list[str]) -> str:
     return f"{word}<sup>{numbers}</sup>" if told else word
 
 
-def _prove_any(case: str, fmt: Format) -> tuple[str, list[str]]:
+def _prove_any(case: str, format: str) -> tuple[str, list[str]]:
     """Take the usual variant of a format, or where that refuses the model, the first that does not.
 
     Returns:
         A word, and what a reader must know to understand it.
     """
     refusals: list[str] = []
-    for variant in fmt.VARIANTS or (None,):
+    for variant in formats.get(format).VARIANTS or (None,):
         with tempfile.TemporaryDirectory() as directory:
             try:
-                word, told = _prove(case, fmt, variant, Path(directory))
+                word, told = _prove(case, format, variant, Path(directory))
             except UsageError as error:
                 refusals.append(str(error))
                 continue
@@ -86,18 +86,19 @@ def _prove_any(case: str, fmt: Format) -> tuple[str, list[str]]:
     return "refused", refusals[:1]
 
 
-def _prove(case: str, fmt: Format, variant: str | None, directory: Path) -> tuple[str, list[str]]:
+def _prove(case: str, format: str, variant: str | None, directory: Path) -> tuple[str, list[str]]:
     """Export one tiny model as faithfully as the format can and compare it with transformers."""
     import numpy as np
 
     checkpoint = opening.open_checkpoint(write_tiny_checkpoint(directory / case, case))
-    limit, recipe = fmt.context_limit(checkpoint), next(iter(fmt.RECIPES.values()))
-    layout = fmt.lay_out(checkpoint, recipe, variant=variant)
-    entry = fmt.convert(checkpoint, recipe, directory, progress=lambda _: None, variant=variant)
+    writing, recipe = formats.writing(format), next(iter(formats.get(format).RECIPES.values()))
+    limit, request = writing.context_limit(checkpoint), BuildRequest(recipe=recipe, variant=variant)
+    layout = writing.lay_out(checkpoint, request)
+    entry = writing.convert(checkpoint, request, directory, progress=lambda _: None)
     tokens = min(TOKENS, limit.tokens)
     ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocabulary, tokens)
     path = directory / entry
-    session = _open(fmt, variant, path, checkpoint.spec, context_tokens=limit.tokens)
+    session = _open(format, variant, path, checkpoint.spec, context_tokens=limit.tokens)
     comparison = Comparison()
     expected = next(transformers_logits.logits(checkpoint, [ids.tolist()]))
     comparison.add(expected, session.all_logits(ids.tolist()), ids)
@@ -112,11 +113,12 @@ def _prove(case: str, fmt: Format, variant: str | None, directory: Path) -> tupl
 
 
 def _open(
-    fmt: Format, variant: str | None, path: Path, spec: DecoderSpec, *, context_tokens: int
+    format: str, variant: str | None, path: Path, spec: DecoderSpec, *, context_tokens: int
 ) -> Session:
-    if fmt.is_run_here(variant):
-        return fmt.load(path, context_tokens=context_tokens, threads=1)
-    read = cast("ReadableFormat", fmt).read_back(path, spec)
+    running = formats.running(format)
+    if running.is_run_here(variant):
+        return running.load(path, context_tokens=context_tokens, threads=1)
+    read = cast("ReadableRunning", running).read_back(path, spec)
     return ReferenceSession(read, context_tokens=context_tokens)
 
 

@@ -10,6 +10,7 @@ import pytest
 from edgekit.cli import main
 from edgekit.doctor import _RandomTensor, _tiny_checkpoint
 from edgekit.errors import ToolchainError
+from edgekit.formats import BuildRequest
 from edgekit.formats.gguf import architectures, conversion, layout, pretokenizers
 from edgekit.formats.gguf.storage import RECIPES
 from edgekit.proof import load_probe
@@ -198,7 +199,9 @@ def gguf(whole, tmp_path, monkeypatch):
 
 def to_gguf(checkpoint, directory):
     pre = pretokenizers.likely_pre(checkpoint.text)
-    conversion.convert(checkpoint, RECIPES["F32"], directory, pre=pre, progress=lambda _: None)
+    conversion.convert(
+        checkpoint, BuildRequest(recipe=RECIPES["F32"]), directory, pre=pre, progress=lambda _: None
+    )
     return directory / "model.gguf"
 
 

@@ -21,11 +21,10 @@ def without_backends(monkeypatch):
 
 @pytest.fixture
 def only(monkeypatch):
-    """Return what makes a module the only format."""
+    """Return what makes a format the only one."""
 
-    def put(name, module):
+    def put(name):
         monkeypatch.setattr(formats, "names", lambda: [name])
-        monkeypatch.setattr(formats, "get", lambda _: module)
 
     return put
 
@@ -69,11 +68,11 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(without_backe
 
 def test_a_backend_whose_runtime_is_missing_says_so(only, monkeypatch, tmp_path):
     pretend_format.use(tmp_path / "pretend", monkeypatch)
-    module = formats.get("pretend")
+    module, writing = formats.get("pretend"), formats.writing("pretend")
     monkeypatch.setattr(module, "RECIPES", {"none": None}, raising=False)
-    monkeypatch.setattr(module, "convert", lambda *_, **__: "tokenizer.json", raising=False)
+    monkeypatch.setattr(writing, "convert", lambda *_, **__: "tokenizer.json")
     monkeypatch.setenv("PRETEND_MOOD", "no runtime")
-    only("pretend", module)
+    only("pretend")
     finding = find("pretend back-end")
     assert (finding.state, finding.way_out) == ("missing", "pip")
 
@@ -82,14 +81,14 @@ def test_a_backend_that_fails_is_broken_and_the_others_are_still_looked_at(
     only, monkeypatch, tmp_path
 ):
     pretend_format.use(tmp_path / "pretend", monkeypatch)
-    module = formats.get("pretend")
+    module, writing = formats.get("pretend"), formats.writing("pretend")
 
     def refuse(*_, **__):
         raise OSError("libggml.so: cannot open shared object file")
 
     monkeypatch.setattr(module, "RECIPES", {"none": None}, raising=False)
-    monkeypatch.setattr(module, "convert", refuse, raising=False)
-    only("pretend", module)
+    monkeypatch.setattr(writing, "convert", refuse)
+    only("pretend")
     finding = find("pretend back-end")
     assert finding.state == "broken"
     assert "libggml.so" in finding.found

@@ -13,7 +13,7 @@ from edgekit.bundle.goldens import Goldens
 from edgekit.bundle.manifest import Bundle
 from edgekit.errors import BudgetError, DisagreementError, UsageError
 from edgekit.export import default_out, export
-from edgekit.plan import make
+from edgekit.plan import Choice, make
 from edgekit.source.opening import open_checkpoint
 
 
@@ -191,7 +191,7 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tiny_checkp
 
 def test_a_bundle_is_named_after_what_is_in_it(tiny_checkpoint, pi):
     checkpoint = open_checkpoint(tiny_checkpoint)
-    made = make(checkpoint, pi, quant="Q4_0")
+    made = make(checkpoint, pi, Choice(quant="Q4_0"))
     assert default_out(checkpoint, made, pi).as_posix() == (
         "bundles/tiny-llama-raspberry-pi-5-8gb-gguf-Q4_0"
     )

@@ -7,12 +7,15 @@ import pytest
 
 from edgekit import formats
 from edgekit.errors import BudgetError, UsageError
-from edgekit.formats import Buffer
-from edgekit.formats.gguf import RECIPES
-from edgekit.plan import estimate, make, substitutions
+from edgekit.formats import Buffer, BuildRequest
+from edgekit.formats.gguf import RECIPES, writing
+from edgekit.plan import Choice, estimate, make, substitutions
 from edgekit.target import WebGpuLimits
 from edgekit.target import load as load_target
 from edgekit.tests.tiny.random_checkpoints import random_checkpoint
+
+
+F32 = BuildRequest(recipe=RECIPES["F32"])
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +61,17 @@ def test_a_budget_nothing_fits_says_which_limit_for_every_candidate(checkpoint, 
 
 def test_a_misspelt_quant_gets_a_suggestion(checkpoint, pi):
     with pytest.raises(UsageError, match="no quant named 'Q4_KM'") as refusal:
-        make(checkpoint, pi, quant="Q4_KM")
+        make(checkpoint, pi, Choice(quant="Q4_KM"))
     assert "Q4_K_M" in refusal.value.hint
 
 
 def test_a_quant_may_be_written_in_lower_case(checkpoint, pi):
-    assert make(checkpoint, pi, quant="q4_k_m").recipe.name == "Q4_K_M"
+    assert make(checkpoint, pi, Choice(quant="q4_k_m")).recipe.name == "Q4_K_M"
 
 
 def test_an_unknown_format_is_refused(checkpoint, pi):
     with pytest.raises(UsageError, match="no format named 'tflite'"):
-        make(checkpoint, pi, format="tflite")
+        make(checkpoint, pi, Choice(format="tflite"))
 
 
 def test_a_target_that_takes_only_formats_we_lack_says_what_we_have(checkpoint, pi):
@@ -78,7 +81,7 @@ def test_a_target_that_takes_only_formats_we_lack_says_what_we_have(checkpoint, 
 
 def test_a_context_beyond_the_model_is_refused_with_the_longest(checkpoint, pi):
     with pytest.raises(UsageError, match="300 tokens is not possible: at most 256"):
-        make(checkpoint, pi, context_tokens=300)
+        make(checkpoint, pi, Choice(context_tokens=300))
 
 
 def test_the_context_is_shortened_to_what_the_model_can_and_that_is_said(checkpoint, pi):
@@ -88,7 +91,7 @@ def test_the_context_is_shortened_to_what_the_model_can_and_that_is_said(checkpo
 
 
 def test_substitutions_are_told_with_their_cost(checkpoint, pi):
-    made = make(checkpoint, pi, quant="Q4_K_M")
+    made = make(checkpoint, pi, Choice(quant="Q4_K_M"))
     told = list(substitutions(made.layout))
     assert any("instead of Q4_K" in line and "KiB" in line for line in told)
     assert set(told) <= set(made.notes)
@@ -98,9 +101,7 @@ def test_an_embedding_that_is_not_the_head_is_not_read_for_every_token(checkpoin
     def rate(tied):
         spec = replace(checkpoint.spec, is_tied=tied, vocabulary=500_000)
         model = replace(checkpoint, spec=spec)
-        from edgekit.formats import get
-
-        layout = get("gguf").lay_out(checkpoint, RECIPES["F32"])
+        layout = writing.lay_out(checkpoint, F32)
         big = [replace(p, size_bytes=10**9) if p.role == "token_embedding" else p
                for p in layout.placements]  # fmt: skip
         layout = replace(layout, placements=tuple(big))
@@ -111,10 +112,8 @@ def test_an_embedding_that_is_not_the_head_is_not_read_for_every_token(checkpoin
 
 
 def test_a_longer_context_takes_more_memory_and_the_cache_is_exact(checkpoint, pi):
-    from edgekit.formats import get
-
-    layout = get("gguf").lay_out(checkpoint, RECIPES["F32"])
-    use = get("gguf").memory_use(checkpoint, layout, context_tokens=256, repacks=True)
+    layout = writing.lay_out(checkpoint, F32)
+    use = writing.memory_use(checkpoint, layout, context_tokens=256, repacks=True)
     a = checkpoint.spec.attention
     assert use.cache_bytes == 3 * 256 * 2 * a.key_value_width * 2
     assert use.peak_bytes == (
@@ -123,32 +122,34 @@ def test_a_longer_context_takes_more_memory_and_the_cache_is_exact(checkpoint, p
 
 
 def test_a_speed_that_is_only_likely_missed_is_a_note_and_not_a_refusal(checkpoint, pi):
-    rate = make(checkpoint, pi, quant="Q2_K").estimate.decode_tokens_per_s
-    made = make(checkpoint, with_budget(pi, decode_tokens_per_s=rate.likely * 1.1), quant="Q2_K")
+    rate = make(checkpoint, pi, Choice(quant="Q2_K")).estimate.decode_tokens_per_s
+    made = make(
+        checkpoint, with_budget(pi, decode_tokens_per_s=rate.likely * 1.1), Choice(quant="Q2_K")
+    )
     assert any(note.startswith("may miss a limit") for note in made.notes)
     with pytest.raises(BudgetError):
-        make(checkpoint, with_budget(pi, decode_tokens_per_s=rate.high * 1.1), quant="Q2_K")
+        make(checkpoint, with_budget(pi, decode_tokens_per_s=rate.high * 1.1), Choice(quant="Q2_K"))
 
 
 def test_what_most_likely_fits_comes_before_what_only_may(checkpoint, pi):
-    best = make(checkpoint, pi, quant="Q8_0").estimate.decode_tokens_per_s.likely
+    best = make(checkpoint, pi, Choice(quant="Q8_0")).estimate.decode_tokens_per_s.likely
     made = make(checkpoint, with_budget(pi, decode_tokens_per_s=best * 1.01))
     assert made.recipe.name != "Q8_0"
-    assert made.rejected[0].recipe.name == "Q8_0"
+    assert made.rejected[0].request.recipe.name == "Q8_0"
     assert not any(note.startswith("may miss") for note in made.notes)
 
 
 def with_layout(monkeypatch, name, variants=(), **fields):
     """Let a format say more of what it lays out."""
-    fmt = formats.get(name)
-    lay_out = fmt.lay_out
+    writing = formats.writing(name)
+    lay_out = writing.lay_out
 
-    def say_more(checkpoint, recipe, *, split_bytes=None, variant=None):
-        found = lay_out(checkpoint, recipe, split_bytes=split_bytes)
-        return replace(found, **{"variant": variant, **fields})
+    def say_more(checkpoint, request):
+        found = lay_out(checkpoint, replace(request, variant=None))
+        return replace(found, **{"variant": request.variant, **fields})
 
-    monkeypatch.setattr(fmt, "lay_out", say_more)
-    monkeypatch.setattr(fmt, "VARIANTS", variants)
+    monkeypatch.setattr(writing, "lay_out", say_more)
+    monkeypatch.setattr(formats.get(name), "VARIANTS", variants)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def test_a_target_takes_its_variant_of_a_format_and_a_user_another(checkpoint, p
     assert make(checkpoint, pi).variant is None
     fancy = replace(pi, variants={"gguf": ("fancy", "plain")})
     assert make(checkpoint, fancy).variant == "fancy"
-    assert make(checkpoint, fancy, variant="plain").variant == "plain"
+    assert make(checkpoint, fancy, Choice(variant="plain")).variant == "plain"
 
 
 def test_a_variant_that_no_program_of_the_target_takes_is_refused(checkpoint, pi, monkeypatch):
@@ -189,23 +190,23 @@ def test_a_variant_that_no_program_of_the_target_takes_is_refused(checkpoint, pi
     fancy = replace(pi, variants={"gguf": ("fancy",)})
     for format in (None, "gguf"):
         with pytest.raises(UsageError, match="takes the variant 'plain' of gguf") as said:
-            make(checkpoint, fancy, variant="plain", format=format)
+            make(checkpoint, fancy, Choice(variant="plain", format=format))
         assert said.value.hint == "gguf: fancy"
 
 
 def test_a_variant_that_no_format_has_is_refused_with_those_there_are(checkpoint, pi, monkeypatch):
     with_layout(monkeypatch, "gguf", variants=("plain", "fancy"))
     with pytest.raises(UsageError, match="no variant 'nice'") as refusal:
-        make(checkpoint, pi, variant="nice")
+        make(checkpoint, pi, Choice(variant="nice"))
     assert "gguf: plain, fancy" in refusal.value.hint
-    assert make(checkpoint, pi, variant="fancy").format == "gguf"
+    assert make(checkpoint, pi, Choice(variant="fancy")).format == "gguf"
     with pytest.raises(UsageError, match="onnx has no variant 'fancy'"):
-        make(checkpoint, pi, format="onnx", variant="fancy")
+        make(checkpoint, pi, Choice(format="onnx", variant="fancy"))
 
 
 def test_what_is_executed_elsewhere_is_told_with_what_it_needs(checkpoint):
     here, there = (
-        make(checkpoint, load_target("android-high"), format="executorch", variant=variant)
+        make(checkpoint, load_target("android-high"), Choice(format="executorch", variant=variant))
         for variant in ("portable", "vulkan")
     )
     assert not any("not executed here" in note for note in here.notes)
@@ -235,7 +236,7 @@ def parameters_of(checkpoint):
 def test_a_token_takes_every_weight_and_the_cache_in_the_middle_of_an_answer(
     checkpoint, measured, answer_tokens, filled
 ):
-    layout = formats.get("gguf").lay_out(checkpoint, RECIPES["F32"])
+    layout = writing.lay_out(checkpoint, F32)
     target = with_budget(measured, answer_tokens=answer_tokens)
     found = estimate(
         checkpoint, layout, target, format="gguf", context_tokens=256
@@ -251,7 +252,7 @@ def test_a_token_takes_every_weight_and_the_cache_in_the_middle_of_an_answer(
 def test_the_first_token_takes_two_flop_a_weight_and_token_of_the_prompt(
     checkpoint, measured, by_token
 ):
-    layout = formats.get("gguf").lay_out(checkpoint, RECIPES["F32"])
+    layout = writing.lay_out(checkpoint, F32)
     found = estimate(
         checkpoint, replace(layout, reads_by_token=by_token), measured, format="gguf",
         context_tokens=256,
@@ -269,22 +270,22 @@ def test_the_first_token_takes_two_flop_a_weight_and_token_of_the_prompt(
     [({"artifact_bytes": 0}, "to download"), ({"peak_memory_bytes": 0}, "of memory")],
 )
 def test_what_takes_as_much_as_is_allowed_fits(checkpoint, pi, limits, reason):
-    made = make(checkpoint, pi, quant="Q8_0").estimate
+    made = make(checkpoint, pi, Choice(quant="Q8_0")).estimate
     taken = {
         "artifact_bytes": made.artifact_bytes, "peak_memory_bytes": made.memory.peak_bytes,
     }  # fmt: skip
     [name] = limits
-    assert make(checkpoint, with_budget(pi, **{name: taken[name]}), quant="Q8_0").notes
+    assert make(checkpoint, with_budget(pi, **{name: taken[name]}), Choice(quant="Q8_0")).notes
     with pytest.raises(BudgetError, match=reason):
-        make(checkpoint, with_budget(pi, **{name: taken[name] - 1}), quant="Q8_0")
+        make(checkpoint, with_budget(pi, **{name: taken[name] - 1}), Choice(quant="Q8_0"))
 
 
 def test_a_first_token_that_comes_too_late_is_a_miss(checkpoint, pi):
-    first = make(checkpoint, pi, quant="Q8_0").estimate.first_token_s
+    first = make(checkpoint, pi, Choice(quant="Q8_0")).estimate.first_token_s
     limit = pi.budget.first_token[0]
     late = replace(limit, limit_s=first[limit.prompt_tokens].low * 0.99)
     with pytest.raises(BudgetError, match=f"first token after .* for {limit.prompt_tokens} tokens"):
-        make(checkpoint, with_budget(pi, first_token=(late,)), quant="Q8_0")
+        make(checkpoint, with_budget(pi, first_token=(late,)), Choice(quant="Q8_0"))
     maybe = replace(limit, limit_s=first[limit.prompt_tokens].low * 1.01)
-    made = make(checkpoint, with_budget(pi, first_token=(maybe,)), quant="Q8_0")
+    made = make(checkpoint, with_budget(pi, first_token=(maybe,)), Choice(quant="Q8_0"))
     assert any(note.startswith("may miss a limit") for note in made.notes)

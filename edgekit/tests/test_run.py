@@ -36,7 +36,7 @@ def on_disk(tmp_path, monkeypatch):
             runner.session.context_tokens = context_tokens
             return runner.session
 
-    monkeypatch.setattr(formats, "get", {"in_memory": InMemory()}.__getitem__)
+    monkeypatch.setattr(formats, "running", {"in_memory": InMemory()}.__getitem__)
     return runner
 
 

@@ -76,7 +76,7 @@ def test_the_core_needs_at_most_five_packages_and_no_torch(wheel):
     assert not any("torch" in line for line in core)
 
 
-RUN_HERE = [name for name, fmt in formats.get_all() if fmt.is_run_here(None)]
+RUN_HERE = [name for name in formats.names() if formats.running(name).is_run_here(None)]
 
 
 @pytest.fixture(scope="module", params=RUN_HERE)

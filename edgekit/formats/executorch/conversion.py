@@ -1,17 +1,17 @@
 """From a checkpoint to ``model.pte``: what it will hold, its size, and the writing of it."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import UsageError
-from edgekit.formats import Layout, Placement, Progress
+from edgekit.formats import BuildRequest, Layout, Progress
 from edgekit.formats.executorch import backends, handover
 from edgekit.formats.executorch.backends import Backend
 from edgekit.formats.executorch.planned import Job, Weight
 from edgekit.model.spec import DecoderSpec
 from edgekit.model.tokenizer_files import added_tokens
+from edgekit.quant.planned import calibration_sha256
 from edgekit.quant.recipe import Recipe
 
 
@@ -29,100 +29,84 @@ def weights(spec: DecoderSpec, recipe: Recipe, backend: Backend) -> tuple[Weight
     Raises:
         UsageError: If the back-end does not have this recipe.
     """
-    if recipe.name not in backend.RECIPES:
+    if recipe.name not in backend.recipes:
         raise UsageError(
-            f"{backend.NAME} in ExecuTorch has no recipe {recipe.name}",
-            hint=f"its recipes: {', '.join(backend.RECIPES)}",
+            f"{backend.name} in ExecuTorch has no recipe {recipe.name}",
+            hint=f"its recipes: {', '.join(backend.recipes)}",
         )
     found = []
     for role, shape in spec.weights():
-        wanted = backend.meant_by(recipe.storage_for(role, spec), recipe=recipe.name)
-        stored = backend.stored_as(wanted, shape, recipe=recipe.name)
-        found.append(Weight(role=role, shape=shape, wanted=wanted, stored=stored))
+        wanted = backend.writing.meant_by(recipe.storage_for(role, spec), recipe=recipe.name)
+        stored = backend.writing.stored_as(wanted, shape, recipe=recipe.name)
+        found.append(Weight.of(role, shape, wanted=wanted, stored=stored))
     return tuple(found)
 
 
-def variant_of(spec: DecoderSpec, variant: str | None, split_bytes: int | None) -> str:
+def variant_of(spec: DecoderSpec, request: BuildRequest) -> str:
     """Return the variant that was asked for, or the first.
 
     Raises:
-        UsageError: If there is none of that name, it cannot express the decoder, or files shall be
-            split.
+        UsageError: If there is none of that name, it cannot express the decoder, or the program is
+            to be split.
     """
-    if split_bytes is not None:
+    if request.split_bytes is not None:
         raise UsageError("an ExecuTorch program is one file, it cannot be split")
-    backend = backends.of(variant)
-    variant = variant or next(iter(backend.BUILDS))
-    backend.refuse(spec, variant)
+    backend = backends.of(request.variant)
+    variant = request.variant or next(iter(backend.builds))
+    backend.writing.refuse(spec, variant)
     return variant
 
 
-def lay_out(
-    checkpoint: "CheckpointProtocol",
-    recipe: Recipe,
-    *,
-    split_bytes: int | None = None,
-    variant: str | None = None,
-) -> Layout:
+def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     """Return what the file will hold and about how large it gets, from headers alone."""
-    spec = checkpoint.spec
-    variant = variant_of(spec, variant, split_bytes)
+    spec, recipe = checkpoint.spec, request.recipe
+    variant = variant_of(spec, request)
     backend = backends.of(variant)
     planned = weights(spec, recipe, backend)
-    said = handover.note(checkpoint)
+    note = handover.note(checkpoint)
     return Layout(
-        placements=tuple(_placement(weight) for weight in planned),
-        artifact_bytes=backend.file_bytes(spec, planned, variant),
+        placements=planned,
+        artifact_bytes=backend.writing.file_bytes(spec, planned, variant),
         is_exact=False,
-        notes=(*backend.notes(recipe.name), *((said,) if said else ())),
-        calibration=_calibration(checkpoint, planned),
+        notes=(*backend.notes.get(recipe.name, ()), *((note,) if note else ())),
+        calibration=calibration_sha256(checkpoint.calibration, planned),
         variant=variant,
-        is_half=backend.computes_half(recipe.name),
-        reads_by_token=backend.READS_BY_TOKEN,
+        is_half=recipe.name in backend.half_recipes,
+        reads_by_token=backend.reads_by_token,
     )
 
 
-def _placement(weight: Weight) -> Placement:
-    rows, columns = weight.shape[0], weight.shape[1] if weight.shape[1:] else 1
-    return Placement(
-        role=weight.role,
-        parameters=rows * columns,
-        storage=weight.stored,
-        wanted=weight.wanted,
-        size_bytes=weight.size_bytes,
-    )
-
-
-def _calibration(checkpoint: "CheckpointProtocol", planned: Iterable[Weight]) -> str | None:
-    announced = checkpoint.calibration
-    return announced.text_sha256 if announced and any(w.is_led for w in planned) else None
-
-
-def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
+def convert(
     checkpoint: "CheckpointProtocol",
-    recipe: Recipe,
+    request: BuildRequest,
     directory: Path,
     *,
     progress: Progress,
-    context_tokens: int,
-    variant: str,
 ) -> str:
     """Write ``model.pte``, one block of rows in memory at a time.
 
+    Args:
+        checkpoint: The model.
+        request: With its context and its variant, neither of which may be None.
+        directory: Where the program goes.
+        progress: Told how many weights were just read.
+
     Returns:
-        Its name.
+        The name of the program.
     """
+    variant, context_tokens = request.variant, request.context_tokens
+    assert variant is not None and context_tokens is not None  # noqa: S101, PT018 - see above
     backend = backends.of(variant)
     job = Job(
         checkpoint=checkpoint,
         variant=variant,
-        recipe=recipe.name,
-        weights=weights(checkpoint.spec, recipe, backend),
+        recipe=request.recipe.name,
+        weights=weights(checkpoint.spec, request.recipe, backend),
         context_tokens=context_tokens,
         constants=metadata(checkpoint, context_tokens, variant),
         progress=progress,
     )
-    report = backend.write(job, directory / ENTRY)
+    report = backend.writing.write(job, directory / ENTRY)
     (directory / COVERAGE).write_text(json.dumps(report, indent=2) + "\n")
     return ENTRY
 
@@ -143,5 +127,6 @@ def metadata(checkpoint: "CheckpointProtocol", context_tokens: int, variant: str
         "get_n_layers": len(checkpoint.spec.layers),
     }
     found |= {} if border is None else {"get_rope_border_tokens": border}
-    own = backends.of(variant).metadata(checkpoint.spec, variant, context_tokens=context_tokens)
+    writing = backends.of(variant).writing
+    own = writing.constants(checkpoint.spec, variant, context_tokens=context_tokens)
     return found | dict(own)

@@ -64,7 +64,7 @@ class Handover:
     @property
     def build(self) -> Build:
         """What it needs of an app."""
-        return self.backend.BUILDS[self.variant]
+        return self.backend.builds[self.variant]
 
 
 def write(
@@ -181,7 +181,7 @@ def _clients(handover: Handover) -> Iterator[str]:
 
 
 def _head(handover: Handover) -> str:
-    device = handover.backend.DEVICE
+    device = handover.backend.device
     here = f"needs {device}" if device else "On a computer or a Raspberry Pi, `edgekit run`"
     return f"""\
 # {handover.entry} in an app
@@ -375,12 +375,12 @@ became these ids in the C++ tokenizer of the runners: {"yes" if handover.has_run
 
 
 def _what_ran(backend: Backend) -> str:
-    if backend.DEVICE is None:
+    if backend.device is None:
         return (
             "The program was run by ExecuTorch's C++ runtime where it was exported, and\n"
             "`manifest.json` has what it was held against."
         )
     return (
-        f"The program was **not executed** where it was exported: that needs {backend.DEVICE}.\n"
+        f"The program was **not executed** where it was exported: that needs {backend.device}.\n"
         "Its weights were read back from it, and `manifest.json` has what they were held against."
     )

@@ -6,10 +6,10 @@ is loaded, for as many tokens as it was exported for.
 """
 
 from edgekit.formats import Layout, MemoryUse
-from edgekit.formats.executorch.runtime import BATCH_TOKENS
 from edgekit.model.spec import DecoderSpec
 
 
+BATCH_TOKENS = 256  # are read at once; a longer prompt takes no more memory, and little more time
 CACHE_ITEM_BYTES = 4  # float32 keys and values
 # An interpreter with numpy, the libraries and edgekit; what XNNPACK keeps of a layer beside its
 # weights; what one entry of the vocabulary costs in `tokenizers`. Measured on x86-64 with

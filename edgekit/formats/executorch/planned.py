@@ -1,13 +1,14 @@
-"""What a program shall hold: the weights of a checkpoint, each as a recipe has it, row by row."""
+"""What a program holds: the weights of a checkpoint, each as a recipe has it, row by row."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from edgekit.errors import UsageError
 from edgekit.formats import Progress
 from edgekit.formats.executorch import storage
-from edgekit.quant.recipe import split_role
+from edgekit.model.spec import Shape
+from edgekit.quant.planned import PlannedWeight, importance_of
 
 
 if TYPE_CHECKING:
@@ -21,28 +22,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weight:
+class Weight(PlannedWeight):
     """One weight of the checkpoint, and what holds it."""
 
-    role: str
-    shape: tuple[int, ...]
-    wanted: str  # the storage the recipe asked for
-    stored: str
+    @classmethod
+    def of(cls, role: str, shape: Shape, *, wanted: str, stored: str) -> Self:
+        """Return a weight as it is stored."""
+        sizes = (part.size_bytes for part in storage.parts(role, shape, stored))
+        return cls(
+            role=role,
+            shape=shape,
+            wanted=wanted,
+            storage=stored,
+            size_bytes=sum(sizes),
+            is_coarse=stored in storage.COARSE,
+        )
 
     @property
     def parts(self) -> tuple[storage.Part, ...]:
         """The bytes that hold it."""
-        return tuple(storage.parts(self.role, self.shape, self.stored))
-
-    @property
-    def size_bytes(self) -> int:
-        """How many they are."""
-        return sum(part.size_bytes for part in self.parts)
-
-    @property
-    def is_led(self) -> bool:
-        """Whether the inputs of a calibration lead its fit: in layers, not the head's."""
-        return self.stored in storage.LED and split_role(self.role)[0] is not None
+        return tuple(storage.parts(self.role, self.shape, self.storage))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ class Job:
     @property
     def storages(self) -> dict[str, str]:
         """How each weight is stored, by role."""
-        return {weight.role: weight.stored for weight in self.weights}
+        return {weight.role: weight.storage for weight in self.weights}
 
     def blocks(self, weight: Weight) -> "Iterator[tuple[int, Rows]]":
         """Yield a weight as `Checkpoint.blocks` does, and tell the progress."""
@@ -75,13 +74,9 @@ class Job:
 
     def encoded(self, weight: Weight) -> "Iterator[tuple[int, list[npt.NDArray[np.generic]]]]":
         """Yield blocks as `storage.encode` has them, an array for each of the weight's parts."""
-        importance = self._importance(weight)
+        importance = importance_of(self.checkpoint.calibration, weight)
         for first, rows in self.blocks(weight):
             try:
-                yield first, storage.encode(rows, weight.stored, importance=importance)
+                yield first, storage.encode(rows, weight.storage, importance=importance)
             except UsageError as error:
                 raise UsageError(f"{weight.role}: {error}", hint=error.hint) from error
-
-    def _importance(self, weight: Weight) -> "Rows | None":
-        calibration = self.checkpoint.calibration
-        return calibration.of(weight.role) if calibration and weight.is_led else None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
-from edgekit.formats.executorch import backends, handover, program, shim_build, stock_runtime
+from edgekit.formats.executorch import backends, memory, program, shim_build, stock_runtime
 from edgekit.runtime.processors import performance_cores
 
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 
 FORWARD = "forward"
-BATCH_TOKENS = 256  # are read at once; a longer prompt takes no more memory, and little more time
 ROPE_BORDER = "get_rope_border_tokens"  # beyond it a long-rope model has other frequencies
 LLM_KERNELS = "llama::"  # what phone runners link; the wheel has them in a library beside torch
 _QUANTIZED_KERNELS = "quantized_decomposed::"
@@ -47,7 +46,7 @@ class ExecutorchSession:
             self.vocabulary_tokens = self._constant("get_vocab_size")
             self.context_tokens = self._smaller_context(context_tokens)
             longest = self._longest_batch()
-            self._batch_tokens = min(BATCH_TOKENS, longest)
+            self._batch_tokens = min(memory.BATCH_TOKENS, longest)
             has_border = found.method(ROPE_BORDER) is not None
             self._border_tokens = self._constant(ROPE_BORDER) if has_border else None
         except (BundleError, UsageError):
@@ -234,10 +233,10 @@ def _forward_of(found: program.Program, path: Path) -> program.Method:
 def _refuse_elsewhere(path: Path, found: program.Program) -> None:
     """Name the device that a program needs, if it is another than this machine."""
     backend = backends.of_program(found)
-    if backend and backend.DEVICE:
+    if backend and backend.device:
         raise UsageError(
-            f"{path} is for {backend.NAME}, which this machine has not: it needs {backend.DEVICE}",
-            hint=f"run and measure it there, as {handover.README} beside it shows; "
+            f"{path} is for {backend.name}, which this machine has not: it needs {backend.device}",
+            hint="run and measure it there, as the README.md next to it shows; "
             "`edgekit validate --measurement FILE` holds that against the budget; "
             f"or export with --variant {backends.variants()[0]} to run it here",
         )

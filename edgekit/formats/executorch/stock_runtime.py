@@ -17,7 +17,8 @@ def add_llm_kernels() -> None:
     """
     try:
         with silence():
-            importlib.import_module("torch")
+            import torch  # noqa: F401 - the kernels are linked with it
+
             importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
     except ImportError as error:
         raise MissingDependencyError(

@@ -46,7 +46,7 @@ STORAGES: Mapping[str, Storage] = {
 }
 
 # Storages so coarse that the inputs of a weight shall lead its fit.
-LED = frozenset(name for name in STORAGES if name.startswith(("INT4", "Q4GSW")))
+COARSE = frozenset(name for name in STORAGES if name.startswith(("INT4", "Q4GSW")))
 # Four bits as XNNPACK has them, and the same groups as Vulkan has them: scales across.
 ACROSS = {f"INT4_G{group}": f"Q4GSW_G{group}" for group in (32, 64, 128)}
 FOUR_BITS, VULKAN_FOUR_BITS = frozenset(ACROSS), frozenset(ACROSS.values())
@@ -86,7 +86,7 @@ def stored_as(wanted: str, columns: int) -> str:
     >>> stored_as("INT4_G128", 576), stored_as("INT4_G32", 100)
     ('INT4_G64', 'INT8')
     """
-    if wanted not in LED:
+    if wanted not in COARSE:
         return wanted
     kind, _, _ = wanted.rpartition("_")
     for group in (128, 64, 32):

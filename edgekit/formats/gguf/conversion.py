@@ -6,16 +6,17 @@ walks the same list and holds one block of rows at a time.
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.formats import Layout, Placement, Progress
+from edgekit.formats import BuildRequest, Layout, Progress
 from edgekit.formats.gguf import (
     architectures,
     hyperparameters,
     importance,
+    parts,
     pretokenizers,
     provenance,
     split,
@@ -24,8 +25,10 @@ from edgekit.formats.gguf import (
 )
 from edgekit.formats.gguf.architectures import Architecture
 from edgekit.formats.gguf.layout import TensorEntry, Value
+from edgekit.formats.gguf.parts import Part
 from edgekit.formats.gguf.split import FilesWriter, PlannedFile
-from edgekit.model.spec import DecoderSpec, Shape
+from edgekit.model.spec import DecoderSpec
+from edgekit.quant.planned import calibration_sha256
 from edgekit.quant.recipe import Recipe, split_role
 
 
@@ -43,129 +46,49 @@ if TYPE_CHECKING:
 STEM = "model"
 ENTRY = f"{STEM}.gguf"  # of an artifact that is one file
 
-TENSOR_NAMES = {
-    "token_embedding": "token_embd.weight",
-    "final_norm": "output_norm.weight",
-    "final_norm_bias": "output_norm.bias",
-    "output_head": "output.weight",
-}
-LAYER_TENSOR_NAMES = {
-    "attention_norm": "attn_norm.weight",
-    "attention_norm_bias": "attn_norm.bias",
-    "query": "attn_q.weight",
-    "query_bias": "attn_q.bias",
-    "key": "attn_k.weight",
-    "key_bias": "attn_k.bias",
-    "value": "attn_v.weight",
-    "value_bias": "attn_v.bias",
-    "query_norm": "attn_q_norm.weight",
-    "key_norm": "attn_k_norm.weight",
-    "attention_output": "attn_output.weight",
-    "attention_output_bias": "attn_output.bias",
-    "attention_post_norm": "post_attention_norm.weight",
-    "mlp_norm": "ffn_norm.weight",
-    "mlp_norm_bias": "ffn_norm.bias",
-    "gate": "ffn_gate.weight",
-    "gate_bias": "ffn_gate.bias",
-    "up": "ffn_up.weight",
-    "up_bias": "ffn_up.bias",
-    "down": "ffn_down.weight",
-    "down_bias": "ffn_down.bias",
-    "mlp_post_norm": "post_ffw_norm.weight",
-}
-
-
-def tensor_name(role: str) -> str:
-    """Return llama.cpp's name of a weight."""
-    layer, part = split_role(role)
-    return TENSOR_NAMES[part] if layer is None else f"blk.{layer}.{LAYER_TENSOR_NAMES[part]}"
-
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """One tensor of the file, and the weights of the checkpoint that fill it, one after another."""
+class Planned:
+    """A file, or several, before weights are written."""
 
-    entry: TensorEntry
-    roles: tuple[str, ...]
-    wanted: str  # the storage the recipe asked for
+    architecture: Architecture
+    parts: tuple[Part, ...]
+    files: tuple[PlannedFile, ...]
 
 
-def parts(checkpoint: "CheckpointProtocol", recipe: Recipe) -> list[Part]:
-    """Return every tensor made from weights, in the order of the file.
+def plan(checkpoint: "CheckpointProtocol", request: BuildRequest, *, pre: str) -> Planned:
+    """Return what the files will hold, from headers alone.
+
+    Args:
+        checkpoint: The model.
+        request: How it is stored, and how large a file may get.
+        pre: The name under which llama.cpp cuts text as this tokenizer does.
 
     Raises:
-        UsageError: If no graph of llama.cpp computes this decoder.
+        UsageError: If no graph of llama.cpp computes this decoder, or a file would be too small.
     """
-    spec, architecture = checkpoint.spec, architectures.choose(checkpoint.spec)
-    found = [_part(roles, shape, recipe, spec) for roles, shape in _stacked(spec, architecture)]
-    if architecture.ties == "never" and spec.is_tied:
-        embedding = ("token_embedding",)
-        head = _part(embedding, (spec.vocabulary, spec.hidden_width), recipe, spec)
-        entry = TensorEntry(
-            name=tensor_name("output_head"), shape=head.entry.shape, storage=head.entry.storage
-        )
-        found.append(Part(entry=entry, roles=embedding, wanted=head.wanted))
-    return found
-
-
-def _stacked(
-    spec: DecoderSpec, architecture: Architecture
-) -> Iterator[tuple[tuple[str, ...], Shape]]:
-    """Yield weights with their shape; where the graph wants gate and up in one, both together."""
-    for role, shape in spec.weights():
-        prefix, _, part = role.rpartition(".")
-        if architecture.fuses_gate_and_up and part == "gate":
-            continue
-        if architecture.fuses_gate_and_up and part == "up":
-            yield (f"{prefix}.gate", role), (2 * shape[0], shape[1])
-        else:
-            yield (role,), shape
-
-
-def _part(roles: tuple[str, ...], shape: Shape, recipe: Recipe, spec: DecoderSpec) -> Part:
-    wanted = recipe.storage_for(roles[-1], spec)
-    entry = TensorEntry(
-        name=tensor_name(roles[-1]), shape=shape, storage=storage.stored_as(wanted, shape[-1])
+    architecture = architectures.choose(checkpoint.spec)
+    found = tuple(parts.of(checkpoint.spec, request.recipe, architecture))
+    keys = metadata(checkpoint, request.recipe, architecture, found, pre=pre)
+    files = split.plan_files(
+        STEM, keys, _entries(checkpoint, found), split_bytes=request.split_bytes
     )
-    return Part(entry=entry, roles=roles, wanted=wanted)
+    return Planned(architecture=architecture, parts=found, files=tuple(files))
 
 
-def lay_out(
-    checkpoint: "CheckpointProtocol", recipe: Recipe, *, split_bytes: int | None = None
-) -> Layout:
+def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     """Return what the files will hold and their exact size, from headers alone."""
-    found = parts(checkpoint, recipe)
-    placements = tuple(
-        Placement(
-            role=part.roles[-1],
-            parameters=part.entry.shape[0] * (part.entry.shape[1] if part.entry.shape[1:] else 1),
-            storage=part.entry.storage,
-            wanted=part.wanted,
-            size_bytes=part.entry.size_bytes,
-        )
-        for part in found
-    )
-    keys = metadata(checkpoint, recipe, pre=likely_pre(checkpoint.text))
-    files = _files(checkpoint, keys, found, split_bytes)
+    planned = plan(checkpoint, request, pre=likely_pre(checkpoint.text))
+    count = len(planned.files)
     return Layout(
-        placements=placements,
-        artifact_bytes=sum(file.size_bytes for file in files),
+        placements=planned.parts,
+        artifact_bytes=sum(file.size_bytes for file in planned.files),
         is_exact=True,
-        notes=(f"{len(files)} files; Ollama takes one only, so there is no Modelfile",)
-        if len(files) > 1
+        notes=(f"{count} files; Ollama takes one only, so there is no Modelfile",)
+        if count > 1
         else (),
-        calibration=importance.text_sha256(checkpoint.calibration, found),
+        calibration=calibration_sha256(checkpoint.calibration, planned.parts),
     )
-
-
-def _files(
-    checkpoint: "CheckpointProtocol",
-    keys: Mapping[str, Value],
-    found: list[Part],
-    split_bytes: int | None,
-) -> list[PlannedFile]:
-    entries = _entries(checkpoint, found)
-    return split.plan_files(STEM, keys, entries, split_bytes=split_bytes)
 
 
 @functools.lru_cache(maxsize=1)
@@ -174,7 +97,7 @@ def likely_pre(text: "TokenizerFiles") -> str:
     return pretokenizers.likely_pre(text)
 
 
-def _entries(checkpoint: "CheckpointProtocol", found: list[Part]) -> list[TensorEntry]:
+def _entries(checkpoint: "CheckpointProtocol", found: Sequence[Part]) -> list[TensorEntry]:
     ropes = hyperparameters.rope_tensors(checkpoint.spec)
     factors = [
         TensorEntry(name=name, shape=(len(values),), storage="F32")
@@ -183,9 +106,15 @@ def _entries(checkpoint: "CheckpointProtocol", found: list[Part]) -> list[Tensor
     return [*factors, *(part.entry for part in found)]
 
 
-def metadata(checkpoint: "CheckpointProtocol", recipe: Recipe, *, pre: str) -> dict[str, Value]:
+def metadata(
+    checkpoint: "CheckpointProtocol",
+    recipe: Recipe,
+    architecture: Architecture,
+    found: Sequence[Part],
+    *,
+    pre: str,
+) -> dict[str, Value]:
     """Return every key of the file: what it is, the decoder, the tokenizer."""
-    architecture = architectures.choose(checkpoint.spec)
     keys: dict[str, Value] = {
         "general.architecture": ("string", architecture.name),
         "general.type": ("string", "model"),
@@ -195,7 +124,7 @@ def metadata(checkpoint: "CheckpointProtocol", recipe: Recipe, *, pre: str) -> d
         "general.quantization_version": ("uint32", storage.QUANTIZATION_VERSION),
     }
     keys |= provenance.write(checkpoint)
-    keys |= importance.keys(checkpoint.calibration, parts(checkpoint, recipe))
+    keys |= importance.keys(checkpoint.calibration, found)
     keys |= hyperparameters.write(checkpoint.spec, architecture)
     keys |= _vocabulary(checkpoint.text, checkpoint.spec.vocabulary, pre)
     return keys
@@ -216,36 +145,31 @@ def size_label(parameters: int) -> str:
     return f"{parameters / 1e3:.0f}K"
 
 
-def convert(  # noqa: PLR0913 - the parameters of `Format.convert`
+def convert(
     checkpoint: "CheckpointProtocol",
-    recipe: Recipe,
+    request: BuildRequest,
     directory: Path,
     *,
     pre: str,
     progress: Progress,
-    split_bytes: int | None = None,
 ) -> str:
     """Write ``model.gguf`` or its parts, one block of rows in memory at a time.
 
     Returns:
         The name of the file to open, the first of several.
     """
-    found = parts(checkpoint, recipe)
-    keys = metadata(checkpoint, recipe, pre=pre)
-    architecture = architectures.choose(checkpoint.spec)
-    files = _files(checkpoint, keys, found, split_bytes)
-    with FilesWriter(directory, files) as writer:
+    planned = plan(checkpoint, request, pre=pre)
+    weights = dict(importance.weights(checkpoint.calibration, planned.parts))
+    with FilesWriter(directory, planned.files) as writer:
         _write_ropes(writer, checkpoint.spec)
         blocks = (
-            (part.entry.name, block, part.entry.storage)
-            for part in found
-            for block in _blocks(checkpoint, part, architecture)
+            (part.name, block, part.storage)
+            for part in planned.parts
+            for block in _blocks(checkpoint, part, planned.architecture)
         )
-        weights = importance.weights(checkpoint.calibration, found)
-        encoding = storage.quantise_each(counted(blocks, progress), importance=weights)
-        for name, encoded in encoding:
+        for name, encoded in storage.quantise_each(counted(blocks, progress), importance=weights):
             writer.write(name, encoded)
-    return files[0].name
+    return planned.files[0].name
 
 
 def counted(blocks: "Iterator[Block]", progress: Progress) -> "Iterator[Block]":

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.formats import Layout, Progress
+from edgekit.formats import BuildRequest, Layout, Progress
 from edgekit.formats.mlc import chat_config, conversation, conversion, libraries, memory, web_app
 from edgekit.quant.recipe import Recipe
 
@@ -16,23 +16,21 @@ if TYPE_CHECKING:
     from edgekit.model.checkpoint_protocol import CheckpointProtocol
 
 
-RAW_PROMPT = "raw-prompt"
+CHAT, RAW_PROMPT = "chat", "raw-prompt"
 PACKAGE = "mlc-package-config.json"
 PHONE_CHUNK_TOKENS = 128  # as MLC's own apps set it, for phones read more slowly and hold less
 
 
-def lay_out(
-    checkpoint: "CheckpointProtocol", recipe: Recipe, *, split_bytes: int | None, variant: str
-) -> Layout:
+def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     """Return what the weights will be, and what a user should know about the rest.
 
     Raises:
         UsageError: If MLC computes the decoder, or writes a conversation, otherwise.
     """
-    layout = conversion.lay_out(checkpoint, recipe, split_bytes=split_bytes)
-    said = _conversation(checkpoint, variant)
-    notes = (*layout.notes, *said.notes, *_library_notes(checkpoint, recipe))
-    return replace(layout, notes=notes, variant=RAW_PROMPT if said.is_raw else variant)
+    layout = conversion.lay_out(checkpoint, request)
+    said = _conversation(checkpoint, request.variant)
+    notes = (*layout.notes, *said.notes, *_library_notes(checkpoint, request.recipe))
+    return replace(layout, notes=notes, variant=RAW_PROMPT if said.is_raw else CHAT)
 
 
 def _conversation(checkpoint: "CheckpointProtocol", variant: str | None) -> "Conversation":
@@ -50,16 +48,16 @@ def _library_notes(checkpoint: "CheckpointProtocol", recipe: Recipe) -> Iterator
         )
 
 
-def convert(  # noqa: PLR0913 - what, how, where, and what was planned
+def convert(
     checkpoint: "CheckpointProtocol",
-    recipe: Recipe,
+    request: BuildRequest,
     directory: Path,
     *,
-    layout: Layout,
     progress: Progress,
     context_tokens: int,
 ) -> str:
     """Write everything but the tokenizer; return the name of the tensor cache."""
+    layout, recipe = lay_out(checkpoint, request), request.recipe
     entry = conversion.write(checkpoint, recipe, directory, progress=progress)
     said = _conversation(checkpoint, layout.variant)
     config = chat_config.build(

@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.errors import UsageError
-from edgekit.formats import Buffer, Layout, Placement, Progress
+from edgekit.formats import Buffer, BuildRequest, Layout, Progress
 from edgekit.formats.mlc import decoders, names, packing, shards
 from edgekit.formats.mlc.names import Parameter
 from edgekit.formats.mlc.packing import Scheme, Tensor
 from edgekit.formats.mlc.shards import Record, Shard
 from edgekit.quant import grid
-from edgekit.quant.recipe import Recipe, split_role
+from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
+from edgekit.quant.recipe import Recipe
 
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edgekit.model.checkpoint_protocol import Calibration, CheckpointProtocol
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.spec import DecoderSpec
 
     Rows = npt.NDArray[np.float32]
@@ -39,11 +40,7 @@ class Weight:
     storage: str
     tensors: tuple[Tensor, ...]
     is_transposed: bool
-
-    @property
-    def row_bytes(self) -> int:
-        """What one of its rows takes in the files."""
-        return sum(t.size_bytes for t in self.tensors) // self.parameter.shape[0]
+    placements: Mapping[str, PlannedWeight]  # by role: several share a fused parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +49,8 @@ class Planned:
 
     weights: tuple[Weight, ...]
     shards: tuple[Shard, ...]
+    placements: tuple[PlannedWeight, ...]  # in the order of the spec
     parameters: int  # of the checkpoint's files, as the tensor cache counts them
-    calibration: str | None  # SHA-256 of the text that leads the fit, if any is led
 
     @property
     def size_bytes(self) -> int:
@@ -77,26 +74,39 @@ def scheme_of(recipe: Recipe) -> Scheme:
 
 def plan(checkpoint: "CheckpointProtocol", recipe: Recipe) -> Planned:
     """Return the files of the weights, down to the place of every tensor."""
-    scheme = scheme_of(recipe)
+    scheme, spec = scheme_of(recipe), checkpoint.spec
     weights = tuple(
-        _weight(parameter, recipe.storage_for(parameter.roles[0], checkpoint.spec), scheme)
-        for parameter in names.in_file_order(checkpoint)
+        _weight(parameter, recipe, scheme, spec) for parameter in names.in_file_order(checkpoint)
     )
-    tensors = [tensor for weight in weights for tensor in weight.tensors]
+    by_role = {role: placed for weight in weights for role, placed in weight.placements.items()}
     return Planned(
         weights=weights,
-        shards=tuple(shards.place(tensors)),
+        placements=tuple(by_role[role] for role, _ in spec.weights()),
+        shards=tuple(shards.place([tensor for weight in weights for tensor in weight.tensors])),
         parameters=_stored_parameters(checkpoint),
-        calibration=_calibration(checkpoint.calibration, weights),
     )
 
 
-def _weight(parameter: Parameter, storage: str, scheme: Scheme) -> Weight:
+def _weight(parameter: Parameter, recipe: Recipe, scheme: Scheme, spec: "DecoderSpec") -> Weight:
+    storage = recipe.storage_for(parameter.roles[0], spec)
+    tensors = tuple(packing.tensors(parameter, storage, scheme))
+    row_bytes = sum(tensor.size_bytes for tensor in tensors) // parameter.shape[0]
     return Weight(
         parameter=parameter,
         storage=storage,
-        tensors=tuple(packing.tensors(parameter, storage, scheme)),
+        tensors=tensors,
         is_transposed=packing.is_transposed(parameter, storage, scheme),
+        placements={
+            role: PlannedWeight(
+                role=role,
+                shape=(rows, *parameter.shape[1:]),
+                wanted=recipe.storage_for(role, spec),
+                storage=storage,
+                size_bytes=rows * row_bytes,
+                is_coarse=storage in packing.GROUPS,
+            )
+            for role, _, rows in parameter.parts()
+        },
     )
 
 
@@ -107,50 +117,29 @@ def _stored_parameters(checkpoint: "CheckpointProtocol") -> int:
     return checkpoint.parameters + (spec.vocabulary * spec.hidden_width if is_extra else 0)
 
 
-def _calibration(announced: "Calibration | None", weights: tuple[Weight, ...]) -> str | None:
-    is_led = announced and any(weight.storage in packing.GROUPS for weight in weights)
-    return announced.text_sha256 if announced and is_led else None
-
-
-def lay_out(checkpoint: "CheckpointProtocol", recipe: Recipe, *, split_bytes: int | None) -> Layout:
+def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     """Return what the files will hold and their exact size, from headers alone."""
     decoders.refuse(checkpoint.architecture, checkpoint.spec)
-    if split_bytes is not None:
+    if request.split_bytes is not None:
         raise UsageError(
             f"MLC's files are {shards.SHARD_BYTES // 2**20} MiB each, or one tensor",
             hint="leave out the size to split at",
         )
+    recipe = request.recipe
     planned = plan(checkpoint, recipe)
     largest = max(
         (tensor for weight in planned.weights for tensor in weight.tensors),
         key=lambda tensor: tensor.memory_bytes,
     )
     return Layout(
-        placements=tuple(_placements(checkpoint.spec, recipe, planned.weights)),
+        placements=planned.placements,
         artifact_bytes=planned.size_bytes,
         is_exact=True,
         notes=(*decoders.notes(checkpoint.spec), *_notes(checkpoint)),
-        calibration=planned.calibration,
+        calibration=calibration_sha256(checkpoint.calibration, planned.placements),
         largest_buffer=Buffer(name=largest.name, size_bytes=largest.memory_bytes),
         needs_shader_f16=scheme_of(recipe).dtype == "float16",
     )
-
-
-def _placements(
-    spec: "DecoderSpec", recipe: Recipe, weights: tuple[Weight, ...]
-) -> Iterator[Placement]:
-    held = {
-        role: (weight, rows) for weight in weights for role, _, rows in weight.parameter.parts()
-    }
-    for role, _ in spec.weights():
-        weight, rows = held[role]
-        yield Placement(
-            role=role,
-            parameters=rows * (weight.parameter.columns or 1),
-            storage=weight.storage,
-            wanted=recipe.storage_for(role, spec),
-            size_bytes=rows * weight.row_bytes,
-        )
 
 
 def _notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
@@ -219,7 +208,7 @@ class _Writer:
             encoded = packing.encode(
                 values,
                 weight.storage,
-                is_led=checkpoint.calibration is not None,
+                is_calibrated=checkpoint.calibration is not None,
                 importance=importance,
             )
             if weight.is_transposed:
@@ -262,14 +251,6 @@ def _blocks(
 ) -> "Iterator[tuple[int, Rows, Rows | None]]":
     """Yield some rows of a parameter, the number of the first, and how much its columns count."""
     for role, start, _ in weight.parameter.parts():
-        importance = _importance(checkpoint, weight, role)
+        importance = importance_of(checkpoint.calibration, weight.placements[role])
         for first, values in checkpoint.blocks(role):
             yield start + first, values, importance
-
-
-def _importance(checkpoint: "CheckpointProtocol", weight: Weight, role: str) -> "Rows | None":
-    """Return how much an error counts; all alike in the embedding and the head."""
-    calibration = checkpoint.calibration
-    if calibration is None or weight.storage not in packing.GROUPS or split_role(role)[0] is None:
-        return None
-    return calibration.of(role)

@@ -176,14 +176,14 @@ def tensors(parameter: Parameter, storage: str, scheme: Scheme) -> list[Tensor]:
 
 
 def encode(
-    values: "Rows", storage: str, *, is_led: bool = False, importance: "Rows | None" = None
+    values: "Rows", storage: str, *, is_calibrated: bool = False, importance: "Rows | None" = None
 ) -> "list[Stored]":
     """Return what is stored of some rows of a parameter, or of a vector.
 
     Args:
         values: float32; the last axis holds the columns.
         storage: One of `STORAGES`.
-        is_led: Whether scales are sought whose error is small; else they are MLC's own.
+        is_calibrated: Whether scales are sought whose error is small; else they are MLC's own.
         importance: How much an error then counts, column by column; None counts all alike.
 
     Returns:
@@ -194,7 +194,7 @@ def encode(
     if storage == "BF16":
         return [to_bf16(values)]
     groups, is_half = GROUPS[storage], storage.endswith("_F16")
-    if is_led:
+    if is_calibrated:
         codes, scales = _fitted(values, groups, importance, is_half=is_half)
     else:
         codes, scales = _rounded(values, groups, is_half=is_half)

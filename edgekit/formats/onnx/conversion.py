@@ -4,19 +4,20 @@ The graph and the place of every weight are made from headers alone, so a plan k
 the byte; converting writes the same and holds one block of rows at a time.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from edgekit.errors import UsageError
-from edgekit.formats import Buffer, Layout, Placement, Progress
+from edgekit.formats import Buffer, BuildRequest, Layout, Progress
 from edgekit.formats.onnx import clients, graph, model, storage
 from edgekit.formats.onnx.model import External
 from edgekit.formats.onnx.storage import Build
 from edgekit.model.spec import DecoderSpec, Rope
-from edgekit.quant.recipe import Recipe, split_role
+from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
+from edgekit.quant.recipe import Recipe
 
 
 if TYPE_CHECKING:
@@ -33,19 +34,10 @@ MIN_SPLIT_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weight:
+class Weight(PlannedWeight):
     """One weight of the checkpoint, and the tensors that hold it."""
 
-    role: str
-    wanted: str  # the storage the recipe asked for
-    stored: str
     tensors: tuple[External, ...]
-
-    @property
-    def is_led(self) -> bool:
-        """Whether the inputs of a calibration lead its fit: in layers, not the head's."""
-        blocks = storage.BLOCKS.get(self.stored)
-        return blocks is not None and blocks.is_coarse and split_role(self.role)[0] is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +61,20 @@ class Planned:
         return [*self.frequencies, *(tensor for w in self.weights for tensor in w.tensors)]
 
 
-def plan(
-    checkpoint: "CheckpointProtocol", recipe: Recipe, *, split_bytes: int | None = None
-) -> Planned:
+def plan(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Planned:
     """Return the files of an artifact, down to the place of every weight."""
-    spec = checkpoint.spec
+    spec, recipe = checkpoint.spec, request.recipe
     refuse(spec)
     weights = tuple(_weights(spec, recipe))
     frequencies = tuple(_frequency_tensors(spec))
     loose = [*frequencies, *(tensor for weight in weights for tensor in weight.tensors)]
-    _refuse_split(loose, split_bytes)
+    _refuse_split(loose, request.split_bytes)
     how = storage.BUILDS[recipe.name]
-    placing = model.place(loose, stem=f"{how.file}_data", split_bytes=split_bytes)
+    placing = model.place(loose, stem=f"{how.file}_data", split_bytes=request.split_bytes)
     placed = {tensor.name: tensor for tensor in placing}
-    storages = {weight.role: weight.stored for weight in weights}
-    metadata = {"edgekit.quant.recipe": recipe.name}
-    calibration = _calibration(checkpoint, weights)
+    storages = {weight.role: weight.storage for weight in weights}
+    metadata = {"edgekit.recipe": recipe.name}
+    calibration = calibration_sha256(checkpoint.calibration, weights)
     if calibration:
         metadata["edgekit.calibration"] = calibration
     made = graph.build(spec, storages, how, metadata=metadata)
@@ -95,11 +85,6 @@ def plan(
         frequencies=tuple(placed[tensor.name] for tensor in frequencies),
         model=model.encode(made, list(placed.values())),
     )
-
-
-def _calibration(checkpoint: "CheckpointProtocol", weights: Iterable[Weight]) -> str | None:
-    announced = checkpoint.calibration
-    return announced.text_sha256 if announced and any(w.is_led for w in weights) else None
 
 
 def _with_places(weight: Weight, placed: Mapping[str, External]) -> Weight:
@@ -121,11 +106,16 @@ def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[Weight]:
     for role, shape in spec.weights():
         wanted = recipe.storage_for(role, spec)
         stored = storage.stored_as(wanted, shape[-1])
+        tensors = tuple(storage.tensors(role, shape, stored))
+        blocks = storage.BLOCKS.get(stored)
         yield Weight(
             role=role,
+            shape=shape,
             wanted=wanted,
-            stored=stored,
-            tensors=tuple(storage.tensors(role, shape, stored)),
+            storage=stored,
+            size_bytes=sum(tensor.size_bytes for tensor in tensors),
+            is_coarse=blocks is not None and blocks.is_coarse,
+            tensors=tensors,
         )
 
 
@@ -162,15 +152,12 @@ def _refuse_split(tensors: list[External], split_bytes: int | None) -> None:
         )
 
 
-def lay_out(
-    checkpoint: "CheckpointProtocol", recipe: Recipe, *, split_bytes: int | None = None
-) -> Layout:
+def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     """Return what the files will hold and their exact size, from headers alone."""
-    planned = plan(checkpoint, recipe, split_bytes=split_bytes)
+    planned = plan(checkpoint, request)
     sizes = model.file_sizes(planned.tensors)
-    shapes = dict(checkpoint.spec.weights())
     return Layout(
-        placements=tuple(_placement(weight, shapes[weight.role]) for weight in planned.weights),
+        placements=planned.weights,
         artifact_bytes=len(planned.model) + sum(sizes.values()),
         is_exact=True,
         notes=tuple(_notes(checkpoint, planned)),
@@ -184,7 +171,7 @@ def lay_out(
 
 def _notes(checkpoint: "CheckpointProtocol", planned: Planned) -> Iterator[str]:
     yield from clients.notes(checkpoint)
-    if any(weight.stored in storage.BLOCKS for weight in planned.weights):
+    if any(weight.storage in storage.BLOCKS for weight in planned.weights):
         yield storage.ACTIVATIONS_NOTE
 
 
@@ -199,30 +186,19 @@ def _largest_buffer(planned: Planned) -> Buffer:
     return Buffer(name=name, size_bytes=sizes[name])
 
 
-def _placement(weight: Weight, shape: tuple[int, ...]) -> Placement:
-    return Placement(
-        role=weight.role,
-        parameters=shape[0] * (shape[1] if shape[1:] else 1),
-        storage=weight.stored,
-        wanted=weight.wanted,
-        size_bytes=sum(tensor.size_bytes for tensor in weight.tensors),
-    )
-
-
 def convert(
     checkpoint: "CheckpointProtocol",
-    recipe: Recipe,
+    request: BuildRequest,
     directory: Path,
     *,
     progress: Progress,
-    split_bytes: int | None = None,
 ) -> str:
     """Write the model file and its data files, one block of rows in memory at a time.
 
     Returns:
         The name of the model file, relative to ``directory``.
     """
-    planned = plan(checkpoint, recipe, split_bytes=split_bytes)
+    planned = plan(checkpoint, request)
     path = directory / planned.entry
     path.parent.mkdir(exist_ok=True)
     with ExitStack() as stack:
@@ -232,17 +208,12 @@ def convert(
             files[name].truncate(size_bytes)
         _write_frequencies(checkpoint.spec, planned, files)
         for weight in planned.weights:
-            importance = _importance(checkpoint, weight)
+            importance = importance_of(checkpoint.calibration, weight)
             for first, rows in checkpoint.blocks(weight.role):
                 _write_rows(files, weight, first, rows, importance)
                 progress(rows.size)
     path.write_bytes(planned.model)
     return planned.entry
-
-
-def _importance(checkpoint: "CheckpointProtocol", weight: Weight) -> "Rows | None":
-    calibration = checkpoint.calibration
-    return calibration.of(weight.role) if calibration and weight.is_led else None
 
 
 def _write_frequencies(spec: DecoderSpec, planned: Planned, files: Mapping[str, BinaryIO]) -> None:
@@ -263,7 +234,7 @@ def _write_rows(
     importance: "Rows | None",
 ) -> None:
     try:
-        encoded = storage.encode(rows, weight.stored, importance=importance)
+        encoded = storage.encode(rows, weight.storage, importance=importance)
     except UsageError as error:
         raise UsageError(f"{weight.role}: {error}", hint=error.hint) from error
     for tensor, part in zip(weight.tensors, encoded, strict=True):

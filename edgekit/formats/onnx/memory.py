@@ -1,10 +1,11 @@
 """What ONNX Runtime holds in memory while it answers."""
 
-from edgekit.formats import Layout, MemoryUse, Placement
+from edgekit.formats import Layout, MemoryUse
 from edgekit.formats.onnx.graph import cache_width
 from edgekit.formats.onnx.runtime import BATCH_TOKENS
 from edgekit.formats.onnx.storage import BLOCKS
 from edgekit.model.spec import DecoderSpec
+from edgekit.quant.planned import PlannedWeight
 
 
 # An interpreter with numpy, the library and edgekit; the library's picture of a layer; what one
@@ -35,7 +36,7 @@ def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
     )
 
 
-def weight_bytes(spec: DecoderSpec, placement: Placement, *, is_half: bool) -> int:
+def weight_bytes(spec: DecoderSpec, placement: PlannedWeight, *, is_half: bool) -> int:
     """Return what a weight takes in memory: packed for multiplication, and what that leaves over.
 
     Scales are packed with their codes and kept beside them; an embedding that is also the head is

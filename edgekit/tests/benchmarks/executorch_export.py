@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekit.formats import BuildRequest
+from edgekit.formats.executorch import writing
 from edgekit.source import opening
 from edgekit.tests.benchmarks.gguf_export import memory_bytes
 
@@ -115,10 +117,12 @@ def child(model: str, out: str, way: str) -> None:
     if way == OURS:
         from edgekit.formats import executorch
 
-        executorch.convert(
-            opening.open_checkpoint(Path(model)), executorch.RECIPES[RECIPE], Path(out),
-            progress=lambda _: None, context_tokens=CONTEXT_TOKENS,
-        )  # fmt: skip
+        writing.convert(
+            opening.open_checkpoint(Path(model)),
+            BuildRequest(recipe=executorch.RECIPES[RECIPE], context_tokens=CONTEXT_TOKENS),
+            Path(out),
+            progress=lambda _: None,
+        )
     else:
         export_with_transformers(model, Path(out) / "model.pte")
     print(time.process_time(), memory_bytes("VmHWM"))

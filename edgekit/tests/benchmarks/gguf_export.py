@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit import formats
-from edgekit.formats.gguf import conversion, layout, pretokenizers, storage
+from edgekit.formats import BuildRequest
+from edgekit.formats.gguf import conversion, layout, pretokenizers, storage, writing
 from edgekit.model.spec import Attention, DecoderSpec, Layer, Llama3Scaling, Norm, Rope, Shape
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
@@ -143,7 +144,7 @@ def opened_checkpoint(model: Path, adapter: Path | None, recipe: str) -> Checkpo
     """Do what `edgekit export` does up to the plan."""
     checkpoint = opening.open_checkpoint(model, adapters=[adapter] if adapter else [])
     fmt = formats.get("gguf")
-    fmt.lay_out(checkpoint, fmt.RECIPES[recipe])
+    writing.lay_out(checkpoint, BuildRequest(recipe=fmt.RECIPES[recipe]))
     pretokenizers.find_pre(checkpoint.text, corpus=corpus.lines())
     return checkpoint
 
@@ -153,7 +154,11 @@ def convert(checkpoint: Checkpoint, out: Path, recipe: str) -> None:
     pre = conversion.likely_pre(checkpoint.text)
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
         entry = conversion.convert(
-            checkpoint, storage.RECIPES[recipe], Path(work), pre=pre, progress=lambda _: None
+            checkpoint,
+            BuildRequest(recipe=storage.RECIPES[recipe]),
+            Path(work),
+            pre=pre,
+            progress=lambda _: None,
         )
         (Path(work) / entry).rename(out)
 

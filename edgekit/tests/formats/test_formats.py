@@ -1,4 +1,4 @@
-"""The contract of a format. A new module in ``formats`` is a new case of every test here."""
+"""The contract of a format. A new package in ``formats`` is a new case of every test here."""
 
 import inspect
 import json
@@ -14,8 +14,9 @@ from edgekit import formats
 from edgekit.cli import cli
 from edgekit.doctor import _tiny_checkpoint, extras
 from edgekit.errors import BundleError, UsageError
-from edgekit.formats import ContextLimit, Format, MemoryUse
+from edgekit.formats import BuildRequest, ContextLimit, Format, MemoryUse, Running, Writing
 from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope
+from edgekit.plan import Choice
 from edgekit.plan import make as make_plan
 from edgekit.proof.interpreter import ReferenceSession
 from edgekit.target import load as load_target
@@ -33,16 +34,43 @@ PLAIN = DecoderSpec(  # nothing that a recipe treats apart, and rows that fill e
 )
 
 
-def methods():
+PROTOCOLS = (Format, Writing, Running)
+
+
+class Whole:
+    """The three modules of a format, as one thing to look at."""
+
+    def __init__(self, name):
+        self.name = name
+        self.parts = formats.get(name), formats.writing(name), formats.running(name)
+
+    def __getattr__(self, name):
+        face, *sides = self.parts
+        for part in [face] if name.isupper() else sides:
+            if hasattr(part, name):
+                return getattr(part, name)
+        raise AttributeError(name)
+
+    @property
+    def exact(self):
+        """What its most faithful recipe is."""
+        return asked(next(iter(self.RECIPES.values())))
+
+
+def asked(recipe):
+    return BuildRequest(recipe=recipe)
+
+
+def methods(protocol):
     return {
         name: member
-        for name, member in vars(Format).items()
+        for name, member in vars(protocol).items()
         if inspect.isfunction(member) and not name.startswith("_")
     }
 
 
-def constants():
-    return {name for name in Format.__annotations__ if name.isupper()}
+def constants(protocol):
+    return {name for name in getattr(protocol, "__annotations__", {}) if name.isupper()}
 
 
 def parameters_of(function):
@@ -50,15 +78,20 @@ def parameters_of(function):
 
 
 def broken_promises(fmt):
-    """Yield what a module lacks, or offers otherwise than the protocol says."""
-    for name in constants():
-        if not hasattr(fmt, name):
+    """Yield what each module of a format lacks, or offers otherwise than its protocol says."""
+    for protocol, module in zip(PROTOCOLS, fmt.parts, strict=True):
+        yield from broken_by(module, protocol)
+
+
+def broken_by(module, protocol):
+    for name in constants(protocol):
+        if not hasattr(module, name):
             yield f"no {name}"
-    for name, promised in methods().items():
-        if not callable(getattr(fmt, name, None)):
+    for name, promised in methods(protocol).items():
+        if not callable(getattr(module, name, None)):
             yield f"no {name}"
             continue
-        offered = parameters_of(getattr(fmt, name))
+        offered = parameters_of(getattr(module, name))
         by_name = {parameter.name: parameter for parameter in offered}
         for parameter in parameters_of(promised):
             found = by_name.pop(parameter.name, None)
@@ -71,7 +104,7 @@ def broken_promises(fmt):
 
 @pytest.fixture(params=FORMATS)
 def fmt(request):
-    return formats.get(request.param)
+    return Whole(request.param)
 
 
 @pytest.fixture
@@ -87,18 +120,18 @@ def plain(tiny):
     return replace(tiny, spec=PLAIN)
 
 
-def needs_runtime(fmt):
+def needs_runtime(name):
     """Skip where a package that runs the format is not installed."""
-    for package in extras()[fmt.RUN_EXTRA]:
+    for package in extras()[formats.get(name).RUN_EXTRA]:
         try:
             metadata.version(package)
         except metadata.PackageNotFoundError:
             pytest.skip(f"{package} is not installed")
 
 
-def convert(fmt, checkpoint, recipe, directory):
+def convert(fmt, checkpoint, request, directory):
     directory.mkdir()
-    return directory / fmt.convert(checkpoint, recipe, directory, progress=lambda _: None)
+    return directory / fmt.convert(checkpoint, request, directory, progress=lambda _: None)
 
 
 def open_session(fmt, path, spec):
@@ -129,7 +162,7 @@ def test_a_format_offers_what_the_protocol_promises(fmt):
 def test_files_tell_their_format_by_the_end_of_their_name(fmt, tmp_path):
     name = formats.of_file(tmp_path / f"model{fmt.ENDING}")
     assert name is not None
-    assert formats.get(name) is fmt
+    assert name == fmt.name
     assert formats.of_file(tmp_path / "model.bin") is None
 
 
@@ -169,14 +202,16 @@ def test_the_first_of_the_usual_recipes_may_lose_least_and_the_last_most(fmt):
 
 def test_the_usual_recipes_are_recipes_each_smaller_than_the_one_before(fmt, plain):
     assert set(fmt.DEFAULT_RECIPES) <= fmt.RECIPES.keys()
-    sizes = [fmt.lay_out(plain, fmt.RECIPES[name]).artifact_bytes for name in fmt.DEFAULT_RECIPES]
+    sizes = [
+        fmt.lay_out(plain, asked(fmt.RECIPES[name])).artifact_bytes for name in fmt.DEFAULT_RECIPES
+    ]
     assert all(larger > smaller for larger, smaller in pairwise(sizes)), sizes
 
 
 def test_a_layout_places_every_weight_once_and_in_a_storage_of_the_format(fmt, plain):
     assert len(fmt.RECIPES) > 1
     for recipe in fmt.RECIPES.values():
-        layout = fmt.lay_out(plain, recipe)
+        layout = fmt.lay_out(plain, asked(recipe))
         assert {p.role for p in layout.placements} == {role for role, _ in PLAIN.weights()}
         assert sum(p.parameters for p in layout.placements) == plain.parameters
         assert {p.storage for p in layout.placements} <= fmt.STORAGES.keys()
@@ -188,7 +223,7 @@ def test_a_substitution_is_told(fmt, tiny):
     """The tiny model's rows of 64 are no multiple of 256."""
     assert fmt.RECIPES
     for recipe in fmt.RECIPES.values():
-        layout = fmt.lay_out(tiny, recipe)
+        layout = fmt.lay_out(tiny, asked(recipe))
         assert len(layout.placements) == len(dict(tiny.spec.weights()))
         for placement in layout.placements:
             storage = fmt.STORAGES[placement.wanted]
@@ -205,7 +240,7 @@ def test_a_context_limit_is_within_the_model_and_has_a_reason(fmt, plain):
 
 def test_memory_grows_with_the_context_and_with_the_weights(fmt, plain):
     def use(recipe, context_tokens):
-        layout = fmt.lay_out(plain, fmt.RECIPES[recipe])
+        layout = fmt.lay_out(plain, asked(fmt.RECIPES[recipe]))
         return fmt.memory_use(plain, layout, context_tokens=context_tokens, repacks=True)
 
     large, small = fmt.DEFAULT_RECIPES[0], fmt.DEFAULT_RECIPES[-1]
@@ -232,10 +267,10 @@ def test_a_file_that_is_no_artifact_is_refused_as_a_damaged_bundle(fmt, tmp_path
     ("name", "recipe"), [(name, recipe) for name in FORMATS for recipe in formats.get(name).RECIPES]
 )
 def test_what_it_converts_is_as_large_as_predicted_and_runs(name, recipe, tiny, tmp_path):
-    fmt, recipe = formats.get(name), formats.get(name).RECIPES[recipe]
-    needs_runtime(fmt)
-    layout = fmt.lay_out(tiny, recipe)
-    path = convert(fmt, tiny, recipe, tmp_path / "artifact")
+    fmt, recipe = Whole(name), formats.get(name).RECIPES[recipe]
+    needs_runtime(fmt.name)
+    layout = fmt.lay_out(tiny, asked(recipe))
+    path = convert(fmt, tiny, asked(recipe), tmp_path / "artifact")
     size = sum(file.stat().st_size for file in fmt.files(path))
     if layout.is_exact:
         assert size == layout.artifact_bytes
@@ -263,21 +298,21 @@ def test_what_it_converts_is_as_large_as_predicted_and_runs(name, recipe, tiny, 
 @pytest.mark.toolchain
 @pytest.mark.parametrize("position", [0, -1])
 def test_converting_twice_gives_the_same_bytes(fmt, position, tiny, tmp_path):
-    needs_runtime(fmt)
+    needs_runtime(fmt.name)
     recipe = fmt.RECIPES[fmt.DEFAULT_RECIPES[position]]
     written = []
     for name in ("first", "second"):
-        path = convert(fmt, tiny, recipe, tmp_path / name)
+        path = convert(fmt, tiny, asked(recipe), tmp_path / name)
         written.append({file.name: file.read_bytes() for file in path.parent.iterdir()})
     assert written[0] == written[1]
 
 
 @pytest.mark.toolchain
 def test_the_runtime_reads_text_as_the_tokenizer_does_or_has_no_tokenizer(fmt, tiny, tmp_path):
-    needs_runtime(fmt)
+    needs_runtime(fmt.name)
     from tokenizers import Tokenizer
 
-    path = convert(fmt, tiny, next(iter(fmt.RECIPES.values())), tmp_path / "artifact")
+    path = convert(fmt, tiny, fmt.exact, tmp_path / "artifact")
     texts = ["", "Low tide at 5:47.", "<|end|>", "조수 🌊", " a\n\n b"]
     found = fmt.runtime_ids(path, texts)
     if found is not None:
@@ -287,24 +322,20 @@ def test_the_runtime_reads_text_as_the_tokenizer_does_or_has_no_tokenizer(fmt, t
 
 @pytest.mark.toolchain
 def test_progress_counts_every_weight(fmt, tiny, tmp_path):
-    needs_runtime(fmt)
+    needs_runtime(fmt.name)
     done: list[int] = []
-    recipe = next(iter(fmt.RECIPES.values()))
     (tmp_path / "artifact").mkdir()
-    fmt.convert(tiny, recipe, tmp_path / "artifact", progress=done.append)
+    fmt.convert(tiny, fmt.exact, tmp_path / "artifact", progress=done.append)
     assert sum(done) == tiny.parameters
 
 
 # A newcomer
 
 
-ECHO = '''
+ECHO = {
+    "__init__": '''
 """A pretended format whose model says what it heard."""
 
-import json
-
-from edgekit.errors import BundleError, UsageError
-from edgekit.formats import ContextLimit, Layout, MemoryUse, Placement
 from edgekit.quant.recipe import Recipe, Storage
 
 STORAGES = {"word": Storage(name="word", block_weights=1, block_bytes=2)}
@@ -316,10 +347,48 @@ EXTRA = RUN_EXTRA = "demo"
 RUNTIME = "an echo"
 ENDING = ".echo"
 VARIANTS = ()
+''',
+    "writing": """
+import json
+
+from edgekit.errors import UsageError
+from edgekit.formats import ContextLimit, Layout, MemoryUse
+from edgekit.quant.planned import PlannedWeight
 
 
-def is_run_here(variant):
-    return True
+def lay_out(checkpoint, request):
+    if request.split_bytes is not None:
+        raise UsageError("an echo is never split")
+    placements = tuple(
+        PlannedWeight(
+            role=role, shape=shape, storage="word", wanted=request.recipe.default,
+            size_bytes=2 * shape[0] * (shape[1] if shape[1:] else 1), is_coarse=False,
+        )
+        for role, shape in checkpoint.spec.weights()
+    )
+    return Layout(placements=placements, artifact_bytes=2 * checkpoint.parameters, is_exact=False)
+
+
+def context_limit(checkpoint):
+    return ContextLimit(tokens=64, reason="an echo fades")
+
+
+def memory_use(checkpoint, layout, *, context_tokens, repacks):
+    return MemoryUse(
+        weights_bytes=layout.artifact_bytes, cache_bytes=context_tokens, compute_bytes=1,
+        runtime_bytes=1,
+    )
+
+
+def convert(checkpoint, request, directory, *, progress):
+    (directory / "model.echo").write_text(json.dumps({"vocabulary": checkpoint.spec.vocabulary}))
+    progress(checkpoint.parameters)
+    return "model.echo"
+""",
+    "running": """
+import json
+
+from edgekit.errors import BundleError
 
 
 class EchoSession:
@@ -350,37 +419,11 @@ def read(path):
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise BundleError(f"{path} is no echo: {error}") from error
+        raise BundleError(f"{path} is not an echo: {error}") from error
 
 
-def lay_out(checkpoint, recipe, *, split_bytes=None, variant=None):
-    if split_bytes is not None:
-        raise UsageError("an echo is never split")
-    placements = tuple(
-        Placement(role=role, parameters=n, storage="word", wanted=recipe.default, size_bytes=2 * n)
-        for role, shape in checkpoint.spec.weights()
-        for n in [shape[0] * (shape[1] if shape[1:] else 1)]
-    )
-    return Layout(placements=placements, artifact_bytes=2 * checkpoint.parameters, is_exact=False)
-
-
-def context_limit(checkpoint):
-    return ContextLimit(tokens=64, reason="an echo fades")
-
-
-def memory_use(checkpoint, layout, *, context_tokens, repacks):
-    return MemoryUse(
-        weights_bytes=layout.artifact_bytes, cache_bytes=context_tokens, compute_bytes=1,
-        runtime_bytes=1,
-    )
-
-
-def convert(
-    checkpoint, recipe, directory, *, progress, context_tokens=None, split_bytes=None, variant=None
-):
-    (directory / "model.echo").write_text(json.dumps({"vocabulary": checkpoint.spec.vocabulary}))
-    progress(checkpoint.parameters)
-    return "model.echo"
+def is_run_here(variant):
+    return True
 
 
 def load(path, *, context_tokens, threads=None, has_exact_cache=False):
@@ -401,25 +444,29 @@ def files(path):
 
 def contents(path):
     return [("vocabulary", (read(path)["vocabulary"],), "word")]
-'''
+""",
+}
 
 
 @pytest.fixture
 def echo(tmp_path, monkeypatch):
-    """Put a new module beside the formats, as somebody who adds one would."""
-    (tmp_path / "formats").mkdir()
-    (tmp_path / "formats" / "echo.py").write_text(ECHO)
+    """Put a new package next to the formats, as somebody who adds one would."""
+    package = tmp_path / "formats" / "echo"
+    package.mkdir(parents=True)
+    for name, text in ECHO.items():
+        (package / f"{name}.py").write_text(text)
     monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path / "formats")])
     yield "echo"
-    sys.modules.pop("edgekit.formats.echo", None)
+    for name in ("", ".writing", ".running"):
+        sys.modules.pop(f"edgekit.formats.echo{name}", None)
     vars(formats).pop("echo", None)
 
 
-def test_a_new_module_is_a_format_without_an_edit_elsewhere(echo, tiny, tmp_path):
+def test_a_new_package_is_a_format_without_an_edit_elsewhere(echo, tiny, tmp_path):
     assert formats.names() == sorted([*FORMATS, echo])
-    fmt = formats.get(echo)
+    fmt = Whole(echo)
     assert list(broken_promises(fmt)) == []
-    path = convert(fmt, tiny, fmt.RECIPES["loud"], tmp_path / "artifact")
+    path = convert(fmt, tiny, fmt.exact, tmp_path / "artifact")
     session = fmt.load(path, context_tokens=8)
     assert session.prefill([1, 2, 3])[3] == 1
 
@@ -434,7 +481,7 @@ def test_the_command_lists_it(echo):
 
 def test_a_plan_can_choose_it(echo, tiny):
     target = load_target("raspberry-pi-5-8gb")
-    made = make_plan(tiny, target, format=echo)
+    made = make_plan(tiny, target, Choice(format=echo))
     assert (made.format, made.recipe.name, made.context_tokens) == ("echo", "loud", 64)
     assert any("an echo fades" in note for note in made.notes)
     preferring = replace(target, formats=(echo, *target.formats))
@@ -442,10 +489,12 @@ def test_a_plan_can_choose_it(echo, tiny):
 
 
 def test_one_that_breaks_the_contract_is_found_out(echo, tmp_path):
-    path = tmp_path / "formats" / "echo.py"
-    text = path.read_text().replace("def runtime_ids", "def _runtime_ids")
-    path.write_text(text.replace("threads=None", "cores=4").replace("EXTRA = RUN", "RUN"))
-    assert sorted(broken_promises(formats.get(echo))) == [
+    package = tmp_path / "formats" / "echo"
+    text = (package / "running.py").read_text().replace("def runtime_ids", "def _runtime_ids")
+    (package / "running.py").write_text(text.replace("threads=None", "cores=4"))
+    face = (package / "__init__.py").read_text()
+    (package / "__init__.py").write_text(face.replace("EXTRA = RUN", "RUN"))
+    assert sorted(broken_promises(Whole(echo))) == [
         "load has None, promised threads: int | None = None",
         "no EXTRA",
         "no runtime_ids",

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from edgekit.formats import Layout, Placement
+from edgekit.formats import Layout
 from edgekit.formats.executorch import memory as executorch
 from edgekit.formats.gguf import memory as gguf
 from edgekit.formats.onnx import memory as onnx
 from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm
+from edgekit.quant.planned import PlannedWeight
 
 
 SPEC = DecoderSpec(
@@ -20,9 +21,10 @@ TIED = replace(SPEC, is_tied=True)
 
 
 def placement(role, storage, *, parameters=3200, size_bytes=2000):
-    return Placement(
-        role=role, parameters=parameters, storage=storage, wanted=storage, size_bytes=size_bytes
-    )
+    return PlannedWeight(
+        role=role, shape=(parameters,), storage=storage, wanted=storage, size_bytes=size_bytes,
+        is_coarse=False,
+    )  # fmt: skip
 
 
 def layout(*sizes, is_half=False):

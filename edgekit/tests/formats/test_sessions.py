@@ -8,12 +8,13 @@ import pytest
 from edgekit import formats
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import ToolchainError, UsageError
+from edgekit.formats import BuildRequest
 from edgekit.proof.interpreter import ReferenceSession
 from edgekit.tests.formats.test_formats import needs_runtime
 
 
 if TYPE_CHECKING:
-    from edgekit.formats import ReadableFormat
+    from edgekit.formats import ReadableRunning
 
 pytestmark = pytest.mark.toolchain
 np = pytest.importorskip("numpy")
@@ -28,20 +29,19 @@ CLOSE = {"rtol": 0, "atol": 2e-3}  # llama.cpp's cache is float16
 @pytest.fixture(scope="module", params=formats.names())
 def opened(request, tmp_path_factory):
     """Return a function that opens the tiny model in the runtime of a format."""
-    fmt = formats.get(request.param)
-    needs_runtime(fmt)
+    recipe = next(iter(formats.get(request.param).RECIPES.values()))
+    writing, running = formats.writing(request.param), formats.running(request.param)
+    needs_runtime(request.param)
     directory = tmp_path_factory.mktemp(request.param)
     tiny = _tiny_checkpoint(directory)
     tiny = replace(tiny, spec=replace(tiny.spec, context_tokens=CONTEXT_TOKENS))
-    entry = fmt.convert(
-        tiny, next(iter(fmt.RECIPES.values())), directory, progress=lambda _: None,
-        context_tokens=CONTEXT_TOKENS,
-    )  # fmt: skip
+    asked = BuildRequest(recipe=recipe, context_tokens=CONTEXT_TOKENS)
+    entry = writing.convert(tiny, asked, directory, progress=lambda _: None)
 
     def open_(context_tokens=CONTEXT_TOKENS):
-        if fmt.is_run_here(None):
-            return fmt.load(directory / entry, context_tokens=context_tokens, threads=1)
-        model = cast("ReadableFormat", fmt).read_back(directory / entry, tiny.spec)
+        if running.is_run_here(None):
+            return running.load(directory / entry, context_tokens=context_tokens, threads=1)
+        model = cast("ReadableRunning", running).read_back(directory / entry, tiny.spec)
         return ReferenceSession(model, context_tokens=context_tokens)
 
     return open_

@@ -8,6 +8,7 @@ import pytest
 
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import UsageError
+from edgekit.formats import BuildRequest
 from edgekit.formats.gguf import conversion, layout, provenance
 from edgekit.formats.gguf.storage import RECIPES
 from edgekit.model import card as model_card
@@ -180,11 +181,11 @@ def test_the_size_of_the_file_counts_what_the_card_says(model, tmp_path):
         card_of(model, text)
         checkpoint = Checkpoint.open(model)
         recipe = RECIPES["F32"]
-        planned = conversion.lay_out(checkpoint, recipe).artifact_bytes
+        planned = conversion.lay_out(checkpoint, BuildRequest(recipe=recipe)).artifact_bytes
         directory = tmp_path / str(len(text))
         directory.mkdir()
         name = conversion.convert(
-            checkpoint, recipe, directory, pre="gpt-2", progress=lambda _: None
+            checkpoint, BuildRequest(recipe=recipe), directory, pre="gpt-2", progress=lambda _: None
         )
         layout.read(directory / name)
         sizes.append((directory / name).stat().st_size)

@@ -10,12 +10,15 @@ from edgekit import formats
 from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
 from edgekit.export import export
-from edgekit.formats.gguf import conversion, importance, layout, storage
+from edgekit.formats import BuildRequest
+from edgekit.formats.gguf import conversion, importance, layout, running, storage, writing
+from edgekit.formats.gguf.parts import tensor_name
 from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.plan import plan
 from edgekit.progress import Silent
 from edgekit.proof import calibration
 from edgekit.proof.fidelity import Comparison
+from edgekit.quant.planned import damped
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
@@ -291,7 +294,9 @@ def test_what_is_no_text_is_refused(tmp_path, content, message):
 def convert(checkpoint, quant, directory):
     directory.mkdir(exist_ok=True)
     recipe = GGUF.RECIPES[quant]
-    entry = conversion.convert(checkpoint, recipe, directory, pre="smollm", progress=lambda _: None)
+    entry = conversion.convert(
+        checkpoint, BuildRequest(recipe=recipe), directory, pre="smollm", progress=lambda _: None
+    )
     return layout.read(directory / entry)
 
 
@@ -301,12 +306,12 @@ def convert(checkpoint, quant, directory):
 def test_a_calibrated_file_says_so_and_has_the_size_that_was_planned(tmp_path, quant):
     plain = Checkpoint.open(write_tiny_checkpoint(tmp_path / "llama", "llama", hidden_size=256))
     announced = calibration.announce(plain)
-    planned = GGUF.lay_out(announced, GGUF.RECIPES[quant])
+    planned = writing.lay_out(announced, BuildRequest(recipe=GGUF.RECIPES[quant]))
     assert planned.calibration == calibration.text_sha256()
     made = convert(calibration.measure(plain), quant, tmp_path / "out")
     assert (tmp_path / "out" / "model.gguf").stat().st_size == planned.artifact_bytes
     assert made.metadata["quantize.imatrix.dataset"] == f"sha256:{calibration.text_sha256()}"
-    led = [p for p in conversion.parts(plain, GGUF.RECIPES[quant]) if importance.is_led(p)]
+    led = [part for part in planned.placements if part.is_calibrated]
     assert made.metadata["quantize.imatrix.entries_count"] == len(led) > 0
     bare = convert(plain, quant, tmp_path / "bare")
     assert not [key for key in bare.metadata if "imatrix" in key]
@@ -319,7 +324,7 @@ def test_a_calibrated_file_says_so_and_has_the_size_that_was_planned(tmp_path, q
 def test_where_nothing_can_be_led_no_calibration_is_claimed(tmp_path, quant):
     checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path / "llama", "llama"))
     announced = calibration.announce(checkpoint)
-    assert GGUF.lay_out(announced, GGUF.RECIPES[quant]).calibration is None
+    assert writing.lay_out(announced, BuildRequest(recipe=GGUF.RECIPES[quant])).calibration is None
     made = convert(announced, quant, tmp_path / "out")  # needs no measurement either
     assert not [key for key in made.metadata if "imatrix" in key]
 
@@ -346,12 +351,16 @@ def test_the_columns_of_every_matrix_lead_its_fit(name, tmp_path):
     bare = convert(plain, "Q4_0", tmp_path / "bare")
     exact = convert(plain, "F32", tmp_path / "exact")
     closer = []
-    parts = [p for p in conversion.parts(plain, GGUF.RECIPES["Q4_0"]) if importance.is_led(p)]
+    planned = writing.lay_out(plain, BuildRequest(recipe=GGUF.RECIPES["Q4_0"]))
+    parts = [part for part in planned.placements if part.is_calibrated]
+    assert parts
     for part in parts:
-        name, weights = part.entry.name, measured[part.roles[-1]]
+        name, weights = tensor_name(part.role), measured[part.role]
         rows = weights_of(exact, name)
         expected = storage.quantise(
-            rows, part.entry.storage, importance=importance._damped(weights)
+            rows,
+            part.storage,
+            importance=damped(weights.astype(np.float64), share=importance.DAMPING),
         )
         assert bytes_of(led, name) == expected.tobytes(), name
         errors = [(weights * (weights_of(file, name) - rows) ** 2).sum() for file in (led, bare)]
@@ -371,21 +380,17 @@ def bytes_of(file, name):
         return stream.read(info.size_bytes)
 
 
-@pytest.mark.toolchain
 def test_columns_that_nothing_passes_do_not_break_the_fit():
-    import numpy as np
+    np = pytest.importorskip("numpy")
 
     squares = np.zeros(64, np.float32)
-    assert (importance._damped(squares) == 1).all()
+    assert damped(squares, share=0.01) is None  # all columns count alike
     squares[3] = 7e20
-    weights = importance._damped(squares)
+    weights = damped(squares, share=0.01)
+    assert weights is not None
     assert (weights > 0).all()
     assert np.isfinite(weights).all()
-    rows = np.random.default_rng(0).standard_normal((4, 256)).astype(np.float32)
-    for name in sorted(storage.WEIGHTED):
-        encoded = storage.quantise(rows, name, importance=np.tile(weights, 4))
-        assert np.isfinite(encoded).all()
-        assert (encoded != 0).any()
+    assert weights[3] == np.float32(64 + 0.01)
 
 
 @pytest.mark.toolchain
@@ -486,7 +491,7 @@ def answers(checkpoint, quant, directory):
     tokenizer = open_tokenizer(checkpoint.text.tokenizer_json)
     texts = {name: tokenizer.encode(text).ids[:128] for name, text in corpus.texts()}
     convert(checkpoint, quant, directory)
-    session = GGUF.load(directory / "model.gguf", context_tokens=128)
+    session = running.load(directory / "model.gguf", context_tokens=128)
     found = {name: (session.all_logits(texts[name]), texts[name]) for name in KINDS}
     session.close()
     return found

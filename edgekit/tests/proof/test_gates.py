@@ -14,7 +14,7 @@ from edgekit.bundle.goldens import Goldens
 from edgekit.bundle.manifest import Bundle
 from edgekit.errors import BundleError, DisagreementError, UsageError
 from edgekit.export import export
-from edgekit.formats.gguf import conversion, layout, pretokenizers, runtime
+from edgekit.formats.gguf import conversion, layout, parts, pretokenizers, running, runtime, writing
 from edgekit.model.spec import DecoderSpec
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.proof import transformers_logits
@@ -194,14 +194,14 @@ def refused(model: Path, directory: Path, *, quant="F32", **request: Any) -> Ref
 
 def after_conversion(monkeypatch, change):
     """Let ``change`` alter the file that a conversion wrote."""
-    convert = GGUF.convert
+    convert = writing.convert
 
     def convert_and_change(checkpoint, recipe, directory, **rest):
         entry = convert(checkpoint, recipe, directory, **rest)
         change(directory / entry)
         return entry
 
-    monkeypatch.setattr(GGUF, "convert", convert_and_change)
+    monkeypatch.setattr(writing, "convert", convert_and_change)
 
 
 def test_queries_and_keys_in_the_order_of_the_checkpoint_fail_the_logits(
@@ -212,7 +212,7 @@ def test_queries_and_keys_in_the_order_of_the_checkpoint_fail_the_logits(
 
 
 def test_gate_and_up_swapped_fail_the_logits(model, tmp_path, monkeypatch):
-    names = conversion.LAYER_TENSOR_NAMES
+    names = parts.LAYER_TENSOR_NAMES
     monkeypatch.setitem(names, "gate", "ffn_up.weight")
     monkeypatch.setitem(names, "up", "ffn_gate.weight")
     assert refused(model, tmp_path).gates == ["logits"]
@@ -238,7 +238,7 @@ def test_one_weight_of_one_matrix_fails_the_logits(model, tmp_path, monkeypatch)
 
 def test_an_adapter_left_out_of_the_artifact_fails_the_logits(model, tmp_path, monkeypatch):
     adapter = write_lora(tmp_path / "lora", model)
-    base, convert = opening.open_checkpoint(model), GGUF.convert
+    base, convert = opening.open_checkpoint(model), writing.convert
     monkeypatch.setattr(
         GGUF,
         "convert",
@@ -281,7 +281,7 @@ def test_a_tokenizer_that_composes_excuses_nothing_else(tmp_path, monkeypatch):
 
 
 def test_a_runtime_that_mishandles_composed_letters_is_not_excused(model, tmp_path, monkeypatch):
-    runtime_ids = GGUF.runtime_ids
+    runtime_ids = running.runtime_ids
 
     def without_the_last_of_decomposed(path, texts):
         ids = runtime_ids(path, texts)
@@ -289,7 +289,7 @@ def test_a_runtime_that_mishandles_composed_letters_is_not_excused(model, tmp_pa
         return [found[:-1] if "nai\u0308ve" in text else found
                 for text, found in zip(texts, ids, strict=True)]  # fmt: skip
 
-    monkeypatch.setattr(GGUF, "runtime_ids", without_the_last_of_decomposed)
+    monkeypatch.setattr(running, "runtime_ids", without_the_last_of_decomposed)
     # Mistral's tokenizer does not compose: to it, both forms are different texts.
     assert refused(model, tmp_path).gates == ["token ids"]
 
@@ -340,14 +340,16 @@ def test_a_missing_stop_id_fails_the_stops(tmp_path, monkeypatch):
 def test_tensors_stored_otherwise_than_planned_fail_even_if_as_many_are(
     model, tmp_path, monkeypatch
 ):
-    exact, convert = GGUF.RECIPES["F32"], GGUF.convert
+    exact, convert = GGUF.RECIPES["F32"], writing.convert
     planned = replace(exact, rules=(Rule(pattern="query", storage="F16"),))
     made = replace(exact, rules=(Rule(pattern="value", storage="F16"),))
     monkeypatch.setitem(GGUF.RECIPES, "F32", planned)
     monkeypatch.setattr(
-        GGUF,
+        writing,
         "convert",
-        lambda checkpoint, recipe, *rest, **kw: convert(checkpoint, made, *rest, **kw),
+        lambda checkpoint, request, *rest, **kw: convert(
+            checkpoint, replace(request, recipe=made), *rest, **kw
+        ),
     )
     found = refused(model, tmp_path)
     assert {"storages", "size"} <= set(found.gates)
@@ -355,13 +357,13 @@ def test_tensors_stored_otherwise_than_planned_fail_even_if_as_many_are(
 
 
 def test_a_file_of_another_size_than_planned_fails_the_size(model, tmp_path, monkeypatch):
-    lay_out = GGUF.lay_out
+    lay_out = writing.lay_out
 
     def promise_less(checkpoint, recipe, **rest):
         planned = lay_out(checkpoint, recipe, **rest)
         return replace(planned, artifact_bytes=planned.artifact_bytes - 65)
 
-    monkeypatch.setattr(GGUF, "lay_out", promise_less)
+    monkeypatch.setattr(writing, "lay_out", promise_less)
     assert refused(model, tmp_path).gates == ["size"]
 
 

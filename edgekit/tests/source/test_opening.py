@@ -13,6 +13,7 @@ from edgekit import formats, open_checkpoint
 from edgekit.cache import cache_directory
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import EdgekitError, MissingDependencyError, UsageError
+from edgekit.formats import BuildRequest
 from edgekit.formats.gguf import conversion, pretokenizers
 from edgekit.formats.gguf.layout import TensorEntry, Writer, read, read_tensor
 from edgekit.progress import Silent
@@ -60,7 +61,9 @@ def to_gguf(checkpoint, directory):
     pytest.importorskip("gguf", reason="pip install 'edgekit[gguf]'")  # decodes it again
     directory.mkdir(exist_ok=True)
     pre = pretokenizers.likely_pre(checkpoint.text)
-    entry = conversion.convert(checkpoint, F32, directory, pre=pre, progress=lambda _: None)
+    entry = conversion.convert(
+        checkpoint, BuildRequest(recipe=F32), directory, pre=pre, progress=lambda _: None
+    )
     return (directory / entry).rename(directory / f"{checkpoint.name}.F32.gguf")
 
 
@@ -230,7 +233,7 @@ def test_an_artifact_of_the_decoded_model_says_exactly_what_the_first_one_said(t
     second = to_gguf(open_checkpoint(first), tmp_path / "second")
     answers = []
     for path in (first, second):
-        session = formats.get("gguf").load(path, context_tokens=16, threads=1)
+        session = formats.running("gguf").load(path, context_tokens=16, threads=1)
         answers.append(session.all_logits([1, 2, 3]))
         session.close()
     assert np.array_equal(*answers)

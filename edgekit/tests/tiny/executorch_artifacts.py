@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 from edgekit import formats
-from edgekit.formats.executorch import storage
+from edgekit.formats import BuildRequest
+from edgekit.formats.executorch import storage, writing
 from edgekit.runtime.child import environment
 from edgekit.source import opening
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
@@ -38,10 +39,12 @@ def tiny(variant: str = "portable", *, recipe: str = "F32", kind: str = "llama")
     directory.mkdir()
     checkpoint.text.copy_into(directory)
     fmt = formats.get("executorch")
-    entry = fmt.convert(
-        checkpoint, fmt.RECIPES[recipe], directory, progress=lambda _: None,
-        context_tokens=CONTEXT_TOKENS, variant=variant,
-    )  # fmt: skip
+    entry = writing.convert(
+        checkpoint,
+        BuildRequest(recipe=fmt.RECIPES[recipe], context_tokens=CONTEXT_TOKENS, variant=variant),
+        directory,
+        progress=lambda _: None,
+    )
     assert entry == "model.pte"
     return directory
 

@@ -1,6 +1,6 @@
 """A format and a bundle that tests put in place, so that the measuring is real and small.
 
-`MODULE` is a format module whose session does a little arithmetic for every token. It is found by
+`RUNNING` has a session that does a little arithmetic for every token. It is found by
 any interpreter that has its directory on PYTHONPATH, through a ``sitecustomize`` beside it.
 """
 
@@ -22,15 +22,27 @@ import edgekit.formats
 edgekit.formats.__path__.append(str(Path(__file__).parent / "formats"))
 """
 
-MODULE = '''
+FACE = '''
+"""A stand-in format; its "runtime" adds numbers."""
+
+RUN_EXTRA = "run-gguf"
+'''
+
+WRITING = '''
+"""It writes nothing."""
+
+
+def convert(checkpoint, request, directory, *, progress):
+    raise NotImplementedError
+'''
+
+RUNNING = '''
 """A stand-in format; its "runtime" adds numbers."""
 
 import os
 import signal
 
 from edgekit.errors import MissingDependencyError
-
-RUN_EXTRA = "run-gguf"
 
 
 def is_run_here(variant):
@@ -88,8 +100,11 @@ def load(path, *, context_tokens, threads=None):
 
 def install(directory: Path) -> Path:
     """Write the format where ``directory`` on PYTHONPATH makes every interpreter find it."""
-    (directory / "formats").mkdir(parents=True)
-    (directory / "formats" / "pretend.py").write_text(MODULE)
+    package = directory / "formats" / "pretend"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(FACE)
+    (package / "writing.py").write_text(WRITING)
+    (package / "running.py").write_text(RUNNING)
     (directory / "sitecustomize.py").write_text(SITECUSTOMIZE)
     return directory
 
@@ -98,7 +113,8 @@ def use(directory: Path, monkeypatch) -> None:
     """Put the format in place for this process and for those that it starts."""
     monkeypatch.setenv("PYTHONPATH", str(install(directory)))
     monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(directory / "formats")])
-    monkeypatch.delitem(sys.modules, "edgekit.formats.pretend", raising=False)
+    for name in ("", ".writing", ".running"):
+        monkeypatch.delitem(sys.modules, f"edgekit.formats.pretend{name}", raising=False)
 
 
 def make_bundle(directory: Path, *, is_proven: bool = True, size_bytes: int = 200_000) -> Bundle:

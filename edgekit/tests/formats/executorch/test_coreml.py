@@ -10,9 +10,9 @@ import pytest
 
 from edgekit import formats
 from edgekit.errors import BundleError, UsageError
-from edgekit.formats.executorch import conversion, program, storage
-from edgekit.formats.executorch.backends import coreml
-from edgekit.formats.executorch.backends.coreml import decoder, mil
+from edgekit.formats import BuildRequest
+from edgekit.formats.executorch import conversion, program, running, storage, writing
+from edgekit.formats.executorch.backends.coreml import decoder, mil, reading
 from edgekit.plan import estimate
 from edgekit.proof import interpreter, transformers_logits
 from edgekit.proof.fidelity import Comparison
@@ -84,9 +84,11 @@ class Converted:
 def convert(checkpoint: Checkpoint, directory: Path, recipe: str, context: int) -> Converted:
     directory.mkdir()
     conversion.convert(
-        checkpoint, storage.RECIPES[recipe], directory, progress=lambda _: None,
-        context_tokens=context, variant="coreml",
-    )  # fmt: skip
+        checkpoint,
+        BuildRequest(recipe=storage.RECIPES[recipe], context_tokens=context, variant="coreml"),
+        directory,
+        progress=lambda _: None,
+    )
     return Converted(checkpoint=checkpoint, directory=directory, recipe=recipe)
 
 
@@ -154,23 +156,27 @@ def test_float16_changes_little(of_each_kind, expected_of_each_kind):
 
 def test_the_file_holds_every_weight_as_planned(of_each_kind):
     spec = of_each_kind.checkpoint.spec
-    layout = executorch.lay_out(of_each_kind.checkpoint, storage.RECIPES["F16"], variant="coreml")
+    layout = writing.lay_out(
+        of_each_kind.checkpoint, BuildRequest(recipe=storage.RECIPES["F16"], variant="coreml")
+    )
     shapes = dict(spec.weights())
-    held = executorch.contents(of_each_kind.path)
+    held = running.contents(of_each_kind.path)
     assert sorted(held) == sorted(
         (it.role, shapes[it.role], it.storage) for it in layout.placements
     )
 
 
 def test_the_size_is_predicted_within_one_percent(of_each_kind):
-    layout = executorch.lay_out(of_each_kind.checkpoint, storage.RECIPES["F16"], variant="coreml")
+    layout = writing.lay_out(
+        of_each_kind.checkpoint, BuildRequest(recipe=storage.RECIPES["F16"], variant="coreml")
+    )
     assert of_each_kind.path.stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
     assert layout.is_half
 
 
 def test_weights_come_back_as_they_were(of_each_kind):
     checkpoint = of_each_kind.checkpoint
-    read = coreml.read_back(of_each_kind.path, checkpoint.spec)
+    read = reading.read_back(of_each_kind.path, checkpoint.spec)
     for role, _ in checkpoint.spec.weights():
         ones = np.float32(checkpoint.spec.adds_one(role))
         np.testing.assert_array_equal(read.weight(role), checkpoint.weight(role) + ones)
@@ -219,8 +225,8 @@ def test_coremltools_infers_the_types_that_were_written(kind, tmp_path, coremlto
 
 def test_codes_come_back_as_the_grid_chose_them(rounded):
     checkpoint = rounded.checkpoint
-    read = coreml.read_back(rounded.path, checkpoint.spec)
-    for role, shape, stored in executorch.contents(rounded.path):
+    read = reading.read_back(rounded.path, checkpoint.spec)
+    for role, shape, stored in running.contents(rounded.path):
         if len(shape) > 1:
             parts = storage.encode(checkpoint.weight(role), stored)
             chosen = storage.decode([part.reshape(shape[0], -1) for part in parts], stored)
@@ -229,7 +235,7 @@ def test_codes_come_back_as_the_grid_chose_them(rounded):
 
 
 def test_coremltools_reads_the_weights_that_are_read_back(rounded):
-    read = coreml.read_back(rounded.path, rounded.checkpoint.spec)
+    read = reading.read_back(rounded.path, rounded.checkpoint.spec)
     constants = rounded.interpreter(rounds=False).constants
     for role, _ in rounded.checkpoint.spec.weights():
         held = constants[mil.identifier(role)]
@@ -238,14 +244,14 @@ def test_coremltools_reads_the_weights_that_are_read_back(rounded):
 
 def test_a_program_of_rounded_weights_says_what_the_reference_says_of_them(rounded):
     ids = a_text(rounded.checkpoint)
-    read = coreml.read_back(rounded.path, rounded.checkpoint.spec)
+    read = reading.read_back(rounded.path, rounded.checkpoint.spec)
     (expected,) = interpreter.logits(read, [ids])
     found = agreement(expected, rounded.interpreter(rounds=False), ids)
     assert found.mean_kl_nats <= 1e-10
 
 
 def test_some_rows_are_read_alone(rounded):
-    read = coreml.read_back(rounded.path, rounded.checkpoint.spec)
+    read = reading.read_back(rounded.path, rounded.checkpoint.spec)
     for role in ("token_embedding", "layers.1.down", "layers.0.attention_norm"):
         np.testing.assert_array_equal(read.weight(role, 3, 5), read.weight(role)[3:8])
 
@@ -341,14 +347,16 @@ def test_the_cache_is_empty_at_first_and_then_holds_each_token_at_its_place(llam
 
 
 def test_a_program_is_refused_here_with_what_it_needs(llama):
-    assert not executorch.is_run_here("coreml")
+    assert not running.is_run_here("coreml")
     with pytest.raises(UsageError, match=r"is for Core ML, .* iPhone or iPad with iOS 18"):
-        executorch.load(llama.path, context_tokens=8)
+        running.load(llama.path, context_tokens=8)
 
 
 def test_float32_is_refused(llama):
     with pytest.raises(UsageError, match="has no recipe F32") as refused:
-        executorch.lay_out(llama.checkpoint, storage.RECIPES["F32"], variant="coreml")
+        writing.lay_out(
+            llama.checkpoint, BuildRequest(recipe=storage.RECIPES["F32"], variant="coreml")
+        )
     assert "F16" in (refused.value.hint or "")
 
 
@@ -386,7 +394,7 @@ def test_a_damaged_program_is_refused_or_read_as_before(llama, tmp_path):
         damaged[at] ^= 1 << dice.randrange(8)
         path.write_bytes(damaged)
         try:
-            executorch.contents(path)
+            running.contents(path)
         except BundleError:
             refused += 1
     assert refused > FLIPS // 20
@@ -395,7 +403,7 @@ def test_a_damaged_program_is_refused_or_read_as_before(llama, tmp_path):
 def test_another_model_is_not_read_back(llama, tmp_path):
     other = opening.open_checkpoint(write_tiny_checkpoint(tmp_path / "other", "qwen3"))
     with pytest.raises(BundleError, match="holds another model"):
-        coreml.read_back(llama.path, other.spec)
+        reading.read_back(llama.path, other.spec)
 
 
 def test_a_plan_counts_a_prompt_by_its_tokens_as_runners_read_it(tmp_path):
@@ -403,7 +411,9 @@ def test_a_plan_counts_a_prompt_by_its_tokens_as_runners_read_it(tmp_path):
     target = load_target("iphone-8gb")
 
     def first_token_s(variant):
-        layout = executorch.lay_out(checkpoint, storage.RECIPES["F16"], variant=variant)
+        layout = writing.lay_out(
+            checkpoint, BuildRequest(recipe=storage.RECIPES["F16"], variant=variant)
+        )
         found = estimate(checkpoint, layout, target, format="executorch", context_tokens=256)
         return found.first_token_s[128].likely * found.decode_tokens_per_s.likely
 

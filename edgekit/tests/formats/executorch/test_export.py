@@ -10,7 +10,16 @@ import pytest
 
 from edgekit import formats
 from edgekit.errors import BundleError, ToolchainError
-from edgekit.formats.executorch import conversion, coverage, memory, program, storage
+from edgekit.formats import BuildRequest
+from edgekit.formats.executorch import (
+    conversion,
+    coverage,
+    memory,
+    program,
+    running,
+    storage,
+    writing,
+)
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.formats.executorch.backends.xnnpack import size
 from edgekit.formats.executorch.coverage import Coverage
@@ -60,11 +69,13 @@ def convert(checkpoint, recipe, directory, variant=None):
     directory.mkdir(parents=True)
     entry = conversion.convert(
         checkpoint,
-        recipe if isinstance(recipe, Recipe) else storage.RECIPES[recipe],
+        BuildRequest(
+            recipe=recipe if isinstance(recipe, Recipe) else storage.RECIPES[recipe],
+            context_tokens=CONTEXT_TOKENS,
+            variant=variant or xnnpack.PORTABLE,
+        ),
         directory,
         progress=lambda _: None,
-        context_tokens=CONTEXT_TOKENS,
-        variant=conversion.variant_of(checkpoint.spec, variant, None),
     )
     return directory / entry
 
@@ -85,7 +96,7 @@ def all_four_bit_path(checkpoint, tmp_path_factory):
 
 
 def logits(path, ids):
-    session = executorch.load(path, context_tokens=CONTEXT_TOKENS, threads=1)
+    session = running.load(path, context_tokens=CONTEXT_TOKENS, threads=1)
     try:
         return session.all_logits(ids).copy()
     finally:
@@ -112,8 +123,8 @@ def test_a_quantised_program_holds_what_its_recipe_asks_for(
     checkpoint, request, recipe, made, words
 ):
     path = request.getfixturevalue(made)
-    layout = executorch.lay_out(checkpoint, storage.RECIPES[recipe])
-    held = {name: (shape, kind) for name, shape, kind in executorch.contents(path)}
+    layout = writing.lay_out(checkpoint, BuildRequest(recipe=storage.RECIPES[recipe]))
+    held = {name: (shape, kind) for name, shape, kind in running.contents(path)}
     shapes = dict(checkpoint.spec.weights())
     assert held == {p.role: (shapes[p.role], p.storage) for p in layout.placements}
     assert held["layers.1.down"] == ((128, 256), "INT4_G32")
@@ -143,7 +154,7 @@ def test_a_tied_table_of_four_bits_is_there_once_too(checkpoint, all_four_bit_pa
 @pytest.mark.parametrize(("recipe", "words"), [("8da8w", "INT8"), ("8da4w_all", "INT4_G32")])
 def test_an_untied_head_has_its_own(untied, tmp_path, recipe, words):
     path = convert(untied, recipe, tmp_path / "artifact")
-    held = {name: kind for name, _, kind in executorch.contents(path)}
+    held = {name: kind for name, _, kind in running.contents(path)}
     assert (held["token_embedding"], held["output_head"]) == (words, words)
     assert held["layers.0.query_bias"] == held["layers.0.mlp_norm"] == "F32"
 
@@ -167,8 +178,10 @@ def test_a_calibration_leads_the_codes_of_layers_only(checkpoint, four_bit_path,
         if len(shape) > 1
     }
     led = replace(checkpoint, calibration=Calibration(text_sha256="a" * 64, importance=importance))
-    assert executorch.lay_out(led, storage.RECIPES["8da4w"]).calibration == "a" * 64
-    assert executorch.lay_out(led, storage.RECIPES["8da8w"]).calibration is None
+    assert (
+        writing.lay_out(led, BuildRequest(recipe=storage.RECIPES["8da4w"])).calibration == "a" * 64
+    )
+    assert writing.lay_out(led, BuildRequest(recipe=storage.RECIPES["8da8w"])).calibration is None
     path = convert(led, "8da4w", tmp_path / "led")
 
     def part(file, key):
@@ -215,11 +228,11 @@ def test_every_matrix_is_in_the_backend(checkpoint, float_path):
 
 
 def test_a_matrix_outside_of_the_backend_stops_the_export(checkpoint):
-    planned = conversion.weights(checkpoint.spec, storage.RECIPES["8da4w"], xnnpack)
+    planned = conversion.weights(checkpoint.spec, storage.RECIPES["8da4w"], xnnpack.BACKEND)
     roles = frozenset(weight.role for weight in planned) - {"layers.1.down"}
     found = Coverage(delegated_operators=1, delegated_weights=roles, portable_operators={})
     with pytest.raises(ToolchainError, match=r"not multiply by layers\.1\.down"):
-        coverage.report(found, planned, id=xnnpack.ID, name=xnnpack.NAME)
+        coverage.report(found, planned, id="XnnpackBackend", name="XNNPACK")
 
 
 # What it says
@@ -316,21 +329,23 @@ def test_two_processes_write_the_same_bytes(checkpoint, four_bit_path, tmp_path)
     assert digests[0] == digests[1]
 
 
+def f32(context_tokens):
+    return BuildRequest(
+        recipe=storage.RECIPES["F32"], context_tokens=context_tokens, variant=xnnpack.PORTABLE
+    )
+
+
 def test_the_size_hardly_depends_on_the_context(untied, tmp_path):
-    entry = conversion.convert(
-        untied, storage.RECIPES["F32"], tmp_path, progress=lambda _: None, context_tokens=4096,
-        variant=xnnpack.PORTABLE,
-    )  # fmt: skip
-    layout = executorch.lay_out(untied, storage.RECIPES["F32"])
+    entry = conversion.convert(untied, f32(4096), tmp_path, progress=lambda _: None)
+    layout = writing.lay_out(untied, BuildRequest(recipe=storage.RECIPES["F32"]))
     assert (tmp_path / entry).stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
 
 
 def test_what_is_set_aside_grows_with_the_context_and_no_faster(checkpoint, float_path, tmp_path):
     (tmp_path / "long").mkdir()
     entry = conversion.convert(
-        checkpoint, storage.RECIPES["F32"], tmp_path / "long", progress=lambda _: None,
-        context_tokens=8 * CONTEXT_TOKENS, variant=xnnpack.PORTABLE,
-    )  # fmt: skip
+        checkpoint, f32(8 * CONTEXT_TOKENS), tmp_path / "long", progress=lambda _: None
+    )
     planned = [
         forward.planned_bytes
         for path in (float_path, tmp_path / "long" / entry)
@@ -359,7 +374,7 @@ def test_contents_of_a_bent_file_are_read_or_refused(request, tmp_path, made):
         bent[position] ^= 1 << int(random.integers(8))
         path.write_bytes(bent)
         try:
-            executorch.contents(path)
+            running.contents(path)
         except BundleError:
             refused += 1
     assert refused > 10

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from edgekit import formats
-from edgekit.formats.executorch import conversion, storage
+from edgekit.formats import BuildRequest
+from edgekit.formats.executorch import conversion, running, storage, writing
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.proof import transformers_logits
 from edgekit.proof.fidelity import Comparison, Fidelity
@@ -98,11 +99,11 @@ def converted(request, tmp_path_factory) -> Converted:
     context = checkpoint.spec.context_tokens
     entry = conversion.convert(
         checkpoint,
-        storage.RECIPES["F32"],
+        BuildRequest(
+            recipe=storage.RECIPES["F32"], context_tokens=context, variant=xnnpack.PORTABLE
+        ),
         directory,
         progress=lambda _: None,
-        context_tokens=context,
-        variant=xnnpack.PORTABLE,
     )
     return Converted(checkpoint=checkpoint, path=directory / entry)
 
@@ -120,7 +121,7 @@ def one_thread():
 def test_the_program_says_what_transformers_says(converted):
     checkpoint, positions = converted.checkpoint, 0
     for ids in texts(checkpoint):
-        session = executorch.load(
+        session = running.load(
             converted.path, context_tokens=checkpoint.spec.context_tokens, threads=1
         )
         said, rows = [], []
@@ -139,12 +140,12 @@ def test_the_program_says_what_transformers_says(converted):
 
 def test_the_file_holds_every_weight_as_planned(converted):
     spec = converted.checkpoint.spec
-    held = {name: (shape, kind) for name, shape, kind in executorch.contents(converted.path)}
+    held = {name: (shape, kind) for name, shape, kind in running.contents(converted.path)}
     assert held == {role: (shape, "F32") for role, shape in spec.weights()}
 
 
 def test_the_size_is_predicted_within_one_percent(converted):
-    layout = executorch.lay_out(converted.checkpoint, storage.RECIPES["F32"])
+    layout = writing.lay_out(converted.checkpoint, BuildRequest(recipe=storage.RECIPES["F32"]))
     size = converted.path.stat().st_size
     assert size == pytest.approx(layout.artifact_bytes, rel=0.01)
 
@@ -157,14 +158,16 @@ def test_four_bits_everywhere_say_nearly_what_transformers_says(name, words, tmp
     checkpoint = opening.open_checkpoint(write_tiny_checkpoint(tmp_path / "model", name))
     ids, recipe = texts(checkpoint)[0][:64], storage.RECIPES["8da4w_all"]
     entry = conversion.convert(
-        checkpoint, recipe, tmp_path, progress=lambda _: None, context_tokens=64,
-        variant=xnnpack.PORTABLE,
-    )  # fmt: skip
-    held = {name: kind for name, _, kind in executorch.contents(tmp_path / entry)}
-    layout = executorch.lay_out(checkpoint, recipe)
+        checkpoint,
+        BuildRequest(recipe=recipe, context_tokens=64, variant=xnnpack.PORTABLE),
+        tmp_path,
+        progress=lambda _: None,
+    )
+    held = {name: kind for name, _, kind in running.contents(tmp_path / entry)}
+    layout = writing.lay_out(checkpoint, BuildRequest(recipe=recipe))
     assert held == {placement.role: placement.storage for placement in layout.placements}
     assert held["token_embedding"] == words
-    session = executorch.load(tmp_path / entry, context_tokens=64, threads=1)
+    session = running.load(tmp_path / entry, context_tokens=64, threads=1)
     said, expected = session.all_logits(ids), expected_logits(checkpoint, ids)
     session.close()
     assert abs(said - expected).mean() < 0.6 * abs(expected).mean()

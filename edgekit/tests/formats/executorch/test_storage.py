@@ -1,8 +1,11 @@
 """Codes and scales as XNNPACK reads them."""
 
+from dataclasses import replace
+
 import pytest
 
 from edgekit.errors import UsageError
+from edgekit.formats import BuildRequest
 from edgekit.formats.executorch import backends, conversion, storage
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope
@@ -75,7 +78,8 @@ def test_four_bit_codes_fill_a_byte_from_its_lower_half():
 
 @pytest.mark.parametrize(("recipe", "words"), [("8da4w", "INT8"), ("8da4w_all", "INT4_G32")])
 def test_words_take_four_bits_only_where_all_do(recipe, words):
-    found = {w.role: w.stored for w in conversion.weights(spec(), storage.RECIPES[recipe], xnnpack)}
+    planned = conversion.weights(spec(), storage.RECIPES[recipe], xnnpack.BACKEND)
+    found = {weight.role: weight.storage for weight in planned}
     assert (found["token_embedding"], found["layers.0.up"]) == (words, "INT4_G32")
     assert found["final_norm"] == "F32"
 
@@ -113,9 +117,13 @@ def spec(window=None, **attention):
     )  # fmt: skip
 
 
+def asked(variant):
+    return BuildRequest(recipe=storage.RECIPES["F32"], variant=variant)
+
+
 def test_the_first_variant_is_the_usual_one():
-    assert conversion.variant_of(spec(), None, None) == backends.variants()[0] == "portable"
-    assert conversion.variant_of(spec(), "llm-ops", None) == "llm-ops"
+    assert conversion.variant_of(spec(), asked(None)) == backends.variants()[0] == "portable"
+    assert conversion.variant_of(spec(), asked("llm-ops")) == "llm-ops"
 
 
 @pytest.mark.parametrize(
@@ -123,17 +131,17 @@ def test_the_first_variant_is_the_usual_one():
 )
 def test_attention_that_the_llm_operators_lack_is_refused(attention, said):
     with pytest.raises(UsageError, match=f"no attention with {said}") as refusal:
-        conversion.variant_of(spec(**attention), "llm-ops", None)
+        conversion.variant_of(spec(**attention), asked("llm-ops"))
     assert "--variant portable" in refusal.value.hint
-    assert conversion.variant_of(spec(**attention), "portable", None) == "portable"
+    assert conversion.variant_of(spec(**attention), asked("portable")) == "portable"
 
 
 def test_an_unknown_variant_is_refused_with_those_that_are_known():
     with pytest.raises(UsageError, match="no variant 'metal'") as refusal:
-        conversion.variant_of(spec(), "metal", None)
+        conversion.variant_of(spec(), asked("metal"))
     assert "portable, llm-ops" in refusal.value.hint
 
 
 def test_a_program_is_never_split():
     with pytest.raises(UsageError, match="one file"):
-        conversion.variant_of(spec(), None, 2**20)
+        conversion.variant_of(spec(), replace(asked(None), split_bytes=2**20))

@@ -11,9 +11,11 @@ import pytest
 from edgekit import formats
 from edgekit.errors import BundleError, UsageError
 from edgekit.export import export
-from edgekit.formats.executorch import conversion, handover, program, storage
+from edgekit.formats import BuildRequest
+from edgekit.formats.executorch import conversion, handover, program, running, storage, writing
 from edgekit.formats.executorch.backends import vulkan
 from edgekit.formats.executorch.backends.vulkan import limits, size
+from edgekit.formats.executorch.backends.vulkan import writing as vulkan_writing
 from edgekit.inspect import inspect, lines
 from edgekit.proof import interpreter, transformers_logits
 from edgekit.proof.fidelity import Comparison
@@ -25,7 +27,7 @@ from edgekit.validate import validate
 
 
 if TYPE_CHECKING:
-    from edgekit.formats import ReadableFormat
+    from edgekit.formats import ReadableRunning
 
 np = pytest.importorskip("numpy")
 
@@ -36,7 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
 
-executorch = cast("ReadableFormat", formats.get("executorch"))
+executorch = cast("ReadableRunning", formats.get("executorch"))
 CONTEXT_TOKENS = 160
 MAX_KL_NATS = 1e-10
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
@@ -58,11 +60,11 @@ def opened(directory, kind="llama", **fields):
 
 def convert(checkpoint, recipe, directory, context_tokens=CONTEXT_TOKENS):
     directory.mkdir(parents=True, exist_ok=True)
-    entry = conversion.convert(
-        checkpoint, storage.RECIPES[recipe], directory, progress=lambda _: None,
-        context_tokens=context_tokens,
-        variant=conversion.variant_of(checkpoint.spec, "vulkan", None),
-    )  # fmt: skip
+    request = BuildRequest(
+        recipe=storage.RECIPES[recipe], context_tokens=context_tokens, variant="vulkan"
+    )
+    assert conversion.variant_of(checkpoint.spec, request) == "vulkan"
+    entry = conversion.convert(checkpoint, request, directory, progress=lambda _: None)
     return directory / entry
 
 
@@ -145,11 +147,13 @@ def test_the_delegates_operators_say_what_transformers_says(kind, fields, tmp_pa
     border = checkpoint.spec.border_tokens
     context = min(CONTEXT_TOKENS, border or CONTEXT_TOKENS)
     path, ids = convert(checkpoint, "F32", tmp_path, context), random_ids(checkpoint.spec)
-    read = executorch.read_back(path, checkpoint.spec)
+    read = running.read_back(path, checkpoint.spec)
     rows, found = said(path, checkpoint.spec, ids, read, context)
     (expected,) = transformers_logits.logits(checkpoint, [ids])
     assert agreement(expected, rows, found, ids).mean_kl_nats <= MAX_KL_NATS
-    layout = executorch.lay_out(checkpoint, storage.RECIPES["F32"], variant="vulkan")
+    layout = writing.lay_out(
+        checkpoint, BuildRequest(recipe=storage.RECIPES["F32"], variant="vulkan")
+    )
     assert path.stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
     report = json.loads((path.parent / conversion.COVERAGE).read_text())
     assert report["operators_in_backend"] == size.operators(checkpoint.spec)
@@ -168,15 +172,17 @@ def test_the_weights_read_back_are_those_that_the_delegate_multiplies_with(
 ):
     checkpoint = opened(tmp_path, **WIDE, **fields)
     path, ids = convert(checkpoint, recipe, tmp_path), random_ids(checkpoint.spec)
-    read = executorch.read_back(path, checkpoint.spec)
+    read = running.read_back(path, checkpoint.spec)
     rows, found = said(path, checkpoint.spec, ids, read)
     (expected,) = interpreter.logits(read, [ids])
     assert agreement(expected, rows, found, ids).mean_kl_nats <= 1e-9
-    layout = executorch.lay_out(checkpoint, storage.RECIPES[recipe], variant="vulkan")
+    layout = writing.lay_out(
+        checkpoint, BuildRequest(recipe=storage.RECIPES[recipe], variant="vulkan")
+    )
     assert layout.is_half == (recipe == "F16")
     assert layout.substituted == ()
     assert path.stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
-    held = {name: kind for name, _, kind in executorch.contents(path)}
+    held = {name: kind for name, _, kind in running.contents(path)}
     assert held == {placement.role: placement.storage for placement in layout.placements}
 
 
@@ -190,7 +196,7 @@ def test_what_outgrows_a_phones_textures_is_computed_in_buffers(
 
     checkpoint = opened(tmp_path, vocab_size=vocabulary)
     path = convert(checkpoint, "F32", tmp_path, context_tokens)
-    ids, read = random_ids(checkpoint.spec), executorch.read_back(path, checkpoint.spec)
+    ids, read = random_ids(checkpoint.spec), running.read_back(path, checkpoint.spec)
     rows, found = said(path, checkpoint.spec, ids, read, context_tokens)
     (expected,) = interpreter.logits(read, [ids])
     assert agreement(expected, rows, found, ids).mean_kl_nats <= MAX_KL_NATS
@@ -210,7 +216,7 @@ def test_a_matrix_that_outgrows_a_buffer_is_multiplied_in_parts(tmp_path, monkey
     checkpoint = opened(tmp_path, "llama-bias")
     path, ids = convert(checkpoint, "F32", tmp_path), random_ids(checkpoint.spec)
     assert "layers.0.query_bias@32" in Interpreter(path).named
-    read = executorch.read_back(path, checkpoint.spec)
+    read = running.read_back(path, checkpoint.spec)
     rows, found = said(path, checkpoint.spec, ids, read)
     (expected,) = interpreter.logits(read, [ids])
     assert agreement(expected, rows, found, ids).mean_kl_nats <= MAX_KL_NATS
@@ -218,10 +224,10 @@ def test_a_matrix_that_outgrows_a_buffer_is_multiplied_in_parts(tmp_path, monkey
 
 def test_no_more_is_read_at_once_than_its_scores_fit_into_a_buffer(checkpoint):
     spec = checkpoint.spec
-    assert vulkan.batch_tokens(spec, context_tokens=64) == 64
-    assert vulkan.batch_tokens(spec, context_tokens=4096) == 128
+    assert vulkan_writing.batch_tokens(spec, context_tokens=64) == 64
+    assert vulkan_writing.batch_tokens(spec, context_tokens=4096) == 128
     context = 2**18
-    batch = vulkan.batch_tokens(spec, context_tokens=context)
+    batch = vulkan_writing.batch_tokens(spec, context_tokens=context)
     assert 0 < batch < 128
     assert 4 * spec.attention.heads * batch * context < limits.BUFFER_BYTES
 
@@ -249,7 +255,7 @@ def test_a_position_past_the_context_fails_before_it_is_written(checkpoint, four
     forward = program.read(four_bit_path).method("forward")
     assert forward
     assert "aten::arange.start_out" in forward.operators
-    read = executorch.read_back(four_bit_path, checkpoint.spec)
+    read = running.read_back(four_bit_path, checkpoint.spec)
     decoder = wrapper.Decoder(
         checkpoint.spec, embedding=embedding(four_bit_path, checkpoint.spec, read),
         inner=Interpreter(four_bit_path), context_tokens=CONTEXT_TOKENS,
@@ -325,10 +331,10 @@ def test_two_processes_write_the_same_bytes(checkpoint, four_bit_path, tmp_path)
 
 def test_memory_grows_with_the_context_and_is_halved_by_float16(checkpoint):
     def use(recipe, context_tokens):
-        layout = executorch.lay_out(checkpoint, storage.RECIPES[recipe], variant="vulkan")
-        return executorch.memory_use(
-            checkpoint, layout, context_tokens=context_tokens, repacks=True
+        layout = writing.lay_out(
+            checkpoint, BuildRequest(recipe=storage.RECIPES[recipe], variant="vulkan")
         )
+        return writing.memory_use(checkpoint, layout, context_tokens=context_tokens, repacks=True)
 
     assert use("F32", 4096).cache_bytes == 8 * use("F32", 512).cache_bytes
     assert use("F32", 512).cache_bytes == 2 * use("F16", 512).cache_bytes
@@ -359,13 +365,13 @@ def test_a_bundle_says_that_it_was_not_executed_and_is_not_validated_here(tmp_pa
 def test_a_decoder_that_the_delegate_does_not_compute_is_refused(kind, tmp_path):
     spec = opened(tmp_path, kind).spec
     with pytest.raises(UsageError, match=f"has no {REFUSED[kind]}") as refusal:
-        conversion.variant_of(spec, "vulkan", None)
+        conversion.variant_of(spec, BuildRequest(recipe=storage.RECIPES["F32"], variant="vulkan"))
     assert "--variant portable" in refusal.value.hint
 
 
 def test_a_recipe_that_it_cannot_hold_is_refused_with_those_it_can(checkpoint):
     with pytest.raises(UsageError, match="no recipe 8da8w") as refusal:
-        executorch.lay_out(checkpoint, storage.RECIPES["8da8w"], variant="vulkan")
+        writing.lay_out(checkpoint, BuildRequest(recipe=storage.RECIPES["8da8w"], variant="vulkan"))
     assert "8da4w" in refusal.value.hint
 
 
@@ -382,9 +388,9 @@ def test_a_context_past_which_attention_would_be_another_is_refused(kind, most, 
 
 
 def test_this_machine_says_which_device_it_lacks(four_bit_path):
-    assert not executorch.is_run_here("vulkan")
+    assert not running.is_run_here("vulkan")
     with pytest.raises(UsageError, match="for Vulkan, which this machine has not") as refusal:
-        executorch.load(four_bit_path, context_tokens=32)
+        running.load(four_bit_path, context_tokens=32)
     assert "an Android phone whose GPU has Vulkan 1.1" in str(refusal.value)
     assert "validate --measurement" in refusal.value.hint
 
@@ -398,7 +404,7 @@ def test_a_bent_delegate_is_read_or_refused(four_bit_path, tmp_path):
         bent[begin + int(random.integers(4000))] ^= 1 << int(random.integers(8))
         path.write_bytes(bent)
         try:
-            executorch.contents(path)
+            running.contents(path)
         except BundleError:
             refused += 1
     assert refused > 5
@@ -407,7 +413,7 @@ def test_a_bent_delegate_is_read_or_refused(four_bit_path, tmp_path):
 def test_a_program_of_another_model_is_not_read_back(four_bit_path, tmp_path):
     other = opened(tmp_path, "llama-bias")
     with pytest.raises(BundleError, match="holds no"):
-        executorch.read_back(four_bit_path, other.spec)
+        running.read_back(four_bit_path, other.spec)
 
 
 def test_the_readme_says_what_to_link_and_that_nothing_ran(checkpoint, tmp_path):
@@ -420,4 +426,4 @@ def test_the_readme_says_what_to_link_and_that_nothing_ran(checkpoint, tmp_path)
 
 
 def test_recipes_are_those_of_the_format():
-    assert set(vulkan.RECIPES) < storage.RECIPES.keys()
+    assert set(vulkan.BACKEND.recipes) < storage.RECIPES.keys()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from edgekit.errors import UsageError
-from edgekit.formats.gguf import architectures, conversion, hyperparameters, memory
+from edgekit.formats.gguf import architectures, conversion, hyperparameters, memory, parts
 from edgekit.formats.gguf.hyperparameters import Facts
 from edgekit.model.spec import LinearScaling, Llama3Scaling, LongRopeScaling, Norm, Rope
 from edgekit.source import families
@@ -234,7 +234,7 @@ def facts_of(spec):
     """Return what a file of this decoder says, floats rounded as the file rounds them."""
     graph = architectures.choose(spec)
     keys = hyperparameters.write(spec, graph)
-    tensors = {conversion.tensor_name(roles[-1]) for roles, _ in conversion._stacked(spec, graph)}
+    tensors = {parts.tensor_name(roles[-1]) for roles, _ in parts._stacked(spec, graph)}
     factors = {
         name: [to_float32(value) for value in values]
         for name, values in hyperparameters.rope_tensors(spec).items()

@@ -11,8 +11,9 @@ import pytest
 
 from edgekit import formats
 from edgekit.errors import UsageError
-from edgekit.formats import ContextLimit
-from edgekit.formats.gguf import conversion, layout, runtime
+from edgekit.formats import BuildRequest, ContextLimit
+from edgekit.formats.gguf import conversion, layout, running, runtime, writing
+from edgekit.formats.gguf.parts import tensor_name
 from edgekit.formats.gguf.runtime import GgufSession
 from edgekit.proof import transformers_logits
 from edgekit.proof.fidelity import Comparison, Fidelity
@@ -127,8 +128,10 @@ def make(directory: Path, name: str, **fields: Any) -> Made:
 
 
 def convert(checkpoint: Checkpoint, directory: Path) -> Made:
-    entry = GGUF.convert(checkpoint, F32, directory, progress=lambda _: None)
-    limit = GGUF.context_limit(checkpoint)
+    entry = writing.convert(
+        checkpoint, BuildRequest(recipe=F32), directory, progress=lambda _: None
+    )
+    limit = writing.context_limit(checkpoint)
     return Made(checkpoint=checkpoint, path=directory / entry, limit=limit)
 
 
@@ -159,7 +162,7 @@ def test_both_tokenizers_make_the_ids_of_transformers(made):
     assert [text.encode(line, adds_bos=False) for line in lines] == expected
     if isinstance(text.tokenizer.normalizer, NFC):  # llama.cpp composes no letters
         lines = [unicodedata.normalize("NFC", line) for line in lines]
-    assert GGUF.runtime_ids(made.path, lines) == expected
+    assert running.runtime_ids(made.path, lines) == expected
 
 
 def test_conversations_render_to_the_bytes_of_transformers_and_the_file_holds_the_template(made):
@@ -187,16 +190,16 @@ def test_llama_cpp_ends_an_answer_at_every_stop_id(made):
 
 
 def test_the_file_is_as_planned(made):
-    planned = GGUF.lay_out(made.checkpoint, F32)
+    planned = writing.lay_out(made.checkpoint, BuildRequest(recipe=F32))
     assert made.path.stat().st_size == planned.artifact_bytes
-    assert {storage for _, _, storage in GGUF.contents(made.path)} == {"F32"}
+    assert {storage for _, _, storage in running.contents(made.path)} == {"F32"}
     assert not planned.substituted
 
 
 def test_read_back_the_file_is_a_checkpoint_of_the_same_weights_and_ids(
     made, tmp_path, monkeypatch
 ):
-    if "rope_freqs.weight" in {name for name, _, _ in GGUF.contents(made.path)}:
+    if "rope_freqs.weight" in {name for name, _, _ in running.contents(made.path)}:
         pytest.skip("a file keeps Llama 3's divisors only, and published models' are known")
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path))
     read, original = opening.open_checkpoint(made.path), made.checkpoint
@@ -254,7 +257,7 @@ def test_reading_token_by_token_past_the_window_says_what_reading_at_once_says(t
 def test_what_no_graph_computes_is_refused_in_one_sentence(name, fields, reason, tmp_path):
     checkpoint = open_tiny(tmp_path, name, **fields)
     with pytest.raises(UsageError) as refusal:
-        GGUF.lay_out(checkpoint, F32)
+        writing.lay_out(checkpoint, BuildRequest(recipe=F32))
     assert reason in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert refusal.value.hint
@@ -264,13 +267,13 @@ def test_a_window_llama_cpp_ignores_and_long_factors_it_would_take_too_early_end
     tmp_path,
 ):
     mistral = open_tiny(tmp_path / "mistral", "mistral-window")
-    assert GGUF.context_limit(mistral).tokens == WINDOW_TOKENS
-    assert "window" in GGUF.context_limit(mistral).reason
+    assert writing.context_limit(mistral).tokens == WINDOW_TOKENS
+    assert "window" in writing.context_limit(mistral).reason
     phi = open_tiny(tmp_path / "phi", "phi3.5-longrope")
-    assert GGUF.context_limit(phi).tokens == 256
-    assert "long rope factors" in GGUF.context_limit(phi).reason
+    assert writing.context_limit(phi).tokens == 256
+    assert "long rope factors" in writing.context_limit(phi).reason
     gemma = open_tiny(tmp_path / "gemma", "gemma3")
-    assert GGUF.context_limit(gemma).tokens == CONTEXT_TOKENS
+    assert writing.context_limit(gemma).tokens == CONTEXT_TOKENS
 
 
 @pytest.mark.parametrize("name", ["mistral-window", "phi3"])
@@ -296,7 +299,9 @@ def test_in_a_larger_cache_llama_cpp_takes_long_rope_factors_for_a_short_text(tm
 
 
 def file_bytes(checkpoint: Checkpoint, directory: Path) -> bytes:
-    entry = conversion.convert(checkpoint, F32, directory, pre="default", progress=lambda _: None)
+    entry = conversion.convert(
+        checkpoint, BuildRequest(recipe=F32), directory, pre="default", progress=lambda _: None
+    )
     return (directory / entry).read_bytes()
 
 
@@ -360,10 +365,12 @@ def test_rows_that_fill_no_block_are_stored_otherwise_and_that_is_reported(
 ):
     checkpoint = open_tiny(tmp_path, name, **fields)
     chosen = GGUF.RECIPES[recipe]
-    planned = GGUF.lay_out(checkpoint, chosen)
-    entry = conversion.convert(checkpoint, chosen, tmp_path, pre="smollm", progress=lambda _: None)
-    stored = {name: storage for name, _, storage in GGUF.contents(tmp_path / entry)}
-    assert stored == {conversion.tensor_name(p.role): p.storage for p in planned.placements}
+    planned = writing.lay_out(checkpoint, BuildRequest(recipe=chosen))
+    entry = conversion.convert(
+        checkpoint, BuildRequest(recipe=chosen), tmp_path, pre="smollm", progress=lambda _: None
+    )
+    stored = {name: storage for name, _, storage in running.contents(tmp_path / entry)}
+    assert stored == {tensor_name(p.role): p.storage for p in planned.placements}
     matrices = [p for p in planned.placements if p.parameters > 1000]
     assert {p.storage for p in matrices} & {substitute} == {substitute} - {None}
     is_whole = substitute is None and recipe == "Q8_0"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgekit import formats
+from edgekit.formats import BuildRequest
 from edgekit.formats.gguf import conversion, layout, pretokenizers
 from edgekit.formats.gguf.runtime import log
 from edgekit.formats.gguf.storage import FILE_TYPES
@@ -50,7 +51,11 @@ def exact(checkpoint, tmp_path_factory):
 def convert(checkpoint, recipe, directory):
     pre = pretokenizers.likely_pre(checkpoint.text)
     entry = conversion.convert(
-        checkpoint, RECIPES[recipe], directory, pre=pre, progress=lambda _: None
+        checkpoint,
+        BuildRequest(recipe=RECIPES[recipe]),
+        directory,
+        pre=pre,
+        progress=lambda _: None,
     )
     return directory / entry
 

@@ -5,7 +5,8 @@ import pytest
 from edgekit import formats
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import BundleError, ToolchainError, UsageError
-from edgekit.formats.gguf import runtime
+from edgekit.formats import BuildRequest
+from edgekit.formats.gguf import runtime, writing
 from edgekit.formats.gguf.runtime import BATCH_TOKENS, GgufSession
 from edgekit.tests.needs import needs
 
@@ -23,8 +24,8 @@ def gguf(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tiny")
     fmt = formats.get("gguf")
     checkpoint = _tiny_checkpoint(directory)
-    return directory / fmt.convert(
-        checkpoint, fmt.RECIPES["F32"], directory, progress=lambda _: None
+    return directory / writing.convert(
+        checkpoint, BuildRequest(recipe=fmt.RECIPES["F32"]), directory, progress=lambda _: None
     )
 
 
@@ -104,7 +105,7 @@ def test_a_truncated_file_is_refused_with_its_own_reason_only(gguf, tmp_path):
 
 
 def test_the_format_loads_a_session(gguf):
-    session = formats.get("gguf").load(gguf, context_tokens=16, threads=1)
+    session = formats.running("gguf").load(gguf, context_tokens=16, threads=1)
     assert isinstance(session, GgufSession)
     assert session.context_tokens == 16
     session.close()

@@ -12,7 +12,8 @@ from edgekit.cli import main, size_bytes
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import BundleError, UsageError
 from edgekit.export import export
-from edgekit.formats.gguf import layout, split
+from edgekit.formats import BuildRequest
+from edgekit.formats.gguf import layout, running, split, writing
 from edgekit.formats.gguf.layout import TensorEntry
 from edgekit.formats.gguf.split import FilesWriter, PlannedFile, plan_files
 from edgekit.inspect import inspect
@@ -257,10 +258,9 @@ def test_a_split_bundle_is_proven_and_hashed_part_by_part(bundle):
 @pytest.mark.toolchain
 def test_the_parts_say_what_the_whole_says(bundle, tiny_bundle):
     np = pytest.importorskip("numpy")
-    fmt = formats.get("gguf")
     said = []
     for path in (bundle, tiny_bundle):
-        session = fmt.load(Bundle.load(path).artifact_path, context_tokens=64, threads=1)
+        session = running.load(Bundle.load(path).artifact_path, context_tokens=64, threads=1)
         said.append(session.all_logits([1, 5, 9, 30]).copy())
         session.close()
     assert np.array_equal(*said)
@@ -276,7 +276,7 @@ def test_without_one_of_its_parts_an_artifact_does_not_load(bundle, tmp_path):
     first = Bundle.load(bundle).artifact_path
     shutil.copy(first, tmp_path)
     with pytest.raises(BundleError, match=r"00002-of-.* is missing, part 2 of"):
-        formats.get("gguf").load(tmp_path / first.name, context_tokens=64)
+        formats.running("gguf").load(tmp_path / first.name, context_tokens=64)
 
 
 @pytest.mark.toolchain
@@ -303,7 +303,7 @@ def test_a_split_too_small_for_the_model_is_refused_with_the_tensor(tmp_path):
     checkpoint = _tiny_checkpoint(tmp_path)
     fmt = formats.get("gguf")
     with pytest.raises(UsageError, match=r"the metadata and token_embd\.weight take \d+ bytes"):
-        fmt.lay_out(checkpoint, fmt.RECIPES["F32"], split_bytes=20_000)
+        writing.lay_out(checkpoint, BuildRequest(recipe=fmt.RECIPES["F32"], split_bytes=20_000))
 
 
 def test_one_part_of_a_model_is_no_model(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import BundleError, UsageError
-from edgekit.formats import mlc
-from edgekit.formats.mlc import chat_config, shards
+from edgekit.formats import BuildRequest
+from edgekit.formats.mlc import chat_config, running, shards, writing
 from edgekit.formats.mlc.packing import RECIPES
 
 
@@ -23,7 +23,9 @@ def original(tmp_path_factory):
     directory = tmp_path_factory.mktemp("mlc")
     tiny = _tiny_checkpoint(directory)
     (directory / "bundle").mkdir()
-    mlc.convert(tiny, RECIPES["q4f32_1"], directory / "bundle", progress=lambda _: None)
+    writing.convert(
+        tiny, BuildRequest(recipe=RECIPES["q4f32_1"]), directory / "bundle", progress=lambda _: None
+    )
     return directory / "bundle", tiny.spec
 
 
@@ -37,7 +39,7 @@ def artifact(original, tmp_path):
 
 def read(artifact):
     path, spec = artifact
-    return mlc.read_back(path, spec)
+    return running.read_back(path, spec)
 
 
 def edit(path, change):
@@ -49,7 +51,7 @@ def edit(path, change):
 def refused(artifact, words):
     """Check that contents and weights are refused with these words, on one line."""
     path, spec = artifact
-    for ask in (mlc.contents, lambda path: mlc.read_back(path, spec)):
+    for ask in (running.contents, lambda path: running.read_back(path, spec)):
         with pytest.raises(BundleError, match=words) as refusal:
             ask(path)
         assert "\n" not in str(refusal.value)
@@ -58,15 +60,15 @@ def refused(artifact, words):
 def test_a_whole_artifact_is_read(artifact):
     path, _ = artifact
     assert read(artifact).weight("final_norm").shape == (64,)
-    assert len(mlc.contents(path)) == 20
-    assert {file.name for file in mlc.files(path)} == {
+    assert len(running.contents(path)) == 20
+    assert {file.name for file in running.files(path)} == {
         "tensor-cache.json", "tensor-cache-b16.json", "params_shard_0.bin"
     }  # fmt: skip
 
 
 def test_it_is_loaded_in_a_browser_and_nowhere_else(artifact):
     with pytest.raises(UsageError, match="runs in WebLLM, in a browser with WebGPU") as refusal:
-        mlc.load(artifact[0], context_tokens=32)
+        running.load(artifact[0], context_tokens=32)
     assert "http.server" in refusal.value.hint
 
 
@@ -150,7 +152,7 @@ def test_a_tensor_that_no_model_has_is_named(artifact):
     shard.write_bytes(shard.read_bytes() + b"1234")
     path, _ = artifact
     with pytest.raises(BundleError, match=r"does not use: model.layers.0.extra.weight"):
-        mlc.contents(path)
+        running.contents(path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"records": []}', "{}", '"records"'])
@@ -192,7 +194,7 @@ def test_settings_of_another_shape_do_not_go_with_the_weights(artifact, field, v
         lambda config: config["model_config"].update({field: value}),
     )
     with pytest.raises(BundleError, match=words):
-        mlc.contents(path)
+        running.contents(path)
 
 
 def test_weights_of_another_scheme_than_the_settings_say_are_refused(artifact):
@@ -206,7 +208,7 @@ def test_weights_of_another_scheme_than_the_settings_say_are_refused(artifact):
 @pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
 def test_mutations_of_a_cache_give_one_sentence_or_the_same_weights(artifact, count):
     path, _ = artifact
-    text, expected = path.read_bytes(), mlc.contents(path)
+    text, expected = path.read_bytes(), running.contents(path)
     rng, said = random.Random(5), list[str]()
     for _ in range(count):
         data = bytearray(text)
@@ -214,7 +216,7 @@ def test_mutations_of_a_cache_give_one_sentence_or_the_same_weights(artifact, co
             data[rng.randrange(len(data))] = rng.choice(b'0159-{}[]",:.ex \x80')
         path.write_bytes(data)
         try:
-            found = mlc.contents(path)
+            found = running.contents(path)
         except BundleError as error:
             said.append(str(error))
         else:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from edgekit.errors import UsageError
-from edgekit.formats import Buffer, mlc
-from edgekit.formats.mlc import chat_config, decoders, packing
+from edgekit.formats import Buffer, BuildRequest
+from edgekit.formats.mlc import chat_config, decoders, packing, writing
 from edgekit.model.spec import (
     Attention,
     DecoderSpec,
@@ -213,9 +213,9 @@ def test_a_layout_refuses_too_before_anything_is_written(tmp_path):
     tiny = _tiny_checkpoint(tmp_path)
     biased = replace(tiny, spec=replace(tiny.spec, has_mlp_bias=True))
     with pytest.raises(UsageError, match="no biases in the MLP"):
-        mlc.lay_out(biased, packing.RECIPES["q0f16"])
+        writing.lay_out(biased, BuildRequest(recipe=packing.RECIPES["q0f16"]))
     with pytest.raises(UsageError, match="32 MiB each"):
-        mlc.lay_out(tiny, packing.RECIPES["q0f16"], split_bytes=10**8)
+        writing.lay_out(tiny, BuildRequest(recipe=packing.RECIPES["q0f16"], split_bytes=10**8))
 
 
 def test_a_cap_on_scores_is_left_out_told_and_counted():
@@ -254,10 +254,10 @@ def test_a_browser_must_bind_the_largest_tensor_and_compute_in_float16_only_wher
     from edgekit.doctor import _tiny_checkpoint
 
     tiny = _tiny_checkpoint(tmp_path)
-    half = mlc.lay_out(tiny, packing.RECIPES["q0f16"])
+    half = writing.lay_out(tiny, BuildRequest(recipe=packing.RECIPES["q0f16"]))
     assert half.largest_buffer == Buffer(name="model.embed_tokens.weight", size_bytes=257 * 64 * 2)
     assert half.needs_shader_f16
-    full = mlc.lay_out(tiny, packing.RECIPES["q0f32"])
+    full = writing.lay_out(tiny, BuildRequest(recipe=packing.RECIPES["q0f32"]))
     assert full.largest_buffer == Buffer(  # as in memory, not as stored
         name="model.embed_tokens.weight", size_bytes=257 * 64 * 4
     )

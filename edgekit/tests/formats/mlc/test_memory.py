@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from edgekit.doctor import _tiny_checkpoint
-from edgekit.formats import mlc
-from edgekit.formats.mlc import artifact, conversion, memory
+from edgekit.formats import BuildRequest
+from edgekit.formats.mlc import artifact, conversion, memory, writing
 from edgekit.formats.mlc.packing import RECIPES
 from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope
 from edgekit.model.tokenizer_files import TokenizerFiles
@@ -72,8 +72,9 @@ def planned_mib(tmp_path_factory):
     def planned(model, scheme, context_tokens):
         checkpoint, key = checkpoint_of(model, directory), (repr(spec_of(model)), scheme)
         if key not in layouts:
-            layouts[key] = conversion.lay_out(checkpoint, RECIPES[scheme], split_bytes=None)
-        used = mlc.memory_use(
+            request = BuildRequest(recipe=RECIPES[scheme])
+            layouts[key] = conversion.lay_out(checkpoint, request)
+        used = writing.memory_use(
             checkpoint, layouts[key], context_tokens=context_tokens, repacks=False
         )
         return memory.vram_bytes(used) / 2**20
@@ -107,8 +108,8 @@ def test_what_is_stored_as_bfloat16_is_twice_as_large_in_memory(tmp_path):
     tiny = _tiny_checkpoint(tmp_path)
     assert len(RECIPES) > 1
     for recipe in RECIPES.values():
-        layout = mlc.lay_out(tiny, recipe)
-        used = mlc.memory_use(tiny, layout, context_tokens=64, repacks=False)
+        layout = writing.lay_out(tiny, BuildRequest(recipe=recipe))
+        used = writing.memory_use(tiny, layout, context_tokens=64, repacks=False)
         planned = conversion.plan(tiny, recipe)
         tensors = [record.tensor for shard in planned.shards for record in shard.records]
         assert used.weights_bytes == sum(tensor.memory_bytes for tensor in tensors)
@@ -130,9 +131,9 @@ def test_a_head_of_fixed_size_makes_room_for_the_logits_of_a_chunk(tmp_path):
 
 def test_a_phones_app_is_told_what_was_planned_for_its_shorter_chunks(tmp_path):
     tiny = _tiny_checkpoint(tmp_path)
-    layout = mlc.lay_out(tiny, RECIPES["q4f16_1"])
+    layout = writing.lay_out(tiny, BuildRequest(recipe=RECIPES["q4f16_1"]))
     (entry,) = artifact.package_config(tiny, layout, model_id="m", context_tokens=512)["model_list"]
-    used = mlc.memory_use(tiny, layout, context_tokens=512, repacks=False)
+    used = writing.memory_use(tiny, layout, context_tokens=512, repacks=False)
     assert entry["overrides"] == {"context_window_size": 512, "prefill_chunk_size": 128}
     assert entry["bundle_weight"] is True
     assert entry["estimated_vram_bytes"] == memory.vram_bytes(used) - used.compute_bytes * 3 // 4

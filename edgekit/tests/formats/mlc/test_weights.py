@@ -11,8 +11,17 @@ import pytest
 import edgekit.source.checkpoint
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import UsageError
-from edgekit.formats import mlc
-from edgekit.formats.mlc import conversion, decoders, names, packing, reading, shards
+from edgekit.formats import BuildRequest
+from edgekit.formats.mlc import (
+    conversion,
+    decoders,
+    names,
+    packing,
+    reading,
+    running,
+    shards,
+    writing,
+)
 from edgekit.formats.mlc.names import Parameter
 from edgekit.formats.mlc.packing import GROUPS, RECIPES, Tensor
 from edgekit.model.checkpoint_protocol import Calibration
@@ -161,14 +170,16 @@ def test_a_calibration_makes_what_counts_more_exact():
         found = packing.decode(stored, "INT4_F16", columns=128)
         return float((importance * (found - rows) ** 2).mean())
 
-    native, led = error(), error(is_led=True, importance=importance)
-    assert led < 0.7 * native
-    assert error(is_led=True) < native
+    native, calibrated = error(), error(is_calibrated=True, importance=importance)
+    assert calibrated < 0.7 * native
+    assert error(is_calibrated=True) < native
 
 
 def test_a_row_that_does_not_fill_its_last_group_is_led_too():
     rows = random_rows(5, 70)
-    stored = packing.encode(rows, "INT3_F16", is_led=True, importance=np.ones(70, np.float32))
+    stored = packing.encode(
+        rows, "INT3_F16", is_calibrated=True, importance=np.ones(70, np.float32)
+    )
     assert stored[0].shape == (5, GROUPS["INT3_F16"].words(70))
     assert np.abs(packing.decode(stored, "INT3_F16", columns=70) - rows).max() < 1
     assert (stored[0].reshape(5, 2, 4)[:, 1, 3] == 0).all()  # columns 70 and up
@@ -177,9 +188,9 @@ def test_a_row_that_does_not_fill_its_last_group_is_led_too():
 def test_a_layout_says_whose_text_led_the_fit_and_only_where_something_is_fitted(tmp_path):
     tiny = _tiny_checkpoint(tmp_path)
     led = replace(tiny, calibration=Calibration(text_sha256="5ca1ab1e"))
-    assert mlc.lay_out(led, RECIPES["q4f16_1"]).calibration == "5ca1ab1e"
-    assert mlc.lay_out(led, RECIPES["q0f16"]).calibration is None
-    assert mlc.lay_out(tiny, RECIPES["q4f16_1"]).calibration is None
+    assert writing.lay_out(led, BuildRequest(recipe=RECIPES["q4f16_1"])).calibration == "5ca1ab1e"
+    assert writing.lay_out(led, BuildRequest(recipe=RECIPES["q0f16"])).calibration is None
+    assert writing.lay_out(tiny, BuildRequest(recipe=RECIPES["q4f16_1"])).calibration is None
 
 
 def test_a_led_artifact_has_other_codes_and_the_same_size(tmp_path):
@@ -214,15 +225,17 @@ def test_every_weight_is_read_back_as_it_was_stored(name, scheme, tmp_path):
     checkpoint = open_golden(name, tmp_path / "checkpoint")
     spec = checkpoint.spec
     (tmp_path / "out").mkdir()
-    entry = mlc.convert(checkpoint, RECIPES[scheme], tmp_path / "out", progress=quiet)
-    model = mlc.read_back(tmp_path / "out" / entry, spec)
+    entry = writing.convert(
+        checkpoint, BuildRequest(recipe=RECIPES[scheme]), tmp_path / "out", progress=quiet
+    )
+    model = running.read_back(tmp_path / "out" / entry, spec)
     assert model.spec == decoders.computed(spec)
     for role, shape in spec.weights():
         found = model.weight(role)
         np.testing.assert_array_equal(found, stored_rows(checkpoint, scheme, role, shape))
         some = model.weight(role, 3, 2)
         np.testing.assert_array_equal(some, found[3:5])
-    listed = {role: (shape, storage) for role, shape, storage in mlc.contents(
+    listed = {role: (shape, storage) for role, shape, storage in running.contents(
         tmp_path / "out" / entry)}  # fmt: skip
     assert listed == {
         role: (shape, RECIPES[scheme].storage_for(role, spec)) for role, shape in spec.weights()
@@ -285,7 +298,9 @@ def test_the_model_that_is_read_back_says_what_the_checkpoint_says(tmp_path):
 
     checkpoint = open_golden("stablelm_f32", tmp_path / "checkpoint")
     (tmp_path / "out").mkdir()
-    entry = mlc.convert(checkpoint, RECIPES["q0f16"], tmp_path / "out", progress=quiet)
+    entry = writing.convert(
+        checkpoint, BuildRequest(recipe=RECIPES["q0f16"]), tmp_path / "out", progress=quiet
+    )
     model = reading.open_weights(tmp_path / "out" / entry, checkpoint.spec)
     texts = [[1, 5, 90, 17, 33]]
     (expected,), (found,) = (list(interpreter.logits(m, texts)) for m in (checkpoint, model))

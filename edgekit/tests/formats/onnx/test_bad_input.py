@@ -12,6 +12,7 @@ from edgekit.doctor import _tiny_checkpoint
 from edgekit.encodings import protobuf
 from edgekit.encodings.protobuf import Message
 from edgekit.errors import BundleError
+from edgekit.formats import BuildRequest
 from edgekit.formats.onnx import conversion, model, runtime, storage
 from edgekit.tests.bundle.test_manifest import make_bundle
 
@@ -25,7 +26,9 @@ def convert(directory, recipe="UINT4"):
     directory.mkdir(exist_ok=True)
     checkpoint = _tiny_checkpoint(directory)
     chosen = storage.RECIPES[recipe]
-    return directory / conversion.convert(checkpoint, chosen, directory, progress=lambda _: None)
+    return directory / conversion.convert(
+        checkpoint, BuildRequest(recipe=chosen), directory, progress=lambda _: None
+    )
 
 
 @pytest.fixture(scope="module")

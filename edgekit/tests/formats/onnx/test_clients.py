@@ -9,7 +9,8 @@ from edgekit import formats
 from edgekit.bundle.manifest import Bundle
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.export import export as export_bundle
-from edgekit.formats.onnx import clients, genai_text, storage
+from edgekit.formats import BuildRequest
+from edgekit.formats.onnx import clients, genai_text, running, storage, writing
 from edgekit.proof.gates import CONVERSATIONS, QUESTION
 from edgekit.run import Runner, answer
 from edgekit.runtime.generate import Sampling, generate
@@ -75,16 +76,18 @@ def opened(checkpoints, name, **config):
 def export(checkpoint, directory, *, recipe="F32", context_tokens=CONTEXT_TOKENS):
     """Write all that a bundle holds of the model and its text."""
     rules = checkpoint.text.copy_into(directory)
-    entry = ONNX.convert(
-        checkpoint, ONNX.RECIPES[recipe], directory, progress=lambda _: None,
-        context_tokens=context_tokens,
-    )  # fmt: skip
+    entry = writing.convert(
+        checkpoint,
+        BuildRequest(recipe=ONNX.RECIPES[recipe], context_tokens=context_tokens),
+        directory,
+        progress=lambda _: None,
+    )
     return directory / entry, Text.open(directory, rules)
 
 
 def edgekit_answer(path, ids, *, stop_ids=(), context_tokens=CONTEXT_TOKENS):
     """Return the greedy answer up to its stop id, that one included."""
-    session = ONNX.load(path, context_tokens=context_tokens, threads=1)
+    session = running.load(path, context_tokens=context_tokens, threads=1)
     found = list(generate(session, ids, max_tokens=ANSWER_TOKENS, stop_ids=(), sampling=Sampling()))
     session.close()
     ends = [index for index, id in enumerate(found) if id in stop_ids]
@@ -186,7 +189,7 @@ def test_onnx_runtime_genai_crosses_the_border_of_longrope_where_phi_has_it(
     assert len(ours) == ANSWER_TOKENS
     theirs = genai_answer(genai, tmp_path, ids)
     assert (theirs == ours) == is_read_again
-    notes = ONNX.lay_out(checkpoint, ONNX.RECIPES["F32"]).notes
+    notes = writing.lay_out(checkpoint, BuildRequest(recipe=ONNX.RECIPES["F32"])).notes
     assert any("outgrows" in note for note in notes) != is_read_again
 
 
@@ -202,7 +205,9 @@ def test_what_onnx_runtime_genai_reads_otherwise_is_known_and_told(voice, voiced
     assert len(other) == expected
     told = genai_text.notes(checkpoint.text.tokenizer_json)
     assert [str(cause) in note for note in told] == ([True] if cause else [])
-    assert set(told) <= set(ONNX.lay_out(checkpoint, ONNX.RECIPES["F32"]).notes)
+    assert set(told) <= set(
+        writing.lay_out(checkpoint, BuildRequest(recipe=ONNX.RECIPES["F32"])).notes
+    )
 
 
 @pytest.mark.toolchain
@@ -297,7 +302,7 @@ def test_a_client_that_knows_optimums_names_only_gets_the_same_logits(name, chec
         })  # fmt: skip
         rows.extend(logits[0])
         cache = dict(zip(cache, present, strict=True))
-    session = ONNX.load(path, context_tokens=CONTEXT_TOKENS, threads=1)
+    session = running.load(path, context_tokens=CONTEXT_TOKENS, threads=1)
     np.testing.assert_allclose(rows, session.all_logits(ids), atol=1e-4)
     session.close()
 

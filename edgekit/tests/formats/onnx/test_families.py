@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from edgekit.errors import UsageError
+from edgekit.formats import BuildRequest
 from edgekit.formats.onnx import conversion, graph, model, storage
 from edgekit.formats.onnx.runtime import OnnxSession
 from edgekit.model.checkpoint_protocol import Tensor
@@ -77,7 +78,9 @@ def open_tiny(directory: Path, name: str, **fields: Any) -> Checkpoint:
 
 def make(directory: Path, name: str, **fields: Any) -> Made:
     checkpoint = open_tiny(directory, name, **fields)
-    entry = conversion.convert(checkpoint, F32, directory, progress=lambda _: None)
+    entry = conversion.convert(
+        checkpoint, BuildRequest(recipe=F32), directory, progress=lambda _: None
+    )
     return Made(checkpoint=checkpoint, path=directory / entry)
 
 
@@ -143,7 +146,10 @@ def test_half_precision_loses_no_more_than_its_digits(recipe, made, tmp_path):
         directory = tmp_path / name
         directory.mkdir()
         entry = conversion.convert(
-            made.checkpoint, storage.RECIPES[name], directory, progress=lambda _: None
+            made.checkpoint,
+            BuildRequest(recipe=storage.RECIPES[name]),
+            directory,
+            progress=lambda _: None,
         )
         tokens = made.checkpoint.spec.context_tokens
         session = OnnxSession(directory / entry, context_tokens=tokens, threads=1)
@@ -163,7 +169,10 @@ def test_what_outgrows_float16_between_layers_is_kept_in_float32(name, tmp_path)
     ids, said = list(range(40)), []
     for recipe in ("F32", "F16_GPU"):
         entry = conversion.convert(
-            checkpoint, storage.RECIPES[recipe], tmp_path, progress=lambda _: None
+            checkpoint,
+            BuildRequest(recipe=storage.RECIPES[recipe]),
+            tmp_path,
+            progress=lambda _: None,
         )
         session = OnnxSession(tmp_path / entry, context_tokens=40, threads=1)
         said.append(session.all_logits(ids))
@@ -172,7 +181,7 @@ def test_what_outgrows_float16_between_layers_is_kept_in_float32(name, tmp_path)
 
 
 def test_the_files_are_as_planned(made):
-    planned = conversion.lay_out(made.checkpoint, F32)
+    planned = conversion.lay_out(made.checkpoint, BuildRequest(recipe=F32))
     size = sum(file.stat().st_size for file in model.files(made.path))
     assert (planned.is_exact, planned.artifact_bytes) == (True, size)
     held = {name: (shape, kind) for name, shape, kind in storage.contents(made.path)}
@@ -223,7 +232,9 @@ def test_every_row_of_every_tensor_is_read_once(name, tmp_path):
     checkpoint, seen = open_tiny(tmp_path, name), Counter[tuple[str, int]]()
     counted = {key: Counted(tensor, key, seen) for key, tensor in checkpoint.tensors.items()}
     watched = replace(checkpoint, tensors=counted)
-    conversion.convert(watched, storage.RECIPES["UINT4"], tmp_path, progress=lambda _: None)
+    conversion.convert(
+        watched, BuildRequest(recipe=storage.RECIPES["UINT4"]), tmp_path, progress=lambda _: None
+    )
     expected = {
         (key, row) for key, tensor in checkpoint.tensors.items() for row in range(tensor.shape[0])
     }
@@ -275,9 +286,12 @@ def test_a_long_text_in_wide_windows_is_read_alike(tmp_path):
 
 def test_the_weights_can_be_split_over_files_which_any_runtime_finds(tmp_path):
     checkpoint = open_tiny(tmp_path, "llama", hidden_size=512, intermediate_size=1024)
-    expected_sizes = conversion.lay_out(checkpoint, F32, split_bytes=3 * 2**20)
+    expected_sizes = conversion.lay_out(checkpoint, BuildRequest(recipe=F32, split_bytes=3 * 2**20))
     entry = conversion.convert(
-        checkpoint, F32, tmp_path, progress=lambda _: None, split_bytes=3 * 2**20
+        checkpoint,
+        BuildRequest(recipe=F32, split_bytes=3 * 2**20),
+        tmp_path,
+        progress=lambda _: None,
     )
     files = model.files(tmp_path / entry)
     sizes = [file.stat().st_size for file in files]
@@ -294,4 +308,4 @@ def test_the_weights_can_be_split_over_files_which_any_runtime_finds(tmp_path):
     np.testing.assert_allclose(session.all_logits(ids), expected, rtol=0, atol=1e-3)
     session.close()
     with pytest.raises(UsageError, match=r"too small: .* alone takes"):
-        conversion.lay_out(checkpoint, F32, split_bytes=2**20 - 1)
+        conversion.lay_out(checkpoint, BuildRequest(recipe=F32, split_bytes=2**20 - 1))

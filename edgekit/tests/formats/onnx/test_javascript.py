@@ -12,7 +12,8 @@ from edgekit import formats, run
 from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
 from edgekit.export import export
-from edgekit.formats.onnx import model
+from edgekit.formats import BuildRequest
+from edgekit.formats.onnx import model, running, writing
 from edgekit.proof.gates import CONVERSATIONS, QUESTION
 from edgekit.runtime.generate import Sampling, generate
 from edgekit.source import opening
@@ -69,7 +70,7 @@ def exports(tmp_path_factory):
 
 
 def open_session(path):
-    return ONNX.load(path, context_tokens=CONTEXT_TOKENS, threads=1)
+    return running.load(path, context_tokens=CONTEXT_TOKENS, threads=1)
 
 
 def answer_name(bundle, first=0):
@@ -304,7 +305,7 @@ def on_webgpu(exports):
         bundle = exports.bundle(kind, recipe)
         entry, *data = (
             f"/files/{file.relative_to(exports.directory)}"
-            for file in ONNX.files(bundle.artifact_path)
+            for file in running.files(bundle.artifact_path)
         )
         models.append({"name": answer_name(bundle, first), "path": entry, "data": data,
                        "provider": "webgpu", "prompt": PROMPT, "steps": STEPS,
@@ -332,7 +333,9 @@ def placements(found):
 
 
 def layout(exports, kind, recipe):
-    return ONNX.lay_out(opening.open_checkpoint(exports.checkpoint(kind)), ONNX.RECIPES[recipe])
+    return writing.lay_out(
+        opening.open_checkpoint(exports.checkpoint(kind)), BuildRequest(recipe=ONNX.RECIPES[recipe])
+    )
 
 
 def check_logits(bundle, answers, first=0):

@@ -9,6 +9,7 @@ import pytest
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.encodings import protobuf
 from edgekit.encodings.protobuf import Message
+from edgekit.formats import BuildRequest
 from edgekit.formats.onnx import conversion, model, storage
 from edgekit.formats.onnx.model import External
 
@@ -35,7 +36,10 @@ def path(tmp_path):
     directory.mkdir()
     checkpoint = _tiny_checkpoint(tmp_path)
     entry = conversion.convert(
-        checkpoint, storage.RECIPES["UINT4"], directory, progress=lambda _: None
+        checkpoint,
+        BuildRequest(recipe=storage.RECIPES["UINT4"]),
+        directory,
+        progress=lambda _: None,
     )
     return directory / entry
 
@@ -63,7 +67,10 @@ def test_the_same_checkpoint_makes_the_same_bytes(path, tmp_path):
     again = tmp_path / "again"
     again.mkdir()
     conversion.convert(
-        _tiny_checkpoint(tmp_path), storage.RECIPES["UINT4"], again, progress=lambda _: None
+        _tiny_checkpoint(tmp_path),
+        BuildRequest(recipe=storage.RECIPES["UINT4"]),
+        again,
+        progress=lambda _: None,
     )
     assert len(model.files(path)) > 1
     for file in model.files(path):

@@ -4,6 +4,7 @@ import pytest
 
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
+from edgekit.formats import BuildRequest
 from edgekit.formats.onnx import conversion, model, runtime, storage
 from edgekit.formats.onnx.runtime import BATCH_TOKENS, OnnxSession
 from edgekit.proof import load_probe
@@ -23,7 +24,7 @@ def convert(directory, recipe):
     directory.mkdir(exist_ok=True)
     checkpoint = _tiny_checkpoint(directory)
     entry = conversion.convert(
-        checkpoint, storage.RECIPES[recipe], directory, progress=lambda _: None
+        checkpoint, BuildRequest(recipe=storage.RECIPES[recipe]), directory, progress=lambda _: None
     )
     return directory / entry
 

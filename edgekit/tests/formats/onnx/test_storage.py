@@ -6,7 +6,7 @@ import pytest
 
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import UsageError
-from edgekit.formats import Buffer
+from edgekit.formats import Buffer, BuildRequest
 from edgekit.formats.onnx import clients, conversion, graph, model, storage
 from edgekit.formats.onnx.model import Graph, Port
 from edgekit.formats.onnx.storage import BLOCKS, BUILDS, RECIPES, STORAGES, Build
@@ -161,7 +161,9 @@ def test_a_recipe_has_one_precision_of_scales_and_it_is_that_of_its_products(tmp
 )  # fmt: skip
 def test_files_have_the_names_that_transformers_js_looks_for(recipe, file, told, tmp_path):
     checkpoint = _tiny_checkpoint(tmp_path)
-    entry = conversion.convert(checkpoint, RECIPES[recipe], tmp_path, progress=lambda _: None)
+    entry = conversion.convert(
+        checkpoint, BuildRequest(recipe=RECIPES[recipe]), tmp_path, progress=lambda _: None
+    )
     files = [path.name for path in model.files(tmp_path / entry)]
     assert (entry, files) == (f"onnx/{file}", [file, f"{file}_data"])
     settings = clients._transformers_js(RECIPES[recipe], data_files=1)
@@ -173,7 +175,7 @@ def test_what_rounds_activations_is_told(tmp_path):
     told = [name for name in RECIPES if "INT" in name]
     assert 0 < len(told) < len(RECIPES)
     for recipe in RECIPES.values():
-        notes = conversion.lay_out(checkpoint, recipe).notes
+        notes = conversion.lay_out(checkpoint, BuildRequest(recipe=recipe)).notes
         assert (storage.ACTIVATIONS_NOTE in notes) == ("INT" in recipe.name)
 
 
@@ -183,7 +185,7 @@ def test_what_rounds_activations_is_told(tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_largest_buffer_is_told_as_it_is_on_the_gpu(recipe, tmp_path):
     checkpoint = _tiny_checkpoint(tmp_path)
-    layout = conversion.lay_out(checkpoint, RECIPES[recipe])
+    layout = conversion.lay_out(checkpoint, BuildRequest(recipe=RECIPES[recipe]))
     sizes = {
         "F32": 257 * 64 * 4, "F16": 257 * 64 * 4, "F16_GPU": 257 * 64 * 2, "UINT4_ALL": 257 * 32,
     }  # fmt: skip
@@ -263,9 +265,11 @@ def test_rows_of_an_embedding_are_those_the_head_multiplies_with(kind, weights, 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_contents_are_told_from_the_tensors(recipe, tmp_path):
     checkpoint = _tiny_checkpoint(tmp_path)
-    entry = conversion.convert(checkpoint, RECIPES[recipe], tmp_path, progress=lambda _: None)
+    entry = conversion.convert(
+        checkpoint, BuildRequest(recipe=RECIPES[recipe]), tmp_path, progress=lambda _: None
+    )
     held = {name: (shape, kind) for name, shape, kind in storage.contents(tmp_path / entry)}
-    layout = conversion.lay_out(checkpoint, RECIPES[recipe])
+    layout = conversion.lay_out(checkpoint, BuildRequest(recipe=RECIPES[recipe]))
     shapes = dict(checkpoint.spec.weights())
     planned = {p.role: (shapes[p.role], p.storage) for p in layout.placements}
     assert planned.items() <= held.items()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from edgekit.encodings.protobuf import Message
 from edgekit.errors import BundleError
 from edgekit.formats.executorch import program
+from edgekit.formats.executorch.backends import coreml
 from edgekit.formats.executorch.backends.coreml import mil, package
 from edgekit.formats.executorch.backends.coreml.mil import Blob, Kind
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     Rows = npt.NDArray[np.float32]
 
 
-BACKEND = "CoreMLBackend"
 _MAX_MODEL_BYTES = 1 << 28  # 30 layers take 0.4 MB
 _KINDS: Mapping[int, Kind] = {number: kind for kind, number in mil.KINDS.items()}
 _STORAGES: Mapping[Kind, str] = {"fp32": "F32", "fp16": "F16", "int8": "INT8"}
@@ -91,7 +91,7 @@ def contents(path: Path, head: "Program") -> "list[tuple[str, Shape, str]]":
     return [(role, held.values.shape, held.stored) for role, held in _find(path, head)]
 
 
-def open_weights(path: Path, spec: "DecoderSpec") -> Weights:
+def read_back(path: Path, spec: "DecoderSpec") -> Weights:
     """Return the weights of the program at ``path``.
 
     Args:
@@ -110,7 +110,7 @@ def open_weights(path: Path, spec: "DecoderSpec") -> Weights:
 
 def _find(path: Path, head: "Program") -> Iterator[tuple[str, Held]]:
     method = head.method("forward")
-    if method is None or method.backends != (BACKEND,) or len(head.segments) != 2:
+    if method is None or method.backends != (coreml.BACKEND.id,) or len(head.segments) != 2:
         raise struct.error("the program is not one delegate for Core ML")
     _, (first, size) = head.segments  # the first is for constants, and empty
     with path.open("rb") as file:

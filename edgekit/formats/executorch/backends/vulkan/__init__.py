@@ -1,166 +1,29 @@
 """Vulkan: programs for the GPUs of Android phones."""
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from edgekit.errors import UsageError
-from edgekit.formats.executorch import coverage, storage
-from edgekit.formats.executorch.backends import Build
-from edgekit.formats.executorch.backends.vulkan import limits, memory, size
-from edgekit.formats.executorch.contents import named_weights
+from edgekit.formats.executorch.backends import Backend, Build
 
 
-if TYPE_CHECKING:
-    from edgekit.formats import Layout, MemoryUse
-    from edgekit.formats.executorch.backends.vulkan.reading import Weights
-    from edgekit.formats.executorch.planned import Job, Weight
-    from edgekit.formats.executorch.program import Program
-    from edgekit.model.spec import DecoderSpec, Shape
-
-
-ID, NAME = "VulkanBackend", "Vulkan"
-DEVICE: str | None = "an Android phone whose GPU has Vulkan 1.1"
-RECIPES = ("F32", "F16", "8da4w", "8da4w_g64", "8da4w_g128", "8da4w_all")
-READS_BY_TOKEN = False
-BUILDS: Mapping[str, Build] = {
-    "vulkan": Build(
-        kind="all but the embedding on the GPU: runtimes with the Vulkan delegate run it",
-        android="Link `executorch-android-vulkan`, which has the Vulkan delegate, in place of\n"
-        "`executorch-android`. Runners read a prompt in parts of 128 tokens; an answer that would\n"
-        "pass the end of the context ends with an error, so leave it room.",
-    )
-}
-BATCH_TOKENS = 128  # are read at once, unless scores of so many outgrow a buffer
-_TURNED_LANES = 8  # channels that its shader turns together
-_ROW_LANES = 4  # rows of four bits that it packs together
-
-
-def refuse(spec: "DecoderSpec", variant: str) -> None:
-    """Check that the delegate computes a decoder."""
-    del variant
-    lacks = next(_lacks(spec), None)
-    if lacks:
-        raise UsageError(
-            f"the Vulkan delegate of ExecuTorch has no {lacks}",
-            hint="take --variant portable: XNNPACK computes it on the phone's CPU",
+_UNROUNDED = ("Vulkan rounds nothing that is multiplied with four-bit weights",)
+BACKEND = Backend(
+    package=__name__,
+    id="VulkanBackend",
+    name="Vulkan",
+    device="an Android phone whose GPU has Vulkan 1.1",
+    recipes=("F32", "F16", "8da4w", "8da4w_g64", "8da4w_g128", "8da4w_all"),
+    half_recipes=frozenset({"F16"}),  # the delegate computes in what weights are stored in
+    notes={
+        "F16": ("Vulkan computes in float16 where weights are: norms are float16 too",),
+        "8da4w": _UNROUNDED,
+        "8da4w_g64": _UNROUNDED,
+        "8da4w_g128": _UNROUNDED,
+        "8da4w_all": _UNROUNDED,
+    },
+    builds={
+        "vulkan": Build(
+            kind="all but the embedding on the GPU: runtimes with the Vulkan delegate run it",
+            android="Link `executorch-android-vulkan`, which has the Vulkan delegate, in place of\n"
+            "`executorch-android`. Runners read a prompt in parts of 128 tokens; an answer that "
+            "would\npass the end of the context ends with an error, so leave it room.",
         )
-
-
-def _lacks(spec: "DecoderSpec") -> Iterator[str]:
-    a = spec.attention
-    if a.score_cap is not None:
-        yield "attention with a cap on scores"
-    if spec.logit_cap is not None:
-        yield "cap on logits"
-    if a.has_norm_per_head:
-        yield "norm with weights of its own for each head"
-    widths = {layer.rope.width for layer in spec.layers if layer.rope}
-    if any(width % _TURNED_LANES for width in widths):
-        yield f"rope over {min(widths)} channels: they must be a multiple of {_TURNED_LANES}"
-
-
-def computes_half(recipe: str) -> bool:
-    """Tell whether products are computed in float16: the delegate does as weights are stored."""
-    return recipe == "F16"
-
-
-def meant_by(wanted: str, *, recipe: str) -> str:
-    """Return float16 for all where it computes in that, and four bits as the delegate has them."""
-    return "F16" if computes_half(recipe) else storage.ACROSS.get(wanted, wanted)
-
-
-def stored_as(wanted: str, shape: "Shape", *, recipe: str) -> str:
-    """Return the storage that a weight really gets.
-
-    Its int8 is for one row of inputs, so matrices that fill no group of four bits stay F32.
-    """
-    del recipe
-    if wanted not in storage.VULKAN_FOUR_BITS:
-        return wanted
-    rows, columns = shape
-    fits = storage.stored_as(wanted, columns)
-    return fits if fits in storage.VULKAN_FOUR_BITS and rows % _ROW_LANES == 0 else "F32"
-
-
-def file_bytes(spec: "DecoderSpec", planned: tuple["Weight", ...], variant: str) -> int:
-    """Return about how large the program gets."""
-    del variant
-    return size.file_bytes(spec, [part for weight in planned for part in weight.parts])
-
-
-def notes(recipe: str) -> tuple[str, ...]:
-    """Return what differs from the recipe on XNNPACK."""
-    if computes_half(recipe):
-        return ("Vulkan computes in float16 where weights are: norms are float16 too",)
-    if recipe.startswith("8da"):
-        return ("Vulkan rounds nothing that is multiplied with four-bit weights",)
-    return ()
-
-
-def metadata(spec: "DecoderSpec", variant: str, *, context_tokens: int) -> Mapping[str, Any]:
-    """Tell a runner how many tokens it may have read at once."""
-    del variant
-    return {"get_max_seq_len": batch_tokens(spec, context_tokens=context_tokens)}
-
-
-def batch_tokens(spec: "DecoderSpec", *, context_tokens: int) -> int:
-    """Return how many tokens are read at once: their scores of all heads are one buffer."""
-    score_bytes = 4 * spec.attention.heads * context_tokens
-    most = max(1, (limits.BUFFER_BYTES - 1) // score_bytes // 4 * 4)
-    return min(BATCH_TOKENS, context_tokens, most)
-
-
-def memory_use(spec: "DecoderSpec", layout: "Layout", *, context_tokens: int) -> "MemoryUse":
-    """Return what the phone will hold, its GPU's part included."""
-    batch = batch_tokens(spec, context_tokens=context_tokens)
-    return memory.use(spec, layout, context_tokens=context_tokens, batch_tokens=batch)
-
-
-def write(job: "Job", path: Path) -> Mapping[str, Any]:
-    """Write the program, one block of rows in memory at a time."""
-    from edgekit.formats.executorch import assembly
-    from edgekit.formats.executorch.backends.vulkan import wrapper
-
-    _refuse_context(job)
-    lowered = wrapper.lower(
-        job.spec,
-        job.storages,
-        context_tokens=job.context_tokens,
-        batch_tokens=batch_tokens(job.spec, context_tokens=job.context_tokens),
-        constants=job.constants,
-    )
-    found = coverage.report(lowered.coverage, job.weights, id=ID, name=NAME)
-    parts = [part for weight in job.weights for part in weight.parts]
-    assembly.assemble(lowered, parts).write(job, path)
-    return found
-
-
-def _refuse_context(job: "Job") -> None:
-    """Check that attention has all the tokens before it, and that none turns otherwise later."""
-    border = job.spec.border_tokens
-    windows = [layer.window_tokens for layer in job.spec.layers if layer.window_tokens]
-    for most, why in (
-        (border, "beyond, every position turns otherwise, and no text is read anew"),
-        (min(windows, default=None), "attention looks back no further, and the delegate's would"),
-    ):
-        if most is not None and job.context_tokens > most:
-            raise UsageError(
-                f"{job.context_tokens} tokens of context are too many for {NAME} in ExecuTorch: "
-                f"this model has {most} there, as {why}",
-                hint=f"take --context {most}, or --variant portable",
-            )
-
-
-def contents(path: Path, head: "Program") -> list[tuple[str, "Shape", str]]:
-    """Return name, shape and storage of every weight."""
-    from edgekit.formats.executorch.backends.vulkan import reading
-
-    return named_weights(path, head, reading.delegated)
-
-
-def read_back(path: Path, spec: "DecoderSpec") -> "Weights":
-    """Return the weights as the delegate multiplies with them."""
-    from edgekit.formats.executorch.backends.vulkan import reading
-
-    return reading.open_weights(path, spec)
+    },
+)

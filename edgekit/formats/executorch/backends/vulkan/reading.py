@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgekit.errors import BundleError
 from edgekit.formats.executorch import program, storage
-from edgekit.formats.executorch.backends import vulkan
-from edgekit.formats.executorch.contents import CONSTANT, Held, delegate_graph
+from edgekit.formats.executorch.contents import CONSTANT, Held, delegate_graph, named_weights
 from edgekit.formats.executorch.flatbuffer import refuse
 from edgekit.model.spec import DecoderSpec, Shape
 
@@ -106,14 +105,19 @@ class Weights:
         return storage.decode(read, stored).reshape(count, *shape[1:])
 
 
-def open_weights(path: Path, spec: DecoderSpec) -> Weights:
+def contents(path: Path, head: program.Program) -> list[tuple[str, Shape, str]]:
+    """Return name, shape and tensor type of every weight."""
+    return named_weights(path, head, delegated)
+
+
+def read_back(path: Path, spec: DecoderSpec) -> Weights:
     """Return the weights of a program.
 
     Raises:
         BundleError: If they are not those of the decoder.
     """
     head = program.read(path)
-    held = {role: (shape, stored) for role, shape, stored in vulkan.contents(path, head)}
+    held = {role: (shape, stored) for role, shape, stored in contents(path, head)}
     for role, shape in spec.weights():
         if role not in held or held[role][0] != shape:
             raise BundleError(f"{path} holds no {role} of shape {list(shape)}")

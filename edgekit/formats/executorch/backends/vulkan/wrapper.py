@@ -102,4 +102,4 @@ def _delegate(spec: DecoderSpec, content: bytes) -> nn.Module:
     def logits(x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         return (x.new_empty(1, spec.vocabulary),)
 
-    return lowering.delegate(vulkan.ID, content, logits)
+    return lowering.delegate(vulkan.BACKEND.id, content, logits)

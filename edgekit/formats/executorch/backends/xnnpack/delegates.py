@@ -74,7 +74,7 @@ class Segments:
         self.operators += len(graph.xnodes)
         self.weights.update(template.weights(roles))
         return lowering.delegate(
-            xnnpack.ID,
+            xnnpack.BACKEND.id,
             serialize_xnnpack_binary(graph, bytearray()),
             functools.partial(_outputs, self._spec, shape),
         )

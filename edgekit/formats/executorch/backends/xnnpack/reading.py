@@ -1,15 +1,27 @@
 """Which weights a delegate for XNNPACK says it multiplies with."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edgekit.formats.executorch.contents import CONSTANT, Held, delegate_graph
+from edgekit.formats.executorch.contents import CONSTANT, Held, delegate_graph, named_weights
 from edgekit.formats.executorch.flatbuffer import Table, refuse
+
+
+if TYPE_CHECKING:
+    from edgekit.formats.executorch.program import Program
+    from edgekit.model.spec import Shape
 
 
 _QUANTISED = 2  # of XNNPACK's XValueUnion
 _GROUPED = 4  # of XNNPACK's XNNQuantParams
 _FLOATS = {1: "F32", 2: "F16"}  # of XNNDatatype
 _QCINT8, _QBINT4 = 6, 10
+
+
+def contents(path: Path, head: "Program") -> list[tuple[str, "Shape", str]]:
+    """Return name, shape and tensor type of every weight."""
+    return named_weights(path, head, delegated)
 
 
 def delegated(payload: bytes) -> Iterator[Held]:

@@ -1,0 +1,61 @@
+"""ExecuTorch on the workstation: what a program will hold and cost, and the writing of it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekit import installed
+from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, Progress
+from edgekit.formats.executorch import backends, conversion, handover
+
+
+if TYPE_CHECKING:
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
+
+
+def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
+    """Return what the file will hold and about how large it gets, from headers alone."""
+    return conversion.lay_out(checkpoint, request)
+
+
+def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
+    """Return the model's own limit, or with a longrope where its other factors begin.
+
+    A program has those too, and edgekit's session reads a text again when it gets there; programs
+    of others do not.
+    """
+    border = checkpoint.spec.border_tokens
+    if border is not None and border < checkpoint.spec.context_tokens:
+        return ContextLimit(
+            tokens=border,
+            reason="beyond, every position turns otherwise, and phones' runners read no text anew",
+        )
+    return ContextLimit(
+        tokens=checkpoint.spec.context_tokens, reason="the model was made for no more"
+    )
+
+
+def memory_use(
+    checkpoint: "CheckpointProtocol", layout: Layout, *, context_tokens: int, repacks: bool
+) -> MemoryUse:
+    """Return what ExecuTorch will hold."""
+    del repacks  # XNNPACK packs weights on every processor
+    backend = backends.of(layout.variant)
+    return backend.writing.memory_use(checkpoint.spec, layout, context_tokens=context_tokens)
+
+
+def convert(
+    checkpoint: "CheckpointProtocol",
+    request: BuildRequest,
+    directory: Path,
+    *,
+    progress: Progress,
+) -> str:
+    """Write ``model.pte`` and what the developer of an app wants next to it."""
+    installed.require("torch", "executorch", purpose="writing a program", extra="executorch")
+    variant = conversion.variant_of(checkpoint.spec, request)
+    context = request.context_tokens or context_limit(checkpoint).tokens
+    request = replace(request, variant=variant, context_tokens=context)
+    entry = conversion.convert(checkpoint, request, directory, progress=progress)
+    handover.write(checkpoint, directory, entry, context_tokens=context, variant=variant)
+    return entry

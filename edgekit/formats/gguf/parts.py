@@ -1,0 +1,102 @@
+"""The parts of a GGUF file that are made from weights: llama.cpp's names, and what each holds."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from edgekit.formats.gguf import storage
+from edgekit.formats.gguf.architectures import Architecture
+from edgekit.formats.gguf.layout import TensorEntry
+from edgekit.model.spec import DecoderSpec, Shape
+from edgekit.quant.planned import PlannedWeight
+from edgekit.quant.recipe import Recipe, split_role
+
+
+TENSOR_NAMES = {
+    "token_embedding": "token_embd.weight",
+    "final_norm": "output_norm.weight",
+    "final_norm_bias": "output_norm.bias",
+    "output_head": "output.weight",
+}
+LAYER_TENSOR_NAMES = {
+    "attention_norm": "attn_norm.weight",
+    "attention_norm_bias": "attn_norm.bias",
+    "query": "attn_q.weight",
+    "query_bias": "attn_q.bias",
+    "key": "attn_k.weight",
+    "key_bias": "attn_k.bias",
+    "value": "attn_v.weight",
+    "value_bias": "attn_v.bias",
+    "query_norm": "attn_q_norm.weight",
+    "key_norm": "attn_k_norm.weight",
+    "attention_output": "attn_output.weight",
+    "attention_output_bias": "attn_output.bias",
+    "attention_post_norm": "post_attention_norm.weight",
+    "mlp_norm": "ffn_norm.weight",
+    "mlp_norm_bias": "ffn_norm.bias",
+    "gate": "ffn_gate.weight",
+    "gate_bias": "ffn_gate.bias",
+    "up": "ffn_up.weight",
+    "up_bias": "ffn_up.bias",
+    "down": "ffn_down.weight",
+    "down_bias": "ffn_down.bias",
+    "mlp_post_norm": "post_ffw_norm.weight",
+}
+
+
+def tensor_name(role: str) -> str:
+    """Return llama.cpp's name of a weight."""
+    layer, part = split_role(role)
+    return TENSOR_NAMES[part] if layer is None else f"blk.{layer}.{LAYER_TENSOR_NAMES[part]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(PlannedWeight):
+    """One tensor of the file, and the weights of the checkpoint that fill it, one after another."""
+
+    name: str  # llama.cpp's
+    roles: tuple[str, ...]  # the last is the one that counts for the recipe
+
+    @property
+    def entry(self) -> TensorEntry:
+        """What the file's header says of it."""
+        return TensorEntry(name=self.name, shape=self.shape, storage=self.storage)
+
+
+def of(spec: DecoderSpec, recipe: Recipe, architecture: Architecture) -> Iterator[Part]:
+    """Yield every tensor made from weights, in the order of the file."""
+    for roles, shape in _stacked(spec, architecture):
+        yield _part(tensor_name(roles[-1]), roles, shape, recipe, spec)
+    if architecture.ties == "never" and spec.is_tied:
+        shape = (spec.vocabulary, spec.hidden_width)
+        yield _part(tensor_name("output_head"), ("token_embedding",), shape, recipe, spec)
+
+
+def _stacked(
+    spec: DecoderSpec, architecture: Architecture
+) -> Iterator[tuple[tuple[str, ...], Shape]]:
+    """Yield weights with their shape; where the graph wants gate and up in one, both together."""
+    for role, shape in spec.weights():
+        prefix, _, part = role.rpartition(".")
+        if architecture.fuses_gate_and_up and part == "gate":
+            continue
+        if architecture.fuses_gate_and_up and part == "up":
+            yield (f"{prefix}.gate", role), (2 * shape[0], shape[1])
+        else:
+            yield (role,), shape
+
+
+def _part(
+    name: str, roles: tuple[str, ...], shape: Shape, recipe: Recipe, spec: DecoderSpec
+) -> Part:
+    wanted = recipe.storage_for(roles[-1], spec)
+    stored = storage.stored_as(wanted, shape[-1])
+    return Part(
+        name=name,
+        role=roles[-1],
+        roles=roles,
+        shape=shape,
+        wanted=wanted,
+        storage=stored,
+        size_bytes=TensorEntry(name=name, shape=shape, storage=stored).size_bytes,
+        is_coarse=stored in storage.WEIGHTED,
+    )

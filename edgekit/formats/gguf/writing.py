@@ -1,0 +1,52 @@
+"""GGUF on the workstation: what a file will hold and cost, and the writing of it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, Progress
+from edgekit.formats.gguf import (
+    architectures,
+    conversion,
+    memory,
+    ollama,
+    pretokenizers,
+)
+from edgekit.text import corpus
+
+
+if TYPE_CHECKING:
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
+
+
+def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
+    """Return what the file or files will hold and their exact size, from headers alone."""
+    return conversion.lay_out(checkpoint, request)
+
+
+def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
+    """Return how far llama.cpp agrees with the checkpoint."""
+    return architectures.context_limit(checkpoint.spec)
+
+
+def memory_use(
+    checkpoint: "CheckpointProtocol", layout: Layout, *, context_tokens: int, repacks: bool
+) -> MemoryUse:
+    """Return what llama.cpp will hold, by the sizes of its buffers."""
+    del repacks  # files are read, not mapped, so a repacked weight is held once too
+    return memory.use(checkpoint.spec, layout, context_tokens=context_tokens)
+
+
+def convert(
+    checkpoint: "CheckpointProtocol",
+    request: BuildRequest,
+    directory: Path,
+    *,
+    progress: Progress,
+) -> str:
+    """Write ``model.gguf``, or its parts; next to a single file a ``Modelfile`` for Ollama."""
+    pre = pretokenizers.find_pre(checkpoint.text, corpus=corpus.lines())
+    entry = conversion.convert(checkpoint, request, directory, pre=pre, progress=progress)
+    if entry == conversion.ENTRY:  # Ollama takes one file only
+        context = request.context_tokens or context_limit(checkpoint).tokens
+        ollama.write(checkpoint, directory, entry, context_tokens=context)
+    return entry

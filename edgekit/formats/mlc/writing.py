@@ -1,0 +1,45 @@
+"""MLC on the workstation: what the files will hold and cost, and the writing of them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, Progress
+from edgekit.formats.mlc import artifact, decoders, memory
+
+
+if TYPE_CHECKING:
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
+
+
+def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
+    """Return what the files will hold and their exact size, from headers and the chat template."""
+    return artifact.lay_out(checkpoint, request)
+
+
+def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
+    """Return how far MLC computes what the checkpoint says."""
+    return decoders.context_limit(checkpoint.architecture, checkpoint.spec)
+
+
+def memory_use(
+    checkpoint: "CheckpointProtocol", layout: Layout, *, context_tokens: int, repacks: bool
+) -> MemoryUse:
+    """Return what the GPU and the page will hold."""
+    del repacks  # weights are computed with as they are stored
+    return memory.use(
+        checkpoint.architecture, checkpoint.spec, layout, context_tokens=context_tokens
+    )
+
+
+def convert(
+    checkpoint: "CheckpointProtocol",
+    request: BuildRequest,
+    directory: Path,
+    *,
+    progress: Progress,
+) -> str:
+    """Write the weights, the settings, and what an app pastes."""
+    context = request.context_tokens or context_limit(checkpoint).tokens
+    return artifact.convert(
+        checkpoint, request, directory, progress=progress, context_tokens=context
+    )

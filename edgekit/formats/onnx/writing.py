@@ -1,0 +1,45 @@
+"""ONNX on the workstation: what the files will hold and cost, and the writing of them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, Progress
+from edgekit.formats.onnx import clients, conversion, memory
+
+
+if TYPE_CHECKING:
+    from edgekit.model.checkpoint_protocol import CheckpointProtocol
+
+
+def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
+    """Return what the files will hold and their exact size, from headers alone."""
+    return conversion.lay_out(checkpoint, request)
+
+
+def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
+    """Return the model's own limit: the graph computes every position."""
+    return ContextLimit(
+        tokens=checkpoint.spec.context_tokens, reason="the model was made for no more"
+    )
+
+
+def memory_use(
+    checkpoint: "CheckpointProtocol", layout: Layout, *, context_tokens: int, repacks: bool
+) -> MemoryUse:
+    """Return what ONNX Runtime will hold."""
+    del repacks  # it packs weights on every processor
+    return memory.use(checkpoint.spec, layout, context_tokens=context_tokens)
+
+
+def convert(
+    checkpoint: "CheckpointProtocol",
+    request: BuildRequest,
+    directory: Path,
+    *,
+    progress: Progress,
+) -> str:
+    """Write the model and its weights into ``onnx``, and what other programs read next to it."""
+    entry = conversion.convert(checkpoint, request, directory, progress=progress)
+    context = request.context_tokens or context_limit(checkpoint).tokens
+    clients.write(checkpoint, request.recipe, directory, entry, context_tokens=context)
+    return entry
