@@ -168,12 +168,12 @@ def _tiny_checkpoint(directory: Path) -> Checkpoint:
     from edgekit.source import families
 
     spec = DecoderSpec(
-        vocabulary=257,
-        hidden_width=64,
-        mlp_width=96,
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=96,
         context_tokens=64,
         layers=(Layer(rope=Rope(width=16, theta=10_000.0)),) * 2,
-        attention=Attention(heads=4, key_value_heads=2, head_width=16, score_scale=0.25),
+        attention=Attention(heads=4, num_kv_heads=2, head_dim=16, softmax_scale=0.25),
         norm=Norm(kind="rms", epsilon=1e-5),
         is_tied=True,
     )

@@ -17,15 +17,15 @@ class Inspection:
     path: Path
     format: str
     size_bytes: int
-    tensors: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, storage
+    tensors: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, tensor type
     bundle: Bundle | None = None
 
     @property
     def tensors_by_storage(self) -> Mapping[str, int]:
         """How many tensors are stored in which way, most frequent first."""
         counts: dict[str, int] = {}
-        for _, _, storage in self.tensors:
-            counts[storage] = counts.get(storage, 0) + 1
+        for _, _, tensor_type in self.tensors:
+            counts[tensor_type] = counts.get(tensor_type, 0) + 1
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
@@ -62,14 +62,14 @@ def _artifact(path: Path, format: str, bundle: Bundle | None) -> Inspection:
 
 def lines(inspection: Inspection, *, lists_tensors: bool = False) -> Iterator[str]:
     """Yield what a person wants to know, one fact a line."""
-    storages = ", ".join(f"{n} {name}" for name, n in inspection.tensors_by_storage.items())
+    tensor_types = ", ".join(f"{n} {name}" for name, n in inspection.tensors_by_storage.items())
     yield f"{inspection.path}: {inspection.format}, {format_bytes(inspection.size_bytes)}"
-    yield f"tensors: {len(inspection.tensors)} ({storages})"
+    yield f"tensors: {len(inspection.tensors)} ({tensor_types})"
     if inspection.bundle:
         yield from _bundle_lines(inspection.bundle)
     if lists_tensors:
-        for name, shape, storage in inspection.tensors:
-            yield f"  {name:<40} {'x'.join(map(str, shape)):<16} {storage}"
+        for name, shape, tensor_type in inspection.tensors:
+            yield f"  {name:<40} {'x'.join(map(str, shape)):<16} {tensor_type}"
 
 
 def _bundle_lines(bundle: Bundle) -> Iterator[str]:

@@ -76,7 +76,9 @@ class Candidate:
     layout: Layout | None
     estimate: Estimate | None
     misses: tuple[str, ...]  # limits it most likely misses
-    sure_misses: tuple[str, ...]  # those it misses even if the estimate is as far off as it may be
+    certain_misses: tuple[
+        str, ...
+    ]  # those it misses even if the estimate is as far off as it may be
     refusal: UsageError | None = None  # why the format cannot hold the model at all
 
     @property
@@ -193,7 +195,7 @@ def _choose(candidates: Sequence[Candidate]) -> Candidate | None:
     for candidate in candidates:
         if not candidate.misses:
             return candidate
-    return next((candidate for candidate in candidates if not candidate.sure_misses), None)
+    return next((candidate for candidate in candidates if not candidate.certain_misses), None)
 
 
 def _plan(chosen: Candidate, candidates: Sequence[Candidate], target: Target) -> Plan:
@@ -306,7 +308,7 @@ def assess(
     except UsageError as error:
         return Candidate(
             format=format, request=request, context=held, layout=None, estimate=None,
-            misses=(str(error),), sure_misses=(str(error),), refusal=error,
+            misses=(str(error),), certain_misses=(str(error),), refusal=error,
         )  # fmt: skip
     estimated = estimate(checkpoint, layout, target, format=format, context_tokens=held.tokens)
     return Candidate(
@@ -316,7 +318,10 @@ def assess(
         layout=layout,
         estimate=estimated,
         misses=(*_beyond_gpu(layout, target), *_misses(estimated, target)),
-        sure_misses=(*_beyond_gpu(layout, target), *_misses(estimated, target, is_hopeful=True)),
+        certain_misses=(
+            *_beyond_gpu(layout, target),
+            *_misses(estimated, target, is_optimistic=True),
+        ),
     )
 
 
@@ -384,7 +389,7 @@ def _beyond_gpu(layout: Layout, target: Target) -> Iterator[str]:
             return
 
 
-def _misses(estimate: Estimate, target: Target, *, is_hopeful: bool = False) -> Iterator[str]:
+def _misses(estimate: Estimate, target: Target, *, is_optimistic: bool = False) -> Iterator[str]:
     """Yield the limits that are missed: most likely, or even at the hopeful end of each interval.
 
     Bytes are known; only speed is guessed.
@@ -401,12 +406,12 @@ def _misses(estimate: Estimate, target: Target, *, is_hopeful: bool = False) -> 
             f"{format_bytes(budget.peak_memory_bytes)} of memory"
         )
     decode = estimate.decode_tokens_per_s
-    rate = decode.high if is_hopeful else decode.likely
+    rate = decode.high if is_optimistic else decode.likely
     if rate < budget.decode_tokens_per_s:
         yield f"{format_rate(rate)} < {format_rate(budget.decode_tokens_per_s)}"
     for limit in budget.first_token:
         first = estimate.first_token_s[limit.prompt_tokens]
-        first_s = first.low if is_hopeful else first.likely
+        first_s = first.low if is_optimistic else first.likely
         if first_s > limit.limit_s:
             yield (
                 f"first token after {format_duration(first_s)} > {format_duration(limit.limit_s)} "
@@ -436,7 +441,7 @@ def substitutions(layout: Layout) -> Iterator[str]:
     """Yield what is stored otherwise than the recipe asked, kind by kind, with its cost."""
     kinds: dict[tuple[str, str], list[int]] = {}
     for placement in layout.substituted:
-        kinds.setdefault((placement.wanted, placement.storage), []).append(placement.size_bytes)
+        kinds.setdefault((placement.wanted, placement.tensor_type), []).append(placement.size_bytes)
     for (wanted, stored), sizes in sorted(kinds.items()):
         yield (
             f"{len(sizes)} tensor{' is' if len(sizes) == 1 else 's are'} {stored} "

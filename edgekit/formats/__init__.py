@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from edgekit.errors import UsageError
 from edgekit.quant.planned import PlannedWeight
-from edgekit.quant.recipe import Recipe, Storage
+from edgekit.quant.recipe import Recipe, TensorType
 from edgekit.runtime.session import Session
 
 
@@ -58,7 +58,7 @@ class Layout:
     @property
     def substituted(self) -> tuple[PlannedWeight, ...]:
         """The weights that are stored otherwise than the recipe asked."""
-        return tuple(p for p in self.placements if p.storage != p.wanted)
+        return tuple(p for p in self.placements if p.tensor_type != p.wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class BuildRequest:
 class Format(Protocol):
     """The face of a format: what a user chooses from, known without importing anything else."""
 
-    STORAGES: Mapping[str, Storage]  # by name; the support matrix is made from these
+    TENSOR_TYPES: Mapping[str, TensorType]  # by name; the support matrix is made from these
     RECIPES: Mapping[str, Recipe]  # the values of --quant, most faithful first
     DEFAULT_RECIPES: tuple[str, ...]  # those a plan considers by default, most faithful first
     ENDING: str  # of the name of the file that `Running.load` opens

@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """A normalisation over the last axis.
+    """A normalization over the last axis.
 
     ``rms`` is ``x / sqrt(mean(x ** 2) + epsilon) * w``; ``layer`` subtracts the mean first.
     """
@@ -26,7 +26,7 @@ class Norm:
     kind: Literal["rms", "layer"]
     epsilon: float
     has_bias: bool = False
-    adds_one: bool = False  # Gemma stores w and multiplies by 1 + w
+    unit_offset: bool = False  # Gemma stores w and multiplies by 1 + w
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Rope:
         return scaling.attention_factor if isinstance(scaling, LongRopeScaling) else 1.0
 
     @property
-    def border_tokens(self) -> int | None:
+    def original_max_position_embeddings(self) -> int | None:
         """The longest text that does not turn otherwise in every position; None: any."""
         scaling = self.scaling
         return scaling.original_context_tokens if isinstance(scaling, LongRopeScaling) else None
@@ -112,10 +112,10 @@ class Attention:
     """Grouped-query attention; the same in every layer."""
 
     heads: int
-    key_value_heads: int
-    head_width: int
-    score_scale: float  # multiplies q · k
-    score_cap: float | None = None  # Gemma 2: cap * tanh(score / cap)
+    num_kv_heads: int
+    head_dim: int
+    softmax_scale: float  # multiplies q · k
+    attn_logit_softcap: float | None = None  # Gemma 2: cap * tanh(score / cap)
     query_key_norm: Norm | None = None
     has_norm_per_head: bool = False  # StableLM 2 12B: one weight row per head, not one for all
     has_qkv_bias: bool = False
@@ -124,12 +124,12 @@ class Attention:
     @property
     def query_width(self) -> int:
         """Columns of all queries together."""
-        return self.heads * self.head_width
+        return self.heads * self.head_dim
 
     @property
     def key_value_width(self) -> int:
         """Columns of all keys together; the values have as many."""
-        return self.key_value_heads * self.head_width
+        return self.num_kv_heads * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +145,12 @@ class DecoderSpec:
     """A decoder-only transformer with a gated MLP.
 
     ``serial`` residuals add attention before the MLP reads; ``parallel`` ones let both read the
-    same normalised input.
+    same normalized input.
     """
 
-    vocabulary: int
-    hidden_width: int
-    mlp_width: int
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
     context_tokens: int
     layers: tuple[Layer, ...]
     attention: Attention
@@ -160,7 +160,7 @@ class DecoderSpec:
     has_post_norms: bool = False  # Gemma 2: also after attention and after the MLP
     has_mlp_bias: bool = False
     embedding_scale: float = 1.0
-    logit_cap: float | None = None
+    final_logit_softcap: float | None = None
     is_tied: bool = False  # the output head is the token embedding
 
     def weights(self) -> Iterator[tuple[str, Shape]]:
@@ -168,56 +168,64 @@ class DecoderSpec:
 
         Matrices are ``(rows out, columns in)``, as a checkpoint stores them.
         """
-        yield "token_embedding", (self.vocabulary, self.hidden_width)
+        yield "token_embedding", (self.vocab_size, self.hidden_size)
         for index in range(len(self.layers)):
             for role, shape in self._layer_weights():
                 yield f"layers.{index}.{role}", shape
-        yield from _norm_weights("final_norm", self.norm, (self.hidden_width,))
+        yield from _norm_weights("final_norm", self.norm, (self.hidden_size,))
         if not self.is_tied:
-            yield "output_head", (self.vocabulary, self.hidden_width)
+            yield "output_head", (self.vocab_size, self.hidden_size)
 
-    def adds_one(self, role: str) -> bool:
+    def unit_offset(self, role: str) -> bool:
         """Tell whether a weight is of a norm that multiplies by one more than it stores."""
         part = role.rpartition(".")[2]
         norm = self.attention.query_key_norm if part in {"query_norm", "key_norm"} else self.norm
-        return part.endswith("norm") and norm is not None and norm.adds_one
+        return part.endswith("norm") and norm is not None and norm.unit_offset
 
     @property
-    def border_tokens(self) -> int | None:
+    def original_max_position_embeddings(self) -> int | None:
         """The smallest border of its ropes."""
-        borders = (layer.rope.border_tokens for layer in self.layers if layer.rope)
+        borders = (
+            layer.rope.original_max_position_embeddings for layer in self.layers if layer.rope
+        )
         return min((border for border in borders if border is not None), default=None)
 
-    def without_added_ones(self) -> Self:
+    def without_unit_offsets(self) -> Self:
         """Return the decoder whose norms multiply by what they store, ones included."""
-        attention, norm = self.attention, replace(self.norm, adds_one=False)
+        attention, norm = self.attention, replace(self.norm, unit_offset=False)
         if attention.query_key_norm:
-            of_heads = replace(attention.query_key_norm, adds_one=False)
+            of_heads = replace(attention.query_key_norm, unit_offset=False)
             attention = replace(attention, query_key_norm=of_heads)
         return replace(self, attention=attention, norm=norm)
 
     def _layer_weights(self) -> Iterator[tuple[str, Shape]]:
-        hidden = (self.hidden_width,)
+        hidden = (self.hidden_size,)
         yield from _norm_weights("attention_norm", self.norm, hidden)
         yield from self._attention_weights()
         if self.has_post_norms:
             yield from _norm_weights("attention_post_norm", self.norm, hidden)
         if self.residual == "serial":
             yield from _norm_weights("mlp_norm", self.norm, hidden)
-        yield from _linear_weights("gate", self.mlp_width, self.hidden_width, self.has_mlp_bias)
-        yield from _linear_weights("up", self.mlp_width, self.hidden_width, self.has_mlp_bias)
-        yield from _linear_weights("down", self.hidden_width, self.mlp_width, self.has_mlp_bias)
+        yield from _linear_weights(
+            "gate", self.intermediate_size, self.hidden_size, self.has_mlp_bias
+        )
+        yield from _linear_weights(
+            "up", self.intermediate_size, self.hidden_size, self.has_mlp_bias
+        )
+        yield from _linear_weights(
+            "down", self.hidden_size, self.intermediate_size, self.has_mlp_bias
+        )
         if self.has_post_norms:
             yield from _norm_weights("mlp_post_norm", self.norm, hidden)
 
     def _attention_weights(self) -> Iterator[tuple[str, Shape]]:
-        a, hidden = self.attention, self.hidden_width
+        a, hidden = self.attention, self.hidden_size
         yield from _linear_weights("query", a.query_width, hidden, a.has_qkv_bias)
         yield from _linear_weights("key", a.key_value_width, hidden, a.has_qkv_bias)
         yield from _linear_weights("value", a.key_value_width, hidden, a.has_qkv_bias)
         if a.query_key_norm:
-            for role, heads in (("query_norm", a.heads), ("key_norm", a.key_value_heads)):
-                shape = (heads, a.head_width) if a.has_norm_per_head else (a.head_width,)
+            for role, heads in (("query_norm", a.heads), ("key_norm", a.num_kv_heads)):
+                shape = (heads, a.head_dim) if a.has_norm_per_head else (a.head_dim,)
                 yield from _norm_weights(role, a.query_key_norm, shape)
         yield from _linear_weights("attention_output", hidden, a.query_width, a.has_output_bias)
 

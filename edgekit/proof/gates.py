@@ -48,7 +48,7 @@ ANSWER_TOKENS = 24
 GOLDENS = 2
 GOLDEN_TOKENS = 48
 # What half precision in a runtime's cache and attention may add where weights are exact; tiny
-# random models lose 5e-6. Quantised ones may lose as much as by their weights again, since a small
+# random models lose 5e-6. Quantized ones may lose as much as by their weights again, since a small
 # change of an activation changes how it is rounded.
 MAX_CACHE_KL_NATS = 1e-3
 GREEDY = Sampling()
@@ -137,7 +137,7 @@ class Subject:
         return True
 
     @cached_property
-    def is_held(self) -> bool:
+    def fits_in_memory(self) -> bool:
         """Whether transformers can hold the checkpoint; asked once, as free memory changes."""
         return transformers_logits.holds(self.checkpoint)
 
@@ -147,7 +147,7 @@ class Subject:
         texts = [self.text.encode(text, adds_bos=self.rules.adds_bos) for _, text in corpus.texts()]
         length = min(CHUNK_TOKENS, self.context_tokens)
         share = max(length, POSITIONS // len(texts))
-        if not self.is_held:
+        if not self.fits_in_memory:
             length = share = min(length, LARGE_POSITIONS // len(texts))
         pieces = [
             ids[first : first + length]
@@ -192,7 +192,7 @@ def check(subject: Subject, *, listener: Listener | None = None) -> Proof:
         _check_stops(subject, session, prompt, answer, found)
         logit_goldens = _logit_goldens(subject, session)
     expected = transformers_logits.logits(
-        subject.checkpoint, subject.chunks, is_held=subject.is_held, listener=listener
+        subject.checkpoint, subject.chunks, fits_in_memory=subject.fits_in_memory, listener=listener
     )
     first = next(expected)
     with closing(_open(subject, has_exact_cache=True)) as session:
@@ -200,7 +200,7 @@ def check(subject: Subject, *, listener: Listener | None = None) -> Proof:
         fidelity = _check_logits(subject, both, logit_goldens, found)
     _check_ids(subject, found)
     _check_template(subject, found)
-    _check_storages(subject, found)
+    _check_tensor_types(subject, found)
     _check_size(subject, found)
     _check_adapter(subject, first, found)
     return Proof(
@@ -217,7 +217,7 @@ def _open(subject: Subject, *, has_exact_cache: bool = False) -> Session:
         read = cast("ReadableRunning", subject.running).read_back(
             subject.path, subject.checkpoint.spec
         )
-        return interpreter.ReferenceSession(read, context_tokens=context)
+        return interpreter.InterpreterSession(read, context_tokens=context)
     return subject.running.load(
         subject.path, context_tokens=context, has_exact_cache=has_exact_cache
     )
@@ -265,7 +265,7 @@ def _question(subject: Subject) -> list[int]:
 def _logit_goldens(subject: Subject, session: Session) -> list[LogitGolden]:
     """Return what the artifact says on a device, its cache in half precision and all."""
     chunks = [chunk[:GOLDEN_TOKENS] for chunk in subject.chunks[:GOLDENS]]
-    vocabulary = subject.checkpoint.spec.vocabulary
+    vocabulary = subject.checkpoint.spec.vocab_size
     return [LogitGolden.of(chunk, session.all_logits(chunk)[:, :vocabulary]) for chunk in chunks]
 
 
@@ -312,7 +312,7 @@ def _both(
     chunks = subject.chunks
     with listener.track("prove", sum(map(len, chunks))) as advance:
         for chunk, expected in zip(chunks, expected_logits, strict=True):
-            said = session.all_logits(chunk)[:, : subject.checkpoint.spec.vocabulary]
+            said = session.all_logits(chunk)[:, : subject.checkpoint.spec.vocab_size]
             yield np.array(chunk), expected, said
             advance(len(chunk))
 
@@ -422,18 +422,18 @@ def _check_stops(
     )
 
 
-def _check_storages(subject: Subject, found: _Findings) -> None:
+def _check_tensor_types(subject: Subject, found: _Findings) -> None:
     """Gate 6: every tensor is stored as the plan said."""
     contents = subject.running.contents(subject.path)
-    held = Counter((math.prod(shape), storage) for _, shape, storage in contents)
-    planned = Counter((p.parameters, p.storage) for p in subject.layout.placements)
-    counts = Counter(storage for _, _, storage in contents)
-    finding = ", ".join(f"{count} {storage}" for storage, count in sorted(counts.items()))
+    held = Counter((math.prod(shape), tensor_type) for _, shape, tensor_type in contents)
+    planned = Counter((p.parameters, p.tensor_type) for p in subject.layout.placements)
+    counts = Counter(tensor_type for _, _, tensor_type in contents)
+    finding = ", ".join(f"{count} {tensor_type}" for tensor_type, count in sorted(counts.items()))
     if subject.layout.substituted:
         finding += f"; {len(subject.layout.substituted)} substituted"
-    for (weights, storage), count in sorted((planned - held).items()):
-        finding += f"; planned {count} more of {weights} weights in {storage}"
-    found.add("storages", finding, passed=planned <= held)
+    for (weights, tensor_type), count in sorted((planned - held).items()):
+        finding += f"; planned {count} more of {weights} weights in {tensor_type}"
+    found.add("tensor types", finding, passed=planned <= held)
 
 
 def _check_size(subject: Subject, found: _Findings) -> None:
@@ -459,7 +459,7 @@ def _check_adapter(subject: Subject, beside: "npt.NDArray[np.float32]", found: _
         return
     import numpy as np
 
-    if not subject.is_held:
+    if not subject.fits_in_memory:
         found.add(
             "adapter",
             f"{adapter.name} merged; the base is too large here to run with the adapter beside it, "

@@ -68,17 +68,17 @@ def hidden_states(
                 states[at] = _apply_layer(model.spec, layer, weights, x)
                 advance(len(x))
         final = _Weights(model, prefix="")
-        return [_normalise(model.spec.norm, final, "final_norm", x) for x in states]
+        return [_normalize(model.spec.norm, final, "final_norm", x) for x in states]
 
 
-class ReferenceSession:
+class InterpreterSession:
     """A model without a runtime, as a session: every call reads the whole text again.
 
     Weights stay in memory once read.
     """
 
     def __init__(self, model: Model, *, context_tokens: int) -> None:
-        self.vocabulary_tokens = model.spec.vocabulary
+        self.vocabulary_tokens = model.spec.vocab_size
         self.context_tokens = context_tokens
         self._model = _Held(model)
         self._read: list[int] = []
@@ -142,10 +142,10 @@ class _Held:
 def _refuse_text(spec: DecoderSpec, ids: Sequence[int]) -> None:
     if not 0 < len(ids) <= spec.context_tokens:
         raise UsageError(f"a text has {len(ids)} tokens, expected 1 to {spec.context_tokens}")
-    if min(ids) < 0 or max(ids) >= spec.vocabulary:
+    if min(ids) < 0 or max(ids) >= spec.vocab_size:
         raise UsageError(
             f"a text has token id {min(ids) if min(ids) < 0 else max(ids)}, "
-            f"the vocabulary has {spec.vocabulary}"
+            f"the vocabulary has {spec.vocab_size}"
         )
 
 
@@ -188,38 +188,38 @@ def apply_head(model: Model, states: "torch.Tensor") -> "torch.Tensor":
 
     spec = model.spec
     role = "token_embedding" if spec.is_tied else "output_head"
-    block = max(1, HEAD_BLOCK_BYTES // (4 * spec.hidden_width))
-    found = torch.empty(len(states), spec.vocabulary)
-    for first in range(0, spec.vocabulary, block):
-        rows = min(block, spec.vocabulary - first)
+    block = max(1, HEAD_BLOCK_BYTES // (4 * spec.hidden_size))
+    found = torch.empty(len(states), spec.vocab_size)
+    for first in range(0, spec.vocab_size, block):
+        rows = min(block, spec.vocab_size - first)
         head = torch.from_numpy(model.weight(role, first, rows))
         torch.matmul(states, head.T, out=found[:, first : first + rows])
-    return found if spec.logit_cap is None else _cap(found, spec.logit_cap)
+    return found if spec.final_logit_softcap is None else _cap(found, spec.final_logit_softcap)
 
 
 def _apply_layer(
     spec: DecoderSpec, layer: Layer, weights: _Weights, x: "torch.Tensor"
 ) -> "torch.Tensor":
-    read = _normalise(spec.norm, weights, "attention_norm", x)
+    read = _normalize(spec.norm, weights, "attention_norm", x)
     attended = _attend(spec.attention, layer, weights, read)
     if spec.has_post_norms:
-        attended = _normalise(spec.norm, weights, "attention_post_norm", attended)
+        attended = _normalize(spec.norm, weights, "attention_post_norm", attended)
     if spec.residual == "parallel":
         return x + attended + _apply_mlp(spec, weights, read)
     x = x + attended
-    changed = _apply_mlp(spec, weights, _normalise(spec.norm, weights, "mlp_norm", x))
+    changed = _apply_mlp(spec, weights, _normalize(spec.norm, weights, "mlp_norm", x))
     if spec.has_post_norms:
-        changed = _normalise(spec.norm, weights, "mlp_post_norm", changed)
+        changed = _normalize(spec.norm, weights, "mlp_post_norm", changed)
     return x + changed
 
 
-def _normalise(norm: Norm, weights: _Weights, role: str, x: "torch.Tensor") -> "torch.Tensor":
-    """Normalise the last axis; a weight of two dimensions is one row for each head."""
+def _normalize(norm: Norm, weights: _Weights, role: str, x: "torch.Tensor") -> "torch.Tensor":
+    """Normalize the last axis; a weight of two dimensions is one row for each head."""
     if norm.kind == "layer":
         x = x - x.mean(-1, keepdim=True)
     x = x * (x.square().mean(-1, keepdim=True) + norm.epsilon).rsqrt()
     weight = weights[role]
-    x = x * (1 + weight if norm.adds_one else weight)
+    x = x * (1 + weight if norm.unit_offset else weight)
     return x + weights[f"{role}_bias"] if norm.has_bias else x
 
 
@@ -250,7 +250,7 @@ def _attend(
         query, key = _rotate(layer.rope, query), _rotate(layer.rope, key)
     # (tokens, heads, width) -> (heads, tokens, width)
     query, key, value = (part.transpose(0, 1) for part in (query, key, value))
-    shared_by = attention.heads // attention.key_value_heads
+    shared_by = attention.heads // attention.num_kv_heads
     key, value = key.repeat_interleave(shared_by, 0), value.repeat_interleave(shared_by, 0)
     mixed = _mix(attention, layer.window_tokens, query, key, value)
     joined = mixed.transpose(0, 1).reshape(len(x), attention.query_width)
@@ -263,18 +263,18 @@ def _project(
     """Return queries, keys and values, of shape ``(tokens, heads, head width)``."""
     query, key, value = (
         weights.project(role, x, has_bias=attention.has_qkv_bias).unflatten(
-            -1, (heads, attention.head_width)
+            -1, (heads, attention.head_dim)
         )
         for role, heads in (
             ("query", attention.heads),
-            ("key", attention.key_value_heads),
-            ("value", attention.key_value_heads),
+            ("key", attention.num_kv_heads),
+            ("value", attention.num_kv_heads),
         )
     )
     norm = attention.query_key_norm
     if norm:
-        query = _normalise(norm, weights, "query_norm", query)
-        key = _normalise(norm, weights, "key_norm", key)
+        query = _normalize(norm, weights, "query_norm", query)
+        key = _normalize(norm, weights, "key_norm", key)
     return query, key, value
 
 
@@ -307,9 +307,9 @@ def _mix(
     for first in range(0, tokens, QUERY_BLOCK_TOKENS):
         last = min(first + QUERY_BLOCK_TOKENS, tokens)
         start = 0 if window_tokens is None else max(0, first + 1 - window_tokens)
-        scores = query[:, first:last] @ key[:, start:last].mT * attention.score_scale
-        if attention.score_cap is not None:
-            scores = _cap(scores, attention.score_cap)
+        scores = query[:, first:last] @ key[:, start:last].mT * attention.softmax_scale
+        if attention.attn_logit_softcap is not None:
+            scores = _cap(scores, attention.attn_logit_softcap)
         distance = torch.arange(first, last)[:, None] - torch.arange(start, last)
         hidden = distance < 0
         if window_tokens is not None:

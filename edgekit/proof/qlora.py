@@ -31,7 +31,7 @@ def with_score(
     Args:
         checkpoint: A base with ``adapters`` merged in.
         adapters: The same, for the base they were trained on.
-        trained_on: That base, as bitsandbytes quantised it. None takes the one an adapter's config
+        trained_on: That base, as bitsandbytes quantized it. None takes the one an adapter's config
             names, if that is a directory with such weights, and otherwise scores nothing.
         listener: Is shown the progress.
 
@@ -57,7 +57,7 @@ def with_score(
 
 
 def _named_base(adapters: Sequence[Path]) -> Path | None:
-    """Return the quantised model on this disk that an adapter says it was trained on."""
+    """Return the quantized model on this disk that an adapter says it was trained on."""
     for directory in adapters:
         base = adapter_config.read(directory).base_model
         path = Path(base) / "config.json"
@@ -71,29 +71,29 @@ def _scored(
 ) -> Checkpoint:
     if trained_on.resolve() == checkpoint.directory.resolve():
         return checkpoint  # the merge is what was trained
-    base, quantised = Checkpoint.open(checkpoint.directory), Checkpoint.open(trained_on)
-    _refuse_other_base(base, quantised)
-    trained = quantised
+    base, quantized = Checkpoint.open(checkpoint.directory), Checkpoint.open(trained_on)
+    _refuse_other_base(base, quantized)
+    trained = quantized
     for directory in adapters:
         trained = merging.merge(trained, directory)
     pieces = _pieces(base)
     with listener.track("compare with what was trained", 2 * sum(map(len, pieces))) as advance:
         merged, alone = (
             _compare(said, then, pieces, advance)
-            for said, then in ((trained, checkpoint), (quantised, base))
+            for said, then in ((trained, checkpoint), (quantized, base))
         )
-    return _with_notes(checkpoint, *_sentences(merged, alone, quantised))
+    return _with_notes(checkpoint, *_sentences(merged, alone, quantized))
 
 
-def _refuse_other_base(base: Checkpoint, quantised: Checkpoint) -> None:
-    if quantised.quantisation is None:
+def _refuse_other_base(base: Checkpoint, quantized: Checkpoint) -> None:
+    if quantized.quantization is None:
         raise UsageError(
-            f"{quantised.directory} is not quantised, so no adapter was trained on four bits of it",
+            f"{quantized.directory} is not quantized, so no adapter was trained on four bits of it",
             hint="pass it as MODEL",
         )
-    if quantised.spec != base.spec:
+    if quantized.spec != base.spec:
         raise UsageError(
-            f"{quantised.directory} is not {base.directory} in four bits: their configs describe "
+            f"{quantized.directory} is not {base.directory} in four bits: their configs describe "
             "different decoders"
         )
     import importlib.util
@@ -125,13 +125,13 @@ def _compare(
     return comparison.result()
 
 
-def _sentences(merged: Fidelity, alone: Fidelity, quantised: Checkpoint) -> Iterator[str]:
+def _sentences(merged: Fidelity, alone: Fidelity, quantized: Checkpoint) -> Iterator[str]:
     yield (
-        f"against the {quantised.quantisation} base {quantised.name!r} with the adapter, as it was "
+        f"against the {quantized.quantization} base {quantized.name!r} with the adapter, as it was "
         f"trained, this merge has {_in_words(merged)} over {merged.positions} positions; the two "
         f"bases alone have {_in_words(alone)}"
     )
-    yield f"a merge into {quantised.name!r} instead says what was trained"
+    yield f"a merge into {quantized.name!r} instead says what was trained"
 
 
 def _in_words(found: Fidelity) -> str:

@@ -46,13 +46,13 @@ def require_for(checkpoint: Checkpoint) -> None:
     """Check that this checkpoint's word can be had here.
 
     Raises:
-        MissingDependencyError: If it is quantised and what quantised it is not installed.
+        MissingDependencyError: If it is quantized and what quantized it is not installed.
     """
     import importlib.util
 
-    if checkpoint.quantisation and not importlib.util.find_spec("bitsandbytes"):
+    if checkpoint.quantization and not importlib.util.find_spec("bitsandbytes"):
         raise MissingDependencyError(
-            f"proving what {checkpoint.name} says needs bitsandbytes, which quantised it",
+            f"proving what {checkpoint.name} says needs bitsandbytes, which quantized it",
             hint="pip install bitsandbytes, or export with --no-verify",
         )
 
@@ -61,7 +61,7 @@ def logits(
     checkpoint: Checkpoint,
     chunks: Sequence[Sequence[int]],
     *,
-    is_held: bool | None = None,
+    fits_in_memory: bool | None = None,
     listener: Listener | None = None,
 ) -> Iterator["npt.NDArray[np.float32]"]:
     """Return the logits after each token of each chunk: float32, shape ``(tokens, vocabulary)``.
@@ -73,10 +73,10 @@ def logits(
     Args:
         checkpoint: The model.
         chunks: Token ids.
-        is_held: Whether transformers can hold it; None asks `holds`.
+        fits_in_memory: Whether transformers can hold it; None asks `holds`.
         listener: Is told how far the layers are.
     """
-    if holds(checkpoint) if is_held is None else is_held:
+    if holds(checkpoint) if fits_in_memory is None else fits_in_memory:
         return _transformers_logits(checkpoint, chunks)
     total = len(checkpoint.spec.layers) * sum(map(len, chunks))
     with (listener or Silent()).track("read the checkpoint layer by layer", total) as advance:
@@ -107,7 +107,7 @@ def _transformers_logits(
     for chunk in chunks:
         with torch.inference_mode():
             rows = model(input_ids=torch.tensor([chunk]), use_cache=False).logits[0]
-        yield rows[:, : checkpoint.spec.vocabulary].float().numpy()
+        yield rows[:, : checkpoint.spec.vocab_size].float().numpy()
 
 
 def _model(checkpoint: Checkpoint) -> Any:
@@ -119,10 +119,10 @@ def _model(checkpoint: Checkpoint) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint.directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
-    if checkpoint.quantisation:  # its own layers compute in the type of training, often bfloat16
+    if checkpoint.quantization:  # its own layers compute in the type of training, often bfloat16
         model = model.dequantize().to(torch.float32)
     if checkpoint.adapter:
-        model = _with_adapter(model, checkpoint.adapter, vocabulary=checkpoint.spec.vocabulary)
+        model = _with_adapter(model, checkpoint.adapter, vocabulary=checkpoint.spec.vocab_size)
     return model.eval()
 
 

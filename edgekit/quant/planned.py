@@ -24,8 +24,8 @@ class PlannedWeight:
 
     role: str
     shape: Shape
-    wanted: str  # the storage that the recipe asks for
-    storage: str  # the one it gets
+    wanted: str  # the tensor type that the recipe asks for
+    tensor_type: str  # the one it gets
     size_bytes: int
     is_coarse: bool  # whether its grid is coarse enough for a calibration to matter
 

@@ -1,4 +1,4 @@
-"""Recipes: which storage each weight gets. Nothing here knows a format or a device."""
+"""Recipes: which tensor type each weight gets. Nothing here knows a format or a device."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from edgekit.model.spec import DecoderSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Storage:
+class TensorType:
     """One way a format stores numbers, under the name its own tools use."""
 
     name: str
@@ -29,10 +29,10 @@ Decoders = Literal["all", "tied", "grouped"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Weights whose role, without its layer, matches ``pattern`` get ``storage``."""
+    """Weights whose role, without its layer, matches ``pattern`` get ``tensor type``."""
 
     pattern: str  # a regular expression for the whole role: "value|down"
-    storage: str
+    tensor_type: str
     layers: Layers = "all"
     decoders: Decoders = "all"  # tied: the head is the embedding; grouped: 4 or more queries a key
 
@@ -56,11 +56,11 @@ class Recipe:
     max_mean_kl_nats: float  # above, an artifact does not say what the checkpoint says
     min_same_top_token: float  # share of positions, 0 to 1
 
-    def storage_for(self, role: str, spec: DecoderSpec) -> str:
-        """Return the storage this recipe wants for one weight of a decoder."""
+    def tensor_type_for(self, role: str, spec: DecoderSpec) -> str:
+        """Return the tensor type this recipe wants for one weight of a decoder."""
         for rule in self.rules:
             if rule.applies_to(role, spec):
-                return rule.storage
+                return rule.tensor_type
         return self.default
 
 
@@ -93,7 +93,7 @@ def _is_meant(decoders: Decoders, spec: DecoderSpec) -> bool:
         case "tied":
             return spec.is_tied
         case "grouped":
-            return spec.attention.heads // spec.attention.key_value_heads >= 4
+            return spec.attention.heads // spec.attention.num_kv_heads >= 4
         case _:
             assert_never(decoders)
 

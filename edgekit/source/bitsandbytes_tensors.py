@@ -1,9 +1,9 @@
-"""Weights that bitsandbytes quantised to four bits, de-quantised when they are read.
+"""Weights that bitsandbytes quantized to four bits, de-quantized when they are read.
 
 A base as QLoRA trains on it. What `FourBitTensor.read` returns is bit by bit what
 ``dequantize_4bit`` of bitsandbytes returns: a float32 product of code and scale, rounded to the
 type the weight had before. (Not on a CPU where a row holds no whole number of blocks: there
-bitsandbytes 0.50 starts a block with every row, though its own quantisation did not.)
+bitsandbytes 0.50 starts a block with every row, though its own quantization did not.)
 
 Source: ``QuantState`` in functional.py and ``backends/default/ops.py`` of bitsandbytes 0.50.
 """
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 FIELD = "quantization_config"
 _SUPPORTED = "edgekit reads 16 and 32 bits, and the four bits (nf4, fp4) of bitsandbytes"
-_HINT = "pass the model that was quantised; edgekit quantises for the device itself"
-_DAMAGED = "save the quantised model again, or pass the model that was quantised"
+_HINT = "pass the model that was quantized; edgekit quantizes for the device itself"
+_DAMAGED = "save the quantized model again, or pass the model that was quantized"
 # The sixteen numbers a code of four bits means, before its block's scale.
 _CODES = {
     # Source: QLoRA (https://arxiv.org/abs/2305.14314), appendix E.
@@ -212,10 +212,10 @@ def _rounded(values: "Values", dtype: str) -> "Values":
 
 
 def is_four_bit(fields: Mapping[str, Any], *, origin: str) -> bool:
-    """Tell whether a model's config says that bitsandbytes quantised it to four bits.
+    """Tell whether a model's config says that bitsandbytes quantized it to four bits.
 
     Raises:
-        UsageError: If it is quantised in another way; the message names that.
+        UsageError: If it is quantized in another way; the message names that.
     """
     settings = fields.get(FIELD)
     if settings is None:
@@ -229,15 +229,15 @@ def is_four_bit(fields: Mapping[str, Any], *, origin: str) -> bool:
             return True
         method = "bitsandbytes in 8 bits (LLM.int8)" if settings.get("load_in_8bit") else method
     raise UsageError(
-        f"{origin}: the weights are quantised by {method or 'an unnamed method'}, {_SUPPORTED}",
+        f"{origin}: the weights are quantized by {method or 'an unnamed method'}, {_SUPPORTED}",
         hint=_HINT,
     )
 
 
-def dequantised(
+def dequantized(
     tensors: Mapping[str, AnyStored], *, origin: Path
 ) -> tuple[dict[str, AnyStored | FourBitTensor], str]:
-    """Put every quantised weight of a checkpoint and what belongs to it into one tensor.
+    """Put every quantized weight of a checkpoint and what belongs to it into one tensor.
 
     Only what is small is read: the JSON and the sixteen codes of each.
 
@@ -246,7 +246,7 @@ def dequantised(
         origin: The model directory, for messages.
 
     Returns:
-        The tensors of the decoder, and how they were quantised: ``nf4``.
+        The tensors of the decoder, and how they were quantized: ``nf4``.
 
     Raises:
         UsageError: If something is missing, of another shape or type, or left over.
@@ -256,7 +256,7 @@ def dequantised(
     for key in [name for name in tensors if _STATE in name]:
         name, _, quant_type = key.partition(_STATE)
         if isinstance(rest.get(name), FourBitTensor):
-            raise UsageError(f"{origin} says twice how {name} is quantised", hint=_DAMAGED)
+            raise UsageError(f"{origin} says twice how {name} is quantized", hint=_DAMAGED)
         weight = _weight(name, quant_type, tensors)
         for used in (key, *(name + part for part in _PARTS)):
             rest.pop(used, None)
@@ -264,7 +264,7 @@ def dequantised(
         kinds.add(quant_type)
     if not kinds:
         raise UsageError(
-            f"{origin} says it is quantised by bitsandbytes and none of its tensors is",
+            f"{origin} says it is quantized by bitsandbytes and none of its tensors is",
             hint=f"remove {FIELD} from its config.json if the weights are ordinary ones",
         )
     for name, tensor in rest.items():
@@ -288,7 +288,7 @@ def _weight(name: str, quant_type: str, tensors: Mapping[str, Stored]) -> FourBi
     if (scales.dtype == "U8") != is_nested:
         raise UsageError(
             f"{scales.path}: {name}.absmax is {scales.dtype}, its quant_state says that scales are "
-            f"{'quantised' if is_nested else 'not quantised'}",
+            f"{'quantized' if is_nested else 'not quantized'}",
             hint=_DAMAGED,
         )
     nested_blocks = -(-state.blocks // state.nested_block_items) if is_nested else 0
@@ -306,7 +306,7 @@ def _weight(name: str, quant_type: str, tensors: Mapping[str, Stored]) -> FourBi
 def _part(name: str, tensors: Mapping[str, Stored], *, shape: Shape | None = None) -> Stored:
     tensor = tensors.get(name)
     if tensor is None:
-        raise UsageError(f"the quantised checkpoint lacks the tensor {name}", hint=_DAMAGED)
+        raise UsageError(f"the quantized checkpoint lacks the tensor {name}", hint=_DAMAGED)
     if shape is not None and tensor.shape != shape:
         raise UsageError(
             f"{tensor.path}: {name} has shape {list(tensor.shape)}, expected {list(shape)}",

@@ -45,7 +45,7 @@ class StoredTensor:
 
     path: Path
     offset: int  # from the start of the file
-    dtype: str  # F32, F16 or BF16; U8 in a quantised checkpoint, to be read as bytes only
+    dtype: str  # F32, F16 or BF16; U8 in a quantized checkpoint, to be read as bytes only
     shape: Shape
 
     @property
@@ -132,7 +132,7 @@ class Checkpoint:
     licence: str | None = None
     adapter: AdapterRecord | None = None
     calibration: Calibration | None = None  # None: an error counts the same in every column
-    quantisation: str | None = None  # of the files, where reading de-quantises: nf4, fp4
+    quantization: str | None = None  # of the files, where reading de-quantizes: nf4, fp4
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -149,7 +149,7 @@ class Checkpoint:
         config.ignore(bitsandbytes_tensors.FIELD)  # each tensor says it again, and more
         spec = family.describe(config)
         config.refuse_unread()
-        tensors, quantisation = _read_headers(directory, is_four_bit=is_four_bit)
+        tensors, quantization = _read_headers(directory, is_four_bit=is_four_bit)
         checkpoint = cls(
             directory=directory,
             architecture=architecture,
@@ -157,7 +157,7 @@ class Checkpoint:
             tensors=tensors,
             text=TokenizerFiles.open(directory, config=fields),
             licence=model_card.read(directory).licence,
-            quantisation=quantisation,
+            quantization=quantization,
         )
         checkpoint.refuse_mismatch()
         return checkpoint
@@ -232,7 +232,7 @@ class Checkpoint:
         step = max(1, BLOCK_WEIGHTS // math.prod(shape[1:]) // row_multiple) * row_multiple
         for first in range(0, shape[0], step):
             rows = self.weight(role, first, min(step, shape[0] - first))
-            yield first, rows + 1 if self.spec.adds_one(role) else rows
+            yield first, rows + 1 if self.spec.unit_offset(role) else rows
 
     @cached_property
     def _shapes(self) -> dict[str, Shape]:
@@ -369,7 +369,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _read_headers(directory: Path, *, is_four_bit: bool) -> tuple[Mapping[str, Tensor], str | None]:
-    """Return the tensors and, if they are de-quantised when read, what they are stored as."""
+    """Return the tensors and, if they are de-quantized when read, what they are stored as."""
     tensors: dict[str, StoredTensor] = {}
     files = _weight_files(directory)
     if not files:
@@ -386,7 +386,7 @@ def _read_headers(directory: Path, *, is_four_bit: bool) -> tuple[Mapping[str, T
                 raise UsageError(f"{directory} holds the tensor {name} twice")
             tensors[name] = tensor
     if is_four_bit:
-        return bitsandbytes_tensors.dequantised(tensors, origin=directory)
+        return bitsandbytes_tensors.dequantized(tensors, origin=directory)
     return tensors, None
 
 
@@ -462,7 +462,7 @@ def _stored_tensor(
     if not isinstance(dtype, str) or dtype not in dtypes:
         raise UsageError(
             f"{path}: {name} has dtype {dtype!r}, expected one of {', '.join(dtypes)}",
-            hint="quantised models are read where bitsandbytes made them and their config.json "
+            hint="quantized models are read where bitsandbytes made them and their config.json "
             "says so; pass the 16-bit model",
         )
     if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):

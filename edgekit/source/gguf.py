@@ -71,7 +71,7 @@ def _facts(file: GgufFile) -> Facts:
     return Facts(
         metadata=file.metadata,
         tensors=frozenset(infos),
-        vocabulary=infos["token_embd.weight"].shape[0],
+        vocab_size=infos["token_embd.weight"].shape[0],
         rope_factors={
             name: layout.read_tensor(file, infos[name]).tolist() for name in _SMALL if name in infos
         },
@@ -235,7 +235,7 @@ def _role_tensor(  # noqa: PLR0913, PLR0917 - the file, the weight, and the two 
         info=info,
         shape=shape,
         first_row=place.first_row,
-        group_rows=spec.attention.head_width if _swaps(role, graph) else 1,
+        group_rows=spec.attention.head_dim if _swaps(role, graph) else 1,
         restore=_restore(role, spec, graph),
     )
 
@@ -261,8 +261,8 @@ def _place(
         first_row = {"query": 0, "key": queries, "value": queries + keys}[kind]
         return _Place(fused, first_row, queries + 2 * keys)
     if graph.fuses_gate_and_up and part in {"gate", "up"}:
-        first_row = 0 if part == "gate" else spec.mlp_width
-        return _Place(f"blk.{layer}.ffn_up.weight", first_row, 2 * spec.mlp_width)
+        first_row = 0 if part == "gate" else spec.intermediate_size
+        return _Place(f"blk.{layer}.ffn_up.weight", first_row, 2 * spec.intermediate_size)
     return _Place(name)
 
 
@@ -273,7 +273,7 @@ def _swaps(role: str, graph: Architecture) -> bool:
 
 def _restore(role: str, spec: DecoderSpec, graph: Architecture) -> Callable[["Rows"], "Rows"]:
     if _swaps(role, graph):
-        return lambda rows: conversion.separate_halves(rows, spec.attention.head_width)
+        return lambda rows: conversion.separate_halves(rows, spec.attention.head_dim)
     if split_role(role)[1].endswith("norm") and graph.norm_adds_one:
         return lambda rows: rows - 1
     return lambda rows: rows

@@ -102,7 +102,7 @@ def _unpacked(file: Path, listener: Listener) -> Path:
 
 
 def _model_name(file: Path) -> str:
-    """Drop the quantisation from a file name: ``SmolLM2-135M-Instruct.Q4_1`` loses its end."""
+    """Drop the quantization from a file name: ``SmolLM2-135M-Instruct.Q4_1`` loses its end."""
     return re.sub(r"(?i)(?<=.)\.(I?Q\d\w*|B?F16|F32)$", "", file.stem)
 
 

@@ -233,8 +233,8 @@ def _config_of(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     path = checkpoint.directory / "config.json"
     if path.is_file():
         own = read_json_object(path)
-        own.pop("quantization_config", None)  # what is written is what reading de-quantised
-        changed = {"vocab_size": spec.vocabulary, "tie_word_embeddings": spec.is_tied}
+        own.pop("quantization_config", None)  # what is written is what reading de-quantized
+        changed = {"vocab_size": spec.vocab_size, "tie_word_embeddings": spec.is_tied}
         candidates = [own | changed, own | family.config(spec)]
     else:
         candidates = [family.config(spec) | _token_ids(checkpoint)]

@@ -17,7 +17,7 @@ from edgekit.formats import BuildRequest, ReadableRunning
 from edgekit.model.spec import DecoderSpec
 from edgekit.proof import transformers_logits
 from edgekit.proof.fidelity import Comparison
-from edgekit.proof.interpreter import ReferenceSession
+from edgekit.proof.interpreter import InterpreterSession
 from edgekit.runtime.session import Session
 from edgekit.source import opening
 from edgekit.tests.tiny.checkpoints import TINY, write_tiny_checkpoint
@@ -96,7 +96,7 @@ def _prove(case: str, format: str, variant: str | None, directory: Path) -> tupl
     layout = writing.lay_out(checkpoint, request)
     entry = writing.convert(checkpoint, request, directory, progress=lambda _: None)
     tokens = min(TOKENS, limit.tokens)
-    ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocabulary, tokens)
+    ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, tokens)
     path = directory / entry
     session = _open(format, variant, path, checkpoint.spec, context_tokens=limit.tokens)
     comparison = Comparison()
@@ -119,7 +119,7 @@ def _open(
     if running.is_run_here(variant):
         return running.load(path, context_tokens=context_tokens, threads=1)
     read = cast("ReadableRunning", running).read_back(path, spec)
-    return ReferenceSession(read, context_tokens=context_tokens)
+    return InterpreterSession(read, context_tokens=context_tokens)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from edgekit.doctor import _RandomTensor, _tiny_checkpoint
 from edgekit.errors import ToolchainError
 from edgekit.formats import BuildRequest
 from edgekit.formats.gguf import architectures, conversion, layout, pretokenizers
-from edgekit.formats.gguf.storage import RECIPES
+from edgekit.formats.gguf.tensor_types import RECIPES
 from edgekit.proof import load_probe
 from edgekit.source import families
 from edgekit.source.opening import open_checkpoint
@@ -259,10 +259,10 @@ def test_a_directory_that_is_no_adapter_is_named(model, capsys, tmp_path):
 def deep(directory, layers):
     """Return the tiny checkpoint with more layers, each of them small."""
     tiny = _tiny_checkpoint(directory)
-    attention = replace(tiny.spec.attention, heads=2, key_value_heads=1)
+    attention = replace(tiny.spec.attention, heads=2, num_kv_heads=1)
     spec = replace(
-        tiny.spec, layers=tiny.spec.layers[:1] * layers, attention=attention, hidden_width=32,
-        mlp_width=32,
+        tiny.spec, layers=tiny.spec.layers[:1] * layers, attention=attention, hidden_size=32,
+        intermediate_size=32,
     )  # fmt: skip
     family = families.get("llama")
     tensors = {

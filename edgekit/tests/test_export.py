@@ -46,7 +46,7 @@ def test_a_bundle_holds_the_artifact_its_text_its_goldens_and_a_manifest(tiny_bu
     assert bundle.agreement is not None
     assert bundle.agreement.passed
     assert {gate.name for gate in bundle.agreement.gates} == {
-        "runs", "logits", "token ids", "chat template", "stops", "storages", "size",
+        "runs", "logits", "token ids", "chat template", "stops", "tensor types", "size",
     }  # fmt: skip
     assert Goldens.load(tiny_bundle).answer_ids
 
@@ -141,14 +141,14 @@ def _target_text(name):
 def test_ctrl_c_leaves_nothing(tiny_checkpoint, tmp_path):
     """A real SIGINT to a real process, while it converts."""
     program = (
-        "import signal, sys, time, edgekit.formats.gguf.storage as storage\n"
+        "import signal, sys, time, edgekit.formats.gguf.tensor type as tensor type\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a parent may ignore it
         "from edgekit.cli import main\n"
-        "slow = storage.quantise_each\n"
+        "slow = tensor type.quantize_each\n"
         "def crawl(blocks, **kw):\n"
         "    for item in slow(blocks, **kw):\n"
         "        print('block', flush=True); time.sleep(0.2); yield item\n"
-        "storage.quantise_each = crawl\n"
+        "tensor type.quantize_each = crawl\n"
         "main(sys.argv[1:])\n"
     )
     process = subprocess.Popen(

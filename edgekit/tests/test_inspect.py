@@ -14,9 +14,9 @@ from edgekit.text.rules import TextRules
 
 def write_gguf(path):
     tensors = (
-        TensorEntry(name="token_embd.weight", shape=(4, 32), storage="Q8_0"),
-        TensorEntry(name="output_norm.weight", shape=(32,), storage="F32"),
-        TensorEntry(name="blk.0.attn_norm.weight", shape=(32,), storage="F32"),
+        TensorEntry(name="token_embd.weight", shape=(4, 32), tensor_type="Q8_0"),
+        TensorEntry(name="output_norm.weight", shape=(32,), tensor_type="F32"),
+        TensorEntry(name="blk.0.attn_norm.weight", shape=(32,), tensor_type="F32"),
     )
     with Writer(path, {"general.architecture": ("string", "llama")}, tensors) as writer:
         for tensor in tensors:

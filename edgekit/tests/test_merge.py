@@ -63,7 +63,7 @@ def test_a_grown_vocabulary_brings_its_tokenizer_along(base, tmp_path):
     directory = tiny.write_adapter(tmp_path / "a", updates)
     tiny.write_tokenizer(directory, words=[*tiny.WORDS, "<tool>"], template="{{ 'tool' }}")
     written = Checkpoint.open(merge(base, [directory], tmp_path / "out"))
-    assert written.spec.vocabulary == 41
+    assert written.spec.vocab_size == 41
     assert written.text.chat_template == "{{ 'tool' }}"
     assert "<tool>" in written.text.tokenizer_json.read_text()
 

@@ -99,7 +99,7 @@ def test_substitutions_are_told_with_their_cost(checkpoint, pi):
 
 def test_an_embedding_that_is_not_the_head_is_not_read_for_every_token(checkpoint, pi):
     def rate(tied):
-        spec = replace(checkpoint.spec, is_tied=tied, vocabulary=500_000)
+        spec = replace(checkpoint.spec, is_tied=tied, vocab_size=500_000)
         model = replace(checkpoint, spec=spec)
         layout = writing.lay_out(checkpoint, F32)
         big = [replace(p, size_bytes=10**9) if p.role == "token_embedding" else p

@@ -1,9 +1,9 @@
 """ExecuTorch: programs for phones and boards, whose arithmetic a back-end does."""
 
-from edgekit.formats.executorch import backends, storage
+from edgekit.formats.executorch import backends, tensor_types
 
 
-STORAGES, RECIPES = storage.STORAGES, storage.RECIPES
+TENSOR_TYPES, RECIPES = tensor_types.TENSOR_TYPES, tensor_types.RECIPES
 VARIANTS = backends.variants()
 RUNTIME = "ExecuTorch"
 EXTRA = "executorch"

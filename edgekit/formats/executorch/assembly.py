@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from edgekit.formats.executorch import storage
+from edgekit.formats.executorch import tensor_types
 from edgekit.formats.executorch.coverage import Coverage
-from edgekit.formats.executorch.storage import ALIGNMENT
+from edgekit.formats.executorch.tensor_types import ALIGNMENT
 
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class File:
                     self._write_rows(stream, part, first, values, rows=weight.shape[0])
 
     def _write_rows(
-        self, stream: BinaryIO, part: storage.Part, first: int, values: Any, *, rows: int
+        self, stream: BinaryIO, part: tensor_types.Part, first: int, values: Any, *, rows: int
     ) -> None:
         place = self.places[part.key]
         if not part.is_across:
@@ -75,7 +75,7 @@ class File:
             stream.write(column.tobytes())
 
 
-def assemble(lowered: Lowered, parts: Sequence[storage.Part]) -> File:
+def assemble(lowered: Lowered, parts: Sequence[tensor_types.Part]) -> File:
     """Decide where everything goes."""
     return _Assembly(copy.deepcopy(lowered.program), lowered, parts).file()
 
@@ -88,7 +88,7 @@ def _aligned(size: int, alignment: int) -> int:
 
 
 class _Assembly:
-    def __init__(self, program: Any, lowered: Lowered, parts: Sequence[storage.Part]) -> None:
+    def __init__(self, program: Any, lowered: Lowered, parts: Sequence[tensor_types.Part]) -> None:
         self._program, self._lowered = program, lowered
         self._sizes = {part.key: part.size_bytes for part in parts}
         self._end = 0  # of the segments so far
@@ -129,7 +129,7 @@ class _Assembly:
         from executorch.exir.schema import SubsegmentOffsets
 
         offsets, end = [], 0
-        keys = ("token_embedding", "token_embedding" + storage.SCALE)
+        keys = ("token_embedding", "token_embedding" + tensor_types.SCALE)
         table = dict(zip(self._lowered.table, keys, strict=False))
         for index, buffer in enumerate(self._program.constant_buffer):
             end = _aligned(end, _TENSOR_ALIGNMENT)
@@ -137,8 +137,8 @@ class _Assembly:
             if index in table:
                 self._places[table[index]] = end
             else:
-                self._pieces.append((end, buffer.storage))
-            end += len(buffer.storage)
+                self._pieces.append((end, buffer.tensor_type))
+            end += len(buffer.tensor_type)
         index = self._segment(end)
         self._program.constant_segment = SubsegmentOffsets(segment_index=index, offsets=offsets)
         self._program.constant_buffer = []

@@ -1,6 +1,6 @@
 """Which weights a ``.pte`` file holds, and how, as back-ends and ExecuTorch will read them.
 
-Weights are named data of the program. Their shapes and storages are what the delegates say about
+Weights are named data of the program. Their shapes and tensor types are what the delegates say about
 them; those of the embedding, which no delegate need have, what the program says.
 """
 
@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from edgekit.errors import BundleError
-from edgekit.formats.executorch import program, storage
+from edgekit.formats.executorch import program, tensor_types
 from edgekit.formats.executorch.flatbuffer import Table, refuse
 
 
-Held = tuple[str, tuple[tuple[int, ...], str]]  # a role, the shape and the storage of its weight
+Held = tuple[
+    str, tuple[tuple[int, ...], str]
+]  # a role, the shape and the tensor type of its weight
 Entry = tuple[str, tuple[int, ...], str]
 
 CONSTANT = "constant."  # what the keys of named data that is no weight begin with
@@ -27,7 +29,7 @@ _PAIRS, _BFLOAT16, _FLOAT = 0, 15, 6  # a byte of two codes; their scales
 def named_weights(
     path: Path, head: program.Program, delegated: Callable[[bytes], Iterable[Held]]
 ) -> list[Entry]:
-    """Return role, shape and storage of every weight of a program that holds them by name.
+    """Return role, shape and tensor type of every weight of a program that holds them by name.
 
     Args:
         path: The program.
@@ -41,13 +43,13 @@ def named_weights(
     found = dict(_read(path, head, delegated))
     sizes = {key: head.segments[index][1] for key, index in head.named_data}
     for name, (shape, stored) in found.items():
-        if stored not in storage.STORAGES or len(shape) not in {1, 2}:
+        if stored not in tensor_types.TENSOR_TYPES or len(shape) not in {1, 2}:
             raise BundleError(f"{path}: {name} is stored in a way that edgekit never writes")
-        for part in storage.parts(name, shape, stored):
+        for part in tensor_types.parts(name, shape, stored):
             if sizes.get(part.key) != part.size_bytes:
                 raise BundleError(
                     f"{path}: {part.key} takes {sizes.get(part.key)} bytes, "
-                    f"its shape and storage ask for {part.size_bytes}"
+                    f"its shape and tensor type ask for {part.size_bytes}"
                 )
     return [(name, shape, stored) for name, (shape, stored) in found.items()]
 
@@ -68,7 +70,7 @@ def _read(
 
 
 def _embedding(plan: Table) -> tuple[tuple[int, ...], str] | None:
-    """Return the shape and storage of the program's largest constant: the embedding."""
+    """Return the shape and tensor type of the program's largest constant: the embedding."""
     found: dict[int, tuple[tuple[int, ...], str]] = {}
     scales: list[tuple[tuple[int, ...], int]] = []
     for shape, kind in _constants(plan):
@@ -94,7 +96,7 @@ def _constants(plan: Table) -> Iterator[tuple[tuple[int, ...], int]]:
 def _paired(
     rows: int, pairs: int, scales: Iterable[tuple[tuple[int, ...], int]]
 ) -> tuple[tuple[int, ...], str]:
-    """Return the shape and storage of an embedding of four bits, which its scales tell."""
+    """Return the shape and tensor type of an embedding of four bits, which its scales tell."""
     for shape, kind in scales:
         if kind == _BFLOAT16 and shape[0] == rows and shape[1]:
             return (rows, 2 * pairs), f"INT4_G{2 * pairs // shape[1]}"

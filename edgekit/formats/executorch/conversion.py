@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest, Layout, Progress
-from edgekit.formats.executorch import backends, handover
+from edgekit.formats.executorch import app_kit, backends
 from edgekit.formats.executorch.backends import Backend
 from edgekit.formats.executorch.planned import Job, Weight
 from edgekit.model.spec import DecoderSpec
@@ -36,7 +36,7 @@ def weights(spec: DecoderSpec, recipe: Recipe, backend: Backend) -> tuple[Weight
         )
     found = []
     for role, shape in spec.weights():
-        wanted = backend.writing.meant_by(recipe.storage_for(role, spec), recipe=recipe.name)
+        wanted = backend.writing.meant_by(recipe.tensor_type_for(role, spec), recipe=recipe.name)
         stored = backend.writing.stored_as(wanted, shape, recipe=recipe.name)
         found.append(Weight.of(role, shape, wanted=wanted, stored=stored))
     return tuple(found)
@@ -63,7 +63,7 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     variant = variant_of(spec, request)
     backend = backends.of(variant)
     planned = weights(spec, recipe, backend)
-    note = handover.note(checkpoint)
+    note = app_kit.note(checkpoint)
     return Layout(
         placements=planned,
         artifact_bytes=backend.writing.file_bytes(spec, planned, variant),
@@ -113,12 +113,12 @@ def convert(
 
 def metadata(checkpoint: "CheckpointProtocol", context_tokens: int, variant: str) -> dict[str, Any]:
     """Return what ExecuTorch's runners ask a program for."""
-    text, border = checkpoint.text, checkpoint.spec.border_tokens
+    text, border = checkpoint.text, checkpoint.spec.original_max_position_embeddings
     bos = text.special_tokens.get("bos_token", "")
     found: dict[str, Any] = {
         "get_max_seq_len": context_tokens,
         "get_max_context_len": context_tokens,
-        "get_vocab_size": checkpoint.spec.vocabulary,
+        "get_vocab_size": checkpoint.spec.vocab_size,
         "get_bos_id": added_tokens(text.tokenizer_json).get(bos, -1),
         "get_eos_ids": list(text.declared_stop_ids),
         "use_kv_cache": True,

@@ -1,17 +1,17 @@
-"""Tables of words, each kind of storage as a module of torch."""
+"""Tables of words, each kind of tensor type as a module of torch."""
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 from torch.nn import functional  # noqa: TID253
 
-from edgekit.formats.executorch.storage import STORAGES, VULKAN_FOUR_BITS
+from edgekit.formats.executorch.tensor_types import TENSOR_TYPES, VULKAN_FOUR_BITS
 from edgekit.model.spec import DecoderSpec
 
 
 def empty(spec: DecoderSpec, stored: str) -> nn.Module:
     """Return what makes rows of tokens, with a table that has no content yet."""
-    shape = (spec.vocabulary, spec.hidden_width)
+    shape = (spec.vocab_size, spec.hidden_size)
     rows, columns = shape
     if stored in {"F32", "F16"}:
         dtype = torch.float32 if stored == "F32" else torch.float16
@@ -21,7 +21,7 @@ def empty(spec: DecoderSpec, stored: str) -> nn.Module:
     if stored == "INT8":
         table = torch.zeros(shape, dtype=torch.int8)
         return Int8Embedding(table, torch.ones(rows))
-    groups = columns // STORAGES[stored].block_weights
+    groups = columns // TENSOR_TYPES[stored].block_weights
     if stored in VULKAN_FOUR_BITS:
         return AcrossInt4Embedding(
             torch.zeros(rows, columns // 2, dtype=torch.uint8), torch.ones(groups, rows)

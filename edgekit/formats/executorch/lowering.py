@@ -126,7 +126,7 @@ def table_constants(program: Any, spec: DecoderSpec) -> tuple[int, ...]:
     found = {
         tensor.data_buffer_idx: _size_bytes(tensor)
         for tensor in _tensors(program)
-        if tensor.data_buffer_idx > 0 and spec.vocabulary in tensor.sizes
+        if tensor.data_buffer_idx > 0 and spec.vocab_size in tensor.sizes
     }
     return tuple(sorted(found, key=lambda index: -found[index]))
 

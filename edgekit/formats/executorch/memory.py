@@ -32,7 +32,7 @@ def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
         compute_bytes=planned_bytes(spec, context_tokens=context_tokens) + max(*sizes, running),
         runtime_bytes=RUNTIME_BYTES
         + LAYER_BYTES * len(spec.layers)
-        + VOCABULARY_ENTRY_BYTES * spec.vocabulary,
+        + VOCABULARY_ENTRY_BYTES * spec.vocab_size,
     )
 
 
@@ -45,8 +45,8 @@ def cache_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
 def planned_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     """Return what is set aside between delegates: their inputs and outputs, for a whole context."""
     a = spec.attention
-    widths = 2 * spec.hidden_width + 2 * a.query_width + 4 * a.key_value_width
-    return 4 * (context_tokens * widths + spec.vocabulary)
+    widths = 2 * spec.hidden_size + 2 * a.query_width + 4 * a.key_value_width
+    return 4 * (context_tokens * widths + spec.vocab_size)
 
 
 def batch_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
@@ -55,5 +55,7 @@ def batch_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     Twice: as a text grows, scores move to a larger place.
     """
     batch = min(BATCH_TOKENS, context_tokens)
-    widths = spec.attention.heads * context_tokens + 3 * spec.mlp_width + 2 * spec.hidden_width
+    widths = (
+        spec.attention.heads * context_tokens + 3 * spec.intermediate_size + 2 * spec.hidden_size
+    )
     return 2 * 4 * batch * widths

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from edgekit.errors import UsageError
 from edgekit.formats import Progress
-from edgekit.formats.executorch import storage
+from edgekit.formats.executorch import tensor_types
 from edgekit.model.spec import Shape
 from edgekit.quant.planned import PlannedWeight, importance_of
 
@@ -28,20 +28,20 @@ class Weight(PlannedWeight):
     @classmethod
     def of(cls, role: str, shape: Shape, *, wanted: str, stored: str) -> Self:
         """Return a weight as it is stored."""
-        sizes = (part.size_bytes for part in storage.parts(role, shape, stored))
+        sizes = (part.size_bytes for part in tensor_types.parts(role, shape, stored))
         return cls(
             role=role,
             shape=shape,
             wanted=wanted,
-            storage=stored,
+            tensor_type=stored,
             size_bytes=sum(sizes),
-            is_coarse=stored in storage.COARSE,
+            is_coarse=stored in tensor_types.COARSE,
         )
 
     @property
-    def parts(self) -> tuple[storage.Part, ...]:
+    def parts(self) -> tuple[tensor_types.Part, ...]:
         """The bytes that hold it."""
-        return tuple(storage.parts(self.role, self.shape, self.storage))
+        return tuple(tensor_types.parts(self.role, self.shape, self.tensor_type))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +62,9 @@ class Job:
         return self.checkpoint.spec
 
     @property
-    def storages(self) -> dict[str, str]:
+    def tensor_types(self) -> dict[str, str]:
         """How each weight is stored, by role."""
-        return {weight.role: weight.storage for weight in self.weights}
+        return {weight.role: weight.tensor_type for weight in self.weights}
 
     def blocks(self, weight: Weight) -> "Iterator[tuple[int, Rows]]":
         """Yield a weight as `Checkpoint.blocks` does, and tell the progress."""
@@ -73,10 +73,10 @@ class Job:
             self.progress(rows.size)
 
     def encoded(self, weight: Weight) -> "Iterator[tuple[int, list[npt.NDArray[np.generic]]]]":
-        """Yield blocks as `storage.encode` has them, an array for each of the weight's parts."""
+        """Yield blocks as `tensor_types.encode` has them, an array for each of the weight's parts."""
         importance = importance_of(self.checkpoint.calibration, weight)
         for first, rows in self.blocks(weight):
             try:
-                yield first, storage.encode(rows, weight.storage, importance=importance)
+                yield first, tensor_types.encode(rows, weight.tensor_type, importance=importance)
             except UsageError as error:
                 raise UsageError(f"{weight.role}: {error}", hint=error.hint) from error

@@ -15,7 +15,7 @@ class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
         self.ropes = list(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
         for number, rope in enumerate(self.ropes):
             self._keep(f"frequencies_{number}", frequencies(rope, text_tokens=1))
-            border = rope.border_tokens
+            border = rope.original_max_position_embeddings
             if border is not None:
                 self._keep(f"long_frequencies_{number}", frequencies(rope, text_tokens=border + 1))
 
@@ -42,7 +42,7 @@ class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
 
     def _frequencies(self, number: int, rope: Rope, input_pos: Tensor) -> Tensor:
         usual = self.get_buffer(f"frequencies_{number}")
-        border = rope.border_tokens
+        border = rope.original_max_position_embeddings
         if border is None:
             return usual
         # All positions take the long factors once the last is past the border.

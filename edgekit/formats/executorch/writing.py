@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgekit import installed
 from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, Progress
-from edgekit.formats.executorch import backends, conversion, handover
+from edgekit.formats.executorch import app_kit, backends, conversion
 
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
     A program has those too, and edgekit's session reads a text again when it gets there; programs
     of others do not.
     """
-    border = checkpoint.spec.border_tokens
+    border = checkpoint.spec.original_max_position_embeddings
     if border is not None and border < checkpoint.spec.context_tokens:
         return ContextLimit(
             tokens=border,
@@ -57,5 +57,5 @@ def convert(
     context = request.context_tokens or context_limit(checkpoint).tokens
     request = replace(request, variant=variant, context_tokens=context)
     entry = conversion.convert(checkpoint, request, directory, progress=progress)
-    handover.write(checkpoint, directory, entry, context_tokens=context, variant=variant)
+    app_kit.write(checkpoint, directory, entry, context_tokens=context, variant=variant)
     return entry

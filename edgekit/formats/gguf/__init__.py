@@ -1,9 +1,9 @@
 """GGUF: what llama.cpp loads."""
 
-from edgekit.formats.gguf import storage
+from edgekit.formats.gguf import tensor_types
 
 
-STORAGES, RECIPES = storage.STORAGES, storage.RECIPES
+TENSOR_TYPES, RECIPES = tensor_types.TENSOR_TYPES, tensor_types.RECIPES
 ENDING = ".gguf"
 VARIANTS = ()
 RUNTIME = "llama.cpp"

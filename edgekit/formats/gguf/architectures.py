@@ -65,10 +65,10 @@ class Architecture:
         yield from self._refuse_rest(spec)
 
     def _refuse_norms(self, spec: DecoderSpec) -> Iterator[str]:
-        if spec.norm.kind != self.norm or spec.norm.adds_one != self.norm_adds_one:
-            yield f"normalisation {_norm_name(spec.norm)}"
+        if spec.norm.kind != self.norm or spec.norm.unit_offset != self.norm_adds_one:
+            yield f"normalization {_norm_name(spec.norm)}"
         if spec.norm.kind == "layer" and not spec.norm.has_bias:
-            yield "layer normalisation without bias"
+            yield "layer normalization without bias"
         if spec.has_post_norms != self.has_post_norms:
             yield "norms after attention and MLP" if spec.has_post_norms else "no post norms"
 
@@ -89,24 +89,24 @@ class Architecture:
 
     def _refuse_attention(self, spec: DecoderSpec) -> Iterator[str]:
         a = spec.attention
-        if not self.head_width_is_free and a.query_width != spec.hidden_width:
-            yield f"{a.heads} heads of width {a.head_width} in {spec.hidden_width} columns"
+        if not self.head_width_is_free and a.query_width != spec.hidden_size:
+            yield f"{a.heads} heads of width {a.head_dim} in {spec.hidden_size} columns"
         if self.needs_qkv_bias and not a.has_qkv_bias:
             yield "no bias on queries, keys and values"
         if a.has_output_bias and not self.has_output_bias:
             yield "a bias after attention"
-        if not math.isclose(a.score_scale, self._score_scale(spec), rel_tol=1e-6):
-            yield f"a score scale of {a.score_scale:g}"
-        if (a.score_cap is not None) != self.caps_scores:
-            yield "a cap on the scores" if a.score_cap else "no cap on the scores"
+        if not math.isclose(a.softmax_scale, self._score_scale(spec), rel_tol=1e-6):
+            yield f"a score scale of {a.softmax_scale:g}"
+        if (a.attn_logit_softcap is not None) != self.caps_scores:
+            yield "a cap on the scores" if a.attn_logit_softcap else "no cap on the scores"
         windows = {layer.window_tokens for layer in spec.layers} - {None}
         if len(windows) > 1:
             yield "windows of several lengths"
 
     def _score_scale(self, spec: DecoderSpec) -> float:
         if len(spec.layers) == self.scales_scores_by_hidden_at:
-            return float((spec.hidden_width // spec.attention.heads) ** -0.5)
-        return float(spec.attention.head_width**-0.5)
+            return float((spec.hidden_size // spec.attention.heads) ** -0.5)
+        return float(spec.attention.head_dim**-0.5)
 
     def _refuse_ropes(self, spec: DecoderSpec) -> Iterator[str]:
         for index, layer in enumerate(spec.layers):
@@ -120,8 +120,8 @@ class Architecture:
         if self.has_windows and not self._scales_windows_alike(spec):
             yield "other rope scaling in the layers with a window"
         for rope in ropes:
-            if rope.width != spec.attention.head_width and not self.has_partial_rope:
-                yield f"rope on {rope.width} of {spec.attention.head_width} channels"
+            if rope.width != spec.attention.head_dim and not self.has_partial_rope:
+                yield f"rope on {rope.width} of {spec.attention.head_dim} channels"
             if rope.scaling is not None and not isinstance(rope.scaling, self.scalings):
                 yield f"rope with {_scaling_name(rope.scaling)} scaling"
 
@@ -138,7 +138,7 @@ class Architecture:
         return len(scalings) <= 1 if self.local_rope_scaling == "shared" else local <= {None}
 
     def _refuse_rest(self, spec: DecoderSpec) -> Iterator[str]:
-        scale = math.sqrt(spec.hidden_width) if self.scales_embedding else 1.0
+        scale = math.sqrt(spec.hidden_size) if self.scales_embedding else 1.0
         if not math.isclose(spec.embedding_scale, scale, rel_tol=1e-6):
             yield f"an embedding scale of {spec.embedding_scale:g}"
         if spec.activation != self.activation:
@@ -147,9 +147,9 @@ class Architecture:
             yield "biases in the MLP"
         if spec.residual == "parallel" and not self.can_be_parallel:
             yield "parallel residuals"
-        if spec.logit_cap is not None and self.caps_logits == "never":
+        if spec.final_logit_softcap is not None and self.caps_logits == "never":
             yield "a cap on the logits"
-        if spec.logit_cap is None and self.caps_logits == "always":
+        if spec.final_logit_softcap is None and self.caps_logits == "always":
             yield "no cap on the logits"
         if self.ties == "always" and not spec.is_tied:
             yield "an output head of its own"
@@ -282,7 +282,7 @@ def _longrope_limit(scaling: LongRopeScaling, limit: ContextLimit) -> ContextLim
 
 
 def _norm_name(norm: Norm) -> str:
-    return f"{norm.kind}{' with 1 added' if norm.adds_one else ''}"
+    return f"{norm.kind}{' with 1 added' if norm.unit_offset else ''}"
 
 
 def _scaling_name(scaling: RopeScaling) -> str:

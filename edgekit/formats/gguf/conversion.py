@@ -20,7 +20,7 @@ from edgekit.formats.gguf import (
     pretokenizers,
     provenance,
     split,
-    storage,
+    tensor_types,
     vocabulary,
 )
 from edgekit.formats.gguf.architectures import Architecture
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from edgekit.model.tokenizer_files import TokenizerFiles
 
     Rows = npt.NDArray[np.float32]
-    Block = tuple[str, Rows, str]  # tensor, some of its rows, storage
+    Block = tuple[str, Rows, str]  # tensor, some of its rows, tensor type
 
 
 STEM = "model"
@@ -100,7 +100,7 @@ def likely_pre(text: "TokenizerFiles") -> str:
 def _entries(checkpoint: "CheckpointProtocol", found: Sequence[Part]) -> list[TensorEntry]:
     ropes = hyperparameters.rope_tensors(checkpoint.spec)
     factors = [
-        TensorEntry(name=name, shape=(len(values),), storage="F32")
+        TensorEntry(name=name, shape=(len(values),), tensor_type="F32")
         for name, values in ropes.items()
     ]
     return [*factors, *(part.entry for part in found)]
@@ -120,13 +120,13 @@ def metadata(
         "general.type": ("string", "model"),
         "general.name": ("string", vocabulary.model_name(checkpoint.text, checkpoint.name)),
         "general.size_label": ("string", size_label(checkpoint.parameters)),
-        "general.file_type": ("uint32", storage.FILE_TYPES[recipe.name]),
-        "general.quantization_version": ("uint32", storage.QUANTIZATION_VERSION),
+        "general.file_type": ("uint32", tensor_types.FILE_TYPES[recipe.name]),
+        "general.quantization_version": ("uint32", tensor_types.QUANTIZATION_VERSION),
     }
     keys |= provenance.write(checkpoint)
     keys |= importance.keys(checkpoint.calibration, found)
     keys |= hyperparameters.write(checkpoint.spec, architecture)
-    keys |= _vocabulary(checkpoint.text, checkpoint.spec.vocabulary, pre)
+    keys |= _vocabulary(checkpoint.text, checkpoint.spec.vocab_size, pre)
     return keys
 
 
@@ -163,11 +163,13 @@ def convert(
     with FilesWriter(directory, planned.files) as writer:
         _write_ropes(writer, checkpoint.spec)
         blocks = (
-            (part.name, block, part.storage)
+            (part.name, block, part.tensor_type)
             for part in planned.parts
             for block in _blocks(checkpoint, part, planned.architecture)
         )
-        for name, encoded in storage.quantise_each(counted(blocks, progress), importance=weights):
+        for name, encoded in tensor_types.quantize_each(
+            counted(blocks, progress), importance=weights
+        ):
             writer.write(name, encoded)
     return planned.files[0].name
 
@@ -190,7 +192,7 @@ def _blocks(
     checkpoint: "CheckpointProtocol", part: Part, architecture: Architecture
 ) -> Iterator["Rows"]:
     """Yield the rows of a part as llama.cpp wants them, some million weights at a time."""
-    width = checkpoint.spec.attention.head_width
+    width = checkpoint.spec.attention.head_dim
     for role in part.roles:
         turns = re.fullmatch("(query|key)(_bias)?", split_role(role)[1])
         if turns and architecture.rope_pairs == "neighbours":
@@ -200,24 +202,24 @@ def _blocks(
             yield from (rows for _, rows in checkpoint.blocks(role))
 
 
-def interleave_halves(rows: "Rows", head_width: int) -> "Rows":
+def interleave_halves(rows: "Rows", head_dim: int) -> "Rows":
     """Reorder the rows of each head so that ggml rotates neighbours where others rotate halves.
 
     Args:
-        rows: float32, shape ``(heads * head_width, …)``: in each head first the real halves of
+        rows: float32, shape ``(heads * head_dim, …)``: in each head first the real halves of
             all pairs, then the imaginary ones.
-        head_width: Rows of one head.
+        head_dim: Rows of one head.
 
     Returns:
         The same shape, each pair side by side.
     """
-    heads = rows.shape[0] // head_width
-    pairs = rows.reshape(heads, 2, head_width // 2, *rows.shape[1:])
+    heads = rows.shape[0] // head_dim
+    pairs = rows.reshape(heads, 2, head_dim // 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def separate_halves(rows: "Rows", head_width: int) -> "Rows":
+def separate_halves(rows: "Rows", head_dim: int) -> "Rows":
     """Undo `interleave_halves`."""
-    heads = rows.shape[0] // head_width
-    pairs = rows.reshape(heads, head_width // 2, 2, *rows.shape[1:])
+    heads = rows.shape[0] // head_dim
+    pairs = rows.reshape(heads, head_dim // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -34,15 +34,15 @@ def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
     a, rope = spec.attention, first_rope(spec)
     epsilon = "layer_norm_epsilon" if spec.norm.kind == "layer" else "layer_norm_rms_epsilon"
     keys: dict[str, Value] = {
-        "vocab_size": ("uint32", spec.vocabulary),
+        "vocab_size": ("uint32", spec.vocab_size),
         "context_length": ("uint32", architectures.context_limit(spec).tokens),
-        "embedding_length": ("uint32", spec.hidden_width),
+        "embedding_length": ("uint32", spec.hidden_size),
         "block_count": ("uint32", len(spec.layers)),
-        "feed_forward_length": ("uint32", spec.mlp_width),
+        "feed_forward_length": ("uint32", spec.intermediate_size),
         "attention.head_count": ("uint32", a.heads),
-        "attention.head_count_kv": ("uint32", a.key_value_heads),
-        "attention.key_length": ("uint32", a.head_width),
-        "attention.value_length": ("uint32", a.head_width),
+        "attention.head_count_kv": ("uint32", a.num_kv_heads),
+        "attention.key_length": ("uint32", a.head_dim),
+        "attention.value_length": ("uint32", a.head_dim),
         f"attention.{epsilon}": ("float32", spec.norm.epsilon),
         "rope.dimension_count": ("uint32", rope.width),
         "rope.freq_base": ("float32", rope.theta),
@@ -50,10 +50,10 @@ def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
     keys |= _scaling_keys(rope.scaling)
     if architecture.has_windows:
         keys |= _window_keys(spec)
-    if a.score_cap is not None:
-        keys["attn_logit_softcapping"] = ("float32", a.score_cap)
-    if spec.logit_cap is not None:
-        keys["final_logit_softcapping"] = ("float32", spec.logit_cap)
+    if a.attn_logit_softcap is not None:
+        keys["attn_logit_softcapping"] = ("float32", a.attn_logit_softcap)
+    if spec.final_logit_softcap is not None:
+        keys["final_logit_softcapping"] = ("float32", spec.final_logit_softcap)
     if architecture.can_be_parallel:
         keys["use_parallel_residual"] = ("bool", spec.residual == "parallel")
     return {f"{architecture.name}.{key}": value for key, value in keys.items()}
@@ -124,7 +124,7 @@ class Facts:
 
     metadata: Mapping[str, Any]
     tensors: Collection[str]
-    vocabulary: int
+    vocab_size: int
     rope_factors: Mapping[str, Sequence[float]]  # the small tensors named by `rope_tensors`
 
     @property
@@ -177,23 +177,23 @@ def read(facts: Facts) -> DecoderSpec:
     """
     architecture = facts.architecture
     heads, hidden = facts.count("attention.head_count"), facts.count("embedding_length")
-    head_width = facts.count("attention.key_length", hidden // heads)
+    head_dim = facts.count("attention.key_length", hidden // heads)
     is_layer_norm = architecture.norm == "layer"
     epsilon = facts.number(
         f"attention.{'layer_norm_epsilon' if is_layer_norm else 'layer_norm_rms_epsilon'}"
     )
     return DecoderSpec(
-        vocabulary=facts.vocabulary,
-        hidden_width=hidden,
-        mlp_width=facts.count("feed_forward_length"),
+        vocab_size=facts.vocab_size,
+        hidden_size=hidden,
+        intermediate_size=facts.count("feed_forward_length"),
         context_tokens=facts.count("context_length"),
-        layers=_read_layers(facts, head_width),
-        attention=_read_attention(facts, head_width=head_width, epsilon=epsilon),
+        layers=_read_layers(facts, head_dim),
+        attention=_read_attention(facts, head_dim=head_dim, epsilon=epsilon),
         norm=Norm(
             kind=architecture.norm,
             epsilon=epsilon,
             has_bias=is_layer_norm,
-            adds_one=architecture.norm_adds_one,
+            unit_offset=architecture.norm_adds_one,
         ),
         activation=architecture.activation,
         residual="parallel"
@@ -202,7 +202,7 @@ def read(facts: Facts) -> DecoderSpec:
         has_post_norms=architecture.has_post_norms,
         has_mlp_bias=facts.has_tensor("ffn_down.bias"),
         embedding_scale=math.sqrt(hidden) if architecture.scales_embedding else 1.0,
-        logit_cap=facts.number(
+        final_logit_softcap=facts.number(
             "final_logit_softcapping", 30.0 if architecture.caps_logits == "always" else 0.0
         )
         or None,
@@ -210,7 +210,7 @@ def read(facts: Facts) -> DecoderSpec:
     )
 
 
-def _read_attention(facts: Facts, *, head_width: int, epsilon: float) -> Attention:
+def _read_attention(facts: Facts, *, head_dim: int, epsilon: float) -> Attention:
     architecture, heads = facts.architecture, facts.count("attention.head_count")
     has_norms = facts.has_tensor("attn_q_norm.weight")
     is_layer_norm = architecture.norm == "layer"
@@ -218,16 +218,16 @@ def _read_attention(facts: Facts, *, head_width: int, epsilon: float) -> Attenti
     scale_width = (
         facts.count("embedding_length") // heads
         if facts.count("block_count") == architecture.scales_scores_by_hidden_at
-        else head_width
+        else head_dim
     )
     return Attention(
         heads=heads,
-        key_value_heads=facts.count("attention.head_count_kv", heads),
-        head_width=head_width,
-        score_scale=scale_width**-0.5,
-        score_cap=cap,
+        num_kv_heads=facts.count("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        softmax_scale=scale_width**-0.5,
+        attn_logit_softcap=cap,
         query_key_norm=Norm(
-            kind=architecture.norm, epsilon=epsilon, adds_one=architecture.norm_adds_one
+            kind=architecture.norm, epsilon=epsilon, unit_offset=architecture.norm_adds_one
         )
         if has_norms
         else None,
@@ -237,12 +237,12 @@ def _read_attention(facts: Facts, *, head_width: int, epsilon: float) -> Attenti
     )
 
 
-def _read_layers(facts: Facts, head_width: int) -> tuple[Layer, ...]:
+def _read_layers(facts: Facts, head_dim: int) -> tuple[Layer, ...]:
     # Every layer has tensors of its own.
     architecture = facts.architecture
     depth = facts.count("block_count", most=len(facts.tensors))
     rope = Rope(
-        width=facts.count("rope.dimension_count", head_width),
+        width=facts.count("rope.dimension_count", head_dim),
         theta=float(facts.number("rope.freq_base", 10_000.0)),
         scaling=None,
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
 
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.model.spec import Shape
-from edgekit.quant.recipe import Storage
+from edgekit.quant.recipe import TensorType
 
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ _CODES = {  # of the struct module
 }  # fmt: skip
 
 # Number in the file, weights per block, bytes per block: enum ggml_type in ggml.h and the structs
-# in ggml-common.h. The numbers between were given to storages that are gone.
-_STORAGES = {
+# in ggml-common.h. The numbers between were given to tensor types that are gone.
+_TENSOR_TYPES = {
     "F32": (0, 1, 4), "F16": (1, 1, 2), "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20),
     "Q5_0": (6, 32, 22), "Q5_1": (7, 32, 24), "Q8_0": (8, 32, 34), "Q8_1": (9, 32, 36),
     "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176),
@@ -61,12 +61,14 @@ _STORAGES = {
     "TQ1_0": (34, 256, 54), "TQ2_0": (35, 256, 66), "MXFP4": (39, 32, 17), "NVFP4": (40, 64, 36),
     "Q1_0": (41, 128, 18), "Q2_0": (42, 64, 18),
 }  # fmt: skip
-ALL_STORAGES: Mapping[str, Storage] = {
-    name: Storage(name=name, block_weights=weights, block_bytes=size)
-    for name, (_, weights, size) in _STORAGES.items()
+ALL_TENSOR_TYPES: Mapping[str, TensorType] = {
+    name: TensorType(name=name, block_weights=weights, block_bytes=size)
+    for name, (_, weights, size) in _TENSOR_TYPES.items()
 }
-STORAGE_NUMBERS: Mapping[str, int] = {name: number for name, (number, _, _) in _STORAGES.items()}
-_STORAGE_WORDS = {number: name for name, number in STORAGE_NUMBERS.items()}
+TENSOR_TYPE_NUMBERS: Mapping[str, int] = {
+    name: number for name, (number, _, _) in _TENSOR_TYPES.items()
+}
+_STORAGE_WORDS = {number: name for name, number in TENSOR_TYPE_NUMBERS.items()}
 
 
 # What a header says
@@ -82,21 +84,21 @@ class TensorEntry:
 
     name: str
     shape: Shape  # slowest axis first
-    storage: str
+    tensor_type: str
 
     def __post_init__(self) -> None:
-        storage = ALL_STORAGES[self.storage]
+        tensor_type = ALL_TENSOR_TYPES[self.tensor_type]
         if not 0 < len(self.name.encode()) <= MAX_NAME_BYTES:
             raise ValueError(f"a tensor's name has 1 to {MAX_NAME_BYTES} bytes, not {self.name!r}")
         if not 0 < len(self.shape) <= MAX_DIMENSIONS or min(self.shape) < 1:
             raise ValueError(f"{self.name} cannot have the shape {list(self.shape)}")
-        if self.shape[-1] % storage.block_weights:
-            raise ValueError(f"{self.name}: {self.shape[-1]} columns do not fill {storage}")
+        if self.shape[-1] % tensor_type.block_weights:
+            raise ValueError(f"{self.name}: {self.shape[-1]} columns do not fill {tensor_type}")
 
     @property
     def size_bytes(self) -> int:
         """What its numbers take, without padding."""
-        return _size_bytes(self.shape, ALL_STORAGES[self.storage])
+        return _size_bytes(self.shape, ALL_TENSOR_TYPES[self.tensor_type])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ class TensorInfo:
 
     name: str
     shape: Shape  # slowest axis first
-    storage: str
+    tensor_type: str
     offset: int  # from the start of the file
     size_bytes: int
 
@@ -120,8 +122,8 @@ class GgufFile:
     tensors: tuple[TensorInfo, ...]
 
 
-def _size_bytes(shape: Shape, storage: Storage) -> int:
-    return math.prod(shape) // storage.block_weights * storage.block_bytes
+def _size_bytes(shape: Shape, tensor_type: TensorType) -> int:
+    return math.prod(shape) // tensor_type.block_weights * tensor_type.block_bytes
 
 
 def padded(size_bytes: int, alignment: int = ALIGNMENT_BYTES) -> int:
@@ -175,7 +177,7 @@ def _value_bytes(value: Value) -> int:
 def _encode_entry(tensor: TensorEntry, offset: int) -> bytes:
     dimensions = len(tensor.shape)
     shape = struct.pack(f"<I{dimensions}Q", dimensions, *reversed(tensor.shape))
-    place = struct.pack("<IQ", STORAGE_NUMBERS[tensor.storage], offset)
+    place = struct.pack("<IQ", TENSOR_TYPE_NUMBERS[tensor.tensor_type], offset)
     return _encode_string(tensor.name) + shape + place
 
 
@@ -311,7 +313,7 @@ _LONG_STRING_BYTES = 256  # from here on the cost is weighed before the text is 
 _KEY_BYTES = 256  # a dict entry with its objects, rounded up
 _TENSOR_BYTES = 640  # a TensorInfo with its objects, rounded up
 _MIN_KEY_BYTES = 8 + 1 + 4 + 1  # length, one letter, type, the smallest value
-_MIN_ENTRY_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # length, one letter, dimensions, one, storage, offset
+_MIN_ENTRY_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # length, one letter, dimensions, one, tensor type, offset
 
 
 def read(path: Path) -> GgufFile:
@@ -335,7 +337,7 @@ def read_tensor(
     """Return some rows of a tensor, or all, as float32; a row is all that shares a first index.
 
     Raises:
-        UsageError: If the storage has no decoder, or the file became shorter.
+        UsageError: If the tensor type has no decoder, or the file became shorter.
     """
     rows = info.shape[0] - first_row if rows is None else rows
     if not 0 <= first_row < first_row + rows <= info.shape[0]:
@@ -351,21 +353,21 @@ def _decode(
 ) -> "npt.NDArray[np.float32]":
     import numpy as np
 
-    size_bytes = _size_bytes(shape, ALL_STORAGES[info.storage])
+    size_bytes = _size_bytes(shape, ALL_TENSOR_TYPES[info.tensor_type])
     encoded = np.fromfile(file.path, dtype=np.uint8, count=size_bytes, offset=offset)
     if encoded.size != size_bytes:
         raise UsageError(f"{file.path}: {info.name} ends early, at byte {offset + encoded.size}")
     try:
-        return _dequantise(encoded, info.storage, shape)
+        return _dequantize(encoded, info.tensor_type, shape)
     except (KeyError, NotImplementedError) as error:
         raise UsageError(
-            f"{file.path}: {info.name} is stored as {info.storage}, which edgekit cannot decode",
+            f"{file.path}: {info.name} is stored as {info.tensor_type}, which edgekit cannot decode",
             hint="take the checkpoint, or a file stored as F16, BF16 or Q8_0",
         ) from error
 
 
-def _dequantise(
-    encoded: "npt.NDArray[np.uint8]", storage: str, shape: Shape
+def _dequantize(
+    encoded: "npt.NDArray[np.uint8]", tensor_type: str, shape: Shape
 ) -> "npt.NDArray[np.float32]":
     import numpy as np
 
@@ -376,9 +378,11 @@ def _dequantise(
             "reading a tensor of a GGUF file needs the package gguf",
             hint="pip install 'edgekit[gguf]'",
         ) from error
-    row_bytes = _size_bytes(shape[-1:], ALL_STORAGES[storage])
+    row_bytes = _size_bytes(shape[-1:], ALL_TENSOR_TYPES[tensor_type])
     with np.errstate(over="ignore", invalid="ignore"):  # a damaged scale is the caller's to see
-        values = quants.dequantize(encoded.reshape(-1, row_bytes), GGMLQuantizationType[storage])
+        values = quants.dequantize(
+            encoded.reshape(-1, row_bytes), GGMLQuantizationType[tensor_type]
+        )
     return np.asarray(values, dtype=np.float32).reshape(shape)
 
 
@@ -526,7 +530,7 @@ class _Entry:
 
     name: str
     shape: Shape
-    storage: str
+    tensor_type: str
     offset: int  # from the first tensor
     offset_position: int
 
@@ -538,10 +542,12 @@ def _read_entry(cursor: _Cursor, index: int) -> _Entry:
     if not 0 < len(name.encode()) <= MAX_NAME_BYTES:
         raise cursor.refuse(f"the name of tensor {index}", "is empty or too long", at=start)
     shape = _read_shape(cursor, name)
-    storage = _read_storage(cursor, name, shape)
+    tensor_type = _read_tensor_type(cursor, name, shape)
     position = cursor.position
     offset = cursor.number("uint64", f"the offset of {name!r}")
-    return _Entry(name=name, shape=shape, storage=storage, offset=offset, offset_position=position)
+    return _Entry(
+        name=name, shape=shape, tensor_type=tensor_type, offset=offset, offset_position=position
+    )
 
 
 def _read_shape(cursor: _Cursor, name: str) -> Shape:
@@ -559,14 +565,14 @@ def _read_shape(cursor: _Cursor, name: str) -> Shape:
     return shape
 
 
-def _read_storage(cursor: _Cursor, name: str, shape: Shape) -> str:
-    field = f"the storage of {name!r}"
+def _read_tensor_type(cursor: _Cursor, name: str, shape: Shape) -> str:
+    field = f"the tensor type of {name!r}"
     start = cursor.position
     number = cursor.number("uint32", field)
     if number not in _STORAGE_WORDS:
         raise cursor.refuse(field, f"is {number}, which edgekit does not know", at=start)
     word = _STORAGE_WORDS[number]
-    block = ALL_STORAGES[word].block_weights
+    block = ALL_TENSOR_TYPES[word].block_weights
     if shape[-1] % block:
         problem = f"is {word}, whose blocks of {block} do not fill {shape[-1]} columns"
         raise cursor.refuse(field, problem, at=start)
@@ -583,7 +589,7 @@ def _place(cursor: _Cursor, entries: Sequence[_Entry], alignment: int) -> tuple[
         if entry.name in names:
             raise cursor.refuse(f"the tensor {entry.name!r}", "is there twice")
         names.add(entry.name)
-        size_bytes = _size_bytes(entry.shape, ALL_STORAGES[entry.storage])
+        size_bytes = _size_bytes(entry.shape, ALL_TENSOR_TYPES[entry.tensor_type])
         start, end = header_bytes + expected, header_bytes + expected + size_bytes
         if end > cursor.size_bytes:
             problem = f"ends at byte {end}, the file at {cursor.size_bytes}"
@@ -599,7 +605,7 @@ def _info(entry: _Entry, offset: int, size_bytes: int) -> TensorInfo:
     return TensorInfo(
         name=entry.name,
         shape=entry.shape,
-        storage=entry.storage,
+        tensor_type=entry.tensor_type,
         offset=offset,
         size_bytes=size_bytes,
     )

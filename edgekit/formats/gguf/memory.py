@@ -20,7 +20,7 @@ def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
         weights_bytes=sum(placement.size_bytes for placement in layout.placements),
         cache_bytes=cache_bytes(spec, context_tokens=context_tokens),
         compute_bytes=compute_bytes(spec, context_tokens=context_tokens),
-        runtime_bytes=RUNTIME_BYTES + VOCABULARY_ENTRY_BYTES * spec.vocabulary,
+        runtime_bytes=RUNTIME_BYTES + VOCABULARY_ENTRY_BYTES * spec.vocab_size,
     )
 
 
@@ -49,6 +49,6 @@ def _padded(tokens: int) -> int:
 def compute_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     """Return the size of the buffer for one batch: activations, mask, and one row of logits."""
     batch = min(BATCH_TOKENS, context_tokens)
-    widest = max(2 * spec.mlp_width + spec.hidden_width, 4 * spec.hidden_width)
+    widest = max(2 * spec.intermediate_size + spec.hidden_size, 4 * spec.hidden_size)
     mask = _padded(context_tokens) * (4 + 2)  # float32, and its float16 copy for flash attention
-    return batch * (4 * (widest + spec.hidden_width) + mask) + 4 * spec.vocabulary
+    return batch * (4 * (widest + spec.hidden_size) + mask) + 4 * spec.vocab_size

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from edgekit.formats.gguf import storage
+from edgekit.formats.gguf import tensor_types
 from edgekit.formats.gguf.architectures import Architecture
 from edgekit.formats.gguf.layout import TensorEntry
 from edgekit.model.spec import DecoderSpec, Shape
@@ -59,7 +59,7 @@ class Part(PlannedWeight):
     @property
     def entry(self) -> TensorEntry:
         """What the file's header says of it."""
-        return TensorEntry(name=self.name, shape=self.shape, storage=self.storage)
+        return TensorEntry(name=self.name, shape=self.shape, tensor_type=self.tensor_type)
 
 
 def of(spec: DecoderSpec, recipe: Recipe, architecture: Architecture) -> Iterator[Part]:
@@ -67,7 +67,7 @@ def of(spec: DecoderSpec, recipe: Recipe, architecture: Architecture) -> Iterato
     for roles, shape in _stacked(spec, architecture):
         yield _part(tensor_name(roles[-1]), roles, shape, recipe, spec)
     if architecture.ties == "never" and spec.is_tied:
-        shape = (spec.vocabulary, spec.hidden_width)
+        shape = (spec.vocab_size, spec.hidden_size)
         yield _part(tensor_name("output_head"), ("token_embedding",), shape, recipe, spec)
 
 
@@ -88,15 +88,15 @@ def _stacked(
 def _part(
     name: str, roles: tuple[str, ...], shape: Shape, recipe: Recipe, spec: DecoderSpec
 ) -> Part:
-    wanted = recipe.storage_for(roles[-1], spec)
-    stored = storage.stored_as(wanted, shape[-1])
+    wanted = recipe.tensor_type_for(roles[-1], spec)
+    stored = tensor_types.stored_as(wanted, shape[-1])
     return Part(
         name=name,
         role=roles[-1],
         roles=roles,
         shape=shape,
         wanted=wanted,
-        storage=stored,
-        size_bytes=TensorEntry(name=name, shape=shape, storage=stored).size_bytes,
-        is_coarse=stored in storage.WEIGHTED,
+        tensor_type=stored,
+        size_bytes=TensorEntry(name=name, shape=shape, tensor_type=stored).size_bytes,
+        is_coarse=stored in tensor_types.WEIGHTED,
     )

@@ -65,7 +65,7 @@ class PreTokenizer:
     patterns: tuple[str, ...]
     ignores_merges: bool = False  # a piece that is a token is taken whole, merges or not
     adds_bos: bool = False  # what llama.cpp does when the file does not say
-    composes: bool = False  # the models of this name normalise to NFC; llama.cpp never does
+    composes: bool = False  # the models of this name normalize to NFC; llama.cpp never does
 
 
 # By llama.cpp's name; the first name of each behaviour is the one edgekit writes.
@@ -186,7 +186,7 @@ def candidate_pre(tokenizer: TokenizerFiles) -> list[str]:
     """Return llama.cpp's names for a byte-level tokenizer's cuts, the likeliest first.
 
     They all stand for exactly these patterns; those that also agree on ignoring merges, then on
-    normalising, come first. The list is empty for cuts nobody named.
+    normalizing, come first. The list is empty for cuts nobody named.
     """
     return _candidates(Source.open(tokenizer))
 

@@ -38,4 +38,4 @@ def files(path: Path) -> list[Path]:
 
 def contents(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
     """Return name, shape and tensor type of everything in a file, and in the parts after it."""
-    return [(info.name, info.shape, info.storage) for info in split.read_tensors(path)]
+    return [(info.name, info.shape, info.tensor_type) for info in split.read_tensors(path)]

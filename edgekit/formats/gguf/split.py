@@ -124,7 +124,7 @@ def _groups(
 
 
 def _entry_bytes(tensor: TensorEntry) -> int:
-    """Return what a tensor takes in a header: lengths, name, shape, storage and offset."""
+    """Return what a tensor takes in a header: lengths, name, shape, tensor type and offset."""
     return 8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.shape) + 4 + 8
 
 

@@ -261,7 +261,7 @@ def _refuse_foreign_steps(source: Source) -> None:
         )
         if step.get("type") not in allowed or is_space:
             raise UsageError(
-                f"{source.path} normalises text with {step.get('type')}, which llama.cpp lacks",
+                f"{source.path} normalizes text with {step.get('type')}, which llama.cpp lacks",
                 hint="export to another format, which ships the tokenizer.json itself",
             )
 

@@ -3,7 +3,7 @@
 from edgekit.formats.mlc import packing, shards
 
 
-STORAGES, RECIPES = packing.STORAGES, packing.RECIPES
+TENSOR_TYPES, RECIPES = packing.TENSOR_TYPES, packing.RECIPES
 ENDING = shards.CACHE
 VARIANTS = ("chat", "raw-prompt")
 RUNTIME = "WebLLM"

@@ -60,7 +60,7 @@ def build(
         "model_config": model_config(
             checkpoint.architecture, spec, context_tokens=context_tokens, chunk_tokens=chunk_tokens
         ),
-        "vocab_size": spec.vocabulary,
+        "vocab_size": spec.vocab_size,
         "context_window_size": context_tokens,
         "sliding_window_size": -1,
         "prefill_chunk_size": chunk_tokens,
@@ -133,8 +133,8 @@ def _rope(spec: DecoderSpec) -> Rope:
 
 def _widths(spec: DecoderSpec) -> dict[str, Any]:
     return {
-        "hidden_size": spec.hidden_width,
-        "intermediate_size": spec.mlp_width,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
         "num_attention_heads": spec.attention.heads,
         "num_hidden_layers": len(spec.layers),
     }
@@ -144,14 +144,14 @@ def _llama(spec: DecoderSpec, sizes: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **_widths(spec),
         "rms_norm_eps": spec.norm.epsilon,
-        "vocab_size": spec.vocabulary,
+        "vocab_size": spec.vocab_size,
         "tie_word_embeddings": spec.is_tied,
         "position_embedding_base": _rope(spec).theta,
         "rope_scaling": _llama3_scaling(_rope(spec)),
         "context_window_size": sizes["context_window_size"],
         "prefill_chunk_size": sizes["prefill_chunk_size"],
-        "num_key_value_heads": spec.attention.key_value_heads,
-        "head_dim": spec.attention.head_width,
+        "num_key_value_heads": spec.attention.num_kv_heads,
+        "head_dim": spec.attention.head_dim,
         "tensor_parallel_shards": 1,
         "pipeline_parallel_stages": 1,
         "max_batch_size": 1,
@@ -176,10 +176,10 @@ def _mistral(spec: DecoderSpec, sizes: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **_widths(spec),
         "rms_norm_eps": spec.norm.epsilon,
-        "vocab_size": spec.vocabulary,
+        "vocab_size": spec.vocab_size,
         "position_embedding_base": _rope(spec).theta,
-        "num_key_value_heads": spec.attention.key_value_heads,
-        "head_dim": spec.attention.head_width,
+        "num_key_value_heads": spec.attention.num_kv_heads,
+        "head_dim": spec.attention.head_dim,
         "context_window_size": sizes["context_window_size"],
         "sliding_window_size": -1,
         "prefill_chunk_size": sizes["prefill_chunk_size"],
@@ -208,15 +208,15 @@ def _qwen3(spec: DecoderSpec, sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _qwen_rest(spec: DecoderSpec, sizes: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "num_key_value_heads": spec.attention.key_value_heads,
+        "num_key_value_heads": spec.attention.num_kv_heads,
         "rms_norm_eps": spec.norm.epsilon,
         "rope_theta": _rope(spec).theta,
-        "vocab_size": spec.vocabulary,
+        "vocab_size": spec.vocab_size,
         "tie_word_embeddings": spec.is_tied,
         "context_window_size": sizes["context_window_size"],
         "prefill_chunk_size": sizes["prefill_chunk_size"],
         "tensor_parallel_shards": 1,
-        "head_dim": spec.attention.head_width,
+        "head_dim": spec.attention.head_dim,
         "dtype": "float32",  # replaced by what the scheme computes in
         "max_batch_size": 1,
     }
@@ -227,24 +227,24 @@ def _phi3(spec: DecoderSpec, sizes: Mapping[str, Any]) -> dict[str, Any]:
     original = scaling["original_max_position_embeddings"] if scaling else spec.context_tokens
     return {
         "model_type": "phi3",
-        "hidden_size": spec.hidden_width,
-        "vocab_size": spec.vocabulary,
+        "hidden_size": spec.hidden_size,
+        "vocab_size": spec.vocab_size,
         "num_hidden_layers": len(spec.layers),
         "num_attention_heads": spec.attention.heads,
-        "intermediate_size": spec.mlp_width,
+        "intermediate_size": spec.intermediate_size,
         "rms_norm_eps": spec.norm.epsilon,
-        "num_key_value_heads": spec.attention.key_value_heads,
+        "num_key_value_heads": spec.attention.num_kv_heads,
         "max_position_embeddings": spec.context_tokens,
         "position_embedding_base": rope.theta,
         "rope_scaling": scaling,
         "original_max_position_embeddings": original,
         "context_window_size": sizes["context_window_size"],
         "prefill_chunk_size": sizes["prefill_chunk_size"],
-        "head_dim": spec.attention.head_width,
+        "head_dim": spec.attention.head_dim,
         "tensor_parallel_shards": 1,
         "max_batch_size": 1,
         "tie_word_embeddings": spec.is_tied,
-        "partial_rotary_factor": rope.width / spec.attention.head_width,
+        "partial_rotary_factor": rope.width / spec.attention.head_dim,
     }
 
 
@@ -266,21 +266,21 @@ def _gemma2(spec: DecoderSpec, sizes: Mapping[str, Any]) -> dict[str, Any]:
     attention = spec.attention
     windows = [layer.window_tokens for layer in spec.layers if layer.window_tokens]
     return {
-        "hidden_size": spec.hidden_width,
-        "intermediate_size": spec.mlp_width,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
         "attention_bias": False,
         "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.key_value_heads,
-        "head_dim": attention.head_width,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
         "num_hidden_layers": len(spec.layers),
         "rms_norm_eps": spec.norm.epsilon,
-        "vocab_size": spec.vocabulary,
+        "vocab_size": spec.vocab_size,
         "hidden_activation": "gelu_pytorch_tanh",
         "position_embedding_base": _rope(spec).theta,
         **sizes,
-        "attn_logit_softcapping": attention.score_cap,
-        "final_logit_softcapping": spec.logit_cap,
-        "query_pre_attn_scalar": attention.head_width,
+        "attn_logit_softcapping": attention.attn_logit_softcap,
+        "final_logit_softcapping": spec.final_logit_softcap,
+        "query_pre_attn_scalar": attention.head_dim,
         # MLC takes it for the context, whatever else is said.
         "sliding_window": min([sizes["context_window_size"], *windows]),
     }
@@ -289,17 +289,17 @@ def _gemma2(spec: DecoderSpec, sizes: Mapping[str, Any]) -> dict[str, Any]:
 def _stablelm(spec: DecoderSpec, sizes: Mapping[str, Any]) -> dict[str, Any]:
     rope = _rope(spec)
     return {
-        "vocab_size": spec.vocabulary,
-        "hidden_size": spec.hidden_width,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
         "num_hidden_layers": len(spec.layers),
         "num_attention_heads": spec.attention.heads,
-        "num_key_value_heads": spec.attention.key_value_heads,
+        "num_key_value_heads": spec.attention.num_kv_heads,
         "layer_norm_eps": spec.norm.epsilon,
-        "partial_rotary_factor": rope.width / spec.attention.head_width,
+        "partial_rotary_factor": rope.width / spec.attention.head_dim,
         "rope_theta": rope.theta,
-        "intermediate_size": spec.mlp_width,
+        "intermediate_size": spec.intermediate_size,
         "use_qkv_bias": spec.attention.has_qkv_bias,
-        "head_dim": spec.attention.head_width,
+        "head_dim": spec.attention.head_dim,
         **sizes,
     }
 
@@ -394,16 +394,16 @@ def shapes(path: Path, config: Mapping[str, Any], tensors: Collection[str]) -> D
 
     norm = Norm(kind="rms", epsilon=1.0, has_bias=has("norm.bias"))
     return DecoderSpec(
-        vocabulary=size("vocab_size"),
-        hidden_width=size("hidden_size"),
-        mlp_width=size("intermediate_size"),
+        vocab_size=size("vocab_size"),
+        hidden_size=size("hidden_size"),
+        intermediate_size=size("intermediate_size"),
         context_tokens=config["context_window_size"],
         layers=(Layer(rope=None),) * size("num_hidden_layers", most=MOST_LAYERS),
         attention=Attention(
             heads=size("num_attention_heads"),
-            key_value_heads=size("num_key_value_heads"),
-            head_width=size("head_dim"),
-            score_scale=1.0,
+            num_kv_heads=size("num_key_value_heads"),
+            head_dim=size("head_dim"),
+            softmax_scale=1.0,
             query_key_norm=norm if has("q_norm.weight") else None,
             has_qkv_bias=has("qkv_proj.bias", "c_attn.bias"),
             has_output_bias=has("o_proj.bias"),

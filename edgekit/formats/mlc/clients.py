@@ -1,7 +1,7 @@
 """How MLC's programs turn a conversation into token ids: the rules a template is proven under.
 
-WebLLM, in the browser, tokenises the system part, each message and the reply's header on their own.
-MLC's engine, on phones, joins them and tokenises once. Neither adds a BOS token.
+WebLLM, in the browser, tokenizes the system part, each message and the reply's header on their own.
+MLC's engine, on phones, joins them and tokenizes once. Neither adds a BOS token.
 
 Source: ``getPromptArrayInternal`` and ``getInputData`` of @mlc-ai/web-llm 0.2.85, and
 ``CreatePrompt`` in cpp/json_ffi/conv_template.cc of mlc-llm.
@@ -28,7 +28,7 @@ def webllm_ids(
 
 
 def webllm_parts(template: Mapping[str, Any], messages: Sequence[Message]) -> list[str]:
-    """Return the texts that WebLLM tokenises one by one."""
+    """Return the texts that WebLLM tokenizes one by one."""
     system, turns = _split(template, messages)
     head = replace_in_javascript(template["system_template"], SYSTEM, system)
     parts = _message_parts(template, turns, has_head=head != "")
@@ -41,7 +41,7 @@ def mlc_ids(template: Mapping[str, Any], messages: Sequence[Message], encode: En
 
 
 def mlc_text(template: Mapping[str, Any], messages: Sequence[Message]) -> str:
-    """Return the text that MLC's own engine tokenises at once, after the prefix of ids."""
+    """Return the text that MLC's own engine tokenizes at once, after the prefix of ids."""
     system, turns = _split(template, messages)
     head = template["system_template"].replace(SYSTEM, system, 1)
     return "".join([head, *_message_parts(template, turns, has_head=head != "")])

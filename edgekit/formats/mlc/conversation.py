@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import UsageError
-from edgekit.formats.mlc import clients, surroundings
-from edgekit.formats.mlc.surroundings import Role, Surroundings
+from edgekit.formats.mlc import clients, template_affixes
+from edgekit.formats.mlc.template_affixes import Role, Surroundings
 from edgekit.model.tokenizer_files import added_tokens
 from edgekit.text.template import ChatTemplate
 from edgekit.text.tokenizer import Text, open_tokenizer
@@ -190,7 +190,7 @@ class _Derivation:
 
     text: Text
     stops: Mapping[str, Any]
-    tokens: Mapping[str, int]  # where texts may be cut and tokenised apart
+    tokens: Mapping[str, int]  # where texts may be cut and tokenized apart
 
     def run(self) -> Conversation:
         """Return the conversation.
@@ -198,7 +198,7 @@ class _Derivation:
         Raises:
             UsageError: If there is none.
         """
-        if surroundings.writes_today(self.text):
+        if template_affixes.writes_today(self.text):
             raise UsageError(
                 "the chat template writes today's date, MLC would write the same one every day",
                 hint=f"put a fixed date into chat_template.jinja; or {RAW_HINT}",
@@ -218,7 +218,7 @@ class _Derivation:
         """Return what serves conversations with and without a system message, if anything does."""
         if plain is None or around is None:
             return None
-        default = surroundings.default_system(self.text, without=plain, around=around)
+        default = template_affixes.default_system(self.text, without=plain, around=around)
         if default is None:
             return None
         template, _ = self._try_prove(around, BOTH, default)
@@ -246,18 +246,18 @@ class _Derivation:
         return Conversation(
             template=template,
             trimmed_roles=self._trimmed_roles,
-            drops_thoughts=surroundings.drops_thoughts(self.text),
+            drops_thoughts=template_affixes.drops_thoughts(self.text),
             **fields,
         )
 
     @functools.cached_property
     def _trimmed_roles(self) -> tuple[Role, ...]:
-        return surroundings.trimmed_roles(self.text)
+        return template_affixes.trimmed_roles(self.text)
 
     def _try_find(self, *, has_system: bool) -> tuple[Surroundings | None, str]:
         """Return what the template writes around messages, or why that cannot be known."""
         try:
-            return surroundings.find(self.text, has_system=has_system), ""
+            return template_affixes.find(self.text, has_system=has_system), ""
         except UsageError as error:
             return None, str(error)
 
@@ -276,7 +276,7 @@ class _Derivation:
                 passed_most, finding = passed, difference
         return None, finding
 
-    # How the surroundings may be cut
+    # How the template_affixes may be cut
 
     def _candidates(self, around: Surroundings, default: str) -> Iterator[dict[str, Any]]:
         """Yield the ways to cut, the ones that let WebLLM keep its cache first."""
@@ -310,7 +310,7 @@ class _Derivation:
     def _cuts(self, text: str) -> list[int]:
         """Return where a special token starts, then where one ends.
 
-        There, and only there, what is left and right of it can be tokenised apart.
+        There, and only there, what is left and right of it can be tokenized apart.
         """
         longest_first = sorted(self.tokens, key=len, reverse=True)
         found = list(re.finditer("|".join(map(re.escape, longest_first)) or "$^", text))
@@ -337,7 +337,7 @@ class _Derivation:
             if not self._cuts(between):
                 return (
                     f"no special token is in {between!r}, {place}, so that they cannot be "
-                    "tokenised apart, as WebLLM does"
+                    "tokenized apart, as WebLLM does"
                 )
         if not around.after_answer.endswith(content_sep):
             return (
@@ -407,7 +407,7 @@ def conversations(systems: Sequence[str | None]) -> Conversations:
             for first in range(len(CONTENTS)):
                 contents = (CONTENTS[(first + n) % len(CONTENTS)] for n in range(2 * turns - 1))
                 yield lead + [
-                    {"role": surroundings.ROLES[1 + n % 2], "content": content}
+                    {"role": template_affixes.ROLES[1 + n % 2], "content": content}
                     for n, content in enumerate(contents)
                 ]
 

@@ -37,7 +37,7 @@ class Weight:
     """A parameter of MLC's model, how it is stored, and the tensors that hold it."""
 
     parameter: Parameter
-    storage: str
+    tensor_type: str
     tensors: tuple[Tensor, ...]
     is_transposed: bool
     placements: Mapping[str, PlannedWeight]  # by role: several share a fused parameter
@@ -88,22 +88,22 @@ def plan(checkpoint: "CheckpointProtocol", recipe: Recipe) -> Planned:
 
 
 def _weight(parameter: Parameter, recipe: Recipe, scheme: Scheme, spec: "DecoderSpec") -> Weight:
-    storage = recipe.storage_for(parameter.roles[0], spec)
-    tensors = tuple(packing.tensors(parameter, storage, scheme))
+    tensor_type = recipe.tensor_type_for(parameter.roles[0], spec)
+    tensors = tuple(packing.tensors(parameter, tensor_type, scheme))
     row_bytes = sum(tensor.size_bytes for tensor in tensors) // parameter.shape[0]
     return Weight(
         parameter=parameter,
-        storage=storage,
+        tensor_type=tensor_type,
         tensors=tensors,
-        is_transposed=packing.is_transposed(parameter, storage, scheme),
+        is_transposed=packing.is_transposed(parameter, tensor_type, scheme),
         placements={
             role: PlannedWeight(
                 role=role,
                 shape=(rows, *parameter.shape[1:]),
-                wanted=recipe.storage_for(role, spec),
-                storage=storage,
+                wanted=recipe.tensor_type_for(role, spec),
+                tensor_type=tensor_type,
                 size_bytes=rows * row_bytes,
-                is_coarse=storage in packing.GROUPS,
+                is_coarse=tensor_type in packing.GROUPS,
             )
             for role, _, rows in parameter.parts()
         },
@@ -114,7 +114,7 @@ def _stored_parameters(checkpoint: "CheckpointProtocol") -> int:
     """Return how many numbers mlc_llm counts: a head that is tied but stored is one more."""
     spec = checkpoint.spec
     is_extra = spec.is_tied and "lm_head.weight" in checkpoint.tensors
-    return checkpoint.parameters + (spec.vocabulary * spec.hidden_width if is_extra else 0)
+    return checkpoint.parameters + (spec.vocab_size * spec.hidden_size if is_extra else 0)
 
 
 def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
@@ -144,7 +144,7 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
 
 def _notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
     is_bf16 = "BF16" in {getattr(tensor, "dtype", "") for tensor in checkpoint.tensors.values()}
-    if checkpoint.spec.norm.adds_one and is_bf16:
+    if checkpoint.spec.norm.unit_offset and is_bf16:
         yield (
             "norms are stored as 1 + w without rounding it to bfloat16, as mlc_llm does; they are "
             "closer to the checkpoint than its own converter's"
@@ -207,7 +207,7 @@ class _Writer:
             self._refuse_overflow(weight, values)
             encoded = packing.encode(
                 values,
-                weight.storage,
+                weight.tensor_type,
                 is_calibrated=checkpoint.calibration is not None,
                 importance=importance,
             )

@@ -98,15 +98,15 @@ def _problems(model: Model, architecture: str, spec: DecoderSpec) -> Iterator[st
     if spec.residual == "parallel":
         yield "adds attention before the MLP reads, the checkpoint runs both in parallel"
     width, heads = spec.attention.query_width, spec.attention.heads
-    if (model.has_square_heads and width != spec.hidden_width) or spec.hidden_width % heads:
+    if (model.has_square_heads and width != spec.hidden_size) or spec.hidden_size % heads:
         yield (
-            f"splits a hidden width of {spec.hidden_width} among {heads} heads, the checkpoint's "
-            f"are {spec.attention.head_width} wide"
+            f"splits a hidden width of {spec.hidden_size} among {heads} heads, the checkpoint's "
+            f"are {spec.attention.head_dim} wide"
         )
 
 
 def _rope_problems(model: Model, spec: DecoderSpec, rope: Rope) -> Iterator[str]:
-    if rope.width != spec.attention.head_width and not model.turns_in_part:
+    if rope.width != spec.attention.head_dim and not model.turns_in_part:
         yield f"turns whole heads, the checkpoint {rope.width} channels of them"
     scaling = rope.scaling
     if scaling is not None and not (model.scaling and isinstance(scaling, model.scaling)):
@@ -141,9 +141,9 @@ def _attention_problems(model: Model, architecture: str, attention: Attention) -
     is_paired = model.qkv_biases is None and model.output_bias is None
     if is_paired and attention.has_qkv_bias != attention.has_output_bias:
         yield "has all biases of attention or none, the checkpoint some"
-    scale = attention.head_width**-0.5
-    if not math.isclose(attention.score_scale, scale, rel_tol=1e-6):
-        yield (f"multiplies scores by {scale:.4f}, the checkpoint by {attention.score_scale:.4f}")
+    scale = attention.head_dim**-0.5
+    if not math.isclose(attention.softmax_scale, scale, rel_tol=1e-6):
+        yield (f"multiplies scores by {scale:.4f}, the checkpoint by {attention.softmax_scale:.4f}")
     if (attention.query_key_norm is not None) != (architecture == "qwen3"):
         yield "differs from the checkpoint in norms on queries and keys"
 
@@ -153,15 +153,15 @@ def computed(spec: DecoderSpec) -> DecoderSpec:
 
     A norm's weights are stored with the 1 that Gemma adds, and scores are not capped.
     """
-    plain = spec.without_added_ones()
-    return replace(plain, attention=replace(plain.attention, score_cap=None))
+    plain = spec.without_unit_offsets()
+    return replace(plain, attention=replace(plain.attention, attn_logit_softcap=None))
 
 
 def notes(spec: DecoderSpec) -> Iterator[str]:
     """Yield what a user should know about how MLC computes a decoder it takes."""
-    if spec.attention.score_cap is not None:
+    if spec.attention.attn_logit_softcap is not None:
         yield (
-            f"MLC leaves out the cap of {spec.attention.score_cap:g} on attention scores; the "
+            f"MLC leaves out the cap of {spec.attention.attn_logit_softcap:g} on attention scores; the "
             "proof computes without it too, so that its figures count the difference"
         )
 

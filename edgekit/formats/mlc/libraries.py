@@ -33,18 +33,18 @@ class Shape:
     """What is compiled into a library, beside the scheme."""
 
     architecture: str
-    hidden_width: int
-    mlp_width: int
+    hidden_size: int
+    intermediate_size: int
     layers: int
     heads: int
-    key_value_heads: int
-    head_width: int
+    num_kv_heads: int
+    head_dim: int
     rope: str  # as `rope_text` says it
     norm_epsilon: float
     is_tied: bool
     has_qkv_bias: bool
-    logit_cap: float | None = None
-    vocabulary: int | None = None  # None: any
+    final_logit_softcap: float | None = None
+    vocab_size: int | None = None  # None: any
 
     @classmethod
     def of(cls, architecture: str, spec: "DecoderSpec") -> Self:
@@ -53,18 +53,18 @@ class Shape:
         rope = spec.layers[0].rope
         return cls(
             architecture=architecture,
-            hidden_width=spec.hidden_width,
-            mlp_width=spec.mlp_width,
+            hidden_size=spec.hidden_size,
+            intermediate_size=spec.intermediate_size,
             layers=len(spec.layers),
             heads=spec.attention.heads,
-            key_value_heads=spec.attention.key_value_heads,
-            head_width=spec.attention.head_width,
+            num_kv_heads=spec.attention.num_kv_heads,
+            head_dim=spec.attention.head_dim,
             rope=rope_text(rope) if rope else "none",
             norm_epsilon=spec.norm.epsilon,
             is_tied=spec.is_tied,
             has_qkv_bias=spec.attention.has_qkv_bias,
-            logit_cap=spec.logit_cap,
-            vocabulary=spec.vocabulary if is_bound else None,
+            final_logit_softcap=spec.final_logit_softcap,
+            vocabulary=spec.vocab_size if is_bound else None,
         )
 
     def differences(self, other: "Shape") -> Iterator[str]:

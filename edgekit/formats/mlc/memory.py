@@ -58,16 +58,18 @@ def weights_bytes(layout: Layout, *, item_bytes: int) -> int:
     for placement in layout.placements:
         total += placement.size_bytes
         if item_bytes == _FULL:
-            total += _widened_bytes(placement.storage, placement.size_bytes)
+            total += _widened_bytes(placement.tensor_type, placement.size_bytes)
     return total
 
 
-def _widened_bytes(storage: str, size_bytes: int) -> int:
+def _widened_bytes(tensor_type: str, size_bytes: int) -> int:
     """Return what float32 takes beyond bfloat16."""
-    if storage not in packing.GROUPS:
+    if tensor_type not in packing.GROUPS:
         return size_bytes
-    scale_bytes = packing.STORAGES[storage].block_bytes - 16  # a group's codes are four words
-    return size_bytes // packing.STORAGES[storage].block_bytes * scale_bytes
+    scale_bytes = (
+        packing.TENSOR_TYPES[tensor_type].block_bytes - 16
+    )  # a group's codes are four words
+    return size_bytes // packing.TENSOR_TYPES[tensor_type].block_bytes * scale_bytes
 
 
 def cache_bytes(spec: "DecoderSpec", *, context_tokens: int, item_bytes: int) -> int:
@@ -85,8 +87,8 @@ def compute_bytes(
     float16, five times the MLP and twice the hidden state; in float32, four times and once.
     """
     mlp, hidden = (5, 2) if item_bytes == _HALF else (4, 1)
-    widths = mlp * spec.mlp_width + hidden * spec.hidden_width
+    widths = mlp * spec.intermediate_size + hidden * spec.hidden_size
     total = chunk_tokens * widths * item_bytes
     if decoders.plans_logits(architecture, spec):
-        total += chunk_tokens * spec.vocabulary * _FULL
+        total += chunk_tokens * spec.vocab_size * _FULL
     return total

@@ -92,7 +92,7 @@ class Parameter:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether a scheme may quantise it."""
+        """Whether a scheme may quantize it."""
         return self.columns is not None
 
     @property

@@ -1,6 +1,6 @@
-"""How weights are stored: group quantisation as MLC packs it, and which weight gets which.
+"""How weights are stored: group quantization as MLC packs it, and which weight gets which.
 
-A quantised matrix is two tensors: codes of 3 or 4 bits in 32-bit words, the first code in the
+A quantized matrix is two tensors: codes of 3 or 4 bits in 32-bit words, the first code in the
 lowest bits, and a scale for each group of a row; weight = (code - zero) * scale. A last group that
 a row does not fill is stored whole. A float32 tensor is stored as bfloat16, and scales of one too.
 Source: mlc_llm/quantization/group_quantization.py of mlc-llm 79d603f085.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from edgekit.formats.mlc.names import Parameter
 from edgekit.model.spec import Shape
 from edgekit.quant import grid
-from edgekit.quant.recipe import Recipe, Rule, Storage, with_limits
+from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits
 
 
 if TYPE_CHECKING:
@@ -31,21 +31,21 @@ Dtype = Literal["uint32", "float16", "float32"]
 _CHUNK_WEIGHTS = 2**18  # what a thread holds of each array: 1 MiB
 _WORD_BITS = 32
 
-STORAGES: Mapping[str, Storage] = {
-    storage.name: storage
-    for storage in (
-        Storage(name="BF16", block_weights=1, block_bytes=2),
-        Storage(name="F16", block_weights=1, block_bytes=2),
-        Storage(name="INT4_BF16", block_weights=32, block_bytes=16 + 2, pads_rows=True),
-        Storage(name="INT4_F16", block_weights=32, block_bytes=16 + 2, pads_rows=True),
-        Storage(name="INT3_F16", block_weights=40, block_bytes=16 + 2, pads_rows=True),
+TENSOR_TYPES: Mapping[str, TensorType] = {
+    tensor_type.name: tensor_type
+    for tensor_type in (
+        TensorType(name="BF16", block_weights=1, block_bytes=2),
+        TensorType(name="F16", block_weights=1, block_bytes=2),
+        TensorType(name="INT4_BF16", block_weights=32, block_bytes=16 + 2, pads_rows=True),
+        TensorType(name="INT4_F16", block_weights=32, block_bytes=16 + 2, pads_rows=True),
+        TensorType(name="INT3_F16", block_weights=40, block_bytes=16 + 2, pads_rows=True),
     )
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """How a quantised storage is read."""
+    """How a quantized tensor type is read."""
 
     bits: int
     weights: int  # of a row, that share a scale
@@ -78,21 +78,21 @@ GROUPS: Mapping[str, Groups] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """What one of MLC's quantisations is beyond the storage of each weight."""
+    """What one of MLC's quantizations is beyond the tensor type of each weight."""
 
     dtype: Literal["float16", "float32"]  # what the model computes in
-    storages: tuple[str, ...]  # the one of vectors first
+    tensor_types: tuple[str, ...]  # the one of vectors first
     is_transposed: bool = False  # matrices are stored columns first, the embedding is not
 
 
 SCHEMES: Mapping[str, Scheme] = {
-    "q0f32": Scheme(dtype="float32", storages=("BF16",)),
-    "q0f16": Scheme(dtype="float16", storages=("F16",)),
-    "q4f32_1": Scheme(dtype="float32", storages=("BF16", "INT4_BF16")),
-    "q4f16_1": Scheme(dtype="float16", storages=("F16", "INT4_F16")),
-    "q4f16_0": Scheme(dtype="float16", storages=("F16", "INT4_F16"), is_transposed=True),
-    "q4f16_2": Scheme(dtype="float16", storages=("F16", "INT4_F16")),
-    "q3f16_1": Scheme(dtype="float16", storages=("F16", "INT3_F16")),
+    "q0f32": Scheme(dtype="float32", tensor_types=("BF16",)),
+    "q0f16": Scheme(dtype="float16", tensor_types=("F16",)),
+    "q4f32_1": Scheme(dtype="float32", tensor_types=("BF16", "INT4_BF16")),
+    "q4f16_1": Scheme(dtype="float16", tensor_types=("F16", "INT4_F16")),
+    "q4f16_0": Scheme(dtype="float16", tensor_types=("F16", "INT4_F16"), is_transposed=True),
+    "q4f16_2": Scheme(dtype="float16", tensor_types=("F16", "INT4_F16")),
+    "q3f16_1": Scheme(dtype="float16", tensor_types=("F16", "INT3_F16")),
 }
 
 _SMALL = ".*(norm|bias)"
@@ -117,13 +117,13 @@ RECIPES: Mapping[str, Recipe] = {
         _recipe(
             "q4f16_2",
             "INT4_F16",
-            Rule(pattern=_SMALL, storage="F16"),
-            Rule(pattern=_WORDS, storage="F16"),
+            Rule(pattern=_SMALL, tensor_type="F16"),
+            Rule(pattern=_WORDS, tensor_type="F16"),
         ),
-        _recipe("q4f32_1", "INT4_BF16", Rule(pattern=_SMALL, storage="BF16")),
-        _recipe("q4f16_1", "INT4_F16", Rule(pattern=_SMALL, storage="F16")),
-        _recipe("q4f16_0", "INT4_F16", Rule(pattern=_SMALL, storage="F16")),
-        _recipe("q3f16_1", "INT3_F16", Rule(pattern=_SMALL, storage="F16")),
+        _recipe("q4f32_1", "INT4_BF16", Rule(pattern=_SMALL, tensor_type="BF16")),
+        _recipe("q4f16_1", "INT4_F16", Rule(pattern=_SMALL, tensor_type="F16")),
+        _recipe("q4f16_0", "INT4_F16", Rule(pattern=_SMALL, tensor_type="F16")),
+        _recipe("q3f16_1", "INT3_F16", Rule(pattern=_SMALL, tensor_type="F16")),
     )
 }
 
@@ -155,19 +155,19 @@ class Tensor:
         return self.items * (4 if self.dtype == "uint32" else 2)
 
 
-def is_transposed(parameter: Parameter, storage: str, scheme: Scheme) -> bool:
+def is_transposed(parameter: Parameter, tensor_type: str, scheme: Scheme) -> bool:
     """Tell whether a parameter's tensors have the columns first."""
-    return scheme.is_transposed and storage in GROUPS and not parameter.is_embedding
+    return scheme.is_transposed and tensor_type in GROUPS and not parameter.is_embedding
 
 
-def tensors(parameter: Parameter, storage: str, scheme: Scheme) -> list[Tensor]:
+def tensors(parameter: Parameter, tensor_type: str, scheme: Scheme) -> list[Tensor]:
     """Return the tensors that hold a parameter, in the order of the file."""
-    if storage not in GROUPS:
+    if tensor_type not in GROUPS:
         return [Tensor(name=parameter.name, shape=parameter.shape, dtype=scheme.dtype)]
     rows, columns = parameter.shape
-    groups, stem = GROUPS[storage], parameter.name.removesuffix("weight")
+    groups, stem = GROUPS[tensor_type], parameter.name.removesuffix("weight")
     shapes = ((rows, groups.words(columns)), (rows, groups.count(columns)))
-    if is_transposed(parameter, storage, scheme):
+    if is_transposed(parameter, tensor_type, scheme):
         shapes = (shapes[0][::-1], shapes[1][::-1])
     return [
         Tensor(name=f"{stem}q_weight", shape=shapes[0], dtype="uint32"),
@@ -176,24 +176,28 @@ def tensors(parameter: Parameter, storage: str, scheme: Scheme) -> list[Tensor]:
 
 
 def encode(
-    values: "Rows", storage: str, *, is_calibrated: bool = False, importance: "Rows | None" = None
+    values: "Rows",
+    tensor_type: str,
+    *,
+    is_calibrated: bool = False,
+    importance: "Rows | None" = None,
 ) -> "list[Stored]":
     """Return what is stored of some rows of a parameter, or of a vector.
 
     Args:
         values: float32; the last axis holds the columns.
-        storage: One of `STORAGES`.
+        tensor_type: One of `TENSOR_TYPES`.
         is_calibrated: Whether scales are sought whose error is small; else they are MLC's own.
         importance: How much an error then counts, column by column; None counts all alike.
 
     Returns:
         The arrays of `tensors`, rows first, as they are written.
     """
-    if storage == "F16":
+    if tensor_type == "F16":
         return [_to_f16(values)]
-    if storage == "BF16":
+    if tensor_type == "BF16":
         return [to_bf16(values)]
-    groups, is_half = GROUPS[storage], storage.endswith("_F16")
+    groups, is_half = GROUPS[tensor_type], tensor_type.endswith("_F16")
     if is_calibrated:
         codes, scales = _fitted(values, groups, importance, is_half=is_half)
     else:
@@ -290,19 +294,19 @@ def _packed(codes: "npt.NDArray[np.uint8]", groups: Groups) -> "Words":
     return words
 
 
-def decode(stored: "list[Stored]", storage: str, *, columns: int | None) -> "Rows":
+def decode(stored: "list[Stored]", tensor_type: str, *, columns: int | None) -> "Rows":
     """Return what the runtime makes of stored rows, before it multiplies with them.
 
     Args:
         stored: The arrays of `encode`.
-        storage: One of `STORAGES`.
+        tensor_type: One of `TENSOR_TYPES`.
         columns: How many weights a row has; None for a vector.
     """
     import numpy as np
 
-    if storage not in GROUPS:
+    if tensor_type not in GROUPS:
         return _floats(stored[0])
-    groups = GROUPS[storage]
+    groups = GROUPS[tensor_type]
     words, scales = stored[0].astype(np.uint32), _floats(stored[1])
     places = np.arange(groups.codes_per_word, dtype=np.uint32) * np.uint32(groups.bits)
     codes = (words[..., None] >> places) & np.uint32(2**groups.bits - 1)
@@ -310,7 +314,7 @@ def decode(stored: "list[Stored]", storage: str, *, columns: int | None) -> "Row
     centred -= np.float32(groups.zero)
     centred *= scales[..., None]
     values = centred.reshape(len(scales), -1)[:, :columns]
-    is_half = storage.endswith("_F16")
+    is_half = tensor_type.endswith("_F16")
     return values.astype(np.float16).astype(np.float32) if is_half else np.ascontiguousarray(values)
 
 

@@ -25,7 +25,7 @@ class Held:
     """A parameter and the tensors that hold it."""
 
     parameter: Parameter
-    storage: str
+    tensor_type: str
     records: tuple[Record, ...]
     is_transposed: bool
 
@@ -52,7 +52,7 @@ class Weights:
                 else tensor[first : first + rows]
             )
             stored.append(part)
-        return packing.decode(stored, held.storage, columns=held.parameter.columns)
+        return packing.decode(stored, held.tensor_type, columns=held.parameter.columns)
 
 
 def open_weights(path: Path, spec: DecoderSpec) -> Weights:
@@ -77,7 +77,7 @@ def open_weights(path: Path, spec: DecoderSpec) -> Weights:
 
 
 def contents(path: Path) -> list[tuple[str, Shape, str]]:
-    """Return role, shape and storage of every weight that an artifact holds.
+    """Return role, shape and tensor type of every weight that an artifact holds.
 
     Raises:
         BundleError: If a file is missing or damaged; hashes are not compared.
@@ -90,7 +90,7 @@ def contents(path: Path) -> list[tuple[str, Shape, str]]:
     spec = chat_config.shapes(settings, config, tensors)
     parameters = names.parameters(config["model_type"], spec)
     return [
-        (role, (rows, *where.parameter.shape[1:]), where.storage)
+        (role, (rows, *where.parameter.shape[1:]), where.tensor_type)
         for where in _find(
             path, parameters.values(), found, packing.SCHEMES[config["quantization"]]
         )
@@ -111,16 +111,16 @@ def _find(
 
 
 def _held(path: Path, parameter: Parameter, records: Mapping[str, Record], scheme: Scheme) -> Held:
-    """Find the tensors of a parameter, in whatever storage they are."""
-    for storage in scheme.storages if parameter.is_matrix else scheme.storages[:1]:
-        expected = packing.tensors(parameter, storage, scheme)
+    """Find the tensors of a parameter, in whatever tensor type they are."""
+    for tensor_type in scheme.tensor_types if parameter.is_matrix else scheme.tensor_types[:1]:
+        expected = packing.tensors(parameter, tensor_type, scheme)
         found = [records[tensor.name] for tensor in expected if tensor.name in records]
         if [record.tensor for record in found] == expected:
             return Held(
                 parameter=parameter,
-                storage=storage,
+                tensor_type=tensor_type,
                 records=tuple(found),
-                is_transposed=packing.is_transposed(parameter, storage, scheme),
+                is_transposed=packing.is_transposed(parameter, tensor_type, scheme),
             )
     codes = parameter.name.removesuffix("weight") + "q_weight"
     tensor = next((records[n].tensor for n in (parameter.name, codes) if n in records), None)

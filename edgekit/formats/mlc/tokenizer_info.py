@@ -60,7 +60,7 @@ def _method(decoders: list[dict[str, Any]]) -> str:
 
 
 def _steps(step: dict[str, Any] | None, parts: str) -> Iterator[dict[str, Any]]:
-    """Yield a normaliser or decoder, or those in it if it is a sequence."""
+    """Yield a normalizer or decoder, or those in it if it is a sequence."""
     if step is None:
         return
     if step.get("type") == "Sequence":

@@ -7,13 +7,13 @@ for such a model: ``model.onnx`` (F32), ``model_fp16.onnx`` (F16, F16_GPU), ``mo
 
 Recipes whose names end in ``_GPU`` multiply, attend and cache in float16, as a GPU with
 ``shader-f16`` does best; sums over layers, norms and logits stay in float32. A CPU runs them too,
-where the others are made for it. See `storage.INT8_ACTIVATIONS` for what rounds on the way.
+where the others are made for it. See `tensor_types.INT8_ACTIVATIONS` for what rounds on the way.
 """
 
-from edgekit.formats.onnx import storage
+from edgekit.formats.onnx import tensor_types
 
 
-STORAGES, RECIPES = storage.STORAGES, storage.RECIPES
+TENSOR_TYPES, RECIPES = tensor_types.TENSOR_TYPES, tensor_types.RECIPES
 ENDING = ".onnx"
 VARIANTS = ()
 RUNTIME = "ONNX Runtime"

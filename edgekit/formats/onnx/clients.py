@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.formats.onnx import genai_text, storage
+from edgekit.formats.onnx import genai_text, tensor_types
 from edgekit.formats.onnx.graph import cache_name, cache_width
 from edgekit.model.tokenizer_files import added_tokens
 from edgekit.quant.recipe import Recipe
@@ -34,7 +34,7 @@ def notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
     yield NOTE
     yield from genai_text.notes(checkpoint.text.tokenizer_json)
     spec = checkpoint.spec
-    border = spec.border_tokens
+    border = spec.original_max_position_embeddings
     if border not in {None, _KNOWN_BORDER_TOKENS}:
         yield (
             f"ONNX Runtime GenAI does not read a text anew that outgrows {border} tokens while it "
@@ -47,7 +47,7 @@ def not_on_webgpu(spec: "DecoderSpec") -> str | None:
 
     Shown by test_onnx_javascript.py.
     """
-    if spec.attention.score_cap is None:
+    if spec.attention.attn_logit_softcap is None:
         return None
     return "ONNX Runtime Web computes attention on WebGPU without the cap on scores of this model"
 
@@ -92,13 +92,13 @@ def transformers_files(
 ) -> dict[str, dict[str, Any]]:
     """Return the checkpoint's own settings by file, as far as it has them, true for this artifact.
 
-    Weights are no longer quantised as they were, every stop id ends an answer, and transformers.js
+    Weights are no longer quantized as they were, every stop id ends an answer, and transformers.js
     4.3 looks for the chat template among the tokenizer's settings only.
     """
     changes: dict[str, dict[str, Any]] = {
         "config.json": {
             "quantization_config": None,
-            "vocab_size": checkpoint.spec.vocabulary,
+            "vocab_size": checkpoint.spec.vocab_size,
             "transformers.js_config": _transformers_js(recipe, data_files=data_files),
         },
         "generation_config.json": {"eos_token_id": list(checkpoint.text.declared_stop_ids)},
@@ -116,7 +116,7 @@ def transformers_files(
 
 def _transformers_js(recipe: Recipe, *, data_files: int) -> dict[str, Any]:
     """Return what transformers.js shall open unasked; since 4.0 it sees the cache's type itself."""
-    how = storage.BUILDS[recipe.name]
+    how = tensor_types.BUILDS[recipe.name]
     cache = {"kv_cache_dtype": how.arithmetic} if how.is_half else {}
     return {"dtype": how.dtype, "use_external_data_format": data_files, **cache}
 
@@ -130,8 +130,10 @@ def genai_config(
         "model": {
             **_token_ids(checkpoint),
             # Any decoder of one graph, or the one that knows of longrope.
-            "type": "phi3" if spec.border_tokens == _KNOWN_BORDER_TOKENS else "llama",
-            "vocab_size": spec.vocabulary,
+            "type": "phi3"
+            if spec.original_max_position_embeddings == _KNOWN_BORDER_TOKENS
+            else "llama",
+            "vocab_size": spec.vocab_size,
             "context_length": spec.context_tokens,
             "decoder": _decoder(checkpoint, entry),
         },
@@ -167,10 +169,10 @@ def _decoder(checkpoint: "CheckpointProtocol", entry: str) -> dict[str, Any]:
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": entry,
         "head_size": cache_width(spec),
-        "hidden_size": spec.hidden_width,
+        "hidden_size": spec.hidden_size,
         "num_attention_heads": spec.attention.heads,
         "num_hidden_layers": len(spec.layers),
-        "num_key_value_heads": spec.attention.key_value_heads,
+        "num_key_value_heads": spec.attention.num_kv_heads,
         "inputs": inputs,
         "outputs": outputs,
     }

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from edgekit.errors import UsageError
 from edgekit.formats import Buffer, BuildRequest, Layout, Progress
-from edgekit.formats.onnx import clients, graph, model, storage
+from edgekit.formats.onnx import clients, graph, model, tensor_types
 from edgekit.formats.onnx.model import External
-from edgekit.formats.onnx.storage import Build
+from edgekit.formats.onnx.tensor_types import Build
 from edgekit.model.spec import DecoderSpec, Rope
 from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
 from edgekit.quant.recipe import Recipe
@@ -69,15 +69,15 @@ def plan(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Planned:
     frequencies = tuple(_frequency_tensors(spec))
     loose = [*frequencies, *(tensor for weight in weights for tensor in weight.tensors)]
     _refuse_split(loose, request.split_bytes)
-    how = storage.BUILDS[recipe.name]
+    how = tensor_types.BUILDS[recipe.name]
     placing = model.place(loose, stem=f"{how.file}_data", split_bytes=request.split_bytes)
     placed = {tensor.name: tensor for tensor in placing}
-    storages = {weight.role: weight.storage for weight in weights}
+    tensor_types = {weight.role: weight.tensor_type for weight in weights}
     metadata = {"edgekit.recipe": recipe.name}
     calibration = calibration_sha256(checkpoint.calibration, weights)
     if calibration:
         metadata["edgekit.calibration"] = calibration
-    made = graph.build(spec, storages, how, metadata=metadata)
+    made = graph.build(spec, tensor_types, how, metadata=metadata)
     return Planned(
         how=how,
         calibration=calibration,
@@ -104,15 +104,15 @@ def refuse(spec: DecoderSpec) -> None:
 
 def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[Weight]:
     for role, shape in spec.weights():
-        wanted = recipe.storage_for(role, spec)
-        stored = storage.stored_as(wanted, shape[-1])
-        tensors = tuple(storage.tensors(role, shape, stored))
-        blocks = storage.BLOCKS.get(stored)
+        wanted = recipe.tensor_type_for(role, spec)
+        stored = tensor_types.stored_as(wanted, shape[-1])
+        tensors = tuple(tensor_types.tensors(role, shape, stored))
+        blocks = tensor_types.BLOCKS.get(stored)
         yield Weight(
             role=role,
             shape=shape,
             wanted=wanted,
-            storage=stored,
+            tensor_type=stored,
             size_bytes=sum(tensor.size_bytes for tensor in tensors),
             is_coarse=blocks is not None and blocks.is_coarse,
             tensors=tensors,
@@ -121,7 +121,7 @@ def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[Weight]:
 
 def _frequency_tensors(spec: DecoderSpec) -> Iterator[External]:
     for number, rope in enumerate(graph.ropes(spec)):
-        for is_long in (False, True) if rope.border_tokens else (False,):
+        for is_long in (False, True) if rope.original_max_position_embeddings else (False,):
             name = graph.frequencies_name(number, is_long=is_long)
             yield External(name=name, dtype="float32", shape=(rope.width // 2,))
 
@@ -171,8 +171,8 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
 
 def _notes(checkpoint: "CheckpointProtocol", planned: Planned) -> Iterator[str]:
     yield from clients.notes(checkpoint)
-    if any(weight.storage in storage.BLOCKS for weight in planned.weights):
-        yield storage.ACTIVATIONS_NOTE
+    if any(weight.tensor_type in tensor_types.BLOCKS for weight in planned.weights):
+        yield tensor_types.ACTIVATIONS_NOTE
 
 
 def _largest_buffer(planned: Planned) -> Buffer:
@@ -219,7 +219,7 @@ def convert(
 def _write_frequencies(spec: DecoderSpec, planned: Planned, files: Mapping[str, BinaryIO]) -> None:
     by_name = {tensor.name: tensor for tensor in planned.frequencies}
     for number, rope in enumerate(graph.ropes(spec)):
-        border = rope.border_tokens
+        border = rope.original_max_position_embeddings
         for is_long in (False, True) if border else (False,):
             tensor = by_name[graph.frequencies_name(number, is_long=is_long)]
             values = frequencies(rope, (border or 0) + 1 if is_long else 1)
@@ -234,7 +234,7 @@ def _write_rows(
     importance: "Rows | None",
 ) -> None:
     try:
-        encoded = storage.encode(rows, weight.storage, importance=importance)
+        encoded = tensor_types.encode(rows, weight.tensor_type, importance=importance)
     except UsageError as error:
         raise UsageError(f"{weight.role}: {error}", hint=error.hint) from error
     for tensor, part in zip(weight.tensors, encoded, strict=True):

@@ -1,7 +1,7 @@
 """A `DecoderSpec` as a graph of ONNX operators: one function for each thing a decoder does.
 
 Standard operators, but for some of ONNX Runtime's own: ``GroupQueryAttention`` keeps the cache and
-knows windows and caps, ``MatMulNBits`` multiplies with quantised weights, ``RotaryEmbedding`` turns
+knows windows and caps, ``MatMulNBits`` multiplies with quantized weights, ``RotaryEmbedding`` turns
 a part of every head, ``SimplifiedLayerNormalization`` is the RMS norm. ``FusedMatMul``, or ``Gemm``
 where it shall run on WebGPU, takes other weights as a checkpoint has them (rows out, columns in),
 so that an embedding can be the head too. Cosines are computed for the positions at hand, so there
@@ -12,9 +12,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from edgekit.formats.onnx import storage
+from edgekit.formats.onnx import tensor_types
 from edgekit.formats.onnx.model import CONTRIB, Attribute, Constant, Dtype, Graph, Node, Port
-from edgekit.formats.onnx.storage import Build
+from edgekit.formats.onnx.tensor_types import Build
 from edgekit.model.spec import DecoderSpec, Layer, Norm, Rope
 
 
@@ -35,7 +35,7 @@ _WAVE_TERMS = [
 
 def cache_width(spec: DecoderSpec) -> int:
     """Return how wide a head is in the cache: the operator takes multiples of 8 only."""
-    return -(-spec.attention.head_width // 8) * 8
+    return -(-spec.attention.head_dim // 8) * 8
 
 
 def cache_name(layer: int | str, part: str, *, of: str = "past_key_values") -> str:
@@ -55,20 +55,24 @@ def frequencies_name(rope: int, *, is_long: bool = False) -> str:
 
 def borders(spec: DecoderSpec) -> set[int]:
     """Return the borders of all ropes."""
-    return {border for rope in ropes(spec) if (border := rope.border_tokens) is not None}
+    return {
+        border
+        for rope in ropes(spec)
+        if (border := rope.original_max_position_embeddings) is not None
+    }
 
 
 def build(
-    spec: DecoderSpec, storages: Mapping[str, str], how: Build, *, metadata: Mapping[str, str]
+    spec: DecoderSpec, tensor_types: Mapping[str, str], how: Build, *, metadata: Mapping[str, str]
 ) -> Graph:
-    """Return the graph of a decoder whose weights are stored as ``storages`` says, by role."""
-    graph = _Builder(spec=spec, storages=storages, how=how)
+    """Return the graph of a decoder whose weights are stored as ``tensor types`` says, by role."""
+    graph = _Builder(spec=spec, tensor_types=tensor_types, how=how)
     graph.read_inputs()
     x = graph.embed()
     for index, layer in enumerate(spec.layers):
         x = graph.apply_layer(x, index, layer)
     graph.make_logits(x)
-    found, border = dict(metadata), spec.border_tokens
+    found, border = dict(metadata), spec.original_max_position_embeddings
     if border is not None:
         found[ROPE_BORDER] = str(border)
     return Graph(
@@ -85,7 +89,7 @@ class _Builder:
     """Collects the graph; every method adds operators and returns the name of what they make."""
 
     spec: DecoderSpec
-    storages: Mapping[str, str]
+    tensor_types: Mapping[str, str]
     how: Build
     nodes: list[Node] = field(default_factory=list)
     constants: dict[str, Constant] = field(default_factory=dict)
@@ -151,7 +155,7 @@ class _Builder:
         a, width = self.spec.attention, cache_width(self.spec)
         for index in range(len(self.spec.layers)):
             for part in ("key", "value"):
-                shape = ("batch_size", a.key_value_heads, "past_sequence_length", width)
+                shape = ("batch_size", a.num_kv_heads, "past_sequence_length", width)
                 name = cache_name(index, part)
                 self.inputs.append(Port(name=name, dtype=self.how.arithmetic, shape=shape))
         self._optional_input(FIRST_LOGIT)
@@ -163,7 +167,7 @@ class _Builder:
         self.constants[name] = Constant(name=name, dtype="int64", shape=(1,), values=(0,))
 
     def _frequencies(self, number: int, rope: Rope, total: str) -> str:
-        border = rope.border_tokens
+        border = rope.original_max_position_embeddings
         if border is None:
             return frequencies_name(number)
         tokens = self.op("Max", total, TEXT_TOKENS)
@@ -229,18 +233,18 @@ class _Builder:
 
     def _rows(self, role: str, ids: str) -> str:
         """Return rows of a matrix in float32, and leave the others as they are stored."""
-        rows, stored = self.op("Gather", role, ids), self.storages[role]
-        if stored in storage.FLOATS:
-            return self._exact(rows, storage.FLOATS[stored])
-        blocks = storage.BLOCKS[stored]
+        rows, stored = self.op("Gather", role, ids), self.tensor_types[role]
+        if stored in tensor_types.FLOATS:
+            return self._exact(rows, tensor_types.FLOATS[stored])
+        blocks = tensor_types.BLOCKS[stored]
         # (batch, tokens, blocks, bytes) -> (batch, tokens, blocks, codes)
         codes = self._codes(rows, blocks.bits, self.constant(0, 0, -1, blocks.weights))
         if blocks.implied_zero is None:
-            packed = self.op("Gather", role + storage.ZERO_POINTS, ids)
+            packed = self.op("Gather", role + tensor_types.ZERO_POINTS, ids)
             zeros = self._codes(packed, blocks.bits, self.constant(0, 0, -1, 1))
         else:
             zeros = self.scalar(blocks.implied_zero)
-        scales = self._exact(self.op("Gather", role + storage.SCALES, ids), blocks.scales)
+        scales = self._exact(self.op("Gather", role + tensor_types.SCALES, ids), blocks.scales)
         scales = self.op("Unsqueeze", scales, self.constant(-1))
         values = self.op("Mul", self.op("Sub", codes, zeros), scales)
         return self.op("Reshape", values, self.constant(0, 0, -1))
@@ -260,32 +264,32 @@ class _Builder:
 
     def apply_layer(self, x: str, index: int, layer: Layer) -> str:
         spec, prefix = self.spec, f"layers.{index}."
-        read = self.narrowed(self._normalise(spec.norm, prefix + "attention_norm", x))
+        read = self.narrowed(self._normalize(spec.norm, prefix + "attention_norm", x))
         attended = self.widened(self._attend(read, index, layer))
         if spec.has_post_norms:
-            attended = self._normalise(spec.norm, prefix + "attention_post_norm", attended)
+            attended = self._normalize(spec.norm, prefix + "attention_post_norm", attended)
         if spec.residual == "parallel":
             changed = self.widened(self._apply_mlp(prefix, read))
             return self.op("Add", self.op("Add", x, attended), changed)
         x = self.op("Add", x, attended)
-        read = self.narrowed(self._normalise(spec.norm, prefix + "mlp_norm", x))
+        read = self.narrowed(self._normalize(spec.norm, prefix + "mlp_norm", x))
         changed = self.widened(self._apply_mlp(prefix, read))
         if spec.has_post_norms:
-            changed = self._normalise(spec.norm, prefix + "mlp_post_norm", changed)
+            changed = self._normalize(spec.norm, prefix + "mlp_post_norm", changed)
         return self.op("Add", x, changed)
 
     def make_logits(self, x: str) -> str:
         spec = self.spec
         x = self.op("Slice", x, FIRST_LOGIT, self.constant(_TO_THE_END), self.constant(1))
         self._begin(x)
-        x = self.narrowed(self._normalise(spec.norm, "final_norm", x))
+        x = self.narrowed(self._normalize(spec.norm, "final_norm", x))
         role = "token_embedding" if spec.is_tied else "output_head"
-        shape = ("batch_size", "sequence_length", spec.vocabulary)
+        shape = ("batch_size", "sequence_length", spec.vocab_size)
         port = Port(name="logits", dtype="float32", shape=shape)
         self.outputs.insert(0, port)
-        logits = self.widened(self._multiply(role, x, spec.vocabulary, spec.hidden_width))
-        if spec.logit_cap is not None:
-            cap = self.scalar(spec.logit_cap)
+        logits = self.widened(self._multiply(role, x, spec.vocab_size, spec.hidden_size))
+        if spec.final_logit_softcap is not None:
+            cap = self.scalar(spec.final_logit_softcap)
             logits = self.op("Mul", self.op("Tanh", self.op("Div", logits, cap)), cap)
         last = self.nodes.pop()
         self.nodes.append(
@@ -294,8 +298,8 @@ class _Builder:
         )  # fmt: skip
         return port.name
 
-    def _normalise(self, norm: Norm, role: str, x: str, *, weight: str = "") -> str:
-        """Normalise the last axis; Gemma's weights are stored with the one already added."""
+    def _normalize(self, norm: Norm, role: str, x: str, *, weight: str = "") -> str:
+        """Normalize the last axis; Gemma's weights are stored with the one already added."""
         bias = (f"{role}_bias",) if norm.has_bias else ()
         epsilon = float(norm.epsilon)
         if norm.kind == "layer":
@@ -307,31 +311,31 @@ class _Builder:
         )  # fmt: skip
         return self.op("Add", x, *bias) if bias else x
 
-    def _normalise_heads(self, role: str, x: str, heads: int) -> str:
+    def _normalize_heads(self, role: str, x: str, heads: int) -> str:
         a = self.spec.attention
-        norm, width = a.query_key_norm, a.head_width
+        norm, width = a.query_key_norm, a.head_dim
         if norm is None:
             return x
         x = self.op("Reshape", self.widened(x), self.constant(0, 0, heads, width))
         if a.has_norm_per_head:  # a row of weights for each head, which the operator cannot
             ones = self.constant(*(1,) * width, dtype="float32")
             plain = Norm(kind=norm.kind, epsilon=norm.epsilon)
-            x = self.op("Mul", self._normalise(plain, role, x, weight=ones), role)
+            x = self.op("Mul", self._normalize(plain, role, x, weight=ones), role)
             x = self.op("Add", x, f"{role}_bias") if norm.has_bias else x
         else:
-            x = self._normalise(norm, role, x)
+            x = self._normalize(norm, role, x)
         return self.narrowed(self.op("Reshape", x, self.constant(0, 0, heads * width)))
 
     def _attend(self, x: str, index: int, layer: Layer) -> str:
-        a, prefix, hidden = self.spec.attention, f"layers.{index}.", self.spec.hidden_width
+        a, prefix, hidden = self.spec.attention, f"layers.{index}.", self.spec.hidden_size
         query = self._project(prefix + "query", x, a.query_width, hidden, a.has_qkv_bias)
         key = self._project(prefix + "key", x, a.key_value_width, hidden, a.has_qkv_bias)
         value = self._project(prefix + "value", x, a.key_value_width, hidden, a.has_qkv_bias)
-        query = self._normalise_heads(prefix + "query_norm", query, a.heads)
-        key = self._normalise_heads(prefix + "key_norm", key, a.key_value_heads)
+        query = self._normalize_heads(prefix + "query_norm", query, a.heads)
+        key = self._normalize_heads(prefix + "key_norm", key, a.num_kv_heads)
         if layer.rope:
             query = self._rotate(layer.rope, query, a.heads)
-            key = self._rotate(layer.rope, key, a.key_value_heads)
+            key = self._rotate(layer.rope, key, a.num_kv_heads)
         mixed = self._mix(query, key, value, index, layer)
         return self._project(
             prefix + "attention_output", mixed, hidden, a.query_width, a.has_output_bias
@@ -347,9 +351,9 @@ class _Builder:
     def _mix(self, query: str, key: str, value: str, index: int, layer: Layer) -> str:
         a, width, parts = self.spec.attention, cache_width(self.spec), ("key", "value")
         query = self._widen(query, a.heads)
-        key, value = (self._widen(x, a.key_value_heads) for x in (key, value))
+        key, value = (self._widen(x, a.num_kv_heads) for x in (key, value))
         for part in parts:
-            shape = ("batch_size", a.key_value_heads, "present_sequence_length", width)
+            shape = ("batch_size", a.num_kv_heads, "present_sequence_length", width)
             name = cache_name(index, part, of="present")
             self.outputs.append(Port(name=name, dtype=self.how.arithmetic, shape=shape))
         mixed = self.op(
@@ -360,16 +364,16 @@ class _Builder:
                 f"mixed_{index}", *(cache_name(index, part, of="present") for part in parts)
             ),
             num_heads=a.heads,
-            kv_num_heads=a.key_value_heads,
-            scale=float(a.score_scale),
-            softcap=float(a.score_cap or 0),
+            kv_num_heads=a.num_kv_heads,
+            scale=float(a.softmax_scale),
+            softcap=float(a.attn_logit_softcap or 0),
             local_window_size=layer.window_tokens or -1,
         )  # fmt: skip
         return self._narrow(mixed)
 
     def _widen(self, x: str, heads: int) -> str:
         """Put zeros behind every head, which change no score and no sum."""
-        width, wide = self.spec.attention.head_width, cache_width(self.spec)
+        width, wide = self.spec.attention.head_dim, cache_width(self.spec)
         if width == wide:
             return x
         x = self.op("Reshape", x, self.constant(0, 0, heads, width))
@@ -379,15 +383,15 @@ class _Builder:
     def _narrow(self, x: str) -> str:
         """Undo `_widen` for what was mixed."""
         a, wide = self.spec.attention, cache_width(self.spec)
-        if a.head_width == wide:
+        if a.head_dim == wide:
             return x
         x = self.op("Reshape", x, self.constant(0, 0, a.heads, wide))
-        ends = (self.constant(0), self.constant(a.head_width), self.constant(-1))
+        ends = (self.constant(0), self.constant(a.head_dim), self.constant(-1))
         return self.op("Reshape", self.op("Slice", x, *ends), self.constant(0, 0, a.query_width))
 
     def _apply_mlp(self, prefix: str, x: str) -> str:
         spec = self.spec
-        wide, narrow, has_bias = spec.mlp_width, spec.hidden_width, spec.has_mlp_bias
+        wide, narrow, has_bias = spec.intermediate_size, spec.hidden_size, spec.has_mlp_bias
         gate = self._project(prefix + "gate", x, wide, narrow, has_bias)
         up = self._project(prefix + "up", x, wide, narrow, has_bias)
         if spec.activation == "silu":
@@ -404,17 +408,17 @@ class _Builder:
         return self.op("Add", product, bias)
 
     def _multiply(self, role: str, x: str, rows: int, columns: int) -> str:
-        if self.storages[role] in storage.FLOATS:
-            return self._multiply_unquantised(role, x, rows, columns)
-        blocks = storage.BLOCKS[self.storages[role]]
-        zeros = () if blocks.is_symmetric else (role + storage.ZERO_POINTS,)
+        if self.tensor_types[role] in tensor_types.FLOATS:
+            return self._multiply_unquantized(role, x, rows, columns)
+        blocks = tensor_types.BLOCKS[self.tensor_types[role]]
+        zeros = () if blocks.is_symmetric else (role + tensor_types.ZERO_POINTS,)
         return self.op(
-            "MatMulNBits", x, role, role + storage.SCALES, *zeros,
+            "MatMulNBits", x, role, role + tensor_types.SCALES, *zeros,
             domain=CONTRIB, K=columns, N=rows, bits=blocks.bits, block_size=blocks.weights,
             accuracy_level=self.how.accuracy_level,
         )  # fmt: skip
 
-    def _multiply_unquantised(self, role: str, x: str, rows: int, columns: int) -> str:
+    def _multiply_unquantized(self, role: str, x: str, rows: int, columns: int) -> str:
         """Multiply as CPUs do with the least memory, or, in half precision, as WebGPU can."""
         weight = self._as_factor(role)
         if not self.how.is_half:
@@ -437,6 +441,6 @@ class _Builder:
 
     def _as_factor(self, role: str) -> str:
         """Return a weight in the precision of products; the runtime converts it once, at load."""
-        if storage.FLOATS[self.storages[role]] == self.how.arithmetic:
+        if tensor_types.FLOATS[self.tensor_types[role]] == self.how.arithmetic:
             return role
         return self.op("Cast", role, to=_FLOAT16 if self.how.is_half else _FLOAT32)

@@ -3,7 +3,7 @@
 from edgekit.formats import Layout, MemoryUse
 from edgekit.formats.onnx.graph import cache_width
 from edgekit.formats.onnx.runtime import BATCH_TOKENS
-from edgekit.formats.onnx.storage import BLOCKS
+from edgekit.formats.onnx.tensor_types import BLOCKS
 from edgekit.model.spec import DecoderSpec
 from edgekit.quant.planned import PlannedWeight
 
@@ -32,7 +32,7 @@ def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
         compute_bytes=compute_bytes(spec, context_tokens=context_tokens),
         runtime_bytes=RUNTIME_BYTES
         + LAYER_BYTES * len(spec.layers)
-        + VOCABULARY_ENTRY_BYTES * spec.vocabulary,
+        + VOCABULARY_ENTRY_BYTES * spec.vocab_size,
     )
 
 
@@ -45,19 +45,19 @@ def weight_bytes(spec: DecoderSpec, placement: PlannedWeight, *, is_half: bool) 
     """
     is_head = placement.role == ("token_embedding" if spec.is_tied else "output_head")
     is_read_only_by_row = placement.role == "token_embedding" and not is_head
-    if placement.storage == "F16" and not is_read_only_by_row:
+    if placement.tensor_type == "F16" and not is_read_only_by_row:
         layers_item_bytes, head_item_bytes = (6, 4) if is_half else (4, 8)
         return placement.parameters * (head_item_bytes if is_head else layers_item_bytes)
     held = placement.size_bytes
-    if placement.storage in BLOCKS:
-        scales = placement.parameters // BLOCKS[placement.storage].weights
+    if placement.tensor_type in BLOCKS:
+        scales = placement.parameters // BLOCKS[placement.tensor_type].weights
         held += scales * (8 if is_half else 4)
     return held + placement.size_bytes if is_head and spec.is_tied else held
 
 
 def cache_bytes(spec: DecoderSpec, *, context_tokens: int, is_half: bool) -> int:
     """Return the size of all keys and values."""
-    heads = spec.attention.key_value_heads
+    heads = spec.attention.num_kv_heads
     token_bytes = 2 * heads * cache_width(spec) * (2 if is_half else 4)
     return len(spec.layers) * token_bytes * context_tokens
 
@@ -65,6 +65,6 @@ def cache_bytes(spec: DecoderSpec, *, context_tokens: int, is_half: bool) -> int
 def compute_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     """Return the size of what one batch of a prompt needs: activations and attention scores."""
     batch = min(BATCH_TOKENS, context_tokens)
-    widest = 3 * spec.mlp_width + 2 * spec.hidden_width
+    widest = 3 * spec.intermediate_size + 2 * spec.hidden_size
     scores = spec.attention.heads * context_tokens
-    return 4 * (batch * (widest + scores) + spec.vocabulary)
+    return 4 * (batch * (widest + scores) + spec.vocab_size)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgekit.formats.onnx import model, runtime, storage
+from edgekit.formats.onnx import model, runtime, tensor_types
 
 
 def is_run_here(variant: str | None) -> bool:
@@ -37,4 +37,4 @@ def files(path: Path) -> list[Path]:
 
 def contents(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
     """Return name, shape and tensor type of every weight, whatever tensors hold it."""
-    return storage.contents(path)
+    return tensor_types.contents(path)

@@ -52,7 +52,7 @@ _REFUSED_OPTIONS = {
     "target_parameters": "adapters on bare parameters (mixtures of experts)",
     "use_bdlora": "block-diagonal LoRA",
     "use_mora": "MoRA",
-    "use_qalora": "QA-LoRA, which pools the input of a quantised layer",
+    "use_qalora": "QA-LoRA, which pools the input of a quantized layer",
     "velora_config": "VeLoRA",
 }
 # How training started: PEFT subtracts these from the base when it loads the adapter, so the file
@@ -87,7 +87,7 @@ class AdapterSettings:
     layers_pattern: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     token_ids: Mapping[str, tuple[int, ...]]  # "" is the input embedding
-    is_rank_stabilised: bool
+    is_rank_stabilized: bool
     has_magnitudes: bool  # DoRA
     has_lora_bias: bool
     keeps_tie: bool
@@ -120,7 +120,7 @@ class AdapterSettings:
         """Return what a module's update is multiplied with."""
         rank = self.rank_of(module)
         alpha = _lookup(self.alpha_pattern, module, self.alpha)
-        return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
+        return alpha / (math.sqrt(rank) if self.is_rank_stabilized else rank)
 
     def token_ids_of(self, module: str, *, is_embedding: bool) -> tuple[int, ...] | None:
         """Return the tokens whose rows a module has anew, in the order of the file."""
@@ -215,7 +215,7 @@ def _settings(config: Config, fields: Mapping[str, Any]) -> AdapterSettings:
         layers_pattern=_names(fields, "layers_pattern", config.origin),
         modules_to_save=_names(fields, "modules_to_save", config.origin),
         token_ids=_token_ids(fields, config.origin),
-        is_rank_stabilised=config.get("use_rslora", default=False),
+        is_rank_stabilized=config.get("use_rslora", default=False),
         has_magnitudes=config.get("use_dora", default=False),
         has_lora_bias=config.get("lora_bias", default=False),
         keeps_tie=config.get("ensure_weight_tying", default=False),

@@ -39,7 +39,7 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT wraps the model twice
 _LOW_RANK = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 _ORIGINAL = "original_module."  # the base's own parameter, beside one that replaces it
-_QUANTISED_BASE = re.compile(r"4bit|8bit|bnb|gptq|awq|int4|int8", re.IGNORECASE)
+_QUANTIZED_BASE = re.compile(r"4bit|8bit|bnb|gptq|awq|int4|int8", re.IGNORECASE)
 
 Parts = Mapping[str, Tensor]  # what the file holds for one module, by kind
 
@@ -82,7 +82,7 @@ def merge(base: Checkpoint, directory: Path) -> Checkpoint:
     _add_updates(fit, tensors)
     _replace_token_rows(fit, tensors)
     spec = _spec_of(fit, tensors)
-    text = _text_of(fit, vocabulary=spec.vocabulary)
+    text = _text_of(fit, vocabulary=spec.vocab_size)
     record = _record_of(fit, spec, text)
     merged = replace(base, spec=spec, tensors=tensors, text=text, adapter=record)
     merged.refuse_mismatch()
@@ -481,7 +481,7 @@ def _spec_of(fit: _Fit, tensors: dict[str, Tensor]) -> DecoderSpec:
     is_tied = fit.base.spec.is_tied and embedding is head
     if is_tied:
         del tensors[fit.head]
-    spec = replace(fit.base.spec, is_tied=is_tied, vocabulary=embedding.shape[0])
+    spec = replace(fit.base.spec, is_tied=is_tied, vocab_size=embedding.shape[0])
     new_biases = tensors.keys() - fit.base.tensors.keys() - {fit.head}
     return _spec_with_biases(fit, spec, tensors, new_biases) if new_biases else spec
 
@@ -530,9 +530,9 @@ def _text_of(fit: _Fit, *, vocabulary: int) -> TokenizerFiles:
     text, directory = fit.base.text, fit.path.parent
     if (directory / "tokenizer.json").is_file():
         return _with_stop_ids(TokenizerFiles.open(directory, config={}), text)
-    if vocabulary > fit.base.spec.vocabulary:
+    if vocabulary > fit.base.spec.vocab_size:
         raise UsageError(
-            f"{fit.path} grows the vocabulary from {fit.base.spec.vocabulary} to {vocabulary} "
+            f"{fit.path} grows the vocabulary from {fit.base.spec.vocab_size} to {vocabulary} "
             f"tokens, but {directory} has no tokenizer.json for them",
             hint="save the tokenizer of the training run into the adapter's directory",
         )
@@ -588,22 +588,22 @@ def _notes(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> Iterator[str]:
             "the adapter changes the token embedding and the output head differently, so they are "
             "no longer tied and the model stores both"
         )
-    if spec.vocabulary != before.vocabulary:
-        yield f"the vocabulary has {spec.vocabulary} tokens, the base {before.vocabulary}"
+    if spec.vocab_size != before.vocab_size:
+        yield f"the vocabulary has {spec.vocab_size} tokens, the base {before.vocabulary}"
     if (fit.path.parent / "tokenizer.json").is_file():
         yield "tokenizer and chat template are the adapter's"
     elif _template_of(fit.path.parent) is not None:
         yield "the chat template is the adapter's"
-    if fit.base.quantisation:
+    if fit.base.quantization:
         yield (
-            f"{fit.base.name!r} is stored as {fit.base.quantisation}; the adapter is merged into "
-            "its de-quantised weights"
+            f"{fit.base.name!r} is stored as {fit.base.quantization}; the adapter is merged into "
+            "its de-quantized weights"
         )
-    elif _QUANTISED_BASE.search(made_for):
+    elif _QUANTIZED_BASE.search(made_for):
         yield (
-            f"the adapter was trained on the quantised {made_for!r} and is merged into "
+            f"the adapter was trained on the quantized {made_for!r} and is merged into "
             f"{fit.base.name!r} as it is"
         )
     ids = added_tokens(text.tokenizer_json)
-    if beyond := [token for token, id in ids.items() if id >= spec.vocabulary]:
+    if beyond := [token for token, id in ids.items() if id >= spec.vocab_size]:
         yield f"the tokenizer knows tokens for which the model has no row: {', '.join(beyond)}"

@@ -21,8 +21,8 @@ MOST_LAYERS = 1024  # no small model comes near; a damaged config must not fill 
 class Defaults:
     """What transformers assumes where a family's config is silent."""
 
-    key_value_heads: int | None = None  # None: as many as heads
-    head_width: int | None = None  # None: hidden_size / num_attention_heads
+    num_kv_heads: int | None = None  # None: as many as heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
     is_tied: bool = False
     norm_epsilon: float = 1e-6
 
@@ -33,7 +33,7 @@ def read_head_width(config: Config, defaults: Defaults) -> int:
     Raises:
         UsageError: If the config leaves it to a division with a remainder.
     """
-    width = config.optional_integer("head_dim", absent=defaults.head_width)
+    width = config.optional_integer("head_dim", absent=defaults.head_dim)
     if width is not None:
         return width
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
@@ -45,9 +45,9 @@ def read_head_width(config: Config, defaults: Defaults) -> int:
 def read_decoder(config: Config, defaults: Defaults, *, rope: Rope | None) -> DecoderSpec:
     """Read what every family spells alike: sizes, heads, RMS norms, tying; ``rope`` everywhere."""
     return DecoderSpec(
-        vocabulary=config.integer("vocab_size"),
-        hidden_width=config.integer("hidden_size"),
-        mlp_width=config.integer("intermediate_size"),
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=config.integer("hidden_size"),
+        intermediate_size=config.integer("intermediate_size"),
         context_tokens=config.integer("max_position_embeddings"),
         layers=(Layer(rope=rope),) * config.integer("num_hidden_layers", most=MOST_LAYERS),
         attention=_read_heads(config, defaults),
@@ -58,16 +58,16 @@ def read_decoder(config: Config, defaults: Defaults, *, rope: Rope | None) -> De
 
 def _read_heads(config: Config, defaults: Defaults) -> Attention:
     heads = config.integer("num_attention_heads")
-    absent = defaults.key_value_heads
-    key_value_heads = config.optional_integer("num_key_value_heads", absent=absent) or heads
-    if heads % key_value_heads:
+    absent = defaults.num_kv_heads
+    num_kv_heads = config.optional_integer("num_key_value_heads", absent=absent) or heads
+    if heads % num_kv_heads:
         raise UsageError(
-            f"{config.origin}: {heads} attention heads cannot share {key_value_heads} "
+            f"{config.origin}: {heads} attention heads cannot share {num_kv_heads} "
             "key and value heads evenly"
         )
     width = read_head_width(config, defaults)
     return Attention(
-        heads=heads, key_value_heads=key_value_heads, head_width=width, score_scale=width**-0.5
+        heads=heads, num_kv_heads=num_kv_heads, head_dim=width, softmax_scale=width**-0.5
     )
 
 
@@ -120,13 +120,13 @@ def write_decoder(spec: DecoderSpec, *, model_type: str, architecture: str) -> d
         "pad_token_id": None,
         "architectures": [architecture],
         "model_type": model_type,
-        "vocab_size": spec.vocabulary,
-        "hidden_size": spec.hidden_width,
-        "intermediate_size": spec.mlp_width,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
         "num_hidden_layers": len(spec.layers),
         "num_attention_heads": spec.attention.heads,
-        "num_key_value_heads": spec.attention.key_value_heads,
-        "head_dim": spec.attention.head_width,
+        "num_key_value_heads": spec.attention.num_kv_heads,
+        "head_dim": spec.attention.head_dim,
         "max_position_embeddings": spec.context_tokens,
         "rms_norm_eps": spec.norm.epsilon,
         "tie_word_embeddings": spec.is_tied,

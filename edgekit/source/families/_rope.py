@@ -21,7 +21,7 @@ from edgekit.source.config import Config
 
 def read_rope(
     config: Config,
-    head_width: int,
+    head_dim: int,
     *,
     theta: float = 10_000.0,
     rotated: float | None = None,
@@ -31,7 +31,7 @@ def read_rope(
 
     Args:
         config: The whole config.
-        head_width: Channels of a head.
+        head_dim: Channels of a head.
         theta: What transformers takes where the config is silent.
         rotated: The fraction of a head that turns where the config is silent; None where the
             family always turns whole heads.
@@ -49,7 +49,7 @@ def read_rope(
     original = config.optional_integer("original_max_position_embeddings")
     rope = read_fields(
         fields,
-        width=int(head_width * fraction),
+        width=int(head_dim * fraction),
         theta=config.number("rope_theta", theta),
         context_tokens=config.integer("max_position_embeddings"),
         original_context_tokens=original or original_context_tokens,
@@ -159,7 +159,7 @@ def write_rope(spec: DecoderSpec, *, rotated: bool = False) -> dict[str, Any]:
         return {}
     fields = write_fields(rope)
     if rotated:
-        fields["partial_rotary_factor"] = rope.width / spec.attention.head_width
+        fields["partial_rotary_factor"] = rope.width / spec.attention.head_dim
     return {"rope_parameters": fields}
 
 

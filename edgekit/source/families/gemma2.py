@@ -8,7 +8,7 @@ from edgekit.source.config import Config
 from edgekit.source.families import _common, _rope, llama
 
 
-DEFAULTS = _common.Defaults(key_value_heads=4, head_width=256, is_tied=True)
+DEFAULTS = _common.Defaults(num_kv_heads=4, head_dim=256, is_tied=True)
 TENSORS = llama.TENSORS | {
     "attention_post_norm": "post_attention_layernorm.weight",
     "mlp_norm": "pre_feedforward_layernorm.weight",
@@ -18,16 +18,16 @@ TENSORS = llama.TENSORS | {
 
 def describe(config: Config) -> DecoderSpec:
     """Read a Gemma 2 config."""
-    head_width = _common.read_head_width(config, DEFAULTS)
-    spec = read(config, _rope.read_rope(config, head_width))
+    head_dim = _common.read_head_width(config, DEFAULTS)
+    spec = read(config, _rope.read_rope(config, head_dim))
     kinds: list[_common.LayerKind] = [
         "full_attention" if index % 2 else "sliding_attention" for index in range(len(spec.layers))
     ]
     cap = config.optional_number("attn_logit_softcapping", absent=50.0)
     return replace(
         spec,
-        attention=replace(spec.attention, score_cap=cap),
-        logit_cap=config.optional_number("final_logit_softcapping", absent=30.0),
+        attention=replace(spec.attention, attn_logit_softcap=cap),
+        final_logit_softcap=config.optional_number("final_logit_softcapping", absent=30.0),
         layers=read_windows(config, spec, kinds),
     )
 
@@ -41,17 +41,17 @@ def read(config: Config, rope: Rope | None) -> DecoderSpec:
     has_bias = config.get("attention_bias", default=False)
     attention = replace(
         spec.attention,
-        score_scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
+        softmax_scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
         has_qkv_bias=has_bias,
         has_output_bias=has_bias,
     )
     return replace(
         spec,
         attention=attention,
-        norm=Norm(kind="rms", epsilon=spec.norm.epsilon, adds_one=True),
+        norm=Norm(kind="rms", epsilon=spec.norm.epsilon, unit_offset=True),
         activation="gelu_tanh",
         has_post_norms=True,
-        embedding_scale=spec.hidden_width**0.5,
+        embedding_scale=spec.hidden_size**0.5,
     )
 
 
@@ -71,8 +71,8 @@ def config(spec: DecoderSpec) -> dict[str, Any]:
         fields
         | _rope.write_rope(spec)
         | {
-            "attn_logit_softcapping": spec.attention.score_cap,
-            "final_logit_softcapping": spec.logit_cap,
+            "attn_logit_softcapping": spec.attention.attn_logit_softcap,
+            "final_logit_softcapping": spec.final_logit_softcap,
         }
     )
 
@@ -85,17 +85,17 @@ def write(spec: DecoderSpec, *, model_type: str, architecture: str) -> dict[str,
         | _common.write_layer_kinds(spec)
         | {
             "hidden_activation": "gelu_pytorch_tanh",
-            "query_pre_attn_scalar": _scalar(spec.attention.score_scale),
+            "query_pre_attn_scalar": _scalar(spec.attention.softmax_scale),
             "attention_bias": spec.attention.has_output_bias,
         }
     )
 
 
-def _scalar(score_scale: float) -> float | int:
+def _scalar(softmax_scale: float) -> float | int:
     """Return what has this inverse square root: a whole number where one has."""
-    scalar = score_scale**-2
+    scalar = softmax_scale**-2
     whole = round(scalar)
-    return whole if whole**-0.5 == score_scale else scalar
+    return whole if whole**-0.5 == softmax_scale else scalar
 
 
 def source(role: str, spec: DecoderSpec) -> Source:

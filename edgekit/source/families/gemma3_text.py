@@ -21,7 +21,7 @@ def describe(config: Config) -> DecoderSpec:
     return replace(
         spec,
         attention=replace(spec.attention, query_key_norm=spec.norm),
-        logit_cap=config.optional_number("final_logit_softcapping"),
+        final_logit_softcap=config.optional_number("final_logit_softcapping"),
         layers=_read_layers(config, spec),
     )
 
@@ -33,14 +33,14 @@ def _read_layers(config: Config, spec: DecoderSpec) -> tuple[Layer, ...]:
         "sliding_attention" if (index + 1) % pattern else "full_attention"
         for index in range(len(spec.layers))
     ]
-    slow, fast = _read_ropes(config, spec.attention.head_width)
+    slow, fast = _read_ropes(config, spec.attention.head_dim)
     return tuple(
         replace(layer, rope=slow if layer.window_tokens is None else fast)
         for layer in gemma2.read_windows(config, spec, kinds)
     )
 
 
-def _read_ropes(config: Config, head_width: int) -> tuple[Rope, Rope]:
+def _read_ropes(config: Config, head_dim: int) -> tuple[Rope, Rope]:
     """Return the rope of the layers without a window, and of those with one."""
     both = config.section("rope_parameters")
     slow, fast = both.section("full_attention"), both.section("sliding_attention")
@@ -50,8 +50,8 @@ def _read_ropes(config: Config, head_width: int) -> tuple[Rope, Rope]:
     global_theta = config.number("rope_theta", GLOBAL_THETA)
     local_theta = config.number("rope_local_base_freq", LOCAL_THETA)
     ropes = (
-        _rope.read_fields(slow, width=head_width, theta=global_theta, context_tokens=context),
-        _rope.read_fields(fast, width=head_width, theta=local_theta, context_tokens=context),
+        _rope.read_fields(slow, width=head_dim, theta=global_theta, context_tokens=context),
+        _rope.read_fields(fast, width=head_dim, theta=local_theta, context_tokens=context),
     )
     for fields in (slow, fast, both):
         fields.refuse_unread()
@@ -66,4 +66,4 @@ def config(spec: DecoderSpec) -> dict[str, Any]:
         for layer in spec.layers
         if (rope := layer.rope)
     }
-    return fields | {"rope_parameters": ropes, "final_logit_softcapping": spec.logit_cap}
+    return fields | {"rope_parameters": ropes, "final_logit_softcapping": spec.final_logit_softcap}

@@ -27,8 +27,8 @@ def read(
 ) -> DecoderSpec:
     """Read a Llama without biases, which is what its descendants start from."""
     config.expect(hidden_act="silu")
-    head_width = _common.read_head_width(config, defaults)
-    rope = _rope.read_rope(config, head_width, theta=rope_theta)
+    head_dim = _common.read_head_width(config, defaults)
+    rope = _rope.read_rope(config, head_dim, theta=rope_theta)
     return _common.read_decoder(config, defaults, rope=rope)
 
 

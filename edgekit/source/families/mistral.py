@@ -8,7 +8,7 @@ from edgekit.source.config import Config
 from edgekit.source.families import _common, llama
 
 
-DEFAULTS = _common.Defaults(key_value_heads=8)
+DEFAULTS = _common.Defaults(num_kv_heads=8)
 
 source = llama.source
 

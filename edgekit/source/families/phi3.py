@@ -15,8 +15,8 @@ def describe(config: Config) -> DecoderSpec:
     """Read a Phi-3 config."""
     config.expect(hidden_act="silu", attention_bias=False, mlp_bias=False, lm_head_bias=False)
     config.expect(full_attn_mod=1, interpolate_factor=1)
-    head_width = _common.read_head_width(config, DEFAULTS)
-    rope = _rope.read_rope(config, head_width, rotated=1.0, original_context_tokens=4096)
+    head_dim = _common.read_head_width(config, DEFAULTS)
+    rope = _rope.read_rope(config, head_dim, rotated=1.0, original_context_tokens=4096)
     spec = _common.read_decoder(config, DEFAULTS, rope=rope)
     window = config.optional_integer("sliding_window")
     layers = tuple(replace(layer, window_tokens=window) for layer in spec.layers)
@@ -45,8 +45,8 @@ def source(role: str, spec: DecoderSpec) -> Source:
         case "value":
             return Source(attention, wide + narrow, narrow)
         case "gate":
-            return Source(f"{mlp}.weight", 0, spec.mlp_width)
+            return Source(f"{mlp}.weight", 0, spec.intermediate_size)
         case "up":
-            return Source(f"{mlp}.weight", spec.mlp_width, spec.mlp_width)
+            return Source(f"{mlp}.weight", spec.intermediate_size, spec.intermediate_size)
         case _:
             return llama.source(role, spec)

@@ -8,7 +8,7 @@ from edgekit.source.config import Config
 from edgekit.source.families import _common, llama
 
 
-DEFAULTS = _common.Defaults(key_value_heads=32)
+DEFAULTS = _common.Defaults(num_kv_heads=32)
 
 source = llama.source
 

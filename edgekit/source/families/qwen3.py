@@ -8,7 +8,7 @@ from edgekit.source.config import Config
 from edgekit.source.families import _common, llama, qwen2
 
 
-DEFAULTS = _common.Defaults(key_value_heads=32, head_width=128)
+DEFAULTS = _common.Defaults(num_kv_heads=32, head_dim=128)
 
 source = llama.source
 

@@ -9,7 +9,7 @@ from edgekit.source.config import Config
 from edgekit.source.families import _common, llama
 
 
-DEFAULTS = _common.Defaults(key_value_heads=4, is_tied=True)
+DEFAULTS = _common.Defaults(num_kv_heads=4, is_tied=True)
 
 source = llama.source
 

@@ -8,7 +8,7 @@ from edgekit.source.config import Config
 from edgekit.source.families import _common, _rope, llama
 
 
-DEFAULTS = _common.Defaults(key_value_heads=32)
+DEFAULTS = _common.Defaults(num_kv_heads=32)
 TENSORS = llama.TENSORS | {
     "attention_norm_bias": "input_layernorm.bias",
     "mlp_norm_bias": "post_attention_layernorm.bias",
@@ -18,8 +18,8 @@ TENSORS = llama.TENSORS | {
 def describe(config: Config) -> DecoderSpec:
     """Read a StableLM config."""
     config.expect(hidden_act="silu")
-    head_width = _common.read_head_width(config, DEFAULTS)
-    rope = _rope.read_rope(config, head_width, rotated=0.25)
+    head_dim = _common.read_head_width(config, DEFAULTS)
+    rope = _rope.read_rope(config, head_dim, rotated=0.25)
     spec = _common.read_decoder(config, DEFAULTS, rope=rope)
     epsilon = config.number("layer_norm_eps", 1e-5)
     has_head_norms = config.get("qk_layernorm", default=False)
@@ -57,7 +57,7 @@ def config(spec: DecoderSpec) -> dict[str, Any]:
 def source(role: str, spec: DecoderSpec) -> Source:
     """Return where a weight lives; the norms of heads are a tensor for each head."""
     layer, _, part = role.rpartition(".")
-    heads = {"query_norm": spec.attention.heads, "key_norm": spec.attention.key_value_heads}
+    heads = {"query_norm": spec.attention.heads, "key_norm": spec.attention.num_kv_heads}
     if part not in heads:
         return llama.locate(role, TENSORS)
     norm = f"model.{layer}.self_attn.{part[0]}_layernorm"

@@ -143,7 +143,7 @@ def export_with_transformers(model: str, path: Path) -> None:
     )
     from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
-    exportable = TorchExportableModuleForDecoderOnlyLM(quantised(model))
+    exportable = TorchExportableModuleForDecoderOnlyLM(quantized(model))
     exported = exportable.export(
         input_ids=torch.zeros(1, 8, dtype=torch.long),
         cache_position=torch.arange(8),
@@ -163,7 +163,7 @@ def export_with_transformers(model: str, path: Path) -> None:
         made.write_to_file(file)
 
 
-def quantised(model: str) -> Any:
+def quantized(model: str) -> Any:
     """Return a model whose weights torchao rounds to nearest."""
     import torch
     from torchao.quantization import quantize_  # type: ignore[import-untyped]

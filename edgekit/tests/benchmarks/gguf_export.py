@@ -2,10 +2,10 @@
 
     python edgekit/tests/benchmarks/gguf_export.py [--model demo|1b] [--adapter] [RECIPE ...]
 
-Ours reads the checkpoint, merges the adapter if there is one, converts, quantises and writes; what
+Ours reads the checkpoint, merges the adapter if there is one, converts, quantizes and writes; what
 it does before that, opening the model, turning its tokenizer into metadata and trying that out in
 llama.cpp, is told apart.
-llama.cpp's quantiser reads the same weights from a GGUF file in the checkpoint's own precision
+llama.cpp's quantizer reads the same weights from a GGUF file in the checkpoint's own precision
 (which its converter would have had to write before; that is not counted) and writes. Each run is
 a fresh process, in turn. Clocks start after the imports. Peak memory is VmHWM less what the process
 held then; llama.cpp maps its source, so the pages it read count. ``1b`` is a random checkpoint of
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import formats
 from edgekit.formats import BuildRequest
-from edgekit.formats.gguf import conversion, layout, pretokenizers, storage, writing
+from edgekit.formats.gguf import conversion, layout, pretokenizers, tensor_types, writing
 from edgekit.model.spec import Attention, DecoderSpec, Layer, Llama3Scaling, Norm, Rope, Shape
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 
 
 ONE_BILLION = DecoderSpec(  # Llama-3.2-1B
-    vocabulary=128_256,
-    hidden_width=2048,
-    mlp_width=8192,
+    vocab_size=128_256,
+    hidden_size=2048,
+    intermediate_size=8192,
     context_tokens=8192,
     layers=(
         Layer(rope=Rope(width=64, theta=500_000.0, scaling=Llama3Scaling(
@@ -53,7 +53,7 @@ ONE_BILLION = DecoderSpec(  # Llama-3.2-1B
             original_context_tokens=8192,
         ))),
     ) * 16,
-    attention=Attention(heads=32, key_value_heads=8, head_width=64, score_scale=0.125),
+    attention=Attention(heads=32, num_kv_heads=8, head_dim=64, softmax_scale=0.125),
     norm=Norm(kind="rms", epsilon=1e-5),
     is_tied=True,
 )  # fmt: skip
@@ -129,7 +129,7 @@ def child(who: str, model: Path, adapter: Path | None, out: Path, recipe: str) -
     if checkpoint:
         convert(checkpoint, out, recipe)
     else:
-        quantise(llama_cpp, model, out, recipe)
+        quantize(llama_cpp, model, out, recipe)
     sample = {
         "before_s": started - opened,
         "wall_s": time.perf_counter() - started,
@@ -150,12 +150,12 @@ def opened_checkpoint(model: Path, adapter: Path | None, recipe: str) -> Checkpo
 
 
 def convert(checkpoint: Checkpoint, out: Path, recipe: str) -> None:
-    """Read, merge, quantise and write, as `edgekit export` does."""
+    """Read, merge, quantize and write, as `edgekit export` does."""
     pre = conversion.likely_pre(checkpoint.text)
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
         entry = conversion.convert(
             checkpoint,
-            BuildRequest(recipe=storage.RECIPES[recipe]),
+            BuildRequest(recipe=tensor_types.RECIPES[recipe]),
             Path(work),
             pre=pre,
             progress=lambda _: None,
@@ -163,10 +163,10 @@ def convert(checkpoint: Checkpoint, out: Path, recipe: str) -> None:
         (Path(work) / entry).rename(out)
 
 
-def quantise(llama: Any, model: Path, out: Path, recipe: str) -> None:
-    """Run llama.cpp's quantiser with all processors."""
+def quantize(llama: Any, model: Path, out: Path, recipe: str) -> None:
+    """Run llama.cpp's quantizer with all processors."""
     parameters = llama.llama_model_quantize_default_params()
-    parameters.ftype = storage.FILE_TYPES[recipe]
+    parameters.ftype = tensor_types.FILE_TYPES[recipe]
     parameters.nthread = os.cpu_count()
     if llama.llama_model_quantize(str(model).encode(), str(out).encode(), ctypes.byref(parameters)):
         raise SystemExit(f"llama.cpp refused {model}")
@@ -249,13 +249,13 @@ def memory_bytes(field: str) -> int:
 
 
 def hashes(path: Path) -> dict[str, tuple[str, str]]:
-    """Return storage and SHA-256 of every tensor of a file."""
+    """Return tensor type and SHA-256 of every tensor of a file."""
     found = {}
     with path.open("rb") as stream:
         for info in layout.read(path).tensors:
             stream.seek(info.offset)
             found[info.name] = (
-                info.storage,
+                info.tensor_type,
                 hashlib.sha256(stream.read(info.size_bytes)).hexdigest(),
             )
     return found

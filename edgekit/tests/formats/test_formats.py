@@ -18,18 +18,18 @@ from edgekit.formats import BuildRequest, ContextLimit, Format, MemoryUse, Runni
 from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope
 from edgekit.plan import Choice
 from edgekit.plan import make as make_plan
-from edgekit.proof.interpreter import ReferenceSession
+from edgekit.proof.interpreter import InterpreterSession
 from edgekit.target import load as load_target
 
 
 FORMATS = formats.names()
 PLAIN = DecoderSpec(  # nothing that a recipe treats apart, and rows that fill every block
-    vocabulary=257,
-    hidden_width=256,
-    mlp_width=512,
+    vocab_size=257,
+    hidden_size=256,
+    intermediate_size=512,
     context_tokens=512,
     layers=(Layer(rope=Rope(width=64, theta=10_000.0)),) * 8,
-    attention=Attention(heads=4, key_value_heads=4, head_width=64, score_scale=0.125),
+    attention=Attention(heads=4, num_kv_heads=4, head_dim=64, softmax_scale=0.125),
     norm=Norm(kind="rms", epsilon=1e-5),
 )
 
@@ -138,7 +138,7 @@ def open_session(fmt, path, spec):
     """Open an artifact in its runtime, or where none is here, its weights in the reference."""
     if fmt.is_run_here(None):
         return fmt.load(path, context_tokens=32, threads=1)
-    return ReferenceSession(fmt.read_back(path, spec), context_tokens=32)
+    return InterpreterSession(fmt.read_back(path, spec), context_tokens=32)
 
 
 # What is offered
@@ -176,18 +176,21 @@ def test_the_extras_exist(fmt):
 
 
 def test_storages_know_what_they_cost(fmt):
-    assert len(fmt.STORAGES) > 1
-    for name, storage in fmt.STORAGES.items():
-        assert storage.name == name
-        assert storage.block_weights >= 1
-        assert 0 < storage.bits_per_weight <= 32
+    assert len(fmt.TENSOR_TYPES) > 1
+    for name, tensor_type in fmt.TENSOR_TYPES.items():
+        assert tensor_type.name == name
+        assert tensor_type.block_weights >= 1
+        assert 0 < tensor_type.bits_per_weight <= 32
 
 
 def test_recipes_name_only_storages_that_exist_and_say_how_much_they_may_lose(fmt):
     assert fmt.RECIPES
     for name, recipe in fmt.RECIPES.items():
         assert recipe.name == name
-        assert {recipe.default, *(rule.storage for rule in recipe.rules)} <= fmt.STORAGES.keys()
+        assert {
+            recipe.default,
+            *(rule.tensor_type for rule in recipe.rules),
+        } <= fmt.TENSOR_TYPES.keys()
         assert recipe.max_mean_kl_nats > 0
         assert 0 < recipe.min_same_top_token <= 1
 
@@ -214,7 +217,7 @@ def test_a_layout_places_every_weight_once_and_in_a_storage_of_the_format(fmt, p
         layout = fmt.lay_out(plain, asked(recipe))
         assert {p.role for p in layout.placements} == {role for role, _ in PLAIN.weights()}
         assert sum(p.parameters for p in layout.placements) == plain.parameters
-        assert {p.storage for p in layout.placements} <= fmt.STORAGES.keys()
+        assert {p.tensor_type for p in layout.placements} <= fmt.TENSOR_TYPES.keys()
         assert layout.substituted == ()  # all rows fill their blocks
         assert 0 < layout.artifact_bytes - sum(p.size_bytes for p in layout.placements) < 110_000
 
@@ -226,8 +229,8 @@ def test_a_substitution_is_told(fmt, tiny):
         layout = fmt.lay_out(tiny, asked(recipe))
         assert len(layout.placements) == len(dict(tiny.spec.weights()))
         for placement in layout.placements:
-            storage = fmt.STORAGES[placement.wanted]
-            rows_fill = storage.pads_rows or 64 % storage.block_weights == 0
+            tensor_type = fmt.TENSOR_TYPES[placement.wanted]
+            rows_fill = tensor_type.pads_rows or 64 % tensor_type.block_weights == 0
             assert rows_fill or placement in layout.substituted
 
 
@@ -275,19 +278,19 @@ def test_what_it_converts_is_as_large_as_predicted_and_runs(name, recipe, tiny, 
     if layout.is_exact:
         assert size == layout.artifact_bytes
     assert size == pytest.approx(layout.artifact_bytes, rel=0.1)
-    stored = sorted(storage for _, shape, storage in fmt.contents(path) if len(shape) > 1)
+    stored = sorted(tensor_type for _, shape, tensor_type in fmt.contents(path) if len(shape) > 1)
     matrices = [p for p in layout.placements if not p.role.endswith(("norm", "bias"))]
-    assert stored == sorted(placement.storage for placement in matrices)
+    assert stored == sorted(placement.tensor_type for placement in matrices)
     session = open_session(fmt, path, tiny.spec)
     try:
-        assert session.vocabulary_tokens == tiny.spec.vocabulary
+        assert session.vocabulary_tokens == tiny.spec.vocab_size
         assert session.context_tokens == 32
         prompt = session.prefill([1, 2, 3]).copy()
-        assert prompt.shape == (tiny.spec.vocabulary,)
+        assert prompt.shape == (tiny.spec.vocab_size,)
         assert abs(prompt).max() > 0
         session.decode(int(prompt.argmax()))
         rows = session.all_logits([1, 2, 3])
-        assert rows.shape == (3, tiny.spec.vocabulary)
+        assert rows.shape == (3, tiny.spec.vocab_size)
         assert abs(rows[-1] - prompt).max() < 0.02 * abs(prompt).max()
         with pytest.raises(UsageError):
             session.all_logits([1] * 33)
@@ -336,9 +339,9 @@ ECHO = {
     "__init__": '''
 """A pretended format whose model says what it heard."""
 
-from edgekit.quant.recipe import Recipe, Storage
+from edgekit.quant.recipe import Recipe, TensorType
 
-STORAGES = {"word": Storage(name="word", block_weights=1, block_bytes=2)}
+TENSOR_TYPES = {"word": TensorType(name="word", block_weights=1, block_bytes=2)}
 RECIPES = {
     "loud": Recipe(name="loud", default="word", max_mean_kl_nats=1.0, min_same_top_token=0.5)
 }
@@ -361,7 +364,7 @@ def lay_out(checkpoint, request):
         raise UsageError("an echo is never split")
     placements = tuple(
         PlannedWeight(
-            role=role, shape=shape, storage="word", wanted=request.recipe.default,
+            role=role, shape=shape, tensor type="word", wanted=request.recipe.default,
             size_bytes=2 * shape[0] * (shape[1] if shape[1:] else 1), is_coarse=False,
         )
         for role, shape in checkpoint.spec.weights()

@@ -13,16 +13,16 @@ from edgekit.quant.planned import PlannedWeight
 
 
 SPEC = DecoderSpec(
-    vocabulary=1000, hidden_width=64, mlp_width=128, context_tokens=512,
+    vocab_size=1000, hidden_size=64, intermediate_size=128, context_tokens=512,
     layers=(Layer(rope=None),) * 2, norm=Norm(kind="rms", epsilon=1e-5),
-    attention=Attention(heads=4, key_value_heads=2, head_width=16, score_scale=0.25),
+    attention=Attention(heads=4, num_kv_heads=2, head_dim=16, softmax_scale=0.25),
 )  # fmt: skip
 TIED = replace(SPEC, is_tied=True)
 
 
-def placement(role, storage, *, parameters=3200, size_bytes=2000):
+def placement(role, tensor_type, *, parameters=3200, size_bytes=2000):
     return PlannedWeight(
-        role=role, shape=(parameters,), storage=storage, wanted=storage, size_bytes=size_bytes,
+        role=role, shape=(parameters,), tensor_type=tensor_type, wanted=tensor_type, size_bytes=size_bytes,
         is_coarse=False,
     )  # fmt: skip
 
@@ -53,7 +53,7 @@ def test_onnx_keeps_a_cache_as_wide_as_its_graph_computes(is_half, item_bytes):
 
 
 @pytest.mark.parametrize(
-    ("spec", "role", "storage", "in_float32", "in_half"),
+    ("spec", "role", "tensor_type", "in_float32", "in_half"),
     [
         (SPEC, "layers.0.up", "F32", 2000, 2000),
         (SPEC, "layers.0.up", "F16", 4 * 3200, 6 * 3200),
@@ -64,8 +64,8 @@ def test_onnx_keeps_a_cache_as_wide_as_its_graph_computes(is_half, item_bytes):
         (TIED, "token_embedding", "UINT4", 4000 + 100 * 4, 4000 + 100 * 8),  # in both forms
     ],
 )
-def test_onnx_packs_a_weight_for_what_it_is_used_for(spec, role, storage, in_float32, in_half):
-    given = placement(role, storage)
+def test_onnx_packs_a_weight_for_what_it_is_used_for(spec, role, tensor_type, in_float32, in_half):
+    given = placement(role, tensor_type)
     found = [onnx.weight_bytes(spec, given, is_half=is_half) for is_half in (False, True)]
     assert found == [in_float32, in_half]
 

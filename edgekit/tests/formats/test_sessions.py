@@ -9,7 +9,7 @@ from edgekit import formats
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import ToolchainError, UsageError
 from edgekit.formats import BuildRequest
-from edgekit.proof.interpreter import ReferenceSession
+from edgekit.proof.interpreter import InterpreterSession
 from edgekit.tests.formats.test_formats import needs_runtime
 
 
@@ -42,7 +42,7 @@ def opened(request, tmp_path_factory):
         if running.is_run_here(None):
             return running.load(directory / entry, context_tokens=context_tokens, threads=1)
         model = cast("ReadableRunning", running).read_back(directory / entry, tiny.spec)
-        return ReferenceSession(model, context_tokens=context_tokens)
+        return InterpreterSession(model, context_tokens=context_tokens)
 
     return open_
 

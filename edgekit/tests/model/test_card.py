@@ -10,7 +10,7 @@ from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest
 from edgekit.formats.gguf import conversion, layout, provenance
-from edgekit.formats.gguf.storage import RECIPES
+from edgekit.formats.gguf.tensor_types import RECIPES
 from edgekit.model import card as model_card
 from edgekit.model.card import ModelCard, front_matter
 from edgekit.source.checkpoint import AdapterRecord, Checkpoint

@@ -16,16 +16,16 @@ def long_rope(border):
 
 
 SPEC = DecoderSpec(
-    vocabulary=96, hidden_width=64, mlp_width=64, context_tokens=64,
+    vocab_size=96, hidden_size=64, intermediate_size=64, context_tokens=64,
     layers=(Layer(rope=Rope(width=8, theta=10_000.0)),), norm=Norm(kind="rms", epsilon=1e-5),
-    attention=Attention(heads=8, key_value_heads=2, head_width=8, score_scale=1.0),
+    attention=Attention(heads=8, num_kv_heads=2, head_dim=8, softmax_scale=1.0),
 )  # fmt: skip
 
 
 def test_its_border_is_the_smallest_of_those_that_its_ropes_have():
-    assert SPEC.border_tokens is None
+    assert SPEC.original_max_position_embeddings is None
     layers = [Layer(rope=None), Layer(rope=long_rope(64)), Layer(rope=long_rope(32))]
-    assert replace(SPEC, layers=(*SPEC.layers, *layers)).border_tokens == 32
+    assert replace(SPEC, layers=(*SPEC.layers, *layers)).original_max_position_embeddings == 32
 
 
 def test_a_long_rope_turns_otherwise_once_the_text_outgrows_its_border():
@@ -35,12 +35,12 @@ def test_a_long_rope_turns_otherwise_once_the_text_outgrows_its_border():
     assert rope.attention_factor == 1.5
 
 
-@pytest.mark.parametrize(("role", "adds_one"), [
+@pytest.mark.parametrize(("role", "unit_offset"), [
     ("layers.0.attention_norm", True), ("final_norm", True), ("layers.0.query_norm", False),
     ("layers.0.query", False),
 ])  # fmt: skip
-def test_a_norm_that_adds_one_is_known_by_its_role(role, adds_one):
+def test_a_norm_that_adds_one_is_known_by_its_role(role, unit_offset):
     attention = replace(SPEC.attention, query_key_norm=Norm(kind="rms", epsilon=1e-6))
-    spec = replace(SPEC, attention=attention, norm=replace(SPEC.norm, adds_one=True))
-    assert spec.adds_one(role) is adds_one
-    assert not spec.without_added_ones().adds_one(role)
+    spec = replace(SPEC, attention=attention, norm=replace(SPEC.norm, unit_offset=True))
+    assert spec.unit_offset(role) is unit_offset
+    assert not spec.without_unit_offsets().unit_offset(role)

@@ -11,7 +11,7 @@ from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
 from edgekit.export import export
 from edgekit.formats import BuildRequest
-from edgekit.formats.gguf import conversion, importance, layout, running, storage, writing
+from edgekit.formats.gguf import conversion, importance, layout, running, tensor_types, writing
 from edgekit.formats.gguf.parts import tensor_name
 from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.plan import plan
@@ -315,8 +315,8 @@ def test_a_calibrated_file_says_so_and_has_the_size_that_was_planned(tmp_path, q
     assert made.metadata["quantize.imatrix.entries_count"] == len(led) > 0
     bare = convert(plain, quant, tmp_path / "bare")
     assert not [key for key in bare.metadata if "imatrix" in key]
-    kinds = [{i.name: i.storage for i in file.tensors} for file in (made, bare)]
-    assert kinds[0] == kinds[1]  # a calibration changes no storage
+    kinds = [{i.name: i.tensor_type for i in file.tensors} for file in (made, bare)]
+    assert kinds[0] == kinds[1]  # a calibration changes no tensor type
 
 
 @pytest.mark.toolchain
@@ -357,9 +357,9 @@ def test_the_columns_of_every_matrix_lead_its_fit(name, tmp_path):
     for part in parts:
         name, weights = tensor_name(part.role), measured[part.role]
         rows = weights_of(exact, name)
-        expected = storage.quantise(
+        expected = tensor_types.quantize(
             rows,
-            part.storage,
+            part.tensor_type,
             importance=damped(weights.astype(np.float64), share=importance.DAMPING),
         )
         assert bytes_of(led, name) == expected.tobytes(), name

@@ -178,14 +178,14 @@ def subject(tmp_path_factory):
 
 
 def test_what_is_stored_as_planned_passes(subject):
-    assert gate(gates._check_storages, subject).passed
+    assert gate(gates._check_tensor_types, subject).passed
     assert gate(gates._check_size, subject).passed
 
 
 def test_one_tensor_stored_otherwise_fails_the_storages(subject):
     first, *rest = subject.layout.placements
-    layout = replace(subject.layout, placements=(replace(first, storage="F16"), *rest))
-    found = gate(gates._check_storages, replace(subject, layout=layout))
+    layout = replace(subject.layout, placements=(replace(first, tensor_type="F16"), *rest))
+    found = gate(gates._check_tensor_types, replace(subject, layout=layout))
     assert not found.passed
     assert f"planned 1 more of {first.parameters} weights in F16" in found.finding
 
@@ -193,7 +193,7 @@ def test_one_tensor_stored_otherwise_fails_the_storages(subject):
 def test_one_tensor_that_was_planned_and_is_not_there_fails_the_storages(subject):
     placements = (*subject.layout.placements, subject.layout.placements[-1])
     layout = replace(subject.layout, placements=placements)
-    assert not gate(gates._check_storages, replace(subject, layout=layout)).passed
+    assert not gate(gates._check_tensor_types, replace(subject, layout=layout)).passed
 
 
 @pytest.mark.parametrize(
@@ -259,10 +259,10 @@ def test_one_blank_fails_the_chat_template(subject, monkeypatch):
 
 def test_transformers_may_hold_what_takes_half_of_the_free_memory(subject, monkeypatch):
     needed = 2 * 4 * subject.checkpoint.parameters
-    for free, is_held in ((needed, True), (needed - 1, False)):
+    for free, fits_in_memory in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr(transformers_logits, "_free_memory_bytes", lambda free=free: free)
-        assert transformers_logits.holds(subject.checkpoint) is is_held
-        assert replace(subject).is_held is is_held
+        assert transformers_logits.holds(subject.checkpoint) is fits_in_memory
+        assert replace(subject).fits_in_memory is fits_in_memory
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="only Linux says what is free")
@@ -272,13 +272,15 @@ def test_free_memory_is_what_linux_calls_available():
     assert transformers_logits._free_memory_bytes() == pytest.approx(1024 * available, rel=0.2)
 
 
-@pytest.mark.parametrize(("is_held", "least", "most"), [(True, 2048, 2700), (False, 400, 512)])
+@pytest.mark.parametrize(
+    ("fits_in_memory", "least", "most"), [(True, 2048, 2700), (False, 400, 512)]
+)
 def test_a_model_that_is_not_held_is_asked_for_fewer_positions(
-    subject, monkeypatch, is_held, least, most
+    subject, monkeypatch, fits_in_memory, least, most
 ):
-    monkeypatch.setattr(transformers_logits, "holds", lambda _: is_held)
+    monkeypatch.setattr(transformers_logits, "holds", lambda _: fits_in_memory)
     chunks = replace(subject, context_tokens=64).chunks
-    longest = 64 if is_held else 512 // len(list(corpus.texts()))
+    longest = 64 if fits_in_memory else 512 // len(list(corpus.texts()))
     assert max(map(len, chunks)) == longest
     assert least <= sum(map(len, chunks)) <= most
 
@@ -286,12 +288,12 @@ def test_a_model_that_is_not_held_is_asked_for_fewer_positions(
 # Adapters
 
 
-def adapter_gate(largest, difference, *, is_held=True, adapter="tide"):
+def adapter_gate(largest, difference, *, fits_in_memory=True, adapter="tide"):
     beside = np.array([[0, -largest]], np.float32)
     subject = SimpleNamespace(
         checkpoint=SimpleNamespace(adapter=adapter and SimpleNamespace(name=adapter)),
         chunks=[[1]],
-        is_held=is_held,
+        fits_in_memory=fits_in_memory,
     )
     found = _Findings()
     with pytest.MonkeyPatch.context() as patch:
@@ -311,7 +313,7 @@ def test_merged_logits_differ_by_a_ten_thousandth_of_the_largest(largest, differ
 
 
 def test_an_adapter_beside_a_base_that_is_not_held_is_told_and_not_failed():
-    [found] = adapter_gate(1.0, 1.0, is_held=False)
+    [found] = adapter_gate(1.0, 1.0, fits_in_memory=False)
     assert found.passed
     assert "too large here" in found.finding
 

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.toolchain, needs("torch", "llama_cpp")]
 
 GGUF = formats.get("gguf")
 TARGET = "raspberry-pi-5-8gb"
-GATES = ["runs", "stops", "logits", "token ids", "chat template", "storages", "size"]
+GATES = ["runs", "stops", "logits", "token ids", "chat template", "tensor types", "size"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -207,7 +207,7 @@ def after_conversion(monkeypatch, change):
 def test_queries_and_keys_in_the_order_of_the_checkpoint_fail_the_logits(
     model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(conversion, "interleave_halves", lambda rows, head_width: rows)
+    monkeypatch.setattr(conversion, "interleave_halves", lambda rows, head_dim: rows)
     assert refused(model, tmp_path).gates == ["logits"]
 
 
@@ -219,7 +219,7 @@ def test_gate_and_up_swapped_fail_the_logits(model, tmp_path, monkeypatch):
 
 
 def test_norms_without_the_one_that_gemma_adds_fail_the_logits(tmp_path, monkeypatch):
-    monkeypatch.setattr(DecoderSpec, "adds_one", lambda spec, role: False)
+    monkeypatch.setattr(DecoderSpec, "unit_offset", lambda spec, role: False)
     gemma = write_tiny_checkpoint(tmp_path / "tiny", "gemma2")
     assert refused(gemma, tmp_path).gates == ["logits"]
 
@@ -341,8 +341,8 @@ def test_tensors_stored_otherwise_than_planned_fail_even_if_as_many_are(
     model, tmp_path, monkeypatch
 ):
     exact, convert = GGUF.RECIPES["F32"], writing.convert
-    planned = replace(exact, rules=(Rule(pattern="query", storage="F16"),))
-    made = replace(exact, rules=(Rule(pattern="value", storage="F16"),))
+    planned = replace(exact, rules=(Rule(pattern="query", tensor_type="F16"),))
+    made = replace(exact, rules=(Rule(pattern="value", tensor_type="F16"),))
     monkeypatch.setitem(GGUF.RECIPES, "F32", planned)
     monkeypatch.setattr(
         writing,
@@ -352,7 +352,7 @@ def test_tensors_stored_otherwise_than_planned_fail_even_if_as_many_are(
         ),
     )
     found = refused(model, tmp_path)
-    assert {"storages", "size"} <= set(found.gates)
+    assert {"tensor types", "size"} <= set(found.gates)
     assert "planned 3 more of 4096 weights in F16" in str(found.error)
 
 

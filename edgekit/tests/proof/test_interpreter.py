@@ -76,7 +76,7 @@ def test_the_lengths_reach_past_every_edge():
 def test_it_says_what_transformers_says(name, tmp_path):
     directory = write_tiny_checkpoint(tmp_path, name)
     checkpoint = Checkpoint.open(directory)
-    texts = random_texts(checkpoint.spec.vocabulary)
+    texts = random_texts(checkpoint.spec.vocab_size)
     found = list(interpreter.logits(checkpoint, texts))
     divergence, agreement = compare(ask_transformers(directory, texts), found)
     assert divergence <= 1e-9  # measured: at most 3e-12
@@ -91,7 +91,7 @@ def test_a_sharded_bfloat16_checkpoint_is_read_in_float32(tmp_path):
     checkpoint = Checkpoint.open(directory)
     for tensor in checkpoint.tensors.values():
         assert tensor.size_bytes == 2 * math.prod(tensor.shape)
-    texts = random_texts(checkpoint.spec.vocabulary)
+    texts = random_texts(checkpoint.spec.vocab_size)
     found = list(interpreter.logits(checkpoint, texts))
     divergence, agreement = compare(ask_transformers(directory, texts), found)
     assert divergence <= 1e-9
@@ -132,14 +132,14 @@ MISTAKES = {
     ("gemma3-linear-rope", "no rope scaling"): _without_scaling,
     ("gemma3", "one rope for all layers"): _with_rope_everywhere,
     ("smollm3", "positions in every layer"): _with_rope_everywhere,
-    ("gemma2", "no score cap"): lambda spec: _attention(spec, score_cap=None),
-    ("gemma2", "no logit cap"): lambda spec: replace(spec, logit_cap=None),
+    ("gemma2", "no score cap"): lambda spec: _attention(spec, attn_logit_softcap=None),
+    ("gemma2", "no logit cap"): lambda spec: replace(spec, final_logit_softcap=None),
     ("gemma2", "no embedding scale"): lambda spec: replace(spec, embedding_scale=1.0),
     ("gemma2", "norms without the one"): (
-        lambda spec: replace(spec, norm=replace(spec.norm, adds_one=False))
+        lambda spec: replace(spec, norm=replace(spec.norm, unit_offset=False))
     ),
     ("gemma2-wide-heads", "scores scaled by the head"): (
-        lambda spec: _attention(spec, score_scale=spec.attention.head_width**-0.5)
+        lambda spec: _attention(spec, softmax_scale=spec.attention.head_dim**-0.5)
     ),
     ("gemma2", "silu"): lambda spec: replace(spec, activation="silu"),
     ("llama-bias", "no attention bias"): (
@@ -167,7 +167,7 @@ def test_a_trait_left_out_shows_in_the_logits(name, mistake, tmp_path):
     """So the agreement above proves each trait: nothing in the tiny models is neutral."""
     checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path, name))
     wrong = replace(checkpoint, spec=MISTAKES[name, mistake](checkpoint.spec))
-    texts = random_texts(checkpoint.spec.vocabulary, lengths=(100,))
+    texts = random_texts(checkpoint.spec.vocab_size, lengths=(100,))
     right = list(interpreter.logits(checkpoint, texts))
     divergence, _ = compare(right, list(interpreter.logits(wrong, texts)))
     assert divergence > 1e-4
@@ -198,7 +198,7 @@ def test_each_layer_is_read_once_whatever_the_number_of_texts(tmp_path):
     checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path, "qwen3"))
     log: list[str] = []
     counted = {name: Counted(tensor, name, log) for name, tensor in checkpoint.tensors.items()}
-    texts = random_texts(checkpoint.spec.vocabulary, lengths=(5, 6, 7))
+    texts = random_texts(checkpoint.spec.vocab_size, lengths=(5, 6, 7))
     list(interpreter.logits(replace(checkpoint, tensors=counted), texts))
     reads = [name for name in log if ".layers." in name]
     assert set(Counter(reads).values()) == {1}
@@ -208,13 +208,13 @@ def test_each_layer_is_read_once_whatever_the_number_of_texts(tmp_path):
 
 def test_logits_do_not_depend_on_the_block_sizes(tmp_path, monkeypatch):
     checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path, "qwen2-window"))
-    texts = random_texts(checkpoint.spec.vocabulary, lengths=(100,))
+    texts = random_texts(checkpoint.spec.vocab_size, lengths=(100,))
     whole = list(interpreter.logits(checkpoint, texts))
     monkeypatch.setattr(interpreter, "QUERY_BLOCK_TOKENS", 7)
     monkeypatch.setattr(interpreter, "HEAD_BLOCK_BYTES", 4096)
     divergence, _ = compare(whole, list(interpreter.logits(checkpoint, texts)))
     assert divergence < 1e-12
-    assert whole[0].shape == (100, checkpoint.spec.vocabulary)
+    assert whole[0].shape == (100, checkpoint.spec.vocab_size)
 
 
 def test_a_text_the_model_cannot_read_is_refused_before_any_work(tmp_path):
@@ -222,7 +222,7 @@ def test_a_text_the_model_cannot_read_is_refused_before_any_work(tmp_path):
     for ids, message in [
         ([], "has 0 tokens"),
         ([1] * (CONTEXT_TOKENS + 1), f"has {CONTEXT_TOKENS + 1} tokens"),
-        ([1, checkpoint.spec.vocabulary], f"token id {checkpoint.spec.vocabulary}"),
+        ([1, checkpoint.spec.vocab_size], f"token id {checkpoint.spec.vocab_size}"),
         ([-1, 3], "token id -1"),
     ]:
         with pytest.raises(UsageError, match=message):

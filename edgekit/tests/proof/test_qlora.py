@@ -1,4 +1,4 @@
-"""Bases that bitsandbytes quantised to four bits, and adapters trained on them."""
+"""Bases that bitsandbytes quantized to four bits, and adapters trained on them."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ NAME = "model.layers.0.mlp.down_proj.weight"
 
 
 @dataclass(kw_only=True)
-class Quantised:
+class Quantized:
     """A matrix as the documented layout stores it, and what it means, made number by number."""
 
     parts: dict[str, Any] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Quantised:
     values: Any = None
 
 
-def quantise(weight, *, quant_type="nf4", block=64, nested=False, dtype="float32"):
+def quantize(weight, *, quant_type="nf4", block=64, nested=False, dtype="float32"):
     codes, flat = CODES[quant_type], np.asarray(weight, dtype=np.float32).ravel()
     blocks = [flat[first : first + block] for first in range(0, flat.size, block)]
     scales = np.array([np.abs(values).max() for values in blocks], dtype=np.float32)
@@ -60,7 +60,7 @@ def quantise(weight, *, quant_type="nf4", block=64, nested=False, dtype="float32
     packed = [16 * high + low for high, low in zip(chosen[::2], chosen[1::2], strict=True)]
     parts[""] = np.array(packed, dtype=np.uint8)[:, None]
     rounded = rounded_to(dtype, np.array(values, dtype=np.float32))
-    return Quantised(parts=parts, state=state, values=rounded.reshape(weight.shape))
+    return Quantized(parts=parts, state=state, values=rounded.reshape(weight.shape))
 
 
 def _nest(scales, parts, state):
@@ -102,15 +102,15 @@ def write_stored(path, tensors):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def write_quantised(base, out, *, change=None, settings=None, **options):
-    """Write a base in four bits; return what its quantised weights mean.
+def write_quantized(base, out, *, change=None, settings=None, **options):
+    """Write a base in four bits; return what its quantized weights mean.
 
     Args:
         base: An ordinary checkpoint.
         out: Where to.
         change: Called with the tensors and the state of `NAME` before they are written.
         settings: The quantization_config.
-        options: Of `quantise`.
+        options: Of `quantize`.
     """
     shutil.copytree(base, out)
     tensors, meanings = {}, {}
@@ -118,7 +118,7 @@ def write_quantised(base, out, *, change=None, settings=None, **options):
         if "proj" not in name:
             tensors[name] = tensor.read()
             continue
-        made = quantise(tensor.read(), **options)
+        made = quantize(tensor.read(), **options)
         meanings[name] = made.values
         own = {f"{name}.{part}".removesuffix("."): values for part, values in made.parts.items()}
         if change and name == NAME:
@@ -146,9 +146,9 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def quantised(base, tmp_path_factory):
-    out = tmp_path_factory.mktemp("quantised") / "base-4bit"
-    write_quantised(base, out, nested=True)
+def quantized(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("quantized") / "base-4bit"
+    write_quantized(base, out, nested=True)
     return out
 
 
@@ -158,11 +158,11 @@ def quantised(base, tmp_path_factory):
 def test_a_weight_is_its_code_times_the_scale_of_its_block(
     base, tmp_path, quant_type, dtype, nested
 ):
-    meanings = write_quantised(
+    meanings = write_quantized(
         base, tmp_path / "q", quant_type=quant_type, dtype=dtype, nested=nested
     )
     checkpoint = Checkpoint.open(tmp_path / "q")
-    assert checkpoint.quantisation == quant_type
+    assert checkpoint.quantization == quant_type
     assert len(meanings) == 14
     for name, values in meanings.items():
         np.testing.assert_allclose(checkpoint.tensors[name].read(), values, rtol=1e-6, atol=1e-8)
@@ -174,7 +174,7 @@ def test_some_rows_are_those_of_the_whole(tmp_path, config, chunk_items, monkeyp
     """Rows of 24 and of 15 begin inside blocks of 32, and the latter inside bytes."""
     monkeypatch.setattr(bitsandbytes_tensors, "_CHUNK_ITEMS", chunk_items)
     base = tiny.write_base(tmp_path / "base", **config)
-    meanings = write_quantised(base, tmp_path / "q", block=32)
+    meanings = write_quantized(base, tmp_path / "q", block=32)
     tensors = Checkpoint.open(tmp_path / "q").tensors
     for name in (NAME, NAME.replace("down", "up")):
         whole = meanings[name]
@@ -184,28 +184,28 @@ def test_some_rows_are_those_of_the_whole(tmp_path, config, chunk_items, monkeyp
                 np.testing.assert_allclose(found, whole[first:last], rtol=1e-6, atol=1e-8)
 
 
-def test_what_is_not_quantised_is_read_as_it_is(base, quantised):
-    ours, theirs = Checkpoint.open(quantised), Checkpoint.open(base)
+def test_what_is_not_quantized_is_read_as_it_is(base, quantized):
+    ours, theirs = Checkpoint.open(quantized), Checkpoint.open(base)
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
         np.testing.assert_array_equal(ours.tensors[name].read(), theirs.tensors[name].read())
     assert ours.spec == theirs.spec
-    assert theirs.quantisation is None
+    assert theirs.quantization is None
 
 
-def test_four_bits_take_less_of_the_disk(base, quantised):
-    assert Checkpoint.open(quantised).tensors[NAME].size_bytes * 6 < (
+def test_four_bits_take_less_of_the_disk(base, quantized):
+    assert Checkpoint.open(quantized).tensors[NAME].size_bytes * 6 < (
         Checkpoint.open(base).tensors[NAME].size_bytes
     )
 
 
 def test_a_merge_into_it_is_an_ordinary_checkpoint(base, tmp_path):
-    meanings = write_quantised(base, tmp_path / "q", dtype="bfloat16")
+    meanings = write_quantized(base, tmp_path / "q", dtype="bfloat16")
     updates = tiny.q_proj_updates()
     directory = tiny.write_adapter(tmp_path / "a", updates)
     out = merge(tmp_path / "q", [directory], tmp_path / "out", precision="f32")
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     written = Checkpoint.open(out)
-    assert written.quantisation is None
+    assert written.quantization is None
     np.testing.assert_array_equal(written.tensors[NAME].read(), meanings[NAME])
     module = "model.layers.1.self_attn.q_proj"
     delta = 2 * updates[f"{module}.lora_B.weight"] @ updates[f"{module}.lora_A.weight"]
@@ -214,21 +214,21 @@ def test_a_merge_into_it_is_an_ordinary_checkpoint(base, tmp_path):
     )
 
 
-def test_without_a_precision_it_is_written_as_what_was_quantised(base, tmp_path):
-    write_quantised(base, tmp_path / "q", dtype="bfloat16")
+def test_without_a_precision_it_is_written_as_what_was_quantized(base, tmp_path):
+    write_quantized(base, tmp_path / "q", dtype="bfloat16")
     directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
     written = Checkpoint.open(merge(tmp_path / "q", [directory], tmp_path / "out"))
     assert written.tensors[NAME].size_bytes == 2 * 16 * 24
 
 
-def test_the_notes_say_that_the_base_is_quantised(quantised, tmp_path):
+def test_the_notes_say_that_the_base_is_quantized(quantized, tmp_path):
     directory = tiny.write_adapter(
         tmp_path / "a", tiny.q_proj_updates(), base_model_name_or_path="unsloth/base-bnb-4bit"
     )
-    record = merging.merge(Checkpoint.open(quantised), directory).adapter
+    record = merging.merge(Checkpoint.open(quantized), directory).adapter
     assert record
     assert record.notes == (
-        "'base-4bit' is stored as nf4; the adapter is merged into its de-quantised weights",
+        "'base-4bit' is stored as nf4; the adapter is merged into its de-quantized weights",
     )
 
 
@@ -245,26 +245,26 @@ def test_the_notes_say_that_the_base_is_quantised(quantised, tmp_path):
     ],
 )
 def test_other_methods_are_refused_by_name(base, tmp_path, settings, named):
-    write_quantised(base, tmp_path / "q", settings=settings)
+    write_quantized(base, tmp_path / "q", settings=settings)
     with pytest.raises(UsageError, match=named) as caught:
         Checkpoint.open(tmp_path / "q")
     assert "bitsandbytes" in str(caught.value)
 
 
 def test_a_config_from_before_methods_had_names_is_read(base, tmp_path):
-    write_quantised(base, tmp_path / "q", settings={"load_in_4bit": True})
-    assert Checkpoint.open(tmp_path / "q").quantisation == "nf4"
+    write_quantized(base, tmp_path / "q", settings={"load_in_4bit": True})
+    assert Checkpoint.open(tmp_path / "q").quantization == "nf4"
 
 
-def test_four_bits_of_which_the_config_does_not_know_are_refused(base, quantised, tmp_path):
-    shutil.copytree(quantised, tmp_path / "q")
+def test_four_bits_of_which_the_config_does_not_know_are_refused(base, quantized, tmp_path):
+    shutil.copytree(quantized, tmp_path / "q")
     shutil.copyfile(base / "config.json", tmp_path / "q" / "config.json")
     with pytest.raises(UsageError, match="has dtype 'U8'"):
         Checkpoint.open(tmp_path / "q")
 
 
-def test_a_config_that_is_wrong_about_it_is_refused(base, quantised, tmp_path):
-    shutil.copytree(quantised, tmp_path / "q")
+def test_a_config_that_is_wrong_about_it_is_refused(base, quantized, tmp_path):
+    shutil.copytree(quantized, tmp_path / "q")
     shutil.copyfile(base / "model.safetensors", tmp_path / "q" / "model.safetensors")
     with pytest.raises(UsageError, match="none of its tensors is"):
         Checkpoint.open(tmp_path / "q")
@@ -286,7 +286,7 @@ BROKEN = {
     "truncated absmax": (_set_part(".absmax", np.zeros(5, np.uint8)), r"absmax has shape \[5\]"),
     "absmax in floats": (
         _set_part(".absmax", np.zeros(6, np.float32)),
-        "absmax is F32, its quant_state says that scales are quantised",
+        "absmax is F32, its quant_state says that scales are quantized",
     ),
     "no absmax": (_set_part(".absmax", None), "lacks the tensor .*absmax"),
     "no nested_absmax": (_set_part(".nested_absmax", None), "lacks the tensor .*nested_absmax"),
@@ -325,7 +325,7 @@ BROKEN = {
         lambda tensors, state: tensors.update({
             f"{NAME}{STATE}{kind}": as_bytes(json.dumps(state).encode()) for kind in ("nf4", "fp4")
         }),
-        "says twice how .*down_proj.weight is quantised",
+        "says twice how .*down_proj.weight is quantized",
     ),
     "a state of nothing known": (
         _set_part(f"{STATE}nf3", as_bytes(b"{}")), "its own nf4 or fp4",
@@ -338,9 +338,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_quantisation_is_one_sentence(base, tmp_path, name):
+def test_a_broken_quantization_is_one_sentence(base, tmp_path, name):
     change, complaint = BROKEN[name]
-    write_quantised(base, tmp_path / "q", nested=True, change=change)
+    write_quantized(base, tmp_path / "q", nested=True, change=change)
     with pytest.raises(UsageError, match=complaint) as caught:
         Checkpoint.open(tmp_path / "q")
     assert "\n" not in str(caught.value)
@@ -348,15 +348,15 @@ def test_a_broken_quantisation_is_one_sentence(base, tmp_path, name):
 
 def test_scales_that_are_no_numbers_are_found_when_they_are_read(base, tmp_path):
     change = _set_part(".nested_absmax", np.full(1, np.nan, np.float32))
-    write_quantised(base, tmp_path / "q", nested=True, change=change)
+    write_quantized(base, tmp_path / "q", nested=True, change=change)
     checkpoint = Checkpoint.open(tmp_path / "q")
     with pytest.raises(UsageError, match="NaN or infinite"):
         checkpoint.tensors[NAME].read()
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
-def test_flipped_bits_are_refused_or_read(quantised, tmp_path, count):
-    shutil.copytree(quantised, tmp_path / "q")
+def test_flipped_bits_are_refused_or_read(quantized, tmp_path, count):
+    shutil.copytree(quantized, tmp_path / "q")
     path = tmp_path / "q" / "model.safetensors"
     whole, random = path.read_bytes(), np.random.default_rng(0)
     refusals = 0
@@ -378,21 +378,21 @@ def test_flipped_bits_are_refused_or_read(quantised, tmp_path, count):
 def test_a_base_without_four_bits_is_no_trained_on(base, tmp_path):
     directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
     shutil.copytree(base, tmp_path / "copy")
-    with pytest.raises(UsageError, match="is not quantised"):
+    with pytest.raises(UsageError, match="is not quantized"):
         merge(base, [directory], tmp_path / "out", trained_on=tmp_path / "copy")
 
 
 def test_another_model_is_no_trained_on(base, tmp_path):
     other = tiny.write_base(tmp_path / "other", rms_norm_eps=1e-6)
-    write_quantised(other, tmp_path / "q")
+    write_quantized(other, tmp_path / "q")
     directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
     with pytest.raises(UsageError, match="describe different decoders"):
         merge(base, [directory], tmp_path / "out", trained_on=tmp_path / "q")
 
 
-def test_trained_on_asks_for_an_adapter(base, quantised):
+def test_trained_on_asks_for_an_adapter(base, quantized):
     with pytest.raises(UsageError, match="there is none"):
-        qlora.with_score(Checkpoint.open(base), [], trained_on=quantised, listener=Silent())
+        qlora.with_score(Checkpoint.open(base), [], trained_on=quantized, listener=Silent())
 
 
 def scored(base, directory, *, trained_on=None):
@@ -404,9 +404,9 @@ def scored(base, directory, *, trained_on=None):
 
 
 @pytest.mark.toolchain
-def test_a_merge_into_16_bits_is_compared_with_what_was_trained(base, quantised, tmp_path):
+def test_a_merge_into_16_bits_is_compared_with_what_was_trained(base, quantized, tmp_path):
     directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
-    found, advice = scored(base, directory, trained_on=quantised)
+    found, advice = scored(base, directory, trained_on=quantized)
     assert found.startswith("against the nf4 base 'base-4bit' with the adapter, as it was trained")
     assert found.count("mean KL ") == 2
     assert "mean KL 0.00e+00" not in found
@@ -414,31 +414,31 @@ def test_a_merge_into_16_bits_is_compared_with_what_was_trained(base, quantised,
 
 
 @pytest.mark.toolchain
-def test_where_four_bits_lose_nothing_so_does_the_merge(base, quantised, tmp_path):
+def test_where_four_bits_lose_nothing_so_does_the_merge(base, quantized, tmp_path):
     plain = tmp_path / "plain"  # holds just what the four bits mean
     shutil.copytree(base, plain)
-    tensors = Checkpoint.open(quantised).tensors
+    tensors = Checkpoint.open(quantized).tensors
     tiny.write_safetensors(
         plain / "model.safetensors", {name: tensor.read() for name, tensor in tensors.items()}
     )
     directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
-    found, _ = scored(plain, directory, trained_on=quantised)
+    found, _ = scored(plain, directory, trained_on=quantized)
     assert found.count("mean KL 0.00e+00 nats and the same top token 100.0%") == 2
 
 
 @pytest.mark.toolchain
-def test_the_base_an_adapter_names_is_compared_with_unasked(base, quantised, tmp_path):
+def test_the_base_an_adapter_names_is_compared_with_unasked(base, quantized, tmp_path):
     updates = tiny.q_proj_updates()
-    here = tiny.write_adapter(tmp_path / "a", updates, base_model_name_or_path=str(quantised))
+    here = tiny.write_adapter(tmp_path / "a", updates, base_model_name_or_path=str(quantized))
     assert any("as it was trained" in note for note in scored(base, here))
     text = (merge(base, [here], tmp_path / "out") / "README.md").read_text()
     assert "as it was trained, this merge has mean KL" in text
 
 
 @pytest.mark.toolchain
-def test_the_command_line_tells_the_comparison(base, quantised, tmp_path, capsys):
+def test_the_command_line_tells_the_comparison(base, quantized, tmp_path, capsys):
     directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
-    arguments = ["merge", base, "--adapter", directory, "--trained-on", quantised]
+    arguments = ["merge", base, "--adapter", directory, "--trained-on", quantized]
     with pytest.raises(SystemExit) as ended:
         main([*map(str, arguments), "-o", str(tmp_path / "out")])
     assert ended.value.code == 0
@@ -447,7 +447,7 @@ def test_the_command_line_tells_the_comparison(base, quantised, tmp_path, capsys
     assert "as it was trained, this merge has mean KL" in printed.err.replace("\n", " ")
 
 
-def test_a_base_that_is_not_here_or_not_quantised_is_not_compared_with(base, tmp_path):
+def test_a_base_that_is_not_here_or_not_quantized_is_not_compared_with(base, tmp_path):
     updates = tiny.q_proj_updates()
     for number, named in enumerate(("somewhere/else", str(base), "")):
         directory = tiny.write_adapter(
@@ -456,15 +456,15 @@ def test_a_base_that_is_not_here_or_not_quantised_is_not_compared_with(base, tmp
         assert scored(base, directory) == ()
 
 
-def test_nothing_is_compared_where_the_model_is_what_was_trained_on(quantised, tmp_path):
+def test_nothing_is_compared_where_the_model_is_what_was_trained_on(quantized, tmp_path):
     directory = tiny.write_adapter(
-        tmp_path / "a", tiny.q_proj_updates(), base_model_name_or_path=str(quantised)
+        tmp_path / "a", tiny.q_proj_updates(), base_model_name_or_path=str(quantized)
     )
-    assert len(scored(quantised, directory)) == 1
+    assert len(scored(quantized, directory)) == 1
 
 
-def test_a_broken_named_base_is_no_reason_to_refuse_the_merge(base, quantised, tmp_path):
-    shutil.copytree(quantised, tmp_path / "q")
+def test_a_broken_named_base_is_no_reason_to_refuse_the_merge(base, quantized, tmp_path):
+    shutil.copytree(quantized, tmp_path / "q")
     (tmp_path / "q" / "model.safetensors").write_bytes(b"")
     directory = tiny.write_adapter(
         tmp_path / "a", tiny.q_proj_updates(), base_model_name_or_path=str(tmp_path / "q")
@@ -549,7 +549,7 @@ def test_it_reads_bit_by_bit_what_bitsandbytes_reads(tmp_path, quant_type, neste
     parts = {f"{name}.{part}": x.numpy() for part, x in state.as_dict(packed=True).items()}
     write_stored(tmp_path / "part.safetensors", {name: packed.numpy(), **parts})
     stored = dict(read_safetensors(tmp_path / "part.safetensors", dtypes=("U8", "F32")))
-    tensors, found = bitsandbytes_tensors.dequantised(stored, origin=tmp_path)
+    tensors, found = bitsandbytes_tensors.dequantized(stored, origin=tmp_path)
     assert found == quant_type
     expected = functional.dequantize_4bit(packed, state)
     assert str(expected.dtype) == f"torch.{dtype}"

@@ -114,7 +114,7 @@ def test_a_weight_is_read_in_blocks_of_rows(role, row_multiple, starts, tmp_path
     monkeypatch.setattr("edgekit.source.checkpoint.BLOCK_WEIGHTS", 7 * 64)
     checkpoint = random_checkpoint(tmp_path, "gemma2", **GEMMA2)
     blocks = list(checkpoint.blocks(role, row_multiple=row_multiple))
-    expected = checkpoint.weight(role) + checkpoint.spec.adds_one(role)
+    expected = checkpoint.weight(role) + checkpoint.spec.unit_offset(role)
     assert [first for first, _ in blocks] == [*starts]
     np.testing.assert_array_equal(np.concatenate([rows for _, rows in blocks]), expected)
 
@@ -270,7 +270,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(model, shape):
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "I8"])
-def test_quantised_checkpoints_are_refused(model, dtype):
+def test_quantized_checkpoints_are_refused(model, dtype):
     model.write_weights(dtype=dtype)
     assert f"has dtype '{dtype}'" in refusal(model)
 

@@ -269,20 +269,20 @@ def test_an_odd_head_width_is_refused():
 
 
 def test_head_width_comes_from_the_config_before_the_division():
-    assert published("llama", head_dim=24).attention.head_width == 24
-    assert describe("llama", without("llama", "head_dim")).attention.head_width == 8
-    assert published("llama", head_dim=24).attention.score_scale == 24**-0.5
+    assert published("llama", head_dim=24).attention.head_dim == 24
+    assert describe("llama", without("llama", "head_dim")).attention.head_dim == 8
+    assert published("llama", head_dim=24).attention.softmax_scale == 24**-0.5
     with pytest.raises(UsageError, match="no multiple of 6 heads"):
         describe("llama", without("llama", "head_dim") | {"hidden_size": 50})
 
 
 def test_an_absent_number_of_kv_heads_is_what_transformers_fills_in():
     fields = without("llama", "num_key_value_heads")
-    assert describe("llama", fields).attention.key_value_heads == 6
-    assert published("qwen2", num_key_value_heads=None).attention.key_value_heads == 6
+    assert describe("llama", fields).attention.num_kv_heads == 6
+    assert published("qwen2", num_key_value_heads=None).attention.num_kv_heads == 6
     wide = {"num_attention_heads": 16, "head_dim": 8}
     fields = without("mistral", "num_key_value_heads") | wide
-    assert describe("mistral", fields).attention.key_value_heads == 8
+    assert describe("mistral", fields).attention.num_kv_heads == 8
 
 
 def test_tying_is_what_the_family_assumes_where_the_config_is_silent():
@@ -336,7 +336,7 @@ def test_layer_types_that_do_not_fit_are_refused():
         published("qwen2", layer_types=["chunked_attention"] * 6)
 
 
-def test_qwen3_normalises_queries_and_keys():
+def test_qwen3_normalizes_queries_and_keys():
     spec = published("qwen3")
     assert spec.attention.query_key_norm == Norm(kind="rms", epsilon=1e-6)
     assert dict(spec.weights())["layers.5.key_norm"] == (16,)
@@ -380,7 +380,7 @@ def test_phi3_takes_its_queries_keys_and_values_from_one_tensor():
 def test_phi4_mini_turns_part_of_its_heads():
     _, fields = CASES["phi4-mini"]
     spec = describe("phi3", fields)
-    assert spec.attention.head_width == 16
+    assert spec.attention.head_dim == 16
     assert spec.layers[0].rope is not None
     assert spec.layers[0].rope.width == 8
 
@@ -391,17 +391,17 @@ def test_gemma2_alternates_windows_starting_with_one():
 
 
 def test_gemma2_scales_scores_by_its_scalar_and_not_by_the_head():
-    assert published("gemma2", query_pre_attn_scalar=144).attention.score_scale == 1 / 12
+    assert published("gemma2", query_pre_attn_scalar=144).attention.softmax_scale == 1 / 12
     fields = without("gemma2", "query_pre_attn_scalar")
-    assert describe("gemma2", fields).attention.score_scale == 1 / 16
+    assert describe("gemma2", fields).attention.softmax_scale == 1 / 16
 
 
 def test_gemma2_caps_unless_the_config_says_null():
     absent = without("gemma2", "attn_logit_softcapping", "final_logit_softcapping")
     spec = describe("gemma2", absent)
-    assert (spec.attention.score_cap, spec.logit_cap) == (50.0, 30.0)
+    assert (spec.attention.attn_logit_softcap, spec.final_logit_softcap) == (50.0, 30.0)
     null = published("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
-    assert (null.attention.score_cap, null.logit_cap) == (None, None)
+    assert (null.attention.attn_logit_softcap, null.final_logit_softcap) == (None, None)
 
 
 def test_gemma_reads_hidden_activation_and_not_hidden_act():

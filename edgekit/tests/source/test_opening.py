@@ -192,7 +192,7 @@ def test_another_file_of_the_same_name_is_another_model(tiny, tmp_path):
      ("Qwen2.5-Instruct", "Qwen2.5-Instruct"), ("Tide.Instruct", "Tide.Instruct"),
      ("model", "model")],
 )  # fmt: skip
-def test_the_model_is_called_as_its_file_without_the_quantisation(tiny, tmp_path, file, name):
+def test_the_model_is_called_as_its_file_without_the_quantization(tiny, tmp_path, file, name):
     gguf = to_gguf(open_checkpoint(tiny), tmp_path / "gguf")
     assert open_checkpoint(gguf.rename(gguf.with_name(f"{file}.gguf"))).name == name
 
@@ -219,7 +219,9 @@ def test_every_kind_of_model_comes_back_from_gguf_with_the_same_weights(name, tm
     assert dict(back.spec.weights()) == dict(written.spec.weights())
     for role, _ in written.spec.weights():
         expected, found = written.weight(role), back.weight(role)
-        if written.spec.norm.adds_one and role.endswith("norm"):  # stored as 1 + w, rounded there
+        if written.spec.norm.unit_offset and role.endswith(
+            "norm"
+        ):  # stored as 1 + w, rounded there
             np.testing.assert_allclose(found, expected, rtol=0, atol=1.2e-7)
         else:
             assert np.array_equal(found, expected), role
@@ -260,11 +262,11 @@ def rewrite(path, *, renames=(), drops=(), adds=(), reshapes=()):
         TensorEntry(
             name=dict(renames).get(info.name, info.name),
             shape=dict(reshapes).get(info.name, info.shape),
-            storage="F32",
+            tensor_type="F32",
         )
         for info in kept
     ]
-    extra = [TensorEntry(name=name, shape=(4,), storage="F32") for name in adds]
+    extra = [TensorEntry(name=name, shape=(4,), tensor_type="F32") for name in adds]
     with Writer(path.with_name("changed.gguf"), metadata, [*entries, *extra]) as writer:
         for info, entry in zip(kept, entries, strict=True):
             writer.write(entry.name, read_tensor(file, info).tobytes()[: entry.size_bytes])

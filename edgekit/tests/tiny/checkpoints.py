@@ -200,12 +200,12 @@ def _build(case: TinyCase, *, seed: int, stops: list[int], overrides: Mapping[st
     fields = sizes | unset | special | dict(case.fields) | dict(overrides)
     config = AutoConfig.for_model(case.model_type, **json.loads(json.dumps(fields)))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _randomise(model, seed=seed, neutral=0.0 if case.model_type.startswith("gemma") else 1.0)
+    _randomize(model, seed=seed, neutral=0.0 if case.model_type.startswith("gemma") else 1.0)
     model.generation_config = GenerationConfig(**(special | {"eos_token_id": stops}))
     return model.eval()
 
 
-def _randomise(model: Any, *, seed: int, neutral: float) -> None:
+def _randomize(model: Any, *, seed: int, neutral: float) -> None:
     """Give every weight a value whose loss would be seen."""
     import torch
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgekit import formats
 from edgekit.formats import BuildRequest
-from edgekit.formats.executorch import storage, writing
+from edgekit.formats.executorch import tensor_types, writing
 from edgekit.runtime.child import environment
 from edgekit.source import opening
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
@@ -69,7 +69,7 @@ def decoded(parts, stored):
     codes, scales = parts
     if stored == "INT8":
         return codes.astype(np.float32) * scales[:, None]
-    group = storage.STORAGES[stored].block_weights
+    group = tensor_types.TENSOR_TYPES[stored].block_weights
     whole = np.stack((codes & 15, codes >> 4), -1).reshape(len(codes), -1).astype(np.float32) - 8
     wide = (scales.astype(np.uint32) << 16).view(np.float32)
     return whole * wide.repeat(group, axis=1)

@@ -11,7 +11,7 @@ from edgekit.source.checkpoint import Checkpoint
 
 
 GEMMA2: dict[str, Any] = {
-    "norm": Norm(kind="rms", epsilon=1e-6, adds_one=True),
+    "norm": Norm(kind="rms", epsilon=1e-6, unit_offset=True),
     "has_post_norms": True,
 }
 

@@ -55,15 +55,15 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
 
 def test_a_config_field_can_be_overridden(tmp_path):
     spec = Checkpoint.open(write_tiny_checkpoint(tmp_path, "qwen2", hidden_size=256)).spec
-    assert spec.hidden_width == 256
-    assert spec.attention.head_width == 64
+    assert spec.hidden_size == 256
+    assert spec.attention.head_dim == 64
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_token_has_a_row_in_the_embedding_and_every_stop_is_a_token(name, tmp_path):
     checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path, name))
     tokenizer = load(TINY[name].voice)
-    assert tokenizer.get_vocab_size() <= checkpoint.spec.vocabulary
+    assert tokenizer.get_vocab_size() <= checkpoint.spec.vocab_size
     expected = {tokenizer.token_to_id(token) for token in VOICES[TINY[name].voice].stops}
     assert expected <= set(checkpoint.text.declared_stop_ids)
     assert None not in expected

@@ -1,6 +1,6 @@
 """Tokenizers and chat templates of every family, trained here in milliseconds.
 
-Each has its family's real pipeline (normaliser, split regex, byte fallback, post-processor), its
+Each has its family's real pipeline (normalizer, split regex, byte fallback, post-processor), its
 kind of special tokens and a template of its structure, in our own words.
 """
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.formats import Layout, MemoryUse
-from edgekit.formats.executorch import storage
+from edgekit.formats.executorch import tensor_types
 from edgekit.formats.executorch.backends import Backend
 
 
@@ -35,7 +35,7 @@ class Writing(ABC):
     def stored_as(self, wanted: str, shape: "Shape", *, recipe: str) -> str:
         """Return the tensor type that a weight really gets where ``wanted`` is meant."""
         del recipe
-        return storage.stored_as(wanted, shape[-1])
+        return tensor_types.stored_as(wanted, shape[-1])
 
     def constants(
         self, spec: "DecoderSpec", variant: str, *, context_tokens: int

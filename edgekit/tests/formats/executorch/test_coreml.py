@@ -11,7 +11,7 @@ import pytest
 from edgekit import formats
 from edgekit.errors import BundleError, UsageError
 from edgekit.formats import BuildRequest
-from edgekit.formats.executorch import conversion, program, running, storage, writing
+from edgekit.formats.executorch import conversion, program, running, tensor_types, writing
 from edgekit.formats.executorch.backends.coreml import decoder, mil, reading
 from edgekit.plan import estimate
 from edgekit.proof import interpreter, transformers_logits
@@ -85,7 +85,7 @@ def convert(checkpoint: Checkpoint, directory: Path, recipe: str, context: int) 
     directory.mkdir()
     conversion.convert(
         checkpoint,
-        BuildRequest(recipe=storage.RECIPES[recipe], context_tokens=context, variant="coreml"),
+        BuildRequest(recipe=tensor_types.RECIPES[recipe], context_tokens=context, variant="coreml"),
         directory,
         progress=lambda _: None,
     )
@@ -98,7 +98,9 @@ def converted(home: Path, kind: str, recipe: str = "F16", *, seed: int = 0) -> C
 
     path = write_tiny_checkpoint(home / "model", kind, seed=seed, dtype=torch.float16)
     checkpoint = opening.open_checkpoint(path)
-    context = min(CONTEXT_TOKENS, checkpoint.spec.border_tokens or CONTEXT_TOKENS)
+    context = min(
+        CONTEXT_TOKENS, checkpoint.spec.original_max_position_embeddings or CONTEXT_TOKENS
+    )
     return convert(checkpoint, home / "artifact", recipe, context)
 
 
@@ -118,10 +120,10 @@ def rounded(request, tmp_path_factory) -> Converted:
 
 
 def a_text(checkpoint: Checkpoint) -> list[int]:
-    border = checkpoint.spec.border_tokens or TEXT_TOKENS
+    border = checkpoint.spec.original_max_position_embeddings or TEXT_TOKENS
     length = min(TEXT_TOKENS, border)
     assert length > 2 * WINDOW_TOKENS
-    ids = np.random.default_rng(7).integers(0, checkpoint.spec.vocabulary, length)
+    ids = np.random.default_rng(7).integers(0, checkpoint.spec.vocab_size, length)
     return [int(id) for id in ids]
 
 
@@ -157,18 +159,18 @@ def test_float16_changes_little(of_each_kind, expected_of_each_kind):
 def test_the_file_holds_every_weight_as_planned(of_each_kind):
     spec = of_each_kind.checkpoint.spec
     layout = writing.lay_out(
-        of_each_kind.checkpoint, BuildRequest(recipe=storage.RECIPES["F16"], variant="coreml")
+        of_each_kind.checkpoint, BuildRequest(recipe=tensor_types.RECIPES["F16"], variant="coreml")
     )
     shapes = dict(spec.weights())
     held = running.contents(of_each_kind.path)
     assert sorted(held) == sorted(
-        (it.role, shapes[it.role], it.storage) for it in layout.placements
+        (it.role, shapes[it.role], it.tensor_type) for it in layout.placements
     )
 
 
 def test_the_size_is_predicted_within_one_percent(of_each_kind):
     layout = writing.lay_out(
-        of_each_kind.checkpoint, BuildRequest(recipe=storage.RECIPES["F16"], variant="coreml")
+        of_each_kind.checkpoint, BuildRequest(recipe=tensor_types.RECIPES["F16"], variant="coreml")
     )
     assert of_each_kind.path.stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
     assert layout.is_half
@@ -178,7 +180,7 @@ def test_weights_come_back_as_they_were(of_each_kind):
     checkpoint = of_each_kind.checkpoint
     read = reading.read_back(of_each_kind.path, checkpoint.spec)
     for role, _ in checkpoint.spec.weights():
-        ones = np.float32(checkpoint.spec.adds_one(role))
+        ones = np.float32(checkpoint.spec.unit_offset(role))
         np.testing.assert_array_equal(read.weight(role), checkpoint.weight(role) + ones)
 
 
@@ -228,8 +230,8 @@ def test_codes_come_back_as_the_grid_chose_them(rounded):
     read = reading.read_back(rounded.path, checkpoint.spec)
     for role, shape, stored in running.contents(rounded.path):
         if len(shape) > 1:
-            parts = storage.encode(checkpoint.weight(role), stored)
-            chosen = storage.decode([part.reshape(shape[0], -1) for part in parts], stored)
+            parts = tensor_types.encode(checkpoint.weight(role), stored)
+            chosen = tensor_types.decode([part.reshape(shape[0], -1) for part in parts], stored)
             # XNNPACK's scales are float32 or bfloat16, Core ML's float16.
             np.testing.assert_allclose(read.weight(role), chosen, rtol=2**-11)
 
@@ -265,7 +267,7 @@ def test_positions_past_the_first_step_turn_as_transformers_turns_them(tmp_path)
     checkpoint = opening.open_checkpoint(path)
     context = 2 * decoder.STEP + 20
     made = convert(checkpoint, tmp_path / "artifact", "F16", context)
-    ids = np.random.default_rng(3).integers(0, checkpoint.spec.vocabulary, context).tolist()
+    ids = np.random.default_rng(3).integers(0, checkpoint.spec.vocab_size, context).tolist()
     (expected,) = transformers_logits.logits(checkpoint, [ids])
     found = agreement(expected, made.interpreter(rounds=False), ids)
     assert found.mean_kl_nats <= 1e-10
@@ -355,7 +357,7 @@ def test_a_program_is_refused_here_with_what_it_needs(llama):
 def test_float32_is_refused(llama):
     with pytest.raises(UsageError, match="has no recipe F32") as refused:
         writing.lay_out(
-            llama.checkpoint, BuildRequest(recipe=storage.RECIPES["F32"], variant="coreml")
+            llama.checkpoint, BuildRequest(recipe=tensor_types.RECIPES["F32"], variant="coreml")
         )
     assert "F16" in (refused.value.hint or "")
 
@@ -363,7 +365,7 @@ def test_float32_is_refused(llama):
 def test_a_context_past_a_longrope_border_is_refused(tmp_path):
     path = write_tiny_checkpoint(tmp_path / "model", "phi3-longrope")
     checkpoint = opening.open_checkpoint(path)
-    border = checkpoint.spec.border_tokens
+    border = checkpoint.spec.original_max_position_embeddings
     assert border is not None
     with pytest.raises(UsageError, match=f"beyond {border} tokens") as refused:
         convert(checkpoint, tmp_path / "artifact", "F16", border + 1)
@@ -412,7 +414,7 @@ def test_a_plan_counts_a_prompt_by_its_tokens_as_runners_read_it(tmp_path):
 
     def first_token_s(variant):
         layout = writing.lay_out(
-            checkpoint, BuildRequest(recipe=storage.RECIPES["F16"], variant=variant)
+            checkpoint, BuildRequest(recipe=tensor_types.RECIPES["F16"], variant=variant)
         )
         found = estimate(checkpoint, layout, target, format="executorch", context_tokens=256)
         return found.first_token_s[128].likely * found.decode_tokens_per_s.likely

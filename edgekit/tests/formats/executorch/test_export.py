@@ -17,7 +17,7 @@ from edgekit.formats.executorch import (
     memory,
     program,
     running,
-    storage,
+    tensor_types,
     writing,
 )
 from edgekit.formats.executorch.backends import xnnpack
@@ -70,7 +70,7 @@ def convert(checkpoint, recipe, directory, variant=None):
     entry = conversion.convert(
         checkpoint,
         BuildRequest(
-            recipe=recipe if isinstance(recipe, Recipe) else storage.RECIPES[recipe],
+            recipe=recipe if isinstance(recipe, Recipe) else tensor_types.RECIPES[recipe],
             context_tokens=CONTEXT_TOKENS,
             variant=variant or xnnpack.PORTABLE,
         ),
@@ -119,14 +119,14 @@ IDS = np.random.default_rng(1).integers(0, 500, 40).tolist()
     ("recipe", "made", "words"),
     [("8da4w", "four_bit_path", "INT8"), ("8da4w_all", "all_four_bit_path", "INT4_G32")],
 )
-def test_a_quantised_program_holds_what_its_recipe_asks_for(
+def test_a_quantized_program_holds_what_its_recipe_asks_for(
     checkpoint, request, recipe, made, words
 ):
     path = request.getfixturevalue(made)
-    layout = writing.lay_out(checkpoint, BuildRequest(recipe=storage.RECIPES[recipe]))
+    layout = writing.lay_out(checkpoint, BuildRequest(recipe=tensor_types.RECIPES[recipe]))
     held = {name: (shape, kind) for name, shape, kind in running.contents(path)}
     shapes = dict(checkpoint.spec.weights())
-    assert held == {p.role: (shapes[p.role], p.storage) for p in layout.placements}
+    assert held == {p.role: (shapes[p.role], p.tensor_type) for p in layout.placements}
     assert held["layers.1.down"] == ((128, 256), "INT4_G32")
     assert held["token_embedding"] == (shapes["token_embedding"], words)
     assert path.stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
@@ -144,7 +144,7 @@ def test_a_tied_table_is_in_the_file_once(checkpoint, float_path):
 
 def test_a_tied_table_of_four_bits_is_there_once_too(checkpoint, all_four_bit_path):
     content = all_four_bit_path.read_bytes()
-    for part in storage.encode(checkpoint.weight("token_embedding"), "INT4_G32"):
+    for part in tensor_types.encode(checkpoint.weight("token_embedding"), "INT4_G32"):
         assert content.count(part.tobytes()) == 1
     report = json.loads((all_four_bit_path.parent / conversion.COVERAGE).read_text())
     assert report["operator_calls_outside"]["quantized_decomposed::embedding_4bit.dtype_out"] == 1
@@ -162,7 +162,7 @@ def test_an_untied_head_has_its_own(untied, tmp_path, recipe, words):
 def test_codes_are_those_of_the_storage(checkpoint, four_bit_path):
     found = program.read(four_bit_path)
     content = four_bit_path.read_bytes()
-    codes, scales = storage.encode(checkpoint.weight("layers.1.gate"), "INT4_G32")
+    codes, scales = tensor_types.encode(checkpoint.weight("layers.1.gate"), "INT4_G32")
     for key, expected in (("layers.1.gate", codes), ("layers.1.gate.scale", scales)):
         (index,) = [index for name, index in found.named_data if name == key]
         first, size = found.segments[index]
@@ -179,9 +179,12 @@ def test_a_calibration_leads_the_codes_of_layers_only(checkpoint, four_bit_path,
     }
     led = replace(checkpoint, calibration=Calibration(text_sha256="a" * 64, importance=importance))
     assert (
-        writing.lay_out(led, BuildRequest(recipe=storage.RECIPES["8da4w"])).calibration == "a" * 64
+        writing.lay_out(led, BuildRequest(recipe=tensor_types.RECIPES["8da4w"])).calibration
+        == "a" * 64
     )
-    assert writing.lay_out(led, BuildRequest(recipe=storage.RECIPES["8da8w"])).calibration is None
+    assert (
+        writing.lay_out(led, BuildRequest(recipe=tensor_types.RECIPES["8da8w"])).calibration is None
+    )
     path = convert(led, "8da4w", tmp_path / "led")
 
     def part(file, key):
@@ -206,7 +209,7 @@ def test_runners_find_what_they_ask_a_program_for(float_path):
 def test_what_they_find_is_true(checkpoint):
     found = conversion.metadata(checkpoint, CONTEXT_TOKENS, xnnpack.LLM)
     assert found["get_max_seq_len"] == found["get_max_context_len"] == CONTEXT_TOKENS
-    assert found["get_vocab_size"] == checkpoint.spec.vocabulary
+    assert found["get_vocab_size"] == checkpoint.spec.vocab_size
     assert found["get_eos_ids"] == list(checkpoint.text.declared_stop_ids)
     assert found["use_sdpa_with_kv_cache"] is True
     assert found["get_n_layers"] == 2
@@ -228,7 +231,7 @@ def test_every_matrix_is_in_the_backend(checkpoint, float_path):
 
 
 def test_a_matrix_outside_of_the_backend_stops_the_export(checkpoint):
-    planned = conversion.weights(checkpoint.spec, storage.RECIPES["8da4w"], xnnpack.BACKEND)
+    planned = conversion.weights(checkpoint.spec, tensor_types.RECIPES["8da4w"], xnnpack.BACKEND)
     roles = frozenset(weight.role for weight in planned) - {"layers.1.down"}
     found = Coverage(delegated_operators=1, delegated_weights=roles, portable_operators={})
     with pytest.raises(ToolchainError, match=r"not multiply by layers\.1\.down"):
@@ -266,7 +269,9 @@ class Rounded:
         return self.exact.size_bytes
 
     def read(self, first_row=0, rows=None):
-        return decoded(storage.encode(self.exact.read(first_row, rows), "INT4_G32"), "INT4_G32")
+        return decoded(
+            tensor_types.encode(self.exact.read(first_row, rows), "INT4_G32"), "INT4_G32"
+        )
 
 
 # Beside a head of four bits, what it is multiplied with is rounded; beside another, nothing is.
@@ -276,7 +281,8 @@ def test_an_embedding_of_four_bits_gives_what_its_codes_stand_for(request, tmp_p
     name = "model.embed_tokens.weight"
     rounded = replace(given, tensors={**given.tensors, name: Rounded(given.tensors[name])})
     words = replace(
-        storage.RECIPES["F32"], rules=(Rule(pattern="token_embedding", storage="INT4_G32"),)
+        tensor_types.RECIPES["F32"],
+        rules=(Rule(pattern="token_embedding", tensor_type="INT4_G32"),),
     )
     said = logits(convert(given, words, tmp_path / "words"), IDS)
     expected = logits(convert(rounded, "F32", tmp_path / "rounded"), IDS)
@@ -313,8 +319,8 @@ def test_two_processes_write_the_same_bytes(checkpoint, four_bit_path, tmp_path)
         "import sys\n"
         "from pathlib import Path\n"
         "from edgekit import source\n"
-        "from edgekit.formats.executorch import conversion, storage\n"
-        "conversion.convert(source.open_checkpoint(sys.argv[1]), storage.RECIPES['8da4w'],\n"
+        "from edgekit.formats.executorch import conversion, tensor type\n"
+        "conversion.convert(source.open_checkpoint(sys.argv[1]), tensor type.RECIPES['8da4w'],\n"
         "    Path(sys.argv[2]), progress=lambda _: None, context_tokens=int(sys.argv[3]),\n"
         "    variant='portable')\n"
     )
@@ -331,13 +337,13 @@ def test_two_processes_write_the_same_bytes(checkpoint, four_bit_path, tmp_path)
 
 def f32(context_tokens):
     return BuildRequest(
-        recipe=storage.RECIPES["F32"], context_tokens=context_tokens, variant=xnnpack.PORTABLE
+        recipe=tensor_types.RECIPES["F32"], context_tokens=context_tokens, variant=xnnpack.PORTABLE
     )
 
 
 def test_the_size_hardly_depends_on_the_context(untied, tmp_path):
     entry = conversion.convert(untied, f32(4096), tmp_path, progress=lambda _: None)
-    layout = writing.lay_out(untied, BuildRequest(recipe=storage.RECIPES["F32"]))
+    layout = writing.lay_out(untied, BuildRequest(recipe=tensor_types.RECIPES["F32"]))
     assert (tmp_path / entry).stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
 
 

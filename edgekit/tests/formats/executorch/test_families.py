@@ -9,7 +9,7 @@ import pytest
 
 from edgekit import formats
 from edgekit.formats import BuildRequest
-from edgekit.formats.executorch import conversion, running, storage, writing
+from edgekit.formats.executorch import conversion, running, tensor_types, writing
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.proof import transformers_logits
 from edgekit.proof.fidelity import Comparison, Fidelity
@@ -62,7 +62,7 @@ def steps(ids: list[int]) -> Iterator[Step]:
 def texts(checkpoint: Checkpoint) -> list[list[int]]:
     random = np.random.default_rng(7)
     spec = checkpoint.spec
-    return [random.integers(0, spec.vocabulary, spec.context_tokens).tolist() for _ in range(2)]
+    return [random.integers(0, spec.vocab_size, spec.context_tokens).tolist() for _ in range(2)]
 
 
 def expected_logits(checkpoint: Checkpoint, ids: list[int]):
@@ -71,7 +71,7 @@ def expected_logits(checkpoint: Checkpoint, ids: list[int]):
     Past the original context of a longrope every position of a beginning turns otherwise.
     """
     (rows,) = transformers_logits.logits(checkpoint, [ids])
-    border = checkpoint.spec.border_tokens
+    border = checkpoint.spec.original_max_position_embeddings
     if border is None or border >= len(ids):
         return rows
     (short,) = transformers_logits.logits(checkpoint, [ids[:border]])
@@ -100,7 +100,7 @@ def converted(request, tmp_path_factory) -> Converted:
     entry = conversion.convert(
         checkpoint,
         BuildRequest(
-            recipe=storage.RECIPES["F32"], context_tokens=context, variant=xnnpack.PORTABLE
+            recipe=tensor_types.RECIPES["F32"], context_tokens=context, variant=xnnpack.PORTABLE
         ),
         directory,
         progress=lambda _: None,
@@ -145,7 +145,7 @@ def test_the_file_holds_every_weight_as_planned(converted):
 
 
 def test_the_size_is_predicted_within_one_percent(converted):
-    layout = writing.lay_out(converted.checkpoint, BuildRequest(recipe=storage.RECIPES["F32"]))
+    layout = writing.lay_out(converted.checkpoint, BuildRequest(recipe=tensor_types.RECIPES["F32"]))
     size = converted.path.stat().st_size
     assert size == pytest.approx(layout.artifact_bytes, rel=0.01)
 
@@ -156,7 +156,7 @@ def test_the_size_is_predicted_within_one_percent(converted):
 )
 def test_four_bits_everywhere_say_nearly_what_transformers_says(name, words, tmp_path):
     checkpoint = opening.open_checkpoint(write_tiny_checkpoint(tmp_path / "model", name))
-    ids, recipe = texts(checkpoint)[0][:64], storage.RECIPES["8da4w_all"]
+    ids, recipe = texts(checkpoint)[0][:64], tensor_types.RECIPES["8da4w_all"]
     entry = conversion.convert(
         checkpoint,
         BuildRequest(recipe=recipe, context_tokens=64, variant=xnnpack.PORTABLE),
@@ -165,7 +165,7 @@ def test_four_bits_everywhere_say_nearly_what_transformers_says(name, words, tmp
     )
     held = {name: kind for name, _, kind in running.contents(tmp_path / entry)}
     layout = writing.lay_out(checkpoint, BuildRequest(recipe=recipe))
-    assert held == {placement.role: placement.storage for placement in layout.placements}
+    assert held == {placement.role: placement.tensor_type for placement in layout.placements}
     assert held["token_embedding"] == words
     session = running.load(tmp_path / entry, context_tokens=64, threads=1)
     said, expected = session.all_logits(ids), expected_logits(checkpoint, ids)
@@ -186,7 +186,7 @@ def eager(checkpoint: Checkpoint) -> "Decoder":
 
     def weight(role: str):
         values = torch.from_numpy(checkpoint.weight(role))
-        return values + 1 if spec.adds_one(role) else values
+        return values + 1 if spec.unit_offset(role) else values
 
     segments = []
     for index, shape in enumerate(decoder.segment_shapes(spec, mixes=True)):
@@ -206,7 +206,7 @@ def test_the_module_says_what_transformers_says(name, tmp_path):
     import torch
 
     checkpoint = opening.open_checkpoint(write_tiny_checkpoint(tmp_path / "model", name))
-    border = checkpoint.spec.border_tokens or checkpoint.spec.context_tokens
+    border = checkpoint.spec.original_max_position_embeddings or checkpoint.spec.context_tokens
     ids = texts(checkpoint)[0][:border]
     module, said, rows = eager(checkpoint), [], []
     with torch.inference_mode():

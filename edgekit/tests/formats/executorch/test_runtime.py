@@ -9,7 +9,7 @@ import pytest
 
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.export import export
-from edgekit.formats.executorch import handover, program, runtime, shim_build, tokenizer
+from edgekit.formats.executorch import app_kit, program, runtime, shim_build, tokenizer
 from edgekit.formats.executorch.runtime import ExecutorchSession
 from edgekit.run import conversation, run
 from edgekit.tests.needs import needs
@@ -145,7 +145,7 @@ def stock_answers(directory, prompts, *, tokens):
 )
 def test_the_stock_runner_says_the_same_from_our_copy_of_the_tokenizer(variant, recipe):
     directory = tiny(variant, recipe=recipe)
-    found = json.loads((directory / handover.PROMPTS).read_text())
+    found = json.loads((directory / app_kit.PROMPTS).read_text())
     prompts = [entry["prompt"] for entry in found["prompts"]]
     answers = stock_answers(directory, prompts, tokens=ANSWER_TOKENS)
     ours = open_tokenizer(directory / "tokenizer.json")

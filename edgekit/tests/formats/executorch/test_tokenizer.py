@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from edgekit.errors import MissingDependencyError
-from edgekit.formats.executorch import handover, tokenizer
+from edgekit.formats.executorch import app_kit, tokenizer
 from edgekit.formats.executorch.tokenizer import RUNNER_COPY, Preparation
 from edgekit.source import opening
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
@@ -113,8 +113,8 @@ def checkpoint(tmp_path_factory):
 
 
 def hand_over(checkpoint, directory):
-    handover.write(checkpoint, directory, "model.pte", context_tokens=256, variant="llm-ops")
-    return (directory / handover.README).read_text(encoding="utf-8")
+    app_kit.write(checkpoint, directory, "model.pte", context_tokens=256, variant="llm-ops")
+    return (directory / app_kit.README).read_text(encoding="utf-8")
 
 
 def test_the_readme_has_lines_for_exactly_this_bundle(checkpoint, tmp_path):
@@ -145,8 +145,8 @@ def test_the_lines_for_kotlin_and_swift_prepare_a_prompt_as_edgekit_does(checkpo
 
 def test_every_prompt_becomes_its_ids_in_the_runner(checkpoint, tmp_path):
     hand_over(checkpoint, tmp_path)
-    found = json.loads((tmp_path / handover.PROMPTS).read_text(encoding="utf-8"))
-    assert len(found["prompts"]) == len(handover.CONVERSATIONS)
+    found = json.loads((tmp_path / app_kit.PROMPTS).read_text(encoding="utf-8"))
+    assert len(found["prompts"]) == len(app_kit.CONVERSATIONS)
     prompts = [entry["prompt"] for entry in found["prompts"]]
     ids = [entry["ids"] for entry in found["prompts"]]
     assert tokenizer.runner_ids(tmp_path / RUNNER_COPY, prompts) == ids
@@ -157,15 +157,15 @@ def test_a_model_without_a_template_goes_on_with_text(checkpoint, tmp_path):
     bare = replace(checkpoint, text=replace(checkpoint.text, chat_template=None))
     readme = hand_over(bare, tmp_path)
     assert "it continues text" in readme
-    found = json.loads((tmp_path / handover.PROMPTS).read_text(encoding="utf-8"))
-    assert len(found["prompts"]) == len(handover.PLAIN_TEXTS)
+    found = json.loads((tmp_path / app_kit.PROMPTS).read_text(encoding="utf-8"))
+    assert len(found["prompts"]) == len(app_kit.PLAIN_TEXTS)
 
 
 def test_a_model_the_runner_cannot_read_is_handed_over_with_ids_only(checkpoint, tmp_path):
     path = write_tokenizer(tmp_path, sentencepiece_tokenizer(decoder="metaspace").to_str())
     text = replace(checkpoint.text, tokenizer_json=path, declared_stop_ids=(2,))
     other = replace(checkpoint, text=text)
-    assert handover.note(other) == tokenizer.NOTE
+    assert app_kit.note(other) == tokenizer.NOTE
     out = tmp_path / "out"
     out.mkdir()
     readme = hand_over(other, out)
@@ -175,7 +175,7 @@ def test_a_model_the_runner_cannot_read_is_handed_over_with_ids_only(checkpoint,
 
 
 def test_a_developer_is_told_to_prepare_prompts_only_where_it_is_needed(checkpoint, tmp_path):
-    assert "prepare prompts" in (handover.note(checkpoint) or "")
+    assert "prepare prompts" in (app_kit.note(checkpoint) or "")
     path = write_tokenizer(tmp_path, train("smollm"))
     plain = replace(checkpoint, text=replace(checkpoint.text, tokenizer_json=path))
-    assert handover.note(plain) is None
+    assert app_kit.note(plain) is None

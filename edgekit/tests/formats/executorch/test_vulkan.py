@@ -12,7 +12,7 @@ from edgekit import formats
 from edgekit.errors import BundleError, UsageError
 from edgekit.export import export
 from edgekit.formats import BuildRequest
-from edgekit.formats.executorch import conversion, handover, program, running, storage, writing
+from edgekit.formats.executorch import app_kit, conversion, program, running, tensor_types, writing
 from edgekit.formats.executorch.backends import vulkan
 from edgekit.formats.executorch.backends.vulkan import limits, size
 from edgekit.formats.executorch.backends.vulkan import writing as vulkan_writing
@@ -61,7 +61,7 @@ def opened(directory, kind="llama", **fields):
 def convert(checkpoint, recipe, directory, context_tokens=CONTEXT_TOKENS):
     directory.mkdir(parents=True, exist_ok=True)
     request = BuildRequest(
-        recipe=storage.RECIPES[recipe], context_tokens=context_tokens, variant="vulkan"
+        recipe=tensor_types.RECIPES[recipe], context_tokens=context_tokens, variant="vulkan"
     )
     assert conversion.variant_of(checkpoint.spec, request) == "vulkan"
     entry = conversion.convert(checkpoint, request, directory, progress=lambda _: None)
@@ -90,7 +90,7 @@ def embedding(path, spec, read):
     parts = [
         torch.frombuffer(bytearray(named[part.key]), dtype=dtype)
         for part, dtype in zip(
-            storage.parts("token_embedding", shape, stored),
+            tensor_types.parts("token_embedding", shape, stored),
             {
                 "F32": [torch.float32], "F16": [torch.float16],
                 "INT8": [torch.int8, torch.float32],
@@ -102,7 +102,7 @@ def embedding(path, spec, read):
         return embeddings.Int8Embedding(parts[0].view(shape), parts[1])
     if len(parts) == 1:
         return embeddings.FloatEmbedding(parts[0].view(shape))
-    rows = spec.vocabulary
+    rows = spec.vocab_size
     return embeddings.AcrossInt4Embedding(parts[0].view(rows, -1), parts[1].view(-1, rows))
 
 
@@ -135,7 +135,7 @@ def agreement(expected, rows, found, ids):
 
 
 def random_ids(spec, count=60):
-    return np.random.default_rng(3).integers(0, spec.vocabulary, count).tolist()
+    return np.random.default_rng(3).integers(0, spec.vocab_size, count).tolist()
 
 
 # What is computed
@@ -144,7 +144,7 @@ def random_ids(spec, count=60):
 @pytest.mark.parametrize(("kind", "fields"), COMPUTED)
 def test_the_delegates_operators_say_what_transformers_says(kind, fields, tmp_path):
     checkpoint = opened(tmp_path, kind, **fields)
-    border = checkpoint.spec.border_tokens
+    border = checkpoint.spec.original_max_position_embeddings
     context = min(CONTEXT_TOKENS, border or CONTEXT_TOKENS)
     path, ids = convert(checkpoint, "F32", tmp_path, context), random_ids(checkpoint.spec)
     read = running.read_back(path, checkpoint.spec)
@@ -152,7 +152,7 @@ def test_the_delegates_operators_say_what_transformers_says(kind, fields, tmp_pa
     (expected,) = transformers_logits.logits(checkpoint, [ids])
     assert agreement(expected, rows, found, ids).mean_kl_nats <= MAX_KL_NATS
     layout = writing.lay_out(
-        checkpoint, BuildRequest(recipe=storage.RECIPES["F32"], variant="vulkan")
+        checkpoint, BuildRequest(recipe=tensor_types.RECIPES["F32"], variant="vulkan")
     )
     assert path.stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
     report = json.loads((path.parent / conversion.COVERAGE).read_text())
@@ -177,13 +177,13 @@ def test_the_weights_read_back_are_those_that_the_delegate_multiplies_with(
     (expected,) = interpreter.logits(read, [ids])
     assert agreement(expected, rows, found, ids).mean_kl_nats <= 1e-9
     layout = writing.lay_out(
-        checkpoint, BuildRequest(recipe=storage.RECIPES[recipe], variant="vulkan")
+        checkpoint, BuildRequest(recipe=tensor_types.RECIPES[recipe], variant="vulkan")
     )
     assert layout.is_half == (recipe == "F16")
     assert layout.substituted == ()
     assert path.stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
     held = {name: kind for name, _, kind in running.contents(path)}
-    assert held == {placement.role: placement.storage for placement in layout.placements}
+    assert held == {placement.role: placement.tensor_type for placement in layout.placements}
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_all_but_the_embedding_is_in_the_backend(checkpoint, four_bit_path):
 
 
 def test_a_tied_table_is_in_the_file_once(checkpoint, four_bit_path):
-    codes, scales = storage.encode(checkpoint.weight("token_embedding"), "INT8")
+    codes, scales = tensor_types.encode(checkpoint.weight("token_embedding"), "INT8")
     content = four_bit_path.read_bytes()
     assert (content.count(codes.tobytes()), content.count(scales.tobytes())) == (1, 1)
 
@@ -296,7 +296,7 @@ def test_caches_take_no_room_in_the_file(checkpoint, tmp_path):
 def test_codes_lie_across_their_scales(checkpoint, four_bit_path):
     from edgekit.tests.witnesses.vulkan_interpreter import Interpreter
 
-    codes, scales = storage.encode(checkpoint.weight("layers.1.down"), "Q4GSW_G32")
+    codes, scales = tensor_types.encode(checkpoint.weight("layers.1.down"), "Q4GSW_G32")
     named = Interpreter(four_bit_path).named
     assert named["layers.1.down"] == codes.tobytes()
     assert named["layers.1.down.scale"] == scales.T.tobytes()
@@ -313,8 +313,8 @@ def test_two_processes_write_the_same_bytes(checkpoint, four_bit_path, tmp_path)
         "import sys\n"
         "from pathlib import Path\n"
         "from edgekit import source\n"
-        "from edgekit.formats.executorch import conversion, storage\n"
-        "conversion.convert(source.open_checkpoint(sys.argv[1]), storage.RECIPES['8da4w'],\n"
+        "from edgekit.formats.executorch import conversion, tensor type\n"
+        "conversion.convert(source.open_checkpoint(sys.argv[1]), tensor type.RECIPES['8da4w'],\n"
         "    Path(sys.argv[2]), progress=lambda _: None, context_tokens=int(sys.argv[3]),\n"
         "    variant='vulkan')\n"
     )
@@ -332,7 +332,7 @@ def test_two_processes_write_the_same_bytes(checkpoint, four_bit_path, tmp_path)
 def test_memory_grows_with_the_context_and_is_halved_by_float16(checkpoint):
     def use(recipe, context_tokens):
         layout = writing.lay_out(
-            checkpoint, BuildRequest(recipe=storage.RECIPES[recipe], variant="vulkan")
+            checkpoint, BuildRequest(recipe=tensor_types.RECIPES[recipe], variant="vulkan")
         )
         return writing.memory_use(checkpoint, layout, context_tokens=context_tokens, repacks=True)
 
@@ -365,13 +365,17 @@ def test_a_bundle_says_that_it_was_not_executed_and_is_not_validated_here(tmp_pa
 def test_a_decoder_that_the_delegate_does_not_compute_is_refused(kind, tmp_path):
     spec = opened(tmp_path, kind).spec
     with pytest.raises(UsageError, match=f"has no {REFUSED[kind]}") as refusal:
-        conversion.variant_of(spec, BuildRequest(recipe=storage.RECIPES["F32"], variant="vulkan"))
+        conversion.variant_of(
+            spec, BuildRequest(recipe=tensor_types.RECIPES["F32"], variant="vulkan")
+        )
     assert "--variant portable" in refusal.value.hint
 
 
 def test_a_recipe_that_it_cannot_hold_is_refused_with_those_it_can(checkpoint):
     with pytest.raises(UsageError, match="no recipe 8da8w") as refusal:
-        writing.lay_out(checkpoint, BuildRequest(recipe=storage.RECIPES["8da8w"], variant="vulkan"))
+        writing.lay_out(
+            checkpoint, BuildRequest(recipe=tensor_types.RECIPES["8da8w"], variant="vulkan")
+        )
     assert "8da4w" in refusal.value.hint
 
 
@@ -417,8 +421,8 @@ def test_a_program_of_another_model_is_not_read_back(four_bit_path, tmp_path):
 
 
 def test_the_readme_says_what_to_link_and_that_nothing_ran(checkpoint, tmp_path):
-    handover.write(checkpoint, tmp_path, "model.pte", context_tokens=96, variant="vulkan")
-    text = (tmp_path / handover.README).read_text(encoding="utf-8")
+    app_kit.write(checkpoint, tmp_path, "model.pte", context_tokens=96, variant="vulkan")
+    text = (tmp_path / app_kit.README).read_text(encoding="utf-8")
     assert "`executorch-android-vulkan`" in text
     assert "**not executed**" in text
     assert "needs an Android phone whose GPU has Vulkan 1.1" in text
@@ -426,4 +430,4 @@ def test_the_readme_says_what_to_link_and_that_nothing_ran(checkpoint, tmp_path)
 
 
 def test_recipes_are_those_of_the_format():
-    assert set(vulkan.BACKEND.recipes) < storage.RECIPES.keys()
+    assert set(vulkan.BACKEND.recipes) < tensor_types.RECIPES.keys()

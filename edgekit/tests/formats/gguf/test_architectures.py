@@ -86,30 +86,30 @@ QWEN3 = describe("qwen3")
 GEMMA2, GEMMA3 = describe("gemma2"), describe("gemma3")
 STABLELM = describe("stablelm-12b")
 MADE_UP = {
-    "a logit cap on a Llama": (replace(LLAMA, logit_cap=30.0), "a cap on the logits"),
+    "a logit cap on a Llama": (replace(LLAMA, final_logit_softcap=30.0), "a cap on the logits"),
     "a score cap on a Llama": (
-        replace(LLAMA, attention=replace(LLAMA.attention, score_cap=50.0)), "a cap on the scores",
+        replace(LLAMA, attention=replace(LLAMA.attention, attn_logit_softcap=50.0)), "a cap on the scores",
     ),
     "another score scale": (
-        replace(LLAMA, attention=replace(LLAMA.attention, score_scale=0.1)), "a score scale of 0.1",
+        replace(LLAMA, attention=replace(LLAMA.attention, softmax_scale=0.1)), "a score scale of 0.1",
     ),
     "a scaled embedding": (replace(LLAMA, embedding_scale=12.0), "an embedding scale of 12"),
     "another activation": (replace(LLAMA, activation="gelu_tanh"), "activation gelu_tanh"),
     "parallel residuals": (replace(LLAMA, residual="parallel"), "parallel residuals"),
     "post norms": (replace(LLAMA, has_post_norms=True), "norms after attention and MLP"),
     "a norm with one added": (
-        replace(LLAMA, norm=replace(LLAMA.norm, adds_one=True)), "normalisation rms with 1 added",
+        replace(LLAMA, norm=replace(LLAMA.norm, unit_offset=True)), "normalization rms with 1 added",
     ),
     "a norm without bias": (
         replace(STABLELM, norm=replace(STABLELM.norm, has_bias=False)),
-        "layer normalisation without bias",
+        "layer normalization without bias",
     ),
     "norms of queries with another epsilon": (
         replace(QWEN3, attention=replace(
             QWEN3.attention, query_key_norm=Norm(kind="rms", epsilon=0.5))),
         "another epsilon",
     ),
-    "no logit cap on a Gemma 2": (replace(GEMMA2, logit_cap=None), "no cap on the logits"),
+    "no logit cap on a Gemma 2": (replace(GEMMA2, final_logit_softcap=None), "no cap on the logits"),
     "no positions at all": (change_layers(LLAMA, rope=None), "layer 0 without positions"),
     "half a rope": (
         change_ropes(QWEN3, lambda rope: replace(rope, width=rope.width // 2)), "rope on 12 of 24",
@@ -155,9 +155,9 @@ def test_gemma_2_may_scale_all_its_ropes_alike():
 def test_the_deepest_gemma_scales_its_scores_by_another_width():
     layer = replace(GEMMA2.layers[0], rope=Rope(width=32, theta=10_000.0))
     spec = replace(GEMMA2, layers=(layer,) * 46)
-    wide = replace(spec.attention, head_width=32, score_scale=16**-0.5)  # hidden 64 / 4 heads
+    wide = replace(spec.attention, head_dim=32, softmax_scale=16**-0.5)  # hidden 64 / 4 heads
     assert architectures.choose(replace(spec, attention=wide)).name == "gemma2"
-    by_head = replace(wide, score_scale=32**-0.5)
+    by_head = replace(wide, softmax_scale=32**-0.5)
     with pytest.raises(UsageError, match="a score scale"):
         architectures.choose(replace(spec, attention=by_head))
 
@@ -245,7 +245,7 @@ def facts_of(spec):
             for key, (kind, value) in keys.items()
         },
         tensors=frozenset(tensors | factors.keys()),
-        vocabulary=spec.vocabulary,
+        vocab_size=spec.vocab_size,
         rope_factors=factors,
     )  # fmt: skip
 
@@ -299,9 +299,13 @@ def test_what_is_written_is_read_as_the_same_decoder(name):
     "spec",
     [
         replace(LLAMA, is_tied=False),
-        replace(GEMMA3, is_tied=False, logit_cap=30.0),
+        replace(GEMMA3, is_tied=False, final_logit_softcap=30.0),
         change_ropes(GEMMA2, scale),
-        replace(GEMMA2, attention=replace(GEMMA2.attention, score_cap=12.5), logit_cap=7.5),
+        replace(
+            GEMMA2,
+            attention=replace(GEMMA2.attention, attn_logit_softcap=12.5),
+            final_logit_softcap=7.5,
+        ),
         change_layers(GEMMA3, window_tokens=None, rope=Rope(width=16, theta=5e5)),
         change_layers(GEMMA3, window_tokens=8, rope=Rope(width=16, theta=1e4)),
         replace(STABLELM, residual="serial"),
@@ -385,10 +389,10 @@ def test_what_a_file_does_not_say_is_what_llama_cpp_takes():
     assert rope_of(rope__scaling__factor=0.0).scaling is None
     assert rope_of(rope__scaling__type="none", rope__scaling__factor=4.0).scaling is None
     capped = damaged(GEMMA2, final_logit_softcapping=None, attn_logit_softcapping=None)
-    assert hyperparameters.read(capped).logit_cap == 30
-    assert hyperparameters.read(capped).attention.score_cap == 50
+    assert hyperparameters.read(capped).final_logit_softcap == 30
+    assert hyperparameters.read(capped).attention.attn_logit_softcap == 50
     heads = hyperparameters.read(damaged(attention__head_count_kv=None)).attention
-    assert heads.key_value_heads == heads.heads
+    assert heads.num_kv_heads == heads.heads
 
 
 @pytest.mark.parametrize(

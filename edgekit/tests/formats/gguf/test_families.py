@@ -91,7 +91,7 @@ class Made:
         """Yield random texts until there are enough positions, the first as long as can be."""
         random, left = np.random.default_rng(0), MIN_POSITIONS
         while left > 0:
-            ids = random.integers(0, self.checkpoint.spec.vocabulary, self.limit.tokens)
+            ids = random.integers(0, self.checkpoint.spec.vocab_size, self.limit.tokens)
             left -= len(ids)
             yield ids.tolist()
 
@@ -182,7 +182,7 @@ def test_llama_cpp_ends_an_answer_at_every_stop_id(made):
     assert set(stops) >= set(config["eos_token_id"])
     llama, model = runtime.library(), runtime.open_model(made.path, vocabulary_only=True)
     table = llama.llama_model_get_vocab(model)
-    ends = {id for id in range(made.checkpoint.spec.vocabulary)
+    ends = {id for id in range(made.checkpoint.spec.vocab_size)
             if llama.llama_vocab_is_eog(table, id)}  # fmt: skip
     llama.llama_model_free(model)
     assert ends >= set(stops)
@@ -192,7 +192,7 @@ def test_llama_cpp_ends_an_answer_at_every_stop_id(made):
 def test_the_file_is_as_planned(made):
     planned = writing.lay_out(made.checkpoint, BuildRequest(recipe=F32))
     assert made.path.stat().st_size == planned.artifact_bytes
-    assert {storage for _, _, storage in running.contents(made.path)} == {"F32"}
+    assert {tensor_type for _, _, tensor_type in running.contents(made.path)} == {"F32"}
     assert not planned.substituted
 
 
@@ -369,10 +369,10 @@ def test_rows_that_fill_no_block_are_stored_otherwise_and_that_is_reported(
     entry = conversion.convert(
         checkpoint, BuildRequest(recipe=chosen), tmp_path, pre="smollm", progress=lambda _: None
     )
-    stored = {name: storage for name, _, storage in running.contents(tmp_path / entry)}
-    assert stored == {tensor_name(p.role): p.storage for p in planned.placements}
+    stored = {name: tensor_type for name, _, tensor_type in running.contents(tmp_path / entry)}
+    assert stored == {tensor_name(p.role): p.tensor_type for p in planned.placements}
     matrices = [p for p in planned.placements if p.parameters > 1000]
-    assert {p.storage for p in matrices} & {substitute} == {substitute} - {None}
+    assert {p.tensor_type for p in matrices} & {substitute} == {substitute} - {None}
     is_whole = substitute is None and recipe == "Q8_0"
     assert bool(planned.substituted) != is_whole
     session = GgufSession(tmp_path / entry, context_tokens=32, threads=1)

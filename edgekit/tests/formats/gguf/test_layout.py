@@ -30,9 +30,9 @@ METADATA = {
     "a.nothing": ("array[string]", []),
 }
 TENSORS = (
-    TensorEntry(name="norm", shape=(3,), storage="F32"),
-    TensorEntry(name="matrix", shape=(2, 64), storage="Q8_0"),
-    TensorEntry(name="cube", shape=(2, 3, 5), storage="F16"),
+    TensorEntry(name="norm", shape=(3,), tensor_type="F32"),
+    TensorEntry(name="matrix", shape=(2, 64), tensor_type="Q8_0"),
+    TensorEntry(name="cube", shape=(2, 3, 5), tensor_type="F16"),
 )
 PAYLOADS = {
     "norm": struct.pack("<3f", 1, 2, 3),
@@ -60,8 +60,8 @@ def test_a_header_has_the_bytes_of_the_specification():
     header = encode_header(
         {"k": ("uint8", 7), "s": ("array[string]", ["xy"])},
         [
-            TensorEntry(name="t", shape=(2, 32), storage="Q4_0"),
-            TensorEntry(name="u", shape=(1,), storage="F32"),
+            TensorEntry(name="t", shape=(2, 32), tensor_type="Q4_0"),
+            TensorEntry(name="u", shape=(1,), tensor_type="F32"),
         ],
     )
     expected = (
@@ -83,8 +83,8 @@ def test_a_header_has_the_bytes_of_the_specification():
 def test_what_is_written_is_read(tiny):
     file = read(tiny)
     assert file.metadata == {key: value for key, (_, value) in METADATA.items()}
-    assert [(t.name, t.shape, t.storage) for t in file.tensors] == [
-        (t.name, t.shape, t.storage) for t in TENSORS
+    assert [(t.name, t.shape, t.tensor_type) for t in file.tensors] == [
+        (t.name, t.shape, t.tensor_type) for t in TENSORS
     ]
     content = tiny.read_bytes()
     for tensor in file.tensors:
@@ -163,7 +163,7 @@ def test_metadata_that_no_type_holds_is_refused(value, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "storage"),
+    ("name", "shape", "tensor_type"),
     [
         ("", (1,), "F32"),
         ("x" * 64, (1,), "F32"),
@@ -173,9 +173,9 @@ def test_metadata_that_no_type_holds_is_refused(value, message):
         ("x", (2, 48), "Q8_0"),
     ],
 )
-def test_tensors_that_ggml_cannot_hold_are_refused(name, shape, storage):
+def test_tensors_that_ggml_cannot_hold_are_refused(name, shape, tensor_type):
     with pytest.raises(ValueError, match=r"name|shape|columns"):
-        TensorEntry(name=name, shape=shape, storage=storage)
+        TensorEntry(name=name, shape=shape, tensor_type=tensor_type)
 
 
 def test_two_tensors_of_one_name_are_refused():
@@ -202,10 +202,10 @@ def key(name=b"k", kind=4, value=b"\1\0\0\0"):
     return text(name) + u32(kind) + value
 
 
-def entry(name=b"t", shape=(8,), storage=0, offset=0, dimensions=None):
+def entry(name=b"t", shape=(8,), tensor_type=0, offset=0, dimensions=None):
     count = len(shape) if dimensions is None else dimensions
     dims = b"".join(u64(d) for d in reversed(shape))
-    return text(name) + u32(count) + dims + u32(storage) + u64(offset)
+    return text(name) + u32(count) + dims + u32(tensor_type) + u64(offset)
 
 
 def raw(keys=(), entries=(), data=b"", *, magic=b"GGUF", version=3, counts=(None, None)):
@@ -332,17 +332,17 @@ REJECTS = {
         raw(entries=[entry(shape=(2**64 - 1,))], data=DATA),
         "the shape of 't' at byte 33 is .* more than ggml can count",
     ),
-    "a removed storage": (
-        raw(entries=[entry(storage=4)], data=DATA),
-        "the storage of 't' at byte 45 is 4",
+    "a removed tensor type": (
+        raw(entries=[entry(tensor_type=4)], data=DATA),
+        "the tensor type of 't' at byte 45 is 4",
     ),
-    "an unknown storage": (
-        raw(entries=[entry(storage=2**31)], data=DATA),
-        "the storage of 't' at byte 45 is 2147483648",
+    "an unknown tensor type": (
+        raw(entries=[entry(tensor_type=2**31)], data=DATA),
+        "the tensor type of 't' at byte 45 is 2147483648",
     ),
     "columns that do not fill a block": (
-        raw(entries=[entry(storage=8)], data=DATA),
-        "the storage of 't' at byte 45 is Q8_0, whose blocks of 32 do not fill 8 columns",
+        raw(entries=[entry(tensor_type=8)], data=DATA),
+        "the tensor type of 't' at byte 45 is Q8_0, whose blocks of 32 do not fill 8 columns",
     ),
     "an offset off the grid": (
         raw(entries=[entry(offset=8)], data=DATA + DATA),
@@ -505,7 +505,7 @@ def test_the_gguf_package_reads_what_we_write(tiny):
     for tensor in TENSORS:
         theirs = found[tensor.name]
         assert tuple(reversed([int(d) for d in theirs.shape])) == tensor.shape
-        assert theirs.tensor_type.name == tensor.storage
+        assert theirs.tensor_type.name == tensor.tensor_type
         assert theirs.data.tobytes() == PAYLOADS[tensor.name]
 
 
@@ -530,8 +530,8 @@ def test_the_gguf_package_writes_what_we_write(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     tensors = [
-        TensorEntry(name="a", shape=(3, 4), storage="F32"),
-        TensorEntry(name="b", shape=(5,), storage="F16"),
+        TensorEntry(name="a", shape=(3, 4), tensor_type="F32"),
+        TensorEntry(name="b", shape=(5,), tensor_type="F16"),
     ]
     ours = write_file(tmp_path / "ours.gguf", metadata, tensors, values)
     assert ours.read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
@@ -560,7 +560,7 @@ def test_rows_of_a_tensor_are_those_of_the_whole(tiny):
 @pytest.mark.toolchain
 def test_a_tensor_of_integers_is_refused(tmp_path):
     pytest.importorskip("gguf")
-    tensors = [TensorEntry(name="ids", shape=(4,), storage="I32")]
+    tensors = [TensorEntry(name="ids", shape=(4,), tensor_type="I32")]
     file = read(write_file(tmp_path / "x.gguf", {}, tensors, {"ids": bytes(16)}))
     with pytest.raises(UsageError, match="ids is stored as I32, which edgekit cannot decode"):
         layout.read_tensor(file, file.tensors[0])

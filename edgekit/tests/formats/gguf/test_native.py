@@ -12,7 +12,7 @@ from edgekit import formats
 from edgekit.formats import BuildRequest
 from edgekit.formats.gguf import conversion, layout, pretokenizers
 from edgekit.formats.gguf.runtime import log
-from edgekit.formats.gguf.storage import FILE_TYPES
+from edgekit.formats.gguf.tensor_types import FILE_TYPES
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
@@ -60,7 +60,7 @@ def convert(checkpoint, recipe, directory):
     return directory / entry
 
 
-def quantised(exact, recipe, out):
+def quantized(exact, recipe, out):
     """Do what ``llama-quantize exact out recipe`` does."""
     log()  # else llama.cpp talks on standard error
     import llama_cpp
@@ -76,11 +76,11 @@ def quantised(exact, recipe, out):
 
 
 def tensors(path):
-    """Return storage, columns and bytes of every tensor."""
+    """Return tensor type, columns and bytes of every tensor."""
     content = path.read_bytes()
     return {
         info.name: (
-            info.storage,
+            info.tensor_type,
             info.shape[-1],
             content[info.offset : info.offset + info.size_bytes],
         )
@@ -92,7 +92,7 @@ def tensors(path):
 def test_every_recipe_makes_the_tensors_that_llama_quantize_makes(
     recipe, checkpoint, exact, tmp_path
 ):
-    theirs = tensors(quantised(exact, recipe, tmp_path / "theirs.gguf"))
+    theirs = tensors(quantized(exact, recipe, tmp_path / "theirs.gguf"))
     ours = tensors(convert(checkpoint, recipe, tmp_path))
     assert {name: made[:2] for name, made in ours.items()} == {
         name: made[:2] for name, made in theirs.items()
@@ -102,7 +102,7 @@ def test_every_recipe_makes_the_tensors_that_llama_quantize_makes(
 
 # llama.cpp's converter is Python of its own, and comes with its source only.
 
-KINDS = ("F32", "F16", "BF16", "Q8_0")  # the storages it writes and edgekit has
+KINDS = ("F32", "F16", "BF16", "Q8_0")  # the tensor types it writes and edgekit has
 CONVERTER = """
 import runpy, sys
 tree, model, out, *kinds = sys.argv[1:]
@@ -151,8 +151,8 @@ def test_llama_cpps_converter_makes_the_same_tensors(
     theirs = tensors(natively_converted / f"{recipe}.gguf")
     ours = tensors(convert(checkpoint, recipe, tmp_path))
     assert ours.keys() == theirs.keys()
-    for name, (storage, columns, content) in theirs.items():
-        assert ours[name][:2] == (storage, columns), name
+    for name, (tensor_type, columns, content) in theirs.items():
+        assert ours[name][:2] == (tensor_type, columns), name
         # Of Gemma's embedding it leaves out the rows that no token has.
         assert ours[name][2][: len(content)] == content, name
         assert len(ours[name][2]) == len(content) or name == "token_embd.weight"

@@ -22,7 +22,7 @@ from edgekit.verify import verify
 
 METADATA = {"general.architecture": ("string", "llama"), "general.name": ("string", "x" * 100)}
 # Of 5 to 120 bytes, so that padding and headers decide.
-TENSORS = [TensorEntry(name=f"t{n}", shape=(n % 24 + 5,), storage="F32") for n in range(40)]
+TENSORS = [TensorEntry(name=f"t{n}", shape=(n % 24 + 5,), tensor_type="F32") for n in range(40)]
 LIMITS = [400, 640, 999, 1024, 4096]
 
 
@@ -52,7 +52,9 @@ def rewrite(path, **changes):
     keys = {key: (words[key], found.metadata[key]) for key in words} | {
         f"split.{key}": (words[f"split.{key}"], value) for key, value in changes.items()
     }
-    entries = [TensorEntry(name=t.name, shape=t.shape, storage=t.storage) for t in found.tensors]
+    entries = [
+        TensorEntry(name=t.name, shape=t.shape, tensor_type=t.tensor_type) for t in found.tensors
+    ]
     with layout.Writer(path, keys, entries) as writer:
         for entry in entries:
             writer.write(entry.name, payload(entry))
@@ -100,8 +102,8 @@ def test_only_the_first_part_carries_the_metadata(tmp_path):
 def test_the_contents_of_the_first_part_are_those_of_all(tmp_path):
     first = made(tmp_path)
     found = list(split.read_tensors(first))
-    assert [(t.name, t.shape, t.storage) for t in found] == [
-        (t.name, t.shape, t.storage) for t in TENSORS
+    assert [(t.name, t.shape, t.tensor_type) for t in found] == [
+        (t.name, t.shape, t.tensor_type) for t in TENSORS
     ]
 
 
@@ -112,7 +114,7 @@ def test_what_fits_into_one_file_is_one_file(limit, tmp_path):
 
 
 def test_a_tensor_larger_than_a_file_is_named():
-    large = TensorEntry(name="wide.weight", shape=(1000,), storage="F32")
+    large = TensorEntry(name="wide.weight", shape=(1000,), tensor_type="F32")
     with pytest.raises(UsageError, match=r"wide\.weight takes 4\d\d\d bytes, more than the 640"):
         plan_files("model", METADATA, [*TENSORS, large], split_bytes=640)
 

@@ -31,12 +31,12 @@ GOLDEN = Path(__file__).parent / "data"
 def tiny_spec(**changes):
     return replace(
         DecoderSpec(
-            vocabulary=96,
-            hidden_width=64,
-            mlp_width=96,
+            vocab_size=96,
+            hidden_size=64,
+            intermediate_size=96,
             context_tokens=512,
             layers=(Layer(rope=Rope(width=16, theta=10_000.0)),) * 2,
-            attention=Attention(heads=4, key_value_heads=2, head_width=16, score_scale=0.25),
+            attention=Attention(heads=4, num_kv_heads=2, head_dim=16, softmax_scale=0.25),
             norm=Norm(kind="rms", epsilon=1e-6),
         ),
         **changes,
@@ -58,8 +58,8 @@ def with_rope(**changes):
     ("name", "scheme", "spec"),
     [
         ("llama_odd_f32", "q3f16_1", tiny_spec(
-            vocabulary=101, hidden_width=60, mlp_width=70,
-            attention=Attention(heads=6, key_value_heads=3, head_width=12, score_scale=12**-0.5),
+            vocabulary=101, hidden_size=60, intermediate_size=70,
+            attention=Attention(heads=6, num_kv_heads=3, head_dim=12, softmax_scale=12**-0.5),
         )),
         ("llama_untied_f32", "q4f16_0", tiny_spec()),
         ("qwen2_tied_f32", "q4f16_1", tiny_spec(is_tied=True)),
@@ -132,7 +132,7 @@ LONG = LongRopeScaling(
          {"max_position_embeddings": 512, "original_max_position_embeddings": 128,
           "partial_rotary_factor": 1.0}),
         ("phi3", with_rope(width=12), {"rope_scaling": None, "partial_rotary_factor": 0.75}),
-        ("gemma2", with_attention(score_cap=50.0),
+        ("gemma2", with_attention(attn_logit_softcap=50.0),
          {"attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 16, "sliding_window": 64}),
         ("stablelm", with_rope(width=4), {"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-6}),
     ],
@@ -151,17 +151,22 @@ def test_a_model_definition_is_told_what_the_decoder_is(architecture, spec, fiel
     ("architecture", "spec"),
     [
         ("llama", tiny_spec()),
-        ("llama", with_attention(head_width=24, score_scale=24**-0.5)),
+        ("llama", with_attention(head_dim=24, softmax_scale=24**-0.5)),
         ("mistral", tiny_spec(layers=(Layer(rope=Rope(width=16, theta=1e4), window_tokens=8),))),
         ("qwen2", with_attention(has_qkv_bias=True)),
         ("qwen3", with_attention(query_key_norm=Norm(kind="rms", epsilon=1e-6))),
         ("phi3", with_rope(scaling=LONG, width=16)),
         ("stablelm", with_rope(width=4)),
-        ("gemma2", replace(with_attention(score_cap=50.0), is_tied=True, logit_cap=30.0)),
+        (
+            "gemma2",
+            replace(
+                with_attention(attn_logit_softcap=50.0), is_tied=True, final_logit_softcap=30.0
+            ),
+        ),
     ],
 )
 def test_what_mlc_computes_is_taken(architecture, spec):
-    if architecture == "llama" and spec.attention.head_width == 24:
+    if architecture == "llama" and spec.attention.head_dim == 24:
         spec = replace(spec, layers=(Layer(rope=Rope(width=24, theta=1e4)),) * 2)
     decoders.refuse(architecture, spec)
 
@@ -195,9 +200,9 @@ LINEAR = LinearScaling(factor=4.0)
          "norms on queries and keys"),
         ("mistral", tiny_spec(is_tied=True), "an output head of its own"),
         ("gemma2", tiny_spec(), "the embedding as output head"),
-        ("gemma2", replace(with_attention(score_scale=1 / 12), is_tied=True),
+        ("gemma2", replace(with_attention(softmax_scale=1 / 12), is_tied=True),
          "multiplies scores by 0.2500, the checkpoint by 0.0833"),
-        ("phi3", with_attention(heads=2, score_scale=0.25), "splits a hidden width of 64 among 2"),
+        ("phi3", with_attention(heads=2, softmax_scale=0.25), "splits a hidden width of 64 among 2"),
     ],
 )  # fmt: skip
 def test_what_mlc_computes_otherwise_is_refused_in_one_sentence(architecture, spec, words):
@@ -219,8 +224,8 @@ def test_a_layout_refuses_too_before_anything_is_written(tmp_path):
 
 
 def test_a_cap_on_scores_is_left_out_told_and_counted():
-    spec = with_attention(score_cap=50.0)
-    assert decoders.computed(spec).attention.score_cap is None
+    spec = with_attention(attn_logit_softcap=50.0)
+    assert decoders.computed(spec).attention.attn_logit_softcap is None
     (note,) = decoders.notes(spec)
     assert "leaves out the cap of 50 on attention scores" in note
     assert list(decoders.notes(tiny_spec())) == []

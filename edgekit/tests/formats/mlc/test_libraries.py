@@ -18,21 +18,21 @@ NO_TEXT = TokenizerFiles(
     stop_ids_by_file={},
 )  # fmt: skip
 QWEN = DecoderSpec(  # Qwen2.5-0.5B
-    vocabulary=151936,
-    hidden_width=896,
-    mlp_width=4864,
+    vocab_size=151936,
+    hidden_size=896,
+    intermediate_size=4864,
     context_tokens=32768,
     layers=(Layer(rope=Rope(width=64, theta=1_000_000.0)),) * 24,
     attention=Attention(
-        heads=14, key_value_heads=2, head_width=64, score_scale=0.125, has_qkv_bias=True
+        heads=14, num_kv_heads=2, head_dim=64, softmax_scale=0.125, has_qkv_bias=True
     ),
     norm=Norm(kind="rms", epsilon=1e-6),
     is_tied=True,
 )
 LLAMA = DecoderSpec(  # Llama-3.2-1B
-    vocabulary=128256,
-    hidden_width=2048,
-    mlp_width=8192,
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
     context_tokens=131072,
     layers=(
         Layer(
@@ -49,17 +49,17 @@ LLAMA = DecoderSpec(  # Llama-3.2-1B
         ),
     )
     * 16,
-    attention=Attention(heads=32, key_value_heads=8, head_width=64, score_scale=0.125),
+    attention=Attention(heads=32, num_kv_heads=8, head_dim=64, softmax_scale=0.125),
     norm=Norm(kind="rms", epsilon=1e-5),
     is_tied=True,
 )
 SMOLLM = replace(  # SmolLM2-360M
     LLAMA,
-    vocabulary=49152,
-    hidden_width=960,
-    mlp_width=2560,
+    vocab_size=49152,
+    hidden_size=960,
+    intermediate_size=2560,
     layers=(Layer(rope=Rope(width=64, theta=100_000.0)),) * 32,
-    attention=Attention(heads=15, key_value_heads=5, head_width=64, score_scale=0.125),
+    attention=Attention(heads=15, num_kv_heads=5, head_dim=64, softmax_scale=0.125),
 )
 
 
@@ -99,7 +99,7 @@ def test_a_fine_tune_takes_the_library_of_its_base(checkpoint, architecture, spe
 
 
 def test_added_tokens_leave_a_library_that_is_bound_to_the_vocabulary(checkpoint):
-    grown = checkpoint("qwen2", replace(QWEN, vocabulary=151968))
+    grown = checkpoint("qwen2", replace(QWEN, vocab_size=151968))
     assert libraries.find(grown, "q4f16_1") is None
     assert libraries.missing(grown, "q4f16_1") == (
         "no WebGPU library is prebuilt for this shape: Qwen2-0.5B-Instruct-q4f16_1_cs1k-webgpu.wasm"
@@ -108,7 +108,7 @@ def test_added_tokens_leave_a_library_that_is_bound_to_the_vocabulary(checkpoint
 
 
 def test_added_tokens_keep_one_whose_embedding_may_have_any_size(checkpoint):
-    grown = checkpoint("llama", replace(LLAMA, vocabulary=128264))
+    grown = checkpoint("llama", replace(LLAMA, vocab_size=128264))
     assert found_for(grown, "q4f16_1").stem == "Llama-3.2-1B-Instruct"
 
 
@@ -129,7 +129,9 @@ def test_another_scheme_of_the_same_shape_is_named(checkpoint):
 
 
 def test_a_shape_like_no_other_has_no_near_miss(checkpoint):
-    small = checkpoint("llama", replace(LLAMA, hidden_width=320, mlp_width=640, is_tied=False))
+    small = checkpoint(
+        "llama", replace(LLAMA, hidden_size=320, intermediate_size=640, is_tied=False)
+    )
     assert libraries.missing(small, "q4f16_1") == (
         "no WebGPU library is prebuilt for a model of this shape as q4f16_1"
     )
@@ -148,7 +150,7 @@ def test_the_table_says_where_it_comes_from_and_has_no_two_for_one_model():
 
 def test_a_library_names_its_vocabulary_exactly_where_it_is_bound_to_one():
     prebuilt = libraries.prebuilt()
-    assert len({library.shape.vocabulary is None for library in prebuilt}) == 2
+    assert len({library.shape.vocab_size is None for library in prebuilt}) == 2
     for library in prebuilt:
         model = decoders.MODELS[library.shape.architecture]
-        assert (library.shape.vocabulary is not None) == model.is_bound_to_vocabulary
+        assert (library.shape.vocab_size is not None) == model.is_bound_to_vocabulary

@@ -30,20 +30,20 @@ CASES = [(model, *row) for model in PUBLISHED for row in model["published"]]
 
 
 def spec_of(model):
-    architecture, width = model["architecture"], model["head_width"]
+    architecture, width = model["architecture"], model["head_dim"]
     is_stablelm = architecture == "stablelm"
     norm = Norm(kind="layer" if is_stablelm else "rms", epsilon=1e-5, has_bias=is_stablelm)
     return DecoderSpec(
-        vocabulary=model["vocabulary"],
-        hidden_width=model["hidden_width"],
-        mlp_width=model["mlp_width"],
+        vocab_size=model["vocabulary"],
+        hidden_size=model["hidden_size"],
+        intermediate_size=model["intermediate_size"],
         context_tokens=8192,
         layers=(Layer(rope=Rope(width=width, theta=1e4)),) * model["layers"],
         attention=Attention(
             heads=model["heads"],
-            key_value_heads=model["key_value_heads"],
-            head_width=width,
-            score_scale=width**-0.5,
+            num_kv_heads=model["num_kv_heads"],
+            head_dim=width,
+            softmax_scale=width**-0.5,
             has_qkv_bias=architecture in {"qwen2", "stablelm"},
             query_key_norm=norm if architecture == "qwen3" else None,
         ),

@@ -140,25 +140,25 @@ def random_rows(rows, columns, seed=0):
     return np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
 
 
-@pytest.mark.parametrize("storage", packing.STORAGES)
+@pytest.mark.parametrize("tensor_type", packing.TENSOR_TYPES)
 @pytest.mark.parametrize("columns", [64, 70, 256])
-def test_what_is_encoded_is_decoded_within_half_a_step(storage, columns):
+def test_what_is_encoded_is_decoded_within_half_a_step(tensor_type, columns):
     rows = random_rows(9, columns)
-    stored = packing.encode(rows, storage)
-    found = packing.decode(stored, storage, columns=columns)
+    stored = packing.encode(rows, tensor_type)
+    found = packing.decode(stored, tensor_type, columns=columns)
     assert found.shape == rows.shape
     assert found.dtype == np.float32
-    step = {"BF16": 2**-7, "F16": 2**-10}.get(storage)
+    step = {"BF16": 2**-7, "F16": 2**-10}.get(tensor_type)
     if step is None:
-        step = 1.02 / GROUPS[storage].zero  # and how a scale is rounded
+        step = 1.02 / GROUPS[tensor_type].zero  # and how a scale is rounded
     assert np.abs(found - rows).max() <= step / 2 * np.abs(rows).max()
 
 
-@pytest.mark.parametrize("storage", packing.STORAGES)
-def test_a_weight_costs_what_the_storage_says(storage):
+@pytest.mark.parametrize("tensor_type", packing.TENSOR_TYPES)
+def test_a_weight_costs_what_the_storage_says(tensor_type):
     rows = random_rows(8, 160)
-    size = sum(part.nbytes for part in packing.encode(rows, storage))
-    assert size * 8 / rows.size == packing.STORAGES[storage].bits_per_weight
+    size = sum(part.nbytes for part in packing.encode(rows, tensor_type))
+    assert size * 8 / rows.size == packing.TENSOR_TYPES[tensor_type].bits_per_weight
 
 
 def test_a_calibration_makes_what_counts_more_exact():
@@ -214,9 +214,9 @@ def stored_rows(checkpoint, scheme, role, shape: Shape):
     """Return what an artifact shall hold of a weight, computed on the whole of it at once."""
     norm = decoders.computed(checkpoint.spec) != checkpoint.spec and "norm" in role
     values = checkpoint.weight(role) + (1 if norm else 0)
-    storage = RECIPES[scheme].storage_for(role, checkpoint.spec)
-    encoded = packing.encode(values, storage)
-    return packing.decode(encoded, storage, columns=shape[1] if shape[1:] else None)
+    tensor_type = RECIPES[scheme].tensor_type_for(role, checkpoint.spec)
+    encoded = packing.encode(values, tensor_type)
+    return packing.decode(encoded, tensor_type, columns=shape[1] if shape[1:] else None)
 
 
 @pytest.mark.parametrize("scheme", RECIPES)
@@ -235,17 +235,17 @@ def test_every_weight_is_read_back_as_it_was_stored(name, scheme, tmp_path):
         np.testing.assert_array_equal(found, stored_rows(checkpoint, scheme, role, shape))
         some = model.weight(role, 3, 2)
         np.testing.assert_array_equal(some, found[3:5])
-    listed = {role: (shape, storage) for role, shape, storage in running.contents(
+    listed = {role: (shape, tensor_type) for role, shape, tensor_type in running.contents(
         tmp_path / "out" / entry)}  # fmt: skip
     assert listed == {
-        role: (shape, RECIPES[scheme].storage_for(role, spec)) for role, shape in spec.weights()
+        role: (shape, RECIPES[scheme].tensor_type_for(role, spec)) for role, shape in spec.weights()
     }
 
 
 def test_norms_that_add_one_are_stored_with_it_and_computed_without(tmp_path):
     checkpoint = open_golden("gemma2_f32", tmp_path / "checkpoint")
-    assert checkpoint.spec.norm.adds_one
-    assert not decoders.computed(checkpoint.spec).norm.adds_one
+    assert checkpoint.spec.norm.unit_offset
+    assert not decoders.computed(checkpoint.spec).norm.unit_offset
     found = write(checkpoint, "q0f32", tmp_path / "out")
     (record,) = (
         record

@@ -13,7 +13,7 @@ from edgekit.encodings import protobuf
 from edgekit.encodings.protobuf import Message
 from edgekit.errors import BundleError
 from edgekit.formats import BuildRequest
-from edgekit.formats.onnx import conversion, model, runtime, storage
+from edgekit.formats.onnx import conversion, model, runtime, tensor_types
 from edgekit.tests.bundle.test_manifest import make_bundle
 
 
@@ -25,7 +25,7 @@ OPENED_MUTANTS = 200
 def convert(directory, recipe="UINT4"):
     directory.mkdir(exist_ok=True)
     checkpoint = _tiny_checkpoint(directory)
-    chosen = storage.RECIPES[recipe]
+    chosen = tensor_types.RECIPES[recipe]
     return directory / conversion.convert(
         checkpoint, BuildRequest(recipe=chosen), directory, progress=lambda _: None
     )
@@ -134,7 +134,7 @@ def test_a_storage_that_edgekit_never_writes_is_refused(path):
     rewrite(path, lambda tensor: tensor if "scales" not in tensor.name
             else replace(tensor, name=tensor.name.replace("scales", "steps")))  # fmt: skip
     with pytest.raises(BundleError, match="stored in a way that edgekit never writes"):
-        storage.contents(path)
+        tensor_types.contents(path)
 
 
 # Data files that fit, but are not those: only a bundle's manifest can tell
@@ -262,7 +262,7 @@ def test_no_mutant_is_opened(path, count):
             continue
         path.write_bytes(mutant)
         with pytest.raises(BundleError) as refusal:
-            storage.contents(path)
+            tensor_types.contents(path)
         assert os.fspath(path.parent) in str(refusal.value)
         seals += "SHA-256" in str(refusal.value)
     assert count // 10 < seals < count  # what only the seal can tell, and what more is told
@@ -294,7 +294,7 @@ def test_mutants_with_a_new_seal_do_not_bring_the_runtime_down_either(path):
         mutant = model.sealed(mutate(content, random))
         path.write_bytes(mutant)
         try:
-            storage.contents(path)
+            tensor_types.contents(path)
         except BundleError:
             continue
         path.with_name(f"{number:03}.mutant").write_bytes(mutant)

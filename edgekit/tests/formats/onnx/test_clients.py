@@ -10,7 +10,7 @@ from edgekit.bundle.manifest import Bundle
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.export import export as export_bundle
 from edgekit.formats import BuildRequest
-from edgekit.formats.onnx import clients, genai_text, running, storage, writing
+from edgekit.formats.onnx import clients, genai_text, running, tensor_types, writing
 from edgekit.proof.gates import CONVERSATIONS, QUESTION
 from edgekit.run import Runner, answer
 from edgekit.runtime.generate import Sampling, generate
@@ -126,9 +126,9 @@ def test_the_settings_of_the_checkpoint_are_those_of_the_artifact(tmp_path):
     directory = write_tiny_checkpoint(tmp_path / "model", "llama")
     config = json.loads((directory / "config.json").read_text())
     checkpoint = opening.open_checkpoint(directory)
-    quantised = config | {"quantization_config": {"quant_method": "bitsandbytes"}}
-    (directory / "config.json").write_text(json.dumps(quantised))
-    found = clients.transformers_files(checkpoint, storage.RECIPES["F32"], data_files=2)
+    quantized = config | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    (directory / "config.json").write_text(json.dumps(quantized))
+    found = clients.transformers_files(checkpoint, tensor_types.RECIPES["F32"], data_files=2)
     told = found["config.json"].pop("transformers.js_config")
     assert told == {"dtype": "fp32", "use_external_data_format": 2}
     assert found["config.json"] == {k: v for k, v in config.items() if v is not None}
@@ -315,7 +315,7 @@ def test_optimum_finds_what_it_asks_a_directory_for(checkpoints, tmp_path):
     generation = json.loads((tmp_path / "generation_config.json").read_text())
     assert path.parent == tmp_path / "onnx"
     assert (config["model_type"], config["num_hidden_layers"]) == ("llama", 3)
-    assert config["vocab_size"] == checkpoint.spec.vocabulary
+    assert config["vocab_size"] == checkpoint.spec.vocab_size
     assert generation["eos_token_id"] == list(checkpoint.text.declared_stop_ids)
     assert (tmp_path / "tokenizer.json").is_file()
 

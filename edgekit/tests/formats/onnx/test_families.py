@@ -10,7 +10,7 @@ import pytest
 
 from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest
-from edgekit.formats.onnx import conversion, graph, model, storage
+from edgekit.formats.onnx import conversion, graph, model, tensor_types
 from edgekit.formats.onnx.runtime import OnnxSession
 from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.proof import transformers_logits
@@ -24,7 +24,7 @@ from edgekit.tests.tiny.checkpoints import TINY, write_tiny_checkpoint
 pytestmark = [pytest.mark.toolchain, needs("torch", "onnxruntime")]
 np = pytest.importorskip("numpy")
 
-F32 = storage.RECIPES["F32"]
+F32 = tensor_types.RECIPES["F32"]
 MIN_POSITIONS = 500
 MAX_KL_NATS = 1e-9
 # Found: 3e-7 to 2e-5, and 6e-6 to 5e-3 where activations are rounded to 8 bits too.
@@ -53,12 +53,15 @@ class Made:
         tokens = tokens or spec.context_tokens
         while left > 0:
             left -= tokens - unseen
-            yield random.integers(0, spec.vocabulary, tokens).tolist()
+            yield random.integers(0, spec.vocab_size, tokens).tolist()
 
     @property
     def unchanged_tokens(self) -> int:
         """How long a text may grow before what is cached of it would be computed otherwise."""
-        borders = filter(None, (rope.border_tokens for rope in graph.ropes(self.checkpoint.spec)))
+        borders = filter(
+            None,
+            (rope.original_max_position_embeddings for rope in graph.ropes(self.checkpoint.spec)),
+        )
         return min(self.checkpoint.spec.context_tokens, *borders, 256)
 
 
@@ -140,14 +143,14 @@ def decoded(session, ids):
 def test_half_precision_loses_no_more_than_its_digits(recipe, made, tmp_path):
     """Also where weights have four bits: held against the same weights in float32."""
     ids = next(made.chunks())
-    chosen, single = storage.RECIPES[recipe], {"F16_GPU": "F32", "UINT4_GPU": "UINT4"}[recipe]
+    chosen, single = tensor_types.RECIPES[recipe], {"F16_GPU": "F32", "UINT4_GPU": "UINT4"}[recipe]
     said = []
     for name in (chosen.name, single):
         directory = tmp_path / name
         directory.mkdir()
         entry = conversion.convert(
             made.checkpoint,
-            BuildRequest(recipe=storage.RECIPES[name]),
+            BuildRequest(recipe=tensor_types.RECIPES[name]),
             directory,
             progress=lambda _: None,
         )
@@ -170,7 +173,7 @@ def test_what_outgrows_float16_between_layers_is_kept_in_float32(name, tmp_path)
     for recipe in ("F32", "F16_GPU"):
         entry = conversion.convert(
             checkpoint,
-            BuildRequest(recipe=storage.RECIPES[recipe]),
+            BuildRequest(recipe=tensor_types.RECIPES[recipe]),
             tmp_path,
             progress=lambda _: None,
         )
@@ -184,7 +187,7 @@ def test_the_files_are_as_planned(made):
     planned = conversion.lay_out(made.checkpoint, BuildRequest(recipe=F32))
     size = sum(file.stat().st_size for file in model.files(made.path))
     assert (planned.is_exact, planned.artifact_bytes) == (True, size)
-    held = {name: (shape, kind) for name, shape, kind in storage.contents(made.path)}
+    held = {name: (shape, kind) for name, shape, kind in tensor_types.contents(made.path)}
     for role, shape in made.checkpoint.spec.weights():
         assert held.pop(role) == (shape, "F32")
     assert all(name.startswith("rope.") for name in held)
@@ -233,7 +236,10 @@ def test_every_row_of_every_tensor_is_read_once(name, tmp_path):
     counted = {key: Counted(tensor, key, seen) for key, tensor in checkpoint.tensors.items()}
     watched = replace(checkpoint, tensors=counted)
     conversion.convert(
-        watched, BuildRequest(recipe=storage.RECIPES["UINT4"]), tmp_path, progress=lambda _: None
+        watched,
+        BuildRequest(recipe=tensor_types.RECIPES["UINT4"]),
+        tmp_path,
+        progress=lambda _: None,
     )
     expected = {
         (key, row) for key, tensor in checkpoint.tensors.items() for row in range(tensor.shape[0])

@@ -292,9 +292,9 @@ ON_THE_PROCESSOR = {
     "BitShift", "BitwiseAnd", "Cast", "Concat", "Greater", "Max", "Range", "ReduceSum", "Reshape",
     "Shape", "Size", "Squeeze", "Sub", "Unsqueeze",
 }  # fmt: skip
-# What multiplies with matrices that are not quantised, in float32; WebGPU has no kernel for it.
-UNQUANTISED = "FusedMatMul"
-UNQUANTISED_RECIPES = ("F32", "F16")
+# What multiplies with matrices that are not quantized, in float32; WebGPU has no kernel for it.
+UNQUANTIZED = "FusedMatMul"
+UNQUANTIZED_RECIPES = ("F32", "F16")
 
 
 @pytest.fixture(scope="module")
@@ -402,5 +402,5 @@ def test_webgpu_computes_all_that_is_large(kind, recipe, on_webgpu, exports):
     assert {"GroupQueryAttention", "RotaryEmbedding"} <= placed["WebGpu"]
     assert {"SimplifiedLayerNormalization", "LayerNormalization"} & placed["WebGpu"]
     left = placed["CPU"] - ON_THE_PROCESSOR
-    assert left == ({UNQUANTISED} if recipe in UNQUANTISED_RECIPES else set())
+    assert left == ({UNQUANTIZED} if recipe in UNQUANTIZED_RECIPES else set())
     assert ("MatMulNBits" in placed["WebGpu"]) == ("INT" in recipe)

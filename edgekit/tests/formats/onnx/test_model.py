@@ -10,7 +10,7 @@ from edgekit.doctor import _tiny_checkpoint
 from edgekit.encodings import protobuf
 from edgekit.encodings.protobuf import Message
 from edgekit.formats import BuildRequest
-from edgekit.formats.onnx import conversion, model, storage
+from edgekit.formats.onnx import conversion, model, tensor_types
 from edgekit.formats.onnx.model import External
 
 
@@ -37,7 +37,7 @@ def path(tmp_path):
     checkpoint = _tiny_checkpoint(tmp_path)
     entry = conversion.convert(
         checkpoint,
-        BuildRequest(recipe=storage.RECIPES["UINT4"]),
+        BuildRequest(recipe=tensor_types.RECIPES["UINT4"]),
         directory,
         progress=lambda _: None,
     )
@@ -68,7 +68,7 @@ def test_the_same_checkpoint_makes_the_same_bytes(path, tmp_path):
     again.mkdir()
     conversion.convert(
         _tiny_checkpoint(tmp_path),
-        BuildRequest(recipe=storage.RECIPES["UINT4"]),
+        BuildRequest(recipe=tensor_types.RECIPES["UINT4"]),
         again,
         progress=lambda _: None,
     )

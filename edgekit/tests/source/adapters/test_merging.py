@@ -166,7 +166,7 @@ def test_a_grown_vocabulary_needs_its_tokenizer(tied_base, tmp_path):
         merging.merge(tied_base, directory)
     tiny.write_tokenizer(directory, words=[*tiny.WORDS, "<a>", "<b>"])
     merged = merging.merge(tied_base, directory)
-    assert merged.spec.vocabulary == 42
+    assert merged.spec.vocab_size == 42
     assert merged.spec.is_tied
     assert merged.text.tokenizer_json == directory / "tokenizer.json"
 
@@ -199,7 +199,7 @@ def test_a_template_without_a_tokenizer_replaces_the_bases(base, tmp_path):
     assert merged.text.tokenizer_json == base.text.tokenizer_json
 
 
-def test_an_adapter_of_a_quantised_base_is_merged_with_a_note(base, tmp_path):
+def test_an_adapter_of_a_quantized_base_is_merged_with_a_note(base, tmp_path):
     name = "unsloth/SmolLM2-135M-bnb-4bit"
     directory = tiny.write_adapter(
         tmp_path / "a", tiny.q_proj_updates(), base_model_name_or_path=name

@@ -5,11 +5,11 @@ shape is fixed. What Core ML gets is written without Apple's converter: `decoder
 is computed, `mil` spells it, `package` says where its files are.
 """
 
-from edgekit.formats.executorch import storage
+from edgekit.formats.executorch import tensor_types
 from edgekit.formats.executorch.backends import Backend, Build
 
 
-_RECIPES = tuple(name for name in storage.RECIPES if name != "F32")  # it multiplies float16
+_RECIPES = tuple(name for name in tensor_types.RECIPES if name != "F32")  # it multiplies float16
 _SLOW = "Core ML reads a prompt token by token"
 _UNROUNDED = "Core ML multiplies in float16: weights are rounded, what they meet is not"
 BACKEND = Backend(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
-from edgekit.formats.executorch import storage
+from edgekit.formats.executorch import tensor_types
 from edgekit.formats.executorch.backends.coreml.mil import Blob, Value, Writer
 from edgekit.model.spec import DecoderSpec, Norm, Rope, Shape
 
@@ -39,15 +39,15 @@ class CoreMLProgram:
     operators: Mapping[str, int]  # how often each is applied
 
 
-def write(spec: DecoderSpec, storages: Mapping[str, str], context_tokens: int) -> CoreMLProgram:
+def write(spec: DecoderSpec, tensor_types: Mapping[str, str], context_tokens: int) -> CoreMLProgram:
     """Return the program of a decoder.
 
     Args:
         spec: The decoder.
-        storages: How each weight is stored, by role.
+        tensor_types: How each weight is stored, by role.
         context_tokens: How many tokens its caches hold.
     """
-    return _Decoder(spec, storages, context_tokens).program()
+    return _Decoder(spec, tensor_types, context_tokens).program()
 
 
 def caches(spec: DecoderSpec) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ def caches(spec: DecoderSpec) -> tuple[str, ...]:
 
 def cache_shape(spec: DecoderSpec, context_tokens: int) -> Shape:
     """Return the shape of keys, and of values; new ones go to the second axis."""
-    return spec.attention.key_value_heads, context_tokens, spec.attention.head_width
+    return spec.attention.num_kv_heads, context_tokens, spec.attention.head_dim
 
 
 def ropes(spec: DecoderSpec) -> tuple[Rope, ...]:
@@ -101,8 +101,10 @@ class _Turn:
 
 
 class _Decoder:
-    def __init__(self, spec: DecoderSpec, storages: Mapping[str, str], context_tokens: int) -> None:
-        self._spec, self._storages, self._context_tokens = spec, storages, context_tokens
+    def __init__(
+        self, spec: DecoderSpec, tensor_types: Mapping[str, str], context_tokens: int
+    ) -> None:
+        self._spec, self._tensor_types, self._context_tokens = spec, tensor_types, context_tokens
         self._shapes = dict(spec.weights())
         self._writer = Writer()
         self._token = Value(name=TOKENS, kind="int32", shape=(1, 1))
@@ -186,22 +188,22 @@ class _Decoder:
 
     def _layer(self, index: int, x: Value, turn: _Turn | None, mask: Value) -> Value:
         spec, prefix = self._spec, f"layers.{index}."
-        read = self._float16(self._normalise(spec.norm, f"{prefix}attention_norm", x))
+        read = self._float16(self._normalize(spec.norm, f"{prefix}attention_norm", x))
         attended = self._attend(index, read, turn, mask)
         if spec.has_post_norms:
-            attended = self._normalise(spec.norm, f"{prefix}attention_post_norm", attended)
+            attended = self._normalize(spec.norm, f"{prefix}attention_post_norm", attended)
         x = self._add(x, attended)
         if spec.residual == "serial":
-            read = self._float16(self._normalise(spec.norm, f"{prefix}mlp_norm", x))
+            read = self._float16(self._normalize(spec.norm, f"{prefix}mlp_norm", x))
         changed = self._mlp(prefix, read)
         if spec.has_post_norms:
-            changed = self._normalise(spec.norm, f"{prefix}mlp_post_norm", changed)
+            changed = self._normalize(spec.norm, f"{prefix}mlp_post_norm", changed)
         return self._add(x, changed)
 
     def _attend(self, index: int, read: Value, turn: _Turn | None, mask: Value) -> Value:
         a, prefix = self._spec.attention, f"layers.{index}."
-        query = self._mul(self._turned_heads(prefix, "query", read, turn), a.score_scale)
-        grouped = (a.key_value_heads, a.heads // a.key_value_heads, a.head_width)
+        query = self._mul(self._turned_heads(prefix, "query", read, turn), a.softmax_scale)
+        grouped = (a.num_kv_heads, a.heads // a.num_kv_heads, a.head_dim)
         query = self._reshape(self._float16(query), grouped)
         key = self._remember(f"keys_{index}", self._turned_heads(prefix, "key", read, turn))
         value = self._linear(f"{prefix}value", read, has_bias=a.has_qkv_bias)
@@ -221,7 +223,7 @@ class _Decoder:
     def _scores(self, query: Value, keys: Value) -> Value:
         shape = (*query.shape[:2], keys.shape[1])
         scores = self._float32(self._matmul(query, keys, shape, transposes=True))
-        cap = self._spec.attention.score_cap
+        cap = self._spec.attention.attn_logit_softcap
         return scores if cap is None else self._cap(scores, cap)
 
     def _mix(self, shares: Value, values: Value, value: Value) -> Value:
@@ -235,11 +237,11 @@ class _Decoder:
     def _turned_heads(self, prefix: str, name: str, read: Value, turn: _Turn | None) -> Value:
         """Return queries or keys: ``(heads, head width)``, float32."""
         a = self._spec.attention
-        heads = a.heads if name == "query" else a.key_value_heads
+        heads = a.heads if name == "query" else a.num_kv_heads
         x = self._linear(f"{prefix}{name}", read, has_bias=a.has_qkv_bias)
-        x = self._reshape(x, (heads, a.head_width))
+        x = self._reshape(x, (heads, a.head_dim))
         if a.query_key_norm:
-            x = self._normalise(a.query_key_norm, f"{prefix}{name}_norm", x)
+            x = self._normalize(a.query_key_norm, f"{prefix}{name}_norm", x)
         return self._turned(x, turn) if turn else x
 
     def _turned(self, x: Value, turn: _Turn) -> Value:
@@ -253,7 +255,7 @@ class _Decoder:
     def _remember(self, name: str, x: Value) -> Value:
         """Hand out what to add to a cache: ``(key heads, 1, head width)``."""
         a = self._spec.attention
-        shape = (a.key_value_heads, 1, a.head_width)
+        shape = (a.num_kv_heads, 1, a.head_dim)
         made = self._writer.apply(
             "reshape", shape, name=f"new_{name}", x=self._float16(x), shape=[*shape]
         )
@@ -278,14 +280,14 @@ class _Decoder:
 
     def _head(self, x: Value) -> Value:
         role = "token_embedding" if self._spec.is_tied else "output_head"
-        read = self._float16(self._normalise(self._spec.norm, "final_norm", x))
+        read = self._float16(self._normalize(self._spec.norm, "final_norm", x))
         logits = self._linear(role, read, has_bias=False)
-        if self._spec.logit_cap is not None:
-            logits = self._cap(logits, self._spec.logit_cap)
+        if self._spec.final_logit_softcap is not None:
+            logits = self._cap(logits, self._spec.final_logit_softcap)
         return self._writer.apply("identity", logits.shape, name=LOGITS, x=logits)
 
-    def _normalise(self, norm: Norm, role: str, x: Value) -> Value:
-        """Normalise the last axis; Gemma's ones are in its weights already."""
+    def _normalize(self, norm: Norm, role: str, x: Value) -> Value:
+        """Normalize the last axis; Gemma's ones are in its weights already."""
         if norm.kind == "layer":
             x = self._sub(x, self._mean(x))
         mean = self._mean(self._mul(x, x))
@@ -310,14 +312,16 @@ class _Decoder:
         return self._add(made, self._vector(f"{role}_bias")) if has_bias else made
 
     def _matrix(self, role: str) -> Value:
-        shape, stored = self._shapes[role], self._storages[role]
+        shape, stored = self._shapes[role], self._tensor_types[role]
         if stored == "F16":
             return self._writer.stored(role, "fp16", shape)
         if stored == "INT8":
-            scales = role + storage.SCALE
+            scales = role + tensor_types.SCALE
             return self._writer.scaled(role, "int8", shape, scales=scales, groups=1)
-        groups = shape[1] // storage.STORAGES[stored].block_weights
-        return self._writer.scaled(role, "int4", shape, scales=role + storage.SCALE, groups=groups)
+        groups = shape[1] // tensor_types.TENSOR_TYPES[stored].block_weights
+        return self._writer.scaled(
+            role, "int4", shape, scales=role + tensor_types.SCALE, groups=groups
+        )
 
     def _vector(self, role: str) -> Value:
         return self._writer.stored(role, "fp32", self._shapes[role])

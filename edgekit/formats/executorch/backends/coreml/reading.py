@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _MAX_MODEL_BYTES = 1 << 28  # 30 layers take 0.4 MB
 _KINDS: Mapping[int, Kind] = {number: kind for kind, number in mil.KINDS.items()}
-_STORAGES: Mapping[Kind, str] = {"fp32": "F32", "fp16": "F16", "int8": "INT8"}
+_TENSOR_TYPES: Mapping[Kind, str] = {"fp32": "F32", "fp16": "F16", "int8": "INT8"}
 _TABLE = re.compile("(cosine|sine|zeros)_.*")
 _OF_LAYER = re.compile("layers_([0-9]+)_(.*)")
 
@@ -55,9 +55,9 @@ class Held:
 
     @property
     def stored(self) -> str:
-        """Its storage."""
+        """Its tensor type."""
         if self.values.kind != "int4" or self.scales is None:
-            return _STORAGES.get(self.values.kind, self.values.kind)
+            return _TENSOR_TYPES.get(self.values.kind, self.values.kind)
         return f"INT4_G{self.values.shape[1] // self.scales.shape[1]}"
 
 
@@ -83,7 +83,7 @@ class Weights:
 
 
 def contents(path: Path, head: "Program") -> "list[tuple[str, Shape, str]]":
-    """Return role, shape and storage of every weight.
+    """Return role, shape and tensor type of every weight.
 
     Raises:
         struct.error, BundleError: If the file is damaged.
@@ -105,7 +105,7 @@ def read_back(path: Path, spec: "DecoderSpec") -> Weights:
     found = {role: weight.values.shape for role, weight in held.items()}
     if found != dict(spec.weights()):
         raise BundleError(f"{path} holds another model than this one")
-    return Weights(path=path, spec=spec.without_added_ones(), held=held)
+    return Weights(path=path, spec=spec.without_unit_offsets(), held=held)
 
 
 def _find(path: Path, head: "Program") -> Iterator[tuple[str, Held]]:

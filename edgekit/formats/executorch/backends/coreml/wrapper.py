@@ -23,7 +23,7 @@ def delegate(spec: DecoderSpec, *, backend: str, compute_units: str) -> nn.Modul
     """
 
     def outputs(tokens: Tensor, _: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        logits = torch.empty(len(tokens), spec.vocabulary)
+        logits = torch.empty(len(tokens), spec.vocab_size)
         return logits, *(cache.new_empty(cache[:, :1].shape) for cache in caches)
 
     units = {"compute_units": compute_units.encode()}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edgekit.errors import UsageError
 from edgekit.formats import MemoryUse
-from edgekit.formats.executorch import assembly, coverage, lowering, memory, storage
+from edgekit.formats.executorch import assembly, coverage, lowering, memory, tensor_types
 from edgekit.formats.executorch.backends import coreml
 from edgekit.formats.executorch.backends._writing import Writing
 from edgekit.formats.executorch.backends.coreml import decoder, mil, package
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 COMPUTE_UNITS = "cpu_and_gpu"
 _HEAD_BYTES, _LAYER_BYTES = 3_700, 520  # of the program around; known within a tenth
 _HASHED_BYTES = 2**20  # at once
-_ROUNDED = storage.FOUR_BITS | {"INT8"}
+_ROUNDED = tensor_types.FOUR_BITS | {"INT8"}
 
 
 class CoreMLWriting(Writing):
@@ -42,8 +42,8 @@ class CoreMLWriting(Writing):
     def file_bytes(self, spec: "DecoderSpec", planned: tuple["Weight", ...], variant: str) -> int:
         """Return how large the program gets."""
         del variant
-        storages = {weight.role: weight.storage for weight in planned}
-        made = decoder.write(spec, storages, spec.context_tokens)
+        tensor_types = {weight.role: weight.tensor_type for weight in planned}
+        made = decoder.write(spec, tensor_types, spec.context_tokens)
         around_bytes = _HEAD_BYTES + _LAYER_BYTES * len(spec.layers)
         return around_bytes + package.pack(made).size_bytes
 
@@ -51,15 +51,15 @@ class CoreMLWriting(Writing):
         self, spec: "DecoderSpec", layout: "Layout", *, context_tokens: int
     ) -> MemoryUse:
         """Return what the phone will hold, estimated and not measured."""
-        is_rounded = any(placement.storage in _ROUNDED for placement in layout.placements)
-        table_bytes = 2 * spec.vocabulary * spec.hidden_width
+        is_rounded = any(placement.tensor_type in _ROUNDED for placement in layout.placements)
+        table_bytes = 2 * spec.vocab_size * spec.hidden_size
         return MemoryUse(
             weights_bytes=sum(placement.size_bytes for placement in layout.placements),
             # In float16, and once more: Core ML copies what it is handed.
             cache_bytes=memory.cache_bytes(spec, context_tokens=context_tokens),
             # What tokens are looked up in may be spread to float16.
-            compute_bytes=4 * spec.vocabulary + (table_bytes if is_rounded else 0),
-            runtime_bytes=memory.RUNTIME_BYTES + memory.VOCABULARY_ENTRY_BYTES * spec.vocabulary,
+            compute_bytes=4 * spec.vocab_size + (table_bytes if is_rounded else 0),
+            runtime_bytes=memory.RUNTIME_BYTES + memory.VOCABULARY_ENTRY_BYTES * spec.vocab_size,
         )
 
     def write(self, job: "Job", path: Path) -> Mapping[str, Any]:
@@ -67,7 +67,7 @@ class CoreMLWriting(Writing):
         from edgekit.formats.executorch.backends.coreml import wrapper
 
         _refuse_long_context(job)
-        made = decoder.write(job.spec, job.storages, job.context_tokens)
+        made = decoder.write(job.spec, job.tensor_types, job.context_tokens)
         packed = package.pack(made)
         program = wrapper.emit(
             job.spec,
@@ -91,7 +91,7 @@ WRITING = CoreMLWriting()
 
 
 def _refuse_long_context(job: "Job") -> None:
-    border = job.spec.border_tokens
+    border = job.spec.original_max_position_embeddings
     if border is not None and job.context_tokens > border:
         raise UsageError(
             f"beyond {border} tokens every position turns otherwise, and Core ML cannot read anew "
@@ -125,7 +125,7 @@ def _for_coreml(encoded: "list[Array]", weight: "Weight") -> "list[Array]":
     if not encoded[1:]:
         return encoded
     codes, scales = encoded
-    if weight.storage == "INT8":
+    if weight.tensor_type == "INT8":
         return [codes, grid.to_float16(scales.astype(np.float32), hint="take F16")]
     wide = (scales.astype(np.uint32) << 16).view(np.float32)  # from bfloat16
     return [codes.astype(np.uint8) ^ np.uint8(0x88), grid.to_float16(wide, hint="take F16")]
@@ -144,7 +144,7 @@ def _write_identifier(stream: BinaryIO, base: int, identifier_at: int) -> None:
 def _report(job: "Job", made: "CoreMLProgram", program: Any) -> dict[str, Any]:
     found = Coverage(
         delegated_operators=sum(made.operators.values()),
-        delegated_weights=frozenset(job.storages),
+        delegated_weights=frozenset(job.tensor_types),
         portable_operators=lowering.portable_calls(program),
     )
     return coverage.report(found, job.weights, id=coreml.BACKEND.id, name=coreml.BACKEND.name)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
-from edgekit.formats.executorch import storage
+from edgekit.formats.executorch import tensor_types
 from edgekit.formats.executorch.assembly import Slice
 from edgekit.formats.executorch.backends.vulkan import limits
 from edgekit.formats.executorch.backends.vulkan.graph import ITEM_BYTES, Dtype, Graph, Value
@@ -44,27 +44,31 @@ def ropes(spec: DecoderSpec) -> tuple[Rope, ...]:
 
 
 def delegate(
-    spec: DecoderSpec, storages: Mapping[str, str], *, context_tokens: int, batch_tokens: int
+    spec: DecoderSpec, tensor_types: Mapping[str, str], *, context_tokens: int, batch_tokens: int
 ) -> Delegate:
     """Return the graph of a decoder: embedded tokens, waves and positions in, logits out.
 
     Args:
         spec: The decoder.
-        storages: How each weight is stored, by role.
+        tensor_types: How each weight is stored, by role.
         context_tokens: How many tokens its caches hold.
         batch_tokens: How many are read at once, at most.
     """
-    return _Decoder(spec, storages, context_tokens, batch_tokens).delegate()
+    return _Decoder(spec, tensor_types, context_tokens, batch_tokens).delegate()
 
 
 class _Decoder:
     def __init__(
-        self, spec: DecoderSpec, storages: Mapping[str, str], context_tokens: int, batch_tokens: int
+        self,
+        spec: DecoderSpec,
+        tensor_types: Mapping[str, str],
+        context_tokens: int,
+        batch_tokens: int,
     ) -> None:
-        self._spec, self._storages = spec, storages
+        self._spec, self._tensor_types = spec, tensor_types
         self._shapes = dict(spec.weights())
         self._context_tokens, self._tokens = context_tokens, batch_tokens
-        self._graph = Graph(floats=_FLOATS[storages["final_norm"]])
+        self._graph = Graph(floats=_FLOATS[tensor_types["final_norm"]])
         self._used: set[str] = set()
         self._slices: dict[str, Slice] = {}
         # A cache is as deep as its context, and all that meets it must be of its kind.
@@ -73,7 +77,7 @@ class _Decoder:
 
     def delegate(self) -> Delegate:
         spec, graph = self._spec, self._graph
-        x = self._input((1, self._tokens, spec.hidden_width))
+        x = self._input((1, self._tokens, spec.hidden_size))
         waves = {rope: (self._wave(rope), self._wave(rope)) for rope in ropes(spec)}
         positions = graph.tensor((self._tokens,), is_buffer=True, dtype="INT32")
         inputs = [x, *(wave for pair in waves.values() for wave in pair), positions]
@@ -86,7 +90,7 @@ class _Decoder:
         logits = self._head(x)
         graph.share_memory(kept=[*inputs, logits], alike=self._caches)
         return Delegate(
-            content=graph.serialised(inputs, [logits]),
+            content=graph.serialized(inputs, [logits]),
             numbers=graph.numbers,
             weights=frozenset(self._used),
             slices=self._slices,
@@ -103,16 +107,16 @@ class _Decoder:
         self, index: int, x: Value, waves: tuple[Value, Value] | None, first: Value
     ) -> Value:
         spec, prefix = self._spec, f"layers.{index}."
-        read = self._normalise(spec.norm, prefix + "attention_norm", x)
+        read = self._normalize(spec.norm, prefix + "attention_norm", x)
         attended = self._attend(prefix, read, waves, first)
         if spec.has_post_norms:
-            attended = self._normalise(spec.norm, prefix + "attention_post_norm", attended)
+            attended = self._normalize(spec.norm, prefix + "attention_post_norm", attended)
         if spec.residual == "parallel":
             return self._add(self._add(x, attended), self._mlp(prefix, read))
         x = self._add(x, attended)
-        changed = self._mlp(prefix, self._normalise(spec.norm, prefix + "mlp_norm", x))
+        changed = self._mlp(prefix, self._normalize(spec.norm, prefix + "mlp_norm", x))
         if spec.has_post_norms:
-            changed = self._normalise(spec.norm, prefix + "mlp_post_norm", changed)
+            changed = self._normalize(spec.norm, prefix + "mlp_post_norm", changed)
         return self._add(x, changed)
 
     def _attend(
@@ -120,11 +124,11 @@ class _Decoder:
     ) -> Value:
         a = self._spec.attention
         query = self._heads(prefix + "query", read, a.heads)
-        key = self._heads(prefix + "key", read, a.key_value_heads)
-        value = self._heads(prefix + "value", read, a.key_value_heads)
+        key = self._heads(prefix + "key", read, a.num_kv_heads)
+        value = self._heads(prefix + "value", read, a.num_kv_heads)
         if a.query_key_norm:
-            query = self._normalise(a.query_key_norm, prefix + "query_norm", query)
-            key = self._normalise(a.query_key_norm, prefix + "key_norm", key)
+            query = self._normalize(a.query_key_norm, prefix + "query_norm", query)
+            key = self._normalize(a.query_key_norm, prefix + "key_norm", key)
         if waves:
             query, key = self._turn(query, key, waves)
         mixed = self._mix(self._scaled(query), key, value, first)
@@ -132,7 +136,7 @@ class _Decoder:
         return self._linear(prefix + "attention_output", flat)
 
     def _heads(self, role: str, read: Value, heads: int) -> Value:
-        shape = (1, self._tokens, heads, self._spec.attention.head_width)
+        shape = (1, self._tokens, heads, self._spec.attention.head_dim)
         return self._view(self._linear(role, read), shape)
 
     def _turn(self, query: Value, key: Value, waves: tuple[Value, Value]) -> tuple[Value, Value]:
@@ -147,7 +151,7 @@ class _Decoder:
     def _scaled(self, query: Value) -> Value:
         """Return queries times what makes attention's own scale the decoder's."""
         a = self._spec.attention
-        factor = a.score_scale * math.sqrt(a.head_width)
+        factor = a.softmax_scale * math.sqrt(a.head_dim)
         if math.isclose(factor, 1):
             return query
         return self._graph.call(
@@ -157,7 +161,7 @@ class _Decoder:
     def _mix(self, query: Value, key: Value, value: Value, first: Value) -> Value:
         """Return what attention gathers; the operator has caches of its own, of the shape given."""
         a, graph = self._spec.attention, self._graph
-        shape = (1, self._context_tokens, a.key_value_heads, a.head_width)
+        shape = (1, self._context_tokens, a.num_kv_heads, a.head_dim)
         caches = [graph.tensor(shape, is_buffer=self._is_buffer) for _ in range(2)]
         self._caches += caches
         nothing = graph.scalar(None)
@@ -188,16 +192,16 @@ class _Decoder:
         spec, graph = self._spec, self._graph
         last = graph.call(
             "aten.select_copy.int", x, graph.scalar(1), graph.scalar(_LAST),
-            graph.tensor((1, spec.hidden_width), is_buffer=self._is_buffer),
+            graph.tensor((1, spec.hidden_size), is_buffer=self._is_buffer),
         )  # fmt: skip
-        last = self._normalise(spec.norm, "final_norm", last)
-        if spec.vocabulary > limits.TEXTURE_WIDTH and not self._is_buffer:
-            there = graph.tensor((1, spec.hidden_width), is_buffer=True)
+        last = self._normalize(spec.norm, "final_norm", last)
+        if spec.vocab_size > limits.TEXTURE_WIDTH and not self._is_buffer:
+            there = graph.tensor((1, spec.hidden_size), is_buffer=True)
             last = graph.call("aten.clone.default", last, graph.scalar(None), there)
         role = "token_embedding" if spec.is_tied else "output_head"
         return self._linear(role, last, staging="FLOAT32")
 
-    def _normalise(self, norm: Norm, role: str, x: Value) -> Value:
+    def _normalize(self, norm: Norm, role: str, x: Value) -> Value:
         graph, width = self._graph, self._shapes[role][-1]
         weight, epsilon = self._vector(role), graph.scalar(norm.epsilon)
         if norm.kind == "rms":
@@ -214,12 +218,12 @@ class _Decoder:
     def _linear(self, role: str, x: Value, *, staging: Dtype | None = None) -> Value:
         graph, (rows, columns) = self._graph, self._shapes[role]
         self._used.add(role)
-        stored = self._storages[role]
+        stored = self._tensor_types[role]
         made = self._rows_of(x, rows, staging=staging)
-        if stored in storage.VULKAN_FOUR_BITS:
-            group = storage.STORAGES[stored].block_weights
+        if stored in tensor_types.VULKAN_FOUR_BITS:
+            group = tensor_types.TENSOR_TYPES[stored].block_weights
             codes = graph.constant(role, (rows, columns // 2), "UINT8")
-            scales = graph.constant(role + storage.SCALE, (columns // group, rows), "FLOAT32")
+            scales = graph.constant(role + tensor_types.SCALE, (columns // group, rows), "FLOAT32")
             return graph.call(
                 "et_vk.linear_q4gsw.default",
                 x, codes, scales, graph.scalar(group), self._bias(role), made,
@@ -236,10 +240,10 @@ class _Decoder:
     def _product(self, role: str, x: Value, made: Value, *, first: int, count: int) -> Value:
         """Return x times some rows of a matrix, or all."""
         graph, (_, columns) = self._graph, self._shapes[role]
-        stored = self._storages[role]
+        stored = self._tensor_types[role]
         if stored == "INT8":  # which no matrix with a bias is
             codes = self._rows(role, first, (count, columns), "INT8")
-            scales = self._rows(role + storage.SCALE, first, (count,), "FLOAT32")
+            scales = self._rows(role + tensor_types.SCALE, first, (count,), "FLOAT32")
             return graph.call("aten._weight_int8pack_mm.default", x, codes, scales, made)
         weight = self._rows(role, first, (count, columns), _FLOATS[stored])
         bias = self._bias(role, first, count)
@@ -251,11 +255,11 @@ class _Decoder:
             return self._graph.scalar(None)
         self._used.add(name)
         shape = self._shapes[name] if count is None else (count,)
-        return self._rows(name, first, shape, _FLOATS[self._storages[name]])
+        return self._rows(name, first, shape, _FLOATS[self._tensor_types[name]])
 
     def _rows(self, key: str, first: int, shape: Shape, dtype: Dtype) -> Value:
         """Add some rows of named data, which are named data too if they are not all."""
-        if shape[0] == self._shapes[key.removesuffix(storage.SCALE)][0]:
+        if shape[0] == self._shapes[key.removesuffix(tensor_types.SCALE)][0]:
             return self._graph.constant(key, shape, dtype)
         part, row_bytes = slice_key(key, first), ITEM_BYTES[dtype] * math.prod(shape[1:])
         self._slices[part] = Slice(
@@ -267,7 +271,7 @@ class _Decoder:
         """Return how many rows of a matrix the delegate takes at once."""
         if stored == "INT8":
             return limits.INT8_ROWS
-        return limits.BUFFER_BYTES // (storage.STORAGES[stored].block_bytes * columns)
+        return limits.BUFFER_BYTES // (tensor_types.TENSOR_TYPES[stored].block_bytes * columns)
 
     def _rows_of(self, x: Value, width: int, *, staging: Dtype | None = None) -> Value:
         graph = self._graph
@@ -276,7 +280,7 @@ class _Decoder:
 
     def _vector(self, role: str) -> Value:
         self._used.add(role)
-        return self._graph.constant(role, self._shapes[role], _FLOATS[self._storages[role]])
+        return self._graph.constant(role, self._shapes[role], _FLOATS[self._tensor_types[role]])
 
     def _view(self, x: Value, shape: Shape) -> Value:
         """Return it in another shape, whose second axis is as long as a call has tokens."""

@@ -74,14 +74,14 @@ class Graph:
     ) -> Value:
         from executorch.backends.vulkan.serialization import vulkan_graph_schema as schema
 
-        storages = schema.VkStorageType
+        tensor_types = schema.VkStorageType
         return self._add(
             schema.VkTensor(
                 datatype=schema.VkDataType[dtype],
                 dims=list(shape),
                 constant_id=constant,
                 mem_obj_id=-1,
-                storage_type=storages.BUFFER if is_buffer else storages.TEXTURE_3D,
+                storage_type=tensor_types.BUFFER if is_buffer else tensor_types.TEXTURE_3D,
                 memory_layout=schema.VkMemoryLayout.TENSOR_WIDTH_PACKED,
                 staging_datatype=schema.VkDataType[staging or dtype],
             )
@@ -144,7 +144,7 @@ class Graph:
         """
         _Plan(self._values, self.calls).share(set(kept), list(alike))
 
-    def serialised(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> bytes:
+    def serialized(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> bytes:
         """Return the delegate."""
         from executorch.backends.vulkan.serialization import vulkan_graph_schema as schema
         from executorch.backends.vulkan.serialization.vulkan_graph_serialize import (

@@ -14,12 +14,17 @@ def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int, batch_tokens:
     a, item_bytes = spec.attention, 2 if layout.is_half else 4
     sizes = [placement.size_bytes for placement in layout.placements]
     scores = 2 * a.heads * batch_tokens * context_tokens
-    widths = 3 * spec.mlp_width + 4 * spec.hidden_width + 2 * a.query_width + 4 * a.key_value_width
-    passing = item_bytes * (scores + batch_tokens * widths + spec.vocabulary)
+    widths = (
+        3 * spec.intermediate_size
+        + 4 * spec.hidden_size
+        + 2 * a.query_width
+        + 4 * a.key_value_width
+    )
+    passing = item_bytes * (scores + batch_tokens * widths + spec.vocab_size)
     return MemoryUse(
         weights_bytes=sum(sizes),
         # The operator is shown the shape of a cache by one more that all layers share.
         cache_bytes=item_bytes * a.key_value_width * context_tokens * (2 * len(spec.layers) + 1),
         compute_bytes=passing + max(sizes),
-        runtime_bytes=RUNTIME_BYTES + VOCABULARY_ENTRY_BYTES * spec.vocabulary,
+        runtime_bytes=RUNTIME_BYTES + VOCABULARY_ENTRY_BYTES * spec.vocab_size,
     )

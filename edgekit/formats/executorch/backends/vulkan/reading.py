@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.errors import BundleError
-from edgekit.formats.executorch import program, storage
+from edgekit.formats.executorch import program, tensor_types
 from edgekit.formats.executorch.contents import CONSTANT, Held, delegate_graph, named_weights
 from edgekit.formats.executorch.flatbuffer import refuse
 from edgekit.model.spec import DecoderSpec, Shape
@@ -28,7 +28,7 @@ def delegated(payload: bytes) -> Iterator[Held]:
     """Yield the weights of a delegate."""
     found = _whole(_constants(payload))
     for key, (shape, kind) in found.items():
-        if key.startswith(CONSTANT) or key.endswith(storage.SCALE):
+        if key.startswith(CONSTANT) or key.endswith(tensor_types.SCALE):
             continue
         if kind == _PAIRS:
             yield key, _grouped(key, shape, found)
@@ -67,8 +67,8 @@ def _whole(
 
 
 def _grouped(key: str, shape: Shape, found: Mapping[str, tuple[Shape, int]]) -> tuple[Shape, str]:
-    """Return the shape and storage of four-bit weights, which their scales tell."""
-    scales, _ = found.get(key + storage.SCALE, ((), 0))
+    """Return the shape and tensor type of four-bit weights, which their scales tell."""
+    scales, _ = found.get(key + tensor_types.SCALE, ((), 0))
     if len(shape) != 2 or len(scales) != 2 or not scales[0]:
         refuse(f"{key} has no scales")
     rows, pairs = shape
@@ -92,7 +92,7 @@ class Weights:
         count = shape[0] - first_row if rows is None else rows
         read = []
         for part, kind in zip(
-            storage.parts(role, shape, stored), storage.item_types(stored), strict=True
+            tensor_types.parts(role, shape, stored), tensor_types.item_types(stored), strict=True
         ):
             whole = np.memmap(
                 self.path, kind, mode="r", offset=self.places[part.key],
@@ -102,7 +102,7 @@ class Weights:
                 whole.reshape(-1, shape[0]).T if part.is_across else whole.reshape(shape[0], -1)
             )
             read.append(by_row[first_row : first_row + count])
-        return storage.decode(read, stored).reshape(count, *shape[1:])
+        return tensor_types.decode(read, stored).reshape(count, *shape[1:])
 
 
 def contents(path: Path, head: program.Program) -> list[tuple[str, Shape, str]]:
@@ -123,7 +123,7 @@ def read_back(path: Path, spec: DecoderSpec) -> Weights:
             raise BundleError(f"{path} holds no {role} of shape {list(shape)}")
     return Weights(
         path=path,
-        spec=spec.without_added_ones(),
+        spec=spec.without_unit_offsets(),
         held=held,
         places={key: head.segments[index][0] for key, index in head.named_data},
     )

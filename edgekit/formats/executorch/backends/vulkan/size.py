@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from edgekit.formats.executorch.storage import ALIGNMENT, Part, has_pairs
+from edgekit.formats.executorch.tensor_types import ALIGNMENT, Part, has_pairs
 from edgekit.model.spec import DecoderSpec
 
 
@@ -17,7 +17,7 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part]) -> int:
     Measured as that of XNNPACK's: within 0.2 % of files of tiny models, 0.1 % of SmolLM2-135M's.
     """
     weights_bytes = sum(-(-part.size_bytes // ALIGNMENT) * ALIGNMENT for part in parts)
-    kernels = _KERNELS + (0 if spec.border_tokens is None else _TURN_KERNELS)
+    kernels = _KERNELS + (0 if spec.original_max_position_embeddings is None else _TURN_KERNELS)
     kernels += _PAIR_KERNELS if has_pairs(spec, parts) else 0
     return (
         weights_bytes

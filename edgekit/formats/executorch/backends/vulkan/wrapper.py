@@ -19,7 +19,7 @@ from edgekit.runtime.silence import silence
 
 def lower(
     spec: DecoderSpec,
-    storages: Mapping[str, str],
+    tensor_types: Mapping[str, str],
     *,
     context_tokens: int,
     batch_tokens: int,
@@ -29,18 +29,18 @@ def lower(
 
     Args:
         spec: The decoder.
-        storages: How each weight is stored, by role.
+        tensor_types: How each weight is stored, by role.
         context_tokens: How many tokens its caches hold.
         batch_tokens: How many are read at once, at most.
         constants: What methods without arguments return, by name.
     """
     with silence(), torch.no_grad():
         made = decoder.delegate(
-            spec, storages, context_tokens=context_tokens, batch_tokens=batch_tokens
+            spec, tensor_types, context_tokens=context_tokens, batch_tokens=batch_tokens
         )
         whole = Decoder(
             spec,
-            embedding=embeddings.empty(spec, storages["token_embedding"]),
+            embedding=embeddings.empty(spec, tensor_types["token_embedding"]),
             inner=_delegate(spec, made.content),
             context_tokens=context_tokens,
         )
@@ -100,6 +100,6 @@ class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
 
 def _delegate(spec: DecoderSpec, content: bytes) -> nn.Module:
     def logits(x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        return (x.new_empty(1, spec.vocabulary),)
+        return (x.new_empty(1, spec.vocab_size),)
 
     return lowering.delegate(vulkan.BACKEND.id, content, logits)

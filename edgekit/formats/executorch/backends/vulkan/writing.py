@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import UsageError
-from edgekit.formats.executorch import assembly, coverage, storage
+from edgekit.formats.executorch import assembly, coverage, tensor_types
 from edgekit.formats.executorch.backends import vulkan
 from edgekit.formats.executorch.backends._writing import Writing
 from edgekit.formats.executorch.backends.vulkan import limits, memory, size
@@ -39,19 +39,23 @@ class VulkanWriting(Writing):
 
     def meant_by(self, wanted: str, *, recipe: str) -> str:
         """Return float16 for all where it computes in that, else the delegate's own four bits."""
-        return "F16" if recipe in self.backend.half_recipes else storage.ACROSS.get(wanted, wanted)
+        return (
+            "F16"
+            if recipe in self.backend.half_recipes
+            else tensor_types.ACROSS.get(wanted, wanted)
+        )
 
     def stored_as(self, wanted: str, shape: "Shape", *, recipe: str) -> str:
-        """Return the storage that a weight really gets.
+        """Return the tensor type that a weight really gets.
 
         Its int8 is for one row of inputs, so matrices that fill no group of four bits stay F32.
         """
         del recipe
-        if wanted not in storage.VULKAN_FOUR_BITS:
+        if wanted not in tensor_types.VULKAN_FOUR_BITS:
             return wanted
         rows, columns = shape
-        fits = storage.stored_as(wanted, columns)
-        return fits if fits in storage.VULKAN_FOUR_BITS and rows % _ROW_LANES == 0 else "F32"
+        fits = tensor_types.stored_as(wanted, columns)
+        return fits if fits in tensor_types.VULKAN_FOUR_BITS and rows % _ROW_LANES == 0 else "F32"
 
     def file_bytes(self, spec: "DecoderSpec", planned: tuple["Weight", ...], variant: str) -> int:
         """Return about how large the program gets."""
@@ -79,7 +83,7 @@ class VulkanWriting(Writing):
         _refuse_context(job)
         lowered = wrapper.lower(
             job.spec,
-            job.storages,
+            job.tensor_types,
             context_tokens=job.context_tokens,
             batch_tokens=batch_tokens(job.spec, context_tokens=job.context_tokens),
             constants=job.constants,
@@ -97,9 +101,9 @@ WRITING = VulkanWriting()
 
 def _lacks(spec: "DecoderSpec") -> Iterator[str]:
     a = spec.attention
-    if a.score_cap is not None:
+    if a.attn_logit_softcap is not None:
         yield "attention with a cap on scores"
-    if spec.logit_cap is not None:
+    if spec.final_logit_softcap is not None:
         yield "cap on logits"
     if a.has_norm_per_head:
         yield "norm with weights of its own for each head"
@@ -117,7 +121,7 @@ def batch_tokens(spec: "DecoderSpec", *, context_tokens: int) -> int:
 
 def _refuse_context(job: "Job") -> None:
     """Check that attention has all the tokens before it, and that none turns otherwise later."""
-    border = job.spec.border_tokens
+    border = job.spec.original_max_position_embeddings
     windows = [layer.window_tokens for layer in job.spec.layers if layer.window_tokens]
     for most, why in (
         (border, "beyond, every position turns otherwise, and no text is read anew"),

@@ -1,6 +1,6 @@
 """XNNPACK: programs for the CPU of phones, boards and computers."""
 
-from edgekit.formats.executorch import storage
+from edgekit.formats.executorch import tensor_types
 from edgekit.formats.executorch.backends import Backend, Build
 
 
@@ -12,7 +12,7 @@ BACKEND = Backend(
     package=__name__,
     id="XnnpackBackend",
     name="XNNPACK",
-    recipes=tuple(storage.RECIPES),
+    recipes=tuple(tensor_types.RECIPES),
     builds={
         PORTABLE: Build(
             kind="plain operators: any ExecuTorch runtime with XNNPACK runs it",

@@ -88,7 +88,7 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
         self.shape = shape
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-        for width in (spec.hidden_width, spec.attention.head_width):
+        for width in (spec.hidden_size, spec.attention.head_dim):
             mean = torch.full((1, width), 1 / width)
             self.register_buffer(f"mean_{width}", mean, persistent=False)
         self._numbers: dict[float, str] = {}
@@ -119,19 +119,19 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
 
     def _begin_layer(self, x: Tensor, *turn: Tensor) -> tuple[Tensor, ...]:
         """Return x, queries, keys and values, each as the cache or attention wants them."""
-        read = self._normalise(self.spec.norm, "attention_norm", x)
+        read = self._normalize(self.spec.norm, "attention_norm", x)
         a = self.spec.attention
         query = self._project_heads("query", read, a.heads)
-        key = self._project_heads("key", read, a.key_value_heads)
-        value = self._project_heads("value", read, a.key_value_heads)
+        key = self._project_heads("key", read, a.num_kv_heads)
+        value = self._project_heads("value", read, a.num_kv_heads)
         if a.query_key_norm:
-            query = self._normalise(a.query_key_norm, "query_norm", query)
-            key = self._normalise(a.query_key_norm, "key_norm", key)
+            query = self._normalize(a.query_key_norm, "query_norm", query)
+            key = self._normalize(a.query_key_norm, "key_norm", key)
         if self.shape.turns:
             query, key = _turn(query, *turn), _turn(key, *turn)
         if self.spec.residual == "parallel":
             x = x + self._mlp(read)
-        query = query * self._number(a.score_scale)
+        query = query * self._number(a.softmax_scale)
         made = (query, key, value)
         if self.shape.mixes:
             made = _grouped(a, query), key.permute(1, 2, 0), value.permute(1, 0, 2)
@@ -148,12 +148,12 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
         """
         a = self.spec.attention
         scores = torch.bmm(query, keys)
-        if a.score_cap is not None:
-            scores = self._cap(scores, a.score_cap)
+        if a.attn_logit_softcap is not None:
+            scores = self._cap(scores, a.attn_logit_softcap)
         shares = functional.softmax(scores + self._mask(rows, columns), -1)
         mixed = torch.bmm(shares, values)  # (key heads, tokens * shared, head width)
-        shared = a.heads // a.key_value_heads
-        mixed = mixed.view(a.key_value_heads, -1, shared * a.head_width)
+        shared = a.heads // a.num_kv_heads
+        mixed = mixed.view(a.num_kv_heads, -1, shared * a.head_dim)
         return mixed.permute(1, 0, 2).reshape(-1, a.query_width)
 
     def _mask(self, rows: Tensor, columns: Tensor) -> Tensor:
@@ -168,13 +168,13 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
         a = self.spec.attention
         attended = self._linear("attention_output", mixed, has_bias=a.has_output_bias)
         if self.spec.has_post_norms:
-            attended = self._normalise(self.spec.norm, "attention_post_norm", attended)
+            attended = self._normalize(self.spec.norm, "attention_post_norm", attended)
         x = x + attended
         if self.spec.residual == "parallel":
             return x
-        changed = self._mlp(self._normalise(self.spec.norm, "mlp_norm", x))
+        changed = self._mlp(self._normalize(self.spec.norm, "mlp_norm", x))
         if self.spec.has_post_norms:
-            changed = self._normalise(self.spec.norm, "mlp_post_norm", changed)
+            changed = self._normalize(self.spec.norm, "mlp_post_norm", changed)
         return x + changed
 
     def _mlp(self, x: Tensor) -> Tensor:
@@ -195,9 +195,13 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
 
     def _head(self, x: Tensor) -> Tensor:
         logits = self._linear(
-            "output_head", self._normalise(self.spec.norm, "final_norm", x), has_bias=False
+            "output_head", self._normalize(self.spec.norm, "final_norm", x), has_bias=False
         )
-        return logits if self.spec.logit_cap is None else self._cap(logits, self.spec.logit_cap)
+        return (
+            logits
+            if self.spec.final_logit_softcap is None
+            else self._cap(logits, self.spec.final_logit_softcap)
+        )
 
     def _cap(self, x: Tensor, cap: float) -> Tensor:
         shares = torch.sigmoid(x * self._number(2 / cap))
@@ -209,10 +213,10 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
 
     def _project_heads(self, name: str, x: Tensor, heads: int) -> Tensor:
         rows = self._linear(name, x, has_bias=self.spec.attention.has_qkv_bias)
-        return rows.view(-1, heads, self.spec.attention.head_width)
+        return rows.view(-1, heads, self.spec.attention.head_dim)
 
-    def _normalise(self, norm: Norm, name: str, x: Tensor) -> Tensor:
-        """Normalise the last axis; Gemma's ones are in its weights already."""
+    def _normalize(self, norm: Norm, name: str, x: Tensor) -> Tensor:
+        """Normalize the last axis; Gemma's ones are in its weights already."""
         mean = self.get_buffer(f"mean_{x.shape[-1]}")
         if norm.kind == "layer":
             x = x - functional.linear(x, mean)
@@ -227,9 +231,11 @@ def _numbers(spec: DecoderSpec, shape: SegmentShape) -> Iterator[float]:
     if shape.window_tokens is not None:
         yield (shape.window_tokens - 1) * HIDDEN
     a = spec.attention
-    yield a.score_scale
+    yield a.softmax_scale
     yield from dict.fromkeys(norm.epsilon for norm in (spec.norm, a.query_key_norm) if norm)
-    for cap in dict.fromkeys(cap for cap in (a.score_cap, spec.logit_cap) if cap is not None):
+    for cap in dict.fromkeys(
+        cap for cap in (a.attn_logit_softcap, spec.final_logit_softcap) if cap is not None
+    ):
         yield from (2 / cap, 2 * cap, cap)
     if spec.activation == "gelu_tanh":
         yield from (_GELU, _GELU_CUBE)
@@ -246,9 +252,9 @@ def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 def _grouped(attention: Attention, query: Tensor) -> Tensor:
     """Return ``(key heads, tokens * queries of a key, head width)``: no key is copied."""
-    shared = attention.heads // attention.key_value_heads
-    rows = query.view(-1, attention.key_value_heads, shared * attention.head_width)
-    return rows.permute(1, 0, 2).reshape(attention.key_value_heads, -1, attention.head_width)
+    shared = attention.heads // attention.num_kv_heads
+    rows = query.view(-1, attention.num_kv_heads, shared * attention.head_dim)
+    return rows.permute(1, 0, 2).reshape(attention.num_kv_heads, -1, attention.head_dim)
 
 
 class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
@@ -277,11 +283,11 @@ class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
         a = self.spec.attention
         if self.uses_llm_operators:
             yield from dict.fromkeys(
-                ("keys", "values"), (1, self.context_tokens, a.key_value_heads, a.head_width)
+                ("keys", "values"), (1, self.context_tokens, a.num_kv_heads, a.head_dim)
             ).items()
         else:  # as the products of attention want them
-            yield "keys", (a.key_value_heads, a.head_width, self.context_tokens)
-            yield "values", (a.key_value_heads, self.context_tokens, a.head_width)
+            yield "keys", (a.num_kv_heads, a.head_dim, self.context_tokens)
+            yield "values", (a.num_kv_heads, self.context_tokens, a.head_dim)
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         """Return ``(1, vocabulary)``.
@@ -309,7 +315,7 @@ class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
         filled = self._filled(input_pos)
         rows, columns = self._places(input_pos, filled)
         last = len(self.spec.layers) - 1
-        shared = self.spec.attention.heads // self.spec.attention.key_value_heads
+        shared = self.spec.attention.heads // self.spec.attention.num_kv_heads
 
         def attend(
             index: int, x: Tensor, query: Tensor, keys: Tensor, values: Tensor
@@ -323,7 +329,7 @@ class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
 
     def _places(self, input_pos: Tensor, filled: int) -> tuple[Tensor, Tensor]:
         """Return the positions of queries and of keys, for masks."""
-        shared = self.spec.attention.heads // self.spec.attention.key_value_heads
+        shared = self.spec.attention.heads // self.spec.attention.num_kv_heads
         scaled = input_pos.to(torch.float32)[:, None] * HIDDEN
         rows = scaled.expand(-1, shared).reshape(-1, 1)
         return rows, torch.arange(filled, dtype=torch.float32)[None] * HIDDEN

@@ -1,7 +1,7 @@
 """The segments of a decoder as delegates: what XNNPACK shall compute, with a layer's weights.
 
 A segment of each shape is exported once, with weights that have no content. XNNPACK's own
-serialiser writes down the operators; then each layer gets a copy with its names and its storages.
+serializer writes down the operators; then each layer gets a copy with its names and its tensor types.
 """
 
 import copy
@@ -13,7 +13,7 @@ from typing import Any
 import torch  # noqa: TID253
 from torch import Tensor, fx, nn  # noqa: TID253
 
-from edgekit.formats.executorch import lowering, storage
+from edgekit.formats.executorch import lowering, tensor_types
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.formats.executorch.backends.xnnpack import decoder
 from edgekit.formats.executorch.backends.xnnpack.decoder import Segment, SegmentShape
@@ -22,7 +22,7 @@ from edgekit.model.spec import DecoderSpec, Shape
 
 
 aten = torch.ops.aten
-# What XNNPACK's serialiser calls an operator of the exported graph.
+# What XNNPACK's serializer calls an operator of the exported graph.
 _NAMES = {
     aten.add.Tensor: "aten.add.Tensor",
     aten.bmm.default: "aten.bmm.default",
@@ -48,12 +48,12 @@ class Segments:
     def __init__(
         self,
         spec: DecoderSpec,
-        storages: Mapping[str, str],
+        tensor_types: Mapping[str, str],
         context_tokens: int,
         *,
         mixes: bool,
     ) -> None:
-        self._spec, self._storages = spec, storages
+        self._spec, self._tensor_types = spec, tensor_types
         self._context_tokens = context_tokens
         self.numbers: dict[str, bytes] = {}
         self.operators = 0
@@ -69,7 +69,7 @@ class Segments:
         )
 
         template = _template(self._spec, shape, self._context_tokens)
-        graph = template.instance(roles, self._storages)
+        graph = template.instance(roles, self._tensor_types)
         self.numbers |= template.numbers
         self.operators += len(graph.xnodes)
         self.weights.update(template.weights(roles))
@@ -83,21 +83,18 @@ class Segments:
 def _outputs(spec: DecoderSpec, shape: SegmentShape, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
     """Return tensors of the shapes that a segment gives."""
     if not shape.fills_cache:
-        return (x.new_empty(1, spec.vocabulary),)
+        return (x.new_empty(1, spec.vocab_size),)
     a, tokens = spec.attention, x.shape[0]
     made: list[Shape]
     if shape.mixes:
-        shared = a.heads // a.key_value_heads
+        shared = a.heads // a.num_kv_heads
         made = [
-            (a.key_value_heads, tokens * shared, a.head_width),
-            (a.key_value_heads, a.head_width, tokens),
-            (a.key_value_heads, tokens, a.head_width),
+            (a.num_kv_heads, tokens * shared, a.head_dim),
+            (a.num_kv_heads, a.head_dim, tokens),
+            (a.num_kv_heads, tokens, a.head_dim),
         ]
     else:
-        made = [
-            (tokens, heads, a.head_width)
-            for heads in (a.heads, a.key_value_heads, a.key_value_heads)
-        ]
+        made = [(tokens, heads, a.head_dim) for heads in (a.heads, a.num_kv_heads, a.num_kv_heads)]
     changed = (torch.empty_like(x),) if shape.changes_x else ()
     return (*changed, *(x.new_empty(size) for size in made))
 
@@ -156,7 +153,7 @@ class _Template:
         """Return the roles of the weights that are operands of the graph."""
         return {roles[name] for name in self._weights}
 
-    def instance(self, roles: Mapping[str, str], storages: Mapping[str, str]) -> Any:
+    def instance(self, roles: Mapping[str, str], tensor_types: Mapping[str, str]) -> Any:
         """Return the graph with the weights of one layer, stored as told."""
         graph = copy.deepcopy(self._graph)
         for name, id in self._weights.items():
@@ -164,13 +161,14 @@ class _Template:
             data = graph.constant_data[graph.xvalues[id].xvalue_union.constant_buffer_idx]
             tensor = graph.xvalues[id].xvalue_union
             sizes = [
-                part.size_bytes for part in storage.parts(role, tuple(tensor.dims), storages[role])
+                part.size_bytes
+                for part in tensor_types.parts(role, tuple(tensor.dims), tensor_types[role])
             ]
             data.named_key, data.size = role, sizes[0]
-            if storages[role] == "F16":
+            if tensor_types[role] == "F16":
                 tensor.datatype = _half()
             elif sizes[1:]:
-                _quantise(graph, id, storages[role], role + storage.SCALE, sizes[1])
+                _quantize(graph, id, tensor_types[role], role + tensor_types.SCALE, sizes[1])
         return _with_rounded_inputs(graph)
 
 
@@ -199,14 +197,14 @@ def _example(
     spec: DecoderSpec, shape: SegmentShape, context_tokens: int
 ) -> tuple[list[Tensor], list[dict[int, Any]]]:
     """Return inputs of a segment, and which of their axes have any length."""
-    a, shared = spec.attention, spec.attention.heads // spec.attention.key_value_heads
+    a, shared = spec.attention, spec.attention.heads // spec.attention.num_kv_heads
     tokens = torch.export.Dim("tokens", min=1, max=context_tokens)
     filled = torch.export.Dim("filled", min=1, max=context_tokens)
     rows, count = ({0: tokens}, TRACED_TOKENS) if shape.fills_cache else ({}, 1)
     queries = shared * tokens if shape.fills_cache else None
-    given: list[tuple[Shape, dict[int, Any]]] = [((count, spec.hidden_width), rows)]
+    given: list[tuple[Shape, dict[int, Any]]] = [((count, spec.hidden_size), rows)]
     if shape.reads_cache and shape.mixes:
-        heads, width = a.key_value_heads, a.head_width
+        heads, width = a.num_kv_heads, a.head_dim
         given += [
             ((heads, shared * count, width), {1: queries} if queries else {}),
             ((heads, width, _TRACED_FILLED), {2: filled}),
@@ -279,7 +277,7 @@ def _refuse_arithmetic(node: fx.Node) -> None:
         raise AssertionError(f"XNNPACK gets no {node.target}")
 
 
-def _quantise(graph: Any, id: int, stored: str, key: str, scale_bytes: int) -> None:
+def _quantize(graph: Any, id: int, stored: str, key: str, scale_bytes: int) -> None:
     """Turn a float32 weight of a graph into one of codes and scales."""
     from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
     from executorch.backends.xnnpack.utils.xnnpack_constants import UINT64_MAX
@@ -298,7 +296,7 @@ def _quantise(graph: Any, id: int, stored: str, key: str, scale_bytes: int) -> N
     else:
         tensor.datatype = schema.XNNDatatype.xnn_datatype_qbint4
         params = schema.PerChannelGroupQuant(
-            scale=[], channel_dim=0, group_size=storage.STORAGES[stored].block_weights,
+            scale=[], channel_dim=0, group_size=tensor_types.TENSOR_TYPES[stored].block_weights,
             scale_buffer_idx=buffer, num_scales=scale_bytes // 2,
         )  # fmt: skip
     graph.xvalues[id].xvalue_union = schema.XNNQuantizedTensorValue(
@@ -307,7 +305,7 @@ def _quantise(graph: Any, id: int, stored: str, key: str, scale_bytes: int) -> N
 
 
 def _with_rounded_inputs(graph: Any) -> Any:
-    """Let what meets quantised weights be rounded to int8, token by token, once for all of them."""
+    """Let what meets quantized weights be rounded to int8, token by token, once for all of them."""
     from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
 
     rounded: dict[int, int] = {}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from edgekit.model.spec import Shape
 
 
-_QUANTISED = 2  # of XNNPACK's XValueUnion
+_QUANTIZED = 2  # of XNNPACK's XValueUnion
 _GROUPED = 4  # of XNNPACK's XNNQuantParams
 _FLOATS = {1: "F32", 2: "F16"}  # of XNNDatatype
 _QCINT8, _QBINT4 = 6, 10
@@ -29,17 +29,17 @@ def delegated(payload: bytes) -> Iterator[Held]:
     graph = delegate_graph(payload, mark=b"XH00", of="XNNPACK")
     keys = [data.text(2) for data in graph.tables(8)]
     for value in graph.tables(2):
-        is_quantised = value.number(0, "B") == _QUANTISED
+        is_quantized = value.number(0, "B") == _QUANTIZED
         outer = value.table(1)
-        tensor = outer.table(0) if is_quantised else outer
+        tensor = outer.table(0) if is_quantized else outer
         index = tensor.number(3, "I")
         if index >= len(keys):
             refuse(f"a delegate has no data {index}")
         if index and not keys[index].startswith(CONSTANT):
-            yield keys[index], (tensor.numbers(2, "I"), _storage(tensor, outer))
+            yield keys[index], (tensor.numbers(2, "I"), _tensor_type(tensor, outer))
 
 
-def _storage(tensor: Table, outer: Table) -> str:
+def _tensor_type(tensor: Table, outer: Table) -> str:
     kind = tensor.number(0, "h")
     if kind in _FLOATS:
         return _FLOATS[kind]

@@ -7,7 +7,7 @@ and on SmolLM2-135M. It is 0.4 % of that model's file, and known within a tenth.
 
 from collections.abc import Sequence
 
-from edgekit.formats.executorch.storage import ALIGNMENT, SCALE, Part, has_pairs
+from edgekit.formats.executorch.tensor_types import ALIGNMENT, SCALE, Part, has_pairs
 from edgekit.model.spec import DecoderSpec, Norm
 
 
@@ -34,7 +34,7 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: 
         + _SCALES_BYTES * scaled
     )
     head_bytes = _HEAD_BYTES + _LAYER_BYTES * depth + _PART_BYTES * len(parts)
-    head_bytes += _BORDER_BYTES if spec.border_tokens is not None else 0
+    head_bytes += _BORDER_BYTES if spec.original_max_position_embeddings is not None else 0
     head_bytes += _TURNED_BYTES if has_pairs(spec, parts) else 0
     head_bytes += _LLM_BYTES if uses_llm_operators else 0
     return weights_bytes + delegates_bytes + head_bytes + _CONSTANTS_BYTES
@@ -55,7 +55,13 @@ def _segment_operators(spec: DecoderSpec, index: int, *, mixes: bool, is_rounded
         count += _second_half(spec, index - 1, mixes=mixes)
         count += (3 if spec.residual == "serial" else 1) if is_rounded else 0
     if index == len(spec.layers):
-        return count + _norm(spec.norm) + 1 + (4 if spec.logit_cap is not None else 0) + is_rounded
+        return (
+            count
+            + _norm(spec.norm)
+            + 1
+            + (4 if spec.final_logit_softcap is not None else 0)
+            + is_rounded
+        )
     count += _first_half(spec, index, mixes=mixes)
     return count + ((1 if spec.residual == "serial" else 2) if is_rounded else 0)
 
@@ -66,14 +72,14 @@ def _first_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
     if a.query_key_norm:
         count += 2 * _norm(a.query_key_norm)
     if rope:
-        count += 2 * (6 if rope.width == a.head_width else 9)
+        count += 2 * (6 if rope.width == a.head_dim else 9)
     return count + (_mlp(spec) + 1 if spec.residual == "parallel" else 0)
 
 
 def _second_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
     count = 2  # the output matrix, the residual
     if mixes:
-        count += 9 + (4 if spec.attention.score_cap is not None else 0)
+        count += 9 + (4 if spec.attention.attn_logit_softcap is not None else 0)
         count += 0 if spec.layers[index].window_tokens is None else 4
     if spec.residual == "serial":
         count += _norm(spec.norm) + _mlp(spec) + 1

@@ -23,7 +23,7 @@ from edgekit.runtime.silence import silence
 
 def lower(
     spec: DecoderSpec,
-    storages: Mapping[str, str],
+    tensor_types: Mapping[str, str],
     *,
     context_tokens: int,
     uses_llm_operators: bool,
@@ -33,16 +33,16 @@ def lower(
 
     Args:
         spec: The decoder.
-        storages: How each weight is stored, by role.
+        tensor_types: How each weight is stored, by role.
         context_tokens: How many tokens its caches hold.
         uses_llm_operators: Whether attention and caches are operators of ExecuTorch's LLM runners.
         constants: What methods without arguments return, by name.
     """
     with silence(), torch.no_grad():
-        made = Segments(spec, storages, context_tokens, mixes=not uses_llm_operators)
+        made = Segments(spec, tensor_types, context_tokens, mixes=not uses_llm_operators)
         decoder = Decoder(
             spec,
-            embedding=embeddings.empty(spec, storages["token_embedding"]),
+            embedding=embeddings.empty(spec, tensor_types["token_embedding"]),
             segments=made.modules,
             context_tokens=context_tokens,
             uses_llm_operators=uses_llm_operators,

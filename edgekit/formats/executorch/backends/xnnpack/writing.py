@@ -25,7 +25,7 @@ class XnnpackWriting(Writing):
     def refuse(self, spec: "DecoderSpec", variant: str) -> None:
         """Check that ``custom_sdpa`` computes the attention of a decoder, where it must."""
         lacks = None
-        if spec.attention.score_cap is not None:
+        if spec.attention.attn_logit_softcap is not None:
             lacks = "a cap on scores"
         elif any(layer.window_tokens is not None for layer in spec.layers):
             lacks = "windows"
@@ -53,7 +53,7 @@ class XnnpackWriting(Writing):
 
         lowered = wrapper.lower(
             job.spec,
-            job.storages,
+            job.tensor_types,
             context_tokens=job.context_tokens,
             uses_llm_operators=job.variant == xnnpack.LLM,
             constants=job.constants,

@@ -45,7 +45,7 @@ PLAIN_TEXTS = ("The lighthouse keeper", " a leading space, café and cafe\u0301"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Handover:
+class AppKit:
     """How an app talks to one model."""
 
     entry: str
@@ -83,7 +83,7 @@ def write(
     text, copy = _text(checkpoint.text), _runner_copy(checkpoint.text)
     if copy is not None:
         (directory / tokenizer.RUNNER_COPY).write_bytes(copy)
-    handover = Handover(
+    app_kit = AppKit(
         entry=entry,
         text=text,
         prepare=_preparation(checkpoint.text),
@@ -92,8 +92,8 @@ def write(
         has_runner_copy=copy is not None,
         stop_texts=tuple(filter(None, map(text.tokenizer.id_to_token, text.rules.stop_ids))),
     )
-    _write_json(directory / PROMPTS, prompts(handover))
-    (directory / README).write_text(readme(handover), encoding="utf-8")
+    _write_json(directory / PROMPTS, prompts(app_kit))
+    (directory / README).write_text(readme(app_kit), encoding="utf-8")
 
 
 def note(checkpoint: "CheckpointProtocol") -> str | None:
@@ -133,17 +133,17 @@ def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def prompts(handover: Handover) -> dict[str, Any]:
+def prompts(app_kit: AppKit) -> dict[str, Any]:
     """Return conversations, each as the prompt a runner gets and as the ids it must become."""
-    text, found = handover.text, []
+    text, found = app_kit.text, []
     for messages, rendered in _rendered(text):
         said = {"messages": list(messages)} if messages else {}
         ids = text.encode(rendered, adds_bos=False)
-        found.append({**said, "prompt": handover.prepare(rendered), "ids": ids})
+        found.append({**said, "prompt": app_kit.prepare(rendered), "ids": ids})
     return {
-        "context_tokens": handover.context_tokens,
+        "context_tokens": app_kit.context_tokens,
         "stop_ids": list(text.rules.stop_ids),
-        "stop_texts": list(handover.stop_texts),
+        "stop_texts": list(app_kit.stop_texts),
         "prompts": found,
     }
 
@@ -162,48 +162,46 @@ def _bos(text: Text) -> str:
     return text.rules.special_tokens["bos_token"] if text.rules.adds_bos else ""
 
 
-def readme(handover: Handover) -> str:
+def readme(app_kit: AppKit) -> str:
     """Return the text of the README."""
-    return "\n".join(
-        [_head(handover), _prompt_format(handover), *_clients(handover), _tail(handover)]
-    )
+    return "\n".join([_head(app_kit), _prompt_format(app_kit), *_clients(app_kit), _tail(app_kit)])
 
 
-def _clients(handover: Handover) -> Iterator[str]:
+def _clients(app_kit: AppKit) -> Iterator[str]:
     """Yield the lines for each kind of phone that runs the program."""
-    if not handover.has_runner_copy:
+    if not app_kit.has_runner_copy:
         yield _ids_only()
         return
-    if handover.build.android:
-        yield _kotlin(handover, libraries=handover.build.android)
-    if handover.build.ios:
-        yield _swift(handover, products=handover.build.ios)
+    if app_kit.build.android:
+        yield _kotlin(app_kit, libraries=app_kit.build.android)
+    if app_kit.build.ios:
+        yield _swift(app_kit, products=app_kit.build.ios)
 
 
-def _head(handover: Handover) -> str:
-    device = handover.backend.device
+def _head(app_kit: AppKit) -> str:
+    device = app_kit.backend.device
     here = f"needs {device}" if device else "On a computer or a Raspberry Pi, `edgekit run`"
     return f"""\
-# {handover.entry} in an app
+# {app_kit.entry} in an app
 
 | | |
 |---|---|
-| program | `{handover.entry}`, variant {handover.variant} ({handover.build.kind}) |
-| context | {handover.context_tokens} tokens, prompt and answer together |
-| an answer ends at | {_spelt_stops(handover)} |
+| program | `{app_kit.entry}`, variant {app_kit.variant} ({app_kit.build.kind}) |
+| context | {app_kit.context_tokens} tokens, prompt and answer together |
+| an answer ends at | {_spelt_stops(app_kit)} |
 | to check an app with | `{PROMPTS}`: prompts, and the ids they must become |
 
 {f"It {here}." if device else f"{here} this directory."}
 """
 
 
-def _spelt_stops(handover: Handover) -> str:
-    ids = ", ".join(map(str, handover.text.rules.stop_ids))
-    return f"token {ids}: " + ", ".join(f"`{text}`" for text in handover.stop_texts)
+def _spelt_stops(app_kit: AppKit) -> str:
+    ids = ", ".join(map(str, app_kit.text.rules.stop_ids))
+    return f"token {ids}: " + ", ".join(f"`{text}`" for text in app_kit.stop_texts)
 
 
-def _prompt_format(handover: Handover) -> str:
-    if handover.text.template is None:
+def _prompt_format(app_kit: AppKit) -> str:
+    if app_kit.text.template is None:
         return "## Prompt\n\nThe model has no chat template: it continues text.\n"
     return f"""\
 ## Prompt
@@ -211,7 +209,7 @@ def _prompt_format(handover: Handover) -> str:
 The runners know no chat template: an app writes the prompt. One message in it:
 
 ```
-{"".join(_around(handover.text))}
+{"".join(_around(app_kit.text))}
 ```
 
 More turns, and a system message if the model takes one, are in `{PROMPTS}`.
@@ -235,10 +233,10 @@ def _trims(text: Text) -> bool:
     )
 
 
-def _kotlin(handover: Handover, *, libraries: str) -> str:
-    before, _, after = _around(handover.text)
-    message = "message.trim()" if _trims(handover.text) else "message"
-    changes = _kotlin_preparation(handover.prepare)
+def _kotlin(app_kit: AppKit, *, libraries: str) -> str:
+    before, _, after = _around(app_kit.text)
+    message = "message.trim()" if _trims(app_kit.text) else "message"
+    changes = _kotlin_preparation(app_kit.prepare)
     return f"""\
 ## Android, Kotlin
 
@@ -251,15 +249,15 @@ import org.pytorch.executorch.extension.llm.LlmModule
 
 // directory: where the app has put the files of this bundle
 val module = LlmModule(
-    "$directory/{handover.entry}", "$directory/{tokenizer.RUNNER_COPY}", 0.0f)
+    "$directory/{app_kit.entry}", "$directory/{tokenizer.RUNNER_COPY}", 0.0f)
 module.load()
 
 {"var" if changes else "val"} prompt =
     {_kotlin_string(before)} +
     {message} + {_kotlin_string(after)}
 {changes}val config = LlmGenerationConfig.create()
-    .seqLen({handover.context_tokens}).temperature(0.0f).echo(false).numBos(0).numEos(0).build()
-val stops = setOf({", ".join(map(_kotlin_string, handover.stop_texts))})
+    .seqLen({app_kit.context_tokens}).temperature(0.0f).echo(false).numBos(0).numEos(0).build()
+val stops = setOf({", ".join(map(_kotlin_string, app_kit.stop_texts))})
 module.resetContext()  // begin anew; without it the prompt goes on after the last answer
 module.generate(prompt, config, object : LlmCallback {{
     override fun onResult(result: String) {{
@@ -296,10 +294,10 @@ def _escaped(token: str) -> str:
     return "".join(f"\\{letter}" if letter in "\\^$.|?*+()[]{}" else letter for letter in token)
 
 
-def _swift(handover: Handover, *, products: Sequence[str]) -> str:
-    before, _, after = _around(handover.text)
-    trims = ".trimmingCharacters(in: .whitespacesAndNewlines)" if _trims(handover.text) else ""
-    changes = _swift_preparation(handover.prepare)
+def _swift(app_kit: AppKit, *, products: Sequence[str]) -> str:
+    before, _, after = _around(app_kit.text)
+    trims = ".trimmingCharacters(in: .whitespacesAndNewlines)" if _trims(app_kit.text) else ""
+    changes = _swift_preparation(app_kit.prepare)
     return f"""\
 ## iOS, Swift
 
@@ -311,17 +309,17 @@ import ExecuTorchLLM
 
 // directory: where the app has put the files of this bundle
 let runner = TextRunner(
-  modelPath: directory + "/{handover.entry}",
+  modelPath: directory + "/{app_kit.entry}",
   tokenizerPath: directory + "/{tokenizer.RUNNER_COPY}")
 try runner.load()
 
 {"var" if changes else "let"} prompt =
   {_swift_string(before)} +
   message{trims} + {_swift_string(after)}
-{changes}let stops: Set = [{_swift_strings(handover.stop_texts)}]
+{changes}let stops: Set = [{_swift_strings(app_kit.stop_texts)}]
 runner.reset()  // begin anew; without it the prompt goes on after the last answer
 try runner.generate(prompt, Config {{
-  $0.sequenceLength = {handover.context_tokens}
+  $0.sequenceLength = {app_kit.context_tokens}
   $0.temperature = 0
   $0.isEchoEnabled = false
   $0.bosCount = 0
@@ -364,13 +362,13 @@ yourself: tokens int64 [1, S], then their positions int64 [S]; the logits of the
 """
 
 
-def _tail(handover: Handover) -> str:
+def _tail(app_kit: AppKit) -> str:
     return f"""\
 ## What was tested
 
-{_what_ran(handover.backend)} The lines above were not compiled there: their names are those of
+{_what_ran(app_kit.backend)} The lines above were not compiled there: their names are those of
 ExecuTorch 1.5.0, whose LLM interfaces call themselves experimental. Prompts that `{PROMPTS}` lists
-became these ids in the C++ tokenizer of the runners: {"yes" if handover.has_runner_copy else "no"}.
+became these ids in the C++ tokenizer of the runners: {"yes" if app_kit.has_runner_copy else "no"}.
 """
 
 

@@ -1,7 +1,7 @@
 """How weights are stored: the recipes of llama-quantize, reproduced byte by byte.
 
-Which weight gets which storage is decided here, from its role; the arithmetic of the quantised
-storages is ggml's own, called through the library that ships inside llama-cpp-python.
+Which weight gets which tensor type is decided here, from its role; the arithmetic of the quantized
+tensor types is ggml's own, called through the library that ships inside llama-cpp-python.
 Source: ``llama_tensor_get_type_impl`` and ``tensor_type_fallback`` in src/llama-quant.cpp of
 llama.cpp 0c1e57098. What concerns mixtures of experts, Falcon and 70B models is not reproduced.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.errors import MissingDependencyError, UsageError
-from edgekit.formats.gguf.layout import ALL_STORAGES, STORAGE_NUMBERS
+from edgekit.formats.gguf.layout import ALL_TENSOR_TYPES, TENSOR_TYPE_NUMBERS
 from edgekit.quant import grid
-from edgekit.quant.recipe import Recipe, Rule, Storage, with_limits
+from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits
 
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     _Started = tuple[_Bytes, list[Future[None]]]
 
 
-STORAGES: Mapping[str, Storage] = {
-    name: ALL_STORAGES[name]
+TENSOR_TYPES: Mapping[str, TensorType] = {
+    name: ALL_TENSOR_TYPES[name]
     for name in (
         "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0",
         "IQ4_NL", "Q3_K", "Q2_K",
@@ -39,7 +39,7 @@ STORAGES: Mapping[str, Storage] = {
 }  # fmt: skip
 
 # The fit of these can be led by how much an error counts, column by column.
-WEIGHTED = STORAGES.keys() - {"F32", "F16", "BF16", "Q8_0"}
+WEIGHTED = TENSOR_TYPES.keys() - {"F32", "F16", "BF16", "Q8_0"}
 
 QUANTIZATION_VERSION = 2  # general.quantization_version: GGML_QNT_VERSION in ggml.h
 FILE_TYPES: Mapping[str, int] = {  # general.file_type: enum llama_ftype in llama.h
@@ -48,12 +48,12 @@ FILE_TYPES: Mapping[str, int] = {  # general.file_type: enum llama_ftype in llam
 }  # fmt: skip
 
 # ggml adds biases and multiplies norms in float32, and they are small.
-_EXACT = Rule(pattern=".*(norm|bias)", storage="F32")
+_EXACT = Rule(pattern=".*(norm|bias)", tensor_type="F32")
 # The matrix that makes the logits is the one where rounding hurts most.
 _HEAD = (
     _EXACT,
-    Rule(pattern="output_head", storage="Q6_K"),
-    Rule(pattern="token_embedding", storage="Q6_K", decoders="tied"),
+    Rule(pattern="output_head", tensor_type="Q6_K"),
+    Rule(pattern="token_embedding", tensor_type="Q6_K", decoders="tied"),
 )
 
 
@@ -82,35 +82,35 @@ RECIPES: Mapping[str, Recipe] = {
         _recipe("Q6_K", "Q6_K", _EXACT),
         _recipe(
             "Q5_K_M", "Q5_K", *_HEAD,
-            Rule(pattern="value|down", storage="Q6_K", layers="sensitive"),
+            Rule(pattern="value|down", tensor_type="Q6_K", layers="sensitive"),
         ),
         _recipe("Q5_K_S", "Q5_K", *_HEAD),
         _recipe(
             "Q4_K_M", "Q4_K", *_HEAD,
-            Rule(pattern="value|down", storage="Q6_K", layers="sensitive"),
+            Rule(pattern="value|down", tensor_type="Q6_K", layers="sensitive"),
         ),
         _recipe(
             "Q4_K_S", "Q4_K", *_HEAD,
-            Rule(pattern="value", storage="Q5_K", layers="first_four"),
-            Rule(pattern="down", storage="Q5_K", layers="first_eighth"),
+            Rule(pattern="value", tensor_type="Q5_K", layers="first_four"),
+            Rule(pattern="down", tensor_type="Q5_K", layers="first_eighth"),
         ),
         _recipe("Q4_1", "Q4_1", *_HEAD),
         _recipe(
             "IQ4_NL", "IQ4_NL", *_HEAD,
-            Rule(pattern="value", storage="Q5_K", decoders="grouped"),
-            Rule(pattern="down", storage="Q5_K", layers="first_eighth"),
+            Rule(pattern="value", tensor_type="Q5_K", decoders="grouped"),
+            Rule(pattern="down", tensor_type="Q5_K", layers="first_eighth"),
         ),
         _recipe("Q4_0", "Q4_0", *_HEAD),
         _recipe(
             "Q3_K_M", "Q3_K", *_HEAD,
-            Rule(pattern="value", storage="Q5_K", layers="first_two"),
-            Rule(pattern="down", storage="Q5_K", layers="first_sixteenth"),
-            Rule(pattern="value|down|attention_output", storage="Q4_K"),
+            Rule(pattern="value", tensor_type="Q5_K", layers="first_two"),
+            Rule(pattern="down", tensor_type="Q5_K", layers="first_sixteenth"),
+            Rule(pattern="value|down|attention_output", tensor_type="Q4_K"),
         ),
         _recipe(
             "Q2_K", "Q2_K", *_HEAD,
-            Rule(pattern="value", storage="Q4_K", decoders="grouped"),
-            Rule(pattern="value|down|attention_output", storage="Q3_K"),
+            Rule(pattern="value", tensor_type="Q4_K", decoders="grouped"),
+            Rule(pattern="value|down|attention_output", tensor_type="Q3_K"),
         ),
     )
 }  # fmt: skip
@@ -122,20 +122,20 @@ _SUBSTITUTES = {
 
 
 def stored_as(wanted: str, columns: int) -> str:
-    """Return the storage that rows of ``columns`` weights really get.
+    """Return the tensor type that rows of ``columns`` weights really get.
 
     >>> stored_as("Q4_K", 2048), stored_as("Q4_K", 576), stored_as("Q4_K", 100)
     ('Q4_K', 'Q5_0', 'F16')
     """
-    for storage in (wanted, _SUBSTITUTES.get(wanted, wanted)):
-        if columns % STORAGES[storage].block_weights == 0:
-            return storage
+    for tensor_type in (wanted, _SUBSTITUTES.get(wanted, wanted)):
+        if columns % TENSOR_TYPES[tensor_type].block_weights == 0:
+            return tensor_type
     return "F16"
 
 
-def quantise(
+def quantize(
     values: "npt.NDArray[np.float32]",
-    storage: str,
+    tensor_type: str,
     *,
     importance: "npt.NDArray[np.float32] | None" = None,
 ) -> "npt.NDArray[np.uint8]":
@@ -143,43 +143,43 @@ def quantise(
 
     Args:
         values: The last axis holds the columns; every row is encoded by itself.
-        storage: One of `STORAGES`, whose blocks the columns fill.
+        tensor_type: One of `TENSOR_TYPES`, whose blocks the columns fill.
         importance: How much an error counts, column by column; one row of weights for all rows.
 
     Returns:
         What the file holds: uint8, shape ``(rows, bytes of a row)``.
 
     Raises:
-        UsageError: If a value is NaN, infinite, or beyond what the storage can hold.
-        MissingDependencyError: If ggml is not installed and this storage needs it.
+        UsageError: If a value is NaN, infinite, or beyond what the tensor type can hold.
+        MissingDependencyError: If ggml is not installed and this tensor type needs it.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return _finish(_start(pool, values, storage, importance))
+        return _finish(_start(pool, values, tensor_type, importance))
 
 
-def quantise_each(
+def quantize_each(
     blocks: "Iterable[tuple[str, _Rows, str]]", *, importance: "Mapping[str, _Rows] | None" = None
 ) -> "Iterator[tuple[str, _Bytes]]":
-    """Encode one block of rows after another, as `quantise` does.
+    """Encode one block of rows after another, as `quantize` does.
 
     While one is encoded, the next is made and the one before is in the hands of the caller, so
     that reading and writing cost no time of their own; two blocks are in memory at a time.
 
     Args:
-        blocks: A tensor's name, some of its rows, and their storage.
+        blocks: A tensor's name, some of its rows, and their tensor type.
         importance: By name of the tensor, where it is known.
 
     Yields:
         The tensor's name and the encoded rows, in the order of ``blocks``.
 
     Raises:
-        UsageError: As `quantise`; the message begins with the tensor's name.
+        UsageError: As `quantize`; the message begins with the tensor's name.
     """
     importance = importance or {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         before: tuple[str, _Started] | None = None
-        for name, rows, storage in blocks:
-            started = _start(pool, rows, storage, importance.get(name))
+        for name, rows, tensor_type in blocks:
+            started = _start(pool, rows, tensor_type, importance.get(name))
             if before:
                 yield _finish_named(*before)
             before = name, started
@@ -195,22 +195,22 @@ def _finish_named(name: str, started: "_Started") -> "tuple[str, _Bytes]":
 
 
 def _start(
-    pool: ThreadPoolExecutor, values: "_Rows", storage: str, importance: "_Rows | None"
+    pool: ThreadPoolExecutor, values: "_Rows", tensor_type: str, importance: "_Rows | None"
 ) -> "_Started":
     """Return where the bytes will be and what fills it; numpy and ggml let go of Python's lock."""
     import numpy as np
 
     rows = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, values.shape[-1])
     count, columns = rows.shape
-    block = STORAGES[storage]
+    block = TENSOR_TYPES[tensor_type]
     if columns % block.block_weights:
-        raise ValueError(f"{columns} columns do not fill the blocks of {storage}")
+        raise ValueError(f"{columns} columns do not fill the blocks of {tensor_type}")
     encoded = np.empty((count, columns // block.block_weights * block.block_bytes), dtype=np.uint8)
-    encode = _encoder(storage, columns, importance)
+    encode = _encoder(tensor_type, columns, importance)
 
     def work(first: int) -> None:
         part = slice(first, first + step)
-        _refuse_unstorable(rows[part], storage)
+        _refuse_unstorable(rows[part], tensor_type)
         encode(rows[part], encoded[part])
 
     step = max(1, _CHUNK_WEIGHTS // columns)
@@ -230,22 +230,22 @@ _MAX_SCALED = 65504 * 2**12
 _WIDER = "only F32 and BF16 hold every float32"
 
 
-def _refuse_unstorable(rows: "_Rows", storage: str) -> None:
+def _refuse_unstorable(rows: "_Rows", tensor_type: str) -> None:
     import numpy as np
 
     largest = np.maximum(rows.max(), -rows.min())  # NaN if there is one
     if not np.isfinite(largest):
         raise UsageError("a weight is NaN or infinite")
     limits = {"F32": np.inf, "BF16": np.inf, "F16": grid.FLOAT16_OVERFLOW}
-    if largest >= limits.get(storage, _MAX_SCALED):
-        raise UsageError(f"a weight is {largest:g}, too large for {storage}", hint=_WIDER)
+    if largest >= limits.get(tensor_type, _MAX_SCALED):
+        raise UsageError(f"a weight is {largest:g}, too large for {tensor_type}", hint=_WIDER)
 
 
 def _encoder(
-    storage: str, columns: int, importance: "_Rows | None"
+    tensor_type: str, columns: int, importance: "_Rows | None"
 ) -> Callable[["_Rows", "_Bytes"], None]:
     """Return what encodes some rows into the bytes of as many."""
-    match storage:
+    match tensor_type:
         case "F32":
             return _to_f32
         case "F16":
@@ -254,7 +254,7 @@ def _encoder(
             return _to_bf16
         case _:
             weights = _column_weights(importance, columns)
-            return functools.partial(_to_blocks, _ggml(), storage, weights)
+            return functools.partial(_to_blocks, _ggml(), tensor_type, weights)
 
 
 def _to_f32(rows: "_Rows", encoded: "_Bytes") -> None:
@@ -278,14 +278,14 @@ def _to_bf16(rows: "_Rows", encoded: "_Bytes") -> None:
 
 
 def _to_blocks(
-    ggml: ctypes.CDLL, storage: str, weights: "_Rows | None", rows: "_Rows", encoded: "_Bytes"
+    ggml: ctypes.CDLL, tensor_type: str, weights: "_Rows | None", rows: "_Rows", encoded: "_Bytes"
 ) -> None:
-    number = STORAGE_NUMBERS[storage]
+    number = TENSOR_TYPE_NUMBERS[tensor_type]
     importance = None if weights is None else weights.ctypes.data
     source, target = rows.ctypes.data, encoded.ctypes.data
     ggml.ggml_quantize_chunk(number, source, target, 0, *rows.shape, importance)
     if not ggml.ggml_validate_row_data(number, target, encoded.nbytes):
-        raise UsageError(f"a block of weights is too large for {storage}", hint=_WIDER)
+        raise UsageError(f"a block of weights is too large for {tensor_type}", hint=_WIDER)
 
 
 def _column_weights(importance: "_Rows | None", columns: int) -> "_Rows | None":
@@ -328,6 +328,6 @@ def _ggml_path() -> Path:
             if (library / name).exists():
                 return library / name
     raise MissingDependencyError(
-        "quantising needs ggml, which comes with llama-cpp-python",
+        "quantizing needs ggml, which comes with llama-cpp-python",
         hint="pip install 'edgekit[gguf]'",
     )

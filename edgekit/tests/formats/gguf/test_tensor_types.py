@@ -6,28 +6,28 @@ import re
 import pytest
 
 from edgekit.errors import MissingDependencyError, UsageError
-from edgekit.formats.gguf import layout, storage
-from edgekit.formats.gguf.layout import ALL_STORAGES, STORAGE_NUMBERS, TensorEntry, Writer
-from edgekit.formats.gguf.storage import FILE_TYPES, RECIPES, STORAGES, quantise, stored_as
+from edgekit.formats.gguf import layout, tensor_types
+from edgekit.formats.gguf.layout import ALL_TENSOR_TYPES, TENSOR_TYPE_NUMBERS, TensorEntry, Writer
+from edgekit.formats.gguf.tensor_types import FILE_TYPES, RECIPES, TENSOR_TYPES, quantize, stored_as
 from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope
 
 
 DEPTH = 18  # the first sixteenth, the first eighth and the first four layers all differ
 
 
-def make_spec(*, heads, key_value_heads, head_width, mlp_width, is_tied, depth=DEPTH):
-    rope = Rope(width=head_width, theta=10_000.0)
+def make_spec(*, heads, num_kv_heads, head_dim, intermediate_size, is_tied, depth=DEPTH):
+    rope = Rope(width=head_dim, theta=10_000.0)
     return DecoderSpec(
-        vocabulary=5,
-        hidden_width=heads * head_width,
-        mlp_width=mlp_width,
+        vocab_size=5,
+        hidden_size=heads * head_dim,
+        intermediate_size=intermediate_size,
         context_tokens=64,
         layers=(Layer(rope=rope),) * depth,
         attention=Attention(
             heads=heads,
-            key_value_heads=key_value_heads,
-            head_width=head_width,
-            score_scale=head_width**-0.5,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            softmax_scale=head_dim**-0.5,
             has_qkv_bias=True,
         ),
         norm=Norm(kind="rms", epsilon=1e-5),
@@ -37,24 +37,24 @@ def make_spec(*, heads, key_value_heads, head_width, mlp_width, is_tied, depth=D
 
 SPECS = {
     "256 columns, grouped": make_spec(
-        heads=8, key_value_heads=2, head_width=32, mlp_width=512, is_tied=False
+        heads=8, num_kv_heads=2, head_dim=32, intermediate_size=512, is_tied=False
     ),
     "256 columns, tied": make_spec(
-        heads=8, key_value_heads=4, head_width=32, mlp_width=256, is_tied=True
+        heads=8, num_kv_heads=4, head_dim=32, intermediate_size=256, is_tied=True
     ),
     "96 columns, tied": make_spec(
-        heads=6, key_value_heads=3, head_width=16, mlp_width=160, is_tied=True
+        heads=6, num_kv_heads=3, head_dim=16, intermediate_size=160, is_tied=True
     ),
     "576 columns, 1536 in the mlp, tied": make_spec(  # SmolLM2-135M but for its depth
-        heads=9, key_value_heads=3, head_width=64, mlp_width=1536, is_tied=True
+        heads=9, num_kv_heads=3, head_dim=64, intermediate_size=1536, is_tied=True
     ),
     "80 columns, grouped": make_spec(
-        heads=5, key_value_heads=1, head_width=16, mlp_width=112, is_tied=False
+        heads=5, num_kv_heads=1, head_dim=16, intermediate_size=112, is_tied=False
     ),
 }
 
 
-# Which storage
+# Which tensor type
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_a_recipe_names_known_storages_and_keeps_small_weights_exact(recipe):
     weights = dict(SPECS["96 columns, tied"].weights())
     assert {"final_norm", "token_embedding"} < weights.keys()
     for role, shape in weights.items():
-        wanted = recipe.storage_for(role, SPECS["96 columns, tied"])
-        assert wanted in STORAGES
+        wanted = recipe.tensor_type_for(role, SPECS["96 columns, tied"])
+        assert wanted in TENSOR_TYPES
         assert len(shape) > 1 or wanted == "F32"
 
 
@@ -94,9 +94,9 @@ def test_every_recipe_has_a_file_type():
 
 def test_a_deep_model_gets_more_bits_where_llama_quantize_gives_them():
     spec = make_spec(
-        heads=8, key_value_heads=4, head_width=32, mlp_width=256, is_tied=True, depth=30
+        heads=8, num_kv_heads=4, head_dim=32, intermediate_size=256, is_tied=True, depth=30
     )
-    wanted = [RECIPES["Q4_K_M"].storage_for(f"layers.{i}.down", spec) for i in range(30)]
+    wanted = [RECIPES["Q4_K_M"].tensor_type_for(f"layers.{i}.down", spec) for i in range(30)]
     sensitive = [index for index, name in enumerate(wanted) if name == "Q6_K"]
     assert sensitive == [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 26, 27, 28, 29]
 
@@ -120,7 +120,7 @@ def weights_of(np, rows, columns, seed=0):
 
 def test_f32_is_kept_bit_by_bit(np):
     values = weights_of(np, 3, 7)
-    assert quantise(values, "F32").tobytes() == values.tobytes()
+    assert quantize(values, "F32").tobytes() == values.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_f32_is_kept_bit_by_bit(np):
 )  # fmt: skip
 def test_bfloat16_takes_the_nearest_and_of_two_the_even_one(bits, rounded, np):
     values = np.array([[bits]], np.uint32).view(np.float32)
-    assert quantise(values, "BF16").view("<u2").tolist() == [[rounded]]
+    assert quantize(values, "BF16").view("<u2").tolist() == [[rounded]]
 
 
 @pytest.mark.parametrize(
@@ -144,32 +144,32 @@ def test_bfloat16_takes_the_nearest_and_of_two_the_even_one(bits, rounded, np):
 )  # fmt: skip
 def test_float16_takes_the_nearest_and_of_two_the_even_one(value, rounded, np):
     values = np.array([[value]], np.float32)
-    assert quantise(values, "F16").view("<u2").tolist() == [[rounded]]
+    assert quantize(values, "F16").view("<u2").tolist() == [[rounded]]
 
 
 def test_a_vector_is_one_row(np):
-    assert quantise(np.ones(5, np.float32), "F32").shape == (1, 20)
+    assert quantize(np.ones(5, np.float32), "F32").shape == (1, 20)
 
 
 def test_a_weight_beyond_f16_is_refused_not_made_infinite(np):
     with pytest.raises(UsageError, match="a weight is 65520, too large for F16"):
-        quantise(np.array([[65520.0]], np.float32), "F16")
+        quantize(np.array([[65520.0]], np.float32), "F16")
 
 
 def test_columns_that_fill_no_block_are_a_mistake_of_the_caller(np):
     with pytest.raises(ValueError, match="48 columns do not fill the blocks of Q8_0"):
-        quantise(np.ones((2, 48), np.float32), "Q8_0")
+        quantize(np.ones((2, 48), np.float32), "Q8_0")
 
 
 def test_without_ggml_the_way_out_is_named(np, monkeypatch):
-    storage._ggml.cache_clear()
+    tensor_types._ggml.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(MissingDependencyError) as caught:
-        quantise(np.ones((2, 32), np.float32), "Q8_0")
+        quantize(np.ones((2, 32), np.float32), "Q8_0")
     assert caught.value.hint == "pip install 'edgekit[gguf]'"
 
 
-@pytest.mark.parametrize("name", STORAGES)
+@pytest.mark.parametrize("name", TENSOR_TYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_weight_that_is_no_number_is_refused(name, bad, np):
     if name not in {"F32", "F16", "BF16"}:
@@ -177,7 +177,7 @@ def test_a_weight_that_is_no_number_is_refused(name, bad, np):
     values = weights_of(np, 4, 256)
     values[3, 60] = bad
     with pytest.raises(UsageError, match="a weight is NaN or infinite"):
-        quantise(values, name)
+        quantize(values, name)
 
 
 # Against ggml and llama.cpp
@@ -194,15 +194,15 @@ def llama_cpp():
 
 @pytest.mark.toolchain
 def test_the_sizes_of_every_storage_are_those_of_ggml(llama_cpp):
-    ggml = storage._ggml()
+    ggml = tensor_types._ggml()
     ggml.ggml_type_name.restype = ctypes.c_char_p
     ggml.ggml_blck_size.restype = ctypes.c_int64
     ggml.ggml_type_size.restype = ctypes.c_size_t
-    assert STORAGES.keys() <= STORAGE_NUMBERS.keys()
-    for name, number in STORAGE_NUMBERS.items():
+    assert TENSOR_TYPES.keys() <= TENSOR_TYPE_NUMBERS.keys()
+    for name, number in TENSOR_TYPE_NUMBERS.items():
         assert ggml.ggml_type_name(number).decode().upper() == name
-        assert ggml.ggml_blck_size(number) == ALL_STORAGES[name].block_weights
-        assert ggml.ggml_type_size(number) == ALL_STORAGES[name].block_bytes
+        assert ggml.ggml_blck_size(number) == ALL_TENSOR_TYPES[name].block_weights
+        assert ggml.ggml_type_size(number) == ALL_TENSOR_TYPES[name].block_bytes
 
 
 @pytest.mark.toolchain
@@ -214,10 +214,10 @@ def test_halves_round_as_in_ggml(name, np, llama_cpp):
     ties = np.arange(0x3F800000, 0x3F820000, 0x800, dtype=np.uint32).view(np.float32)
     values = np.concatenate([values, ties, chance.normal(0, 1e-6, 10_000)]).astype(np.float32)
     expected = np.empty(values.size, np.uint16)
-    storage._ggml().ggml_quantize_chunk(
-        STORAGE_NUMBERS[name], values.ctypes.data, expected.ctypes.data, 0, 1, values.size, None
+    tensor_types._ggml().ggml_quantize_chunk(
+        TENSOR_TYPE_NUMBERS[name], values.ctypes.data, expected.ctypes.data, 0, 1, values.size, None
     )
-    assert quantise(values, name).tobytes() == expected.tobytes()
+    assert quantize(values, name).tobytes() == expected.tobytes()
 
 
 # Of weights with outliers, relative to their squares; twice what was measured.
@@ -232,9 +232,9 @@ SQUARED_ERRORS = {
 def test_what_is_encoded_decodes_to_nearly_the_same(name, np, llama_cpp, tmp_path):
     pytest.importorskip("gguf")
     values = weights_of(np, 6, 512)
-    entry = TensorEntry(name="t", shape=(6, 512), storage=name)
+    entry = TensorEntry(name="t", shape=(6, 512), tensor_type=name)
     with Writer(tmp_path / "x.gguf", {}, [entry]) as writer:
-        writer.write("t", quantise(values, name))
+        writer.write("t", quantize(values, name))
     file = layout.read(tmp_path / "x.gguf")
     decoded = layout.read_tensor(file, file.tensors[0])
     error = float(np.square(decoded - values).sum() / np.square(values).sum())
@@ -245,10 +245,10 @@ def test_what_is_encoded_decodes_to_nearly_the_same(name, np, llama_cpp, tmp_pat
 @pytest.mark.toolchain
 def test_a_matrix_of_many_chunks_is_encoded_as_its_rows(np, llama_cpp, monkeypatch):
     values = weights_of(np, 101, 64)
-    whole = quantise(values, "Q5_0")
-    monkeypatch.setattr(storage, "_CHUNK_WEIGHTS", 64 * 7)
-    assert np.array_equal(quantise(values, "Q5_0"), whole)
-    assert np.array_equal(quantise(values[50:53], "Q5_0"), whole[50:53])
+    whole = quantize(values, "Q5_0")
+    monkeypatch.setattr(tensor_type, "_CHUNK_WEIGHTS", 64 * 7)
+    assert np.array_equal(quantize(values, "Q5_0"), whole)
+    assert np.array_equal(quantize(values[50:53], "Q5_0"), whole[50:53])
 
 
 @pytest.mark.toolchain
@@ -258,12 +258,12 @@ def test_many_blocks_are_encoded_as_each_of_them(np, llama_cpp):
         for index, (rows, name) in enumerate([(1, "F32"), (9, "Q8_0"), (70, "Q4_0"), (3, "F16")])
     ]
     importance = {"tensor 2": np.linspace(0.1, 2, 64, dtype=np.float32)}
-    found = list(storage.quantise_each(iter(blocks), importance=importance))
+    found = list(tensor_types.quantize_each(iter(blocks), importance=importance))
     assert [name for name, _ in found] == [name for name, *_ in blocks]
     for (name, values, kind), (_, encoded) in zip(blocks, found, strict=True):
-        expected = quantise(values, kind, importance=importance.get(name))
+        expected = quantize(values, kind, importance=importance.get(name))
         assert np.array_equal(encoded, expected)
-    assert not np.array_equal(found[2][1], quantise(blocks[2][1], "Q4_0"))
+    assert not np.array_equal(found[2][1], quantize(blocks[2][1], "Q4_0"))
 
 
 def test_no_block_is_made_long_before_its_turn(np):
@@ -274,7 +274,7 @@ def test_no_block_is_made_long_before_its_turn(np):
             made.append(index)
             yield f"{index}", np.ones((1, 8), np.float32), "F32"
 
-    for count, _ in enumerate(storage.quantise_each(blocks())):
+    for count, _ in enumerate(tensor_types.quantize_each(blocks())):
         assert len(made) <= count + 2
     assert made == [*range(9)]
 
@@ -285,23 +285,23 @@ def test_the_tensor_with_a_bad_weight_is_named(np):
         ("bad", np.full((1, 8), np.inf, np.float32), "F16"),
     ]
     with pytest.raises(UsageError, match="bad: a weight is NaN or infinite"):
-        list(storage.quantise_each(blocks))
+        list(tensor_types.quantize_each(blocks))
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize("name", [name for name in STORAGES if "F" not in name])
+@pytest.mark.parametrize("name", [name for name in TENSOR_TYPES if "F" not in name])
 @pytest.mark.parametrize("value", [2.7e8, -1e12, 1e38])
 def test_a_weight_that_no_scale_can_hold_is_refused(name, value, np, llama_cpp):
     values = weights_of(np, 4, 256)
     values[3, 60] = value
     with pytest.raises(UsageError, match=f"too large for {name}"):
-        quantise(values, name)
+        quantize(values, name)
 
 
 @pytest.mark.toolchain
 def test_importance_of_the_wrong_length_is_a_mistake_of_the_caller(np, llama_cpp):
     with pytest.raises(ValueError, match="importance has the shape"):
-        quantise(weights_of(np, 2, 64), "Q4_0", importance=np.ones(32, np.float32))
+        quantize(weights_of(np, 2, 64), "Q4_0", importance=np.ones(32, np.float32))
 
 
 NAMES = {
@@ -345,7 +345,7 @@ def make_weights(label):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Write the F32 files that llama.cpp shall quantise, each once."""
+    """Write the F32 files that llama.cpp shall quantize, each once."""
     directory = tmp_path_factory.mktemp("sources")
 
     @functools.cache
@@ -354,18 +354,18 @@ def sources(tmp_path_factory):
         metadata = {
             "general.architecture": ("string", "llama"),
             "llama.context_length": ("uint32", spec.context_tokens),
-            "llama.embedding_length": ("uint32", spec.hidden_width),
+            "llama.embedding_length": ("uint32", spec.hidden_size),
             "llama.block_count": ("uint32", len(spec.layers)),
-            "llama.feed_forward_length": ("uint32", spec.mlp_width),
+            "llama.feed_forward_length": ("uint32", spec.intermediate_size),
             "llama.attention.head_count": ("uint32", spec.attention.heads),
-            "llama.attention.head_count_kv": ("uint32", spec.attention.key_value_heads),
+            "llama.attention.head_count_kv": ("uint32", spec.attention.num_kv_heads),
             "llama.attention.layer_norm_rms_epsilon": ("float32", spec.norm.epsilon),
         }
         entries = [
-            TensorEntry(name=gguf_name(role), shape=values.shape, storage="F32")
+            TensorEntry(name=gguf_name(role), shape=values.shape, tensor_type="F32")
             for role, values in weights.items()
         ]
-        path = directory / f"{spec.hidden_width}-{spec.is_tied}.gguf"
+        path = directory / f"{spec.hidden_size}-{spec.is_tied}.gguf"
         with Writer(path, metadata, entries) as writer:
             for role, values in weights.items():
                 writer.write(gguf_name(role), values)
@@ -374,7 +374,7 @@ def sources(tmp_path_factory):
     return write
 
 
-def quantise_with_llama_cpp(llama_cpp, source, target, recipe, imatrix=None):
+def quantize_with_llama_cpp(llama_cpp, source, target, recipe, imatrix=None):
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = FILE_TYPES[recipe]
     parameters.nthread = 1
@@ -400,18 +400,18 @@ def test_every_tensor_has_the_type_and_the_bytes_of_llama_quantize(
     label, recipe, llama_cpp, sources, tmp_path
 ):
     spec = SPECS[label]
-    theirs = quantise_with_llama_cpp(llama_cpp, sources(label), tmp_path / "x.gguf", recipe)
+    theirs = quantize_with_llama_cpp(llama_cpp, sources(label), tmp_path / "x.gguf", recipe)
     found = {info.name: info for info in theirs.tensors}
     ours = {}
     for role, values in make_weights(label).items():
-        kind = stored_as(RECIPES[recipe].storage_for(role, spec), values.shape[-1])
-        ours[gguf_name(role)] = kind, quantise(values, kind).tobytes()
-    assert {name: info.storage for name, info in found.items()} == {
+        kind = stored_as(RECIPES[recipe].tensor_type_for(role, spec), values.shape[-1])
+        ours[gguf_name(role)] = kind, quantize(values, kind).tobytes()
+    assert {name: info.tensor_type for name, info in found.items()} == {
         name: kind for name, (kind, _) in ours.items()
     }
     for name, (_, encoded) in ours.items():
         assert payload(theirs, found[name]) == encoded, name
-    assert theirs.metadata["general.quantization_version"] == storage.QUANTIZATION_VERSION
+    assert theirs.metadata["general.quantization_version"] == tensor_types.QUANTIZATION_VERSION
 
 
 @pytest.mark.toolchain
@@ -435,14 +435,14 @@ def test_importance_counts_as_in_llama_quantize(label, recipe, llama_cpp, source
         for role, values in importance.items()
     ]
     table = (llama_cpp.llama_cpp.llama_model_imatrix_data * (len(entries) + 1))(*entries)
-    theirs = quantise_with_llama_cpp(
+    theirs = quantize_with_llama_cpp(
         llama_cpp, sources(label), tmp_path / "x.gguf", recipe, imatrix=table
     )
     found = {info.name: info for info in theirs.tensors}
     changed = 0
     for role, values in weights.items():
         info = found[gguf_name(role)]
-        encoded = quantise(values, info.storage, importance=importance[role])
+        encoded = quantize(values, info.tensor_type, importance=importance[role])
         assert payload(theirs, info) == encoded.tobytes(), role
-        changed += not np.array_equal(encoded, quantise(values, info.storage))
+        changed += not np.array_equal(encoded, quantize(values, info.tensor_type))
     assert changed > len(weights) // 2

@@ -1,4 +1,4 @@
-"""How weights are stored, and which weight gets which storage.
+"""How weights are stored, and which weight gets which tensor type.
 
 An int8 matrix has one scale for each row, a four-bit one a bfloat16 scale for each group of a row:
 the layouts of XNNPACK's ``qcint8`` and ``qbint4``, for the embedding too. ``Q4GSW`` is the layout
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from edgekit.model.spec import DecoderSpec, Shape
 from edgekit.quant import grid
 from edgekit.quant.grid import Fitted, Grid, Precision
-from edgekit.quant.recipe import Recipe, Rule, Storage, with_limits
+from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits
 
 
 if TYPE_CHECKING:
@@ -30,29 +30,29 @@ INT8_SCALE_BYTES = 4  # of a row
 _FLOAT_BYTES = {"F32": 4, "F16": 2}
 
 ALIGNMENT = 128  # of data segments in a program, ExecuTorch's own choice
-STORAGES: Mapping[str, Storage] = {
-    storage.name: storage
-    for storage in (
-        Storage(name="F32", block_weights=1, block_bytes=4),
-        Storage(name="F16", block_weights=1, block_bytes=2),
-        Storage(name="INT8", block_weights=1, block_bytes=1),  # and a scale for each whole row
-        Storage(name="INT4_G32", block_weights=32, block_bytes=16 + 2),
-        Storage(name="INT4_G64", block_weights=64, block_bytes=32 + 2),
-        Storage(name="INT4_G128", block_weights=128, block_bytes=64 + 2),
-        Storage(name="Q4GSW_G32", block_weights=32, block_bytes=16 + 4),
-        Storage(name="Q4GSW_G64", block_weights=64, block_bytes=32 + 4),
-        Storage(name="Q4GSW_G128", block_weights=128, block_bytes=64 + 4),
+TENSOR_TYPES: Mapping[str, TensorType] = {
+    tensor_type.name: tensor_type
+    for tensor_type in (
+        TensorType(name="F32", block_weights=1, block_bytes=4),
+        TensorType(name="F16", block_weights=1, block_bytes=2),
+        TensorType(name="INT8", block_weights=1, block_bytes=1),  # and a scale for each whole row
+        TensorType(name="INT4_G32", block_weights=32, block_bytes=16 + 2),
+        TensorType(name="INT4_G64", block_weights=64, block_bytes=32 + 2),
+        TensorType(name="INT4_G128", block_weights=128, block_bytes=64 + 2),
+        TensorType(name="Q4GSW_G32", block_weights=32, block_bytes=16 + 4),
+        TensorType(name="Q4GSW_G64", block_weights=64, block_bytes=32 + 4),
+        TensorType(name="Q4GSW_G128", block_weights=128, block_bytes=64 + 4),
     )
 }
 
-# Storages so coarse that the inputs of a weight shall lead its fit.
-COARSE = frozenset(name for name in STORAGES if name.startswith(("INT4", "Q4GSW")))
+# Tensor types so coarse that the inputs of a weight shall lead its fit.
+COARSE = frozenset(name for name in TENSOR_TYPES if name.startswith(("INT4", "Q4GSW")))
 # Four bits as XNNPACK has them, and the same groups as Vulkan has them: scales across.
 ACROSS = {f"INT4_G{group}": f"Q4GSW_G{group}" for group in (32, 64, 128)}
 FOUR_BITS, VULKAN_FOUR_BITS = frozenset(ACROSS), frozenset(ACROSS.values())
 
-_EXACT = Rule(pattern=".*(norm|bias)", storage="F32")  # small, and XNNPACK wants them so
-_WORDS = Rule(pattern="token_embedding|output_head", storage="INT8")
+_EXACT = Rule(pattern=".*(norm|bias)", tensor_type="F32")  # small, and XNNPACK wants them so
+_WORDS = Rule(pattern="token_embedding|output_head", tensor_type="INT8")
 
 # What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.
 # Measured over 3152 positions of SmolLM2-135M with weights that lie on no grid: F32 6e-11, 100 %;
@@ -81,7 +81,7 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def stored_as(wanted: str, columns: int) -> str:
-    """Return the storage that rows of ``columns`` weights really get.
+    """Return the tensor type that rows of ``columns`` weights really get.
 
     >>> stored_as("INT4_G128", 576), stored_as("INT4_G32", 100)
     ('INT4_G64', 'INT8')
@@ -90,7 +90,7 @@ def stored_as(wanted: str, columns: int) -> str:
         return wanted
     kind, _, _ = wanted.rpartition("_")
     for group in (128, 64, 32):
-        if group <= STORAGES[wanted].block_weights and columns % group == 0:
+        if group <= TENSOR_TYPES[wanted].block_weights and columns % group == 0:
             return f"{kind}_G{group}"
     return "INT8"
 
@@ -112,17 +112,20 @@ class Part:
     is_across: bool = False  # a row of the weight is a column of it
 
 
-def parts(role: str, shape: Shape, storage: str) -> Iterator[Part]:
+def parts(role: str, shape: Shape, tensor_type: str) -> Iterator[Part]:
     """Yield the parts that hold a weight."""
     rows, columns = shape[0], shape[1] if shape[1:] else 1
-    if storage in _FLOAT_BYTES:
-        yield Part(key=role, size_bytes=_FLOAT_BYTES[storage] * rows * columns)
-    elif storage == "INT8":
+    if tensor_type in _FLOAT_BYTES:
+        yield Part(key=role, size_bytes=_FLOAT_BYTES[tensor_type] * rows * columns)
+    elif tensor_type == "INT8":
         yield Part(key=role, size_bytes=rows * columns)
         yield Part(key=role + SCALE, size_bytes=INT8_SCALE_BYTES * rows)
     else:
         yield Part(key=role, size_bytes=rows * columns // 2)
-        scales, is_across = columns // STORAGES[storage].block_weights, storage in VULKAN_FOUR_BITS
+        scales, is_across = (
+            columns // TENSOR_TYPES[tensor_type].block_weights,
+            tensor_type in VULKAN_FOUR_BITS,
+        )
         size_bytes = (4 if is_across else 2) * rows * scales
         yield Part(key=role + SCALE, size_bytes=size_bytes, is_across=is_across)
 
@@ -130,33 +133,33 @@ def parts(role: str, shape: Shape, storage: str) -> Iterator[Part]:
 def has_pairs(spec: DecoderSpec, parts: Iterable[Part]) -> bool:
     """Tell whether the embedding has two weights in a byte."""
     table_bytes = next(part.size_bytes for part in parts if part.key == "token_embedding")
-    return table_bytes < spec.vocabulary * spec.hidden_width
+    return table_bytes < spec.vocab_size * spec.hidden_size
 
 
 def encode(
-    values: "Rows", storage: str, *, importance: "Rows | None" = None
+    values: "Rows", tensor_type: str, *, importance: "Rows | None" = None
 ) -> "list[npt.NDArray[np.generic]]":
     """Encode some rows of a weight.
 
     Args:
         values: float32; the last axis holds the columns.
-        storage: One of `STORAGES`, whose blocks the columns fill.
+        tensor_type: One of `TENSOR_TYPES`, whose blocks the columns fill.
         importance: How much an error counts, column by column, where it leads the fit.
 
     Returns:
         An array for each of `parts`.
 
     Raises:
-        UsageError: If a value is beyond what the storage can hold.
+        UsageError: If a value is beyond what the tensor type can hold.
     """
-    if storage == "F32":
+    if tensor_type == "F32":
         return [values.astype("<f4", copy=False)]
-    if storage == "F16":
+    if tensor_type == "F16":
         return [grid.to_float16(values, hint="take F32 or 8da8w")]
-    if storage == "INT8":
+    if tensor_type == "INT8":
         return _to_int8(values)
-    group_weights = STORAGES[storage].block_weights
-    if storage in VULKAN_FOUR_BITS:
+    group_weights = TENSOR_TYPES[tensor_type].block_weights
+    if tensor_type in VULKAN_FOUR_BITS:
         return _to_four_bits(values, group_weights, importance, "float32")
     codes, scales = _to_four_bits(values, group_weights, importance, "bfloat16")
     return [codes, (scales.view("<u4") >> 16).astype("<u2")]

@@ -1,6 +1,6 @@
 """How weights are stored: the block formats of ``MatMulNBits``, and which weight gets which.
 
-A quantised matrix is two or three tensors: codes, a scale for each block of a row, and, where the
+A quantized matrix is two or three tensors: codes, a scale for each block of a row, and, where the
 codes are not symmetric, a zero point beside each scale. Weight = scale * (code - zero point).
 Source: docs/ContribOperators.md of ONNX Runtime 1.32, ``MatMulNBits``.
 """
@@ -16,7 +16,7 @@ from edgekit.formats.onnx.model import External
 from edgekit.model.spec import Shape
 from edgekit.quant import grid
 from edgekit.quant.grid import Grid
-from edgekit.quant.recipe import Recipe, Rule, Storage, with_limits
+from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits
 
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _ITEM_BYTES: Mapping[Float, int] = {"float32": 4, "float16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """How a quantised storage is laid out."""
+    """How a quantized tensor type is laid out."""
 
     bits: int
     weights: int  # of a block
@@ -64,12 +64,14 @@ class Blocks:
         """Whether the inputs of a weight shall lead its fit."""
         return self.bits <= 4
 
-    def storage(self, name: str) -> Storage:
+    def tensor_type(self, name: str) -> TensorType:
         """Return what it costs; of zero points, a byte holds those of two blocks."""
         block_bytes = self.weights * self.bits // 8 + _ITEM_BYTES[self.scales]
         if self.is_symmetric:
-            return Storage(name=name, block_weights=self.weights, block_bytes=block_bytes)
-        return Storage(name=name, block_weights=2 * self.weights, block_bytes=2 * block_bytes + 1)
+            return TensorType(name=name, block_weights=self.weights, block_bytes=block_bytes)
+        return TensorType(
+            name=name, block_weights=2 * self.weights, block_bytes=2 * block_bytes + 1
+        )
 
 
 # U: with zero points. 128: the weights of a block, if not 32. F16: for graphs that multiply in half
@@ -85,27 +87,27 @@ BLOCKS: Mapping[str, Blocks] = {
     "INT4_F16": Blocks(bits=4, weights=32, is_symmetric=True, scales="float16"),
 }
 
-STORAGES: Mapping[str, Storage] = {
-    "F32": Storage(name="F32", block_weights=1, block_bytes=4),
-    "F16": Storage(name="F16", block_weights=1, block_bytes=2),
-    **{name: blocks.storage(name) for name, blocks in BLOCKS.items()},
+TENSOR_TYPES: Mapping[str, TensorType] = {
+    "F32": TensorType(name="F32", block_weights=1, block_bytes=4),
+    "F16": TensorType(name="F16", block_weights=1, block_bytes=2),
+    **{name: blocks.tensor_type(name) for name, blocks in BLOCKS.items()},
 }
 
-# What takes the place of a storage whose blocks rows do not fill: the next finer one.
+# What takes the place of a tensor type whose blocks rows do not fill: the next finer one.
 _FINER = {"UINT4_128": "INT4_128", "INT4_128": "UINT4", "UINT4": "INT4", "UINT4_F16": "INT4_F16"}
 
 
 def stored_as(wanted: str, columns: int) -> str:
-    """Return the storage that rows of ``columns`` weights really get.
+    """Return the tensor type that rows of ``columns`` weights really get.
 
     >>> stored_as("UINT4", 576), stored_as("UINT4", 96), stored_as("INT8", 100)
     ('UINT4', 'INT4', 'F16')
     """
-    storage: str | None = wanted
-    while storage:
-        if columns % STORAGES[storage].block_weights == 0:
-            return storage
-        storage = _FINER.get(storage)
+    tensor_type: str | None = wanted
+    while tensor_type:
+        if columns % TENSOR_TYPES[tensor_type].block_weights == 0:
+            return tensor_type
+        tensor_type = _FINER.get(tensor_type)
     return "F16"
 
 
@@ -127,7 +129,7 @@ ACTIVATIONS_NOTE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """What a recipe decides beside the storage of each weight."""
+    """What a recipe decides beside the tensor type of each weight."""
 
     dtype: str  # the word of transformers.js for such a model, which names the file
     arithmetic: Float = "float32"  # of products and attention, and the precision of the cache
@@ -145,17 +147,17 @@ class Build:
 
 
 # Norms are small, and are computed in float32 always.
-_NORMS = Rule(pattern=".*norm(_bias)?", storage="F32")
-_BIASES = Rule(pattern=".*bias", storage="F32")
-_HALF_BIASES = Rule(pattern=".*bias", storage="F16")
+_NORMS = Rule(pattern=".*norm(_bias)?", tensor_type="F32")
+_BIASES = Rule(pattern=".*bias", tensor_type="F32")
+_HALF_BIASES = Rule(pattern=".*bias", tensor_type="F16")
 
 
-def _words(storage: str) -> Rule:
+def _words(tensor_type: str) -> Rule:
     """Keep fine what has as many rows as words: rounding hurts most there.
 
     Four bits there cost as much as in all layers together.
     """
-    return Rule(pattern="token_embedding|output_head", storage=storage)
+    return Rule(pattern="token_embedding|output_head", tensor_type=tensor_type)
 
 
 # What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.
@@ -203,13 +205,13 @@ BUILDS: Mapping[str, Build] = {
 # Tensors
 
 
-def tensors(role: str, shape: Shape, storage: str) -> Iterator[External]:
+def tensors(role: str, shape: Shape, tensor_type: str) -> Iterator[External]:
     """Yield the tensors that hold a weight; the first has its name."""
-    if storage in FLOATS:
-        yield External(name=role, dtype=FLOATS[storage], shape=shape)
+    if tensor_type in FLOATS:
+        yield External(name=role, dtype=FLOATS[tensor_type], shape=shape)
         return
     rows, columns = shape
-    blocks = BLOCKS[storage]
+    blocks = BLOCKS[tensor_type]
     count = columns // blocks.weights
     codes = (rows, count, blocks.weights * blocks.bits // 8)
     yield External(name=role, dtype="uint8", shape=codes)
@@ -219,10 +221,10 @@ def tensors(role: str, shape: Shape, storage: str) -> Iterator[External]:
 
 
 def contents(path: Path) -> list[tuple[str, Shape, str]]:
-    """Return name, shape and storage of every weight of a model file.
+    """Return name, shape and tensor type of every weight of a model file.
 
     Raises:
-        BundleError: If the file is damaged, or holds a weight in an unknown storage.
+        BundleError: If the file is damaged, or holds a weight in an unknown tensor type.
     """
     found = {tensor.name: tensor for tensor in model.read(path)}
     return [
@@ -233,7 +235,7 @@ def contents(path: Path) -> list[tuple[str, Shape, str]]:
 
 
 def _describe(path: Path, tensor: External, found: Mapping[str, External]) -> tuple[Shape, str]:
-    """Return shape and storage of a weight, by the tensors that there are."""
+    """Return shape and tensor type of a weight, by the tensors that there are."""
     held = [found.get(tensor.name + part) for part in ("", SCALES, ZERO_POINTS)]
     for name, shape in _possible(tensor):
         expected = [*tensors(tensor.name, shape, name)]
@@ -243,7 +245,7 @@ def _describe(path: Path, tensor: External, found: Mapping[str, External]) -> tu
 
 
 def _possible(tensor: External) -> Iterator[tuple[str, Shape]]:
-    """Yield storages of which a tensor may be the first part, with the shape of the weight."""
+    """Yield tensor types of which a tensor may be the first part, with the shape of the weight."""
     if tensor.dtype != "uint8" or len(tensor.shape) != 3:
         yield from ((name, tensor.shape) for name in FLOATS)
         return
@@ -254,26 +256,26 @@ def _possible(tensor: External) -> Iterator[tuple[str, Shape]]:
 
 
 def encode(
-    values: "Rows", storage: str, *, importance: "Rows | None" = None
+    values: "Rows", tensor_type: str, *, importance: "Rows | None" = None
 ) -> "list[npt.NDArray[np.generic]]":
     """Encode some rows of a weight, each block by itself.
 
     Args:
         values: float32; the last axis holds the columns.
-        storage: One of `STORAGES`, whose blocks the columns fill.
+        tensor_type: One of `TENSOR_TYPES`, whose blocks the columns fill.
         importance: How much an error counts, column by column, where it leads the fit.
 
     Returns:
         The arrays of `tensors`, as many rows each.
 
     Raises:
-        UsageError: If a value is beyond what the storage can hold.
+        UsageError: If a value is beyond what the tensor type can hold.
     """
-    if storage == "F32":
+    if tensor_type == "F32":
         return [values.astype("<f4", copy=False)]
-    if storage == "F16":
+    if tensor_type == "F16":
         return [grid.to_float16(values, hint="take F32 or INT8")]
-    blocks = BLOCKS[storage]
+    blocks = BLOCKS[tensor_type]
     if blocks.is_coarse:
         found = grid.fit(values, importance, blocks.grid)
     else:

@@ -6,7 +6,7 @@ import pytest
 
 from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest
-from edgekit.formats.executorch import backends, conversion, storage
+from edgekit.formats.executorch import backends, conversion, tensor_types
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope
 from edgekit.tests.tiny.executorch_artifacts import decoded
@@ -32,16 +32,16 @@ def matrix(rows=6, columns=256):
 )
 def test_what_is_decoded_is_near_what_was_encoded(stored, error):
     values = matrix()
-    found = decoded(storage.encode(values, stored), stored)
+    found = decoded(tensor_types.encode(values, stored), stored)
     assert np.sqrt(np.mean((found - values) ** 2)) <= error
 
 
-@pytest.mark.parametrize("stored", storage.STORAGES)
+@pytest.mark.parametrize("stored", tensor_types.TENSOR_TYPES)
 def test_parts_have_the_announced_sizes(stored):
     values = matrix()
-    parts = list(storage.parts("layers.0.up", values.shape, stored))
+    parts = list(tensor_types.parts("layers.0.up", values.shape, stored))
     assert [part.size_bytes for part in parts] == [
-        array.nbytes for array in storage.encode(values, stored)
+        array.nbytes for array in tensor_types.encode(values, stored)
     ]
     assert [part.key for part in parts] == ["layers.0.up", "layers.0.up.scale"][: len(parts)]
 
@@ -50,7 +50,7 @@ def test_parts_have_the_announced_sizes(stored):
 def test_scales_are_positive_even_where_all_weights_are_zero(stored):
     values = matrix(rows=2, columns=64)
     values[0] = 0
-    parts = storage.encode(values, stored)
+    parts = tensor_types.encode(values, stored)
     assert parts[1].astype(np.float32).min() > 0
     assert (decoded(parts, stored)[0] == 0).all()
     assert abs(decoded(parts, stored)[1] - values[1]).max() < 0.3
@@ -60,8 +60,8 @@ def test_scales_are_positive_even_where_all_weights_are_zero(stored):
 def test_importance_leads_the_fit(stored):
     values, importance = matrix(), np.full(256, 1e-3, np.float32)
     importance[::16] = 1
-    led = decoded(storage.encode(values, stored, importance=importance), stored)
-    plain = decoded(storage.encode(values, stored), stored)
+    led = decoded(tensor_types.encode(values, stored, importance=importance), stored)
+    plain = decoded(tensor_types.encode(values, stored), stored)
 
     def error(found):
         return float((((found - values) ** 2) * importance).sum())
@@ -71,15 +71,15 @@ def test_importance_leads_the_fit(stored):
 
 def test_four_bit_codes_fill_a_byte_from_its_lower_half():
     values = np.tile(np.array([[-8, 7]], np.float32), (1, 16))
-    codes, scales = storage.encode(values, "INT4_G32")
+    codes, scales = tensor_types.encode(values, "INT4_G32")
     assert codes.tolist() == [[0xF0] * 16]
     assert (scales.astype(np.uint32) << 16).view(np.float32).tolist() == [[1.0]]
 
 
 @pytest.mark.parametrize(("recipe", "words"), [("8da4w", "INT8"), ("8da4w_all", "INT4_G32")])
 def test_words_take_four_bits_only_where_all_do(recipe, words):
-    planned = conversion.weights(spec(), storage.RECIPES[recipe], xnnpack.BACKEND)
-    found = {weight.role: weight.storage for weight in planned}
+    planned = conversion.weights(spec(), tensor_types.RECIPES[recipe], xnnpack.BACKEND)
+    found = {weight.role: weight.tensor_type for weight in planned}
     assert (found["token_embedding"], found["layers.0.up"]) == (words, "INT4_G32")
     assert found["final_norm"] == "F32"
 
@@ -93,14 +93,14 @@ def test_words_take_four_bits_only_where_all_do(recipe, words):
     ],
 )  # fmt: skip
 def test_rows_that_fill_no_group_take_a_finer_storage(wanted, columns, stored):
-    assert storage.stored_as(wanted, columns) == stored
+    assert tensor_types.stored_as(wanted, columns) == stored
 
 
 def test_a_weight_too_large_for_float16_is_refused():
     values = matrix()
     values[2, 3] = -70_000
     with pytest.raises(UsageError, match="a weight is 70000, too large for F16"):
-        storage.encode(values, "F16")
+        tensor_types.encode(values, "F16")
 
 
 # Variants
@@ -108,17 +108,17 @@ def test_a_weight_too_large_for_float16_is_refused():
 
 def spec(window=None, **attention):
     return DecoderSpec(
-        vocabulary=64, hidden_width=32, mlp_width=64, context_tokens=64,
+        vocab_size=64, hidden_size=32, intermediate_size=64, context_tokens=64,
         layers=(Layer(rope=Rope(width=16, theta=1e4), window_tokens=window),),
         attention=Attention(
-            heads=2, key_value_heads=1, head_width=16, score_scale=0.25, **attention
+            heads=2, num_kv_heads=1, head_dim=16, softmax_scale=0.25, **attention
         ),
         norm=Norm(kind="rms", epsilon=1e-5),
     )  # fmt: skip
 
 
 def asked(variant):
-    return BuildRequest(recipe=storage.RECIPES["F32"], variant=variant)
+    return BuildRequest(recipe=tensor_types.RECIPES["F32"], variant=variant)
 
 
 def test_the_first_variant_is_the_usual_one():
@@ -127,7 +127,8 @@ def test_the_first_variant_is_the_usual_one():
 
 
 @pytest.mark.parametrize(
-    ("attention", "said"), [({"score_cap": 50.0}, "a cap on scores"), ({"window": 16}, "windows")]
+    ("attention", "said"),
+    [({"attn_logit_softcap": 50.0}, "a cap on scores"), ({"window": 16}, "windows")],
 )
 def test_attention_that_the_llm_operators_lack_is_refused(attention, said):
     with pytest.raises(UsageError, match=f"no attention with {said}") as refusal:

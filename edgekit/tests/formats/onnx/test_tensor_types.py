@@ -7,9 +7,9 @@ import pytest
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import UsageError
 from edgekit.formats import Buffer, BuildRequest
-from edgekit.formats.onnx import clients, conversion, graph, model, storage
+from edgekit.formats.onnx import clients, conversion, graph, model, tensor_types
 from edgekit.formats.onnx.model import Graph, Port
-from edgekit.formats.onnx.storage import BLOCKS, BUILDS, RECIPES, STORAGES, Build
+from edgekit.formats.onnx.tensor_types import BLOCKS, BUILDS, RECIPES, TENSOR_TYPES, Build
 
 
 np = pytest.importorskip("numpy")
@@ -65,7 +65,7 @@ def error(values, decoded, importance=1.0):
 
 @pytest.mark.parametrize("kind", ["INT8", "INT8_F16"])
 def test_eight_bits_come_back_within_half_a_step(kind, weights):
-    parts = storage.encode(weights, kind)
+    parts = tensor_types.encode(weights, kind)
     steps = np.abs(parts[1].astype(np.float32)).repeat(BLOCKS[kind].weights, 1)
     errors = np.abs(decode(parts, kind) - weights)
     # One side has 127 codes: what would take the 128th is a step off at most.
@@ -76,39 +76,39 @@ def test_eight_bits_come_back_within_half_a_step(kind, weights):
 
 @pytest.mark.parametrize("kind", FOUR_BITS)
 def test_four_bits_are_closer_than_the_nearest_of_the_whole_range(kind, weights):
-    found = error(weights, decode(storage.encode(weights, kind), kind))
+    found = error(weights, decode(tensor_types.encode(weights, kind), kind))
     assert 0 < found < 0.98 * error(weights, nearest(weights, kind))
 
 
 @pytest.mark.parametrize("kind", FOUR_BITS)
 def test_columns_with_large_inputs_come_back_closer(kind, weights):
     importance = np.where(np.arange(COLUMNS) % 4 == 0, 100, 1).astype(np.float32)
-    led = decode(storage.encode(weights, kind, importance=importance), kind)
-    plain = decode(storage.encode(weights, kind), kind)
+    led = decode(tensor_types.encode(weights, kind, importance=importance), kind)
+    plain = decode(tensor_types.encode(weights, kind), kind)
     assert error(weights, led, importance) < 0.9 * error(weights, plain, importance)
     assert error(weights, led) > error(weights, plain)
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_zeros_stay_zeros(kind, weights):
-    assert (decode(storage.encode(weights, kind), kind)[0, :128] == 0).all()
+    assert (decode(tensor_types.encode(weights, kind), kind)[0, :128] == 0).all()
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_what_is_on_the_grid_comes_back_as_it_was(kind, weights):
-    once = decode(storage.encode(weights, kind), kind)
-    again = decode(storage.encode(once, kind), kind)
+    once = decode(tensor_types.encode(weights, kind), kind)
+    again = decode(tensor_types.encode(once, kind), kind)
     np.testing.assert_allclose(again, once, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", STORAGES)
+@pytest.mark.parametrize("kind", TENSOR_TYPES)
 def test_a_storage_costs_what_it_says(kind, weights):
-    parts = storage.encode(weights, kind)
-    described = list(storage.tensors("layers.0.up", weights.shape, kind))
+    parts = tensor_types.encode(weights, kind)
+    described = list(tensor_types.tensors("layers.0.up", weights.shape, kind))
     assert [part.shape for part in parts] == [tensor.shape for tensor in described]
     assert [part.dtype.name for part in parts] == [tensor.dtype for tensor in described]
     bits = 8 * sum(part.nbytes for part in parts) / weights.size
-    assert bits == STORAGES[kind].bits_per_weight
+    assert bits == TENSOR_TYPES[kind].bits_per_weight
     assert bits == {
         "F32": 32, "F16": 16, "INT8": 9, "UINT4": 5.125, "INT4": 5, "UINT4_128": 4.28125,
         "INT4_128": 4.25, "INT8_F16": 8.5, "UINT4_F16": 4.625, "INT4_F16": 4.5,
@@ -118,7 +118,7 @@ def test_a_storage_costs_what_it_says(kind, weights):
 def test_a_weight_too_large_for_float16_is_refused(weights):
     weights[3, 3] = -70_000
     with pytest.raises(UsageError, match="a weight is 70000, too large for F16"):
-        storage.encode(weights, "F16")
+        tensor_types.encode(weights, "F16")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_weight_too_large_for_float16_is_refused(weights):
      ("UINT4_F16", 96, "INT4_F16"), ("INT8_F16", 40, "F16")],
 )  # fmt: skip
 def test_rows_that_fill_no_blocks_are_stored_otherwise(wanted, columns, stored):
-    assert storage.stored_as(wanted, columns) == stored
+    assert tensor_types.stored_as(wanted, columns) == stored
 
 
 def test_four_bits_leave_the_words_at_eight_unless_all_is_asked_for(tmp_path):
@@ -138,15 +138,15 @@ def test_four_bits_leave_the_words_at_eight_unless_all_is_asked_for(tmp_path):
         ("INT4", "INT8"), ("UINT4", "INT8"), ("UINT4_ALL", "UINT4"), ("INT4_128", "INT8"),
         ("UINT4_GPU", "INT8_F16"),
     ):  # fmt: skip
-        assert RECIPES[recipe].storage_for("token_embedding", spec) == words
-        assert RECIPES[recipe].storage_for("layers.1.attention_norm", spec) == "F32"
+        assert RECIPES[recipe].tensor_type_for("token_embedding", spec) == words
+        assert RECIPES[recipe].tensor_type_for("layers.1.attention_norm", spec) == "F32"
 
 
 def test_a_recipe_has_one_precision_of_scales_and_it_is_that_of_its_products(tmp_path):
     spec = _tiny_checkpoint(tmp_path).spec
     assert len(RECIPES) > 1
     for name, recipe in RECIPES.items():
-        stored = {recipe.storage_for(role, spec) for role, _ in spec.weights()}
+        stored = {recipe.tensor_type_for(role, spec) for role, _ in spec.weights()}
         scales = {BLOCKS[kind].scales for kind in stored if kind in BLOCKS}
         assert scales <= {BUILDS[name].arithmetic}
 
@@ -176,7 +176,7 @@ def test_what_rounds_activations_is_told(tmp_path):
     assert 0 < len(told) < len(RECIPES)
     for recipe in RECIPES.values():
         notes = conversion.lay_out(checkpoint, BuildRequest(recipe=recipe)).notes
-        assert (storage.ACTIVATIONS_NOTE in notes) == ("INT" in recipe.name)
+        assert (tensor_types.ACTIVATIONS_NOTE in notes) == ("INT" in recipe.name)
 
 
 # What a browser must bind
@@ -192,7 +192,7 @@ def test_the_largest_buffer_is_told_as_it_is_on_the_gpu(recipe, tmp_path):
     assert layout.largest_buffer == Buffer(
         name="token_embedding", size_bytes=sizes.get(recipe, 257 * 64)
     )
-    assert layout.needs_shader_f16 == any("F16" in p.storage for p in layout.placements)
+    assert layout.needs_shader_f16 == any("F16" in p.tensor_type for p in layout.placements)
     assert layout.is_half == (recipe in HALF)
 
 
@@ -203,14 +203,14 @@ def builder(tmp_path, kind):
     """Return what makes the operators of one weight called ``w``, activations not rounded."""
     arithmetic = BLOCKS[kind].scales
     how = Build(dtype="", arithmetic=arithmetic, accuracy_level=0)
-    return graph._Builder(spec=_tiny_checkpoint(tmp_path).spec, storages={"w": kind}, how=how)
+    return graph._Builder(spec=_tiny_checkpoint(tmp_path).spec, tensor_types={"w": kind}, how=how)
 
 
 def run(tmp_path, nodes, *, inputs, output, weights, kind, fed):
     """Return what ONNX Runtime computes with one weight called ``w``."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    parts = storage.encode(weights, kind)
-    placed = list(model.place(list(storage.tensors("w", weights.shape, kind)), stem="data"))
+    parts = tensor_types.encode(weights, kind)
+    placed = list(model.place(list(tensor_types.tensors("w", weights.shape, kind)), stem="data"))
     held = bytearray(model.file_sizes(placed)["data"])
     for tensor, part in zip(placed, parts, strict=True):
         held[tensor.offset : tensor.offset + tensor.size_bytes] = part.tobytes()
@@ -239,7 +239,7 @@ def test_the_runtime_multiplies_with_what_the_codes_stand_for(kind, weights, tmp
         output=Port(name="", dtype=dtype, shape=("n", ROWS)),
         weights=weights, kind=kind, fed={"x": np.eye(COLUMNS, dtype=dtype)},
     )  # fmt: skip
-    expected = decode(storage.encode(weights, kind), kind)
+    expected = decode(tensor_types.encode(weights, kind), kind)
     np.testing.assert_allclose(found.T, expected, rtol=1e-6 if dtype == "float32" else 1e-3)
 
 
@@ -255,7 +255,7 @@ def test_rows_of_an_embedding_are_those_the_head_multiplies_with(kind, weights, 
         output=Port(name="", dtype="float32", shape=("batch", "n", COLUMNS)),
         weights=weights, kind=kind, fed=fed,
     )  # fmt: skip
-    expected = decode(storage.encode(weights, kind), kind)
+    expected = decode(tensor_types.encode(weights, kind), kind)
     np.testing.assert_allclose(found, expected[fed["ids"]], rtol=1e-6)
 
 
@@ -268,9 +268,9 @@ def test_contents_are_told_from_the_tensors(recipe, tmp_path):
     entry = conversion.convert(
         checkpoint, BuildRequest(recipe=RECIPES[recipe]), tmp_path, progress=lambda _: None
     )
-    held = {name: (shape, kind) for name, shape, kind in storage.contents(tmp_path / entry)}
+    held = {name: (shape, kind) for name, shape, kind in tensor_types.contents(tmp_path / entry)}
     layout = conversion.lay_out(checkpoint, BuildRequest(recipe=RECIPES[recipe]))
     shapes = dict(checkpoint.spec.weights())
-    planned = {p.role: (shapes[p.role], p.storage) for p in layout.placements}
+    planned = {p.role: (shapes[p.role], p.tensor_type) for p in layout.placements}
     assert planned.items() <= held.items()
     assert set(held) - set(planned) == {"rope.0.frequencies"}
