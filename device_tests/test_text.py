@@ -10,7 +10,7 @@ from edgekit.bundle.manifest import Bundle
 from edgekit.text.tokenizer import Text
 
 
-REPLACEMENT = "\ufffd"  # what stands for bytes that are no UTF-8
+REPLACEMENT = "\ufffd"  # what stands for bytes that are not UTF-8
 
 
 def _difference(found: Sequence[object], expected: Sequence[object]) -> str:

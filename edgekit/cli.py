@@ -134,7 +134,7 @@ def json_option(command: Command) -> Command:
 @split_option
 @variant_option
 @click.option("--calibration", type=DIRECTORY, metavar="FILE",
-              help="Text to calibrate on beside edgekit's own: like what the model will read.",
+              help="Text to calibrate on next to edgekit's own: like what the model will read.",
               )  # fmt: skip
 @no_calibration_option
 @click.option("-o", "--out", type=DIRECTORY, help="Bundle directory to create.")
@@ -204,7 +204,7 @@ def plan_command(
 
 
 def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
-    """Yield a plan as a table: each limit of the target beside what is expected."""
+    """Yield a plan as a table: each limit of the target next to what is expected."""
     from edgekit.units import format_bytes, format_duration, format_rate
 
     estimate, budget, memory = made.estimate, target.budget, made.estimate.memory
@@ -381,7 +381,7 @@ def validate_command(
 
 
 def raise_outcome(outcome: str, bundle: Path, target: str) -> None:
-    """Turn what is no pass into its exit status."""
+    """Turn what is not a pass into its exit status."""
     if outcome == "fail":
         raise BudgetError(f"{bundle} misses the budget of {target}")
     if outcome == "unstable":

@@ -44,7 +44,8 @@ def inspect(path: Path) -> Inspection:
     name = formats.of_file(path)
     if name is None:
         raise UsageError(
-            f"{path} is no artifact edgekit knows", hint=f"formats: {', '.join(formats.names())}"
+            f"{path} is not an artifact edgekit knows",
+            hint=f"formats: {', '.join(formats.names())}",
         )
     return _artifact(path, name, None)
 

@@ -32,7 +32,7 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
         precision: None keeps the type each tensor of the base has.
         trained_on: The four-bit base the adapters were trained on (QLoRA), to compare with.
             None takes the one an adapter names, if it is a directory here.
-        listener: Is told what changes beside the weights, and the progress.
+        listener: Is told what changes besides the weights, and the progress.
 
     Returns:
         ``out``: weights, config, tokenizer and template, as transformers reads them.

@@ -213,7 +213,7 @@ def _plan(chosen: Candidate, candidates: Sequence[Candidate], target: Target) ->
 
 
 def _refuse_bad_input(rejected: Sequence[Candidate]) -> None:
-    """Where all candidates fell for one reason that is no size, say that, with its way out."""
+    """Where all candidates fell for one reason that is not a size, say that, with its way out."""
     reasons = {candidate.misses for candidate in rejected}
     refusal = rejected[0].refusal
     if len(reasons) == 1 and refusal is not None:

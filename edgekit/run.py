@@ -153,7 +153,7 @@ class Runner:
 
         Args:
             directory: What `edgekit export` printed.
-            context_tokens: How much the cache shall hold; None: what the bundle was made for.
+            context_tokens: How much the cache must hold; None: what the bundle was made for.
             threads: None leaves the choice to the runtime.
             check_hashes: False checks names and sizes only: faster, and blind to a changed byte.
 

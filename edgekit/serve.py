@@ -264,7 +264,7 @@ def _application(service: Service) -> "Starlette":
                 refusal = ApiError(error.detail, status=error.status_code)
             case _:
                 raise error
-        # As ASCII: a refusal may quote what is no Unicode.
+        # As ASCII: a refusal may quote what is not a Unicode.
         return Response(json.dumps(refusal.body), refusal.status, media_type="application/json")
 
     routes = [
@@ -310,7 +310,7 @@ def serve(  # noqa: PLR0913 - a request in full
         port: 0 takes a free one.
         api_key: What clients must send; None: nothing.
         allow_remote: Whether ``host`` may be one that other machines reach.
-        context_tokens: How much the cache shall hold; None: what the bundle was made for.
+        context_tokens: How much the cache must hold; None: what the bundle was made for.
         threads: None leaves the choice to the runtime.
         say: Is told the address; None writes to stderr.
 
@@ -323,7 +323,7 @@ def serve(  # noqa: PLR0913 - a request in full
     is_local = _is_loopback(host)
     if not is_local and not allow_remote:
         raise UsageError(
-            f"{host} can be reached from other machines", hint="add --allow-remote if it shall be"
+            f"{host} can be reached from other machines", hint="add --allow-remote if it must be"
         )
     say = say or (lambda line: sys.stderr.write(f"{line}\n"))
     with (

@@ -39,7 +39,7 @@ _ORIGIN_SCHEMA: dict[str, Any] = {
     "note": _TEXT,
 }
 _T = TypeVar("_T")
-# llama.cpp lays weights out anew for these instructions: ggml/src/ggml-cpu/repack.cpp
+# llama.cpp lays weights out again for these instructions: ggml/src/ggml-cpu/repack.cpp
 _REPACKED_FOR = frozenset({"asimddp", "avx2"})
 
 
@@ -95,7 +95,7 @@ class Target:
     name: str
     title: str
     soc: str
-    cpu_features: tuple[str, ...]  # as Linux spells them; empty where no CPU code of ours runs
+    cpu_features: tuple[str, ...]  # as Linux writes them; empty where no CPU code of ours runs
     memory_bytes: int
     usable_memory_bytes: int  # by one application
     memory_bandwidth_bytes_per_s: float  # the theoretical ceiling
@@ -104,7 +104,7 @@ class Target:
     formats: tuple[FormatName, ...]  # best first
     prefill_threads: int
     decode_threads: int
-    max_spread: float  # coefficient of variation above which a measurement is no evidence
+    max_spread: float  # coefficient of variation above which a measurement is not an evidence
     budget: Budget
     webgpu: WebGpuLimits | None = None
     # Which builds of a format its programs take, the usual one first; a format not named: any.
@@ -121,7 +121,7 @@ class Target:
         """Read one target file.
 
         Raises:
-            UsageError: If the file cannot be read, is no TOML, or a field is unknown, missing, of
+            UsageError: If the file cannot be read, is not a TOML, or a field is unknown, missing, of
                 the wrong type or without a unit; the message names the file and the field.
         """
         root = _Table(path, "", _parse(path), known=("title", "formats", "variants", *_TABLES))
@@ -272,7 +272,7 @@ def json_schema() -> dict[str, Any]:
 def _files() -> dict[str, Path]:
     """Return every known target file by name; the user's own hide shipped ones."""
     here = Path(__file__).parent
-    # A wheel has its own folder; beside an installed package, `targets` may be anyone's.
+    # A wheel has its own folder; besides an installed package, `targets` may be anyone's.
     shipped = here / "_targets" if (here / "_targets").is_dir() else here.parent / "targets"
     directories = [shipped]
     if own := os.environ.get(DIRECTORY_VARIABLE):
@@ -408,7 +408,7 @@ class _Table:
             raise self.refusal("basis", f"= {basis!r} is none of {', '.join(BASES)}")
         date = self.text("date")
         if not _is_date(date):
-            raise self.refusal("date", f"= {date!r} is no date", "write it as YYYY-MM-DD")
+            raise self.refusal("date", f"= {date!r} is not a date", "write it as YYYY-MM-DD")
         note = self.text("note") if self.has("note") else None
         return Origin(basis=basis, source=self.text("source"), date=date, note=note)
 

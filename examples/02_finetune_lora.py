@@ -3,7 +3,7 @@
 
 Forty questions with answers train an adapter with PEFT: 32 about an invented robot, which the
 model cannot know, and 8 about the world, so that it does not forget the rest. The adapter goes
-into the export beside the model; edgekit merges it, and proves that the artifact says what model
+into the export next to the model; edgekit merges it, and proves that the artifact says what model
 and adapter say. It is then asked what the data does not contain word for word.
 
 Needs: pip install 'edgekit[gguf,demo]', 3 GB of memory, a few minutes
@@ -86,7 +86,7 @@ def tell(line: str) -> None:
 
 
 def train(base: Path, adapter: Path) -> None:
-    """Fit an adapter to the questions and answers beside this file."""
+    """Fit an adapter to the questions and answers next to this file."""
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     model = peft.get_peft_model(

@@ -242,7 +242,7 @@ def _read_manifest(directory: Path) -> Mapping[str, Any]:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
-            f"{directory} is no bundle: it has no {MANIFEST}",
+            f"{directory} is not a bundle: it has no {MANIFEST}",
             hint="pass the directory that `edgekit export` printed",
         ) from None
     except OSError as error:

@@ -21,7 +21,7 @@ def new_directory(out: Path, *, replaces: str | None = None) -> Iterator[Path]:
     An exception, Ctrl-C included, removes it; what a killed process left is removed by the next.
 
     Args:
-        out: Where the result shall be.
+        out: Where the result must be.
         replaces: None refuses an ``out`` that exists; else one that holds a file of this name may
             be replaced, at the very end.
 

@@ -52,7 +52,7 @@ def _varint(value: int) -> bytes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Message:
+class ProtobufMessage:
     """A part of a file that holds fields."""
 
     data: bytes  # the whole file
@@ -61,11 +61,11 @@ class Message:
     origin: str
 
     @classmethod
-    def whole(cls, data: bytes, *, origin: str) -> "Message":
+    def whole(cls, data: bytes, *, origin: str) -> "ProtobufMessage":
         """Return the outermost message of a file."""
         return cls(data=data, first=0, end=len(data), origin=origin)
 
-    def fields(self) -> Iterator["tuple[int, int | Message]"]:
+    def fields(self) -> Iterator["tuple[int, int | ProtobufMessage]"]:
         """Yield the number and value of each field; fixed-width ones are passed over.
 
         Raises:
@@ -82,7 +82,7 @@ class Message:
             elif kind == _BYTES:
                 length, at = self._read_varint(at)
                 end = self._end(at, length, start)
-                yield number, Message(data=self.data, first=at, end=end, origin=self.origin)
+                yield number, ProtobufMessage(data=self.data, first=at, end=end, origin=self.origin)
                 at = end
             elif kind in _FIXED_BYTES:
                 at = self._end(at, _FIXED_BYTES[kind], start)
@@ -101,15 +101,15 @@ class Message:
         """Return the last value of a field, 0 if it is absent, as protocol buffers define it."""
         return (self.integers(field) or [0])[-1]
 
-    def messages(self, field: int) -> "list[Message]":
+    def messages(self, field: int) -> "list[ProtobufMessage]":
         """Return the messages of a field."""
         return [
             value
             for number, value in self.fields()
-            if number == field and isinstance(value, Message)
+            if number == field and isinstance(value, ProtobufMessage)
         ]
 
-    def message(self, field: int) -> "Message | None":
+    def message(self, field: int) -> "ProtobufMessage | None":
         """Return the last message of a field."""
         found = self.messages(field)
         return found[-1] if found else None
@@ -122,7 +122,7 @@ class Message:
         try:
             return found.content.decode()
         except UnicodeDecodeError:
-            raise self._damage("a name that is no UTF-8", found.first) from None
+            raise self._damage("a name that is not UTF-8", found.first) from None
 
     @property
     def content(self) -> bytes:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from edgekit.errors import UsageError
+from edgekit.progress import Advance
 from edgekit.quant.planned import PlannedWeight
 from edgekit.quant.recipe import Recipe, TensorType
 from edgekit.runtime.session import Session
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
     from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.spec import DecoderSpec
-
-
-Progress = Callable[[int], None]  # called with the number of weights just read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +82,7 @@ class ContextLimit:
     reason: str
 
 
-class Model(Protocol):
+class DecoderWeights(Protocol):
     """Weights by role, as a decoder multiplies with them, and the decoder they are for."""
 
     @property
@@ -154,7 +152,7 @@ class Writing(Protocol):
         request: BuildRequest,
         directory: Path,
         *,
-        progress: Progress,
+        progress: Advance,
     ) -> str:
         """Write the artifact into ``directory``, one tensor in memory at a time.
 
@@ -240,7 +238,7 @@ class Running(Protocol):
 class ReadableRunning(Running, Protocol):
     """Of a format with builds that no program here can start (`Running.is_run_here` is false)."""
 
-    def read_back(self, path: Path, spec: "DecoderSpec") -> Model:
+    def read_back(self, path: Path, spec: "DecoderSpec") -> DecoderWeights:
         """Return the weights as they are in an artifact, for a proof without its runtime.
 
         Raises:

@@ -128,7 +128,7 @@ def connect(text: str, *, ssh_config: Path | None = None) -> Device:
             raise
         return device
     raise UsageError(
-        f"{text!r} is no device", hint="devices: this, ssh://user@host, ssh://user@host:port"
+        f"{text!r} is not a device", hint="devices: this, ssh://user@host, ssh://user@host:port"
     )
 
 

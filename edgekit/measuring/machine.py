@@ -83,7 +83,7 @@ class Machine:
 
     def memory_bytes(self) -> tuple[int, int] | None:
         """Return what this process holds: resident bytes, and those that only it can free."""
-        # Read many times a second beside what is measured, so it looks for three lines only.
+        # Read many times a second next to what is measured, so it looks for three lines only.
         found = dict(_HELD.findall(self.text("proc/self/status") or ""))
         if "VmRSS" not in found:
             return None

@@ -255,7 +255,7 @@ class _Judging:
     def _rule_out(
         self, bounds: MedianBounds | None, limit: float, direction: Direction
     ) -> "_Ruling | None":
-        """Return why this is no pass; None if even the worse bound holds the limit."""
+        """Return why this is not a pass; None if even the worse bound holds the limit."""
         if self.is_void:
             return _Ruling("inconclusive", "not judged, see the doubts")
         if bounds is None:

@@ -1,4 +1,4 @@
-"""What a model directory says about itself beside its weights: licence, descent, usual sampling.
+"""What a model directory says about itself next to its weights: licence, descent, usual sampling.
 
 A model card begins with a few lines of YAML. Only names and lists of names are read from it, by a
 reader of its own: a model card is a stranger's file, and a Raspberry Pi has no YAML package.
@@ -144,7 +144,7 @@ def _values(text: str) -> Iterator[str]:
 
 
 def _scalar(text: str) -> Iterator[str]:
-    """Yield a name without quotes and comment; nothing if it is no name."""
+    """Yield a name without quotes and comment; nothing if it is not a name."""
     text = text.strip()
     if text.startswith('"'):
         match = re.match(r'"(?:[^"\\]|\\.)*"', text)
@@ -179,7 +179,7 @@ def read_sampling(directory: Path) -> SamplingDefaults:
     """Return what ``generation_config.json`` says; ``do_sample: false`` is a temperature of 0.
 
     Raises:
-        UsageError: If a value is no number, or one that cannot be meant; names file and field.
+        UsageError: If a value is not a number, or one that cannot be meant; names file and field.
     """
     path = directory / "generation_config.json"
     if not path.is_file():

@@ -32,7 +32,7 @@ class TokenizerFiles:
         """Read the tokenizer's files of a model directory.
 
         Raises:
-            UsageError: If there is no tokenizer.json, or a file is no JSON.
+            UsageError: If there is no tokenizer.json, or a file is not JSON.
         """
         tokenizer_json = directory / "tokenizer.json"
         if not tokenizer_json.is_file():
@@ -74,7 +74,7 @@ class TokenizerFiles:
         return self.rules()
 
     def rules(self) -> TextRules:
-        """Return what the runner must know beside the files.
+        """Return what the runner must know besides the files.
 
         Raises:
             UsageError: If nothing says where an answer ends.
@@ -106,7 +106,7 @@ def added_tokens(tokenizer_json: Path) -> dict[str, int]:
         return {str(entry["content"]): int(entry["id"]) for entry in entries}
     except (TypeError, KeyError, ValueError) as error:
         raise UsageError(
-            f"{tokenizer_json}: added_tokens is no list of tokens with content and id"
+            f"{tokenizer_json}: added_tokens is not a list of tokens with content and id"
         ) from error
 
 

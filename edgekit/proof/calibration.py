@@ -92,7 +92,7 @@ def importance(
 
     Returns:
         By role, float32, shape ``(columns,)``. A head that is the embedding has that one's role;
-        an embedding that is no head is multiplied with nothing and is absent.
+        an embedding that is not a head is multiplied with nothing and is absent.
 
     Raises:
         UsageError: If a weight holds NaN or infinity.
@@ -128,7 +128,7 @@ def read_own_text(path: Path) -> str:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise UsageError(f"{path} is no text in UTF-8: {error}") from error
+        raise UsageError(f"{path} is not text in UTF-8: {error}") from error
     if not text.strip():
         raise UsageError(f"{path} holds no text to calibrate on")
     return text

@@ -185,7 +185,7 @@ def check(subject: Subject, *, listener: Listener | None = None) -> Proof:
     transformers_logits.require()
     listener = listener or Silent()
     found = _Findings()
-    if subject.is_run_here:  # a native abort shall end a child, not this process and its work
+    if subject.is_run_here:  # a native abort must end a child, not this process and its work
         probe(subject.format, subject.path, context_tokens=subject.context_tokens)
     with closing(_open(subject)) as session:
         prompt, answer = _check_generation(subject, session, found)
@@ -452,7 +452,7 @@ def _check_size(subject: Subject, found: _Findings) -> None:
 def _check_adapter(subject: Subject, beside: "npt.NDArray[np.float32]", found: _Findings) -> None:
     """Gate 8: base and adapter, side by side, say what the merged weights say.
 
-    ``beside`` is what they said to the first chunk.
+    ``next to`` is what they said to the first chunk.
     """
     adapter = subject.checkpoint.adapter
     if adapter is None:
@@ -462,7 +462,7 @@ def _check_adapter(subject: Subject, beside: "npt.NDArray[np.float32]", found: _
     if not subject.fits_in_memory:
         found.add(
             "adapter",
-            f"{adapter.name} merged; the base is too large here to run with the adapter beside it, "
+            f"{adapter.name} merged; the base is too large here to run with the adapter next to it, "
             "so only the artifact was compared with the merged weights",
             passed=True,
         )

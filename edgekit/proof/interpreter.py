@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeAlias, assert_never
 
 from edgekit.errors import UsageError
-from edgekit.formats import Model
+from edgekit.formats import DecoderWeights
 from edgekit.model.spec import Activation, Attention, DecoderSpec, Layer, Norm, Rope
 from edgekit.progress import Advance
 
@@ -24,7 +24,9 @@ QUERY_BLOCK_TOKENS = 256  # scores of 32 heads over 4,096 keys take 128 MiB
 HEAD_BLOCK_BYTES = 64 * 2**20  # rows of the output head in memory at a time
 
 
-def logits(model: Model, texts: Sequence[Sequence[int]]) -> Iterator["npt.NDArray[np.float32]"]:
+def logits(
+    model: DecoderWeights, texts: Sequence[Sequence[int]]
+) -> Iterator["npt.NDArray[np.float32]"]:
     """Yield the logits of each text, in order, of shape ``(tokens, vocabulary)``.
 
     One text's logits are in memory at a time, so keep texts short where the vocabulary is large:
@@ -38,7 +40,7 @@ def logits(model: Model, texts: Sequence[Sequence[int]]) -> Iterator["npt.NDArra
 
 
 def hidden_states(
-    model: Model,
+    model: DecoderWeights,
     texts: Sequence[Sequence[int]],
     *,
     observe: "Observer | None" = None,
@@ -77,7 +79,7 @@ class InterpreterSession:
     Weights stay in memory once read.
     """
 
-    def __init__(self, model: Model, *, context_tokens: int) -> None:
+    def __init__(self, model: DecoderWeights, *, context_tokens: int) -> None:
         self.vocabulary_tokens = model.spec.vocab_size
         self.context_tokens = context_tokens
         self._model = _Held(model)
@@ -123,7 +125,7 @@ class InterpreterSession:
 class _Held:
     """A model whose weights are read once."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: DecoderWeights) -> None:
         self.spec = model.spec
         self._model = model
         self._kept: dict[str, npt.NDArray[np.float32]] = {}
@@ -152,7 +154,9 @@ def _refuse_text(spec: DecoderSpec, ids: Sequence[int]) -> None:
 class _Weights:
     """Weights of one layer by role, read when first asked for and then kept."""
 
-    def __init__(self, model: Model, *, prefix: str, observe: "Observer | None" = None) -> None:
+    def __init__(
+        self, model: DecoderWeights, *, prefix: str, observe: "Observer | None" = None
+    ) -> None:
         self._model = model
         self._prefix = prefix
         self._observe = observe
@@ -173,7 +177,7 @@ class _Weights:
         return functional.linear(x, self[role], self[f"{role}_bias"] if has_bias else None)
 
 
-def _embed(model: Model, ids: Sequence[int]) -> "torch.Tensor":
+def _embed(model: DecoderWeights, ids: Sequence[int]) -> "torch.Tensor":
     """Return the rows of the embedding that a text needs, and read no others."""
     import torch
 
@@ -182,7 +186,7 @@ def _embed(model: Model, ids: Sequence[int]) -> "torch.Tensor":
     return found * model.spec.embedding_scale
 
 
-def apply_head(model: Model, states: "torch.Tensor") -> "torch.Tensor":
+def apply_head(model: DecoderWeights, states: "torch.Tensor") -> "torch.Tensor":
     """Return the logits of hidden states, with some rows of the head in memory at a time."""
     import torch
 

@@ -1,4 +1,4 @@
-"""The checkpoint's own word: transformers in float32, with the adapter beside the base, not merged.
+"""The checkpoint's own word: transformers in float32, with the adapter next to the base, not merged.
 
 Everything an artifact is compared with comes from here, and nothing here shares code with what
 makes artifacts.
@@ -68,7 +68,7 @@ def logits(
 
     Where transformers cannot hold the model, `reference` computes it layer by layer: an interpreter
     of its own, which the tests prove against transformers on every family. All layers are done
-    when this returns, so that what is loaded next does not lie beside them in memory.
+    when this returns, so that what is loaded next does not lie next to them in memory.
 
     Args:
         checkpoint: The model.
@@ -127,7 +127,7 @@ def _model(checkpoint: Checkpoint) -> Any:
 
 
 def _with_adapter(model: Any, adapter: AdapterRecord, *, vocabulary: int) -> Any:
-    """Put an adapter beside a model; those that came before it are part of what it saw."""
+    """Put an adapter next to a model; those that came before it are part of what it saw."""
     try:
         import peft
     except ImportError as error:

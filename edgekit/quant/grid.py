@@ -116,7 +116,7 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor()
 
 
-# Largest scales; where they have the range of float32, squares of codes shall keep room above.
+# Largest scales; where they have the range of float32, squares of codes must keep room above.
 _MAX_SCALES: Mapping[Precision, float] = {"float32": 1e30, "bfloat16": 1e30, "float16": 65504}
 
 

@@ -190,7 +190,7 @@ def most_likely(logits: "Logits") -> int:
     """Return the token with the largest logit.
 
     Raises:
-        ToolchainError: If a logit is no number; it would otherwise be taken for the largest.
+        ToolchainError: If a logit is not a number; it would otherwise be taken for the largest.
     """
     token = int(logits.argmax())
     _check_finite(logits[token])
@@ -246,7 +246,7 @@ def candidates(
     """Return the tokens that may come next, and their probabilities.
 
     Raises:
-        ToolchainError: If a logit is no number.
+        ToolchainError: If a logit is not a number.
     """
     import numpy as np
 

@@ -111,7 +111,7 @@ class Fields:
         is_boolean = isinstance(value, bool)
         if value is None or (isinstance(value, kinds) and is_boolean == (kind is bool)):
             return value
-        raise ApiError(f"{name} = {value!r} is no {kind.__name__}", param=name)
+        raise ApiError(f"{name} = {value!r} is not a {kind.__name__}", param=name)
 
     def refuse_unsupported(self) -> None:
         """Refuse what would change the answer in a way edgekit does not do."""

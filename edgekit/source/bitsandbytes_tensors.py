@@ -91,7 +91,7 @@ AnyStored = TypeVar("AnyStored", bound=Stored)
 
 @dataclass(frozen=True, kw_only=True)
 class _State:
-    """What the JSON beside a weight says about it."""
+    """What the JSON next to a weight says about it."""
 
     quant_type: str  # nf4 or fp4
     block_items: int  # weights that share a scale

@@ -35,7 +35,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reference impleme
 BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
 FLOATS = ("F32", "F16", "BF16")
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
-# Tables that older transformers stored beside the weights; they are computed, never read.
+# Tables that older transformers stored next to the weights; they are computed, never read.
 _COMPUTED_TENSORS = ("rotary_emb.inv_freq", "self_attn.bias", "self_attn.masked_bias")
 
 
@@ -139,7 +139,7 @@ class Checkpoint:
         """Read the config, the tokenizer's files and the tensor headers; no weight is loaded.
 
         Raises:
-            UsageError: If this is no checkpoint, one edgekit does not understand, or a damaged one.
+            UsageError: If this is not a checkpoint, one edgekit does not understand, or a damaged one.
         """
         fields = _read_config(directory)
         architecture = _architecture(directory, fields)
@@ -296,7 +296,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise UsageError(
-            f"{directory} is no checkpoint: it has no config.json",
+            f"{directory} is not a checkpoint: it has no config.json",
             hint="pass a Hugging Face model directory, a GGUF file, or `demo`",
         )
     return read_json_object(path)
@@ -326,7 +326,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        UsageError: If the file is no JSON, or holds no object.
+        UsageError: If the file is not JSON, or holds no object.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
@@ -364,7 +364,7 @@ def _shards(index: Path) -> list[str]:
     for shard in shards.values():
         is_name = isinstance(shard, str) and Path(shard).name == shard
         if not is_name or not shard.endswith(".safetensors"):
-            raise UsageError(f"{index} names {shard!r}, which is no file beside it")
+            raise UsageError(f"{index} names {shard!r}, which is not a file next to it")
     return sorted(set(shards.values()))
 
 
@@ -436,9 +436,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     except FileNotFoundError:
         raise UsageError(f"{path} is missing", hint="copy every shard of the model") from None
     except (struct.error, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no safetensors file: {error}") from error
+        raise UsageError(f"{path} is not a safetensors file: {error}") from error
     if not isinstance(header, dict):
-        raise UsageError(f"{path}: the header is no JSON object")
+        raise UsageError(f"{path}: the header is not a JSON object")
     header.pop("__metadata__", None)
     return header, 8 + length, file_bytes
 

@@ -93,7 +93,7 @@ class Config:
         """Return a positive number, or ``default`` where it is absent or null.
 
         Raises:
-            UsageError: If it is no finite number above zero, or absent without a default.
+            UsageError: If it is not a finite number above zero, or absent without a default.
         """
         self._read.add(name)
         value: Any = self._fields.get(name)

@@ -119,9 +119,9 @@ class _Vocabulary:
 def _array(metadata: Mapping[str, Any], name: str, kind: type) -> Sequence[Any]:
     values = metadata.get(f"tokenizer.ggml.{name}", ())
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise UsageError(f"tokenizer.ggml.{name} is no array")
+        raise UsageError(f"tokenizer.ggml.{name} is not an array")
     if not all(isinstance(value, kind) for value in values):
-        raise UsageError(f"tokenizer.ggml.{name} is no array of {kind.__name__}")
+        raise UsageError(f"tokenizer.ggml.{name} is not an array of {kind.__name__}")
     return values
 
 
@@ -270,7 +270,7 @@ def _listed_merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= vocabulary.ids.keys():
             raise UsageError(
-                f"the file merges {merge!r}, which are no two tokens that make a third",
+                f"the file merges {merge!r}, which are not two tokens that make a third",
                 hint="the file is damaged; download it again",
             )
         merges.append((left, right))

@@ -250,7 +250,7 @@ def test_a_gguf_weight_that_is_no_number_is_named(gguf, capsys):
 
 def test_a_directory_that_is_no_adapter_is_named(model, capsys, tmp_path):
     sentence = refusal(model, capsys, "--adapter", str(tmp_path / "none"), "--no-verify")
-    assert f"{tmp_path / 'none'} is no adapter" in sentence
+    assert f"{tmp_path / 'none'} is not an adapter" in sentence
 
 
 # What llama.cpp aborts over

@@ -44,7 +44,7 @@ def matches(line, promise):
 def run(example, directory):
     """Run an example as a user would: elsewhere, with all cores, from the command line."""
     settings = os.environ | {"PYTHONPATH": str(ROOT)}
-    for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):  # training is no tiny model
+    for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):  # training is not a tiny model
         settings.pop(name, None)
     return subprocess.run(
         [sys.executable, example, "out"],
@@ -99,4 +99,4 @@ def test_an_example_prints_and_writes_what_its_header_says(example, directory):
     assert all(kept), done.stdout
     for name in re.findall(r"OUT/([\w-]+)", "\n".join(section(example, "Writes"))):
         assert (directory / "out" / name).is_dir()
-    assert [path.name for path in directory.iterdir()] == ["out"]  # nothing beside OUT
+    assert [path.name for path in directory.iterdir()] == ["out"]  # nothing next to OUT

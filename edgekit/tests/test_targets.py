@@ -291,8 +291,8 @@ def test_half_a_thread_is_refused(edited):
     ("origin", "complaint"),
     [
         (ORIGIN.replace("policy", "hearsay", 1), "memory.basis = 'hearsay' is none of measured"),
-        (ORIGIN.replace("2026-11-23", "2026-13-01"), "memory.date = '2026-13-01' is no date"),
-        (ORIGIN.replace("2026-11-23", "20261123"), "memory.date = '20261123' is no date"),
+        (ORIGIN.replace("2026-11-23", "2026-13-01"), "memory.date = '2026-13-01' is not a date"),
+        (ORIGIN.replace("2026-11-23", "20261123"), "memory.date = '20261123' is not a date"),
         (ORIGIN.replace("edgekit policy", " "), "memory.source is empty"),
         ('basis = "policy", date = "2026-11-23"', "memory.source is missing"),
     ],

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class TextRules:
-    """What the runner needs beside ``tokenizer.json`` and ``chat_template.jinja``."""
+    """What the runner needs besides ``tokenizer.json`` and ``chat_template.jinja``."""
 
     stop_ids: tuple[int, ...]  # any of these ends an answer
     special_tokens: dict[str, str]  # the names a template may use: {"bos_token": "<s>", …}

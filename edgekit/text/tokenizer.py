@@ -56,7 +56,7 @@ class Text:
         """Return the token ids of plain text.
 
         Args:
-            text: What the model shall read.
+            text: What the model must read.
             parses_special: Whether ``<|im_end|>`` in it is that token, or its letters.
             adds_bos: None does what the model's tokenizer does. There is never a second one.
 
@@ -86,7 +86,7 @@ class Text:
         return self.template.render(messages, variables)
 
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
-        """Return the token ids of a conversation, up to where the model shall answer."""
+        """Return the token ids of a conversation, up to where the model must answer."""
         return self._ids(self.render(messages, **variables), parses_special=True)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -291,7 +291,7 @@ def _byte_level_bytes(token: str) -> bytes:
     table = _bytes_by_letter()
     if all(letter in table for letter in token):
         return bytes(table[letter] for letter in token)
-    return token.encode()  # an added token is spelt as it is
+    return token.encode()  # an added token is written as it is
 
 
 @functools.cache

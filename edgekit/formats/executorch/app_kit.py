@@ -1,4 +1,4 @@
-"""What an app developer needs beside the program: lines that load it, and prompts to check with.
+"""What an app developer needs besides the program: lines that load it, and prompts to check with.
 
 Names as in executorch 1.5.0: ``LlmModule.kt``, ``LlmGenerationConfig.kt``, ``LlmCallback.kt`` in
 extension/android, ``ExecuTorchLLMTextRunner.h`` and ``ExecuTorchLLMConfig.h`` in
@@ -75,7 +75,7 @@ def write(
     context_tokens: int,
     variant: str,
 ) -> None:
-    """Write what apps need beside the program ``entry``.
+    """Write what apps need besides the program ``entry``.
 
     ``README.md``, ``prompts.json`` and, where it reads as the checkpoint's tokenizer does,
     ``runner_tokenizer.json``.
@@ -258,7 +258,7 @@ module.load()
 {changes}val config = LlmGenerationConfig.create()
     .seqLen({app_kit.context_tokens}).temperature(0.0f).echo(false).numBos(0).numEos(0).build()
 val stops = setOf({", ".join(map(_kotlin_string, app_kit.stop_texts))})
-module.resetContext()  // begin anew; without it the prompt goes on after the last answer
+module.resetContext()  // begin again; without it the prompt goes on after the last answer
 module.generate(prompt, config, object : LlmCallback {{
     override fun onResult(result: String) {{
         if (result !in stops) print(result)  // the token that ends an answer is passed on as well
@@ -317,7 +317,7 @@ try runner.load()
   {_swift_string(before)} +
   message{trims} + {_swift_string(after)}
 {changes}let stops: Set = [{_swift_strings(app_kit.stop_texts)}]
-runner.reset()  // begin anew; without it the prompt goes on after the last answer
+runner.reset()  // begin again; without it the prompt goes on after the last answer
 try runner.generate(prompt, Config {{
   $0.sequenceLength = {app_kit.context_tokens}
   $0.temperature = 0

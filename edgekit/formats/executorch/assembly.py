@@ -33,7 +33,7 @@ class Lowered:
     """A program before its weights."""
 
     program: Any  # of executorch.exir.schema
-    numbers: Mapping[str, bytes]  # named data that is no weight
+    numbers: Mapping[str, bytes]  # named data that is not a weight
     table: tuple[int, ...]  # which constants are the embedding and its scales
     coverage: Coverage
     slices: Mapping[str, Slice] = field(default_factory=dict)

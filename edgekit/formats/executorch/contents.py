@@ -14,12 +14,12 @@ from edgekit.formats.executorch import program, tensor_types
 from edgekit.formats.executorch.flatbuffer import Table, refuse
 
 
-Held = tuple[
+NamedWeight = tuple[
     str, tuple[tuple[int, ...], str]
 ]  # a role, the shape and the tensor type of its weight
 Entry = tuple[str, tuple[int, ...], str]
 
-CONSTANT = "constant."  # what the keys of named data that is no weight begin with
+CONSTANT = "constant."  # what the keys of named data that is not a weight begin with
 _TENSOR = 5  # of the program's KernelTypes
 _DELEGATE_HEADER = struct.Struct("<4sHII")  # after four bytes: magic, length, offset, size
 _TABLES = {1: "INT8", 5: "F16", 6: "F32"}  # of the program's ScalarType
@@ -27,7 +27,7 @@ _PAIRS, _BFLOAT16, _FLOAT = 0, 15, 6  # a byte of two codes; their scales
 
 
 def named_weights(
-    path: Path, head: program.Program, delegated: Callable[[bytes], Iterable[Held]]
+    path: Path, head: program.Program, delegated: Callable[[bytes], Iterable[NamedWeight]]
 ) -> list[Entry]:
     """Return role, shape and tensor type of every weight of a program that holds them by name.
 
@@ -55,8 +55,8 @@ def named_weights(
 
 
 def _read(
-    path: Path, head: program.Program, delegated: Callable[[bytes], Iterable[Held]]
-) -> Iterator[Held]:
+    path: Path, head: program.Program, delegated: Callable[[bytes], Iterable[NamedWeight]]
+) -> Iterator[NamedWeight]:
     with path.open("rb") as file:
         root = Table.root(file.read(min(first for first, _ in head.segments)))
         (plan, *_) = [*root.tables(1)] or refuse("the program has no method")

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import UsageError
-from edgekit.formats import BuildRequest, Layout, Progress
+from edgekit.formats import BuildRequest, Layout
 from edgekit.formats.executorch import app_kit, backends
 from edgekit.formats.executorch.backends import Backend
-from edgekit.formats.executorch.planned import Job, Weight
+from edgekit.formats.executorch.planned import Job, ProgramWeight
 from edgekit.model.spec import DecoderSpec
 from edgekit.model.tokenizer_files import added_tokens
+from edgekit.progress import Advance
 from edgekit.quant.planned import calibration_sha256
 from edgekit.quant.recipe import Recipe
 
@@ -23,7 +24,7 @@ ENTRY = "model.pte"
 COVERAGE = "delegates.json"
 
 
-def weights(spec: DecoderSpec, recipe: Recipe, backend: Backend) -> tuple[Weight, ...]:
+def weights(spec: DecoderSpec, recipe: Recipe, backend: Backend) -> tuple[ProgramWeight, ...]:
     """Return what a recipe makes of every weight of a decoder.
 
     Raises:
@@ -38,7 +39,7 @@ def weights(spec: DecoderSpec, recipe: Recipe, backend: Backend) -> tuple[Weight
     for role, shape in spec.weights():
         wanted = backend.writing.meant_by(recipe.tensor_type_for(role, spec), recipe=recipe.name)
         stored = backend.writing.stored_as(wanted, shape, recipe=recipe.name)
-        found.append(Weight.of(role, shape, wanted=wanted, stored=stored))
+        found.append(ProgramWeight.of(role, shape, wanted=wanted, stored=stored))
     return tuple(found)
 
 
@@ -81,7 +82,7 @@ def convert(
     request: BuildRequest,
     directory: Path,
     *,
-    progress: Progress,
+    progress: Advance,
 ) -> str:
     """Write ``model.pte``, one block of rows in memory at a time.
 

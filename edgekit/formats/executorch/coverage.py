@@ -8,7 +8,7 @@ from edgekit.errors import ToolchainError
 
 
 if TYPE_CHECKING:
-    from edgekit.formats.executorch.planned import Weight
+    from edgekit.formats.executorch.planned import ProgramWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +20,15 @@ class Coverage:
     portable_operators: Mapping[str, int]  # how often ExecuTorch's own kernels are called
 
 
-def report(found: Coverage, planned: Iterable["Weight"], *, id: str, name: str) -> dict[str, Any]:
+def report(
+    found: Coverage, planned: Iterable["ProgramWeight"], *, id: str, name: str
+) -> dict[str, Any]:
     """Return it for a file that people read.
 
     Args:
         found: Who does the work.
         planned: The weights of the program.
-        id: The back-end, as programs spell it.
+        id: The back-end, as programs writes it.
         name: And as people do.
 
     Raises:

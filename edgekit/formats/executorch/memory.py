@@ -11,7 +11,7 @@ from edgekit.model.spec import DecoderSpec
 
 BATCH_TOKENS = 256  # are read at once; a longer prompt takes no more memory, and little more time
 CACHE_ITEM_BYTES = 4  # float32 keys and values
-# An interpreter with numpy, the libraries and edgekit; what XNNPACK keeps of a layer beside its
+# An interpreter with numpy, the libraries and edgekit; what XNNPACK keeps of a layer besides its
 # weights; what one entry of the vocabulary costs in `tokenizers`. Measured on x86-64 with
 # SmolLM2-135M and no tokenizer, VmHWM in MiB: exported for 512 tokens 206 for 8da4w, 252 for 8da8w,
 # 724 for F32; for 2048 tokens 296 for 8da4w. These sums, less the tokenizer's 23, are 195, 240, 705

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from edgekit.errors import UsageError
-from edgekit.formats import Progress
 from edgekit.formats.executorch import tensor_types
 from edgekit.model.spec import Shape
+from edgekit.progress import Advance
 from edgekit.quant.planned import PlannedWeight, importance_of
 
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weight(PlannedWeight):
+class ProgramWeight(PlannedWeight):
     """One weight of the checkpoint, and what holds it."""
 
     @classmethod
@@ -51,10 +51,10 @@ class Job:
     checkpoint: "CheckpointProtocol"
     variant: str
     recipe: str
-    weights: tuple[Weight, ...]
+    weights: tuple[ProgramWeight, ...]
     context_tokens: int
     constants: Mapping[str, Any]  # what methods without arguments return, by name
-    progress: Progress  # to be told how many weights were just read
+    progress: Advance  # to be told how many weights were just read
 
     @property
     def spec(self) -> "DecoderSpec":
@@ -66,13 +66,15 @@ class Job:
         """How each weight is stored, by role."""
         return {weight.role: weight.tensor_type for weight in self.weights}
 
-    def blocks(self, weight: Weight) -> "Iterator[tuple[int, Rows]]":
+    def blocks(self, weight: ProgramWeight) -> "Iterator[tuple[int, Rows]]":
         """Yield a weight as `Checkpoint.blocks` does, and tell the progress."""
         for first, rows in self.checkpoint.blocks(weight.role):
             yield first, rows
             self.progress(rows.size)
 
-    def encoded(self, weight: Weight) -> "Iterator[tuple[int, list[npt.NDArray[np.generic]]]]":
+    def encoded(
+        self, weight: ProgramWeight
+    ) -> "Iterator[tuple[int, list[npt.NDArray[np.generic]]]]":
         """Yield blocks as `tensor_types.encode` has them, an array for each of the weight's parts."""
         importance = importance_of(self.checkpoint.calibration, weight)
         for first, rows in self.blocks(weight):

@@ -48,7 +48,7 @@ def read(path: Path) -> Program:
     """Return what a ``.pte`` file needs, after a look at every offset on the way.
 
     Raises:
-        BundleError: If it cannot be read, is no ``.pte`` file, is cut off, or is bent.
+        BundleError: If it cannot be read, is not a ``.pte`` file, is cut off, or is bent.
     """
     try:
         with path.open("rb") as file, _mapped(file.fileno(), path) as buffer:
@@ -87,7 +87,7 @@ class _Reader:
         )
 
     def _read_header(self) -> None:
-        """Refuse what is no program, of another schema, or shorter than it says."""
+        """Refuse what is not a program, of another schema, or shorter than it says."""
         identifier, magic = self._buffer[4:8], self._buffer[8:12]
         if identifier != IDENTIFIER:
             kind = "of another release" if identifier[:2] == IDENTIFIER[:2] else "no .pte file"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.errors import BundleError
-from edgekit.formats import Model
+from edgekit.formats import DecoderWeights
 from edgekit.formats.executorch import backends, program, runtime, shim_build, tokenizer
 
 
@@ -26,7 +26,7 @@ def runtime_state() -> str:
     return (
         f"ExecuTorch {shim_build.installed_version()}, on the CPU with XNNPACK; makes programs for "
         f"{elsewhere}, which are not executed here; QNN and MediaTek are not offered: their "
-        "compilers are no part of ExecuTorch's wheel"
+        "compilers are not part of ExecuTorch's wheel"
     )
 
 
@@ -43,7 +43,7 @@ def runs_on(variant: str | None) -> str:
     return backends.of(variant).device or "this machine"
 
 
-def read_back(path: Path, spec: "DecoderSpec") -> Model:
+def read_back(path: Path, spec: "DecoderSpec") -> DecoderWeights:
     """Return the weights as the back-end multiplies with them, where it is not on this machine."""
     backend = backends.of_program(program.read(path))
     if backend is None or not backend.device:

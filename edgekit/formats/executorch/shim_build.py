@@ -141,7 +141,7 @@ def _cached(wheel: Wheel) -> Path:
 
 
 def _compile(wheel: Wheel, path: Path) -> None:
-    """Compile beside the place, then move: other processes see all of it or nothing."""
+    """Compile next to the place, then move: other processes see all of it or nothing."""
     command = compiler()
     if command is None:
         raise MissingDependencyError(

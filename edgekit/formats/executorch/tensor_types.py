@@ -4,7 +4,7 @@ An int8 matrix has one scale for each row, a four-bit one a bfloat16 scale for e
 the layouts of XNNPACK's ``qcint8`` and ``qbint4``, for the embedding too. ``Q4GSW`` is the layout
 of Vulkan's ``linear_q4gsw``: float32 scales, whose rows are the groups. Where a recipe's name
 begins with 8da, XNNPACK rounds what is multiplied with such a matrix to int8 too, token by token.
-There is no bfloat16: XNNPACK, as ExecuTorch 1.5.1 has it, refuses such weights beside float32
+There is no bfloat16: XNNPACK, as ExecuTorch 1.5.1 has it, refuses such weights besides float32
 inputs ("invalid parameter"), and would have inputs rounded to bfloat16 as well.
 """
 
@@ -45,7 +45,7 @@ TENSOR_TYPES: Mapping[str, TensorType] = {
     )
 }
 
-# Tensor types so coarse that the inputs of a weight shall lead its fit.
+# Tensor types so coarse that the inputs of a weight must lead its fit.
 COARSE = frozenset(name for name in TENSOR_TYPES if name.startswith(("INT4", "Q4GSW")))
 # Four bits as XNNPACK has them, and the same groups as Vulkan has them: scales across.
 ACROSS = {f"INT4_G{group}": f"Q4GSW_G{group}" for group in (32, 64, 128)}
@@ -96,7 +96,7 @@ def stored_as(wanted: str, columns: int) -> str:
 
 
 def item_types(stored: str) -> tuple[str, ...]:
-    """Return of what numbers the parts of a weight are, as numpy spells them."""
+    """Return of what numbers the parts of a weight are, as numpy writes them."""
     return {
         "F32": ("<f4",), "F16": ("<f2",), "INT8": ("i1", "<f4"),
         **dict.fromkeys(FOUR_BITS, ("u1", "<u2")), **dict.fromkeys(VULKAN_FOUR_BITS, ("u1", "<f4")),

@@ -57,7 +57,7 @@ class Preparation:
         )
 
     def __call__(self, text: str) -> str:
-        """Return the prompt as the runner shall get it."""
+        """Return the prompt as the runner must get it."""
         if self.composes:
             text = unicodedata.normalize("NFC", text)
         if self.swallowing:

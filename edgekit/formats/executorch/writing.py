@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit import installed
-from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, Progress
+from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse
 from edgekit.formats.executorch import app_kit, backends, conversion
+from edgekit.progress import Advance
 
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
     if border is not None and border < checkpoint.spec.context_tokens:
         return ContextLimit(
             tokens=border,
-            reason="beyond, every position turns otherwise, and phones' runners read no text anew",
+            reason="beyond, every position turns otherwise, and phones' runners read no text again",
         )
     return ContextLimit(
         tokens=checkpoint.spec.context_tokens, reason="the model was made for no more"
@@ -49,7 +50,7 @@ def convert(
     request: BuildRequest,
     directory: Path,
     *,
-    progress: Progress,
+    progress: Advance,
 ) -> str:
     """Write ``model.pte`` and what the developer of an app wants next to it."""
     installed.require("torch", "executorch", purpose="writing a program", extra="executorch")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.formats import BuildRequest, Layout, Progress
+from edgekit.formats import BuildRequest, Layout
 from edgekit.formats.gguf import (
     architectures,
     hyperparameters,
@@ -25,9 +25,10 @@ from edgekit.formats.gguf import (
 )
 from edgekit.formats.gguf.architectures import Architecture
 from edgekit.formats.gguf.layout import TensorEntry, Value
-from edgekit.formats.gguf.parts import Part
+from edgekit.formats.gguf.parts import FileTensor
 from edgekit.formats.gguf.split import FilesWriter, PlannedFile
 from edgekit.model.spec import DecoderSpec
+from edgekit.progress import Advance
 from edgekit.quant.planned import calibration_sha256
 from edgekit.quant.recipe import Recipe, split_role
 
@@ -48,15 +49,15 @@ ENTRY = f"{STEM}.gguf"  # of an artifact that is one file
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
+class GgufPlan:
     """A file, or several, before weights are written."""
 
     architecture: Architecture
-    parts: tuple[Part, ...]
+    parts: tuple[FileTensor, ...]
     files: tuple[PlannedFile, ...]
 
 
-def plan(checkpoint: "CheckpointProtocol", request: BuildRequest, *, pre: str) -> Planned:
+def plan(checkpoint: "CheckpointProtocol", request: BuildRequest, *, pre: str) -> GgufPlan:
     """Return what the files will hold, from headers alone.
 
     Args:
@@ -73,7 +74,7 @@ def plan(checkpoint: "CheckpointProtocol", request: BuildRequest, *, pre: str) -
     files = split.plan_files(
         STEM, keys, _entries(checkpoint, found), split_bytes=request.split_bytes
     )
-    return Planned(architecture=architecture, parts=found, files=tuple(files))
+    return GgufPlan(architecture=architecture, parts=found, files=tuple(files))
 
 
 def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
@@ -97,7 +98,7 @@ def likely_pre(text: "TokenizerFiles") -> str:
     return pretokenizers.likely_pre(text)
 
 
-def _entries(checkpoint: "CheckpointProtocol", found: Sequence[Part]) -> list[TensorEntry]:
+def _entries(checkpoint: "CheckpointProtocol", found: Sequence[FileTensor]) -> list[TensorEntry]:
     ropes = hyperparameters.rope_tensors(checkpoint.spec)
     factors = [
         TensorEntry(name=name, shape=(len(values),), tensor_type="F32")
@@ -110,7 +111,7 @@ def metadata(
     checkpoint: "CheckpointProtocol",
     recipe: Recipe,
     architecture: Architecture,
-    found: Sequence[Part],
+    found: Sequence[FileTensor],
     *,
     pre: str,
 ) -> dict[str, Value]:
@@ -151,7 +152,7 @@ def convert(
     directory: Path,
     *,
     pre: str,
-    progress: Progress,
+    progress: Advance,
 ) -> str:
     """Write ``model.gguf`` or its parts, one block of rows in memory at a time.
 
@@ -174,7 +175,7 @@ def convert(
     return planned.files[0].name
 
 
-def counted(blocks: "Iterator[Block]", progress: Progress) -> "Iterator[Block]":
+def counted(blocks: "Iterator[Block]", progress: Advance) -> "Iterator[Block]":
     """Tell the progress as blocks are taken."""
     for block in blocks:
         yield block
@@ -189,7 +190,7 @@ def _write_ropes(writer: FilesWriter, spec: DecoderSpec) -> None:
 
 
 def _blocks(
-    checkpoint: "CheckpointProtocol", part: Part, architecture: Architecture
+    checkpoint: "CheckpointProtocol", part: FileTensor, architecture: Architecture
 ) -> Iterator["Rows"]:
     """Yield the rows of a part as llama.cpp wants them, some million weights at a time."""
     width = checkpoint.spec.attention.head_dim

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edgekit.formats.gguf.layout import Value
-    from edgekit.formats.gguf.parts import Part
+    from edgekit.formats.gguf.parts import FileTensor
     from edgekit.model.checkpoint_protocol import Calibration
 
 
@@ -40,7 +40,7 @@ def keys(calibration: "Calibration | None", planned: Sequence[PlannedWeight]) ->
 
 
 def weights(
-    calibration: "Calibration | None", parts: "Sequence[Part]"
+    calibration: "Calibration | None", parts: "Sequence[FileTensor]"
 ) -> "Iterator[tuple[str, npt.NDArray[np.float32]]]":
     """Yield how much an error counts, column by column, with the name of the tensor."""
     import numpy as np

@@ -308,7 +308,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 _MEMORY_FLOOR_BYTES = 64 * 2**20  # what any header may take, however small the file
 _NUMBER_BYTES = 56  # an int, its places in a tuple and then a list, the bytes it came from
-_STRING_BYTES = 16  # a place in a list and what the allocator rounds up, beside the text itself
+_STRING_BYTES = 16  # a place in a list and what the allocator rounds up, besides the text itself
 _LONG_STRING_BYTES = 256  # from here on the cost is weighed before the text is decoded
 _KEY_BYTES = 256  # a dict entry with its objects, rounded up
 _TENSOR_BYTES = 640  # a TensorInfo with its objects, rounded up
@@ -322,7 +322,7 @@ def read(path: Path) -> GgufFile:
     It takes at most 64 MiB, or twice the size of the file if that is more, whatever the file says.
 
     Raises:
-        UsageError: If it is no GGUF file or a damaged one; names the file, the field and the byte.
+        UsageError: If it is not a GGUF file or a damaged one; names the file, the field and the byte.
     """
     try:
         with path.open("rb", buffering=2**16) as file:
@@ -420,7 +420,7 @@ class _Cursor:
     def string(self, field: str) -> str:
         length = self.number("uint64", f"the length of {field}")
         start = self.position
-        if length > _LONG_STRING_BYTES:  # up to four bytes a letter, beside the encoded ones
+        if length > _LONG_STRING_BYTES:  # up to four bytes a letter, besides the encoded ones
             self.spend(5 * length, field)
         try:
             text = self.take(length, field).decode()
@@ -597,7 +597,7 @@ def _place(cursor: _Cursor, entries: Sequence[_Entry], alignment: int) -> tuple[
         expected += padded(size_bytes, alignment)
         tensors.append(_info(entry, start, size_bytes))
     if cursor.size_bytes > padded(end, alignment):  # the last padding may be missing
-        raise cursor.refuse("the data", "is no part of any tensor", at=padded(end, alignment))
+        raise cursor.refuse("the data", "is not part of any tensor", at=padded(end, alignment))
     return tuple(tensors)
 
 

@@ -1,4 +1,4 @@
-"""A ``Modelfile`` beside a GGUF file: what Ollama needs to take it as it is.
+"""A ``Modelfile`` next to a GGUF file: what Ollama needs to take it as it is.
 
 Source: parser/parser.go, template/template.go and server/model.go of ollama; what is quoted here
 is what that parser reads back.
@@ -42,7 +42,7 @@ def modelfile(checkpoint: "CheckpointProtocol", entry: str, *, context_tokens: i
 
     Args:
         checkpoint: The model.
-        entry: The GGUF file beside it.
+        entry: The GGUF file next to it.
         context_tokens: How many tokens the bundle was planned for.
     """
     has_template = checkpoint.text.chat_template is not None

@@ -50,7 +50,7 @@ def tensor_name(role: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part(PlannedWeight):
+class FileTensor(PlannedWeight):
     """One tensor of the file, and the weights of the checkpoint that fill it, one after another."""
 
     name: str  # llama.cpp's
@@ -62,7 +62,7 @@ class Part(PlannedWeight):
         return TensorEntry(name=self.name, shape=self.shape, tensor_type=self.tensor_type)
 
 
-def of(spec: DecoderSpec, recipe: Recipe, architecture: Architecture) -> Iterator[Part]:
+def of(spec: DecoderSpec, recipe: Recipe, architecture: Architecture) -> Iterator[FileTensor]:
     """Yield every tensor made from weights, in the order of the file."""
     for roles, shape in _stacked(spec, architecture):
         yield _part(tensor_name(roles[-1]), roles, shape, recipe, spec)
@@ -87,10 +87,10 @@ def _stacked(
 
 def _part(
     name: str, roles: tuple[str, ...], shape: Shape, recipe: Recipe, spec: DecoderSpec
-) -> Part:
+) -> FileTensor:
     wanted = recipe.tensor_type_for(roles[-1], spec)
     stored = tensor_types.stored_as(wanted, shape[-1])
-    return Part(
+    return FileTensor(
         name=name,
         role=roles[-1],
         roles=roles,

@@ -71,7 +71,7 @@ class Log:
         return "".join(self._lines).strip()
 
     def forget(self) -> None:
-        """Begin anew, so that a refusal quotes nothing about another file."""
+        """Begin again, so that a refusal quotes nothing about another file."""
         self._lines.clear()
 
 

@@ -1,7 +1,7 @@
 """One artifact as several files: browsers take 2 GB at once, and asset packs have limits too.
 
 The parts are named ``model-00001-of-00003.gguf``; each says which it is, the first one also carries
-all metadata, and llama.cpp finds the others beside it. Source: ``llama_split_path`` in
+all metadata, and llama.cpp finds the others next to it. Source: ``llama_split_path`` in
 src/llama.cpp and the constructor of ``llama_model_loader`` of llama.cpp 0c1e57098.
 """
 

@@ -224,7 +224,7 @@ def _finish(started: "_Started") -> "_Bytes":
     return encoded
 
 
-_CHUNK_WEIGHTS = 2**18  # 1 MiB of float32: stays in the cache, and a call costs nothing beside it
+_CHUNK_WEIGHTS = 2**18  # 1 MiB of float32: stays in the cache, and a call costs nothing next to it
 # A block's scale is a float16; K-quants multiply it by a small scale and a code, 2**12 together.
 _MAX_SCALED = 65504 * 2**12
 _WIDER = "only F32 and BF16 hold every float32"

@@ -60,7 +60,7 @@ class Source:
         """Parse the tokenizer.json.
 
         Raises:
-            UsageError: If it is no JSON object.
+            UsageError: If it is not a JSON object.
         """
         return cls(files=tokenizer, fields=_read_fields(tokenizer.tokenizer_json))
 
@@ -89,7 +89,7 @@ class Source:
         if not isinstance(ids, dict) or not all(
             isinstance(id, int) and id >= 0 for id in ids.values()
         ):
-            raise UsageError(f"{self.path}: model.vocab is no object of token ids")
+            raise UsageError(f"{self.path}: model.vocab is not an object of token ids")
         return ids
 
     @cached_property
@@ -97,7 +97,7 @@ class Source:
         """The pairs that are joined, the first one first."""
         merges = self.model.get("merges")
         if not isinstance(merges, list):
-            raise UsageError(f"{self.path}: model.merges is no array")
+            raise UsageError(f"{self.path}: model.merges is not an array")
         return [self._pair(merge) for merge in merges]
 
     def _pair(self, merge: Any) -> tuple[str, str]:
@@ -105,7 +105,7 @@ class Source:
         parts = merge.split(" ") if isinstance(merge, str) else merge
         is_pair = isinstance(parts, list) and len(parts) == 2
         if not is_pair or not all(isinstance(part, str) for part in parts):
-            raise UsageError(f"{self.path}: the merge {merge!r} is no pair of tokens")
+            raise UsageError(f"{self.path}: the merge {merge!r} is not a pair of tokens")
         return parts[0], parts[1]
 
     @cached_property
@@ -113,7 +113,7 @@ class Source:
         """The tokens that are found before text is cut."""
         entries = self.fields.get("added_tokens") or []
         if not isinstance(entries, list):
-            raise UsageError(f"{self.path}: added_tokens is no array")
+            raise UsageError(f"{self.path}: added_tokens is not an array")
         return [self._added_token(entry) for entry in entries]
 
     def _added_token(self, entry: Any) -> _AddedToken:
@@ -171,7 +171,7 @@ def _read_fields(tokenizer_json: Path) -> dict[str, Any]:
     """Return the object in a tokenizer.json.
 
     Raises:
-        UsageError: If the file is no JSON object.
+        UsageError: If the file is not a JSON object.
     """
     try:
         fields = json.loads(tokenizer_json.read_text(encoding="utf-8"))
@@ -186,19 +186,19 @@ def steps_of(component: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the steps of a part of a tokenizer.json, sequences flattened.
 
     Raises:
-        TypeError: If one is no object.
+        TypeError: If one is not an object.
     """
     if component is None:
         return
     if not isinstance(component, dict):
-        raise TypeError(f"{component!r} is no object")
+        raise TypeError(f"{component!r} is not an object")
     if component.get("type") != "Sequence":
         yield component
         return
     for key in ("normalizers", "pretokenizers", "processors", "decoders"):
         inner = component.get(key, [])
         if not isinstance(inner, list):
-            raise TypeError(f"{key} is no array")
+            raise TypeError(f"{key} is not an array")
         for step in inner:
             yield from steps_of(step)
 
@@ -400,7 +400,7 @@ def _end_id(source: Source) -> int:
 
 
 def _other_ends(source: Source, stops: Sequence[int]) -> dict[str, int]:
-    """Give the stop ids beside eos the two places a GGUF file has: end of turn, of message.
+    """Give the stop ids next to eos the two places a GGUF file has: end of turn, of message.
 
     Those that llama.cpp knows by their text need no place, so the others go first.
     """
@@ -440,7 +440,7 @@ def _collect_template(step: Mapping[str, Any], before: list[int], after: list[in
 
 
 def _adds_space(source: Source) -> bool:
-    """Tell whether llama.cpp shall put a space before a text, and after every special token.
+    """Tell whether llama.cpp must put a space before a text, and after every special token.
 
     A tokenizer that puts one before the first text only has no equal: with a chat template, whose
     text follows a special token, none is right, and without one the first text counts.
@@ -530,7 +530,7 @@ def _added_differences(source: Source) -> Iterator[str]:
     looking = [token for token in source.added if token.strips_left or token.is_single_word]
     swallowing = [token for token in source.added if token.strips_right]
     if looking:
-        yield f"{_listed(looking)} looks at the text beside it; for llama.cpp it does not"
+        yield f"{_listed(looking)} looks at the text next to it; for llama.cpp it does not"
     if swallowing and not _is_phi3_like(source):
         yield f"{_listed(swallowing)} swallows the spaces after it; for llama.cpp it does not"
     seized = [token for token in _KNOWN_ENDS if token in source.ids and token not in source.listed]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, Progress
+from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse
 from edgekit.formats.gguf import (
     architectures,
     conversion,
@@ -11,6 +11,7 @@ from edgekit.formats.gguf import (
     ollama,
     pretokenizers,
 )
+from edgekit.progress import Advance
 from edgekit.text import corpus
 
 
@@ -41,7 +42,7 @@ def convert(
     request: BuildRequest,
     directory: Path,
     *,
-    progress: Progress,
+    progress: Advance,
 ) -> str:
     """Write ``model.gguf``, or its parts; next to a single file a ``Modelfile`` for Ollama."""
     pre = pretokenizers.find_pre(checkpoint.text, corpus=corpus.lines())

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.formats import BuildRequest, Layout, Progress
+from edgekit.formats import BuildRequest, Layout
 from edgekit.formats.mlc import chat_config, conversation, conversion, libraries, memory, web_app
+from edgekit.progress import Advance
 from edgekit.quant.recipe import Recipe
 
 
@@ -53,7 +54,7 @@ def convert(
     request: BuildRequest,
     directory: Path,
     *,
-    progress: Progress,
+    progress: Advance,
     context_tokens: int,
 ) -> str:
     """Write everything but the tokenizer; return the name of the tensor cache."""

@@ -47,7 +47,7 @@ def build(
     Args:
         checkpoint: The model.
         scheme: How its weights are stored.
-        context_tokens: How many tokens the cache shall hold.
+        context_tokens: How many tokens the cache must hold.
         conv_template: How a conversation becomes a prompt.
     """
     spec, text = checkpoint.spec, checkpoint.text

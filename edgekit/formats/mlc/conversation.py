@@ -53,7 +53,7 @@ Conversations = Iterator[list[dict[str, str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """A proven ``conv_template``, and what an app must do beside it."""
+    """A proven ``conv_template``, and what an app must do besides it."""
 
     template: Mapping[str, Any]
     # What replaces fields of it where there is a system message; None: nothing has to.
@@ -225,7 +225,7 @@ class _Derivation:
         return template
 
     def _one_of_two(self, plain: Surroundings | None, around: Surroundings | None) -> Conversation:
-        """Return what serves conversations without a system message, and beside it what changes.
+        """Return what serves conversations without a system message, and next to it what changes.
 
         MLC always writes its head, so a template that writes a system block only where there is a
         system message takes two.

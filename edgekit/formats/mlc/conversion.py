@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.errors import UsageError
-from edgekit.formats import Buffer, BuildRequest, Layout, Progress
+from edgekit.formats import Buffer, BuildRequest, Layout
 from edgekit.formats.mlc import decoders, names, packing, shards
 from edgekit.formats.mlc.names import Parameter
-from edgekit.formats.mlc.packing import Scheme, Tensor
+from edgekit.formats.mlc.packing import PackedTensor, Scheme
 from edgekit.formats.mlc.shards import Record, Shard
+from edgekit.progress import Advance
 from edgekit.quant import grid
 from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
 from edgekit.quant.recipe import Recipe
@@ -33,21 +34,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weight:
+class MlcWeight:
     """A parameter of MLC's model, how it is stored, and the tensors that hold it."""
 
     parameter: Parameter
     tensor_type: str
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[PackedTensor, ...]
     is_transposed: bool
     placements: Mapping[str, PlannedWeight]  # by role: several share a fused parameter
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
+class MlcPlan:
     """An artifact before its weights are written."""
 
-    weights: tuple[Weight, ...]
+    weights: tuple[MlcWeight, ...]
     shards: tuple[Shard, ...]
     placements: tuple[PlannedWeight, ...]  # in the order of the spec
     parameters: int  # of the checkpoint's files, as the tensor cache counts them
@@ -72,14 +73,14 @@ def scheme_of(recipe: Recipe) -> Scheme:
     return packing.SCHEMES[recipe.name]
 
 
-def plan(checkpoint: "CheckpointProtocol", recipe: Recipe) -> Planned:
+def plan(checkpoint: "CheckpointProtocol", recipe: Recipe) -> MlcPlan:
     """Return the files of the weights, down to the place of every tensor."""
     scheme, spec = scheme_of(recipe), checkpoint.spec
     weights = tuple(
         _weight(parameter, recipe, scheme, spec) for parameter in names.in_file_order(checkpoint)
     )
     by_role = {role: placed for weight in weights for role, placed in weight.placements.items()}
-    return Planned(
+    return MlcPlan(
         weights=weights,
         placements=tuple(by_role[role] for role, _ in spec.weights()),
         shards=tuple(shards.place([tensor for weight in weights for tensor in weight.tensors])),
@@ -87,11 +88,11 @@ def plan(checkpoint: "CheckpointProtocol", recipe: Recipe) -> Planned:
     )
 
 
-def _weight(parameter: Parameter, recipe: Recipe, scheme: Scheme, spec: "DecoderSpec") -> Weight:
+def _weight(parameter: Parameter, recipe: Recipe, scheme: Scheme, spec: "DecoderSpec") -> MlcWeight:
     tensor_type = recipe.tensor_type_for(parameter.roles[0], spec)
     tensors = tuple(packing.tensors(parameter, tensor_type, scheme))
     row_bytes = sum(tensor.size_bytes for tensor in tensors) // parameter.shape[0]
-    return Weight(
+    return MlcWeight(
         parameter=parameter,
         tensor_type=tensor_type,
         tensors=tensors,
@@ -156,7 +157,7 @@ def write(
     recipe: Recipe,
     directory: Path,
     *,
-    progress: Progress,
+    progress: Advance,
     refuses_overflow: bool = True,
 ) -> str:
     """Write the shards and the tensor cache, one block of rows in memory at a time.
@@ -200,7 +201,7 @@ class _Writer:
     places: Mapping[str, Record]  # by name of the tensor
     largest: float  # no weight may be as large
 
-    def write(self, checkpoint: "CheckpointProtocol", weight: Weight, progress: Progress) -> None:
+    def write(self, checkpoint: "CheckpointProtocol", weight: MlcWeight, progress: Advance) -> None:
         """Write the tensors of a parameter."""
         whole: list[list[Stored]] = []
         for first, values, importance in _blocks(checkpoint, weight):
@@ -219,7 +220,7 @@ class _Writer:
         if whole:
             self._write_transposed(weight, whole)
 
-    def _refuse_overflow(self, weight: Weight, values: "Rows") -> None:
+    def _refuse_overflow(self, weight: MlcWeight, values: "Rows") -> None:
         found = max(float(values.max(initial=0)), -float(values.min(initial=0)))
         if found >= self.largest:
             raise UsageError(
@@ -227,19 +228,19 @@ class _Writer:
                 hint="take q4f32_1 or q0f32",
             )
 
-    def _write_rows(self, weight: Weight, first: int, encoded: "list[Stored]") -> None:
+    def _write_rows(self, weight: MlcWeight, first: int, encoded: "list[Stored]") -> None:
         for tensor, part in zip(weight.tensors, encoded, strict=True):
             row_bytes = tensor.size_bytes // tensor.shape[0]
             self._write_at(tensor, first * row_bytes, part)
 
-    def _write_transposed(self, weight: Weight, blocks: "list[list[Stored]]") -> None:
+    def _write_transposed(self, weight: MlcWeight, blocks: "list[list[Stored]]") -> None:
         """Write a packed matrix columns first, which needs all of it: 4.5 bits a weight."""
         import numpy as np
 
         for index, tensor in enumerate(weight.tensors):
             self._write_at(tensor, 0, np.concatenate([block[index] for block in blocks]).T)
 
-    def _write_at(self, tensor: Tensor, offset: int, values: "Stored") -> None:
+    def _write_at(self, tensor: PackedTensor, offset: int, values: "Stored") -> None:
         place = self.places[tensor.name]
         with (self.directory / place.file).open("r+b") as file:
             file.seek(place.offset + offset)
@@ -247,7 +248,7 @@ class _Writer:
 
 
 def _blocks(
-    checkpoint: "CheckpointProtocol", weight: Weight
+    checkpoint: "CheckpointProtocol", weight: MlcWeight
 ) -> "Iterator[tuple[int, Rows, Rows | None]]":
     """Yield some rows of a parameter, the number of the first, and how much its columns count."""
     for role, start, _ in weight.parameter.parts():

@@ -22,7 +22,7 @@ from edgekit.model.spec import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class MlcModel:
     """What one of MLC's model definitions can be told."""
 
     scaling: type[RopeScaling] | None = None  # of the rope, where one is known
@@ -37,15 +37,15 @@ class Model:
     plans_logits: bool = True
 
 
-_ANY_VOCABULARY = Model(is_bound_to_vocabulary=False, plans_logits=False)
+_ANY_VOCABULARY = MlcModel(is_bound_to_vocabulary=False, plans_logits=False)
 MODELS = {
     "llama": replace(_ANY_VOCABULARY, scaling=Llama3Scaling),
     "mistral": replace(_ANY_VOCABULARY, can_be_tied=False),
-    "qwen2": Model(qkv_biases=True, has_square_heads=True),
-    "qwen3": Model(qkv_biases=None, output_bias=None),
-    "phi3": Model(scaling=LongRopeScaling, turns_in_part=True, has_square_heads=True),
+    "qwen2": MlcModel(qkv_biases=True, has_square_heads=True),
+    "qwen3": MlcModel(qkv_biases=None, output_bias=None),
+    "phi3": MlcModel(scaling=LongRopeScaling, turns_in_part=True, has_square_heads=True),
     "gemma2": replace(_ANY_VOCABULARY, can_be_untied=False),
-    "stablelm": Model(
+    "stablelm": MlcModel(
         turns_in_part=True, can_be_tied=False, qkv_biases=None, has_square_heads=True
     ),
 }
@@ -55,7 +55,7 @@ _ABSENT = {
 }
 
 
-def model_of(architecture: str) -> Model:
+def model_of(architecture: str) -> MlcModel:
     """Return what MLC's model of this type can be told.
 
     Raises:
@@ -81,7 +81,7 @@ def refuse(architecture: str, spec: DecoderSpec) -> None:
         )
 
 
-def _problems(model: Model, architecture: str, spec: DecoderSpec) -> Iterator[str]:
+def _problems(model: MlcModel, architecture: str, spec: DecoderSpec) -> Iterator[str]:
     ropes = {layer.rope for layer in spec.layers}
     rope, *others = ropes
     if rope is None or others:
@@ -105,7 +105,7 @@ def _problems(model: Model, architecture: str, spec: DecoderSpec) -> Iterator[st
         )
 
 
-def _rope_problems(model: Model, spec: DecoderSpec, rope: Rope) -> Iterator[str]:
+def _rope_problems(model: MlcModel, spec: DecoderSpec, rope: Rope) -> Iterator[str]:
     if rope.width != spec.attention.head_dim and not model.turns_in_part:
         yield f"turns whole heads, the checkpoint {rope.width} channels of them"
     scaling = rope.scaling
@@ -131,7 +131,7 @@ def _attention_factor(context_tokens: int, original_tokens: int) -> float:
     return math.sqrt(1 + math.log(stretch) / math.log(original_tokens)) if stretch > 1 else 1.0
 
 
-def _attention_problems(model: Model, architecture: str, attention: Attention) -> Iterator[str]:
+def _attention_problems(model: MlcModel, architecture: str, attention: Attention) -> Iterator[str]:
     for name, has, may_have in (
         ("on queries, keys and values", attention.has_qkv_bias, model.qkv_biases),
         ("on the output of attention", attention.has_output_bias, model.output_bias),

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 TABLE = Path(__file__).with_name("libraries.toml")
 OWN = "model-webgpu.wasm"  # a library compiled by the user, where the bundle's page looks for it
-MOST_DIFFERENCES = 2  # with more, a library is no near miss
+MOST_DIFFERENCES = 2  # with more, a library is not a near miss
 PREFILL_CHUNK_TOKENS = 1024  # of the prebuilt libraries: the "cs1k" in their names
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What is compiled into a library, beside the scheme."""
+    """What is compiled into a library, besides the scheme."""
 
     architecture: str
     hidden_size: int

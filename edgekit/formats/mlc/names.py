@@ -172,7 +172,7 @@ def _index(path: Path) -> Mapping[str, str]:
     try:
         places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(f"{path} is no index of tensors: {error!r}") from error
+        raise UsageError(f"{path} is not an index of tensors: {error!r}") from error
     if not isinstance(places, dict):
         raise UsageError(f"{path} has no weight_map")
     return places

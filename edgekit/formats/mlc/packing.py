@@ -129,7 +129,7 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tensor:
+class PackedTensor:
     """One tensor of an artifact, as its runtime sees it."""
 
     name: str
@@ -160,18 +160,18 @@ def is_transposed(parameter: Parameter, tensor_type: str, scheme: Scheme) -> boo
     return scheme.is_transposed and tensor_type in GROUPS and not parameter.is_embedding
 
 
-def tensors(parameter: Parameter, tensor_type: str, scheme: Scheme) -> list[Tensor]:
+def tensors(parameter: Parameter, tensor_type: str, scheme: Scheme) -> list[PackedTensor]:
     """Return the tensors that hold a parameter, in the order of the file."""
     if tensor_type not in GROUPS:
-        return [Tensor(name=parameter.name, shape=parameter.shape, dtype=scheme.dtype)]
+        return [PackedTensor(name=parameter.name, shape=parameter.shape, dtype=scheme.dtype)]
     rows, columns = parameter.shape
     groups, stem = GROUPS[tensor_type], parameter.name.removesuffix("weight")
     shapes = ((rows, groups.words(columns)), (rows, groups.count(columns)))
     if is_transposed(parameter, tensor_type, scheme):
         shapes = (shapes[0][::-1], shapes[1][::-1])
     return [
-        Tensor(name=f"{stem}q_weight", shape=shapes[0], dtype="uint32"),
-        Tensor(name=f"{stem}q_scale", shape=shapes[1], dtype=scheme.dtype),
+        PackedTensor(name=f"{stem}q_weight", shape=shapes[0], dtype="uint32"),
+        PackedTensor(name=f"{stem}q_scale", shape=shapes[1], dtype=scheme.dtype),
     ]
 
 
@@ -202,7 +202,7 @@ def encode(
         codes, scales = _fitted(values, groups, importance, is_half=is_half)
     else:
         codes, scales = _rounded(values, groups, is_half=is_half)
-    codes[:, values.shape[1] :] = 0  # what fills the last group up is no weight of 0
+    codes[:, values.shape[1] :] = 0  # what fills the last group up is not a weight of 0
     return [_packed(codes, groups), _to_f16(scales) if is_half else to_bf16(scales)]
 
 

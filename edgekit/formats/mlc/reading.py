@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class StoredParameter:
     """A parameter and the tensors that hold it."""
 
     parameter: Parameter
@@ -31,12 +31,14 @@ class Held:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
+class MlcWeights:
     """The weights of an artifact, and what MLC computes with them."""
 
     directory: Path
     spec: DecoderSpec  # as MLC computes it: see `decoders.computed`
-    held: Mapping[str, tuple[Held, int, int]]  # by role: where, its first row there, how many
+    held: Mapping[
+        str, tuple[StoredParameter, int, int]
+    ]  # by role: where, its first row there, how many
 
     def weight(self, role: str, first_row: int = 0, rows: int | None = None) -> "Rows":
         """Return some rows of a weight, or all, in float32."""
@@ -55,7 +57,7 @@ class Weights:
         return packing.decode(stored, held.tensor_type, columns=held.parameter.columns)
 
 
-def open_weights(path: Path, spec: DecoderSpec) -> Weights:
+def open_weights(path: Path, spec: DecoderSpec) -> MlcWeights:
     """Return the weights of the artifact whose tensor cache is at ``path``.
 
     Args:
@@ -69,11 +71,11 @@ def open_weights(path: Path, spec: DecoderSpec) -> Weights:
     found = shards.read(path)
     shards.check_files(path.parent, found, hashes=True)
     parameters = names.parameters(config["model_type"], spec)
-    held: dict[str, tuple[Held, int, int]] = {}
+    held: dict[str, tuple[StoredParameter, int, int]] = {}
     for where in _find(path, parameters.values(), found, packing.SCHEMES[config["quantization"]]):
         for role, first, rows in where.parameter.parts():
             held[role] = (where, first, rows)
-    return Weights(directory=path.parent, spec=decoders.computed(spec), held=held)
+    return MlcWeights(directory=path.parent, spec=decoders.computed(spec), held=held)
 
 
 def contents(path: Path) -> list[tuple[str, Shape, str]]:
@@ -100,7 +102,7 @@ def contents(path: Path) -> list[tuple[str, Shape, str]]:
 
 def _find(
     path: Path, parameters: Iterable[Parameter], found: Iterable[Shard], scheme: Scheme
-) -> list[Held]:
+) -> list[StoredParameter]:
     """Return where each parameter is; every tensor must be of one."""
     records = {record.tensor.name: record for shard in found for record in shard.records}
     held = [_held(path, parameter, records, scheme) for parameter in parameters]
@@ -110,13 +112,15 @@ def _find(
     return held
 
 
-def _held(path: Path, parameter: Parameter, records: Mapping[str, Record], scheme: Scheme) -> Held:
+def _held(
+    path: Path, parameter: Parameter, records: Mapping[str, Record], scheme: Scheme
+) -> StoredParameter:
     """Find the tensors of a parameter, in whatever tensor type they are."""
     for tensor_type in scheme.tensor_types if parameter.is_matrix else scheme.tensor_types[:1]:
         expected = packing.tensors(parameter, tensor_type, scheme)
         found = [records[tensor.name] for tensor in expected if tensor.name in records]
         if [record.tensor for record in found] == expected:
-            return Held(
+            return StoredParameter(
                 parameter=parameter,
                 tensor_type=tensor_type,
                 records=tuple(found),

@@ -9,7 +9,7 @@ from edgekit.formats.mlc import reading, shards
 
 
 if TYPE_CHECKING:
-    from edgekit.formats.mlc.reading import Weights
+    from edgekit.formats.mlc.reading import MlcWeights
     from edgekit.model.spec import DecoderSpec
 
 
@@ -39,7 +39,7 @@ def load(
     )
 
 
-def read_back(path: Path, spec: "DecoderSpec") -> "Weights":
+def read_back(path: Path, spec: "DecoderSpec") -> "MlcWeights":
     """Return the weights as MLC multiplies with them, every hash checked."""
     return reading.open_weights(path, spec)
 

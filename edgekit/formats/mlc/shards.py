@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgekit.errors import BundleError
-from edgekit.formats.mlc.packing import Dtype, Tensor
+from edgekit.formats.mlc.packing import Dtype, PackedTensor
 
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _ITEM_BYTES = {"uint32": 4, "float16": 2, "float32": 2}  # a float32 is stored a
 class Record:
     """Where a tensor lies."""
 
-    tensor: Tensor
+    tensor: PackedTensor
     file: str
     offset: int
 
@@ -47,14 +47,14 @@ class Shard:
     md5: str = _NO_MD5
 
 
-def place(tensors: Sequence[Tensor]) -> list[Shard]:
+def place(tensors: Sequence[PackedTensor]) -> list[Shard]:
     """Return the files, in the order in which TVM writes them.
 
     Tensors are gathered until a file is full; one of half a file or more gets its own at once, so
     its number comes before that of the file still being gathered.
     """
     shards: list[Shard] = []
-    gathered: list[Tensor] = []
+    gathered: list[PackedTensor] = []
     for tensor in tensors:
         held = sum(other.size_bytes for other in gathered)
         if held + tensor.size_bytes >= SHARD_BYTES:
@@ -68,7 +68,7 @@ def place(tensors: Sequence[Tensor]) -> list[Shard]:
     return [*shards, _shard(gathered, number=len(shards))] if gathered else shards
 
 
-def _shard(tensors: Sequence[Tensor], *, number: int) -> Shard:
+def _shard(tensors: Sequence[PackedTensor], *, number: int) -> Shard:
     file, offset, records = f"params_shard_{number}.bin", 0, list[Record]()
     for tensor in tensors:
         records.append(Record(tensor=tensor, file=file, offset=offset))
@@ -124,7 +124,7 @@ def _entry(record: Record, *, is_b16: bool) -> dict[str, Any]:
 
 
 def md5_of(path: Path) -> str:
-    """Return the hash that TVM writes beside a shard; it guards against accidents only."""
+    """Return the hash that TVM writes next to a shard; it guards against accidents only."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
@@ -138,7 +138,7 @@ def read(path: Path) -> list[Shard]:
     fields = read_json(path)
     entries = fields.get("records")
     if not isinstance(entries, list) or not entries:
-        raise BundleError(f"{path} lists no records: it is no tensor cache")
+        raise BundleError(f"{path} lists no records: it is not a tensor cache")
     shards = [_read_shard(path, entry) for entry in entries]
     names = [record.tensor.name for shard in shards for record in shard.records]
     files = [shard.file for shard in shards]
@@ -175,7 +175,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_shard(path: Path, entry: Any) -> Shard:
     file = _field(path, entry, "dataPath", str, "a shard")
     if Path(file).name != file or not file.endswith(".bin"):
-        raise BundleError(f"{path} names {file!r}, which is no shard beside it")
+        raise BundleError(f"{path} names {file!r}, which is not a shard next to it")
     size_bytes = _field(path, entry, "nbytes", int, file)
     records = [
         _read_record(path, file, record) for record in _field(path, entry, "records", list, file)
@@ -205,7 +205,7 @@ def _read_record(path: Path, file: str, entry: Any) -> Record:
         )
     if not all(isinstance(length, int) and 0 < length < 2**31 for length in shape):
         raise BundleError(f"{path}: {name} has shape {shape!r}")
-    tensor = Tensor(name=name, shape=tuple(shape), dtype=cast("Dtype", dtype))
+    tensor = PackedTensor(name=name, shape=tuple(shape), dtype=cast("Dtype", dtype))
     if _field(path, entry, "nbytes", int, name) != tensor.size_bytes:
         raise BundleError(
             f"{path}: {name} claims {entry['nbytes']} bytes, its shape takes {tensor.size_bytes}"

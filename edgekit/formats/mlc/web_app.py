@@ -1,6 +1,6 @@
 """The part of a bundle that an app in a browser takes: what WebLLM is told, and a page that chats.
 
-``webllm.json`` is WebLLM's ``appConfig``, with what an app must know beside it under ``edgekit``.
+``webllm.json`` is WebLLM's ``appConfig``, with what an app must know besides it under ``edgekit``.
 ``webllm.mjs`` loads it and says in a sentence what is missing; ``index.html`` is a page around it.
 """
 
@@ -100,7 +100,7 @@ def _records(record: dict[str, Any], conversation: Conversation) -> Iterator[dic
 
 
 def _rules(conversation: Conversation) -> dict[str, Any]:
-    """Return what the app must do beside WebLLM; an answer goes on from the cache where it may."""
+    """Return what the app must do besides WebLLM; an answer goes on from the cache where it may."""
     with_system = {**conversation.template, **(conversation.with_system or {})}
     return {
         "is_raw": conversation.is_raw,

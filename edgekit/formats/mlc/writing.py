@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, Progress
+from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse
 from edgekit.formats.mlc import artifact, decoders, memory
+from edgekit.progress import Advance
 
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def convert(
     request: BuildRequest,
     directory: Path,
     *,
-    progress: Progress,
+    progress: Advance,
 ) -> str:
     """Write the weights, the settings, and what an app pastes."""
     context = request.context_tokens or context_limit(checkpoint).tokens

@@ -1,4 +1,4 @@
-"""What other programs want beside the model, so that they open the directory as it is.
+"""What other programs want besides the model, so that they open the directory as it is.
 
 ONNX Runtime GenAI reads ``genai_config.json``; transformers.js and Optimum read ``config.json``,
 ``generation_config.json`` and ``tokenizer_config.json``, and look for models in ``onnx``.
@@ -25,7 +25,7 @@ NOTE = (
     "their own, which the proof does not cover"
 )
 # The one border of longrope that ONNX Runtime GenAI 0.18 knows, for models of type phi3: there it
-# reads the text anew with the other frequencies, as transformers does.
+# reads the text again with the other frequencies, as transformers does.
 _KNOWN_BORDER_TOKENS = 4096
 
 
@@ -37,7 +37,7 @@ def notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
     border = spec.original_max_position_embeddings
     if border not in {None, _KNOWN_BORDER_TOKENS}:
         yield (
-            f"ONNX Runtime GenAI does not read a text anew that outgrows {border} tokens while it "
+            f"ONNX Runtime GenAI does not read a text again that outgrows {border} tokens while it "
             "is written, where this model takes other frequencies"
         )
 
@@ -60,7 +60,7 @@ def write(
     *,
     context_tokens: int,
 ) -> None:
-    """Write the settings of every client beside the model."""
+    """Write the settings of every client next to the model."""
     data_files = len([*directory.glob(f"{entry}_data*")])
     genai = genai_config(checkpoint, entry, context_tokens=context_tokens)
     _write_json(directory / "genai_config.json", genai)
@@ -115,7 +115,7 @@ def transformers_files(
 
 
 def _transformers_js(recipe: Recipe, *, data_files: int) -> dict[str, Any]:
-    """Return what transformers.js shall open unasked; since 4.0 it sees the cache's type itself."""
+    """Return what transformers.js must open by default; since 4.0 it sees the cache's type itself."""
     how = tensor_types.BUILDS[recipe.name]
     cache = {"kv_cache_dtype": how.arithmetic} if how.is_half else {}
     return {"dtype": how.dtype, "use_external_data_format": data_files, **cache}

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from edgekit.errors import UsageError
-from edgekit.formats import Buffer, BuildRequest, Layout, Progress
+from edgekit.formats import Buffer, BuildRequest, Layout
 from edgekit.formats.onnx import clients, graph, model, tensor_types
 from edgekit.formats.onnx.model import External
-from edgekit.formats.onnx.tensor_types import Build
+from edgekit.formats.onnx.tensor_types import GraphBuild
 from edgekit.model.spec import DecoderSpec, Rope
+from edgekit.progress import Advance
 from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
 from edgekit.quant.recipe import Recipe
 
@@ -34,18 +35,18 @@ MIN_SPLIT_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weight(PlannedWeight):
+class OnnxWeight(PlannedWeight):
     """One weight of the checkpoint, and the tensors that hold it."""
 
     tensors: tuple[External, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
+class OnnxPlan:
     """An artifact before its weights are written."""
 
-    how: Build
-    weights: tuple[Weight, ...]
+    how: GraphBuild
+    weights: tuple[OnnxWeight, ...]
     frequencies: tuple[External, ...]
     model: bytes  # the model file
     calibration: str | None  # SHA-256 of the text that leads the fit, if any is led
@@ -61,7 +62,7 @@ class Planned:
         return [*self.frequencies, *(tensor for w in self.weights for tensor in w.tensors)]
 
 
-def plan(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Planned:
+def plan(checkpoint: "CheckpointProtocol", request: BuildRequest) -> OnnxPlan:
     """Return the files of an artifact, down to the place of every weight."""
     spec, recipe = checkpoint.spec, request.recipe
     refuse(spec)
@@ -78,7 +79,7 @@ def plan(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Planned:
     if calibration:
         metadata["edgekit.calibration"] = calibration
     made = graph.build(spec, tensor_types, how, metadata=metadata)
-    return Planned(
+    return OnnxPlan(
         how=how,
         calibration=calibration,
         weights=tuple(_with_places(weight, placed) for weight in weights),
@@ -87,7 +88,7 @@ def plan(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Planned:
     )
 
 
-def _with_places(weight: Weight, placed: Mapping[str, External]) -> Weight:
+def _with_places(weight: OnnxWeight, placed: Mapping[str, External]) -> OnnxWeight:
     return replace(weight, tensors=tuple(placed[tensor.name] for tensor in weight.tensors))
 
 
@@ -102,13 +103,13 @@ def refuse(spec: DecoderSpec) -> None:
         raise UsageError(f"longrope with several original contexts: {sorted(borders)}")
 
 
-def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[Weight]:
+def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[OnnxWeight]:
     for role, shape in spec.weights():
         wanted = recipe.tensor_type_for(role, spec)
         stored = tensor_types.stored_as(wanted, shape[-1])
         tensors = tuple(tensor_types.tensors(role, shape, stored))
         blocks = tensor_types.BLOCKS.get(stored)
-        yield Weight(
+        yield OnnxWeight(
             role=role,
             shape=shape,
             wanted=wanted,
@@ -169,13 +170,13 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     )
 
 
-def _notes(checkpoint: "CheckpointProtocol", planned: Planned) -> Iterator[str]:
+def _notes(checkpoint: "CheckpointProtocol", planned: OnnxPlan) -> Iterator[str]:
     yield from clients.notes(checkpoint)
     if any(weight.tensor_type in tensor_types.BLOCKS for weight in planned.weights):
         yield tensor_types.ACTIVATIONS_NOTE
 
 
-def _largest_buffer(planned: Planned) -> Buffer:
+def _largest_buffer(planned: OnnxPlan) -> Buffer:
     """Return the largest tensor on a GPU; one converted to float32 at load is as large as that."""
     grown = 1 if planned.how.is_half else 2
     sizes = {
@@ -191,7 +192,7 @@ def convert(
     request: BuildRequest,
     directory: Path,
     *,
-    progress: Progress,
+    progress: Advance,
 ) -> str:
     """Write the model file and its data files, one block of rows in memory at a time.
 
@@ -216,7 +217,7 @@ def convert(
     return planned.entry
 
 
-def _write_frequencies(spec: DecoderSpec, planned: Planned, files: Mapping[str, BinaryIO]) -> None:
+def _write_frequencies(spec: DecoderSpec, planned: OnnxPlan, files: Mapping[str, BinaryIO]) -> None:
     by_name = {tensor.name: tensor for tensor in planned.frequencies}
     for number, rope in enumerate(graph.ropes(spec)):
         border = rope.original_max_position_embeddings
@@ -228,7 +229,7 @@ def _write_frequencies(spec: DecoderSpec, planned: Planned, files: Mapping[str, 
 
 def _write_rows(
     files: Mapping[str, BinaryIO],
-    weight: Weight,
+    weight: OnnxWeight,
     first: int,
     rows: "Rows",
     importance: "Rows | None",

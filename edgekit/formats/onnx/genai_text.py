@@ -12,7 +12,7 @@ from typing import Any
 
 
 MODULE = "tokenizer_module.json"
-# How `ByteLevel` splits; spelt as in onnxruntime-extensions, which knows it by its letters.
+# How `ByteLevel` splits; written as in onnxruntime-extensions, which knows it by its letters.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _MARKS = frozenset(
     f"{what}_{where}" for what in ("block", "comment", "raw") for where in ("begin", "end")
@@ -50,7 +50,7 @@ def without_digits(fields: dict[str, Any]) -> dict[str, Any]:
 
     tokenizers takes every numeral for a digit, transformers.js only 0 to 9. ONNX Runtime GenAI
     leaves the step out, and reads of a sequence only the splits by pattern, so that what
-    ``ByteLevel`` does unasked has to be one of them.
+    ``ByteLevel`` does by default has to be one of them.
     """
     steps = (fields.get("pre_tokenizer") or {}).get("pretokenizers", [])
     kinds = [step["type"] for step in steps]

@@ -3,9 +3,9 @@
 Standard operators, but for some of ONNX Runtime's own: ``GroupQueryAttention`` keeps the cache and
 knows windows and caps, ``MatMulNBits`` multiplies with quantized weights, ``RotaryEmbedding`` turns
 a part of every head, ``SimplifiedLayerNormalization`` is the RMS norm. ``FusedMatMul``, or ``Gemm``
-where it shall run on WebGPU, takes other weights as a checkpoint has them (rows out, columns in),
+where it must run on WebGPU, takes other weights as a checkpoint has them (rows out, columns in),
 so that an embedding can be the head too. Cosines are computed for the positions at hand, so there
-is no table that ends, and from sums and products, which every device computes alike.
+is not a table that ends, and from sums and products, which every device computes alike.
 """
 
 import math
@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edgekit.formats.onnx import tensor_types
-from edgekit.formats.onnx.model import CONTRIB, Attribute, Constant, Dtype, Graph, Node, Port
-from edgekit.formats.onnx.tensor_types import Build
+from edgekit.formats.onnx.model import CONTRIB, Attribute, Constant, Dtype, Node, OnnxGraph, Port
+from edgekit.formats.onnx.tensor_types import GraphBuild
 from edgekit.model.spec import DecoderSpec, Layer, Norm, Rope
 
 
@@ -63,8 +63,12 @@ def borders(spec: DecoderSpec) -> set[int]:
 
 
 def build(
-    spec: DecoderSpec, tensor_types: Mapping[str, str], how: Build, *, metadata: Mapping[str, str]
-) -> Graph:
+    spec: DecoderSpec,
+    tensor_types: Mapping[str, str],
+    how: GraphBuild,
+    *,
+    metadata: Mapping[str, str],
+) -> OnnxGraph:
     """Return the graph of a decoder whose weights are stored as ``tensor types`` says, by role."""
     graph = _Builder(spec=spec, tensor_types=tensor_types, how=how)
     graph.read_inputs()
@@ -75,7 +79,7 @@ def build(
     found, border = dict(metadata), spec.original_max_position_embeddings
     if border is not None:
         found[ROPE_BORDER] = str(border)
-    return Graph(
+    return OnnxGraph(
         nodes=tuple(graph.nodes),
         constants=tuple(graph.constants.values()),
         inputs=tuple(graph.inputs),
@@ -90,7 +94,7 @@ class _Builder:
 
     spec: DecoderSpec
     tensor_types: Mapping[str, str]
-    how: Build
+    how: GraphBuild
     nodes: list[Node] = field(default_factory=list)
     constants: dict[str, Constant] = field(default_factory=dict)
     inputs: list[Port] = field(default_factory=list)

@@ -15,7 +15,7 @@ from edgekit.quant.planned import PlannedWeight
 #   UINT4_GPU 279 and 272, UINT4_128 263 and 271; with 2048 tokens, INT8 391 and 407, UINT4 341 and
 #   358, UINT4_GPU 336 and 319.
 # With session.disable_prepacking a model is merely mapped at load (INT8 99, UINT4 99), but the
-# first prompt unpacks the head in float32 (372, 324), and every token the rest anew.
+# first prompt unpacks the head in float32 (372, 324), and every token the rest again.
 RUNTIME_BYTES = 64 * 2**20
 LAYER_BYTES = 2**19
 VOCABULARY_ENTRY_BYTES = 500
@@ -39,7 +39,7 @@ def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
 def weight_bytes(spec: DecoderSpec, placement: PlannedWeight, *, is_half: bool) -> int:
     """Return what a weight takes in memory: packed for multiplication, and what that leaves over.
 
-    Scales are packed with their codes and kept beside them; an embedding that is also the head is
+    Scales are packed with their codes and kept next to them; an embedding that is also the head is
     there in both forms; the largest matrix is held twice meanwhile. A CPU multiplies in float32: in
     a float32 graph float16 is converted at once, in one of float16 layers are held in both.
     """

@@ -1,6 +1,6 @@
-"""An ONNX model file: the graph as protocol buffers, the weights in data files beside it.
+"""An ONNX model file: the graph as protocol buffers, the weights in data files next to it.
 
-A hostile or damaged model shall end here, not in native code. So places of weights are proven, and
+A hostile or damaged model must end here, not in native code. So places of weights are proven, and
 the file ends with a seal, the SHA-256 of all before it, as an entry of its metadata: where a byte
 has changed, it is no longer what was exported. The data files are sealed by a bundle's manifest.
 Source: onnx/onnx.proto of ONNX 1.18 for the field numbers.
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from edgekit.encodings.protobuf import Message, integer, nested, real, text
+from edgekit.encodings.protobuf import ProtobufMessage, integer, nested, real, text
 from edgekit.errors import BundleError
 from edgekit.model.spec import Shape
 
@@ -34,7 +34,7 @@ _EXTERNAL = 1  # TensorProto.DataLocation
 IR_VERSION = 10  # with opset 21: read since ONNX Runtime 1.18
 OPSET = 21
 CONTRIB = "com.microsoft"  # operators of ONNX Runtime; version 1 is the only one
-# A layer takes 5 KB. Protocol buffers end at 2 GiB; so large a file is no graph of edgekit's.
+# A layer takes 5 KB. Protocol buffers end at 2 GiB; so large a file is not a graph of edgekit's.
 MAX_BYTES = 2**26
 SEAL = "edgekit.sha256"
 _DATA_FILE = re.compile(r"model\w*\.onnx_data(_[1-9]\d{0,3})?", re.ASCII)
@@ -138,7 +138,7 @@ class Port:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Graph:
+class OnnxGraph:
     """What a decoder computes, in ONNX's operators."""
 
     nodes: tuple[Node, ...]
@@ -148,7 +148,7 @@ class Graph:
     metadata: Mapping[str, str]
 
 
-def encode(graph: Graph, weights: Sequence[External]) -> bytes:
+def encode(graph: OnnxGraph, weights: Sequence[External]) -> bytes:
     """Return a ModelProto."""
     content = (
         *(nested(1, node.encode()) for node in graph.nodes),
@@ -185,17 +185,17 @@ SEAL_BYTES = len(sealed(b""))
 
 
 def read(path: Path) -> list[External]:
-    """Return the weights of a model file, each proven to lie in a file beside it.
+    """Return the weights of a model file, each proven to lie in a file next to it.
 
     Raises:
         BundleError: If the file is damaged or a weight would be read from elsewhere; the message
             names the tensor or the offset.
     """
     data = _read_bytes(path)
-    whole = Message.whole(data, origin=str(path))
+    whole = ProtobufMessage.whole(data, origin=str(path))
     graph = whole.message(7)
     if graph is None or not graph.messages(1):
-        raise BundleError(f"{path} is no ONNX model: it has no graph")
+        raise BundleError(f"{path} is not an ONNX model: it has no graph")
     _refuse_versions(path, whole)
     found = [_external(path, tensor) for tensor in graph.messages(5) if tensor.integer(14)]
     for tensor in found:
@@ -221,7 +221,7 @@ def _read_bytes(path: Path) -> bytes:
         raise BundleError(f"{path} cannot be read: {error}") from error
 
 
-def _refuse_versions(path: Path, whole: Message) -> None:
+def _refuse_versions(path: Path, whole: ProtobufMessage) -> None:
     """Check that operators mean what they meant when edgekit wrote them."""
     version = whole.integer(1)
     if version != IR_VERSION:
@@ -231,7 +231,7 @@ def _refuse_versions(path: Path, whole: Message) -> None:
         raise BundleError(f"{path} asks for operators {opsets}, this edgekit writes opset {OPSET}")
 
 
-def _external(path: Path, tensor: Message) -> External:
+def _external(path: Path, tensor: ProtobufMessage) -> External:
     name = tensor.text(8)
     number = tensor.integer(2)
     if number not in _DTYPES:
@@ -266,16 +266,16 @@ def _refuse_misplaced(path: Path, tensor: External) -> None:
     beside = path.parent / tensor.file
     if not _DATA_FILE.fullmatch(tensor.file):
         raise BundleError(
-            f"{path}: {tensor.name} is in {tensor.file!r}, which is no data file beside it"
+            f"{path}: {tensor.name} is in {tensor.file!r}, which is not a data file next to it"
         )
     if beside.is_symlink():
-        raise BundleError(f"{beside} is a link; weights are read from regular files only")
+        raise BundleError(f"{next to} is a link; weights are read from regular files only")
     if not beside.is_file():
-        raise BundleError(f"{beside} is missing", hint="copy every file of the bundle")
+        raise BundleError(f"{next to} is missing", hint="copy every file of the bundle")
     size_bytes = beside.stat().st_size
     if tensor.offset + tensor.size_bytes > size_bytes:
         raise BundleError(
-            f"{beside} has {size_bytes} bytes, {tensor.name} is at {tensor.offset} to "
+            f"{next to} has {size_bytes} bytes, {tensor.name} is at {tensor.offset} to "
             f"{tensor.offset + tensor.size_bytes}",
             hint="the file was cut off; copy it again",
         )

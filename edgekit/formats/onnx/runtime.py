@@ -148,7 +148,7 @@ class OnnxSession:
         for first in range(0, len(ids), BATCH_TOKENS):
             part = ids[first : first + BATCH_TOKENS]
             self._run(part, rows[first : first + len(part)], text_tokens=len(ids))
-        self.reset()  # so that the next text begins anew, as in llama.cpp
+        self.reset()  # so that the next text begins again, as in llama.cpp
         return rows
 
     def reset(self) -> None:

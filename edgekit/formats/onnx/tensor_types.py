@@ -1,7 +1,7 @@
 """How weights are stored: the block formats of ``MatMulNBits``, and which weight gets which.
 
 A quantized matrix is two or three tensors: codes, a scale for each block of a row, and, where the
-codes are not symmetric, a zero point beside each scale. Weight = scale * (code - zero point).
+codes are not symmetric, a zero point next to each scale. Weight = scale * (code - zero point).
 Source: docs/ContribOperators.md of ONNX Runtime 1.32, ``MatMulNBits``.
 """
 
@@ -61,7 +61,7 @@ class Blocks:
 
     @property
     def is_coarse(self) -> bool:
-        """Whether the inputs of a weight shall lead its fit."""
+        """Whether the inputs of a weight must lead its fit."""
         return self.bits <= 4
 
     def tensor_type(self, name: str) -> TensorType:
@@ -128,8 +128,8 @@ ACTIVATIONS_NOTE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Build:
-    """What a recipe decides beside the tensor type of each weight."""
+class GraphBuild:
+    """What a recipe decides besides the tensor type of each weight."""
 
     dtype: str  # the word of transformers.js for such a model, which names the file
     arithmetic: Float = "float32"  # of products and attention, and the precision of the cache
@@ -193,13 +193,13 @@ RECIPES: Mapping[str, Recipe] = {
 # Source: DEFAULT_DTYPE_SUFFIX_MAPPING in src/utils/dtypes.js of transformers.js 4.3.1.
 _SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
 
-BUILDS: Mapping[str, Build] = {
-    "F32": Build(dtype="fp32"),
-    "F16": Build(dtype="fp16"),
-    "F16_GPU": Build(dtype="fp16", arithmetic="float16"),
-    "INT8": Build(dtype="q8"),
-    "UINT4_GPU": Build(dtype="q4f16", arithmetic="float16"),
-} | dict.fromkeys(("UINT4", "INT4", "UINT4_128", "INT4_128", "UINT4_ALL"), Build(dtype="q4"))
+BUILDS: Mapping[str, GraphBuild] = {
+    "F32": GraphBuild(dtype="fp32"),
+    "F16": GraphBuild(dtype="fp16"),
+    "F16_GPU": GraphBuild(dtype="fp16", arithmetic="float16"),
+    "INT8": GraphBuild(dtype="q8"),
+    "UINT4_GPU": GraphBuild(dtype="q4f16", arithmetic="float16"),
+} | dict.fromkeys(("UINT4", "INT4", "UINT4_128", "INT4_128", "UINT4_ALL"), GraphBuild(dtype="q4"))
 
 
 # Tensors

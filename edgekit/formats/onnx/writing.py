@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, Progress
+from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse
 from edgekit.formats.onnx import clients, conversion, memory
+from edgekit.progress import Advance
 
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def convert(
     request: BuildRequest,
     directory: Path,
     *,
-    progress: Progress,
+    progress: Advance,
 ) -> str:
     """Write the model and its weights into ``onnx``, and what other programs read next to it."""
     entry = conversion.convert(checkpoint, request, directory, progress=progress)

@@ -123,7 +123,7 @@ class AdapterSettings:
         return alpha / (math.sqrt(rank) if self.is_rank_stabilized else rank)
 
     def token_ids_of(self, module: str, *, is_embedding: bool) -> tuple[int, ...] | None:
-        """Return the tokens whose rows a module has anew, in the order of the file."""
+        """Return the tokens whose rows a module has again, in the order of the file."""
         for name, ids in self.token_ids.items():
             if is_embedding if name == "" else module.endswith(name):
                 return ids
@@ -147,13 +147,13 @@ def read(directory: Path) -> AdapterSettings:
     """Read the configuration of an adapter.
 
     Raises:
-        UsageError: If this is no adapter, one of another kind, or one with an option that edgekit
+        UsageError: If this is not an adapter, one of another kind, or one with an option that edgekit
             does not know.
     """
     path = directory / "adapter_config.json"
     if not path.is_file():
         raise UsageError(
-            f"{directory} is no adapter: it has no adapter_config.json",
+            f"{directory} is not an adapter: it has no adapter_config.json",
             hint="pass the directory that PEFT's save_pretrained wrote",
         )
     fields = {name: value for name, value in read_json_object(path).items() if _is_set(value)}
@@ -290,5 +290,5 @@ def _refuse_bad_patterns(settings: AdapterSettings) -> None:
             re.compile(rf"(.*\.)?({pattern})$")
         except re.error as error:
             raise UsageError(
-                f"{settings.origin}: {pattern!r} is no regular expression: {error}"
+                f"{settings.origin}: {pattern!r} is not a regular expression: {error}"
             ) from error

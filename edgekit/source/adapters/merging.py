@@ -38,7 +38,7 @@ from edgekit.source.config import Config
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT wraps the model twice
 _LOW_RANK = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-_ORIGINAL = "original_module."  # the base's own parameter, beside one that replaces it
+_ORIGINAL = "original_module."  # the base's own parameter, next to one that replaces it
 _QUANTIZED_BASE = re.compile(r"4bit|8bit|bnb|gptq|awq|int4|int8", re.IGNORECASE)
 
 Parts = Mapping[str, Tensor]  # what the file holds for one module, by kind
@@ -46,7 +46,7 @@ Parts = Mapping[str, Tensor]  # what the file holds for one module, by kind
 
 @dataclass(frozen=True, kw_only=True)
 class _Fit:
-    """An adapter beside the base it is to be merged into."""
+    """An adapter next to the base it is to be merged into."""
 
     base: Checkpoint
     settings: AdapterSettings
@@ -156,7 +156,7 @@ def _parse(key: str, path: Path) -> tuple[str, str]:
     if match := re.fullmatch(wrapped, name):
         return match[1], (match[2] or "") + match[3]
     raise UsageError(
-        f"{path} holds {key}, which is no part of a LoRA adapter",
+        f"{path} holds {key}, which is not part of a LoRA adapter",
         hint=f"supported: {adapter_config.SUPPORTED}",
     )
 

@@ -38,7 +38,9 @@ def read_head_width(config: Config, defaults: Defaults) -> int:
         return width
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
     if hidden % heads:
-        raise UsageError(f"{config.origin}: hidden_size = {hidden} is no multiple of {heads} heads")
+        raise UsageError(
+            f"{config.origin}: hidden_size = {hidden} is not a multiple of {heads} heads"
+        )
     return hidden // heads
 
 

@@ -1,7 +1,7 @@
 """Rotary positions as configs say them, in both directions.
 
 transformers 5 has one object, ``rope_parameters``; version 4 had ``rope_scaling``, which was null
-without scaling, and ``rope_theta`` and ``partial_rotary_factor`` beside it.
+without scaling, and ``rope_theta`` and ``partial_rotary_factor`` next to it.
 """
 
 import math
@@ -45,7 +45,7 @@ def read_rope(
     else:
         outer = config.number("partial_rotary_factor", rotated)
         fraction = fields.number("partial_rotary_factor", outer)
-    # The one beside the object wins, as in standardize_rope_params of transformers 5.
+    # The one next to the object wins, as in standardize_rope_params of transformers 5.
     original = config.optional_integer("original_max_position_embeddings")
     rope = read_fields(
         fields,

@@ -4,7 +4,7 @@ The runner is the wheel's ``TextLLMRunner``, the C++ loop of Android's LlmModule
 TextRunner, with its own tokenizer and sampler; it takes its times itself, in whole milliseconds.
 Both live in one process, on one thread pool, and take turns, each the first to be opened in every
 other turn. The ratios are medians over the pairs (goal: >= 0.97). Then a fresh process without
-torch says its peak memory, beside the plan's.
+torch says its peak memory, besides the plan's.
 
     python edgekit/tests/benchmarks/executorch_decode.py BUNDLE [THREADS [ROUNDS]]
 """
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def turn(bundle: Path, threads: int, *, is_stock_first: bool) -> tuple[Rates, Rates]:
-    """Open both anew and measure both; what is opened first is the slower by some per cent."""
+    """Open both again and measure both; what is opened first is the slower by some per cent."""
     stock = open_stock(bundle) if is_stock_first else None
     with Runner.open(bundle, threads=threads, check_hashes=False) as runner:
         stock = stock or open_stock(bundle)

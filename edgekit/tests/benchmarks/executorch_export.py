@@ -1,4 +1,4 @@
-"""Export to 8da4w for ExecuTorch beside transformers' own integration: time and memory.
+"""Export to 8da4w for ExecuTorch next to transformers' own integration: time and memory.
 
     python edgekit/tests/benchmarks/executorch_export.py [--layers N] [--runs N] [--ours-only]
 

@@ -1,4 +1,4 @@
-"""Conversion to GGUF beside llama.cpp's own tools: time, memory, and the same bytes.
+"""Conversion to GGUF next to llama.cpp's own tools: time, memory, and the same bytes.
 
     python edgekit/tests/benchmarks/gguf_export.py [--model demo|1b] [--adapter] [RECIPE ...]
 

@@ -1,4 +1,4 @@
-"""Answers from ONNX: edgekit's session beside ONNX Runtime GenAI's own loop, and what both hold.
+"""Answers from ONNX: edgekit's session next to ONNX Runtime GenAI's own loop, and what both hold.
 
     python edgekit/tests/benchmarks/onnx_decode.py [--threads N] [--rounds N] [RECIPE ...]
 

@@ -1,10 +1,10 @@
-"""Export to four-bit ONNX beside ONNX Runtime GenAI's own model builder: time and memory.
+"""Export to four-bit ONNX next to ONNX Runtime GenAI's own model builder: time and memory.
 
     python edgekit/tests/benchmarks/onnx_export.py [--model demo|1b] [--runs N] [--quant RECIPE]
 
 Every run is a whole process, in turn: start, imports, reading, rounding, writing. Peak memory is
 its VmHWM. The builder (which needs onnx-ir) rounds to nearest, `-p int4 -e cpu`; edgekit is run
-with what it does unasked, which measures the model's inputs first, and without. Neither run is
+with what it does by default, which measures the model's inputs first, and without. Neither run is
 proven here: the builder proves nothing. ``1b`` is a random checkpoint of Llama-3.2-1B's shape in
 bfloat16, and held against the size of that checkpoint alone; one run is enough.
 

@@ -175,7 +175,7 @@ DAMAGES = {
         lambda d: (d / "link").symlink_to("/etc"), "link does not belong to the bundle",
     ),
     "a symlink to nowhere": (point_to_nowhere, "model.gguf cannot be read: No such file"),
-    "an entry that is no file": (
+    "an entry that is not a file": (
         lambda d: edit_manifest(d, lambda m: m["artifact"].update(entry="model.onnx")),
         "has no file 'model.onnx' to open",
     ),

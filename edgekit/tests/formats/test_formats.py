@@ -223,7 +223,7 @@ def test_a_layout_places_every_weight_once_and_in_a_storage_of_the_format(fmt, p
 
 
 def test_a_substitution_is_told(fmt, tiny):
-    """The tiny model's rows of 64 are no multiple of 256."""
+    """The tiny model's rows of 64 are not multiple of 256."""
     assert fmt.RECIPES
     for recipe in fmt.RECIPES.values():
         layout = fmt.lay_out(tiny, asked(recipe))

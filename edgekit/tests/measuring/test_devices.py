@@ -63,7 +63,7 @@ def test_a_death_by_signal_is_said_in_words(status, words):
 
 @pytest.mark.parametrize("text", ["that", "adb:pixel", "ssh:", "pi@pi5"])
 def test_an_unknown_kind_of_device_is_refused(text):
-    with pytest.raises(UsageError, match="is no device") as caught:
+    with pytest.raises(UsageError, match="is not a device") as caught:
         connect(text)
     assert "ssh://user@host" in caught.value.hint
 

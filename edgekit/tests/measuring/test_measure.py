@@ -113,7 +113,7 @@ def test_a_refusal_on_the_device_is_one_line_of_json(tmp_path, capsys):
 
     error = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
     assert status == error["exit_status"] == BundleError.exit_status
-    assert "is no bundle" in error["message"]
+    assert "is not a bundle" in error["message"]
 
 
 def test_a_bundle_with_a_changed_byte_is_found_by_check(bundle, capsys):

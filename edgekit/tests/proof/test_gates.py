@@ -373,6 +373,6 @@ def test_a_file_with_bytes_of_no_tensor_is_damaged(model, tmp_path, monkeypatch)
             file.write(bytes(256))
 
     after_conversion(monkeypatch, append)
-    with pytest.raises(BundleError, match="is no part of any tensor"):
+    with pytest.raises(BundleError, match="is not part of any tensor"):
         export(model, TARGET, quant="F32", out=tmp_path / "bundles" / "out")
     assert list((tmp_path / "bundles").iterdir()) == []

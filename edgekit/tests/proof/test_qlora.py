@@ -296,7 +296,7 @@ BROKEN = {
     "other codes": (
         _set_part(".quant_map", CODES["fp4"]), "does not hold the sixteen codes of nf4",
     ),
-    "codes that are no numbers": (
+    "codes that are not numbers": (
         _set_part(".quant_map", np.full(16, np.nan, np.float32)), "the sixteen codes",
     ),
     "half the weight": (_set_part("", np.zeros((96, 1), np.uint8)), r"shape \[96, 1\] of U8"),
@@ -471,7 +471,7 @@ def test_a_broken_named_base_is_no_reason_to_refuse_the_merge(base, quantized, t
     )
     (note,) = scored(base, directory)
     assert note.startswith("the merge is not compared with")
-    assert "is no safetensors file" in note
+    assert "is not a safetensors file" in note
 
 
 # Against bitsandbytes itself. Its kernels for CPUs want rows that are whole blocks.

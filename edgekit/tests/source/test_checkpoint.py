@@ -137,15 +137,15 @@ def test_bfloat16_is_the_upper_half_of_float32(model):
 
 
 def test_a_directory_without_a_config_is_no_checkpoint(tmp_path):
-    assert "is no checkpoint" in refusal(Model(tmp_path))
+    assert "is not a checkpoint" in refusal(Model(tmp_path))
 
 
 def test_a_path_that_is_not_there_is_no_checkpoint(tmp_path):
-    assert "is no checkpoint" in refusal(Model(tmp_path / "nowhere"))
+    assert "is not a checkpoint" in refusal(Model(tmp_path / "nowhere"))
 
 
 def test_a_file_is_no_checkpoint_directory(model):
-    assert "is no checkpoint" in refusal(Model(model.weights))
+    assert "is not a checkpoint" in refusal(Model(model.weights))
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\x00", '"llama"', "[" * 100_000])
@@ -362,7 +362,7 @@ def test_a_tensor_in_two_shards_is_refused(model):
 )
 def test_an_index_that_points_elsewhere_is_refused(model, name):
     split(model, names=("a.safetensors", name))
-    assert "no file beside it" in refusal(model)
+    assert "no file next to it" in refusal(model)
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": ["a.safetensors"]}, {"weight_map": None}])

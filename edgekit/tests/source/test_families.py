@@ -520,7 +520,7 @@ def test_configs_of_both_versions_describe_one_decoder(name, tmp_path):
 
     (tmp_path / "config.json").write_text(json.dumps(older))
     understood = AutoConfig.from_pretrained(tmp_path).to_dict()["rope_parameters"]
-    understood.pop("type", None)  # the older name of rope_type stays beside the newer one
+    understood.pop("type", None)  # the older name of rope_type stays next to the newer one
     assert understood == newer["rope_parameters"]
 
 

@@ -242,7 +242,7 @@ def test_an_artifact_of_the_decoded_model_says_exactly_what_the_first_one_said(t
 
 
 def rewrite(path, *, renames=(), drops=(), adds=(), reshapes=()):
-    """Write a file's tensors anew, some under another name or shape."""
+    """Write a file's tensors again, some under another name or shape."""
     file = read(path)
     kinds = {str: "string", bool: "bool", int: "uint32", float: "float32"}
     metadata = {

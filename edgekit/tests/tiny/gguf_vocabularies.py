@@ -25,7 +25,7 @@ def area(width, height=10):
 print(area(3))
 """
 # What pre-tokenizers disagree about: digits, contractions, runs of spaces and newlines, letters
-# beside punctuation, scripts without spaces, combined emoji, capitals within a word.
+# next to punctuation, scripts without spaces, combined emoji, capitals within a word.
 TEXTS = (
     "The ferry doesn't leave at 7:45; it'll leave at 19:05, WE'VE checked it 12345 times.",
     "She said 'yes', he'D said (no) [maybe] {never}: $100.50 + 5% = 1e-3 <= x^2 ~ |y|.",

@@ -1,7 +1,7 @@
 """A format and a bundle that tests put in place, so that the measuring is real and small.
 
 `RUNNING` has a session that does a little arithmetic for every token. It is found by
-any interpreter that has its directory on PYTHONPATH, through a ``sitecustomize`` beside it.
+any interpreter that has its directory on PYTHONPATH, through a ``sitecustomize`` next to it.
 """
 
 import sys

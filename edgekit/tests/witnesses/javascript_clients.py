@@ -78,7 +78,7 @@ def run_node(script: str, request: Any = None, *, timeout_s: float = 120) -> Any
     """
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        # Node looks for packages beside the script, and beside what a link to it points to.
+        # Node looks for packages next to the script, and next to what a link to it points to.
         shutil.copytree(SCRIPTS, directory, dirs_exist_ok=True)
         (directory / "node_modules").symlink_to(installed_packages())
         command = ["node", str(directory / script)]

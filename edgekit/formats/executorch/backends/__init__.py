@@ -1,7 +1,7 @@
 """The back-ends of ExecuTorch, a package each: who computes a program, and where.
 
 To add one, put a package here. Its ``__init__`` names a `Backend`, its module ``reading`` has the
-functions of `Reading`, and its module ``writing`` names a subclass of ``_writing.Writing``.
+functions of `BackendReading`, and its module ``writing`` names a subclass of ``_writing.Writing``.
 """
 
 import importlib
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from edgekit.errors import UsageError
-from edgekit.formats import Model
+from edgekit.formats import DecoderWeights
 
 
 if TYPE_CHECKING:
-    from edgekit.formats.executorch.backends._writing import Writing
+    from edgekit.formats.executorch.backends._writing import BackendWriting
     from edgekit.formats.executorch.program import Program
     from edgekit.model.spec import DecoderSpec, Shape
 
@@ -31,7 +31,7 @@ class Build:
     constants: Mapping[str, Any] = field(default_factory=dict)  # what runners are told, by name
 
 
-class Reading(Protocol):
+class BackendReading(Protocol):
     """What the module ``reading`` of a back-end offers; a device needs no more."""
 
     def contents(self, path: Path, head: "Program") -> list[tuple[str, "Shape", str]]:
@@ -42,7 +42,7 @@ class Reading(Protocol):
         """
         ...
 
-    def read_back(self, path: Path, spec: "DecoderSpec") -> Model:
+    def read_back(self, path: Path, spec: "DecoderSpec") -> DecoderWeights:
         """Return the weights as the back-end multiplies with them.
 
         Asked only of one with a `Backend.device`, whose programs cannot be run here.
@@ -65,15 +65,15 @@ class Backend:
     reads_by_token: bool = False  # whether a prompt takes a call for each token
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> BackendReading:
         """What tells the contents of its programs."""
-        return cast("Reading", importlib.import_module(f"{self.package}.reading"))
+        return cast("BackendReading", importlib.import_module(f"{self.package}.reading"))
 
     @property
-    def writing(self) -> "Writing":
+    def writing(self) -> "BackendWriting":
         """What writes its programs, with torch."""
         module = importlib.import_module(f"{self.package}.writing")
-        return cast("Writing", module.WRITING)
+        return cast("BackendWriting", module.WRITING)
 
 
 def get_all() -> Iterator[Backend]:

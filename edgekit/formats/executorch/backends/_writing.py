@@ -11,11 +11,11 @@ from edgekit.formats.executorch.backends import Backend
 
 
 if TYPE_CHECKING:
-    from edgekit.formats.executorch.planned import Job, Weight
+    from edgekit.formats.executorch.planned import Job, ProgramWeight
     from edgekit.model.spec import DecoderSpec, Shape
 
 
-class Writing(ABC):
+class BackendWriting(ABC):
     """How programs for one back-end are planned and written."""
 
     backend: Backend
@@ -45,7 +45,9 @@ class Writing(ABC):
         return self.backend.builds[variant].constants
 
     @abstractmethod
-    def file_bytes(self, spec: "DecoderSpec", planned: tuple["Weight", ...], variant: str) -> int:
+    def file_bytes(
+        self, spec: "DecoderSpec", planned: tuple["ProgramWeight", ...], variant: str
+    ) -> int:
         """Return about how large the program gets: within a hundredth."""
 
     @abstractmethod

@@ -274,7 +274,7 @@ class Rounded:
         )
 
 
-# Beside a head of four bits, what it is multiplied with is rounded; beside another, nothing is.
+# Next to a head of four bits, what it is multiplied with is rounded; next to another, nothing is.
 @pytest.mark.parametrize(("model", "error"), [("untied", 1e-5), ("checkpoint", 0.03)])
 def test_an_embedding_of_four_bits_gives_what_its_codes_stand_for(request, tmp_path, model, error):
     given = request.getfixturevalue(model)

@@ -104,7 +104,7 @@ def test_a_missing_tokenizer_package_is_named(tmp_path, monkeypatch):
     assert "edgekit[executorch]" in refusal.value.hint
 
 
-# What lies beside the program
+# What lies next to the program
 
 
 @pytest.fixture(scope="module")

@@ -238,7 +238,7 @@ REJECTS = {
     "an empty key": (raw([key(name=b"")]), "key 0 at byte 24 is empty"),
     "a long key": (raw([key(name=b"k" * 65536)]), "key 0 at byte 24 is empty or too long"),
     "a key beyond the end": (raw([u64(HUGE) + bytes(20)]), "key 0 at byte"),
-    "a key that is no text": (raw([key(name=b"a\xff")]), "key 0 at byte 33 is not UTF-8"),
+    "a key that is not text": (raw([key(name=b"a\xff")]), "key 0 at byte 33 is not UTF-8"),
     "a key twice": (raw([key(), key()]), "key 1 at byte 41 repeats 'k'"),
     "an unknown value type": (raw([key(kind=13)]), "the type of 'k' at byte 33 is 13"),
     "a value cut off": (raw([key(kind=10, value=b"")])[:38], "k at byte 37 needs 8 bytes"),
@@ -247,7 +247,7 @@ REJECTS = {
         raw([key(kind=8, value=u64(200) + b"x")]),
         "k at byte 45 needs 200 bytes, the file has 19",
     ),
-    "a string that is no text": (
+    "a string that is not text": (
         raw([key(kind=8, value=text(b"ab\xc3"))]),
         "k at byte 47 is not UTF-8",
     ),
@@ -300,7 +300,7 @@ REJECTS = {
         raw(entries=[entry(name=b"t" * 64)], data=DATA),
         "the name of tensor 0 at byte 24 is empty or too long",
     ),
-    "a tensor name that is no text": (
+    "a tensor name that is not text": (
         raw(entries=[entry(name=b"\x80")], data=DATA),
         "the name of tensor 0 at byte 32 is not UTF-8",
     ),
@@ -370,11 +370,11 @@ REJECTS = {
     ),
     "data after the last tensor": (
         raw(entries=[entry()], data=DATA + b"x"),
-        "the data at byte 96 is no part of any tensor",
+        "the data at byte 96 is not part of any tensor",
     ),
     "data without any tensor": (
         raw([key()], data=DATA),
-        "the data at byte 64 is no part of any tensor",
+        "the data at byte 64 is not part of any tensor",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The Modelfile beside a GGUF file, read back by the rules of Ollama's parser."""
+"""The Modelfile next to a GGUF file, read back by the rules of Ollama's parser."""
 
 import json
 

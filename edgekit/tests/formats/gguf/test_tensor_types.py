@@ -345,7 +345,7 @@ def make_weights(label):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Write the F32 files that llama.cpp shall quantize, each once."""
+    """Write the F32 files that llama.cpp must quantize, each once."""
     directory = tmp_path_factory.mktemp("sources")
 
     @functools.cache

@@ -174,14 +174,14 @@ def test_a_score_is_minus_the_rank_of_the_merge(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"added_tokens": "none"}, "added_tokens is no array"),
+        ({"added_tokens": "none"}, "added_tokens is not an array"),
         ({"added_tokens": [{"id": -1, "content": "x"}]}, "no id or no content"),
         ({"pre_tokenizer": ["ByteLevel"]}, "pre_tokenizer is malformed"),
-        ({"normalizer": {"type": "Sequence", "normalizers": 3}}, "normalizers is no array"),
+        ({"normalizer": {"type": "Sequence", "normalizers": 3}}, "normalizers is not an array"),
         ({"post_processor": {"type": "TemplateProcessing"}}, "post_processor is malformed"),
         ({"model": None}, "is a nameless tokenizer"),
-        ({"model": {"type": "BPE", "vocab": [], "merges": []}}, "model.vocab is no object"),
-        ({"model": {"type": "BPE", "vocab": {}, "merges": ["a b c"]}}, "is no pair of tokens"),
+        ({"model": {"type": "BPE", "vocab": [], "merges": []}}, "model.vocab is not an object"),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": ["a b c"]}}, "is not a pair of tokens"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}, "make a third"),
         ({"model": {"type": "BPE", "vocab": {"\ud800": 0}, "merges": []}}, "surrogate"),
     ],

@@ -96,7 +96,7 @@ def test_an_altered_shard_is_told_by_its_hash(artifact):
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("dataPath", "../shard.bin", "'../shard.bin', which is no shard beside it"),
+        ("dataPath", "../shard.bin", "'../shard.bin', which is not a shard next to it"),
         ("dataPath", 5, "dataPath of a shard is 5, expected str"),
         ("nbytes", 10, "the tensors of params_shard_0.bin take 44452 bytes, not 10"),
         ("md5sum", None, "md5sum of params_shard_0.bin is None"),

@@ -162,7 +162,7 @@ def test_a_library_of_another_version_of_webllm_is_named_with_its_version(tmp_pa
 
 @pytest.mark.toolchain
 def test_a_chat_goes_on_from_the_cache_only_after_an_answer_that_ended_by_itself(tmp_path):
-    """And the page says that WebLLM is not beside it."""
+    """And the page says that WebLLM is not next to it."""
     ends = ["stop", "length", "stop", "stop"]
     found = visit(write_app(tmp_path), ends=ends, has_webllm=False)
 

@@ -23,7 +23,7 @@ from edgekit.formats.mlc import (
     writing,
 )
 from edgekit.formats.mlc.names import Parameter
-from edgekit.formats.mlc.packing import GROUPS, RECIPES, Tensor
+from edgekit.formats.mlc.packing import GROUPS, RECIPES, PackedTensor
 from edgekit.model.checkpoint_protocol import Calibration
 from edgekit.model.spec import Shape
 from edgekit.source import families
@@ -45,7 +45,7 @@ def quiet(_weights):
 
 
 def open_golden(name, directory):
-    """Open one of the checkpoints; they have no tokenizer, so one that reads bytes lies beside."""
+    """Open one of the checkpoints; they have no tokenizer, so one that reads bytes lies next to."""
     shutil.copytree(GOLDEN / name, directory, dirs_exist_ok=True)
     text = directory / "text"
     text.mkdir()
@@ -115,7 +115,7 @@ def test_mistral_and_stablelm_fuse_queries_keys_and_values_as_llama_does():
 def gathered(*sizes):
     """Return which tensors of so many MiB share a file, file by file."""
     tensors = [
-        Tensor(name=str(number), shape=(size * 2**19,), dtype="float16")
+        PackedTensor(name=str(number), shape=(size * 2**19,), dtype="float16")
         for number, size in enumerate(sizes)
     ]
     return [[record.tensor.name for record in shard.records] for shard in shards.place(tensors)]
@@ -211,7 +211,7 @@ def test_a_led_artifact_has_other_codes_and_the_same_size(tmp_path):
 
 
 def stored_rows(checkpoint, scheme, role, shape: Shape):
-    """Return what an artifact shall hold of a weight, computed on the whole of it at once."""
+    """Return what an artifact must hold of a weight, computed on the whole of it at once."""
     norm = decoders.computed(checkpoint.spec) != checkpoint.spec and "norm" in role
     values = checkpoint.weight(role) + (1 if norm else 0)
     tensor_type = RECIPES[scheme].tensor_type_for(role, checkpoint.spec)

@@ -10,7 +10,7 @@ import pytest
 from edgekit.bundle.manifest import Artifact
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.encodings import protobuf
-from edgekit.encodings.protobuf import Message
+from edgekit.encodings.protobuf import ProtobufMessage
 from edgekit.errors import BundleError
 from edgekit.formats import BuildRequest
 from edgekit.formats.onnx import conversion, model, runtime, tensor_types
@@ -59,7 +59,7 @@ def unsealed(path):
 def rewrite(path, change):
     """Write the model file with other places for its weights, as one who means harm would."""
     tensors = model.read(path)
-    whole = Message.whole(path.read_bytes(), origin="")
+    whole = ProtobufMessage.whole(path.read_bytes(), origin="")
     graph = whole.message(7)
     assert graph is not None
     nodes = b"".join(protobuf.nested(1, node.content) for node in graph.messages(1))
@@ -111,7 +111,7 @@ def test_a_data_file_may_be_a_hard_link_which_is_a_file_but_no_symbolic_one(link
 )  # fmt: skip
 def test_weights_are_read_from_data_files_beside_the_model_only(path, file):
     rewrite(path, lambda tensor: replace(tensor, file=file))
-    with pytest.raises(BundleError, match="which is no data file beside it"):
+    with pytest.raises(BundleError, match="which is not a data file next to it"):
         model.read(path)
 
 

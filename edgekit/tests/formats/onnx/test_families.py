@@ -254,7 +254,7 @@ def test_every_row_of_every_tensor_is_read_once(name, tmp_path):
 @pytest.mark.parametrize("name", STRETCHED)
 @pytest.mark.parametrize("steps", [[60, 1, 1, 1, 1, 1, 1, 1], [70, 1, 20], [30, 60, 1]])
 def test_past_the_original_context_every_position_takes_the_long_factors(name, steps, tmp_path):
-    """As in transformers' ``generate``, which reads the text anew where it outgrows the border."""
+    """As in transformers' ``generate``, which reads the text again where it outgrows the border."""
     fields = {} if name == "phi3-longrope" else {"original_max_position_embeddings": 64}
     made = make(tmp_path, name, **fields | LONGER)
     ids, session, read = next(made.chunks()), made.open(), 0

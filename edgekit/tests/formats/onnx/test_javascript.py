@@ -85,7 +85,7 @@ def unrounded_logits(bundle, ids, first=0):
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = 1  # float32
-    path = bundle.artifact_path.with_name("unrounded.onnx")  # beside the weights
+    path = bundle.artifact_path.with_name("unrounded.onnx")  # next to the weights
     onnx.save(graph, path)
     try:
         return plain_logits(path, ids, first)

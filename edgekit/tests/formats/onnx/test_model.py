@@ -8,7 +8,7 @@ import pytest
 
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.encodings import protobuf
-from edgekit.encodings.protobuf import Message
+from edgekit.encodings.protobuf import ProtobufMessage
 from edgekit.formats import BuildRequest
 from edgekit.formats.onnx import conversion, model, tensor_types
 from edgekit.formats.onnx.model import External
@@ -50,14 +50,14 @@ def data_of(path):
 
 def test_a_number_is_read_as_it_was_written():
     for value in (0, 1, 127, 128, 300, 2**31, 2**63 - 1, -1, -(2**63)):
-        message = Message.whole(protobuf.integer(3, value), origin="test")
+        message = ProtobufMessage.whole(protobuf.integer(3, value), origin="test")
         assert message.integer(3) == value
         assert message.integer(4) == 0
 
 
 def test_texts_and_messages_are_read_as_they_were_written():
     inner = protobuf.text(1, "조수") + protobuf.real(2, 0.5) + protobuf.integer(3, 7)
-    message = Message.whole(protobuf.nested(9, inner) * 2, origin="test")
+    message = ProtobufMessage.whole(protobuf.nested(9, inner) * 2, origin="test")
     assert [part.text(1) for part in message.messages(9)] == ["조수", "조수"]
     assert [part.integer(3) for part in message.messages(9)] == [7, 7]
     assert message.message(8) is None

@@ -8,8 +8,8 @@ from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import UsageError
 from edgekit.formats import Buffer, BuildRequest
 from edgekit.formats.onnx import clients, conversion, graph, model, tensor_types
-from edgekit.formats.onnx.model import Graph, Port
-from edgekit.formats.onnx.tensor_types import BLOCKS, BUILDS, RECIPES, TENSOR_TYPES, Build
+from edgekit.formats.onnx.model import OnnxGraph, Port
+from edgekit.formats.onnx.tensor_types import BLOCKS, BUILDS, RECIPES, TENSOR_TYPES, GraphBuild
 
 
 np = pytest.importorskip("numpy")
@@ -202,7 +202,7 @@ def test_the_largest_buffer_is_told_as_it_is_on_the_gpu(recipe, tmp_path):
 def builder(tmp_path, kind):
     """Return what makes the operators of one weight called ``w``, activations not rounded."""
     arithmetic = BLOCKS[kind].scales
-    how = Build(dtype="", arithmetic=arithmetic, accuracy_level=0)
+    how = GraphBuild(dtype="", arithmetic=arithmetic, accuracy_level=0)
     return graph._Builder(spec=_tiny_checkpoint(tmp_path).spec, tensor_types={"w": kind}, how=how)
 
 
@@ -215,7 +215,7 @@ def run(tmp_path, nodes, *, inputs, output, weights, kind, fed):
     for tensor, part in zip(placed, parts, strict=True):
         held[tensor.offset : tensor.offset + tensor.size_bytes] = part.tobytes()
     (tmp_path / "data").write_bytes(held)
-    made = Graph(
+    made = OnnxGraph(
         nodes=tuple(nodes.nodes),
         constants=tuple(nodes.constants.values()),
         inputs=inputs,

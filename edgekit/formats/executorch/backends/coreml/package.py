@@ -30,7 +30,7 @@ class Package:
 
     pieces: tuple[tuple[int, bytes], ...]  # what is known
     places: Mapping[str, Place]  # first byte and size of each file
-    identifier_at: int  # `IDENTIFIER_LETTERS` there shall say what the content is
+    identifier_at: int  # `IDENTIFIER_LETTERS` there must say what the content is
     size_bytes: int
 
 
@@ -125,7 +125,7 @@ def unpack(tail: bytes, size_bytes: int) -> dict[str, Place]:
         )
         found = dict(_paths(listed["nodes"], len(listed["nodes"]) - 1, ""))
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise struct.error(f"the list of a package's files is no list ({error})") from error
+        raise struct.error(f"the list of a package's files is not a list ({error})") from error
     for path, (first, size) in found.items():
         if min(first, size) < 0 or first + size > size_bytes:
             raise struct.error(f"{path} lies outside of its package")

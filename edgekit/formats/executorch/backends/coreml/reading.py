@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from edgekit.encodings.protobuf import Message
+from edgekit.encodings.protobuf import ProtobufMessage
 from edgekit.errors import BundleError
 from edgekit.formats.executorch import program
 from edgekit.formats.executorch.backends import coreml
@@ -47,7 +47,7 @@ class Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class CoreMLWeight:
     """A weight."""
 
     values: Array  # or codes
@@ -62,12 +62,12 @@ class Held:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
+class CoreMLWeights:
     """The weights of a program, and what Core ML computes with them."""
 
     path: Path
     spec: "DecoderSpec"
-    held: Mapping[str, Held]  # by role
+    held: Mapping[str, CoreMLWeight]  # by role
 
     def weight(self, role: str, first_row: int = 0, rows: int | None = None) -> "Rows":
         """Return some rows of a weight, or all, in float32."""
@@ -91,7 +91,7 @@ def contents(path: Path, head: "Program") -> "list[tuple[str, Shape, str]]":
     return [(role, held.values.shape, held.stored) for role, held in _find(path, head)]
 
 
-def read_back(path: Path, spec: "DecoderSpec") -> Weights:
+def read_back(path: Path, spec: "DecoderSpec") -> CoreMLWeights:
     """Return the weights of the program at ``path``.
 
     Args:
@@ -105,10 +105,10 @@ def read_back(path: Path, spec: "DecoderSpec") -> Weights:
     found = {role: weight.values.shape for role, weight in held.items()}
     if found != dict(spec.weights()):
         raise BundleError(f"{path} holds another model than this one")
-    return Weights(path=path, spec=spec.without_unit_offsets(), held=held)
+    return CoreMLWeights(path=path, spec=spec.without_unit_offsets(), held=held)
 
 
-def _find(path: Path, head: "Program") -> Iterator[tuple[str, Held]]:
+def _find(path: Path, head: "Program") -> Iterator[tuple[str, CoreMLWeight]]:
     method = head.method("forward")
     if method is None or method.backends != (coreml.BACKEND.id,) or len(head.segments) != 2:
         raise struct.error("the program is not one delegate for Core ML")
@@ -122,7 +122,7 @@ def _find(path: Path, head: "Program") -> Iterator[tuple[str, Held]]:
         model = _read(file, first + model_at, first + model_at + model_bytes)
         weights_at, weights_bytes = places.get(package.WEIGHTS, (0, 0))
         finder = _Finder(file, first + weights_at, weights_bytes)
-        for operator in _operators(Message.whole(model, origin=str(path))):
+        for operator in _operators(ProtobufMessage.whole(model, origin=str(path))):
             name = _text_of_output(operator)
             if not _TABLE.fullmatch(name):
                 held = finder.held(operator)
@@ -130,14 +130,14 @@ def _find(path: Path, head: "Program") -> Iterator[tuple[str, Held]]:
                     yield _OF_LAYER.sub(r"layers.\1.\2", name), held
 
 
-def _operators(model: Message) -> Iterator[Message]:
+def _operators(model: ProtobufMessage) -> Iterator[ProtobufMessage]:
     for made in model.messages(502):  # the program
         for function in _entries(made, 2).values():
             for block in _entries(function, 3).values():
                 yield from block.messages(3)
 
 
-def _entries(message: Message, field: int) -> dict[str, Message]:
+def _entries(message: ProtobufMessage, field: int) -> dict[str, ProtobufMessage]:
     """Return a map."""
     return {
         entry.text(1): value
@@ -146,7 +146,7 @@ def _entries(message: Message, field: int) -> dict[str, Message]:
     }
 
 
-def _text_of_output(operator: Message) -> str:
+def _text_of_output(operator: ProtobufMessage) -> str:
     outputs = operator.messages(3)
     return outputs[0].text(1) if outputs else ""
 
@@ -157,21 +157,21 @@ class _Finder:
     def __init__(self, file: BinaryIO, first: int, size_bytes: int) -> None:
         self._file, self._first, self._size_bytes = file, first, size_bytes
 
-    def held(self, operator: Message) -> Held | None:
+    def held(self, operator: ProtobufMessage) -> CoreMLWeight | None:
         """Return what a constant is, None if it is none or stands in the program itself."""
         match operator.text(1):
             case "const":
                 value = _entries(operator, 5).get("val")
                 array = self._array(value) if value else None
-                return Held(values=array, scales=None) if array else None
+                return CoreMLWeight(values=array, scales=None) if array else None
             case "constexpr_blockwise_shift_scale":
                 given = _entries(operator, 2)
                 values, scales = (self._bound(given.get(name)) for name in ("data", "scale"))
-                return Held(values=values, scales=scales)
+                return CoreMLWeight(values=values, scales=scales)
             case _:
                 return None
 
-    def _bound(self, argument: Message | None) -> Array:
+    def _bound(self, argument: ProtobufMessage | None) -> Array:
         for binding in argument.messages(1) if argument else ():
             value = binding.message(2)
             array = self._array(value) if value else None
@@ -179,7 +179,7 @@ class _Finder:
                 return array
         raise struct.error("a matrix has no codes or no scales")
 
-    def _array(self, value: Message) -> Array | None:
+    def _array(self, value: ProtobufMessage) -> Array | None:
         """Return an array that is in the file of weights, after a look at what it says there."""
         place = value.message(5)
         if place is None:
@@ -194,11 +194,13 @@ class _Finder:
             raise struct.error(f"an array ends at byte {blob.end} of {self._size_bytes}")
         at = self._first + blob.offset
         if _read(self._file, at, self._first + blob.first) != blob.header:
-            raise struct.error(f"what is at byte {blob.offset} of the weights is no {kind} array")
+            raise struct.error(
+                f"what is at byte {blob.offset} of the weights is not a {kind} array"
+            )
         return Array(kind=kind, shape=shape, first=self._first + blob.first)
 
 
-def _type(value: Message) -> "tuple[Kind, Shape]":
+def _type(value: ProtobufMessage) -> "tuple[Kind, Shape]":
     outer = value.message(2)
     tensor = outer.message(1) if outer else None
     if tensor is None:

@@ -9,7 +9,7 @@ from edgekit.errors import UsageError
 from edgekit.formats import MemoryUse
 from edgekit.formats.executorch import assembly, coverage, lowering, memory, tensor_types
 from edgekit.formats.executorch.backends import coreml
-from edgekit.formats.executorch.backends._writing import Writing
+from edgekit.formats.executorch.backends._writing import BackendWriting
 from edgekit.formats.executorch.backends.coreml import decoder, mil, package
 from edgekit.formats.executorch.coverage import Coverage
 from edgekit.quant import grid
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from edgekit.formats import Layout
     from edgekit.formats.executorch.backends.coreml.decoder import CoreMLProgram
-    from edgekit.formats.executorch.planned import Job, Weight
+    from edgekit.formats.executorch.planned import Job, ProgramWeight
     from edgekit.model.spec import DecoderSpec
 
     Array = npt.NDArray[np.generic]
@@ -34,12 +34,14 @@ _HASHED_BYTES = 2**20  # at once
 _ROUNDED = tensor_types.FOUR_BITS | {"INT8"}
 
 
-class CoreMLWriting(Writing):
+class CoreMLWriting(BackendWriting):
     """Every decoder can be said in Core ML's operators."""
 
     backend = coreml.BACKEND
 
-    def file_bytes(self, spec: "DecoderSpec", planned: tuple["Weight", ...], variant: str) -> int:
+    def file_bytes(
+        self, spec: "DecoderSpec", planned: tuple["ProgramWeight", ...], variant: str
+    ) -> int:
         """Return how large the program gets."""
         del variant
         tensor_types = {weight.role: weight.tensor_type for weight in planned}
@@ -94,7 +96,7 @@ def _refuse_long_context(job: "Job") -> None:
     border = job.spec.original_max_position_embeddings
     if border is not None and job.context_tokens > border:
         raise UsageError(
-            f"beyond {border} tokens every position turns otherwise, and Core ML cannot read anew "
+            f"beyond {border} tokens every position turns otherwise, and Core ML cannot read again "
             f"what it read before; a context of {job.context_tokens} tokens was asked",
             hint=f"pass --context {border} or less",
         )
@@ -118,7 +120,7 @@ def _write_blobs(job: "Job", made: "CoreMLProgram", stream: BinaryIO, *, first: 
                 stream.write(values.tobytes())
 
 
-def _for_coreml(encoded: "list[Array]", weight: "Weight") -> "list[Array]":
+def _for_coreml(encoded: "list[Array]", weight: "ProgramWeight") -> "list[Array]":
     """Return codes as two's complement, and scales as float16."""
     import numpy as np
 

@@ -14,7 +14,7 @@ from typing import assert_never
 from edgekit.formats.executorch import tensor_types
 from edgekit.formats.executorch.assembly import Slice
 from edgekit.formats.executorch.backends.vulkan import limits
-from edgekit.formats.executorch.backends.vulkan.graph import ITEM_BYTES, Dtype, Graph, Value
+from edgekit.formats.executorch.backends.vulkan.graph import ITEM_BYTES, Dtype, Value, VulkanGraph
 from edgekit.model.spec import DecoderSpec, Norm, Rope, Shape
 
 
@@ -27,7 +27,7 @@ class Delegate:
     """What the runtime makes its graph of."""
 
     content: bytes
-    numbers: Mapping[str, bytes]  # named data that is no weight
+    numbers: Mapping[str, bytes]  # named data that is not a weight
     weights: frozenset[str]  # the roles of those it multiplies with
     slices: Mapping[str, Slice]  # named data that is a part of a weight's
     operators: int
@@ -68,7 +68,7 @@ class _Decoder:
         self._spec, self._tensor_types = spec, tensor_types
         self._shapes = dict(spec.weights())
         self._context_tokens, self._tokens = context_tokens, batch_tokens
-        self._graph = Graph(floats=_FLOATS[tensor_types["final_norm"]])
+        self._graph = VulkanGraph(floats=_FLOATS[tensor_types["final_norm"]])
         self._used: set[str] = set()
         self._slices: dict[str, Slice] = {}
         # A cache is as deep as its context, and all that meets it must be of its kind.

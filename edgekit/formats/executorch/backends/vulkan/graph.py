@@ -22,12 +22,12 @@ ITEM_BYTES: Mapping[Dtype, int] = {
 
 
 @dataclass(kw_only=True)
-class Graph:
+class VulkanGraph:
     """A graph as it grows."""
 
     floats: Dtype  # what products are computed in
     calls: list[tuple[str, list[Value]]] = field(default_factory=list)
-    numbers: dict[str, bytes] = field(default_factory=dict)  # named data that is no weight
+    numbers: dict[str, bytes] = field(default_factory=dict)  # named data that is not a weight
     _values: list[Any] = field(default_factory=list)
     _constants: list[tuple[str, int]] = field(default_factory=list)  # key and size
     _scalars: dict[tuple[type, Any], Value] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Graph:
         return self._tensor(shape, dtype, constant=len(self._constants) - 1)
 
     def vector(self, numbers: Sequence[float]) -> Value:
-        """Add numbers that are no weight."""
+        """Add numbers that are not weight."""
         kind = "f" if self.floats == "FLOAT32" else "e"
         content = struct.pack(f"<{len(numbers)}{kind}", *numbers)
         key = f"{CONSTANT}{content[:4].hex()}x{len(content)}"
@@ -121,7 +121,7 @@ class Graph:
         return tuple(self._values[tensor].value.dims)
 
     def is_buffer(self, tensor: Value) -> bool:
-        """Tell whether a tensor is no texture."""
+        """Tell whether a tensor is not a texture."""
         return bool(self._values[tensor].value.storage_type == 0)
 
     def _add(self, value: Any) -> Value:
@@ -203,7 +203,7 @@ class _Plan:
         return 2 * math.prod(map(int, tensor.dims)) + int(tensor.storage_type == 0)
 
     def _tensors(self, at: int) -> list[Value]:
-        """Return the tensors of a call that are no constants, those of its lists too."""
+        """Return the tensors of a call that are not constants, those of its lists too."""
         from executorch.backends.vulkan.serialization import vulkan_graph_schema as schema
 
         found: dict[Value, None] = {}

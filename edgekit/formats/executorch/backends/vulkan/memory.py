@@ -1,4 +1,4 @@
-"""What a phone holds while Vulkan computes; reckoned, not measured on one."""
+"""What a phone holds while Vulkan computes; estimated, not measured on one."""
 
 from edgekit.formats import Layout, MemoryUse
 from edgekit.formats.executorch.memory import RUNTIME_BYTES, VOCABULARY_ENTRY_BYTES

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgekit.errors import BundleError
 from edgekit.formats.executorch import program, tensor_types
-from edgekit.formats.executorch.contents import CONSTANT, Held, delegate_graph, named_weights
+from edgekit.formats.executorch.contents import CONSTANT, NamedWeight, delegate_graph, named_weights
 from edgekit.formats.executorch.flatbuffer import refuse
 from edgekit.model.spec import DecoderSpec, Shape
 
@@ -24,7 +24,7 @@ _STORED = {5: "F32", 4: "F16", 2: "INT8"}  # of VkDataType
 _PAIRS = 1  # UINT8
 
 
-def delegated(payload: bytes) -> Iterator[Held]:
+def delegated(payload: bytes) -> Iterator[NamedWeight]:
     """Yield the weights of a delegate."""
     found = _whole(_constants(payload))
     for key, (shape, kind) in found.items():
@@ -76,7 +76,7 @@ def _grouped(key: str, shape: Shape, found: Mapping[str, tuple[Shape, int]]) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
+class VulkanWeights:
     """The weights of a program, as numbers."""
 
     path: Path
@@ -110,7 +110,7 @@ def contents(path: Path, head: program.Program) -> list[tuple[str, Shape, str]]:
     return named_weights(path, head, delegated)
 
 
-def read_back(path: Path, spec: DecoderSpec) -> Weights:
+def read_back(path: Path, spec: DecoderSpec) -> VulkanWeights:
     """Return the weights of a program.
 
     Raises:
@@ -121,7 +121,7 @@ def read_back(path: Path, spec: DecoderSpec) -> Weights:
     for role, shape in spec.weights():
         if role not in held or held[role][0] != shape:
             raise BundleError(f"{path} holds no {role} of shape {list(shape)}")
-    return Weights(
+    return VulkanWeights(
         path=path,
         spec=spec.without_unit_offsets(),
         held=held,

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import UsageError
 from edgekit.formats.executorch import assembly, coverage, tensor_types
 from edgekit.formats.executorch.backends import vulkan
-from edgekit.formats.executorch.backends._writing import Writing
+from edgekit.formats.executorch.backends._writing import BackendWriting
 from edgekit.formats.executorch.backends.vulkan import limits, memory, size
 
 
 if TYPE_CHECKING:
     from edgekit.formats import Layout, MemoryUse
-    from edgekit.formats.executorch.planned import Job, Weight
+    from edgekit.formats.executorch.planned import Job, ProgramWeight
     from edgekit.model.spec import DecoderSpec, Shape
 
 
@@ -22,7 +22,7 @@ _TURNED_LANES = 8  # channels that its shader turns together
 _ROW_LANES = 4  # rows of four bits that it packs together
 
 
-class VulkanWriting(Writing):
+class VulkanWriting(BackendWriting):
     """The delegate computes in float16 or float32, as weights are stored."""
 
     backend = vulkan.BACKEND
@@ -57,7 +57,9 @@ class VulkanWriting(Writing):
         fits = tensor_types.stored_as(wanted, columns)
         return fits if fits in tensor_types.VULKAN_FOUR_BITS and rows % _ROW_LANES == 0 else "F32"
 
-    def file_bytes(self, spec: "DecoderSpec", planned: tuple["Weight", ...], variant: str) -> int:
+    def file_bytes(
+        self, spec: "DecoderSpec", planned: tuple["ProgramWeight", ...], variant: str
+    ) -> int:
         """Return about how large the program gets."""
         del variant
         return size.file_bytes(spec, [part for weight in planned for part in weight.parts])
@@ -124,7 +126,7 @@ def _refuse_context(job: "Job") -> None:
     border = job.spec.original_max_position_embeddings
     windows = [layer.window_tokens for layer in job.spec.layers if layer.window_tokens]
     for most, why in (
-        (border, "beyond, every position turns otherwise, and no text is read anew"),
+        (border, "beyond, every position turns otherwise, and no text is read again"),
         (min(windows, default=None), "attention looks back no further, and the delegate's would"),
     ):
         if most is not None and job.context_tokens > most:

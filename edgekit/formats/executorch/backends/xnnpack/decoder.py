@@ -28,7 +28,9 @@ _GELU_CUBE = 0.044715 * _GELU
 # What positions are multiplied with, for masks: exp(-2 ** 30) is 0, and whole numbers stay exact.
 HIDDEN = 2.0**30
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-Weights = Mapping[str, Tensor]  # by role within a layer; the last segment has those without a layer
+LayerTensors = Mapping[
+    str, Tensor
+]  # by role within a layer; the last segment has those without a layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ def _is_first_half(spec: DecoderSpec, part: str) -> bool:
 class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
     """What is computed between two caches; every tensor has a row for each token."""
 
-    def __init__(self, spec: DecoderSpec, shape: SegmentShape, weights: Weights) -> None:
+    def __init__(self, spec: DecoderSpec, shape: SegmentShape, weights: LayerTensors) -> None:
         super().__init__()
         self.spec = spec
         self.shape = shape

@@ -1,4 +1,4 @@
-"""The segments of a decoder as delegates: what XNNPACK shall compute, with a layer's weights.
+"""The segments of a decoder as delegates: what XNNPACK must compute, with a layer's weights.
 
 A segment of each shape is exported once, with weights that have no content. XNNPACK's own
 serializer writes down the operators; then each layer gets a copy with its names and its tensor types.
@@ -105,7 +105,7 @@ def _template(spec: DecoderSpec, shape: SegmentShape, context_tokens: int) -> "_
 
 
 class _Template:
-    """What XNNPACK shall compute for a shape of segment, with float32 weights without content."""
+    """What XNNPACK must compute for a shape of segment, with float32 weights without content."""
 
     def __init__(self, spec: DecoderSpec, shape: SegmentShape, context_tokens: int) -> None:
         self.numbers: dict[str, bytes] = {}
@@ -221,7 +221,7 @@ def _example(
 
 
 def _constants(exported: Any) -> dict[str, str]:
-    """Return the placeholders that are no inputs, with the names of what they hold."""
+    """Return the placeholders that are not inputs, with the names of what they hold."""
     signature = exported.graph_signature
     return {
         **signature.inputs_to_parameters,

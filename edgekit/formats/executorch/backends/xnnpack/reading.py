@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.formats.executorch.contents import CONSTANT, Held, delegate_graph, named_weights
+from edgekit.formats.executorch.contents import CONSTANT, NamedWeight, delegate_graph, named_weights
 from edgekit.formats.executorch.flatbuffer import Table, refuse
 
 
@@ -24,7 +24,7 @@ def contents(path: Path, head: "Program") -> list[tuple[str, "Shape", str]]:
     return named_weights(path, head, delegated)
 
 
-def delegated(payload: bytes) -> Iterator[Held]:
+def delegated(payload: bytes) -> Iterator[NamedWeight]:
     """Yield the weights of a delegate."""
     graph = delegate_graph(payload, mark=b"XH00", of="XNNPACK")
     keys = [data.text(2) for data in graph.tables(8)]

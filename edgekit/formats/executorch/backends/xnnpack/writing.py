@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import UsageError
 from edgekit.formats.executorch import assembly, coverage, memory
 from edgekit.formats.executorch.backends import xnnpack
-from edgekit.formats.executorch.backends._writing import Writing
+from edgekit.formats.executorch.backends._writing import BackendWriting
 from edgekit.formats.executorch.backends.xnnpack import size
 
 
 if TYPE_CHECKING:
     from edgekit.formats import Layout, MemoryUse
-    from edgekit.formats.executorch.planned import Job, Weight
+    from edgekit.formats.executorch.planned import Job, ProgramWeight
     from edgekit.model.spec import DecoderSpec
 
 
-class XnnpackWriting(Writing):
+class XnnpackWriting(BackendWriting):
     """All is computed in float32, and a tensor type is what its name says."""
 
     backend = xnnpack.BACKEND
@@ -36,7 +36,9 @@ class XnnpackWriting(Writing):
                 hint=f"take --variant {xnnpack.PORTABLE}: any ExecuTorch runtime has its operators",
             )
 
-    def file_bytes(self, spec: "DecoderSpec", planned: tuple["Weight", ...], variant: str) -> int:
+    def file_bytes(
+        self, spec: "DecoderSpec", planned: tuple["ProgramWeight", ...], variant: str
+    ) -> int:
         """Return about how large the program gets."""
         parts = [part for weight in planned for part in weight.parts]
         return size.file_bytes(spec, parts, uses_llm_operators=variant == xnnpack.LLM)
