@@ -134,7 +134,7 @@ def json_option(command: Command) -> Command:
 @split_option
 @variant_option
 @click.option("--calibration", type=DIRECTORY, metavar="FILE",
-              help="Text to calibrate on next to edgekit's own: like what the model will read.",
+              help="Text to calibrate on besides edgekit's own: like what the model will read.",
               )  # fmt: skip
 @no_calibration_option
 @click.option("-o", "--out", type=DIRECTORY, help="Bundle directory to create.")

@@ -71,8 +71,8 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         trained_on: The four-bit base the adapters were trained on (QLoRA), to compare with. None
             takes the one an adapter names, if it is a directory here.
         calibration: A text like those the model will be used on, to join edgekit's own.
-        calibrate: False lets an error count the same in every column of a weight, where otherwise
-            one pass of a text through the model finds how large the inputs of each are.
+        calibrate: False rounds weights with an error in every column counting the same. Otherwise
+            one pass of a text through the model measures how large the inputs of each column are.
         out: The bundle directory to create; None names it after model, target and recipe.
         replace: Whether ``out`` may be a bundle already, which is then replaced at the very end.
         verify: False skips the proof; such a bundle never passes `validate`.
@@ -141,7 +141,7 @@ def _own_text(request: Request) -> str | None:
     if request.calibration is None:
         return None
     if not request.is_calibrated:
-        raise UsageError("there is a text to calibrate on, and the wish not to calibrate")
+        raise UsageError("--calibration and --no-calibration exclude each other")
     return read_own_text(request.calibration)
 
 
@@ -150,7 +150,7 @@ def _refuse_unused(own_text: str | None, chosen: Plan) -> None:
         require()
     elif own_text is not None:
         raise UsageError(
-            f"no weight in {chosen.recipe.name} can be led by a calibration",
+            f"--calibration has no effect on {chosen.recipe.name}, which rounds finely",
             hint="leave out the text, or choose a coarser --quant",
         )
 

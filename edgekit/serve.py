@@ -264,7 +264,7 @@ def _application(service: Service) -> "Starlette":
                 refusal = ApiError(error.detail, status=error.status_code)
             case _:
                 raise error
-        # As ASCII: a refusal may quote what is not a Unicode.
+        # As ASCII: a refusal may quote what is not Unicode.
         return Response(json.dumps(refusal.body), refusal.status, media_type="application/json")
 
     routes = [
@@ -323,7 +323,7 @@ def serve(  # noqa: PLR0913 - a request in full
     is_local = _is_loopback(host)
     if not is_local and not allow_remote:
         raise UsageError(
-            f"{host} can be reached from other machines", hint="add --allow-remote if it must be"
+            f"{host} can be reached from other machines", hint="add --allow-remote if it should be"
         )
     say = say or (lambda line: sys.stderr.write(f"{line}\n"))
     with (

@@ -104,7 +104,7 @@ class Target:
     formats: tuple[FormatName, ...]  # best first
     prefill_threads: int
     decode_threads: int
-    max_spread: float  # coefficient of variation above which a measurement is not an evidence
+    max_spread: float  # coefficient of variation above which a measurement is not evidence
     budget: Budget
     webgpu: WebGpuLimits | None = None
     # Which builds of a format its programs take, the usual one first; a format not named: any.
@@ -121,7 +121,7 @@ class Target:
         """Read one target file.
 
         Raises:
-            UsageError: If the file cannot be read, is not a TOML, or a field is unknown, missing, of
+            UsageError: If the file cannot be read, is not TOML, or a field is unknown, missing, of
                 the wrong type or without a unit; the message names the file and the field.
         """
         root = _Table(path, "", _parse(path), known=("title", "formats", "variants", *_TABLES))
@@ -272,7 +272,7 @@ def json_schema() -> dict[str, Any]:
 def _files() -> dict[str, Path]:
     """Return every known target file by name; the user's own hide shipped ones."""
     here = Path(__file__).parent
-    # A wheel has its own folder; besides an installed package, `targets` may be anyone's.
+    # A wheel has its own folder; next to an installed package, `targets` may be anyone's.
     shipped = here / "_targets" if (here / "_targets").is_dir() else here.parent / "targets"
     directories = [shipped]
     if own := os.environ.get(DIRECTORY_VARIABLE):

@@ -40,7 +40,7 @@ class Artifact:
     files: dict[str, FileRecord]
     substitutions: tuple[str, ...] = ()  # weights stored otherwise than the recipe asked, and why
     split_bytes: int | None = None  # the most that one of its files may take, where that was asked
-    calibration: str | None = None  # SHA-256 of the text that led the fit of its weights, if any
+    calibration: str | None = None  # SHA-256 of the calibration text, where one was used
     variant: str | None = None  # which of the format's builds, where it has several
 
     @property

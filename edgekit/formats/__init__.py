@@ -9,7 +9,7 @@ here and it is a choice of ``--format``, a line of ``edgekit formats``, and a ca
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -45,7 +45,7 @@ class Layout:
     artifact_bytes: int
     is_exact: bool  # whether the file has this size to the byte
     notes: tuple[str, ...] = ()  # what a user should know about the files
-    calibration: str | None = None  # SHA-256 of the text that leads the fit, if any is led
+    calibration: str | None = None  # SHA-256 of the calibration text, where one is used
     not_on_webgpu: str | None = None  # what browsers' GPUs get wrong in this model, if anything
     variant: str | None = None  # which of the format's builds, where it has several
     largest_buffer: Buffer | None = None  # what a browser must be able to bind

@@ -35,7 +35,7 @@ class Tensor(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What leads the fit of quantized weights: how large their inputs are, on some text."""
+    """What the rounding of weights is weighted with: how large their inputs are, on some text."""
 
     text_sha256: str
     # The mean of squares, by role, of shape (columns,); None until it is measured.

@@ -82,7 +82,7 @@ class Rope:
 
     @property
     def original_max_position_embeddings(self) -> int | None:
-        """The longest text that does not turn otherwise in every position; None: any."""
+        """The longest text before every position is rotated differently; None: any."""
         scaling = self.scaling
         return scaling.original_context_tokens if isinstance(scaling, LongRopeScaling) else None
 

@@ -1,8 +1,8 @@
 """How large the inputs of every weight are, column by column, on a broad text of edgekit's own.
 
 An error in a column that is multiplied with large numbers costs more than in one that is hardly
-used, so the fit of quantized weights is led by the mean of the squared inputs. One streamed pass
-of `reference` finds them: one layer's weights are in memory at a time. What was found is kept on
+used, so rounding is importance-weighted: by the mean of the squared inputs. One streamed pass of
+`interpreter` measures them, with one layer's weights in memory at a time. The result is kept on
 disk under a hash of all it depends on.
 """
 

@@ -102,7 +102,7 @@ class Subject:
         return self.running.is_run_here(self.layout.variant)
 
     @property
-    def said_by(self) -> str:
+    def computed_by(self) -> str:
         """What computes the artifact's side of the proof."""
         if self.is_run_here:
             return self.runtime
@@ -231,7 +231,7 @@ def _agreement(subject: Subject, found: _Findings, fidelity: Fidelity) -> Agreem
         p99_kl_nats=fidelity.p99_kl_nats,
         same_top_token=fidelity.same_top_token,
         perplexity_ratio=fidelity.perplexity_ratio,
-        said_by=subject.said_by,
+        said_by=subject.computed_by,
     )
 
 
@@ -243,7 +243,7 @@ def _check_generation(
     tokens = list(generate(session, prompt, max_tokens=ANSWER_TOKENS, stop_ids=(), sampling=GREEDY))
     found.add(
         "runs",
-        f"{len(tokens)} tokens from {subject.said_by}: {_shown(subject, tokens)}",
+        f"{len(tokens)} tokens from {subject.computed_by}: {_shown(subject, tokens)}",
         passed=bool(tokens),
     )
     return prompt, tokens
@@ -449,10 +449,12 @@ def _check_size(subject: Subject, found: _Findings) -> None:
     )
 
 
-def _check_adapter(subject: Subject, beside: "npt.NDArray[np.float32]", found: _Findings) -> None:
+def _check_adapter(
+    subject: Subject, side_by_side: "npt.NDArray[np.float32]", found: _Findings
+) -> None:
     """Gate 8: base and adapter, side by side, say what the merged weights say.
 
-    ``next to`` is what they said to the first chunk.
+    ``side_by_side`` is what they said to the first chunk.
     """
     adapter = subject.checkpoint.adapter
     if adapter is None:
@@ -462,14 +464,14 @@ def _check_adapter(subject: Subject, beside: "npt.NDArray[np.float32]", found: _
     if not subject.fits_in_memory:
         found.add(
             "adapter",
-            f"{adapter.name} merged; the base is too large here to run with the adapter next to it, "
-            "so only the artifact was compared with the merged weights",
+            f"{adapter.name} merged; the base is too large here to run with the adapter next to "
+            "it, so only the artifact was compared with the merged weights",
             passed=True,
         )
         return
     merged = next(interpreter.logits(subject.checkpoint, subject.chunks[:1]))
-    difference = float(np.abs(beside - merged).max())
-    scale = float(np.abs(beside).max())
+    difference = float(np.abs(side_by_side - merged).max())
+    scale = float(np.abs(side_by_side).max())
     limit = 1e-4 * max(1.0, scale)
     found.add(
         "adapter",

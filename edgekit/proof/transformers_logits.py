@@ -1,4 +1,4 @@
-"""The checkpoint's own word: transformers in float32, with the adapter next to the base, not merged.
+"""What the checkpoint itself says: transformers in float32, an adapter next to the base.
 
 Everything an artifact is compared with comes from here, and nothing here shares code with what
 makes artifacts.
@@ -7,7 +7,7 @@ makes artifacts.
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,12 @@ from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter
 from edgekit.runtime.silence import silence
 from edgekit.source.checkpoint import AdapterRecord, Checkpoint
+from edgekit.text.template import Message
 
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-
-Message = Mapping[str, str]
 
 
 def require() -> None:

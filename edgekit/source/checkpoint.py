@@ -139,7 +139,7 @@ class Checkpoint:
         """Read the config, the tokenizer's files and the tensor headers; no weight is loaded.
 
         Raises:
-            UsageError: If this is not a checkpoint, one edgekit does not understand, or a damaged one.
+            UsageError: If this is not a checkpoint, is damaged, or is one edgekit does not know.
         """
         fields = _read_config(directory)
         architecture = _architecture(directory, fields)

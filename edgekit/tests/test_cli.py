@@ -62,7 +62,7 @@ def test_an_unsupported_architecture_names_the_supported_ones(tmp_path, capsys):
 def test_a_directory_that_is_no_bundle_has_status_6(tmp_path, capsys):
     status, _, err = run(capsys, "run", tmp_path, "hello")
     assert status == 6
-    assert "no bundle" in err
+    assert "not a bundle" in err
 
 
 def test_targets_are_listed_and_shown_with_the_origin_of_every_number(capsys):

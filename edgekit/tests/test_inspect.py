@@ -121,10 +121,10 @@ def test_what_is_no_artifact_is_refused(tmp_path):
     with pytest.raises(UsageError, match="there is no"):
         inspect(tmp_path / "nothing.gguf")
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(UsageError, match="no artifact") as refusal:
+    with pytest.raises(UsageError, match="not an artifact") as refusal:
         inspect(tmp_path / "notes.txt")
     assert "gguf" in refusal.value.hint
-    with pytest.raises(BundleError, match="no bundle"):
+    with pytest.raises(BundleError, match="not a bundle"):
         inspect(tmp_path)
 
 

@@ -1,7 +1,7 @@
 """Chat templates: Jinja source that came with a model, rendered in a sandbox with limits.
 
 The environment is the one transformers 5 builds, so that the same source gives the same bytes. A
-template is code by a stranger: next to Jinja's sandbox, every loop turn and every call looks at the
+template is code by a stranger: besides Jinja's sandbox, every loop turn and every call looks at the
 clock, and everything that can grow (``~``, ``+``, ``*``, literals, filters, padding) is measured.
 """
 
@@ -31,7 +31,7 @@ _MAX_JSON_INDENT = 16
 # Fields under which older libraries pass what a model thought (transformers 5, _REASONING_FIELDS).
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _FILTERS_THAT_TAKE_ANY_NUMBER = ("do_default", "do_int", "do_float", "do_round", "_to_json")
-# What a template can make Python raise, next to Jinja's own errors: None + "x", 1 / 0, …
+# What a template can make Python raise, besides Jinja's own errors: None + "x", 1 / 0, …
 _TEMPLATE_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 
 _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)  # of time.monotonic()

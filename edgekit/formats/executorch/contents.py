@@ -1,7 +1,7 @@
 """Which weights a ``.pte`` file holds, and how, as back-ends and ExecuTorch will read them.
 
-Weights are named data of the program. Their shapes and tensor types are what the delegates say about
-them; those of the embedding, which no delegate need have, what the program says.
+Weights are named data of the program. Their shapes and tensor types are what the delegates say
+about them; those of the embedding, which no delegate need have, what the program says.
 """
 
 import math

@@ -28,7 +28,7 @@ def report(
     Args:
         found: Who does the work.
         planned: The weights of the program.
-        id: The back-end, as programs writes it.
+        id: The back-end, as programs write it.
         name: And as people do.
 
     Raises:

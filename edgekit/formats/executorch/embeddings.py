@@ -1,4 +1,4 @@
-"""Tables of words, each kind of tensor type as a module of torch."""
+"""Token embeddings, a module of torch for each tensor type."""
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253

@@ -75,7 +75,7 @@ class Job:
     def encoded(
         self, weight: ProgramWeight
     ) -> "Iterator[tuple[int, list[npt.NDArray[np.generic]]]]":
-        """Yield blocks as `tensor_types.encode` has them, an array for each of the weight's parts."""
+        """Yield blocks as `tensor_types.encode` has them, an array for each part of the weight."""
         importance = importance_of(self.checkpoint.calibration, weight)
         for first, rows in self.blocks(weight):
             try:

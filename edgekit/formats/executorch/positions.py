@@ -1,4 +1,4 @@
-"""How positions turn queries and keys, as a module of torch."""
+"""How positions rotate queries and keys, as a module of torch."""
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
@@ -8,7 +8,7 @@ from edgekit.model.spec import DecoderSpec, Rope
 
 
 class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
-    """How queries and keys turn with the positions of their tokens, once for all layers."""
+    """How queries and keys rotate with the positions of their tokens, once for all layers."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
     def _keep(self, name: str, values: Tensor) -> None:
         self.register_buffer(name, values, persistent=False)
 
-    def turns(self, input_pos: Tensor) -> dict[Rope, tuple[Tensor, Tensor]]:
+    def rotations(self, input_pos: Tensor) -> dict[Rope, tuple[Tensor, Tensor]]:
         """Return for each rope cosine and sine, of shape ``(tokens, 1, width)``."""
         return {
             rope: (torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FORWARD = "forward"
 ROPE_BORDER = "get_rope_border_tokens"  # beyond it a long-rope model has other frequencies
-LLM_KERNELS = "llama::"  # what phone runners link; the wheel has them in a library besides torch
+LLM_KERNELS = "llama::"  # what phone runners link; the wheel has them in a library next to torch
 _QUANTIZED_KERNELS = "quantized_decomposed::"
 _OK = 0  # Error::Ok in runtime/core/error.h
 _CONSTANTS = 32  # how many numbers a metadata method may return

@@ -4,7 +4,7 @@ An int8 matrix has one scale for each row, a four-bit one a bfloat16 scale for e
 the layouts of XNNPACK's ``qcint8`` and ``qbint4``, for the embedding too. ``Q4GSW`` is the layout
 of Vulkan's ``linear_q4gsw``: float32 scales, whose rows are the groups. Where a recipe's name
 begins with 8da, XNNPACK rounds what is multiplied with such a matrix to int8 too, token by token.
-There is no bfloat16: XNNPACK, as ExecuTorch 1.5.1 has it, refuses such weights besides float32
+There is no bfloat16: XNNPACK, as ExecuTorch 1.5.1 has it, refuses such weights next to float32
 inputs ("invalid parameter"), and would have inputs rounded to bfloat16 as well.
 """
 
@@ -45,18 +45,18 @@ TENSOR_TYPES: Mapping[str, TensorType] = {
     )
 }
 
-# Tensor types so coarse that the inputs of a weight must lead its fit.
+# Tensor types so coarse that importance weighting pays.
 COARSE = frozenset(name for name in TENSOR_TYPES if name.startswith(("INT4", "Q4GSW")))
 # Four bits as XNNPACK has them, and the same groups as Vulkan has them: scales across.
 ACROSS = {f"INT4_G{group}": f"Q4GSW_G{group}" for group in (32, 64, 128)}
 FOUR_BITS, VULKAN_FOUR_BITS = frozenset(ACROSS), frozenset(ACROSS.values())
 
 _EXACT = Rule(pattern=".*(norm|bias)", tensor_type="F32")  # small, and XNNPACK wants them so
-_WORDS = Rule(pattern="token_embedding|output_head", tensor_type="INT8")
+_EIGHT_BIT_EMBEDDING = Rule(pattern="token_embedding|output_head", tensor_type="INT8")
 
 # What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.
 # Measured over 3152 positions of SmolLM2-135M with weights that lie on no grid: F32 6e-11, 100 %;
-# F16 5e-6, 99.7; 8da8w 0.040, 86.0; 8da4w 0.72, 51.3, or where a calibration leads the fit 0.38,
+# F16 5e-6, 99.7; 8da8w 0.040, 86.0; 8da4w 0.72, 51.3, or importance-weighted 0.38,
 # 63.1; 8da4w_g64 0.82, 47.7; 8da4w_g128 (64 where rows have 576 weights) 0.95, 44.6; 8da4w_all
 # 0.97, 42.3, or with a calibration of the layers 0.62, 50.5.
 _LIMITS = {
@@ -72,9 +72,9 @@ RECIPES: Mapping[str, Recipe] = {
         _recipe("F32", "F32"),
         _recipe("F16", "F16", _EXACT),
         _recipe("8da8w", "INT8", _EXACT),
-        _recipe("8da4w", "INT4_G32", _EXACT, _WORDS),
-        _recipe("8da4w_g64", "INT4_G64", _EXACT, _WORDS),
-        _recipe("8da4w_g128", "INT4_G128", _EXACT, _WORDS),
+        _recipe("8da4w", "INT4_G32", _EXACT, _EIGHT_BIT_EMBEDDING),
+        _recipe("8da4w_g64", "INT4_G64", _EXACT, _EIGHT_BIT_EMBEDDING),
+        _recipe("8da4w_g128", "INT4_G128", _EXACT, _EIGHT_BIT_EMBEDDING),
         _recipe("8da4w_all", "INT4_G32", _EXACT),
     )
 }
@@ -96,7 +96,7 @@ def stored_as(wanted: str, columns: int) -> str:
 
 
 def item_types(stored: str) -> tuple[str, ...]:
-    """Return of what numbers the parts of a weight are, as numpy writes them."""
+    """Return the item types of the parts of a weight, by numpy's names."""
     return {
         "F32": ("<f4",), "F16": ("<f2",), "INT8": ("i1", "<f4"),
         **dict.fromkeys(FOUR_BITS, ("u1", "<u2")), **dict.fromkeys(VULKAN_FOUR_BITS, ("u1", "<f4")),
@@ -144,7 +144,7 @@ def encode(
     Args:
         values: float32; the last axis holds the columns.
         tensor_type: One of `TENSOR_TYPES`, whose blocks the columns fill.
-        importance: How much an error counts, column by column, where it leads the fit.
+        importance: How much an error counts, column by column; None: all alike.
 
     Returns:
         An array for each of `parts`.

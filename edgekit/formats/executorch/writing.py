@@ -29,7 +29,8 @@ def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
     if border is not None and border < checkpoint.spec.context_tokens:
         return ContextLimit(
             tokens=border,
-            reason="beyond, every position turns otherwise, and phones' runners read no text again",
+            reason="beyond, every position is rotated differently, and phones' runners do not read "
+            "a text again",
         )
     return ContextLimit(
         tokens=checkpoint.spec.context_tokens, reason="the model was made for no more"

@@ -1,7 +1,7 @@
 """How a calibration weights the rounding of GGUF's tensors, and the keys that say so.
 
 Source of the keys: ``llama_model_quantize`` in tools/quantize/quantize.cpp of llama.cpp 0c1e57098.
-The choice of tensor types stays as it is without a calibration, where llama-quantize changes two rules.
+The choice of tensor types stays as it is without a calibration; llama-quantize changes two rules.
 """
 
 from collections.abc import Iterator, Sequence

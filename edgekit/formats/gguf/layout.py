@@ -322,7 +322,7 @@ def read(path: Path) -> GgufFile:
     It takes at most 64 MiB, or twice the size of the file if that is more, whatever the file says.
 
     Raises:
-        UsageError: If it is not a GGUF file or a damaged one; names the file, the field and the byte.
+        UsageError: If it is not a GGUF file, or damaged; names the file, the field and the byte.
     """
     try:
         with path.open("rb", buffering=2**16) as file:
@@ -361,7 +361,8 @@ def _decode(
         return _dequantize(encoded, info.tensor_type, shape)
     except (KeyError, NotImplementedError) as error:
         raise UsageError(
-            f"{file.path}: {info.name} is stored as {info.tensor_type}, which edgekit cannot decode",
+            f"{file.path}: {info.name} has the tensor type {info.tensor_type}, "
+            "which edgekit cannot decode",
             hint="take the checkpoint, or a file stored as F16, BF16 or Q8_0",
         ) from error
 

@@ -38,7 +38,7 @@ TENSOR_TYPES: Mapping[str, TensorType] = {
     )
 }  # fmt: skip
 
-# The fit of these can be led by how much an error counts, column by column.
+# Coarse enough for importance weighting: how much an error counts, column by column.
 WEIGHTED = TENSOR_TYPES.keys() - {"F32", "F16", "BF16", "Q8_0"}
 
 QUANTIZATION_VERSION = 2  # general.quantization_version: GGML_QNT_VERSION in ggml.h
@@ -224,7 +224,9 @@ def _finish(started: "_Started") -> "_Bytes":
     return encoded
 
 
-_CHUNK_WEIGHTS = 2**18  # 1 MiB of float32: stays in the cache, and a call costs nothing next to it
+_CHUNK_WEIGHTS = (
+    2**18
+)  # 1 MiB of float32: stays in the cache, and a call costs nothing compared to it
 # A block's scale is a float16; K-quants multiply it by a small scale and a code, 2**12 together.
 _MAX_SCALED = 65504 * 2**12
 _WIDER = "only F32 and BF16 hold every float32"

@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from edgekit.text.template import Message
+
 
 Encode = Callable[[str], list[int]]  # special tokens parsed, none added
-Message = Mapping[str, Any]  # {"role": "user", "content": "…"}
 
 SYSTEM = "{system_message}"
 _PATTERNS = re.compile(r"\$[$&`']")  # what JavaScript's String.replace expands

@@ -17,7 +17,7 @@ from edgekit.errors import UsageError
 from edgekit.formats.mlc import clients, template_affixes
 from edgekit.formats.mlc.template_affixes import Role, Surroundings
 from edgekit.model.tokenizer_files import added_tokens
-from edgekit.text.template import ChatTemplate
+from edgekit.text.template import ChatTemplate, Message
 from edgekit.text.tokenizer import Text, open_tokenizer
 
 
@@ -225,7 +225,7 @@ class _Derivation:
         return template
 
     def _one_of_two(self, plain: Surroundings | None, around: Surroundings | None) -> Conversation:
-        """Return what serves conversations without a system message, and next to it what changes.
+        """Return what serves conversations without a system message, and besides, what changes.
 
         MLC always writes its head, so a template that writes a system block only where there is a
         system message takes two.
@@ -362,9 +362,7 @@ class _Derivation:
                 return passed, difference
         return passed, None
 
-    def _difference(
-        self, template: Mapping[str, Any], messages: Sequence[clients.Message]
-    ) -> str | None:
+    def _difference(self, template: Mapping[str, Any], messages: Sequence[Message]) -> str | None:
         """Return how MLC's prompt differs from the template's, None if it does not."""
         shown = [self._as_app_sends(message) for message in messages]
         wanted = self.text.render(messages)
@@ -378,7 +376,7 @@ class _Derivation:
                 return self._id_difference(client, wanted_ids, ids)
         return None
 
-    def _as_app_sends(self, message: clients.Message) -> clients.Message:
+    def _as_app_sends(self, message: Message) -> Message:
         is_trimmed = message["role"] in self._trimmed_roles
         return {**message, "content": message["content"].strip()} if is_trimmed else message
 

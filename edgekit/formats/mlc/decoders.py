@@ -26,7 +26,7 @@ class MlcModel:
     """What one of MLC's model definitions can be told."""
 
     scaling: type[RopeScaling] | None = None  # of the rope, where one is known
-    turns_in_part: bool = False  # whether a part of a head may turn
+    rotates_in_part: bool = False  # whether a part of a head may rotate
     can_be_tied: bool = True
     can_be_untied: bool = True
     qkv_biases: bool | None = False  # None: either way
@@ -43,10 +43,10 @@ MODELS = {
     "mistral": replace(_ANY_VOCABULARY, can_be_tied=False),
     "qwen2": MlcModel(qkv_biases=True, has_square_heads=True),
     "qwen3": MlcModel(qkv_biases=None, output_bias=None),
-    "phi3": MlcModel(scaling=LongRopeScaling, turns_in_part=True, has_square_heads=True),
+    "phi3": MlcModel(scaling=LongRopeScaling, rotates_in_part=True, has_square_heads=True),
     "gemma2": replace(_ANY_VOCABULARY, can_be_untied=False),
     "stablelm": MlcModel(
-        turns_in_part=True, can_be_tied=False, qkv_biases=None, has_square_heads=True
+        rotates_in_part=True, can_be_tied=False, qkv_biases=None, has_square_heads=True
     ),
 }
 _ABSENT = {
@@ -85,7 +85,7 @@ def _problems(model: MlcModel, architecture: str, spec: DecoderSpec) -> Iterator
     ropes = {layer.rope for layer in spec.layers}
     rope, *others = ropes
     if rope is None or others:
-        yield "turns every layer alike, the checkpoint does not"
+        yield "rotates every layer alike, the checkpoint does not"
         return
     yield from _rope_problems(model, spec, rope)
     yield from _attention_problems(model, architecture, spec.attention)
@@ -106,8 +106,8 @@ def _problems(model: MlcModel, architecture: str, spec: DecoderSpec) -> Iterator
 
 
 def _rope_problems(model: MlcModel, spec: DecoderSpec, rope: Rope) -> Iterator[str]:
-    if rope.width != spec.attention.head_dim and not model.turns_in_part:
-        yield f"turns whole heads, the checkpoint {rope.width} channels of them"
+    if rope.width != spec.attention.head_dim and not model.rotates_in_part:
+        yield f"rotates whole heads, the checkpoint {rope.width} channels of them"
     scaling = rope.scaling
     if scaling is not None and not (model.scaling and isinstance(scaling, model.scaling)):
         yield f"has no {_kind(scaling)} rope, the checkpoint has"
@@ -161,8 +161,8 @@ def notes(spec: DecoderSpec) -> Iterator[str]:
     """Yield what a user should know about how MLC computes a decoder it takes."""
     if spec.attention.attn_logit_softcap is not None:
         yield (
-            f"MLC leaves out the cap of {spec.attention.attn_logit_softcap:g} on attention scores; the "
-            "proof computes without it too, so that its figures count the difference"
+            f"MLC leaves out the cap of {spec.attention.attn_logit_softcap:g} on attention scores; "
+            "the proof computes without it too, so that its figures count the difference"
         )
 
 

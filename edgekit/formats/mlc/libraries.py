@@ -64,7 +64,7 @@ class Shape:
             is_tied=spec.is_tied,
             has_qkv_bias=spec.attention.has_qkv_bias,
             final_logit_softcap=spec.final_logit_softcap,
-            vocabulary=spec.vocab_size if is_bound else None,
+            vocab_size=spec.vocab_size if is_bound else None,
         )
 
     def differences(self, other: "Shape") -> Iterator[str]:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 PAGE_TOKENS = 16  # of the cache; WebLLM 0.2.85 and MLC's engine
 _HALF, _FULL = 2, 4  # bytes of a number the model computes with
-# Next to the GPU's memory: the page's heap while shards arrive, the library, the tokenizer. Measured
-# once, in Chromium 156: 110 MB of heap for SmolLM2-135M as q4f32_1, whose files have 76 MB.
+# Besides the GPU's memory: the page's heap while shards arrive, the library, the tokenizer.
+# Measured once, in Chromium 156: 110 MB of heap for SmolLM2-135M as q4f32_1, 76 MB of files.
 RUNTIME_BYTES = 40 * 2**20
 
 

@@ -115,7 +115,7 @@ def transformers_files(
 
 
 def _transformers_js(recipe: Recipe, *, data_files: int) -> dict[str, Any]:
-    """Return what transformers.js must open by default; since 4.0 it sees the cache's type itself."""
+    """Return what transformers.js opens by default; since 4.0 it sees the cache's type itself."""
     how = tensor_types.BUILDS[recipe.name]
     cache = {"kv_cache_dtype": how.arithmetic} if how.is_half else {}
     return {"dtype": how.dtype, "use_external_data_format": data_files, **cache}

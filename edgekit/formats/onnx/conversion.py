@@ -49,7 +49,7 @@ class OnnxPlan:
     weights: tuple[OnnxWeight, ...]
     frequencies: tuple[External, ...]
     model: bytes  # the model file
-    calibration: str | None  # SHA-256 of the text that leads the fit, if any is led
+    calibration: str | None  # SHA-256 of the calibration text, where one is used
 
     @property
     def entry(self) -> str:
@@ -73,12 +73,12 @@ def plan(checkpoint: "CheckpointProtocol", request: BuildRequest) -> OnnxPlan:
     how = tensor_types.BUILDS[recipe.name]
     placing = model.place(loose, stem=f"{how.file}_data", split_bytes=request.split_bytes)
     placed = {tensor.name: tensor for tensor in placing}
-    tensor_types = {weight.role: weight.tensor_type for weight in weights}
+    stored = {weight.role: weight.tensor_type for weight in weights}
     metadata = {"edgekit.recipe": recipe.name}
     calibration = calibration_sha256(checkpoint.calibration, weights)
     if calibration:
         metadata["edgekit.calibration"] = calibration
-    made = graph.build(spec, tensor_types, how, metadata=metadata)
+    made = graph.build(spec, stored, how, metadata=metadata)
     return OnnxPlan(
         how=how,
         calibration=calibration,

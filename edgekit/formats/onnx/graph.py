@@ -1,11 +1,11 @@
 """A `DecoderSpec` as a graph of ONNX operators: one function for each thing a decoder does.
 
 Standard operators, but for some of ONNX Runtime's own: ``GroupQueryAttention`` keeps the cache and
-knows windows and caps, ``MatMulNBits`` multiplies with quantized weights, ``RotaryEmbedding`` turns
-a part of every head, ``SimplifiedLayerNormalization`` is the RMS norm. ``FusedMatMul``, or ``Gemm``
-where it must run on WebGPU, takes other weights as a checkpoint has them (rows out, columns in),
-so that an embedding can be the head too. Cosines are computed for the positions at hand, so there
-is not a table that ends, and from sums and products, which every device computes alike.
+knows windows and caps, ``MatMulNBits`` multiplies with quantized weights, ``RotaryEmbedding``
+rotates a part of every head, ``SimplifiedLayerNormalization`` is the RMS norm. ``FusedMatMul``,
+or ``Gemm`` where it must run on WebGPU, takes other weights as a checkpoint has them (rows out,
+columns in), so that an embedding can be the head too. Cosines are computed for the positions at
+hand, so there is no table that ends, and from sums and products, which every device computes alike.
 """
 
 import math
@@ -99,7 +99,9 @@ class _Builder:
     constants: dict[str, Constant] = field(default_factory=dict)
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
-    turns: dict[Rope, tuple[str, str, str]] = field(default_factory=dict)  # indices, cosine, sine
+    rotations: dict[Rope, tuple[str, str, str]] = field(
+        default_factory=dict
+    )  # indices, cosine, sine
     last_tokens: str = ""  # int32 (batch,): the index of each row's last token
     all_tokens: str = ""  # int32: how many tokens there are, cached ones included
     batch_and_tokens: str = ""  # int64 (2,): of what is computed at present
@@ -146,7 +148,7 @@ class _Builder:
         total = self.op("Squeeze", total)
         self.all_tokens = self.op("Cast", total, to=_INT32)
         for number, rope in enumerate(ropes(self.spec)):
-            self.turns[rope] = self._turn(rope, self._frequencies(number, rope, total))
+            self.rotations[rope] = self._rotation(rope, self._frequencies(number, rope, total))
 
     def _name_inputs(self) -> None:
         """Declare inputs with Optimum's names, of sizes too: transformers.js reads those."""
@@ -179,7 +181,7 @@ class _Builder:
         names = (frequencies_name(number, is_long=True), frequencies_name(number))
         return self.op("Where", is_long, *names)
 
-    def _turn(self, rope: Rope, frequencies: str) -> tuple[str, str, str]:
+    def _rotation(self, rope: Rope, frequencies: str) -> tuple[str, str, str]:
         """Return a row of cosines and of sines for every token, and the index of its row."""
         positions = self.op("Cast", "position_ids", to=_FLOAT32)
         column = self.op("Reshape", positions, self.constant(-1, 1))
@@ -346,7 +348,7 @@ class _Builder:
         )
 
     def _rotate(self, rope: Rope, x: str, heads: int) -> str:
-        indices, cosine, sine = self.turns[rope]
+        indices, cosine, sine = self.rotations[rope]
         return self.op(
             "RotaryEmbedding", x, indices, cosine, sine,
             domain=CONTRIB, num_heads=heads, rotary_embedding_dim=rope.width,

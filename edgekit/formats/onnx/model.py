@@ -263,19 +263,19 @@ def _refuse_misplaced(path: Path, tensor: External) -> None:
     A hard link is one: nothing tells it from a copy, and backups and package stores make them. What
     it holds is judged by the manifest, whose SHA-256 another file does not have.
     """
-    beside = path.parent / tensor.file
+    data_file = path.parent / tensor.file
     if not _DATA_FILE.fullmatch(tensor.file):
         raise BundleError(
             f"{path}: {tensor.name} is in {tensor.file!r}, which is not a data file next to it"
         )
-    if beside.is_symlink():
-        raise BundleError(f"{next to} is a link; weights are read from regular files only")
-    if not beside.is_file():
-        raise BundleError(f"{next to} is missing", hint="copy every file of the bundle")
-    size_bytes = beside.stat().st_size
+    if data_file.is_symlink():
+        raise BundleError(f"{data_file} is a link; weights are read from regular files only")
+    if not data_file.is_file():
+        raise BundleError(f"{data_file} is missing", hint="copy every file of the bundle")
+    size_bytes = data_file.stat().st_size
     if tensor.offset + tensor.size_bytes > size_bytes:
         raise BundleError(
-            f"{next to} has {size_bytes} bytes, {tensor.name} is at {tensor.offset} to "
+            f"{data_file} has {size_bytes} bytes, {tensor.name} is at {tensor.offset} to "
             f"{tensor.offset + tensor.size_bytes}",
             hint="the file was cut off; copy it again",
         )

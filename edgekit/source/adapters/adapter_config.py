@@ -123,7 +123,7 @@ class AdapterSettings:
         return alpha / (math.sqrt(rank) if self.is_rank_stabilized else rank)
 
     def token_ids_of(self, module: str, *, is_embedding: bool) -> tuple[int, ...] | None:
-        """Return the tokens whose rows a module has again, in the order of the file."""
+        """Return the tokens whose rows a module replaces, in the order of the file."""
         for name, ids in self.token_ids.items():
             if is_embedding if name == "" else module.endswith(name):
                 return ids
@@ -147,7 +147,7 @@ def read(directory: Path) -> AdapterSettings:
     """Read the configuration of an adapter.
 
     Raises:
-        UsageError: If this is not an adapter, one of another kind, or one with an option that edgekit
+        UsageError: If this is not an adapter, is of another kind, or has an option that edgekit
             does not know.
     """
     path = directory / "adapter_config.json"

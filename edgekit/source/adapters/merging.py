@@ -589,7 +589,7 @@ def _notes(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> Iterator[str]:
             "no longer tied and the model stores both"
         )
     if spec.vocab_size != before.vocab_size:
-        yield f"the vocabulary has {spec.vocab_size} tokens, the base {before.vocabulary}"
+        yield f"the vocabulary has {spec.vocab_size} tokens, the base {before.vocab_size}"
     if (fit.path.parent / "tokenizer.json").is_file():
         yield "tokenizer and chat template are the adapter's"
     elif _template_of(fit.path.parent) is not None:

@@ -33,8 +33,8 @@ def read_rope(
         config: The whole config.
         head_dim: Channels of a head.
         theta: What transformers takes where the config is silent.
-        rotated: The fraction of a head that turns where the config is silent; None where the
-            family always turns whole heads.
+        rotated: The fraction of a head that rotates where the config is silent; None where the
+            family always rotates whole heads.
         original_context_tokens: What transformers takes where the config is silent.
     """
     fields = _section(config)
@@ -75,7 +75,7 @@ def read_fields(
     """Read one rope object; ``theta`` where it does not say."""
     if width < 2 or width % 2:
         raise UsageError(
-            f"{fields.origin} turns {width} channels of a head, expected an even count"
+            f"{fields.origin} rotates {width} channels of a head, expected an even count"
         )
     rope = Rope(width=width, theta=fields.number("rope_theta", theta))
     inner = fields.optional_integer("original_max_position_embeddings") or context_tokens
@@ -152,7 +152,7 @@ def write_rope(spec: DecoderSpec, *, rotated: bool = False) -> dict[str, Any]:
 
     Args:
         spec: The first of its layers that has a rope speaks for all.
-        rotated: Whether the family may turn a part of each head.
+        rotated: Whether the family may rotate a part of each head.
     """
     rope = next((layer.rope for layer in spec.layers if layer.rope), None)
     if rope is None:

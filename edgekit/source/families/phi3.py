@@ -1,4 +1,4 @@
-"""Phi-3, Phi-3.5 and Phi-4-mini: fused projections, longrope, and heads that may turn in part."""
+"""Phi-3, Phi-3.5 and Phi-4-mini: fused projections, longrope, and heads that may rotate in part."""
 
 from dataclasses import replace
 from typing import Any

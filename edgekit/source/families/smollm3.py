@@ -29,34 +29,34 @@ def describe(config: Config) -> DecoderSpec:
 
 def _read_layers(config: Config, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     """Return the layers with their positions taken away, and windows, where the config says so."""
-    turns = _read_turns(config, len(layers))
+    rotates = _read_rotates(config, len(layers))
     window = config.optional_integer("sliding_window")
     if not config.get("use_sliding_window", default=False):
         window = None
     usual: list[_common.LayerKind] = [
-        "sliding_attention" if window and not turn else "full_attention" for turn in turns
+        "sliding_attention" if window and not rotated else "full_attention" for rotated in rotates
     ]
     kinds = _common.read_layer_kinds(config, usual)
     return tuple(
-        layer if turn else replace(layer, rope=None)
-        for layer, turn in zip(
-            _common.with_windows(config, layers, kinds, window), turns, strict=True
+        layer if rotated else replace(layer, rope=None)
+        for layer, rotated in zip(
+            _common.with_windows(config, layers, kinds, window), rotates, strict=True
         )
     )
 
 
-def _read_turns(config: Config, layers: int) -> list[bool]:
+def _read_rotates(config: Config, layers: int) -> list[bool]:
     """Return which layers have positions: ``no_rope_layers`` is 1 for those, despite its name."""
     interval = config.optional_integer("no_rope_layer_interval") or 4
-    turns = config.get("no_rope_layers", list[int]())
-    if not turns:
+    rotates = config.get("no_rope_layers", list[int]())
+    if not rotates:
         return [bool((index + 1) % interval) for index in range(layers)]
-    if len(turns) < layers or any(turn not in (0, 1) for turn in turns):
+    if len(rotates) < layers or any(rotated not in (0, 1) for rotated in rotates):
         raise UsageError(
-            f"{config.origin}: no_rope_layers = {turns!r}, expected a 0 or 1 for each of "
+            f"{config.origin}: no_rope_layers = {rotates!r}, expected a 0 or 1 for each of "
             f"{layers} layers"
         )
-    return [bool(turn) for turn in turns[:layers]]
+    return [bool(rotated) for rotated in rotates[:layers]]
 
 
 def config(spec: DecoderSpec) -> dict[str, Any]:

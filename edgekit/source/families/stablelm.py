@@ -1,4 +1,4 @@
-"""StableLM 2: layer norms and heads that turn in part; 12B: head norms, parallel residual."""
+"""StableLM 2: layer norms and heads that rotate in part; 12B: head norms, parallel residual."""
 
 from dataclasses import replace
 from typing import Any

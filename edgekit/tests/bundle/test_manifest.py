@@ -233,7 +233,7 @@ def test_symlinks_in_a_circle_are_refused(bundle):
 
 def test_a_file_and_nothing_at_all_are_no_bundles(bundle, tmp_path):
     for path in (bundle.directory / "model.gguf", tmp_path / "nothing"):
-        with pytest.raises(BundleError, match="no bundle") as refusal:
+        with pytest.raises(BundleError, match="not a bundle") as refusal:
             Bundle.load(path)
         assert "edgekit export" in refusal.value.hint
 

@@ -223,7 +223,7 @@ def test_a_layout_places_every_weight_once_and_in_a_storage_of_the_format(fmt, p
 
 
 def test_a_substitution_is_told(fmt, tiny):
-    """The tiny model's rows of 64 are not multiple of 256."""
+    """The tiny model's rows of 64 are not a multiple of 256."""
     assert fmt.RECIPES
     for recipe in fmt.RECIPES.values():
         layout = fmt.lay_out(tiny, asked(recipe))
@@ -364,7 +364,7 @@ def lay_out(checkpoint, request):
         raise UsageError("an echo is never split")
     placements = tuple(
         PlannedWeight(
-            role=role, shape=shape, tensor type="word", wanted=request.recipe.default,
+            role=role, shape=shape, tensor_type="word", wanted=request.recipe.default,
             size_bytes=2 * shape[0] * (shape[1] if shape[1:] else 1), is_coarse=False,
         )
         for role, shape in checkpoint.spec.weights()
@@ -384,7 +384,7 @@ def memory_use(checkpoint, layout, *, context_tokens, repacks):
 
 
 def convert(checkpoint, request, directory, *, progress):
-    (directory / "model.echo").write_text(json.dumps({"vocabulary": checkpoint.spec.vocabulary}))
+    (directory / "model.echo").write_text(json.dumps({"vocabulary": checkpoint.spec.vocab_size}))
     progress(checkpoint.parameters)
     return "model.echo"
 """,

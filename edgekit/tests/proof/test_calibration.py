@@ -281,7 +281,7 @@ def decoded(checkpoint, ids):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "holds no text"), (b" \n\n", "holds no text"), (b"caf\xe9", "no text in UTF-8")],
+    [(b"", "holds no text"), (b" \n\n", "holds no text"), (b"caf\xe9", "not text in UTF-8")],
 )
 def test_what_is_no_text_is_refused(tmp_path, content, message):
     (tmp_path / "own.txt").write_bytes(content)

@@ -362,7 +362,7 @@ def test_a_tensor_in_two_shards_is_refused(model):
 )
 def test_an_index_that_points_elsewhere_is_refused(model, name):
     split(model, names=("a.safetensors", name))
-    assert "no file next to it" in refusal(model)
+    assert "not a file next to it" in refusal(model)
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": ["a.safetensors"]}, {"weight_map": None}])

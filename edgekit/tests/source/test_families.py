@@ -264,7 +264,7 @@ def test_a_llama_that_turns_part_of_its_heads_is_refused():
 
 
 def test_an_odd_head_width_is_refused():
-    with pytest.raises(UsageError, match="turns 7 channels"):
+    with pytest.raises(UsageError, match="rotates 7 channels"):
         published("llama", head_dim=7)
 
 
@@ -272,7 +272,7 @@ def test_head_width_comes_from_the_config_before_the_division():
     assert published("llama", head_dim=24).attention.head_dim == 24
     assert describe("llama", without("llama", "head_dim")).attention.head_dim == 8
     assert published("llama", head_dim=24).attention.softmax_scale == 24**-0.5
-    with pytest.raises(UsageError, match="no multiple of 6 heads"):
+    with pytest.raises(UsageError, match="not a multiple of 6 heads"):
         describe("llama", without("llama", "head_dim") | {"hidden_size": 50})
 
 

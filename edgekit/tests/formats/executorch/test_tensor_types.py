@@ -77,7 +77,7 @@ def test_four_bit_codes_fill_a_byte_from_its_lower_half():
 
 
 @pytest.mark.parametrize(("recipe", "words"), [("8da4w", "INT8"), ("8da4w_all", "INT4_G32")])
-def test_words_take_four_bits_only_where_all_do(recipe, words):
+def test_the_token_embedding_takes_four_bits_only_where_all_do(recipe, words):
     planned = conversion.weights(spec(), tensor_types.RECIPES[recipe], xnnpack.BACKEND)
     found = {weight.role: weight.tensor_type for weight in planned}
     assert (found["token_embedding"], found["layers.0.up"]) == (words, "INT4_G32")

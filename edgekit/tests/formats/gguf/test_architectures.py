@@ -88,17 +88,20 @@ STABLELM = describe("stablelm-12b")
 MADE_UP = {
     "a logit cap on a Llama": (replace(LLAMA, final_logit_softcap=30.0), "a cap on the logits"),
     "a score cap on a Llama": (
-        replace(LLAMA, attention=replace(LLAMA.attention, attn_logit_softcap=50.0)), "a cap on the scores",
+        replace(LLAMA, attention=replace(LLAMA.attention, attn_logit_softcap=50.0)),
+        "a cap on the scores",
     ),
     "another score scale": (
-        replace(LLAMA, attention=replace(LLAMA.attention, softmax_scale=0.1)), "a score scale of 0.1",
+        replace(LLAMA, attention=replace(LLAMA.attention, softmax_scale=0.1)),
+        "a score scale of 0.1",
     ),
     "a scaled embedding": (replace(LLAMA, embedding_scale=12.0), "an embedding scale of 12"),
     "another activation": (replace(LLAMA, activation="gelu_tanh"), "activation gelu_tanh"),
     "parallel residuals": (replace(LLAMA, residual="parallel"), "parallel residuals"),
     "post norms": (replace(LLAMA, has_post_norms=True), "norms after attention and MLP"),
     "a norm with one added": (
-        replace(LLAMA, norm=replace(LLAMA.norm, unit_offset=True)), "normalization rms with 1 added",
+        replace(LLAMA, norm=replace(LLAMA.norm, unit_offset=True)),
+        "normalization rms with 1 added",
     ),
     "a norm without bias": (
         replace(STABLELM, norm=replace(STABLELM.norm, has_bias=False)),
@@ -109,7 +112,9 @@ MADE_UP = {
             QWEN3.attention, query_key_norm=Norm(kind="rms", epsilon=0.5))),
         "another epsilon",
     ),
-    "no logit cap on a Gemma 2": (replace(GEMMA2, final_logit_softcap=None), "no cap on the logits"),
+    "no logit cap on a Gemma 2": (
+        replace(GEMMA2, final_logit_softcap=None), "no cap on the logits",
+    ),
     "no positions at all": (change_layers(LLAMA, rope=None), "layer 0 without positions"),
     "half a rope": (
         change_ropes(QWEN3, lambda rope: replace(rope, width=rope.width // 2)), "rope on 12 of 24",

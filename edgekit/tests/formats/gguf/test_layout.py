@@ -562,7 +562,9 @@ def test_a_tensor_of_integers_is_refused(tmp_path):
     pytest.importorskip("gguf")
     tensors = [TensorEntry(name="ids", shape=(4,), tensor_type="I32")]
     file = read(write_file(tmp_path / "x.gguf", {}, tensors, {"ids": bytes(16)}))
-    with pytest.raises(UsageError, match="ids is stored as I32, which edgekit cannot decode"):
+    with pytest.raises(
+        UsageError, match="ids has the tensor type I32, which edgekit cannot decode"
+    ):
         layout.read_tensor(file, file.tensors[0])
 
 

@@ -246,7 +246,7 @@ def test_what_is_encoded_decodes_to_nearly_the_same(name, np, llama_cpp, tmp_pat
 def test_a_matrix_of_many_chunks_is_encoded_as_its_rows(np, llama_cpp, monkeypatch):
     values = weights_of(np, 101, 64)
     whole = quantize(values, "Q5_0")
-    monkeypatch.setattr(tensor_type, "_CHUNK_WEIGHTS", 64 * 7)
+    monkeypatch.setattr(tensor_types, "_CHUNK_WEIGHTS", 64 * 7)
     assert np.array_equal(quantize(values, "Q5_0"), whole)
     assert np.array_equal(quantize(values[50:53], "Q5_0"), whole[50:53])
 

@@ -58,7 +58,7 @@ def with_rope(**changes):
     ("name", "scheme", "spec"),
     [
         ("llama_odd_f32", "q3f16_1", tiny_spec(
-            vocabulary=101, hidden_size=60, intermediate_size=70,
+            vocab_size=101, hidden_size=60, intermediate_size=70,
             attention=Attention(heads=6, num_kv_heads=3, head_dim=12, softmax_scale=12**-0.5),
         )),
         ("llama_untied_f32", "q4f16_0", tiny_spec()),
@@ -185,9 +185,9 @@ LINEAR = LinearScaling(factor=4.0)
             scaling=Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0,
                                   original_context_tokens=64)).layers), "has no llama3 rope"),
         ("llama", with_rope(scaling=LONG), "has no longrope rope"),
-        ("llama", with_rope(width=8), "turns whole heads, the checkpoint 8 channels"),
+        ("llama", with_rope(width=8), "rotates whole heads, the checkpoint 8 channels"),
         ("llama", tiny_spec(layers=(Layer(rope=Rope(width=16, theta=1e4)), Layer(rope=None))),
-         "turns every layer alike"),
+         "rotates every layer alike"),
         ("phi3", with_rope(scaling=replace(LONG, attention_factor=1.5)),
          "attention factor of 1.1339, the checkpoint 1.5000"),
         ("llama", with_attention(has_qkv_bias=True), "no biases on queries, keys and values"),
@@ -202,7 +202,8 @@ LINEAR = LinearScaling(factor=4.0)
         ("gemma2", tiny_spec(), "the embedding as output head"),
         ("gemma2", replace(with_attention(softmax_scale=1 / 12), is_tied=True),
          "multiplies scores by 0.2500, the checkpoint by 0.0833"),
-        ("phi3", with_attention(heads=2, softmax_scale=0.25), "splits a hidden width of 64 among 2"),
+        ("phi3", with_attention(heads=2, softmax_scale=0.25),
+         "splits a hidden width of 64 among 2"),
     ],
 )  # fmt: skip
 def test_what_mlc_computes_otherwise_is_refused_in_one_sentence(architecture, spec, words):

@@ -103,7 +103,7 @@ def test_added_tokens_leave_a_library_that_is_bound_to_the_vocabulary(checkpoint
     assert libraries.find(grown, "q4f16_1") is None
     assert libraries.missing(grown, "q4f16_1") == (
         "no WebGPU library is prebuilt for this shape: Qwen2-0.5B-Instruct-q4f16_1_cs1k-webgpu.wasm"
-        " has vocabulary 151936, not 151968"
+        " has vocab size 151936, not 151968"
     )
 
 

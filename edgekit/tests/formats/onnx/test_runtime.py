@@ -5,7 +5,7 @@ import pytest
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats import BuildRequest
-from edgekit.formats.onnx import conversion, model, runtime, storage
+from edgekit.formats.onnx import conversion, model, runtime, tensor_types
 from edgekit.formats.onnx.runtime import BATCH_TOKENS, OnnxSession
 from edgekit.proof import load_probe
 from edgekit.tests.needs import needs
@@ -24,7 +24,10 @@ def convert(directory, recipe):
     directory.mkdir(exist_ok=True)
     checkpoint = _tiny_checkpoint(directory)
     entry = conversion.convert(
-        checkpoint, BuildRequest(recipe=storage.RECIPES[recipe]), directory, progress=lambda _: None
+        checkpoint,
+        BuildRequest(recipe=tensor_types.RECIPES[recipe]),
+        directory,
+        progress=lambda _: None,
     )
     return directory / entry
 
@@ -60,7 +63,7 @@ def test_a_token_that_does_not_exist_is_refused_and_nothing_is_read(session, tok
     np.testing.assert_allclose(session.prefill(IDS), said, **CLOSE)
 
 
-@pytest.mark.parametrize("recipe", list(storage.RECIPES))
+@pytest.mark.parametrize("recipe", list(tensor_types.RECIPES))
 def test_every_recipe_runs_in_both_ways(recipe, tmp_path):
     session = OnnxSession(convert(tmp_path, recipe), context_tokens=32, threads=1)
     rows = session.all_logits(IDS)

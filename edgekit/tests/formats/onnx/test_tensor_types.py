@@ -132,7 +132,7 @@ def test_rows_that_fill_no_blocks_are_stored_otherwise(wanted, columns, stored):
     assert tensor_types.stored_as(wanted, columns) == stored
 
 
-def test_four_bits_leave_the_words_at_eight_unless_all_is_asked_for(tmp_path):
+def test_four_bits_leave_the_token_embedding_at_eight_unless_all_is_asked_for(tmp_path):
     spec = _tiny_checkpoint(tmp_path).spec
     for recipe, words in (
         ("INT4", "INT8"), ("UINT4", "INT8"), ("UINT4_ALL", "UINT4"), ("INT4_128", "INT8"),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 HIDDEN = -1e9  # added to the score of a key that is not to be seen
 TOKENS, POSITION, LOGITS = "tokens", "input_pos", "logits"
-STEP = 256  # tokens; a position is so many steps and a rest, each with a table of its turns
+STEP = 256  # tokens; a position is so many steps and a rest, each with a table of its rotations
 ZEROS = "zeros."  # what the keys of tables without content begin with
 
 
@@ -63,7 +63,7 @@ def cache_shape(spec: DecoderSpec, context_tokens: int) -> Shape:
 
 
 def ropes(spec: DecoderSpec) -> tuple[Rope, ...]:
-    """Return the turns of a decoder, each once, in the order of their tables."""
+    """Return the rotations of a decoder, each once, in the order of their tables."""
     return tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
 
 
@@ -93,8 +93,8 @@ def _turn_tables(spec: DecoderSpec, index: int) -> tuple[tuple[str, int, int], .
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Turn:
-    """How a token's queries and keys turn: ``(1, width)``, the first half of the sine negative."""
+class _Rotation:
+    """How queries and keys of a token rotate: ``(1, width)``, half of the sine negative."""
 
     cosine: Value
     sine: Value
@@ -118,12 +118,14 @@ class _Decoder:
     def program(self) -> CoreMLProgram:
         x = self._embed()
         where = self._steps_and_rest()
-        turns = {rope: self._turn(index, *where) for index, rope in enumerate(ropes(self._spec))}
+        rotations = {
+            rope: self._rotation(index, *where) for index, rope in enumerate(ropes(self._spec))
+        }
         windows = dict.fromkeys(layer.window_tokens for layer in self._spec.layers)
         masks = {window: self._mask(window) for window in windows}
         for index, layer in enumerate(self._spec.layers):
-            turn = turns[layer.rope] if layer.rope else None
-            x = self._layer(index, x, turn, masks[layer.window_tokens])
+            rotation = rotations[layer.rope] if layer.rope else None
+            x = self._layer(index, x, rotation, masks[layer.window_tokens])
         inputs = (self._token, self._position, *self._caches.values())
         outputs = (self._head(x), *self._added)
         return CoreMLProgram(
@@ -147,15 +149,15 @@ class _Decoder:
             validate_indices=False,
         )  # fmt: skip
 
-    def _turn(self, index: int, steps: Value, rest: Value) -> _Turn:
-        """Return the turn by the sum of two angles."""
+    def _rotation(self, index: int, steps: Value, rest: Value) -> _Rotation:
+        """Return the rotation by the sum of two angles."""
         (cosine, sine), (cosine_of_rest, sine_of_rest) = (
             self._waves(index, table, row) for table, row in enumerate((steps, rest))
         )
         both = self._mul(cosine, cosine_of_rest), self._mul(sine, sine_of_rest)
         mixed = self._mul(sine, cosine_of_rest), self._mul(cosine, sine_of_rest)
         cosine, sine = self._sub(*both), self._add(*mixed)
-        return _Turn(
+        return _Rotation(
             cosine=self._join(cosine, cosine), sine=self._join(self._mul(sine, -1.0), sine)
         )
 
@@ -186,10 +188,10 @@ class _Decoder:
             hidden = apply("logical_or", shape, x=hidden, y=gone)
         return self._mul(self._float32(hidden), HIDDEN)
 
-    def _layer(self, index: int, x: Value, turn: _Turn | None, mask: Value) -> Value:
+    def _layer(self, index: int, x: Value, rotation: _Rotation | None, mask: Value) -> Value:
         spec, prefix = self._spec, f"layers.{index}."
         read = self._float16(self._normalize(spec.norm, f"{prefix}attention_norm", x))
-        attended = self._attend(index, read, turn, mask)
+        attended = self._attend(index, read, rotation, mask)
         if spec.has_post_norms:
             attended = self._normalize(spec.norm, f"{prefix}attention_post_norm", attended)
         x = self._add(x, attended)
@@ -200,12 +202,12 @@ class _Decoder:
             changed = self._normalize(spec.norm, f"{prefix}mlp_post_norm", changed)
         return self._add(x, changed)
 
-    def _attend(self, index: int, read: Value, turn: _Turn | None, mask: Value) -> Value:
+    def _attend(self, index: int, read: Value, rotation: _Rotation | None, mask: Value) -> Value:
         a, prefix = self._spec.attention, f"layers.{index}."
-        query = self._mul(self._turned_heads(prefix, "query", read, turn), a.softmax_scale)
+        query = self._mul(self._rotated_heads(prefix, "query", read, rotation), a.softmax_scale)
         grouped = (a.num_kv_heads, a.heads // a.num_kv_heads, a.head_dim)
         query = self._reshape(self._float16(query), grouped)
-        key = self._remember(f"keys_{index}", self._turned_heads(prefix, "key", read, turn))
+        key = self._remember(f"keys_{index}", self._rotated_heads(prefix, "key", read, rotation))
         value = self._linear(f"{prefix}value", read, has_bias=a.has_qkv_bias)
         value = self._remember(f"values_{index}", value)
         shares = self._shares(query, self._caches[f"keys_{index}"], key, mask)
@@ -234,7 +236,9 @@ class _Decoder:
         own = self._matmul(self._slice(shares, context, places), value, shape, transposes=False)
         return self._float16(self._add(self._float32(seen), self._float32(own)))
 
-    def _turned_heads(self, prefix: str, name: str, read: Value, turn: _Turn | None) -> Value:
+    def _rotated_heads(
+        self, prefix: str, name: str, read: Value, rotation: _Rotation | None
+    ) -> Value:
         """Return queries or keys: ``(heads, head width)``, float32."""
         a = self._spec.attention
         heads = a.heads if name == "query" else a.num_kv_heads
@@ -242,15 +246,15 @@ class _Decoder:
         x = self._reshape(x, (heads, a.head_dim))
         if a.query_key_norm:
             x = self._normalize(a.query_key_norm, f"{prefix}{name}_norm", x)
-        return self._turned(x, turn) if turn else x
+        return self._rotated(x, rotation) if rotation else x
 
-    def _turned(self, x: Value, turn: _Turn) -> Value:
-        whole, width = x.shape[-1], turn.cosine.shape[-1]
+    def _rotated(self, x: Value, rotation: _Rotation) -> Value:
+        whole, width = x.shape[-1], rotation.cosine.shape[-1]
         halves = (self._slice(x, width // 2, width), self._slice(x, 0, width // 2))
         swapped = self._join(*halves)
         first = x if width == whole else self._slice(x, 0, width)
-        turned = self._add(self._mul(first, turn.cosine), self._mul(swapped, turn.sine))
-        return turned if width == whole else self._join(turned, self._slice(x, width, whole))
+        rotated = self._add(self._mul(first, rotation.cosine), self._mul(swapped, rotation.sine))
+        return rotated if width == whole else self._join(rotated, self._slice(x, width, whole))
 
     def _remember(self, name: str, x: Value) -> Value:
         """Hand out what to add to a cache: ``(key heads, 1, head width)``."""

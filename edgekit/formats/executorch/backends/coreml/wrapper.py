@@ -19,7 +19,7 @@ def delegate(spec: DecoderSpec, *, backend: str, compute_units: str) -> nn.Modul
     Args:
         spec: The decoder.
         backend: The name of the delegate.
-        compute_units: What of a device must compute, as the delegate spells it.
+        compute_units: Which processors of a device compute, by the delegate's name.
     """
 
     def outputs(tokens: Tensor, _: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:

@@ -96,8 +96,8 @@ def _refuse_long_context(job: "Job") -> None:
     border = job.spec.original_max_position_embeddings
     if border is not None and job.context_tokens > border:
         raise UsageError(
-            f"beyond {border} tokens every position turns otherwise, and Core ML cannot read again "
-            f"what it read before; a context of {job.context_tokens} tokens was asked",
+            f"beyond {border} tokens every position is rotated differently, and Core ML cannot "
+            f"read again what it read before; a context of {job.context_tokens} tokens was asked",
             hint=f"pass --context {border} or less",
         )
 

@@ -130,7 +130,7 @@ class _Decoder:
             query = self._normalize(a.query_key_norm, prefix + "query_norm", query)
             key = self._normalize(a.query_key_norm, prefix + "key_norm", key)
         if waves:
-            query, key = self._turn(query, key, waves)
+            query, key = self._rotation(query, key, waves)
         mixed = self._mix(self._scaled(query), key, value, first)
         flat = self._view(mixed, (1, self._tokens, a.query_width))
         return self._linear(prefix + "attention_output", flat)
@@ -139,14 +139,16 @@ class _Decoder:
         shape = (1, self._tokens, heads, self._spec.attention.head_dim)
         return self._view(self._linear(role, read), shape)
 
-    def _turn(self, query: Value, key: Value, waves: tuple[Value, Value]) -> tuple[Value, Value]:
+    def _rotation(
+        self, query: Value, key: Value, waves: tuple[Value, Value]
+    ) -> tuple[Value, Value]:
         graph = self._graph
-        turned = self._like(query), self._like(key)
+        rotated = self._like(query), self._like(key)
         graph.call(
             "et_vk.apply_rotary_emb_hf.default",
-            query, key, *waves, graph.scalar(0), graph.several(turned),
+            query, key, *waves, graph.scalar(0), graph.several(rotated),
         )  # fmt: skip
-        return turned
+        return rotated
 
     def _scaled(self, query: Value) -> Value:
         """Return queries times what makes attention's own scale the decoder's."""

@@ -56,7 +56,7 @@ class VulkanGraph:
         return self._tensor(shape, dtype, constant=len(self._constants) - 1)
 
     def vector(self, numbers: Sequence[float]) -> Value:
-        """Add numbers that are not weight."""
+        """Add numbers that are not weights."""
         kind = "f" if self.floats == "FLOAT32" else "e"
         content = struct.pack(f"<{len(numbers)}{kind}", *numbers)
         key = f"{CONSTANT}{content[:4].hex()}x{len(content)}"

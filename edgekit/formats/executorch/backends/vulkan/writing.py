@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 BATCH_TOKENS = 128  # are read at once, unless scores of so many outgrow a buffer
-_TURNED_LANES = 8  # channels that its shader turns together
+_ROTARY_LANES = 8  # channels that its shader rotates together
 _ROW_LANES = 4  # rows of four bits that it packs together
 
 
@@ -110,8 +110,8 @@ def _lacks(spec: "DecoderSpec") -> Iterator[str]:
     if a.has_norm_per_head:
         yield "norm with weights of its own for each head"
     widths = {layer.rope.width for layer in spec.layers if layer.rope}
-    if any(width % _TURNED_LANES for width in widths):
-        yield f"rope over {min(widths)} channels: they must be a multiple of {_TURNED_LANES}"
+    if any(width % _ROTARY_LANES for width in widths):
+        yield f"rope over {min(widths)} channels: they must be a multiple of {_ROTARY_LANES}"
 
 
 def batch_tokens(spec: "DecoderSpec", *, context_tokens: int) -> int:
@@ -122,11 +122,11 @@ def batch_tokens(spec: "DecoderSpec", *, context_tokens: int) -> int:
 
 
 def _refuse_context(job: "Job") -> None:
-    """Check that attention has all the tokens before it, and that none turns otherwise later."""
+    """Check that attention sees all it should and that no position is rotated differently."""
     border = job.spec.original_max_position_embeddings
     windows = [layer.window_tokens for layer in job.spec.layers if layer.window_tokens]
     for most, why in (
-        (border, "beyond, every position turns otherwise, and no text is read again"),
+        (border, "beyond, every position is rotated differently, and no text is read again"),
         (min(windows, default=None), "attention looks back no further, and the delegate's would"),
     ):
         if most is not None and job.context_tokens > most:

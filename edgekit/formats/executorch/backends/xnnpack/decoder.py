@@ -39,7 +39,7 @@ class SegmentShape:
 
     reads_cache: bool  # has the second half of a layer
     fills_cache: bool  # has the first half of a layer; else the output head
-    turns: bool  # the first half has a rope
+    rotates: bool  # the first half has a rope
     mixes: bool  # the second half computes attention; else a custom operator did
     window_tokens: int | None  # of that attention
     changes_x: bool
@@ -52,7 +52,7 @@ def segment_shapes(spec: DecoderSpec, *, mixes: bool) -> Iterator[SegmentShape]:
         yield SegmentShape(
             reads_cache=index > 0,
             fills_cache=index < depth,
-            turns=index < depth and spec.layers[index].rope is not None,
+            rotates=index < depth and spec.layers[index].rope is not None,
             mixes=mixes,
             window_tokens=spec.layers[index - 1].window_tokens if index > 0 else None,
             changes_x=index > 0 or spec.residual == "parallel",
@@ -109,7 +109,7 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
             x: ``(tokens, hidden width)``.
             inputs: Query, keys, values and the positions of queries and keys, or what attention
                 made of them, where the cache is read; cosine and sine where queries and keys are
-                turned.
+                rotated.
         """
         left = list(inputs)
         if self.shape.reads_cache:
@@ -119,7 +119,7 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
             return (self._head(x),)
         return self._begin_layer(x, *left)
 
-    def _begin_layer(self, x: Tensor, *turn: Tensor) -> tuple[Tensor, ...]:
+    def _begin_layer(self, x: Tensor, *rotation: Tensor) -> tuple[Tensor, ...]:
         """Return x, queries, keys and values, each as the cache or attention wants them."""
         read = self._normalize(self.spec.norm, "attention_norm", x)
         a = self.spec.attention
@@ -129,8 +129,8 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
         if a.query_key_norm:
             query = self._normalize(a.query_key_norm, "query_norm", query)
             key = self._normalize(a.query_key_norm, "key_norm", key)
-        if self.shape.turns:
-            query, key = _turn(query, *turn), _turn(key, *turn)
+        if self.shape.rotates:
+            query, key = _rotation(query, *rotation), _rotation(key, *rotation)
         if self.spec.residual == "parallel":
             x = x + self._mlp(read)
         query = query * self._number(a.softmax_scale)
@@ -243,7 +243,7 @@ def _numbers(spec: DecoderSpec, shape: SegmentShape) -> Iterator[float]:
         yield from (_GELU, _GELU_CUBE)
 
 
-def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def _rotation(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turn the first channels of every head; the first half of ``sine`` is negative."""
     width = cosine.shape[-1]
     swapped = torch.cat((x[..., width // 2 : width], x[..., : width // 2]), -1)
@@ -298,15 +298,15 @@ class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
             tokens: ``(1, tokens)``, int64.
             input_pos: ``(tokens,)``, int64, without gaps: what was read before is in the cache.
         """
-        turns = self.positions.turns(input_pos)
+        rotations = self.positions.rotations(input_pos)
         x = self._embed(tokens)
-        *changed, query, keys, values = self.segments[0](x, *self._turn(turns, 0))
+        *changed, query, keys, values = self.segments[0](x, *self._rotation(rotations, 0))
         x = changed[0] if changed else x
         attend = self._attend_there if self.uses_llm_operators else self._attend_here
         reach = attend(input_pos)
         for index in range(len(self.spec.layers)):
             x, *mixed = reach(index, x, query, keys, values)
-            made = self.segments[index + 1](x, *mixed, *self._turn(turns, index + 1))
+            made = self.segments[index + 1](x, *mixed, *self._rotation(rotations, index + 1))
             if len(made) == 1:
                 return made[0]
             x, query, keys, values = made
@@ -368,10 +368,12 @@ class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
         scale = self.spec.embedding_scale
         return rows if scale == 1 else rows * scale
 
-    def _turn(self, turns: Mapping[Rope, tuple[Tensor, Tensor]], index: int) -> tuple[Tensor, ...]:
+    def _rotation(
+        self, rotations: Mapping[Rope, tuple[Tensor, Tensor]], index: int
+    ) -> tuple[Tensor, ...]:
         layers = self.spec.layers
         rope = layers[index].rope if index < len(layers) else None
-        return () if rope is None else turns[rope]
+        return () if rope is None else rotations[rope]
 
     def _cache(
         self, index: int, keys: Tensor, values: Tensor, input_pos: Tensor, filled: int

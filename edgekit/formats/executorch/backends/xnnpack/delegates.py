@@ -1,7 +1,8 @@
 """The segments of a decoder as delegates: what XNNPACK must compute, with a layer's weights.
 
 A segment of each shape is exported once, with weights that have no content. XNNPACK's own
-serializer writes down the operators; then each layer gets a copy with its names and its tensor types.
+serializer writes down the operators; then each layer gets a copy with its own names and
+tensor types.
 """
 
 import copy
@@ -153,7 +154,7 @@ class _Template:
         """Return the roles of the weights that are operands of the graph."""
         return {roles[name] for name in self._weights}
 
-    def instance(self, roles: Mapping[str, str], tensor_types: Mapping[str, str]) -> Any:
+    def instance(self, roles: Mapping[str, str], stored: Mapping[str, str]) -> Any:
         """Return the graph with the weights of one layer, stored as told."""
         graph = copy.deepcopy(self._graph)
         for name, id in self._weights.items():
@@ -162,13 +163,13 @@ class _Template:
             tensor = graph.xvalues[id].xvalue_union
             sizes = [
                 part.size_bytes
-                for part in tensor_types.parts(role, tuple(tensor.dims), tensor_types[role])
+                for part in tensor_types.parts(role, tuple(tensor.dims), stored[role])
             ]
             data.named_key, data.size = role, sizes[0]
-            if tensor_types[role] == "F16":
+            if stored[role] == "F16":
                 tensor.datatype = _half()
             elif sizes[1:]:
-                _quantize(graph, id, tensor_types[role], role + tensor_types.SCALE, sizes[1])
+                _quantize(graph, id, stored[role], role + tensor_types.SCALE, sizes[1])
         return _with_rounded_inputs(graph)
 
 
@@ -214,7 +215,7 @@ def _example(
         ]
     elif shape.reads_cache:
         given.append(((count, a.query_width), rows))
-    if shape.turns:
+    if shape.rotates:
         width = next(layer.rope.width for layer in spec.layers if layer.rope)
         given += [((count, 1, width), rows)] * 2
     return [torch.zeros(size) for size, _ in given], [axes for _, axes in given]

@@ -14,8 +14,8 @@ from edgekit.model.spec import DecoderSpec, Norm
 _DELEGATE_BYTES, _OPERATOR_BYTES, _NAME_BYTES = 312, 107, 86
 _SCALES_BYTES = 42  # what a delegate says of a weight's
 _HEAD_BYTES, _LAYER_BYTES, _PART_BYTES = 9_100, 1_650, 44
-_BORDER_BYTES = 2_100  # a choice between two turns
-_TURNED_BYTES = 750  # what turns the pairs of an embedding of four bits
+_BORDER_BYTES = 2_100  # a choice between two rotations
+_PAIRED_BYTES = 750  # what pairs of an embedding of four bits
 _LLM_BYTES = -1_100  # fewer operators between the delegates
 _CONSTANTS_BYTES = 5 * ALIGNMENT + 256  # numbers, means and frequencies
 
@@ -35,7 +35,7 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: 
     )
     head_bytes = _HEAD_BYTES + _LAYER_BYTES * depth + _PART_BYTES * len(parts)
     head_bytes += _BORDER_BYTES if spec.original_max_position_embeddings is not None else 0
-    head_bytes += _TURNED_BYTES if has_pairs(spec, parts) else 0
+    head_bytes += _PAIRED_BYTES if has_pairs(spec, parts) else 0
     head_bytes += _LLM_BYTES if uses_llm_operators else 0
     return weights_bytes + delegates_bytes + head_bytes + _CONSTANTS_BYTES
 
