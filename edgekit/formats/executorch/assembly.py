@@ -137,8 +137,8 @@ class _Assembly:
             if index in table:
                 self._places[table[index]] = end
             else:
-                self._pieces.append((end, buffer.tensor_type))
-            end += len(buffer.tensor_type)
+                self._pieces.append((end, buffer.storage))
+            end += len(buffer.storage)
         index = self._segment(end)
         self._program.constant_segment = SubsegmentOffsets(segment_index=index, offsets=offsets)
         self._program.constant_buffer = []

@@ -22,8 +22,8 @@ TIED = replace(SPEC, is_tied=True)
 
 def placement(role, tensor_type, *, parameters=3200, size_bytes=2000):
     return PlannedWeight(
-        role=role, shape=(parameters,), tensor_type=tensor_type, wanted=tensor_type, size_bytes=size_bytes,
-        is_coarse=False,
+        role=role, shape=(parameters,), tensor_type=tensor_type, wanted=tensor_type,
+        size_bytes=size_bytes, is_coarse=False,
     )  # fmt: skip
 
 
