@@ -1,4 +1,5 @@
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import is_dataclass
@@ -81,10 +82,13 @@ PATHS = {"adapters", "bundle_directory", "calibration", "directory", "model", "o
 
 @pytest.mark.parametrize("name", [*VERBS, "load_target", "open_checkpoint"])
 def test_a_path_may_be_a_text_in_every_verb(name):
-    for parameter in parameters_of(name).values():
-        annotation = str(parameter.annotation)
-        if parameter.name in PATHS or "Path" in annotation:
-            assert "str | pathlib.Path" in annotation or "str | Path" in annotation, parameter
+    narrow = [
+        parameter
+        for parameter in parameters_of(name).values()
+        if parameter.name in PATHS or "Path" in str(parameter.annotation)
+        if not re.search(r"str \| (pathlib\.)?Path", str(parameter.annotation))
+    ]
+    assert narrow == []
 
 
 @pytest.mark.parametrize("name", ["export", "plan", "validate"])

@@ -202,7 +202,7 @@ def test_one_tensor_that_was_planned_and_is_not_there_fails_the_storages(subject
      (False, 990, True), (False, 1020, False)],
 )  # fmt: skip
 def test_a_size_is_predicted_to_64_bytes_or_to_a_hundredth(subject, is_exact, more, passed):
-    written = sum(file.stat().st_size for file in subject.fmt.files(subject.path))
+    written = sum(file.stat().st_size for file in subject.running.files(subject.path))
     predicted = written + (more if is_exact else round(more * written / 100_000))
     layout = replace(subject.layout, artifact_bytes=predicted, is_exact=is_exact)
     found = gate(gates._check_size, replace(subject, layout=layout))
