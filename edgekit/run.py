@@ -18,7 +18,7 @@ from edgekit.text.tokenizer import Detokenizer, StopStrings, Text
 
 DEFAULT_MAX_TOKENS = 512
 GREEDY = Sampling()
-NO_TEMPLATE_NOTE = "the model has no chat template; it goes on with the prompt as it is"
+NO_TEMPLATE_NOTE = "the model has no chat template; it continues the prompt as plain text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +166,8 @@ class Runner:
         bundle = Bundle.load(directory, check_hashes=check_hashes)
         if context_tokens is not None and not 0 < context_tokens <= bundle.context_tokens:
             raise UsageError(
-                f"a context of {context_tokens} tokens is not possible: {directory} was made for "
-                f"{bundle.context_tokens}",
+                f"a context of {context_tokens} tokens is not possible: {directory} was "
+                f"exported for {bundle.context_tokens}",
                 hint="export again with a larger --context",
             )
         text = Text.open(bundle.directory, bundle.text)  # cheap, so that its refusals come first
@@ -204,7 +204,7 @@ class Runner:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
     ) -> Reply:
-        """Go on with plain text, or with token ids.
+        """Continue plain text, or token ids.
 
         Raises:
             UsageError: If the prompt is empty or longer than the context; nothing ran.
@@ -264,11 +264,11 @@ def answer(  # noqa: PLR0913 - a request in full
     Args:
         runner: The bundle.
         prompt: What the user says.
-        system: What the system says before.
-        max_tokens: The length of the answer at most; None goes on to the end of the context.
+        system: The system prompt.
+        max_tokens: The length of the answer at most; None allows the rest of the context.
         sampling: How to choose tokens.
         stop: Strings that end the answer and are not part of it.
-        raw: Whether to go on with the prompt as it is, without the chat template.
+        raw: Whether to continue the prompt as it is, without the chat template.
 
     Raises:
         UsageError: If a system prompt is given but no template can hold it.

@@ -55,7 +55,9 @@ def validate(  # noqa: PLR0913  # the options of the verb
         ToolchainError: If the device cannot be reached or the runtime fails.
     """
     if repetitions < 1:
-        raise UsageError(f"{repetitions} repetitions measure nothing", hint="use 5 or more")
+        raise UsageError(
+            f"{repetitions} repetitions are too few to measure anything", hint="use 5 or more"
+        )
     target, listener = load_target(target), listener or Silent()
     bundle = Bundle.load(bundle_directory)
     _refuse_elsewhere(bundle, target)
@@ -110,8 +112,8 @@ def judge_document(
     expected = measure.artifact_sha256(bundle.artifact)
     if measurement.artifact_sha256 != expected:
         raise UsageError(
-            f"{document} measured another artifact: {measurement.artifact_sha256[:16]}…, "
-            f"this bundle's is {expected[:16]}…",
+            f"{document} is a measurement of another artifact: "
+            f"{measurement.artifact_sha256[:16]}…, this bundle's is {expected[:16]}…",
             hint="measure this bundle, or pass the bundle that was measured",
         )
     verdict = judge(measurement, bundle, target)
@@ -133,7 +135,7 @@ def plan_workload(
     )
     if not lengths:
         raise UsageError(
-            f"the bundle's context of {bundle.context_tokens} tokens holds no prompt of the budget",
+            f"the bundle's context of {bundle.context_tokens} tokens is too short for the budget",
             hint=f"export with --context {budget.context_tokens}",
         )
     return Workload(
