@@ -191,7 +191,7 @@ def export_command(
       edgekit export demo --target raspberry-pi-5-8gb
       edgekit export ./my-model --adapter ./my-lora --target android-high --quant Q4_K_M
       edgekit export ./model.gguf --target ./my-board.toml -o out/my-board
-      edgekit export demo --target webgpu-android --split 512MB
+      edgekit export demo --target raspberry-pi-5-8gb --split 512MB
     """
     from edgekit.export import export
 

@@ -115,7 +115,11 @@ class ProtobufMessage:
         return found[-1] if found else None
 
     def text(self, field: int) -> str:
-        """Return a string, empty if it is absent."""
+        """Return a string, empty if it is absent.
+
+        Raises:
+            BundleError: If it is not UTF-8.
+        """
         found = self.message(field)
         if found is None:
             return ""

@@ -42,7 +42,7 @@ class Calibration:
     importance: Mapping[str, "npt.NDArray[np.float32]"] | None = None
 
     def of(self, role: str) -> "npt.NDArray[np.float32]":
-        """Return how large the inputs of a weight of a layer are.
+        """Return how large the inputs of a weight of a layer are: float32, shape ``(columns,)``.
 
         Raises:
             ValueError: If that is announced, but not measured yet.

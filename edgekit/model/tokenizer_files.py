@@ -100,7 +100,11 @@ class TokenizerFiles:
 
 
 def added_tokens(tokenizer_json: Path) -> dict[str, int]:
-    """Return the ids of the tokens that are matched before the tokenizer splits text."""
+    """Return the ids of the tokens that are matched before the tokenizer splits text.
+
+    Raises:
+        UsageError: If the list of them is malformed.
+    """
     entries = _small_parts(tokenizer_json).get("added_tokens", [])
     try:
         return {str(entry["content"]): int(entry["id"]) for entry in entries}

@@ -47,7 +47,7 @@ def hidden_states(
     observe: "Observer | None" = None,
     advance: Advance = lambda _: None,
 ) -> "list[torch.Tensor]":
-    """Return what the output head reads: for each text ``(tokens, hidden width)``.
+    """Return what the output head reads: for each text float32 ``(tokens, hidden_size)``.
 
     Args:
         model: The decoder and its weights.
@@ -184,7 +184,7 @@ def _embed(model: DecoderWeights, ids: Sequence[int]) -> "torch.Tensor":
 
 
 def apply_head(model: DecoderWeights, states: "torch.Tensor") -> "torch.Tensor":
-    """Return the logits of hidden states, with some rows of the head in memory at a time."""
+    """Return float32 ``(tokens, vocab_size)`` logits, some rows of the head in memory at a time."""
     import torch
 
     spec = model.spec

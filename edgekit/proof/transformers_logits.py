@@ -143,7 +143,11 @@ def _with_adapter(model: Any, adapter: AdapterRecord, *, vocabulary: int) -> Any
 
 
 def tokenizer(checkpoint: Checkpoint) -> Any:
-    """Return transformers' tokenizer of the checkpoint, or of its adapter if that brings one."""
+    """Return transformers' tokenizer of the checkpoint, or of its adapter if that brings one.
+
+    Raises:
+        UsageError: If transformers cannot read it.
+    """
     directory = checkpoint.text.tokenizer_json.parent
     try:
         return _transformers().AutoTokenizer.from_pretrained(

@@ -73,7 +73,7 @@ class Fitted:
     zeros: "Codes"
 
     def values(self) -> "Rows":
-        """Return the weights that the codes stand for, as rows."""
+        """Return the weights that the codes stand for: float32, shape ``(rows, columns)``."""
         import numpy as np
 
         centred = self.codes.astype(np.float32) - self.zeros.astype(np.float32)[..., None]
@@ -311,7 +311,7 @@ def to_float16(values: "Rows", *, hint: str) -> "npt.NDArray[np.float16]":
 
 
 def packed_pairs(codes: "Codes") -> "npt.NDArray[np.uint8]":
-    """Put two codes of four bits into a byte, the first into its lower half."""
+    """Put two codes of four bits into a byte, the first in the lower half: uint8 ``(rows, …)``."""
     import numpy as np
 
     packed: npt.NDArray[np.uint8] = np.bitwise_or(
@@ -331,7 +331,10 @@ def to_bfloat16(values: "Rows") -> "Rows":
 
 
 def inverse(scales: "Rows") -> "Rows":
-    """Return one divided by each scale, and 0 for blocks of zeros or of subnormal numbers."""
+    """Return one divided by each scale, and 0 for blocks of zeros or of subnormal numbers.
+
+    float32, of the shape of ``scales``.
+    """
     import numpy as np
 
     is_regular = np.abs(scales) >= np.finfo(np.float32).tiny

@@ -245,6 +245,8 @@ def candidates(
 ) -> tuple["npt.NDArray[np.int64]", "npt.NDArray[np.float64]"]:
     """Return the tokens that may come next, and their probabilities.
 
+    int64 and float64, both of shape ``(tokens,)``, in no order.
+
     Raises:
         ToolchainError: If a logit is not a number.
     """
@@ -280,7 +282,7 @@ def _sorted_largest(values: "npt.NDArray[np.float64]", k: int) -> "npt.NDArray[n
 
 
 def largest_of(values: "npt.NDArray[Any]", k: int) -> "npt.NDArray[np.int64]":
-    """Return the indices of the ``k`` largest values, in no order."""
+    """Return the indices of the ``k`` largest values, in no order: int64, shape ``(k,)``."""
     import numpy as np
 
     if k >= len(values):

@@ -30,7 +30,7 @@ class Session(Protocol):
         ...
 
     def decode(self, token: int) -> "Logits":
-        """Read one token after what is cached; return the logits after it, as `prefill` does."""
+        """Read one token after what is cached; return float32 ``(vocabulary_tokens,)`` logits."""
         ...
 
     def all_logits(self, ids: Sequence[int]) -> "Logits":

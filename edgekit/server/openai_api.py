@@ -105,7 +105,11 @@ class Fields:
         return self.values.pop(name, None)
 
     def take_as(self, name: str, kind: type) -> Any:
-        """Return a field of a type, None if it is absent; a whole number is a number, too."""
+        """Return a field of a type, None if it is absent; a whole number is a number, too.
+
+        Raises:
+            ApiError: If it is of another type.
+        """
         value = self.take(name)
         kinds = (int, float) if kind is float else (kind,)
         is_boolean = isinstance(value, bool)
@@ -114,7 +118,11 @@ class Fields:
         raise ApiError(f"{name} = {value!r} is not a {kind.__name__}", param=name)
 
     def refuse_unsupported(self) -> None:
-        """Refuse what would change the answer in a way edgekit does not do."""
+        """Refuse what would change the answer in a way edgekit does not do.
+
+        Raises:
+            ApiError: If there is such a field.
+        """
         for name, neutral in _UNSUPPORTED.items():
             value = self.take(name)
             asks = [json.dumps(item) for item in (None, *neutral)]
@@ -124,7 +132,11 @@ class Fields:
                 )
 
     def refuse_rest(self) -> None:
-        """Refuse what nobody took."""
+        """Refuse what nobody took.
+
+        Raises:
+            ApiError: If there is such a field.
+        """
         for name in self.values.keys() - set(_IGNORED):
             raise ApiError(f"no field named {name!r}", param=name, code="unknown_parameter")
 

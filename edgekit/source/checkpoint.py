@@ -54,7 +54,11 @@ class StoredTensor:
         return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
     def read(self, first_row: int = 0, rows: int | None = None) -> "npt.NDArray[np.float32]":
-        """Return some rows, or all, in float32."""
+        """Return some rows, or all, in float32.
+
+        Raises:
+            UsageError: If the file became shorter.
+        """
         import numpy as np
 
         rows = self.shape[0] - first_row if rows is None else rows
@@ -75,7 +79,11 @@ class StoredTensor:
         return values.astype(np.float32, copy=False).reshape(rows, *self.shape[1:])
 
     def read_bytes(self, first: int = 0, count: int | None = None) -> "npt.NDArray[np.uint8]":
-        """Return some of its bytes, or all, as they are stored."""
+        """Return some of its bytes, or all, as they are stored: uint8, shape ``(count,)``.
+
+        Raises:
+            UsageError: If the file became shorter.
+        """
         import numpy as np
 
         count = self.size_bytes - first if count is None else count

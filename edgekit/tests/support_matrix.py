@@ -1,7 +1,7 @@
-"""The support matrix of the README, computed: every family through every format, never typed.
+"""The support matrix, computed: every family through every format, never typed.
 
-``python -m edgekit.tests.support_matrix --check`` fails where the README says otherwise,
-``--write`` mends it.
+The table stands in README.md, its notes in docs/formats.md. ``python -m
+edgekit.tests.support_matrix --check`` fails where one of them says otherwise, ``--write`` mends it.
 """
 
 import os
@@ -23,31 +23,40 @@ from edgekit.source import opening
 from edgekit.tests.tiny.checkpoints import TINY, write_tiny_checkpoint
 
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+TABLE, NOTES = ROOT / "README.md", ROOT / "docs" / "formats.md"
 START, END = "<!-- support matrix: computed -->", "<!-- end of the support matrix -->"
 EXACT_KL_NATS = 1e-5  # what attention in float16, as devices run it, leaves of float32 weights
 TOKENS = 256
 
 
 def main(words: list[str]) -> int:
-    """Check the README, or write it."""
-    text = README.read_text(encoding="utf-8")
+    """Check both pages, or write them."""
+    status = 0
+    for page, part in zip((TABLE, NOTES), matrix(), strict=True):
+        text = page.read_text(encoding="utf-8")
+        computed = _with_part(text, part, name=page.name)
+        if computed == text:
+            continue
+        if words == ["--write"]:
+            page.write_text(computed, encoding="utf-8")
+        else:
+            print(f"{page.name} has another support matrix; mend it with --write\n{part}")  # noqa: T201
+            status = 1
+    return status
+
+
+def _with_part(text: str, part: str, *, name: str) -> str:
+    """Return a page with ``part`` between its marks."""
     before, _, rest = text.partition(START)
     _, found, after = rest.partition(END)
     if not found:
-        sys.exit(f"{README.name} has no {START} … {END}")
-    computed = f"{before}{START}\n{matrix()}{END}{after}"
-    if computed == text:
-        return 0
-    if words == ["--write"]:
-        README.write_text(computed, encoding="utf-8")
-        return 0
-    print(f"{README.name} has another support matrix; mend it with --write\n{matrix()}")  # noqa: T201
-    return 1
+        sys.exit(f"{name} has no {START} … {END}")
+    return f"{before}{START}\n{part}{END}{after}"
 
 
-def matrix() -> str:
-    """Return the table and its footnotes as Markdown."""
+def matrix() -> tuple[str, str]:
+    """Return the table and its notes as Markdown."""
     names = formats.names()
     notes: list[str] = []
     lines = [f"| model | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
@@ -55,7 +64,7 @@ def matrix() -> str:
         cells = [_cell(case, name, notes) for name in names]
         lines.append(f"| {case} | {' | '.join(cells)} |")
     footnotes = [f"<sup>{index}</sup> {note}  " for index, note in enumerate(notes, 1)]
-    return "\n".join([*lines, "", *footnotes]).rstrip("\n") + "\n"
+    return "\n".join(lines) + "\n", "\n".join(footnotes) + "\n"
 
 
 def _cell(case: str, format_name: str, notes: list[str]) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -20,12 +21,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    out = tmp_path_factory.mktemp("dist")
+    return build("wheel", tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    return build("sdist", tmp_path_factory.mktemp("dist"))
+
+
+def build(kind, out):
+    """Build a distribution, and return its only file."""
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)],
+        [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(out)],
         cwd=ROOT, check=True, capture_output=True, text=True,
     )  # fmt: skip
-    (path,) = out.glob("*.whl")
+    (path,) = out.iterdir()
     return path
 
 
@@ -58,13 +68,25 @@ def test_the_wheel_has_targets_and_data_but_no_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "edgekit/_targets/raspberry-pi-5-8gb.toml" in names
     assert "edgekit/schemas/measurement.schema.json" in names
-    assert "edgekit/report_template.html" in names
-    assert "edgekit/corpus/english.txt" in names
+    assert "edgekit/measuring/report_template.html" in names
+    assert "edgekit/text/corpus/english.txt" in names
     assert "edgekit/formats/executorch/shim.cpp" in names
+    assert "edgekit/formats/gguf/llama_cpp.cmake" in names
     assert "edgekit/formats/mlc/libraries.toml" in names
     assert "edgekit/formats/mlc/index.html" in names
     assert "optimum/commands/register/register_edgekit.py" in names
     assert not [name for name in names if "/tests/" in name]
+
+
+def test_the_licence_is_in_the_wheel_and_in_the_source_distribution(wheel, sdist):
+    licence = (ROOT / "LICENSE").read_bytes()
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith("/licenses/LICENSE")]
+    assert archive.read(name) == licence
+    with tarfile.open(sdist) as sources:
+        held = sources.extractfile(f"{sdist.name.removesuffix('.tar.gz')}/LICENSE")
+        assert held is not None
+        assert held.read() == licence
 
 
 def test_the_core_needs_at_most_five_packages_and_no_torch(wheel):

@@ -1,8 +1,9 @@
 """What an app developer needs besides the program: lines that load it, and prompts to check with.
 
-Names as in executorch 1.5.0: ``LlmModule.kt``, ``LlmGenerationConfig.kt``, ``LlmCallback.kt`` in
-extension/android, ``ExecuTorchLLMTextRunner.h`` and ``ExecuTorchLLMConfig.h`` in
-extension/llm/apple. Neither language is compiled where edgekit is tested.
+Names as in the ExecuTorch of `edgekit.versions`: ``LlmModule.kt``, ``LlmGenerationConfig.kt`` and
+``LlmCallback.kt`` in extension/android, ``ExecuTorchLLMTextRunner.h`` and
+``ExecuTorchLLMConfig.h`` in extension/llm/apple. Neither language is compiled where edgekit is
+tested.
 """
 
 import functools
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekit import versions
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.formats.executorch import backends, tokenizer
 from edgekit.formats.executorch.backends import Backend, Build
@@ -367,8 +369,9 @@ def _tail(app_kit: AppKit) -> str:
 ## What was tested
 
 {_what_ran(app_kit.backend)} The lines above were not compiled there: their names are those of
-ExecuTorch 1.5.0, whose LLM interfaces call themselves experimental. Prompts that `{PROMPTS}` lists
-became these ids in the C++ tokenizer of the runners: {"yes" if app_kit.has_runner_copy else "no"}.
+ExecuTorch {versions.EXECUTORCH}, whose LLM interfaces call themselves experimental. Prompts that
+`{PROMPTS}` lists became these ids in the C++ tokenizer of the runners:
+{"yes" if app_kit.has_runner_copy else "no"}.
 """
 
 

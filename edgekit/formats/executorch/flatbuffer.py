@@ -73,5 +73,9 @@ def number_at(data: bytes, at: int, kind: str) -> int:
 
 
 def refuse(reason: str) -> NoReturn:
-    """Say that the bytes are not what they must be."""
+    """Say that the bytes are not what they must be.
+
+    Raises:
+        struct.error: Always.
+    """
     raise struct.error(reason)

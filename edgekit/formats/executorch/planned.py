@@ -67,7 +67,7 @@ class Job:
         return {weight.role: weight.tensor_type for weight in self.weights}
 
     def blocks(self, weight: ProgramWeight) -> "Iterator[tuple[int, Rows]]":
-        """Yield a weight as `Checkpoint.blocks` does, and tell the progress."""
+        """Yield first rows and float32 ``(rows, …)``, as `Checkpoint.blocks`; tell the progress."""
         for first, rows in self.checkpoint.blocks(weight.role):
             yield first, rows
             self.progress(rows.size)
@@ -75,7 +75,11 @@ class Job:
     def encoded(
         self, weight: ProgramWeight
     ) -> "Iterator[tuple[int, list[npt.NDArray[np.generic]]]]":
-        """Yield blocks as `tensor_types.encode` has them, an array for each part of the weight."""
+        """Yield first rows and the encoded ones, an array ``(rows, …)`` for each part.
+
+        Raises:
+            UsageError: If a weight is too large for its tensor type; it is named.
+        """
         importance = importance_of(self.checkpoint.calibration, weight)
         for first, rows in self.blocks(weight):
             try:

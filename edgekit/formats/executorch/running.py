@@ -44,7 +44,11 @@ def runs_on(variant: str | None) -> str:
 
 
 def read_back(path: Path, spec: "DecoderSpec") -> DecoderWeights:
-    """Return the weights as the back-end multiplies with them, where it is not on this machine."""
+    """Return the weights as the back-end multiplies with them, where it is not on this machine.
+
+    Raises:
+        BundleError: If the program is damaged, or for another back-end.
+    """
     backend = backends.of_program(program.read(path))
     if backend is None or not backend.device:
         raise BundleError(f"{path} is for no back-end whose weights edgekit reads back")
@@ -65,7 +69,11 @@ def files(path: Path) -> list[Path]:
 
 
 def contents(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """Return name, shape and tensor type of every weight, as the runtime will read them."""
+    """Return name, shape and tensor type of every weight, as the runtime will read them.
+
+    Raises:
+        BundleError: If the program is damaged, or for another back-end.
+    """
     head = program.read(path)
     backend = backends.of_program(head)
     if backend is None:

@@ -166,7 +166,7 @@ def encode(
 
 
 def decode(parts: "list[npt.NDArray[Any]]", stored: str) -> "Rows":
-    """Return the rows that the parts of a weight stand for, a row of each for a row of it."""
+    """Return the float32 ``(rows, columns)`` that the parts of a weight stand for, row by row."""
     import numpy as np
 
     codes, *scales = parts

@@ -220,7 +220,7 @@ def interleave_halves(rows: "Rows", head_dim: int) -> "Rows":
 
 
 def separate_halves(rows: "Rows", head_dim: int) -> "Rows":
-    """Undo `interleave_halves`."""
+    """Undo `interleave_halves`; shapes and types are the same."""
     heads = rows.shape[0] // head_dim
     pairs = rows.reshape(heads, head_dim // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)

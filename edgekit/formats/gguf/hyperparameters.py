@@ -60,7 +60,11 @@ def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
 
 
 def first_rope(spec: DecoderSpec) -> Rope:
-    """Return the rope of the layers without a window, or of the first that has one."""
+    """Return the rope of the layers without a window, or of the first that has one.
+
+    Raises:
+        UsageError: If no layer has positions.
+    """
     ropes = [layer.rope for layer in spec.layers if layer.rope and not layer.window_tokens]
     ropes += [layer.rope for layer in spec.layers if layer.rope]
     if not ropes:
@@ -137,7 +141,11 @@ class Facts:
         return self.metadata.get(f"{self.architecture.name}.{key}", default)
 
     def number(self, key: str, default: float | None = None) -> Any:
-        """Return a number; a float32 as the shortest decimal that rounds to it."""
+        """Return a number; a float32 as the shortest decimal that rounds to it.
+
+        Raises:
+            UsageError: If it is missing, or not one number.
+        """
         value = self.value(key, default)
         if value is None:
             raise UsageError(f"the GGUF file lacks {self.architecture.name}.{key}")
@@ -148,7 +156,11 @@ class Facts:
         return shortest(value) if isinstance(value, float) else value
 
     def count(self, key: str, default: int | None = None, *, most: int = 2**31 - 1) -> int:
-        """Return how many there are of something: at least one."""
+        """Return how many there are of something: at least one.
+
+        Raises:
+            UsageError: If it is missing, not an integer, or not between 1 and ``most``.
+        """
         value = self.number(key, default)
         if not isinstance(value, int) or not 0 < value <= most:
             raise UsageError(

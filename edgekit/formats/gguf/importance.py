@@ -42,7 +42,7 @@ def keys(calibration: "Calibration | None", planned: Sequence[PlannedWeight]) ->
 def weights(
     calibration: "Calibration | None", parts: "Sequence[FileTensor]"
 ) -> "Iterator[tuple[str, npt.NDArray[np.float32]]]":
-    """Yield how much an error counts, column by column, with the name of the tensor."""
+    """Yield the name of a tensor and how much an error counts: float32, shape ``(columns,)``."""
     import numpy as np
 
     for part in parts:

@@ -31,6 +31,7 @@ BATCH_TOKENS = 256
 LOG_LINES = 40
 _WARNING = 3  # GGML_LOG_LEVEL_WARN in ggml.h; the binding's own table is older
 _CONTINUED = 5  # GGML_LOG_LEVEL_CONT
+BUILD = Path(__file__).with_name("llama_cpp.cmake")  # what compiling the binding may leave out
 
 
 def library() -> Any:
@@ -46,7 +47,8 @@ def library() -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             f"llama.cpp is not installed ({error})",
-            hint="pip install 'edgekit[run-gguf]' (it compiles for this CPU; needs a C++ compiler)",
+            hint="pip install 'edgekit[run-gguf]' (a C++ compiler builds it for this CPU); "
+            f"quicker with CMAKE_ARGS=-DCMAKE_PROJECT_llama_cpp_INCLUDE={BUILD}",
         ) from error
     return llama_cpp
 

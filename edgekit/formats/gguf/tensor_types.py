@@ -170,7 +170,8 @@ def quantize_each(
         importance: By name of the tensor, where it is known.
 
     Yields:
-        The tensor's name and the encoded rows, in the order of ``blocks``.
+        The tensor's name and its encoded rows, uint8 of shape ``(rows, row bytes)``, in the order
+        of ``blocks``.
 
     Raises:
         UsageError: As `quantize`; the message begins with the tensor's name.

@@ -54,81 +54,36 @@ class Source:
 
     files: TokenizerFiles
     fields: Mapping[str, Any]
+    model: Mapping[str, Any]  # the merges and the vocabulary
+    ids: Mapping[str, int]  # of the tokens that are merged
+    merges: tuple[tuple[str, str], ...]  # the pairs that are joined, the first one first
+    added: tuple[_AddedToken, ...]  # the tokens that are found before text is cut
+    kind: Kind  # which of llama.cpp's tokenizers this is
 
     @classmethod
     def open(cls, tokenizer: TokenizerFiles) -> "Source":
         """Parse the tokenizer.json.
 
         Raises:
-            UsageError: If it is not a JSON object.
+            UsageError: If it is not a JSON object, not of a kind that GGUF can hold, or malformed.
         """
-        return cls(files=tokenizer, fields=_read_fields(tokenizer.tokenizer_json))
+        path = tokenizer.tokenizer_json
+        fields = _read_fields(path)
+        model = _model(fields, path)
+        return cls(
+            files=tokenizer,
+            fields=fields,
+            model=model,
+            ids=_ids(model, path),
+            merges=tuple(_merges(model, path)),
+            added=tuple(_added_tokens(fields, path)),
+            kind=_kind(fields, model, path),
+        )
 
     @property
     def path(self) -> Path:
         """The tokenizer.json."""
         return self.files.tokenizer_json
-
-    @cached_property
-    def model(self) -> Mapping[str, Any]:
-        """The merges and the vocabulary."""
-        model = self.fields.get("model")
-        kind = model.get("type") if isinstance(model, dict) else None
-        if not isinstance(model, dict) or kind != "BPE":
-            raise UsageError(
-                f"{self.path} is a {kind or 'nameless'} tokenizer, GGUF export reads "
-                "BPE (byte-level, or SentencePiece with byte fallback)",
-                hint="export to another format, which ships the tokenizer.json itself",
-            )
-        return model
-
-    @cached_property
-    def ids(self) -> Mapping[str, int]:
-        """The ids of the tokens that are merged."""
-        ids = self.model.get("vocab")
-        if not isinstance(ids, dict) or not all(
-            isinstance(id, int) and id >= 0 for id in ids.values()
-        ):
-            raise UsageError(f"{self.path}: model.vocab is not an object of token ids")
-        return ids
-
-    @cached_property
-    def merges(self) -> list[tuple[str, str]]:
-        """The pairs that are joined, the first one first."""
-        merges = self.model.get("merges")
-        if not isinstance(merges, list):
-            raise UsageError(f"{self.path}: model.merges is not an array")
-        return [self._pair(merge) for merge in merges]
-
-    def _pair(self, merge: Any) -> tuple[str, str]:
-        # "a b" until tokenizers 0.20, ["a", "b"] since.
-        parts = merge.split(" ") if isinstance(merge, str) else merge
-        is_pair = isinstance(parts, list) and len(parts) == 2
-        if not is_pair or not all(isinstance(part, str) for part in parts):
-            raise UsageError(f"{self.path}: the merge {merge!r} is not a pair of tokens")
-        return parts[0], parts[1]
-
-    @cached_property
-    def added(self) -> list[_AddedToken]:
-        """The tokens that are found before text is cut."""
-        entries = self.fields.get("added_tokens") or []
-        if not isinstance(entries, list):
-            raise UsageError(f"{self.path}: added_tokens is not an array")
-        return [self._added_token(entry) for entry in entries]
-
-    def _added_token(self, entry: Any) -> _AddedToken:
-        fields = entry if isinstance(entry, dict) else {}
-        id, content = fields.get("id"), fields.get("content")
-        if not isinstance(id, int) or id < 0 or not isinstance(content, str):
-            raise UsageError(f"{self.path}: the added token {entry!r} has no id or no content")
-        return _AddedToken(
-            id=id,
-            content=content,
-            is_special=bool(fields.get("special")),
-            strips_left=bool(fields.get("lstrip")),
-            strips_right=bool(fields.get("rstrip")),
-            is_single_word=bool(fields.get("single_word")),
-        )
 
     @cached_property
     def listed(self) -> set[str]:
@@ -140,31 +95,88 @@ class Source:
         """The ids of all tokens."""
         return {**self.ids, **{token.content: token.id for token in self.added}}
 
-    @cached_property
-    def kind(self) -> Kind:
-        """Which of llama.cpp's tokenizers this is."""
-        model = self.model
-        if any(part.get("type") == "ByteLevel" for part in self.steps("pre_tokenizer")):
-            return "gpt2"
-        if not model.get("byte_fallback"):
-            raise UsageError(
-                f"{self.path} cuts neither into bytes nor falls back to them; "
-                "llama.cpp has no tokenizer for it",
-                hint="export to another format, which ships the tokenizer.json itself",
-            )
-        return "llama"
-
     def steps(self, name: str) -> list[Mapping[str, Any]]:
-        """Return the steps of the normalizer, the pre-tokenizer or the post-processor."""
-        try:
-            return list(steps_of(self.fields.get(name)))
-        except (TypeError, RecursionError) as error:
-            raise UsageError(f"{self.path}: {name} is malformed: {error}") from error
+        """Return the steps of the normalizer, the pre-tokenizer or the post-processor.
+
+        Raises:
+            UsageError: If they are malformed.
+        """
+        return _steps(self.fields, name, self.path)
 
     def special_id(self, name: str) -> int | None:
         """Return the id of ``bos_token`` and the like, if the checkpoint has one."""
         token = self.files.special_tokens.get(name)
         return None if token is None else self.all_ids.get(token)
+
+
+def _model(fields: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    model = fields.get("model")
+    kind = model.get("type") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or kind != "BPE":
+        raise UsageError(
+            f"{path} is a {kind or 'nameless'} tokenizer, GGUF export reads "
+            "BPE (byte-level, or SentencePiece with byte fallback)",
+            hint="export to another format, which ships the tokenizer.json itself",
+        )
+    return model
+
+
+def _ids(model: Mapping[str, Any], path: Path) -> Mapping[str, int]:
+    ids = model.get("vocab")
+    if not isinstance(ids, dict) or not all(isinstance(id, int) and id >= 0 for id in ids.values()):
+        raise UsageError(f"{path}: model.vocab is not an object of token ids")
+    return ids
+
+
+def _merges(model: Mapping[str, Any], path: Path) -> Iterator[tuple[str, str]]:
+    merges = model.get("merges")
+    if not isinstance(merges, list):
+        raise UsageError(f"{path}: model.merges is not an array")
+    for merge in merges:
+        # "a b" until tokenizers 0.20, ["a", "b"] since.
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        is_pair = isinstance(parts, list) and len(parts) == 2
+        if not is_pair or not all(isinstance(part, str) for part in parts):
+            raise UsageError(f"{path}: the merge {merge!r} is not a pair of tokens")
+        yield parts[0], parts[1]
+
+
+def _kind(fields: Mapping[str, Any], model: Mapping[str, Any], path: Path) -> Kind:
+    if any(part.get("type") == "ByteLevel" for part in _steps(fields, "pre_tokenizer", path)):
+        return "gpt2"
+    if not model.get("byte_fallback"):
+        raise UsageError(
+            f"{path} cuts neither into bytes nor falls back to them; "
+            "llama.cpp has no tokenizer for it",
+            hint="export to another format, which ships the tokenizer.json itself",
+        )
+    return "llama"
+
+
+def _steps(fields: Mapping[str, Any], name: str, path: Path) -> list[Mapping[str, Any]]:
+    try:
+        return list(steps_of(fields.get(name)))
+    except (TypeError, RecursionError) as error:
+        raise UsageError(f"{path}: {name} is malformed: {error}") from error
+
+
+def _added_tokens(fields: Mapping[str, Any], path: Path) -> Iterator[_AddedToken]:
+    entries = fields.get("added_tokens") or []
+    if not isinstance(entries, list):
+        raise UsageError(f"{path}: added_tokens is not an array")
+    for entry in entries:
+        said = entry if isinstance(entry, dict) else {}
+        id, content = said.get("id"), said.get("content")
+        if not isinstance(id, int) or id < 0 or not isinstance(content, str):
+            raise UsageError(f"{path}: the added token {entry!r} has no id or no content")
+        yield _AddedToken(
+            id=id,
+            content=content,
+            is_special=bool(said.get("special")),
+            strips_left=bool(said.get("lstrip")),
+            strips_right=bool(said.get("rstrip")),
+            is_single_word=bool(said.get("single_word")),
+        )
 
 
 def _read_fields(tokenizer_json: Path) -> dict[str, Any]:

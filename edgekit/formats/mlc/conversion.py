@@ -119,7 +119,11 @@ def _stored_parameters(checkpoint: "CheckpointProtocol") -> int:
 
 
 def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
-    """Return what the files will hold and their exact size, from headers alone."""
+    """Return what the files will hold and their exact size, from headers alone.
+
+    Raises:
+        UsageError: If MLC has no model for this decoder, or files of a size were asked for.
+    """
     decoders.refuse(checkpoint.architecture, checkpoint.spec)
     if request.split_bytes is not None:
         raise UsageError(

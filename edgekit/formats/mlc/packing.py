@@ -301,6 +301,9 @@ def decode(stored: "list[Stored]", tensor_type: str, *, columns: int | None) -> 
         stored: The arrays of `encode`.
         tensor_type: One of `TENSOR_TYPES`.
         columns: How many weights a row has; None for a vector.
+
+    Returns:
+        float32, shape ``(rows, columns)`` or ``(rows,)``.
     """
     import numpy as np
 

@@ -78,7 +78,11 @@ def refusals() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def refusing(path: Path) -> Iterator[None]:
-    """Tell what ONNX Runtime finds wrong with a model as a damaged bundle."""
+    """Tell what ONNX Runtime finds wrong with a model as a damaged bundle.
+
+    Raises:
+        BundleError: With the words of ONNX Runtime.
+    """
     try:
         yield
     except refusals() as error:

@@ -72,7 +72,11 @@ def read_fields(
     context_tokens: int,
     original_context_tokens: int | None = None,
 ) -> Rope:
-    """Read one rope object; ``theta`` where it does not say."""
+    """Read one rope object; ``theta`` where it does not say.
+
+    Raises:
+        UsageError: If it has a kind or a field that is not known, or rotates an odd width.
+    """
     if width < 2 or width % 2:
         raise UsageError(
             f"{fields.origin} rotates {width} channels of a head, expected an even count"

@@ -70,7 +70,8 @@ def ropes(spec: DecoderSpec) -> tuple[Rope, ...]:
 def tables(spec: DecoderSpec) -> "Iterator[tuple[str, npt.NDArray[np.float32]]]":
     """Yield the key and the content of each table that is not all zeros: cosines and sines.
 
-    For all positions of the model, so that a plan need not know how many a program holds.
+    The content is float32, shape ``(rows, rope width)``, for all positions of the model, so that a
+    plan need not know how many a program holds.
     """
     import numpy as np
 

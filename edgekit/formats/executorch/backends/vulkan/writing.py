@@ -28,7 +28,11 @@ class VulkanWriting(BackendWriting):
     backend = vulkan.BACKEND
 
     def refuse(self, spec: "DecoderSpec", variant: str) -> None:
-        """Check that the delegate computes a decoder."""
+        """Check that the delegate computes a decoder.
+
+        Raises:
+            UsageError: If not; it names what the delegate lacks.
+        """
         del variant
         lacks = next(_lacks(spec), None)
         if lacks:

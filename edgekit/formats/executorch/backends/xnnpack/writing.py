@@ -23,7 +23,11 @@ class XnnpackWriting(BackendWriting):
     backend = xnnpack.BACKEND
 
     def refuse(self, spec: "DecoderSpec", variant: str) -> None:
-        """Check that ``custom_sdpa`` computes the attention of a decoder, where it must."""
+        """Check that ``custom_sdpa`` computes the attention of a decoder, where it must.
+
+        Raises:
+            UsageError: If not; it names what the operator lacks.
+        """
         lacks = None
         if spec.attention.attn_logit_softcap is not None:
             lacks = "a cap on scores"
