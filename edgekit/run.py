@@ -44,14 +44,14 @@ class Reply(Iterator[str]):
     detokenizer: Detokenizer
     stop_strings: StopStrings
     notes: tuple[str, ...] = ()
-    on_end: Callable[[], None] | None = None  # called once, if anything was said or it ended
+    on_end: Callable[[], None] | None = None  # called once, unless nothing was generated
     _token_ids: list[int] = field(default_factory=list, init=False)
     _said: list[str] = field(default_factory=list, init=False)
     _first_token_s: float | None = field(default=None, init=False)
     _decode_s: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        """Prepare; nothing runs before the first piece is asked for."""
+        """Prepare; nothing runs before the first piece is requested."""
         self._pieces = self._generate()
 
     def __iter__(self) -> Self:
@@ -63,7 +63,7 @@ class Reply(Iterator[str]):
         return next(self._pieces)
 
     def close(self) -> None:
-        """Make nothing more."""
+        """Stop generating."""
         self._pieces.close()
 
     @property
@@ -73,7 +73,7 @@ class Reply(Iterator[str]):
 
     @property
     def answer(self) -> Answer:
-        """The whole answer; what is still to come is waited for."""
+        """The whole answer, once the rest of it has come."""
         for _ in self:
             pass
         decoded = self.generation.decoded_tokens
@@ -215,7 +215,7 @@ class Runner:
         )
 
     def close(self) -> None:
-        """Give the session's memory back."""
+        """Free the session's memory."""
         self.session.close()
 
     def __enter__(self) -> Self:
@@ -322,7 +322,7 @@ def run(  # noqa: PLR0913 - a request in full
 
 @dataclass(kw_only=True)
 class Chat:
-    """A conversation that remembers; the session reads of each turn only what is new."""
+    """A conversation with memory; of each turn, the session reads only what is new."""
 
     runner: Runner
     system: str | None = None

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 MAX_BODY_BYTES = 8 << 20  # a context of a million tokens, escaped, fits
-MAX_WAITING = 64  # connections; more are told 503
+MAX_WAITING = 64  # connections; more get status 503
 SHUTDOWN_S = 3  # how long Ctrl-C waits for answers under way
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
@@ -157,7 +157,7 @@ class Service:
             )
 
     def admits(self, handler: "Handler") -> "Handler":
-        """Wrap a handler so that strangers do not reach it."""
+        """Wrap a handler so that requests without permission do not reach it."""
 
         async def admitted(request: "Request") -> "Response":
             self._check_host(request.headers.get("host", ""))
@@ -265,7 +265,7 @@ def _application(service: Service) -> "Starlette":
                 refusal = ApiError(error.detail, status=error.status_code)
             case _:
                 raise error
-        # As ASCII: a refusal may quote what is not Unicode.
+        # As ASCII: a refusal may quote what is not valid Unicode.
         return Response(json.dumps(refusal.body), refusal.status, media_type="application/json")
 
     routes = [

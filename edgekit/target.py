@@ -167,7 +167,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class _Number:
-    """A number of a target file: where it stands, what it measures, what it means."""
+    """A number of a target file: its place, its dimension, its meaning."""
 
     table: str
     key: str
@@ -352,7 +352,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _numbers(table: "_Table") -> dict[str, Any]:
-    """Read every number of `_NUMBERS` that stands in this table, by name of its field."""
+    """Read every number of `_NUMBERS` in this table, by name of its field."""
     return {
         name: table.quantity(number.key, number.dimension, as_=name, is_whole=number.is_whole)
         for name, number in _NUMBERS.items()
@@ -361,7 +361,7 @@ def _numbers(table: "_Table") -> dict[str, Any]:
 
 
 class _Table:
-    """One table of a target file: it knows its place, and refuses keys that nobody reads."""
+    """One table of a target file: it knows its place, and refuses unknown keys."""
 
     def __init__(
         self, path: Path, name: str, content: Mapping[str, object], *, known: Collection[str]
@@ -515,7 +515,7 @@ def _check(path: Path, target: Target) -> None:
 
 
 def _near_names(name: str, known: Sequence[str]) -> str:
-    """Ask for the targets that may have been meant: ``pi4`` stands in three names."""
+    """Ask for the targets that may have been meant: ``pi4`` is part of three names."""
     containing = [other for other in known if (bare := _bare(name)) and bare in _bare(other)]
     near = containing[:MOST_SUGGESTIONS] or difflib.get_close_matches(name, known, n=3)
     return f"did you mean {', '.join(near)}? " if near else ""

@@ -83,7 +83,7 @@ class Device(Protocol):
     python: str  # the interpreter, as one types it there
 
     def push(self, bundle: Path) -> str:
-        """Bring a bundle there, unless it is there already; return its directory there."""
+        """Copy a bundle there, unless it is there already; return its directory there."""
         ...
 
     def run_module(self, module: str, arguments: Sequence[str]) -> Finished:
@@ -91,7 +91,7 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -136,7 +136,7 @@ class _Closing:
     """Ends with its ``with`` block."""
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Release what is held."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:

@@ -103,7 +103,7 @@ def add_repetitions(
 ) -> Measurement:
     """Return the measurement with ``count`` more repetitions.
 
-    The first one that the system kills for lack of memory is the last: more would only die, too.
+    The first one that the system kills for lack of memory is the last: more would be killed, too.
     """
     arguments = _workload_arguments(measurement, bundle, device)
     done = list(measurement.repetitions)

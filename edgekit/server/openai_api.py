@@ -81,7 +81,7 @@ class ApiError(Exception):
 
 @dataclass(kw_only=True)
 class Fields:
-    """The fields of a request, each taken once, so that what nobody read can be refused."""
+    """The fields of a request, each taken once, so that unknown ones can be refused."""
 
     values: dict[str, Any]
 
