@@ -17,6 +17,7 @@ from edgekit.proof import load_probe
 from edgekit.source import families
 from edgekit.source.opening import open_checkpoint
 from edgekit.source.writer import write_checkpoint
+from edgekit.text import template as template_limits
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +168,13 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-@pytest.mark.parametrize("options", [("--no-verify",), ()])
+@pytest.mark.parametrize(
+    "options", [("--no-verify",), pytest.param((), marks=pytest.mark.toolchain)]
+)
 def test_a_template_that_does_not_render_is_refused_before_anything_is_written(
-    template, options, model, capsys
+    template, options, model, capsys, monkeypatch
 ):
+    monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.2)
     (model / "chat_template.jinja").write_text(template)
     if not options:
         pytest.importorskip("torch")

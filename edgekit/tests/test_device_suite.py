@@ -12,13 +12,12 @@ import edgekit
 from edgekit.bundle.manifest import Artifact, sha256_of
 from edgekit.export import export
 from edgekit.measuring.devices import SSH_CONFIG_VARIABLE
+from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 from edgekit.tests.witnesses import real_sshd
 
 
-pytestmark = pytest.mark.toolchain
-for _package in ("torch", "transformers", "llama_cpp"):
-    pytest.importorskip(_package)
+pytestmark = [pytest.mark.toolchain, needs("torch", "transformers", "llama_cpp")]
 
 ROOT = Path(edgekit.__file__).parents[1]
 TARGET = "raspberry-pi-5-8gb"

@@ -81,7 +81,9 @@ def test_a_header_says_what_it_needs_how_to_run_it_and_what_it_prints(example):
 
 @EVERY_EXAMPLE
 def test_a_header_promises_more_than_anything(example):
-    for promise in section(example, "Prints"):
+    promises = section(example, "Prints")
+    assert promises
+    for promise in promises:
         assert not matches("Something else entirely.", promise)
 
 

@@ -1,5 +1,6 @@
 """What importing costs, in fresh interpreters: a Raspberry Pi waits for every package."""
 
+import functools
 import subprocess
 import sys
 
@@ -26,15 +27,16 @@ NEVER_ON_A_DEVICE = {
 PRINT_MODULES = "import sys; print(*sys.modules)"
 
 
+@functools.cache
+def loaded(code):
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    return set(found.stdout.splitlines()[-1].split())
+
+
 def modules_after(statement):
     """Return what a fresh interpreter has loaded after a statement, beyond what it starts with."""
-
-    def loaded(code):
-        found = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-        )
-        return set(found.stdout.splitlines()[-1].split())
-
     return loaded(f"{statement}\n{PRINT_MODULES}") - loaded(PRINT_MODULES)
 
 

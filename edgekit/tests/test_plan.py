@@ -1,5 +1,6 @@
 """Plans: arithmetic that is right to the byte, and reasons a person understands."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,20 +10,18 @@ from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import Buffer, BuildRequest
 from edgekit.formats.gguf import RECIPES, writing
 from edgekit.plan import Choice, estimate, make, substitutions
-from edgekit.source.opening import open_checkpoint
 from edgekit.target import WebGpuLimits
 from edgekit.target import load as load_target
+from edgekit.tests.tiny.random_checkpoints import random_checkpoint
 
 
 F32 = BuildRequest(recipe=RECIPES["F32"])
 
 
-pytestmark = pytest.mark.toolchain  # transformers writes the tiny checkpoint
-
-
-@pytest.fixture
-def checkpoint(tiny_checkpoint):
-    return open_checkpoint(tiny_checkpoint)
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Three layers whose rows fill no block of 256, and whose head is the embedding."""
+    return random_checkpoint(tmp_path_factory.mktemp("plan"), layers=3, context_tokens=256)
 
 
 def with_budget(target, **limits):
@@ -212,3 +211,81 @@ def test_what_is_executed_elsewhere_is_told_with_what_it_needs(checkpoint):
     )
     assert not any("not executed here" in note for note in here.notes)
     assert any("it needs an Android phone whose GPU has Vulkan" in note for note in there.notes)
+
+
+# Speed
+
+
+@pytest.fixture
+def measured(pi):
+    """A target of round numbers, with one prompt of 100 tokens and answers of 60."""
+    limit = replace(pi.budget.first_token[0], prompt_tokens=100)
+    return replace(
+        with_budget(pi, first_token=(limit,), answer_tokens=60),
+        decode_bandwidth_bytes_per_s=1e6, prefill_flop_per_s=1e9,
+    )  # fmt: skip
+
+
+def parameters_of(checkpoint):
+    """Return how many numbers there are, and how many of them make up the embedding."""
+    shapes = dict(checkpoint.spec.weights())
+    return checkpoint.parameters, math.prod(shapes["token_embedding"])
+
+
+@pytest.mark.parametrize(("answer_tokens", "filled"), [(60, 100 + 60 // 2), (600, 256)])
+def test_a_token_takes_every_weight_and_the_cache_in_the_middle_of_an_answer(
+    checkpoint, measured, answer_tokens, filled
+):
+    layout = writing.lay_out(checkpoint, F32)
+    target = with_budget(measured, answer_tokens=answer_tokens)
+    found = estimate(
+        checkpoint, layout, target, format="gguf", context_tokens=256
+    ).decode_tokens_per_s
+    cache_bytes = filled * 3 * 2 * checkpoint.spec.attention.key_value_width * 2  # float16
+    seconds = (4 * parameters_of(checkpoint)[0] + cache_bytes) / 1e6 + 0.0002
+    assert found.likely == pytest.approx(1 / seconds, rel=1e-9)
+    assert found.low == pytest.approx(0.65 / seconds, rel=1e-9)
+    assert found.high == pytest.approx(1.35 / seconds, rel=1e-9)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_the_first_token_takes_two_flop_a_weight_and_token_of_the_prompt(
+    checkpoint, measured, by_token
+):
+    layout = writing.lay_out(checkpoint, F32)
+    found = estimate(
+        checkpoint, replace(layout, reads_by_token=by_token), measured, format="gguf",
+        context_tokens=256,
+    )  # fmt: skip
+    token_s = 1 / found.decode_tokens_per_s.likely
+    every, embedding = parameters_of(checkpoint)
+    read_s = token_s if by_token else 2 * (every - embedding) / 1e9
+    [first] = found.first_token_s.items()
+    assert first[0] == 100
+    assert first[1].likely == pytest.approx(100 * read_s + token_s, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [({"artifact_bytes": 0}, "to download"), ({"peak_memory_bytes": 0}, "of memory")],
+)
+def test_what_takes_as_much_as_is_allowed_fits(checkpoint, pi, limits, reason):
+    made = make(checkpoint, pi, Choice(quant="Q8_0")).estimate
+    taken = {
+        "artifact_bytes": made.artifact_bytes, "peak_memory_bytes": made.memory.peak_bytes,
+    }  # fmt: skip
+    [name] = limits
+    assert make(checkpoint, with_budget(pi, **{name: taken[name]}), Choice(quant="Q8_0")).notes
+    with pytest.raises(BudgetError, match=reason):
+        make(checkpoint, with_budget(pi, **{name: taken[name] - 1}), Choice(quant="Q8_0"))
+
+
+def test_a_first_token_that_comes_too_late_is_a_miss(checkpoint, pi):
+    first = make(checkpoint, pi, Choice(quant="Q8_0")).estimate.first_token_s
+    limit = pi.budget.first_token[0]
+    late = replace(limit, limit_s=first[limit.prompt_tokens].low * 0.99)
+    with pytest.raises(BudgetError, match=f"first token after .* for {limit.prompt_tokens} tokens"):
+        make(checkpoint, with_budget(pi, first_token=(late,)), Choice(quant="Q8_0"))
+    maybe = replace(limit, limit_s=first[limit.prompt_tokens].low * 1.01)
+    made = make(checkpoint, with_budget(pi, first_token=(maybe,)), Choice(quant="Q8_0"))
+    assert any(note.startswith("may miss a limit") for note in made.notes)

@@ -1,12 +1,15 @@
 import inspect
+import re
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import FunctionType
 
 import pytest
 
 import edgekit
+from edgekit.errors import EdgekitError
 from edgekit.progress import Listener
 from edgekit.target import Target
 
@@ -49,6 +52,8 @@ def test_every_public_name_is_there_and_documented(name):
 
 @pytest.mark.parametrize("name", edgekit.__all__)
 def test_every_public_function_is_documented_and_annotated(name):
+    found = getattr(edgekit, name)
+    assert functions_of(name) or is_dataclass(found) or issubclass(found, EdgekitError)
     for function in functions_of(name):
         assert inspect.getdoc(function), function
         signature = inspect.signature(function)
@@ -77,10 +82,13 @@ PATHS = {"adapters", "bundle_directory", "calibration", "directory", "model", "o
 
 @pytest.mark.parametrize("name", [*VERBS, "load_target", "open_checkpoint"])
 def test_a_path_may_be_a_text_in_every_verb(name):
-    for parameter in parameters_of(name).values():
-        annotation = str(parameter.annotation)
-        if parameter.name in PATHS or "Path" in annotation:
-            assert "str | pathlib.Path" in annotation or "str | Path" in annotation, parameter
+    narrow = [
+        parameter
+        for parameter in parameters_of(name).values()
+        if parameter.name in PATHS or "Path" in str(parameter.annotation)
+        if not re.search(r"str \| (pathlib\.)?Path", str(parameter.annotation))
+    ]
+    assert narrow == []
 
 
 @pytest.mark.parametrize("name", ["export", "plan", "validate"])

@@ -94,7 +94,9 @@ def test_every_number_of_a_shipped_target_has_an_origin(name):
 
 @each_target
 def test_a_shipped_origin_is_an_address_or_a_policy_and_explains_what_was_not_measured(name):
-    for field, origin in target.load(name).origins.items():
+    origins = target.load(name).origins
+    assert {"context_tokens", "memory_bytes"} < origins.keys()
+    for field, origin in origins.items():
         assert origin.source.startswith(("https://", "edgekit policy")), field
         assert origin.basis in {"policy", "extrapolated"} or origin.source.startswith("https://")
         assert origin.note or origin.basis != "extrapolated", field

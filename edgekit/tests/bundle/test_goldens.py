@@ -59,6 +59,7 @@ def test_damaged_goldens_are_refused(tmp_path, text):
 def test_the_likeliest_tokens_are_kept_best_first():
     found = logits()
     golden = LogitGolden.of(range(6), found)
+    assert len(golden.top_ids) == 6
     for row, top, values in zip(found, golden.top_ids, golden.top_log_probabilities, strict=True):
         assert len(top) == TOP_TOKENS
         assert top[0] == row.argmax()

@@ -220,6 +220,33 @@ def test_an_old_one_whose_replacement_died_between_the_renames_comes_back(tmp_pa
     assert names(tmp_path / "out") == ["manifest.json"]
 
 
+def test_an_old_one_whose_replacement_is_in_place_goes(tmp_path, dead_pid):
+    for directory in (tmp_path / "out", tmp_path / f".out.{dead_pid}.old"):
+        directory.mkdir()
+        (directory / "manifest.json").write_text(directory.name)
+    with new_directory(tmp_path / "out", replaces="manifest.json") as work:
+        (work / "manifest.json").write_text("newest")
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "manifest.json").read_text() == "newest"
+
+
+def test_every_file_is_on_the_disk_before_the_directory_has_its_name(tmp_path, monkeypatch):
+    synced = []
+
+    def remember(descriptor):
+        synced.append((os.fstat(descriptor).st_ino, (tmp_path / "out").exists()))
+
+    monkeypatch.setattr(os, "fsync", remember)
+    with new_directory(tmp_path / "out") as work:
+        (work / "deep").mkdir()
+        files = [work / "model.bin", work / "deep" / "model.bin"]
+        for file in files:
+            file.write_bytes(b"x")
+        inodes = {file.stat().st_ino for file in files}
+    assert {inode for inode, is_there in synced if not is_there} == inodes
+    assert synced[-1] == (tmp_path.stat().st_ino, True)  # and then the name
+
+
 def test_sigkill_leaves_no_out_and_the_next_run_cleans_up(tmp_path):
     killed = run_python(
         """

@@ -176,6 +176,7 @@ def test_the_extras_exist(fmt):
 
 
 def test_storages_know_what_they_cost(fmt):
+    assert len(fmt.TENSOR_TYPES) > 1
     for name, tensor_type in fmt.TENSOR_TYPES.items():
         assert tensor_type.name == name
         assert tensor_type.block_weights >= 1
@@ -211,6 +212,7 @@ def test_the_usual_recipes_are_recipes_each_smaller_than_the_one_before(fmt, pla
 
 
 def test_a_layout_places_every_weight_once_and_in_a_storage_of_the_format(fmt, plain):
+    assert len(fmt.RECIPES) > 1
     for recipe in fmt.RECIPES.values():
         layout = fmt.lay_out(plain, asked(recipe))
         assert {p.role for p in layout.placements} == {role for role, _ in PLAIN.weights()}
@@ -222,8 +224,10 @@ def test_a_layout_places_every_weight_once_and_in_a_storage_of_the_format(fmt, p
 
 def test_a_substitution_is_told(fmt, tiny):
     """The tiny model's rows of 64 are not a multiple of 256."""
+    assert fmt.RECIPES
     for recipe in fmt.RECIPES.values():
         layout = fmt.lay_out(tiny, asked(recipe))
+        assert len(layout.placements) == len(dict(tiny.spec.weights()))
         for placement in layout.placements:
             tensor_type = fmt.TENSOR_TYPES[placement.wanted]
             rows_fill = tensor_type.pads_rows or 64 % tensor_type.block_weights == 0

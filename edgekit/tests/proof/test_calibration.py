@@ -22,6 +22,7 @@ from edgekit.quant.planned import damped
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
+from edgekit.tests.tiny.random_checkpoints import random_checkpoint
 from edgekit.text import corpus
 from edgekit.verify import verify
 
@@ -251,6 +252,25 @@ def test_of_a_long_text_pieces_from_beginning_to_end_are_taken(tmp_path, monkeyp
               for p in found]  # fmt: skip
     assert starts == sorted(starts)
     assert starts[-1] > 3000
+
+
+@pytest.mark.parametrize(("context_tokens", "longest"), [(64, 64), (1024, 512)])
+def test_a_piece_is_as_long_as_the_context_and_no_longer_than_512(
+    tmp_path, context_tokens, longest
+):
+    pytest.importorskip("tokenizers")
+    checkpoint = random_checkpoint(tmp_path, context_tokens=context_tokens)
+    assert max(map(len, calibration.pieces(checkpoint))) == longest
+
+
+def test_of_a_text_of_125_pieces_every_31st_is_taken(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    checkpoint = random_checkpoint(tmp_path, context_tokens=64)  # a byte is a token
+    monkeypatch.setattr(calibration, "MAX_OWN_TOKENS", 4 * 64)
+    own = "".join(f"{number:07} " for number in range(1000))
+    found = calibration.pieces(checkpoint, own_text=own)[len(calibration.pieces(checkpoint)) :]
+    starts = [int(decoded(checkpoint, piece)[:7]) for piece in found]
+    assert starts == [0, 31 * 8, 62 * 8, 93 * 8]
 
 
 def decoded(checkpoint, ids):

@@ -20,14 +20,13 @@ from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.proof import transformers_logits
 from edgekit.quant.recipe import Rule
 from edgekit.source import opening
+from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 from edgekit.text import corpus
 from edgekit.verify import verify
 
 
-pytestmark = pytest.mark.toolchain
-torch = pytest.importorskip("torch")
-pytest.importorskip("llama_cpp")
+pytestmark = [pytest.mark.toolchain, needs("torch", "llama_cpp")]
 
 GGUF = formats.get("gguf")
 TARGET = "raspberry-pi-5-8gb"
@@ -36,6 +35,8 @@ GATES = ["runs", "stops", "logits", "token ids", "chat template", "tensor types"
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -50,6 +51,7 @@ def gate(agreement, name):
 
 def write_lora(directory: Path, base: Path, *, seed=0) -> Path:
     """Write an adapter of random numbers, as PEFT saves it."""
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 

@@ -123,3 +123,19 @@ def test_bfloat16_rounds_to_even_as_the_format_says():
     found = grid.to_bfloat16(values)
     np.testing.assert_array_equal(found[:3], np.array([1.0, 1.0, 1.015625], np.float32))
     assert not (found.view(np.uint32) & 0xFFFF).any()
+
+
+def test_of_two_sides_as_long_as_each_other_the_upper_one_sets_the_scale():
+    values = np.zeros((1, COLUMNS), np.float32)
+    values[0, :3] = 1, -1, 0.5
+    found = grid.nearest(values, GRIDS["signed"])
+    assert found.scales[0, 0] == -1 / 8
+    assert found.codes[0, 0, :4].tolist() == [-8, 7, -4, 0]
+
+
+def test_of_starts_as_good_as_each_other_the_first_stays(weights):
+    """A block of zeros is met by all of them."""
+    for name in ("own zero points", "signed, own zero points"):
+        found = grid.fit(weights, None, GRIDS[name])
+        assert (found.zeros[0] == GRIDS[name].bottom).all()
+        assert (found.codes[0] == GRIDS[name].bottom).all()

@@ -90,6 +90,7 @@ def test_another_or_the_same_prompt_is_read_from_the_beginning(session, prompt):
     answer(session, [0, 1], max_tokens=2, cached_ids=cached)
     answer(session, prompt, max_tokens=1, cached_ids=cached)
     assert session.cached == cached == prompt
+    assert session.reads[-1] == len(prompt)
 
 
 def test_a_failed_step_leaves_no_cache_to_build_on(session):
@@ -168,9 +169,10 @@ def test_the_same_seed_gives_the_same_answer_and_another_one_another(session):
     wild = NgramSession([], vocabulary_tokens=16, context_tokens=64)
     answers = [
         answer(wild, [1], max_tokens=40, sampling=Sampling(temperature=1, seed=seed))[0]
-        for seed in (1, 1, 2, -1, 2**64 - 1)
+        for seed in (1, 1, 2, -1, 2**64 - 1, 2**32 + 1)
     ]
     assert answers[0] == answers[1] != answers[2]
+    assert answers[5] != answers[0]  # all 64 bits count
     assert answers[3] == answers[4]  # a negative seed is taken modulo 2 ** 64
 
 

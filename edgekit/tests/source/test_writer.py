@@ -68,12 +68,38 @@ def test_a_mixed_base_keeps_the_type_of_each_tensor(base, tmp_path):
     assert stored_dtype(written.tensors["lm_head.weight"]) == "BF16"
 
 
+@pytest.mark.parametrize(
+    "kept", [["model.norm.weight"], ["lm_head.weight", "model.embed_tokens.weight"]]
+)
+def test_a_config_names_the_type_that_most_bytes_have(base, tmp_path, kept):
+    write_checkpoint(base, tmp_path / "half", precision="bf16")
+    half = Checkpoint.open(tmp_path / "half")
+    wide = {name: base.tensors[name] for name in kept}
+    mixed = replace(half, tensors={**half.tensors, **wide})
+    sizes = {name: sum(t.size_bytes for t in mixed.tensors.values() if stored_dtype(t) == name)
+             for name in ("F32", "BF16")}  # fmt: skip
+    write_checkpoint(mixed, tmp_path / "out")
+    named = json.loads((tmp_path / "out" / "config.json").read_text())["dtype"]
+    assert named == {"F32": "float32", "BF16": "bfloat16"}[max(sizes, key=sizes.__getitem__)]
+
+
 def test_bfloat16_rounds_to_nearest_and_ties_to_even():
     exact = np.array([1.0, -2.5, 0.0, 3.0e38], dtype=np.float32)
     np.testing.assert_array_equal(to_bfloat16(exact)[:3], exact.view(np.uint32)[:3] >> 16)
     below, tie_down, tie_up, above = 0x3F807FFF, 0x3F808000, 0x3F818000, 0x3F808001
     bits = np.array([below, tie_down, tie_up, above], dtype=np.uint32)
     assert to_bfloat16(bits.view(np.float32)).tolist() == [0x3F80, 0x3F80, 0x3F82, 0x3F81]
+
+
+@pytest.mark.parametrize(("precision", "ulp"), [("bf16", 2.0**-7), ("f16", 2.0**-10)])
+def test_what_is_written_is_the_nearest_and_of_two_the_even_one(base, tmp_path, precision, ulp):
+    given = 1 + ulp * np.array([0.49, 0.5, 0.51, 1.5, 2.5])
+    norm = np.resize(np.concatenate([given, -given]), 16)
+    tensors = {**base.tensors, "model.norm.weight": tiny.Given(norm)}
+    write_checkpoint(replace(base, tensors=tensors), tmp_path / "out", precision=precision)
+    written = Checkpoint.open(tmp_path / "out").tensors["model.norm.weight"].read()
+    expected = 1 + ulp * np.array([0, 0, 1, 2, 2])
+    np.testing.assert_array_equal(written[:10], np.concatenate([expected, -expected]))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

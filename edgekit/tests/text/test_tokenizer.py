@@ -206,6 +206,14 @@ def test_the_token_after_an_answer_is_read_off_the_template(tmp_path, after, exp
     assert (None if stop is None else text.tokenizer.id_to_token(stop)) == expected
 
 
+def test_of_tokens_that_begin_alike_the_longest_is_the_one_after_an_answer(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens(["<end>!", "<end>?"])
+    template = "{% for m in messages %}{{ m['content'] }}<end>!{% endfor %}"
+    text = text_in(tmp_path, tokenizer, template=template)
+    assert text.stop_id_of_template() == tokenizer.token_to_id("<end>!")
+
+
 def test_a_model_without_template_has_no_token_after_an_answer(tmp_path):
     text = text_in(tmp_path, byte_level_tokenizer(), template=None)
     assert text.stop_id_of_template() is None

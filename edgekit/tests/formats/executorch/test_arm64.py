@@ -10,12 +10,12 @@ import pytest
 
 from edgekit.formats.executorch import shim_build
 from edgekit.formats.executorch.runtime import ExecutorchSession
+from edgekit.tests.needs import needs
 from edgekit.tests.tiny.executorch_artifacts import CONTEXT_TOKENS, IDS, greedy, tiny
 
 
-pytestmark = [pytest.mark.toolchain, pytest.mark.slow]
-pytest.importorskip("numpy")
-pytest.importorskip("torch")  # makes the programs that run without it here
+# torch makes the programs that run without it here.
+pytestmark = [pytest.mark.toolchain, pytest.mark.slow, needs("numpy", "torch")]
 VERSION = shim_build.installed_version()
 if VERSION is None:
     pytest.skip("pip install 'edgekit[executorch]'", allow_module_level=True)

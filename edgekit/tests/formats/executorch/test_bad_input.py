@@ -15,14 +15,14 @@ from edgekit.formats.executorch.runtime import ExecutorchSession
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.proof import load_probe
 from edgekit.run import Runner
+from edgekit.tests.needs import needs
 from edgekit.tests.tiny.executorch_artifacts import python, tiny
 from edgekit.text.tokenizer import Text
 
 
-pytestmark = pytest.mark.toolchain
+# torch makes the programs that run without it here.
+pytestmark = [pytest.mark.toolchain, needs("torch", "tokenizers")]
 np = pytest.importorskip("numpy")
-pytest.importorskip("tokenizers")
-pytest.importorskip("torch")  # makes the programs that run without it here
 if shim_build.installed_version() is None:
     pytest.skip("pip install 'edgekit[executorch]'", allow_module_level=True)
 if shim_build.compiler() is None:

@@ -20,17 +20,16 @@ from edgekit.runtime.silence import silence
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.target import load as load_target
+from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import TINY, WINDOW_TOKENS, write_tiny_checkpoint
 from edgekit.tests.witnesses.coreml_interpreter import Interpreter
 
 
 np = pytest.importorskip("numpy")
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("executorch", reason="pip install 'edgekit[executorch]'")
 
 pytestmark = [
     pytest.mark.toolchain,
+    needs("torch", "transformers", "executorch"),
     # What torch, ExecuTorch and coremltools say about their own insides.
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
@@ -95,6 +94,8 @@ def convert(checkpoint: Checkpoint, directory: Path, recipe: str, context: int) 
 
 def converted(home: Path, kind: str, recipe: str = "F16", *, seed: int = 0) -> Converted:
     """Convert a checkpoint of float16, so that F16 loses nothing of it."""
+    import torch
+
     path = write_tiny_checkpoint(home / "model", kind, seed=seed, dtype=torch.float16)
     checkpoint = opening.open_checkpoint(path)
     context = min(
@@ -217,7 +218,9 @@ def test_coremltools_infers_the_types_that_were_written(kind, tmp_path, coremlto
         for operator in parsed.functions["main"].operations
         for output in operator.outputs
     }
-    for name, written in outputs(model):
+    written_outputs = list(outputs(model))
+    assert len(written_outputs) > 100
+    for name, written in written_outputs:
         read = helper.proto_to_types(written)
         assert read.__type_info__() == inferred[name].__type_info__(), name
 
@@ -256,6 +259,8 @@ def test_some_rows_are_read_alone(rounded):
 
 
 def test_positions_past_the_first_step_turn_as_transformers_turns_them(tmp_path):
+    import torch
+
     path = write_tiny_checkpoint(
         tmp_path / "model", "mistral", dtype=torch.float16, max_position_embeddings=1024
     )
@@ -270,6 +275,7 @@ def test_positions_past_the_first_step_turn_as_transformers_turns_them(tmp_path)
 
 
 def test_squares_beyond_float16_do_no_harm(tmp_path):
+    import torch
     from safetensors.torch import load_file, save_file
 
     path = write_tiny_checkpoint(tmp_path / "model", "mistral", dtype=torch.float16)
@@ -312,20 +318,20 @@ def test_runners_read_prompts_token_by_token(llama):
     assert stops == list(llama.checkpoint.text.declared_stop_ids)
 
 
-class Counts(torch.nn.Module):  # type: ignore[misc,name-defined]
-    """Stands for Core ML: says what is in the first cache, and adds the token to all of them."""
-
-    def forward(self, tokens, input_pos, *caches):
-        new = tokens.to(torch.float16)[..., None].expand(caches[0][:, :1].shape)
-        logits = caches[0].to(torch.float32).mean((0, 2))[None]
-        return logits, *(new.clone() for _ in caches)
-
-
 def test_the_cache_is_empty_at_first_and_then_holds_each_token_at_its_place(llama):
+    import torch
     from executorch.extension.pybindings import portable_lib
 
     from edgekit.formats.executorch import assembly
     from edgekit.formats.executorch.backends.coreml import wrapper
+
+    class Counts(torch.nn.Module):  # type: ignore[misc]
+        """Stands for Core ML: says what is in the first cache, and adds the token to all."""
+
+        def forward(self, tokens, input_pos, *caches):
+            new = tokens.to(torch.float16)[..., None].expand(caches[0][:, :1].shape)
+            logits = caches[0].to(torch.float32).mean((0, 2))[None]
+            return logits, *(new.clone() for _ in caches)
 
     made = wrapper.emit(
         llama.checkpoint.spec, Counts(), context_tokens=8, constants={"get_n_layers": 3}

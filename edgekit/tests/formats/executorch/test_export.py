@@ -11,34 +11,33 @@ import pytest
 from edgekit import formats
 from edgekit.errors import BundleError, ToolchainError
 from edgekit.formats import BuildRequest
-from edgekit.formats.executorch import running, writing
+from edgekit.formats.executorch import (
+    conversion,
+    coverage,
+    memory,
+    program,
+    running,
+    tensor_types,
+    writing,
+)
+from edgekit.formats.executorch.backends import xnnpack
+from edgekit.formats.executorch.backends.xnnpack import size
+from edgekit.formats.executorch.coverage import Coverage
 from edgekit.model.checkpoint_protocol import Calibration, Tensor
 from edgekit.proof import transformers_logits
 from edgekit.quant.recipe import Recipe, Rule
 from edgekit.source import opening
+from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 from edgekit.tests.tiny.executorch_artifacts import decoded
 
 
 np = pytest.importorskip("numpy")
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("executorch", reason="pip install 'edgekit[executorch]'")
-
-from edgekit.formats.executorch import (  # noqa: E402
-    conversion,
-    coverage,
-    memory,
-    program,
-    tensor_types,
-)
-from edgekit.formats.executorch.backends import xnnpack  # noqa: E402
-from edgekit.formats.executorch.backends.xnnpack import size  # noqa: E402
-from edgekit.formats.executorch.coverage import Coverage  # noqa: E402
 
 
 pytestmark = [
     pytest.mark.toolchain,
+    needs("torch", "transformers", "executorch"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
 

@@ -3,31 +3,31 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from edgekit import formats
 from edgekit.formats import BuildRequest
-from edgekit.formats.executorch import running, writing
+from edgekit.formats.executorch import conversion, running, tensor_types, writing
+from edgekit.formats.executorch.backends import xnnpack
 from edgekit.proof import transformers_logits
 from edgekit.proof.fidelity import Comparison, Fidelity
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
+from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import TINY, WINDOW_TOKENS, write_tiny_checkpoint
 
 
-np = pytest.importorskip("numpy")
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("executorch", reason="pip install 'edgekit[executorch]'")
+if TYPE_CHECKING:
+    from edgekit.formats.executorch.backends.xnnpack.decoder import Decoder
 
-from edgekit.formats.executorch import conversion, embeddings, tensor_types  # noqa: E402
-from edgekit.formats.executorch.backends import xnnpack  # noqa: E402
-from edgekit.formats.executorch.backends.xnnpack import decoder  # noqa: E402
+np = pytest.importorskip("numpy")
 
 
 pytestmark = [
     pytest.mark.toolchain,
+    needs("torch", "transformers", "executorch"),
     # What torch and ExecuTorch say about their own insides.
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
@@ -110,6 +110,8 @@ def converted(request, tmp_path_factory) -> Converted:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -174,7 +176,12 @@ def test_four_bits_everywhere_say_nearly_what_transformers_says(name, words, tmp
 # The module by itself, before anything is lowered
 
 
-def eager(checkpoint: Checkpoint) -> decoder.Decoder:
+def eager(checkpoint: Checkpoint) -> "Decoder":
+    import torch
+
+    from edgekit.formats.executorch import embeddings
+    from edgekit.formats.executorch.backends.xnnpack import decoder
+
     spec = checkpoint.spec
 
     def weight(role: str):
@@ -196,6 +203,8 @@ def eager(checkpoint: Checkpoint) -> decoder.Decoder:
 
 @pytest.mark.parametrize("name", TINY)
 def test_the_module_says_what_transformers_says(name, tmp_path):
+    import torch
+
     checkpoint = opening.open_checkpoint(write_tiny_checkpoint(tmp_path / "model", name))
     border = checkpoint.spec.original_max_position_embeddings or checkpoint.spec.context_tokens
     ids = texts(checkpoint)[0][:border]

@@ -12,6 +12,7 @@ from edgekit.export import export
 from edgekit.formats.executorch import app_kit, program, runtime, shim_build, tokenizer
 from edgekit.formats.executorch.runtime import ExecutorchSession
 from edgekit.run import conversation, run
+from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import ORIGINAL_TOKENS
 from edgekit.tests.tiny.executorch_artifacts import (
     CONTEXT_TOKENS,
@@ -24,10 +25,9 @@ from edgekit.tests.tiny.executorch_artifacts import (
 from edgekit.text.tokenizer import Text, _Pieces, open_tokenizer
 
 
-pytestmark = pytest.mark.toolchain
+# torch makes the programs that run without it here.
+pytestmark = [pytest.mark.toolchain, needs("torch", "tokenizers")]
 np = pytest.importorskip("numpy")
-pytest.importorskip("tokenizers")
-pytest.importorskip("torch")  # makes the programs that run without it here
 if shim_build.installed_version() is None:
     pytest.skip("pip install 'edgekit[executorch]'", allow_module_level=True)
 if shim_build.compiler() is None:

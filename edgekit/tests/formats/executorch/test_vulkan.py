@@ -12,12 +12,16 @@ from edgekit import formats
 from edgekit.errors import BundleError, UsageError
 from edgekit.export import export
 from edgekit.formats import BuildRequest
-from edgekit.formats.executorch import running, writing
+from edgekit.formats.executorch import app_kit, conversion, program, running, tensor_types, writing
+from edgekit.formats.executorch.backends import vulkan
+from edgekit.formats.executorch.backends.vulkan import limits, size
+from edgekit.formats.executorch.backends.vulkan import writing as vulkan_writing
 from edgekit.inspect import inspect, lines
 from edgekit.proof import interpreter, transformers_logits
 from edgekit.proof.fidelity import Comparison
 from edgekit.source import opening
 from edgekit.target import load as load_target
+from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 from edgekit.validate import validate
 
@@ -26,25 +30,11 @@ if TYPE_CHECKING:
     from edgekit.formats import ReadableRunning
 
 np = pytest.importorskip("numpy")
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("executorch", reason="pip install 'edgekit[executorch]'")
-
-from edgekit.formats.executorch import (  # noqa: E402
-    app_kit,
-    conversion,
-    embeddings,
-    program,
-    tensor_types,
-)
-from edgekit.formats.executorch.backends import vulkan  # noqa: E402
-from edgekit.formats.executorch.backends.vulkan import limits, size, wrapper  # noqa: E402
-from edgekit.formats.executorch.backends.vulkan import writing as vulkan_writing  # noqa: E402
-from edgekit.tests.witnesses.vulkan_interpreter import Interpreter  # noqa: E402
 
 
 pytestmark = [
     pytest.mark.toolchain,
+    needs("torch", "transformers", "executorch"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
 
@@ -90,6 +80,11 @@ def four_bit_path(checkpoint, tmp_path_factory):
 
 def embedding(path, spec, read):
     """Return what the program has in front of its delegate, with the file's own bytes."""
+    import torch
+
+    from edgekit.formats.executorch import embeddings
+    from edgekit.tests.witnesses.vulkan_interpreter import Interpreter
+
     named = Interpreter(path).named
     shape, stored = read.held["token_embedding"]
     parts = [
@@ -113,7 +108,11 @@ def embedding(path, spec, read):
 
 def said(path, spec, ids, read, context_tokens=CONTEXT_TOKENS):
     """Return the program's logits after a prompt, single tokens, and a second prompt."""
+    import torch
     from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401 - operators
+
+    from edgekit.formats.executorch.backends.vulkan import wrapper
+    from edgekit.tests.witnesses.vulkan_interpreter import Interpreter
 
     decoder = wrapper.Decoder(
         spec, embedding=embedding(path, spec, read), inner=Interpreter(path),
@@ -193,6 +192,8 @@ def test_the_weights_read_back_are_those_that_the_delegate_multiplies_with(
 def test_what_outgrows_a_phones_textures_is_computed_in_buffers(
     context_tokens, vocabulary, tmp_path
 ):
+    from edgekit.tests.witnesses.vulkan_interpreter import Interpreter
+
     checkpoint = opened(tmp_path, vocab_size=vocabulary)
     path = convert(checkpoint, "F32", tmp_path, context_tokens)
     ids, read = random_ids(checkpoint.spec), running.read_back(path, checkpoint.spec)
@@ -208,6 +209,8 @@ def test_what_outgrows_a_phones_textures_is_computed_in_buffers(
 
 
 def test_a_matrix_that_outgrows_a_buffer_is_multiplied_in_parts(tmp_path, monkeypatch):
+    from edgekit.tests.witnesses.vulkan_interpreter import Interpreter
+
     monkeypatch.setattr(limits, "BUFFER_BYTES", 2**13)  # 32 rows of 64 weights
     monkeypatch.setattr(vulkan, "batch_tokens", lambda *_, **__: 128)
     checkpoint = opened(tmp_path, "llama-bias")
@@ -230,6 +233,8 @@ def test_no_more_is_read_at_once_than_its_scores_fit_into_a_buffer(checkpoint):
 
 
 def test_tensors_share_memory_and_so_need_little_of_it(tmp_path):
+    from edgekit.tests.witnesses.vulkan_interpreter import Interpreter
+
     objects = []
     for layers in (2, 6):
         checkpoint = opened(tmp_path / str(layers), num_hidden_layers=layers)
@@ -242,6 +247,11 @@ def test_tensors_share_memory_and_so_need_little_of_it(tmp_path):
 
 def test_a_position_past_the_context_fails_before_it_is_written(checkpoint, four_bit_path):
     """A range as long as the text reaches is planned for the context, and grows no further."""
+    import torch
+
+    from edgekit.formats.executorch.backends.vulkan import wrapper
+    from edgekit.tests.witnesses.vulkan_interpreter import Interpreter
+
     forward = program.read(four_bit_path).method("forward")
     assert forward
     assert "aten::arange.start_out" in forward.operators
@@ -284,6 +294,8 @@ def test_caches_take_no_room_in_the_file(checkpoint, tmp_path):
 
 
 def test_codes_lie_across_their_scales(checkpoint, four_bit_path):
+    from edgekit.tests.witnesses.vulkan_interpreter import Interpreter
+
     codes, scales = tensor_types.encode(checkpoint.weight("layers.1.down"), "Q4GSW_G32")
     named = Interpreter(four_bit_path).named
     assert named["layers.1.down"] == codes.tobytes()

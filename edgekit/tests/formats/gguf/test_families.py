@@ -20,6 +20,7 @@ from edgekit.proof.fidelity import Comparison, Fidelity
 from edgekit.proof.gates import CONVERSATIONS
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
+from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import (
     CONTEXT_TOKENS,
     TINY,
@@ -30,11 +31,8 @@ from edgekit.text import corpus
 from edgekit.text.tokenizer import Text
 
 
-pytestmark = pytest.mark.toolchain
+pytestmark = [pytest.mark.toolchain, needs("torch", "tokenizers", "llama_cpp")]
 np = pytest.importorskip("numpy")
-torch = pytest.importorskip("torch")
-NFC = pytest.importorskip("tokenizers").normalizers.NFC
-pytest.importorskip("llama_cpp")
 
 GGUF = formats.get("gguf")
 F32 = GGUF.RECIPES["F32"]
@@ -113,6 +111,8 @@ class Made:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -153,6 +153,8 @@ def test_logits_are_those_of_transformers_as_far_as_the_context_goes(made):
 
 
 def test_both_tokenizers_make_the_ids_of_transformers(made):
+    from tokenizers.normalizers import NFC
+
     reference, text = transformers_logits.tokenizer(made.checkpoint), made.text()
     added = [f"one{token}two {token} three" for token in reference.get_added_vocab()]
     lines = corpus.lines() + added
@@ -340,6 +342,8 @@ def test_a_config_of_transformers_4_makes_the_same_file_as_one_of_5(name, tmp_pa
 
 
 def test_weights_in_bfloat16_and_in_several_files_are_the_same_to_the_bit(tmp_path):
+    import torch
+
     made = make(tmp_path, "llama-bias", dtype=torch.bfloat16, shards=3)
     assert len(list(made.checkpoint.directory.glob("*.safetensors"))) >= 3
     assert made.fidelity().mean_kl_nats <= 1e-6

@@ -416,11 +416,13 @@ def test_a_directory_is_refused(tmp_path):
         read(tmp_path)
 
 
-def test_every_truncation_is_refused(tiny, tmp_path):
+@pytest.mark.parametrize("step", [31, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_truncation_is_refused(tiny, tmp_path, step):
     content = tiny.read_bytes()
     last = read(tiny).tensors[-1]
     path = tmp_path / "short.gguf"
-    for length in range(last.offset + last.size_bytes):
+    whole = last.offset + last.size_bytes
+    for length in (*range(0, whole, step), whole - 1):
         path.write_bytes(content[:length])
         with pytest.raises(UsageError):
             read(path)
@@ -447,12 +449,13 @@ def mutations(content, header_bytes, *, count, seed):
         yield bytes(mutant)
 
 
-def test_no_mutation_crashes_the_reader(tiny, tmp_path):
+@pytest.mark.parametrize("count", [100, pytest.param(4000, marks=pytest.mark.slow)])
+def test_no_mutation_crashes_the_reader(tiny, tmp_path, count):
     content = tiny.read_bytes()
     header_bytes = read(tiny).tensors[0].offset
     path = tmp_path / "mutant.gguf"
     refused = 0
-    for mutant in mutations(content, header_bytes, count=4000, seed=20261124):
+    for mutant in mutations(content, header_bytes, count=count, seed=20261124):
         path.write_bytes(mutant)
         try:
             file = read(path)
@@ -461,7 +464,7 @@ def test_no_mutation_crashes_the_reader(tiny, tmp_path):
             refused += 1
         else:
             assert all(t.offset + t.size_bytes <= len(mutant) for t in file.tensors)
-    assert refused > 2000
+    assert refused > count // 2
 
 
 @pytest.mark.parametrize("item", ["string", "long string", "uint8", "uint64", "tensor", "key"])

@@ -14,12 +14,11 @@ from edgekit.formats.gguf import conversion, layout, pretokenizers
 from edgekit.formats.gguf.runtime import log
 from edgekit.formats.gguf.tensor_types import FILE_TYPES
 from edgekit.source.checkpoint import Checkpoint
+from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 
 
-pytestmark = pytest.mark.toolchain
-torch = pytest.importorskip("torch")
-llama_cpp = pytest.importorskip("llama_cpp")
+pytestmark = [pytest.mark.toolchain, needs("torch", "llama_cpp")]
 
 RECIPES = formats.get("gguf").RECIPES
 # Rows that fill blocks of 256, rows that fill only blocks of 32, and rows that fill none.
@@ -64,6 +63,8 @@ def convert(checkpoint, recipe, directory):
 def quantized(exact, recipe, out):
     """Do what ``llama-quantize exact out recipe`` does."""
     log()  # else llama.cpp talks on standard error
+    import llama_cpp
+
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = FILE_TYPES[recipe]
     parameters.nthread = 1

@@ -8,12 +8,11 @@ from edgekit.errors import BundleError, ToolchainError, UsageError
 from edgekit.formats import BuildRequest
 from edgekit.formats.gguf import runtime, writing
 from edgekit.formats.gguf.runtime import BATCH_TOKENS, GgufSession
+from edgekit.tests.needs import needs
 
 
-pytestmark = pytest.mark.toolchain
+pytestmark = [pytest.mark.toolchain, needs("llama_cpp", "tokenizers")]
 np = pytest.importorskip("numpy")
-pytest.importorskip("llama_cpp")
-pytest.importorskip("tokenizers")
 
 CONTEXT_TOKENS = BATCH_TOKENS + 20  # two batches
 VOCABULARY_TOKENS = 257

@@ -73,6 +73,7 @@ def test_no_file_is_larger_than_asked_and_each_is_as_large_as_planned(limit, tmp
 @pytest.mark.parametrize("limit", LIMITS)
 def test_a_file_is_filled_before_the_next_is_begun(limit):
     files = plan_files("model", METADATA, TENSORS, split_bytes=limit)
+    assert len(files) > 1
     for file, following in itertools.pairwise(files):
         with_next = PlannedFile(
             name="", metadata=file.metadata, tensors=(*file.tensors, following.tensors[0])

@@ -80,9 +80,10 @@ def test_rows_that_fill_no_block_get_another_storage(wanted, columns, stored):
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
 def test_a_recipe_names_known_storages_and_keeps_small_weights_exact(recipe):
-    spec = SPECS["96 columns, tied"]
-    for role, shape in spec.weights():
-        wanted = recipe.tensor_type_for(role, spec)
+    weights = dict(SPECS["96 columns, tied"].weights())
+    assert {"final_norm", "token_embedding"} < weights.keys()
+    for role, shape in weights.items():
+        wanted = recipe.tensor_type_for(role, SPECS["96 columns, tied"])
         assert wanted in TENSOR_TYPES
         assert len(shape) > 1 or wanted == "F32"
 
@@ -120,6 +121,30 @@ def weights_of(np, rows, columns, seed=0):
 def test_f32_is_kept_bit_by_bit(np):
     values = weights_of(np, 3, 7)
     assert quantize(values, "F32").tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("bits", "rounded"),
+    [
+        (0x3F807FFF, 0x3F80), (0x3F808000, 0x3F80), (0x3F808001, 0x3F81),  # around 1 + 2**-8
+        (0x3F817FFF, 0x3F81), (0x3F818000, 0x3F82), (0x3F818001, 0x3F82),  # 1 + 3 * 2**-8
+        (0xBF808000, 0xBF80), (0xBF818000, 0xBF82), (0x00008000, 0x0000), (0x00018000, 0x0002),
+        (0x3FFF8000, 0x4000), (0x80000000, 0x8000),
+    ],
+)  # fmt: skip
+def test_bfloat16_takes_the_nearest_and_of_two_the_even_one(bits, rounded, np):
+    values = np.array([[bits]], np.uint32).view(np.float32)
+    assert quantize(values, "BF16").view("<u2").tolist() == [[rounded]]
+
+
+@pytest.mark.parametrize(
+    ("value", "rounded"),
+    [(1 + 2**-11, 0x3C00), (1 + 3 * 2**-11, 0x3C02), (1 + 2**-11 + 2**-20, 0x3C01),
+     (-1 - 3 * 2**-11, 0xBC02), (65504.0, 0x7BFF), (65519.9, 0x7BFF)],
+)  # fmt: skip
+def test_float16_takes_the_nearest_and_of_two_the_even_one(value, rounded, np):
+    values = np.array([[value]], np.float32)
+    assert quantize(values, "F16").view("<u2").tolist() == [[rounded]]
 
 
 def test_a_vector_is_one_row(np):
@@ -173,6 +198,7 @@ def test_the_sizes_of_every_storage_are_those_of_ggml(llama_cpp):
     ggml.ggml_type_name.restype = ctypes.c_char_p
     ggml.ggml_blck_size.restype = ctypes.c_int64
     ggml.ggml_type_size.restype = ctypes.c_size_t
+    assert TENSOR_TYPES.keys() <= TENSOR_TYPE_NUMBERS.keys()
     for name, number in TENSOR_TYPE_NUMBERS.items():
         assert ggml.ggml_type_name(number).decode().upper() == name
         assert ggml.ggml_blck_size(number) == ALL_TENSOR_TYPES[name].block_weights
@@ -250,6 +276,7 @@ def test_no_block_is_made_long_before_its_turn(np):
 
     for count, _ in enumerate(tensor_types.quantize_each(blocks())):
         assert len(made) <= count + 2
+    assert made == [*range(9)]
 
 
 def test_the_tensor_with_a_bad_weight_is_named(np):

@@ -205,11 +205,12 @@ def test_weights_of_another_scheme_than_the_settings_say_are_refused(artifact):
     refused(artifact, "does not hold")
 
 
-def test_a_few_hundred_mutations_of_a_cache_give_one_sentence_or_the_same_weights(artifact):
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_mutations_of_a_cache_give_one_sentence_or_the_same_weights(artifact, count):
     path, _ = artifact
     text, expected = path.read_bytes(), running.contents(path)
     rng, said = random.Random(5), list[str]()
-    for _ in range(300):
+    for _ in range(count):
         data = bytearray(text)
         for _ in range(rng.randint(1, 3)):
             data[rng.randrange(len(data))] = rng.choice(b'0159-{}[]",:.ex \x80')
@@ -220,5 +221,5 @@ def test_a_few_hundred_mutations_of_a_cache_give_one_sentence_or_the_same_weight
             said.append(str(error))
         else:
             assert sorted(found) == sorted(expected)
-    assert len(said) > 100
+    assert len(said) > count // 3
     assert not any("\n" in words for words in said)

@@ -150,6 +150,8 @@ def test_webllm_makes_the_same_ids_of_a_text_as_the_checkpoint(speakers):
 
     found = ask_webllm([(speakers[voice], asked[voice], []) for voice in asked])
 
+    assert len(found) == len(VOICES)
+
     for voice, answer in zip(asked, found, strict=True):
         assert answer["texts"] == list(map(speakers[voice].encode, asked[voice])), voice
 
@@ -168,6 +170,8 @@ def test_webllm_reads_every_conversation_as_the_chat_template_writes_it(speakers
         for voice in EXPRESSIBLE
     ]
 
+    assert all(talks for _, talks in asked)
+    assert len(asked) == len(EXPRESSIBLE) > 1
     for (speaker, talks), read in zip(asked, ask_about(asked), strict=True):
         assert read == [speaker.text.encode_chat(talk) for talk in talks]
 
@@ -178,6 +182,7 @@ def test_webllm_follows_the_rules_that_a_template_is_proven_under(speakers):
     asked = [(speakers[voice], talks) for voice in EXPRESSIBLE]
     asked.append((uncut(speakers[INEXPRESSIBLE]), talks[1:]))
 
+    assert len(asked) > 2
     for (speaker, told), read in zip(asked, ask_about(asked), strict=True):
         assert read == [
             clients.webllm_ids(speaker.template(talk), speaker.sent(talk), speaker.encode)
@@ -193,6 +198,7 @@ def test_webllm_follows_the_rules_for_any_template(speakers):
         for _ in range(20)
     ]
 
+    assert len(asked) == 80
     for (made_up, [talk]), [read] in zip(asked, ask_about(asked), strict=True):
         assert read == clients.webllm_ids(made_up.found.template, talk, speaker.encode)
 
@@ -249,6 +255,7 @@ def test_what_webllm_has_read_after_three_turns_is_the_whole_conversation(speake
 
     found = ask_webllm([(s, [], [one]) for s, one in zip(asked, chats, strict=True)])
 
+    assert len(asked) > 1
     for speaker, answer in zip(asked, found, strict=True):
         *_, last = answer["chats"][0]
         assert [turn["said"] for turn in answer["chats"][0]] == [*ANSWERS, ""]
@@ -298,6 +305,7 @@ def test_every_stop_id_ends_an_answer_and_the_letters_of_one_do_not(speakers):
 
     found = ask_webllm([(speaker, [], chats) for speaker, _, chats in asked])
 
+    assert len(asked) == len(VOICES)
     for (speaker, said, chats), answer in zip(asked, found, strict=True):
         for chat_turns in answer["chats"]:
             assert chat_turns[0]["reason"] == "stop"
@@ -335,6 +343,7 @@ def test_webllm_reads_a_prompt_that_the_app_rendered_as_it_is(speakers, tmp_path
         ]
     )  # fmt: skip
 
+    assert len(asked) == len(VOICES)
     for (speaker, prompt), answer in zip(asked, found, strict=True):
         read = [turns[0]["read"] for turns in answer["chats"]]
         assert read == [speaker.encode(prompt)] * 2

@@ -149,6 +149,8 @@ def test_the_table_says_where_it_comes_from_and_has_no_two_for_one_model():
 
 
 def test_a_library_names_its_vocabulary_exactly_where_it_is_bound_to_one():
-    for library in libraries.prebuilt():
+    prebuilt = libraries.prebuilt()
+    assert len({library.shape.vocab_size is None for library in prebuilt}) == 2
+    for library in prebuilt:
         model = decoders.MODELS[library.shape.architecture]
         assert (library.shape.vocab_size is not None) == model.is_bound_to_vocabulary

@@ -72,6 +72,7 @@ def test_every_scheme_was_made_of_every_checkpoint():
 @pytest.mark.parametrize("name", HASHES)
 def test_the_bytes_are_those_of_mlc_llm(name, tmp_path):
     checkpoint = open_golden(name, tmp_path / "checkpoint")
+    assert HASHES[name]
     for scheme, expected in HASHES[name].items():
         # mlc_llm stores infinity where float16 holds no more, and this must be the same then too.
         found = write(checkpoint, scheme, tmp_path / scheme, refuses_overflow=False)
@@ -279,6 +280,7 @@ def test_blocks_of_rows_make_the_same_bytes_as_the_whole(tmp_path, monkeypatch):
 def test_a_parameter_is_made_of_the_tensors_that_the_family_has(architecture):
     """mlc_llm goes through the checkpoint's tensors, whose names the format states itself."""
     spec = tiny_spec()
+    assert len(dict(spec.weights())) > 10
     for role, _ in spec.weights():
         source = families.get(architecture).source(role, spec)
         assert names._tensor(architecture, role) == source.tensor

@@ -214,6 +214,7 @@ def test_what_onnx_runtime_genai_reads_otherwise_is_known_and_told(voice, voiced
 @pytest.mark.parametrize("voice", VOICES)
 def test_onnx_runtime_genai_renders_the_same_chat(voice, voiced):
     _, text, theirs = voiced[voice]
+    assert len(CONVERSATIONS) > 1
     for turns in CONVERSATIONS:
         said = theirs.apply_chat_template(json.dumps(turns), add_generation_prompt=True)
         assert said == text.render(turns)
@@ -226,6 +227,7 @@ def test_onnx_runtime_genai_renders_the_same_chat(voice, voiced):
 def test_onnx_runtime_genai_writes_the_same_text(voice, voiced):
     _, text, theirs = voiced[voice]
     keeps_space = VOICES[voice].pipeline == "sentencepiece"  # the one before the first word
+    assert len(corpus.lines()) > 50
     for line in corpus.lines():
         ids = text.encode(line, adds_bos=False)
         whole, stream = theirs.decode(np.array(ids, np.int32)), theirs.create_stream()

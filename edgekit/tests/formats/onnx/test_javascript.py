@@ -17,6 +17,7 @@ from edgekit.formats.onnx import model, running, writing
 from edgekit.proof.gates import CONVERSATIONS, QUESTION
 from edgekit.runtime.generate import Sampling, generate
 from edgekit.source import opening
+from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import TINY, write_tiny_checkpoint
 from edgekit.tests.tiny.tokenizers import VOICES
 from edgekit.tests.witnesses import javascript_clients
@@ -24,10 +25,8 @@ from edgekit.text import corpus
 from edgekit.text.tokenizer import Text
 
 
-pytestmark = pytest.mark.toolchain
+pytestmark = [pytest.mark.toolchain, needs("torch", "onnxruntime")]
 np = pytest.importorskip("numpy")
-pytest.importorskip("torch")
-pytest.importorskip("onnxruntime")
 
 ONNX = formats.get("onnx")
 CONTEXT_TOKENS = 128

@@ -8,12 +8,11 @@ from edgekit.formats import BuildRequest
 from edgekit.formats.onnx import conversion, model, runtime, tensor_types
 from edgekit.formats.onnx.runtime import BATCH_TOKENS, OnnxSession
 from edgekit.proof import load_probe
+from edgekit.tests.needs import needs
 
 
-pytestmark = pytest.mark.toolchain
+pytestmark = [pytest.mark.toolchain, needs("onnxruntime", "tokenizers")]
 np = pytest.importorskip("numpy")
-pytest.importorskip("onnxruntime")
-pytest.importorskip("tokenizers")
 
 CONTEXT_TOKENS = BATCH_TOKENS + 20  # two batches
 VOCABULARY_TOKENS = 257

@@ -144,6 +144,7 @@ def test_four_bits_leave_the_token_embedding_at_eight_unless_all_is_asked_for(tm
 
 def test_a_recipe_has_one_precision_of_scales_and_it_is_that_of_its_products(tmp_path):
     spec = _tiny_checkpoint(tmp_path).spec
+    assert len(RECIPES) > 1
     for name, recipe in RECIPES.items():
         stored = {recipe.tensor_type_for(role, spec) for role, _ in spec.weights()}
         scales = {BLOCKS[kind].scales for kind in stored if kind in BLOCKS}
@@ -171,6 +172,8 @@ def test_files_have_the_names_that_transformers_js_looks_for(recipe, file, told,
 
 def test_what_rounds_activations_is_told(tmp_path):
     checkpoint = _tiny_checkpoint(tmp_path)
+    told = [name for name in RECIPES if "INT" in name]
+    assert 0 < len(told) < len(RECIPES)
     for recipe in RECIPES.values():
         notes = conversion.lay_out(checkpoint, BuildRequest(recipe=recipe)).notes
         assert (tensor_types.ACTIVATIONS_NOTE in notes) == ("INT" in recipe.name)

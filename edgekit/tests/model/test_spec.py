@@ -1,0 +1,46 @@
+"""What a decoder says of itself."""
+
+from dataclasses import replace
+
+import pytest
+
+from edgekit.model.spec import Attention, DecoderSpec, Layer, LongRopeScaling, Norm, Rope
+
+
+def long_rope(border):
+    scaling = LongRopeScaling(
+        short_factors=(1.0,) * 4, long_factors=(2.0,) * 4, original_context_tokens=border,
+        attention_factor=1.5,
+    )  # fmt: skip
+    return Rope(width=8, theta=10_000.0, scaling=scaling)
+
+
+SPEC = DecoderSpec(
+    vocab_size=96, hidden_size=64, intermediate_size=64, context_tokens=64,
+    layers=(Layer(rope=Rope(width=8, theta=10_000.0)),), norm=Norm(kind="rms", epsilon=1e-5),
+    attention=Attention(heads=8, num_kv_heads=2, head_dim=8, softmax_scale=1.0),
+)  # fmt: skip
+
+
+def test_its_border_is_the_smallest_of_those_that_its_ropes_have():
+    assert SPEC.original_max_position_embeddings is None
+    layers = [Layer(rope=None), Layer(rope=long_rope(64)), Layer(rope=long_rope(32))]
+    assert replace(SPEC, layers=(*SPEC.layers, *layers)).original_max_position_embeddings == 32
+
+
+def test_a_long_rope_turns_otherwise_once_the_text_outgrows_its_border():
+    rope = long_rope(32)
+    assert rope.divisors(32) == (1.0,) * 4
+    assert rope.divisors(33) == (2.0,) * 4
+    assert rope.attention_factor == 1.5
+
+
+@pytest.mark.parametrize(("role", "unit_offset"), [
+    ("layers.0.attention_norm", True), ("final_norm", True), ("layers.0.query_norm", False),
+    ("layers.0.query", False),
+])  # fmt: skip
+def test_a_norm_that_adds_one_is_known_by_its_role(role, unit_offset):
+    attention = replace(SPEC.attention, query_key_norm=Norm(kind="rms", epsilon=1e-6))
+    spec = replace(SPEC, attention=attention, norm=replace(SPEC.norm, unit_offset=True))
+    assert spec.unit_offset(role) is unit_offset
+    assert not spec.without_unit_offsets().unit_offset(role)

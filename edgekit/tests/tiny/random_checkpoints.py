@@ -1,0 +1,38 @@
+"""Tiny checkpoints made without torch and transformers, for tests that ask no other program."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgekit.doctor import _RandomTensor, _tiny_checkpoint
+from edgekit.model.spec import DecoderSpec, Norm
+from edgekit.source import families
+from edgekit.source.checkpoint import Checkpoint
+
+
+GEMMA2: dict[str, Any] = {
+    "norm": Norm(kind="rms", epsilon=1e-6, unit_offset=True),
+    "has_post_norms": True,
+}
+
+
+def random_checkpoint(
+    directory: Path, architecture: str = "llama", *, layers: int = 2, **changes: Any
+) -> Checkpoint:
+    """Return a decoder of random numbers, nothing of which but the tokenizer is a file.
+
+    Args:
+        directory: Gets the files of a tokenizer that reads single bytes.
+        architecture: Whose tensor names it has.
+        layers: All alike.
+        changes: Of the fields of `DecoderSpec`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    plain = _tiny_checkpoint(directory)
+    spec: DecoderSpec = replace(plain.spec, layers=plain.spec.layers[:1] * layers, **changes)
+    family = families.get(architecture)
+    tensors: dict[str, Any] = {
+        family.source(role, spec).tensor: _RandomTensor(shape, seed)
+        for seed, (role, shape) in enumerate(spec.weights())
+    }
+    return replace(plain, architecture=architecture, spec=spec, tensors=tensors)
