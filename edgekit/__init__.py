@@ -64,11 +64,11 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: ``import edgekit`` stays cheap."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(
+    value = getattr(
         importlib.import_module(f"{__name__}.{_PLACES[name]}"), _OTHER_NAMES.get(name, name)
     )
-    globals()[name] = found
-    return found
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""What is installed, what works, and how to mend the rest: a tiny model through each back-end."""
+"""What is installed, what works, and how to fix the rest: a tiny model through each back-end."""
 
 import importlib.metadata
 import importlib.util
@@ -73,21 +73,21 @@ def _system() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """Yield one finding for each extra: all of its packages, or those that lack."""
+    """Yield one finding for each extra: all of its packages, or those that are missing."""
     for extra, packages in extras().items():
         missing = [name for name in packages if not _version(name)]
         versions = ", ".join(f"{name} {_version(name)}" for name in packages if _version(name))
         yield Finding(
             name=f"edgekit[{extra}]",
             state="missing" if missing else "ok",
-            found=f"lacks {', '.join(missing)}" if missing else versions,
+            found=f"missing: {', '.join(missing)}" if missing else versions,
             way_out=f"pip install 'edgekit[{extra}]'" if missing else "",
         )
 
 
 def extras() -> dict[str, list[str]]:
     """Return the packages of each extra, from edgekit's own metadata."""
-    found: dict[str, list[str]] = {}
+    by_extra: dict[str, list[str]] = {}
     try:
         requirements = importlib.metadata.requires("edgekit") or []
     except importlib.metadata.PackageNotFoundError:  # run from a tree that is not installed
@@ -97,8 +97,8 @@ def extras() -> dict[str, list[str]]:
         name = re.findall(r"[A-Za-z0-9._-]+", specification)[0]
         if "extra ==" in marker and name != "edgekit":
             extra = marker.split("extra ==")[1].strip(" '\")")
-            found.setdefault(extra, []).append(name)
-    return found
+            by_extra.setdefault(extra, []).append(name)
+    return by_extra
 
 
 def _version(package: str) -> str | None:
@@ -141,7 +141,7 @@ def _try_out(name: str, directory: Path) -> str:
         writing = formats.writing(name)
         entry = writing.convert(tiny, request, directory, progress=lambda _: None)
     except MissingDependencyError as error:  # on a device, which only runs what was made elsewhere
-        return f"{state}; bundles run and are not made here: {error} ({error.hint})"
+        return f"{state}; bundles run here but cannot be exported: {error} ({error.hint})"
     if not running.is_run_here(None):
         read = cast("ReadableRunning", running).read_back(directory / entry, tiny.spec)
         norm = read.weight("final_norm")
@@ -153,7 +153,7 @@ def _try_out(name: str, directory: Path) -> str:
         token = int(session.prefill([1, 2, 3]).argmax())
     finally:
         session.close()
-    return f"{state}; a tiny model, written as {recipe.name}, ran and said token {token}"
+    return f"{state}; a tiny model, written as {recipe.name}, ran and produced token {token}"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class Inspection:
 
     @property
     def tensors_by_storage(self) -> Mapping[str, int]:
-        """How many tensors are stored in which way, most frequent first."""
+        """How many tensors there are of each tensor type, most frequent first."""
         counts: dict[str, int] = {}
         for _, _, tensor_type in self.tensors:
             counts[tensor_type] = counts.get(tensor_type, 0) + 1
@@ -41,7 +41,7 @@ def inspect(path: str | Path) -> Inspection:
         bundle = Bundle.load(path)
         return _artifact(bundle.artifact_path, bundle.artifact.format, bundle)
     if not path.is_file():
-        raise UsageError(f"there is no {path}")
+        raise UsageError(f"{path} does not exist")
     name = formats.of_file(path)
     if name is None:
         raise UsageError(
@@ -88,7 +88,7 @@ def _bundle_lines(bundle: Bundle) -> Iterator[str]:
     if bundle.agreement is None:
         yield "proof: none; it was exported with --no-verify"
     else:
-        yield f"proof: said by {bundle.agreement.said_by}"
+        yield f"proof: outputs computed by {bundle.agreement.said_by}"
         for gate in bundle.agreement.gates:
             yield f"proof: {'ok  ' if gate.passed else 'FAIL'} {gate.name}: {gate.finding}"
-    yield "made with " + ", ".join(f"{name} {found}" for name, found in bundle.tools.items())
+    yield "made with " + ", ".join(f"{name} {version}" for name, version in bundle.tools.items())

@@ -18,7 +18,7 @@ from edgekit.text.tokenizer import Detokenizer, StopStrings, Text
 
 DEFAULT_MAX_TOKENS = 512
 GREEDY = Sampling()
-NO_TEMPLATE_NOTE = "the model has no chat template; it goes on with the prompt as it is"
+NO_TEMPLATE_NOTE = "the model has no chat template; it continues the prompt as plain text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +44,14 @@ class Reply(Iterator[str]):
     detokenizer: Detokenizer
     stop_strings: StopStrings
     notes: tuple[str, ...] = ()
-    on_end: Callable[[], None] | None = None  # called once, if anything was said or it ended
+    on_end: Callable[[], None] | None = None  # called once, unless nothing was generated
     _token_ids: list[int] = field(default_factory=list, init=False)
     _said: list[str] = field(default_factory=list, init=False)
     _first_token_s: float | None = field(default=None, init=False)
     _decode_s: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        """Prepare; nothing runs before the first piece is asked for."""
+        """Prepare; nothing runs before the first piece is requested."""
         self._pieces = self._generate()
 
     def __iter__(self) -> Self:
@@ -63,7 +63,7 @@ class Reply(Iterator[str]):
         return next(self._pieces)
 
     def close(self) -> None:
-        """Make nothing more."""
+        """Stop generating."""
         self._pieces.close()
 
     @property
@@ -73,7 +73,7 @@ class Reply(Iterator[str]):
 
     @property
     def answer(self) -> Answer:
-        """The whole answer; what is still to come is waited for."""
+        """The whole answer, once the rest of it has come."""
         for _ in self:
             pass
         decoded = self.generation.decoded_tokens
@@ -166,8 +166,8 @@ class Runner:
         bundle = Bundle.load(directory, check_hashes=check_hashes)
         if context_tokens is not None and not 0 < context_tokens <= bundle.context_tokens:
             raise UsageError(
-                f"a context of {context_tokens} tokens is not possible: {directory} was made for "
-                f"{bundle.context_tokens}",
+                f"a context of {context_tokens} tokens is not possible: {directory} was "
+                f"exported for {bundle.context_tokens}",
                 hint="export again with a larger --context",
             )
         text = Text.open(bundle.directory, bundle.text)  # cheap, so that its refusals come first
@@ -204,7 +204,7 @@ class Runner:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
     ) -> Reply:
-        """Go on with plain text, or with token ids.
+        """Continue plain text, or token ids.
 
         Raises:
             UsageError: If the prompt is empty or longer than the context; nothing ran.
@@ -215,7 +215,7 @@ class Runner:
         )
 
     def close(self) -> None:
-        """Give the session's memory back."""
+        """Free the session's memory."""
         self.session.close()
 
     def __enter__(self) -> Self:
@@ -264,11 +264,11 @@ def answer(  # noqa: PLR0913 - a request in full
     Args:
         runner: The bundle.
         prompt: What the user says.
-        system: What the system says before.
-        max_tokens: The length of the answer at most; None goes on to the end of the context.
+        system: The system prompt.
+        max_tokens: The length of the answer at most; None allows the rest of the context.
         sampling: How to choose tokens.
         stop: Strings that end the answer and are not part of it.
-        raw: Whether to go on with the prompt as it is, without the chat template.
+        raw: Whether to continue the prompt as it is, without the chat template.
 
     Raises:
         UsageError: If a system prompt is given but no template can hold it.
@@ -322,7 +322,7 @@ def run(  # noqa: PLR0913 - a request in full
 
 @dataclass(kw_only=True)
 class Chat:
-    """A conversation that remembers; the session reads of each turn only what is new."""
+    """A conversation with memory; of each turn, the session reads only what is new."""
 
     runner: Runner
     system: str | None = None

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 MAX_BODY_BYTES = 8 << 20  # a context of a million tokens, escaped, fits
-MAX_WAITING = 64  # connections; more are told 503
+MAX_WAITING = 64  # connections; more get status 503
 SHUTDOWN_S = 3  # how long Ctrl-C waits for answers under way
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
@@ -157,7 +157,7 @@ class Service:
             )
 
     def admits(self, handler: "Handler") -> "Handler":
-        """Wrap a handler so that strangers do not reach it."""
+        """Wrap a handler so that requests without permission do not reach it."""
 
         async def admitted(request: "Request") -> "Response":
             self._check_host(request.headers.get("host", ""))
@@ -170,7 +170,7 @@ class Service:
         """Refuse a web page that has pointed its own name at this machine (DNS rebinding)."""
         name = header.rpartition(":")[0] if not header.endswith("]") and ":" in header else header
         if self.hosts is not None and name.lower() not in self.hosts:
-            raise ApiError(f"this server does not answer to the name {name!r}", status=403)
+            raise ApiError(f"this server does not serve the host name {name!r}", status=403)
 
     def _check_key(self, header: str) -> None:
         if self.api_key is None:
@@ -183,7 +183,7 @@ class Service:
 def _check_ids(ids: list[int], vocabulary_tokens: int) -> None:
     for token in ids:
         if not 0 <= token < vocabulary_tokens:
-            raise ApiError(f"prompt has the token id {token}, there is none such", param="prompt")
+            raise ApiError(f"prompt has the unknown token id {token}", param="prompt")
 
 
 def _gone() -> "Response":
@@ -265,7 +265,7 @@ def _application(service: Service) -> "Starlette":
                 refusal = ApiError(error.detail, status=error.status_code)
             case _:
                 raise error
-        # As ASCII: a refusal may quote what is not Unicode.
+        # As ASCII: a refusal may quote what is not valid Unicode.
         return Response(json.dumps(refusal.body), refusal.status, media_type="application/json")
 
     routes = [
@@ -326,7 +326,8 @@ def serve(  # noqa: PLR0913 - a request in full
     is_local = _is_loopback(host)
     if not is_local and not allow_remote:
         raise UsageError(
-            f"{host} can be reached from other machines", hint="add --allow-remote if it should be"
+            f"{host} can be reached from other machines",
+            hint="add --allow-remote if that is intended",
         )
     say = listener.say if listener else say or (lambda line: sys.stderr.write(f"{line}\n"))
     with (
@@ -348,8 +349,8 @@ def _greeting(service: Service, host: str, port: int, *, is_local: bool) -> list
     name = f"[{host}]" if ":" in host else host
     lines = [f"serving {service.model} on http://{name}:{port}/v1; Ctrl-C stops it"]
     if not is_local:
-        key = "who has the API key" if service.api_key else "everyone, as there is no API key"
-        lines.append(f"warning: other machines can reach it: {key}")
+        limits = "with the API key" if service.api_key else "and no API key is needed"
+        lines.append(f"warning: other machines can reach it, {limits}")
     return lines
 
 

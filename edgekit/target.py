@@ -167,7 +167,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class _Number:
-    """A number of a target file: where it stands, what it measures, what it means."""
+    """A number of a target file: its place, its dimension, its meaning."""
 
     table: str
     key: str
@@ -352,7 +352,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _numbers(table: "_Table") -> dict[str, Any]:
-    """Read every number of `_NUMBERS` that stands in this table, by name of its field."""
+    """Read every number of `_NUMBERS` in this table, by name of its field."""
     return {
         name: table.quantity(number.key, number.dimension, as_=name, is_whole=number.is_whole)
         for name, number in _NUMBERS.items()
@@ -361,7 +361,7 @@ def _numbers(table: "_Table") -> dict[str, Any]:
 
 
 class _Table:
-    """One table of a target file: it knows its place, and refuses keys that nobody reads."""
+    """One table of a target file: it knows its place, and refuses unknown keys."""
 
     def __init__(
         self, path: Path, name: str, content: Mapping[str, object], *, known: Collection[str]
@@ -385,37 +385,39 @@ class _Table:
         return _Table(self.path, self.full(key), content, known=known)
 
     def text(self, key: str) -> str:
-        found = self.get(key, str, "a text")
-        if not found.strip():
+        text = self.get(key, str, "a text")
+        if not text.strip():
             raise self.refusal(key, "is empty")
-        return found
+        return text
 
     def words(self, key: str) -> tuple[str, ...]:
-        found = self.get(key, list, "a list of texts")
-        if not all(isinstance(word, str) for word in found) or len(set(found)) != len(found):
-            raise self.refusal(key, f"= {found!r} is not a list of different texts")
-        return tuple(found)
+        words = self.get(key, list, "a list of texts")
+        if not all(isinstance(word, str) for word in words) or len(set(words)) != len(words):
+            raise self.refusal(key, f"= {words!r} is not a list of different texts")
+        return tuple(words)
 
     def choices(self, key: str, allowed: Collection[str]) -> tuple[str, ...]:
         """Read one or more of the allowed words."""
-        found = self.words(key)
-        if not found:
+        chosen = self.words(key)
+        if not chosen:
             raise self.refusal(key, "is empty", f"one or more of {', '.join(allowed)}")
-        for word in found:
+        for word in chosen:
             if word not in allowed:
-                raise self.refusal(key, f"has the unknown {word!r}", _did_you_mean(word, allowed))
-        return found
+                raise self.refusal(
+                    key, f"has the unknown value {word!r}", _did_you_mean(word, allowed)
+                )
+        return chosen
 
     def variants(self) -> dict[str, tuple[str, ...]]:
         """Read which builds of a format are taken, for the formats that are named."""
         table = self.table("variants", self.choices("formats", FORMATS))
-        found: dict[str, tuple[str, ...]] = {
+        variants: dict[str, tuple[str, ...]] = {
             name: table.words(name) for name in FORMATS if table.has(name)
         }
-        for name, words in found.items():
+        for name, words in variants.items():
             if not all(word.strip() for word in words) or not words:
                 raise table.refusal(name, "is empty")
-        return found
+        return variants
 
     def quantity(self, key: str, dimension: Dimension, *, as_: str, is_whole: bool) -> float:
         """Read a number with its unit, and keep its origin under the name ``as_``."""
@@ -435,7 +437,7 @@ class _Table:
         for entry in self.tables("first_token", ("prompt", "value", *_ORIGIN_KEYS)):
             prompt_tokens = int(entry.number("prompt", "tokens", is_whole=True))
             if prompt_tokens in limits:
-                raise entry.refusal("prompt", f"= {prompt_tokens} tokens is named twice")
+                raise entry.refusal("prompt", f"= {prompt_tokens} tokens appears twice")
             limits[prompt_tokens] = entry.number("value", "seconds", is_whole=False)
             self.origins[_limit_name(prompt_tokens)] = entry.origin()
         return tuple(FirstTokenLimit(prompt_tokens=n, limit_s=limits[n]) for n in sorted(limits))
@@ -454,7 +456,7 @@ class _Table:
         """Read where this entry's value comes from."""
         basis = self.text("basis")
         if basis not in BASES:
-            raise self.refusal("basis", f"= {basis!r} is none of {', '.join(BASES)}")
+            raise self.refusal("basis", f"= {basis!r} is not one of {', '.join(BASES)}")
         date = self.text("date")
         if not _is_date(date):
             raise self.refusal("date", f"= {date!r} is not a date", "write it as YYYY-MM-DD")
@@ -474,10 +476,10 @@ class _Table:
     def get(self, key: str, expected: type[_T], description: str) -> _T:
         if not self.has(key):
             raise self.refusal(key, f"is missing: {description} is expected", _MISSING_HINT)
-        found = self._content[key]
-        if not isinstance(found, expected):
-            raise self.refusal(key, f"= {found!r} is not {description}")
-        return found
+        value = self._content[key]
+        if not isinstance(value, expected):
+            raise self.refusal(key, f"= {value!r} is not {description}")
+        return value
 
     def full(self, key: str) -> str:
         return f"{self.name}.{key}" if self.name else key
@@ -513,7 +515,7 @@ def _check(path: Path, target: Target) -> None:
 
 
 def _near_names(name: str, known: Sequence[str]) -> str:
-    """Ask for the targets that may have been meant: ``pi4`` stands in three names."""
+    """Ask for the targets that may have been meant: ``pi4`` is part of three names."""
     containing = [other for other in known if (bare := _bare(name)) and bare in _bare(other)]
     near = containing[:MOST_SUGGESTIONS] or difflib.get_close_matches(name, known, n=3)
     return f"did you mean {', '.join(near)}? " if near else ""

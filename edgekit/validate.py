@@ -21,7 +21,7 @@ from edgekit.target import load as load_target
 if TYPE_CHECKING:
     from edgekit.formats import ReadableRunning
 
-MOST_SAMPLES = 40  # of a time or a rate; what is unclear then stays unstable
+MOST_SAMPLES = 40  # of a time or a rate; what is inconclusive then stays unstable
 
 
 def validate(  # noqa: PLR0913  # the options of the verb
@@ -36,14 +36,14 @@ def validate(  # noqa: PLR0913  # the options of the verb
 ) -> Result:
     """Return what a device did with a bundle, and the verdict.
 
-    While chance is all that stands between the verdict and a pass or a fail, the number of
-    repetitions is doubled, up to `MOST_SAMPLES` samples of each time.
+    While more samples may decide between a pass and a fail, the number of repetitions is
+    doubled, up to `MOST_SAMPLES` samples of each time.
 
     Args:
         bundle_directory: The bundle.
         target: Whose budget is enforced: a name, a TOML file, or a `Target`.
         device: ``"this"`` or ``"ssh://user@host"``, see `edgekit.measuring.devices.connect`.
-        repetitions: Fresh processes to begin with.
+        repetitions: Fresh processes to start with.
         threads: None takes the target's decode threads, or the device's cores if they are fewer.
         progress: Called with the repetitions done and to do.
         listener: Who is told what happens.
@@ -55,19 +55,21 @@ def validate(  # noqa: PLR0913  # the options of the verb
         ToolchainError: If the device cannot be reached or the runtime fails.
     """
     if repetitions < 1:
-        raise UsageError(f"{repetitions} repetitions measure nothing", hint="use 5 or more")
+        raise UsageError(
+            f"{repetitions} repetitions are too few to measure anything", hint="use 5 or more"
+        )
     target, listener = load_target(target), listener or Silent()
     bundle = Bundle.load(bundle_directory)
     _refuse_elsewhere(bundle, target)
     with connect(device) as place:
 
         def add(measurement: Measurement, count: int) -> Measurement:
-            listener.say(f"chance may still decide: {count} more repetitions")
+            listener.say(f"not decided yet: {count} more repetitions")
             return measure.add_repetitions(
                 measurement, bundle, place, count=count, progress=progress
             )
 
-        listener.say(f"measuring on {place.label}: {repetitions} repetitions to begin with")
+        listener.say(f"measuring on {place.label}: {repetitions} repetitions to start with")
         environment = measure.environment_of(bundle, place)
         measurement = measure.measure_bundle(
             bundle,
@@ -110,8 +112,8 @@ def judge_document(
     expected = measure.artifact_sha256(bundle.artifact)
     if measurement.artifact_sha256 != expected:
         raise UsageError(
-            f"{document} measured another artifact: {measurement.artifact_sha256[:16]}…, "
-            f"this bundle's is {expected[:16]}…",
+            f"{document} is a measurement of another artifact: "
+            f"{measurement.artifact_sha256[:16]}…, this bundle's is {expected[:16]}…",
             hint="measure this bundle, or pass the bundle that was measured",
         )
     verdict = judge(measurement, bundle, target)
@@ -133,7 +135,7 @@ def plan_workload(
     )
     if not lengths:
         raise UsageError(
-            f"the bundle's context of {bundle.context_tokens} tokens holds no prompt of the budget",
+            f"the bundle's context of {bundle.context_tokens} tokens is too short for the budget",
             hint=f"export with --context {budget.context_tokens}",
         )
     return Workload(

@@ -52,7 +52,7 @@ _REFUSALS = (
      "connect once with `ssh {host}` and accept the key"),
     ("Permission denied", "it did not accept your key or user name",
      "set up a key: `ssh-copy-id {host}`; edgekit never asks for a password"),
-    ("Could not resolve hostname", "there is no host of that name", "check the spelling"),
+    ("Could not resolve hostname", "the host name is unknown", "check the spelling"),
     ("Connection refused", "nothing listens on that port", "is sshd running there?"),
     ("timed out", "it did not answer", "is it on, and on this network?"),
     ("No route to host", "there is no route to it", "is it on, and on this network?"),
@@ -83,7 +83,7 @@ class Device(Protocol):
     python: str  # the interpreter, as one types it there
 
     def push(self, bundle: Path) -> str:
-        """Bring a bundle there, unless it is there already; return its directory there."""
+        """Copy a bundle there, unless it is there already; return its directory there."""
         ...
 
     def run_module(self, module: str, arguments: Sequence[str]) -> Finished:
@@ -91,7 +91,7 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -112,9 +112,9 @@ def connect(text: str, *, ssh_config: Path | None = None) -> Device:
         ssh_config: For `ssh -F`; by default the file that `SSH_CONFIG_VARIABLE` names, if any.
 
     Raises:
-        UsageError: If there is no such kind of device.
+        UsageError: If ``text`` is neither.
         ToolchainError: If it cannot be reached.
-        MissingDependencyError: If there is no ssh here, or no fit Python there.
+        MissingDependencyError: If ssh is not installed here, or no suitable Python there.
     """
     if text == "this":
         return ThisMachine()
@@ -136,7 +136,7 @@ class _Closing:
     """Ends with its ``with`` block."""
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Release what is held."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -187,7 +187,7 @@ class SshDevice(_Closing):
     ) -> None:
         if shutil.which("ssh") is None or shutil.which("scp") is None:
             raise MissingDependencyError(
-                "there is no ssh on this machine", hint="install OpenSSH's client"
+                "ssh is not installed on this machine", hint="install the OpenSSH client"
             )
         self.host = host
         self.label = host if port is None else f"{host}:{port}"
@@ -214,7 +214,7 @@ class SshDevice(_Closing):
             raise UsageError(f"{url!r}: {error}") from error
         # A leading dash would be read as an option by ssh.
         if not host or host.startswith("-") or (parts.username or "").startswith("-"):
-            raise UsageError(f"{url!r} names no host", hint="write ssh://user@host")
+            raise UsageError(f"{url!r} has no host", hint="write ssh://user@host")
         if options or parts.path.strip("/") or parts.fragment:
             raise UsageError(
                 f"{url!r} has more than a host, a port and ?python=",
@@ -234,9 +234,9 @@ class SshDevice(_Closing):
         script = f"import sys; sys.exit(sys.version_info[:2] < {OLDEST_PYTHON})"
         done = self.run_shell(f"{shlex.quote(self.python)} -c {shlex.quote(script)}")
         if done.status != 0:
-            found = "is older" if done.status == 1 else "is not there"
+            problem = "is older" if done.status == 1 else "is not there"
             raise MissingDependencyError(
-                f"{self.label} needs Python {wanted} or newer, but {self.python!r} {found}",
+                f"{self.label} needs Python {wanted} or newer, but {self.python!r} {problem}",
                 hint="install one there, or name one: ssh://user@host?python=/path/to/python",
             )
 
@@ -244,7 +244,7 @@ class SshDevice(_Closing):
         """Bring a bundle there, unless its files are there already, hashes checked.
 
         Raises:
-            ToolchainError: If it did not arrive whole, for want of space for example.
+            ToolchainError: If it did not arrive whole, for lack of space, for example.
         """
         if bundle not in self._pushed:
             place = f"{_REMOTE_CACHE}/bundles/{sha256_of(bundle / MANIFEST)}"
@@ -260,7 +260,7 @@ class SshDevice(_Closing):
         self._must(f"mv {part} {place}")
         if not self._is_whole(place):
             raise ToolchainError(
-                f"the bundle arrived damaged at {self.label}",
+                f"the bundle was damaged on the way to {self.label}",
                 hint=f"look at the storage of the device: {place}",
             )
 
@@ -311,7 +311,7 @@ class SshDevice(_Closing):
         done = self.run_shell(script)
         if done.status != 0:
             raise ToolchainError(
-                f"{self.label} could not do `{script}`: {_last_line(done.log)}", log=done.log
+                f"{self.label} failed to run `{script}`: {_last_line(done.log)}", log=done.log
             )
 
     def _copy(self, source: Path, place: str) -> None:

@@ -1,7 +1,7 @@
 """What the kernel says about this machine and this process, read from /proc and /sys.
 
 Everything is read below a root, so that a test can offer a directory that says what a Raspberry Pi
-says. What a system does not tell is None; nothing here fails for want of a file.
+says. What a system does not tell is None; nothing here fails for lack of a file.
 """
 
 import ctypes
@@ -84,11 +84,11 @@ class Machine:
     def memory_bytes(self) -> tuple[int, int] | None:
         """Return what this process holds: resident bytes, and those that only it can free."""
         # Read many times a second next to what is measured, so it looks for three lines only.
-        found = dict(_HELD.findall(self.text("proc/self/status") or ""))
-        if "VmRSS" not in found:
+        sizes = dict(_HELD.findall(self.text("proc/self/status") or ""))
+        if "VmRSS" not in sizes:
             return None
-        kept = int(found.get("RssAnon", 0)) + int(found.get("RssShmem", 0))
-        return int(found["VmRSS"]) * 1024, kept * 1024
+        kept = int(sizes.get("RssAnon", 0)) + int(sizes.get("RssShmem", 0))
+        return int(sizes["VmRSS"]) * 1024, kept * 1024
 
     def working_set_peak_bytes(self) -> int | None:
         """Return the most this process ever had in memory, file pages included."""
@@ -120,7 +120,7 @@ class Machine:
         return tuple(clock for clock in clocks if clock is not None)
 
     def throttled(self, *, may_run_tools: bool = True) -> int | None:
-        """Return the bits of get_throttled, None where there is no such firmware.
+        """Return the bits of get_throttled, None without such firmware.
 
         Args:
             may_run_tools: False reads the kernel's copy only, without starting a process.
@@ -128,8 +128,8 @@ class Machine:
         text = self.text(_FIRMWARE_THROTTLED)
         if text is None and may_run_tools and self.vcgencmd is not None:
             text = _output_of(self.vcgencmd, "get_throttled")
-        found = re.fullmatch(r"(?:throttled=)?(?:0x)?([0-9a-fA-F]+)", (text or "").strip())
-        return int(found[1], 16) if found else None
+        bits = re.fullmatch(r"(?:throttled=)?(?:0x)?([0-9a-fA-F]+)", (text or "").strip())
+        return int(bits[1], 16) if bits else None
 
     def thread_times_ns(self) -> dict[str, tuple[int, int]]:
         """Return, for each thread of this process, its time on a core and its wait for one."""
@@ -142,8 +142,8 @@ class Machine:
 
     def pressure_s(self, resource: str) -> float | None:
         """Return how long some task has waited for ``"cpu"`` or ``"memory"`` since boot."""
-        found = re.search(r"^some .*total=(\d+)", self.text(f"proc/pressure/{resource}") or "")
-        return int(found[1]) * 1e-6 if found else None
+        total = re.search(r"^some .*total=(\d+)", self.text(f"proc/pressure/{resource}") or "")
+        return int(total[1]) * 1e-6 if total else None
 
 
 class Watch:
@@ -208,12 +208,12 @@ class Watch:
     def peaks_bytes(self) -> dict[MemoryMetric, int]:
         """Return each peak the system knows."""
         kept = max((point.unreclaimable_bytes for point in self._points), default=None)
-        found: dict[MemoryMetric, int | None] = {
+        peaks: dict[MemoryMetric, int | None] = {
             "working_set": self._machine.working_set_peak_bytes(),
             "unreclaimable": kept,
             "cgroup": self._machine.cgroup_peak_bytes(),
         }
-        return {name: peak for name, peak in found.items() if peak is not None}
+        return {name: peak for name, peak in peaks.items() if peak is not None}
 
     def _run(self) -> None:
         looks_per_second = max(1, round(1 / self._interval_s))

@@ -103,7 +103,7 @@ def add_repetitions(
 ) -> Measurement:
     """Return the measurement with ``count`` more repetitions.
 
-    The first one that the system kills for want of memory is the last: more would only die, too.
+    The first one that the system kills for lack of memory is the last: more would be killed, too.
     """
     arguments = _workload_arguments(measurement, bundle, device)
     done = list(measurement.repetitions)
@@ -188,8 +188,8 @@ def requirements_of(extra: str) -> list[str]:
         lines = []
     marked = [line.partition(";") for line in lines]
     wanted = {f"extra == '{extra}'", f'extra == "{extra}"'}
-    found = [name.strip() for name, _, marker in marked if marker.strip() in wanted]
-    return found or [f"edgekit[{extra}]"]
+    names = [name.strip() for name, _, marker in marked if marker.strip() in wanted]
+    return names or [f"edgekit[{extra}]"]
 
 
 # What follows runs on the device.

@@ -258,5 +258,4 @@ def _is_possible(value: float, of: str) -> bool:
 
 
 def _mismatch(of: str, value: object, expected: str) -> UsageError:
-    found = repr(value)
-    return UsageError(f"{of} = {found[:60]}, expected {expected}")
+    return UsageError(f"{of} = {repr(value)[:60]}, expected {expected}")

@@ -258,7 +258,7 @@ def _listed(names: Sequence[str]) -> str:
 def _remarks_html(verdict: Verdict) -> Iterator[str]:
     for title, tone, remarks in (
         ("Doubts", "unstable", verdict.doubts),
-        ("Worth knowing", "", verdict.notes),
+        ("Notes", "", verdict.notes),
     ):
         if remarks:
             items = "".join(f"<li>{escape(remark)}</li>" for remark in remarks)
@@ -269,8 +269,8 @@ def _check_html(check: Check) -> str:
     used = budget_used(check, check.measured if check.judged is None else check.judged)
     shares = [budget_used(check, sample) for sample in check.samples]
     share = "" if used is None else f"{used:.0%} of the budget: "
-    found = f"{share}{_found(check)}"
-    graph = plot.bar(used or 0, [s for s in shares if s is not None], check.outcome, found)
+    text = f"{share}{_found(check)}"
+    graph = plot.bar(used or 0, [s for s in shares if s is not None], check.outcome, text)
     sign = "≤" if check.direction == "at most" else "≥"
     return (
         f'<div class="check {check.outcome}"><strong>{escape(check.name)}</strong>'
@@ -278,7 +278,7 @@ def _check_html(check: Check) -> str:
         f'<span class="graph">{graph}</span>'
         f'<span class="end">{sign} {format_value(check.limit, check.unit)}</span>'
         f'<span class="end"><span class="chip">{_WORDS[check.outcome]}</span></span>'
-        f'<span class="why">{found}, {escape(check.basis)}{_spread_in_words(check)}</span></div>'
+        f'<span class="why">{text}, {escape(check.basis)}{_spread_in_words(check)}</span></div>'
     )
 
 
@@ -381,8 +381,8 @@ def _memory_html(result: Result) -> str:
             unit=2**20,
         ),
     )
-    legend = _key("one", "resident: what is judged, weights included")
-    legend += _key("two", "of it, what only the process can free")
+    legend = _key("one", "resident: what is judged, including the weights")
+    legend += _key("two", "private: the part that only the process can free")
     caption = f"one line for each process; the budget allows {format_bytes(limit)}"
     return _card("Memory over time", caption, graph, legend)
 
@@ -402,7 +402,7 @@ def _order_html(result: Result) -> str:
         plot.Frame(
             format=lambda value: f"{value:g}",
             title="Decode rate of each answer",
-            across="answer, in the order of time",
+            across="answer, in order of time",
             limit=result.target.budget.decode_tokens_per_s,
         ),
     )
@@ -447,7 +447,7 @@ def _describe_conditions(measurement: Measurement) -> list[tuple[str, str]]:
     return [
         ("waiting for a core", f"{max(delays):.1%} at most" if delays else ""),
         ("major faults", "" if faults is None else f"{faults:.3g} per token after the warm-up"),
-        ("hottest", f"{max(degrees):.0f} °C" if degrees else ""),
+        ("highest temperature", f"{max(degrees):.0f} °C" if degrees else ""),
         ("throttling", (throttling_in_words(merged) or "none") if bits else ""),
     ]
 

@@ -1,4 +1,4 @@
-"""Statistics of few samples: sure bounds for a median, spread and drift, without a distribution.
+"""Statistics of few samples: bounds of a median, spread, drift; no distribution is assumed.
 
 Timings have long tails, so nothing here assumes a shape. A bound for the median is an order
 statistic: of ten samples, at most eight lie below the median with a probability of 98.9 %, so the
@@ -29,7 +29,7 @@ class MedianBounds:
         """How one bound came about, in words."""
         extreme = "largest" if (side == "high") == (self.rank == self.samples) else "smallest"
         place = extreme if self.rank == self.samples else f"{ordinal(self.rank)} {extreme}"
-        return f"{place} of {self.samples} samples, {self.confidence:.1%} sure"
+        return f"{place} of {self.samples} samples, {self.confidence:.1%} confidence"
 
 
 def bounds_of_median(samples: Sequence[float]) -> MedianBounds | None:

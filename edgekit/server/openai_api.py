@@ -81,7 +81,7 @@ class ApiError(Exception):
 
 @dataclass(kw_only=True)
 class Fields:
-    """The fields of a request, each taken once, so that what nobody read can be refused."""
+    """The fields of a request, each taken once, so that unknown ones can be refused."""
 
     values: dict[str, Any]
 
@@ -246,14 +246,14 @@ def _prompt(value: Any) -> str | list[int]:
         return value
     if isinstance(value, list) and value and all(type(item) is int for item in value):
         return value
-    raise ApiError("prompt must be one text, or one list of token ids", param="prompt")
+    raise ApiError("prompt must be a string or a list of token ids", param="prompt")
 
 
 def _stop(value: Any) -> tuple[str, ...]:
     strings = [] if value is None else [value] if isinstance(value, str) else value
     is_list = isinstance(strings, list) and len(strings) <= MAX_STOP_STRINGS
     if not is_list or not all(isinstance(item, str) and item for item in strings):
-        raise ApiError(f"stop must be up to {MAX_STOP_STRINGS} texts, none empty", param="stop")
+        raise ApiError(f"stop must be up to {MAX_STOP_STRINGS} non-empty strings", param="stop")
     return tuple(strings)
 
 

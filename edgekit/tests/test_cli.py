@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -38,27 +37,6 @@ def test_the_help_starts_with_three_commands_that_work_in_this_order(capsys):
         < out.index("edgekit run out")
         < out.index("edgekit validate out")
     )
-
-
-def examples():
-    """Return every command that a help text shows, as words."""
-    texts = [cli.help or "", *(command.help or "" for command in cli.commands.values())]
-    lines = [line.strip() for text in texts for line in text.splitlines()]
-    commands = [line.split(" | ")[-1] for line in lines if " | " in line or line.startswith("edge")]
-    return [shlex.split(command)[1:] for command in commands]
-
-
-def test_help_texts_show_examples():
-    assert len(examples()) >= 10
-
-
-@pytest.mark.parametrize("words", examples(), ids=" ".join)
-def test_every_example_in_a_help_text_is_accepted(words):
-    name, *rest = words
-    with cli.commands[name].make_context(name, rest) as context:
-        target = context.params.get("target_name")
-    if target and not target.endswith(".toml"):
-        assert edgekit.load_target(target).name == target
 
 
 SINGLE_VALUED = [

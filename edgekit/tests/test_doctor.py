@@ -101,7 +101,7 @@ def test_the_gguf_backend_really_runs_here():
     pytest.importorskip("tokenizers")
     finding = find("gguf back-end")
     assert finding.state == "ok", finding
-    assert "ran and said token" in finding.found
+    assert "ran and produced token" in finding.found
 
 
 def test_the_command_prints_each_finding_and_its_way_out(without_backends):

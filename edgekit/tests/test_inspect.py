@@ -118,7 +118,7 @@ def test_a_damaged_file_is_refused_with_the_place(gguf):
 
 
 def test_what_is_no_artifact_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="there is no"):
+    with pytest.raises(UsageError, match="does not exist"):
         inspect(tmp_path / "nothing.gguf")
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UsageError, match="not an artifact") as refusal:

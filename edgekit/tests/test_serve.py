@@ -391,7 +391,7 @@ def test_an_address_others_can_reach_must_be_wanted(tmp_path):
 def test_an_address_others_can_reach_is_said_aloud(runner):
     service = Service(runner=runner, sampling=Sampling(), api_key=None, hosts=None)
     _, warning = _greeting(service, "0.0.0.0", 80, is_local=False)  # noqa: S104
-    assert "everyone, as there is no API key" in warning
+    assert "other machines can reach it, and no API key is needed" in warning
 
 
 def test_a_port_that_is_taken_is_refused(tmp_path):

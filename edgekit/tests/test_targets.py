@@ -337,7 +337,7 @@ def test_half_a_thread_is_refused(edited):
 @pytest.mark.parametrize(
     ("origin", "complaint"),
     [
-        (ORIGIN.replace("policy", "hearsay", 1), "memory.basis = 'hearsay' is none of measured"),
+        (ORIGIN.replace("policy", "hearsay", 1), "memory.basis = 'hearsay' is not one of measured"),
         (ORIGIN.replace("2026-11-23", "2026-13-01"), "memory.date = '2026-13-01' is not a date"),
         (ORIGIN.replace("2026-11-23", "20261123"), "memory.date = '20261123' is not a date"),
         (ORIGIN.replace("edgekit policy", " "), "memory.source is empty"),
@@ -356,7 +356,7 @@ def test_a_bare_number_is_told_what_a_table_holds(edited):
 
 def test_an_unknown_format_is_refused_with_a_suggestion(edited):
     error = refusal(edited('["gguf", "onnx", "executorch"]', '["guff"]'))
-    assert "formats has the unknown 'guff'" in str(error)
+    assert "formats has the unknown value 'guff'" in str(error)
     assert "did you mean gguf?" in error.hint
 
 
@@ -389,7 +389,7 @@ def test_limits_are_ordered_by_the_length_of_the_prompt(with_first_token):
         ("", "budget.first_token is missing"),
         ("first_token = []\n", "budget.first_token = [] is not a list of one or more tables"),
         ('first_token = ["1 s"]\n', "is not a list of one or more tables"),
-        (first_token(128, 128), "budget.first_token[1].prompt = 128 tokens is named twice"),
+        (first_token(128, 128), "budget.first_token[1].prompt = 128 tokens appears twice"),
         (
             first_token(128).replace("1 s", "1 token"),
             "budget.first_token[0].value = '1 token' has no unit that fits",

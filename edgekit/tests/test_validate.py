@@ -122,7 +122,7 @@ def test_prompts_that_do_not_fit_the_context_are_left_out(bundle):
 def test_a_context_that_holds_no_prompt_is_refused(bundle):
     target = pretend_format.make_target(answer_tokens=60)
 
-    with pytest.raises(UsageError, match="holds no prompt") as caught:
+    with pytest.raises(UsageError, match="is too short for the budget") as caught:
         plan_workload(bundle, target, ENVIRONMENT)
     assert "--context 64" in caught.value.hint
 
