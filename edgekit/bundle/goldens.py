@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from edgekit.encodings.json_files import parse
 from edgekit.errors import BundleError
 
 
@@ -111,8 +112,8 @@ class Goldens:
         if not path.is_file():
             raise BundleError(f"{directory} has no {GOLDENS}", hint="export it without --no-verify")
         try:
-            return cls._of_json(json.loads(path.read_text(encoding="utf-8")))
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            return cls._of_json(parse(path.read_bytes()))
+        except (KeyError, TypeError, ValueError) as error:
             raise BundleError(
                 f"{path} holds no goldens: {error!r}", hint="copy the bundle again"
             ) from error

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, TypeVar
 
+from edgekit.encodings.json_files import read_object
 from edgekit.errors import BundleError, DisagreementError
 from edgekit.text.rules import TextRules
 
@@ -239,24 +240,20 @@ def _agreement(fields: Mapping[str, Any] | None) -> Agreement | None:
 
 
 def _read_manifest(directory: Path) -> Mapping[str, Any]:
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    path = directory / MANIFEST
+    if not path.exists():
         raise BundleError(
             f"{directory} is not a bundle: it has no {MANIFEST}",
             hint="pass the directory that `edgekit export` printed",
-        ) from None
-    except OSError as error:
-        raise BundleError(f"{directory / MANIFEST} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{directory / MANIFEST} is not JSON: {error}") from error
-    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+        )
+    manifest = read_object(path, refusal=BundleError)
+    version = manifest.get("schema_version")
     if version != SCHEMA_VERSION:
         raise BundleError(
             f"{directory} has schema {version!r}, this edgekit reads {SCHEMA_VERSION}",
             hint="export again, or install the edgekit that made it",
         )
-    return dict(manifest)
+    return manifest
 
 
 def _refuse_to_leave(directory: Path, name: str) -> None:

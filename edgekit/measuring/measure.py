@@ -18,6 +18,7 @@ from typing import Any
 
 from edgekit import formats
 from edgekit.bundle.manifest import Artifact, Bundle
+from edgekit.encodings.json_files import parse
 from edgekit.errors import (
     BundleError,
     EdgekitError,
@@ -339,7 +340,7 @@ def _perform(arguments: argparse.Namespace) -> dict[str, Any]:
         return {"whole": True}
     if arguments.environment:
         return {"environment": dataclasses.asdict(_describe(arguments.bundle, Machine()))}
-    workload = read_fields(Workload, json.loads(arguments.workload), of="workload")
+    workload = read_fields(Workload, parse(arguments.workload), of="workload")
     if arguments.cold:
         return {"cold_start": dataclasses.asdict(start_cold(arguments.bundle, workload))}
     return {"repetition": dataclasses.asdict(repeat(arguments.bundle, workload, Machine()))}

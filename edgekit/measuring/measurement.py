@@ -11,6 +11,7 @@ import types
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from edgekit.encodings.json_files import parse_object
 from edgekit.errors import UsageError
 
 
@@ -180,13 +181,7 @@ class Measurement:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"the measurement is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UsageError(f"the measurement is {type(fields).__name__}, expected an object")
-    return fields
+    return parse_object(text, origin="the measurement")
 
 
 def read_fields(cls: type[T], value: object, *, of: str) -> T:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.errors import UsageError
 
 
@@ -86,10 +87,9 @@ def with_adapter(card: ModelCard, adapter: Path, *, base_name: str) -> ModelCard
 
 def _base_of(config: Path) -> str | None:
     try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        name = read_object(config).get("base_model_name_or_path")
+    except UsageError:
         return None  # whoever merges it has told already
-    name = fields.get("base_model_name_or_path") if isinstance(fields, dict) else None
     return name if isinstance(name, str) else None
 
 
@@ -182,13 +182,7 @@ def read_sampling(directory: Path) -> SamplingDefaults:
         UsageError: If a value is not a number, or one that cannot be meant; names file and field.
     """
     path = directory / "generation_config.json"
-    if not path.is_file():
-        return SamplingDefaults()
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON: {error}") from error
-    fields = fields if isinstance(fields, dict) else {}
+    fields = read_object_if_there(path)
     found = {name: _number(fields, name, path) for name in _LIMITS}
     if fields.get("do_sample") is False:
         found |= {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.text.rules import TextRules
 
@@ -40,12 +41,14 @@ class TokenizerFiles:
                 f"{directory} has no tokenizer.json",
                 hint="load it once with AutoTokenizer and save_pretrained() it into the model",
             )
-        settings = _json(directory / "tokenizer_config.json")
-        special = _special_tokens(settings | _json(directory / "special_tokens_map.json"))
+        settings = read_object_if_there(directory / "tokenizer_config.json")
+        special = _special_tokens(
+            settings | read_object_if_there(directory / "special_tokens_map.json")
+        )
         by_file = {
             "config.json": _ids(config.get("eos_token_id")),
             "generation_config.json": _ids(
-                _json(directory / "generation_config.json").get("eos_token_id")
+                read_object_if_there(directory / "generation_config.json").get("eos_token_id")
             ),
             "tokenizer_config.json": _ids_of(tokenizer_json, special.get("eos_token")),
         }
@@ -124,20 +127,8 @@ def _small_parts(tokenizer_json: Path) -> dict[str, Any]:
 @functools.lru_cache(maxsize=4)
 def _parse_small_parts(tokenizer_json: Path, changed_ns: int) -> dict[str, Any]:
     del changed_ns  # a file that was changed is parsed again
-    fields = _json(tokenizer_json)
+    fields = read_object_if_there(tokenizer_json)
     return {key: value for key, value in fields.items() if key != "model"}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UsageError(f"{path} holds a {type(fields).__name__}, expected an object")
-    return fields
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

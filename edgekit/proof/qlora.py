@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from edgekit.encodings.json_files import read_object
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.progress import Advance, Listener
 from edgekit.proof import interpreter
 from edgekit.proof.fidelity import Comparison, Fidelity
 from edgekit.source import bitsandbytes_tensors
 from edgekit.source.adapters import adapter_config, merging
-from edgekit.source.checkpoint import Checkpoint, read_json_object
+from edgekit.source.checkpoint import Checkpoint
 from edgekit.text import corpus
 from edgekit.text.tokenizer import open_tokenizer
 
@@ -61,7 +62,7 @@ def _named_base(adapters: Sequence[Path]) -> Path | None:
     for directory in adapters:
         base = adapter_config.read(directory).base_model
         path = Path(base) / "config.json"
-        if base and path.is_file() and bitsandbytes_tensors.FIELD in read_json_object(path):
+        if base and path.is_file() and bitsandbytes_tensors.FIELD in read_object(path):
             return path.parent
     return None
 

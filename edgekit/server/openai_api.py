@@ -10,6 +10,7 @@ import uuid
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from edgekit.encodings.json_files import parse
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.run import Answer
 from edgekit.runtime.generate import PromptTooLongError, Sampling
@@ -93,8 +94,8 @@ class Fields:
             ApiError: If it is none.
         """
         try:
-            values = json.loads(body)
-        except (ValueError, RecursionError) as error:
+            values = parse(body)
+        except ValueError as error:
             raise ApiError(f"the body is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ApiError(f"the body is a JSON {type(values).__name__}, expected an object")

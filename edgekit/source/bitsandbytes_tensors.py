@@ -8,13 +8,13 @@ bitsandbytes 0.50 starts a block with every row, though its own quantization did
 Source: ``QuantState`` in functional.py and ``backends/default/ops.py`` of bitsandbytes 0.50.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from edgekit.encodings.json_files import parse_object
 from edgekit.errors import UsageError
 from edgekit.model.spec import Shape
 from edgekit.source.config import Config
@@ -362,13 +362,7 @@ def _state_fields(stored: Stored, origin: str) -> dict[str, Any]:
             f"{_MAX_STATE_BYTES} bytes of JSON",
             hint=_DAMAGED,
         )
-    try:
-        fields = json.loads(stored.read_bytes().tobytes())
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{origin} is not JSON: {error}", hint=_DAMAGED) from error
-    if not isinstance(fields, dict):
-        raise UsageError(f"{origin} holds a {type(fields).__name__}, expected an object")
-    return fields
+    return parse_object(stored.read_bytes().tobytes(), origin=origin, hint=_DAMAGED)
 
 
 def _block_items(config: Config, field: str) -> int:

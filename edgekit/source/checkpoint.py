@@ -5,7 +5,6 @@ Only safetensors is read: never a pickle, never code from the model's directory.
 
 import functools
 import hashlib
-import json
 import math
 import os
 import struct
@@ -16,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from edgekit.encodings.json_files import parse, read_object
 from edgekit.errors import UsageError
 from edgekit.model import card as model_card
 from edgekit.model.card import ModelCard, SamplingDefaults
@@ -307,7 +307,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{directory} is not a checkpoint: it has no config.json",
             hint="pass a Hugging Face model directory, a GGUF file, or `demo`",
         )
-    return read_json_object(path)
+    return read_object(path)
 
 
 def _architecture(directory: Path, fields: Mapping[str, Any]) -> str:
@@ -330,30 +330,6 @@ def _sha256_of(files: tuple[tuple[Path, int], ...]) -> str:
     return digest.hexdigest()
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        UsageError: If the file is not JSON, or holds no object.
-    """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UsageError(f"{path} holds a {type(fields).__name__}, expected an object")
-    return fields
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object; which of two equal keys counts, nobody can say."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
-    return fields
-
-
 def _weight_files(directory: Path) -> list[Path]:
     single = directory / "model.safetensors"
     if single.is_file():
@@ -366,7 +342,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    shards = read_json_object(index).get("weight_map")
+    shards = read_object(index).get("weight_map")
     if not isinstance(shards, dict):
         raise UsageError(f"{index} has no weight_map")
     for shard in shards.values():
@@ -440,10 +416,10 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
                     f"{path}: the header claims {length} bytes, the file has {file_bytes}",
                     hint="the file is truncated or damaged; download it again",
                 )
-            header = json.loads(file.read(length), object_pairs_hook=_without_repetition)
+            header = parse(file.read(length))
     except FileNotFoundError:
         raise UsageError(f"{path} is missing", hint="copy every shard of the model") from None
-    except (struct.error, ValueError, RecursionError) as error:
+    except (struct.error, ValueError) as error:
         raise UsageError(f"{path} is not a safetensors file: {error}") from error
     if not isinstance(header, dict):
         raise UsageError(f"{path}: the header is not a JSON object")

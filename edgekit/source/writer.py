@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from edgekit.bundle.workdir import new_directory, refuse_existing
+from edgekit.encodings.json_files import read_object
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.model.tokenizer_files import added_tokens
 from edgekit.progress import Advance
 from edgekit.source import families
 from edgekit.source.adapters.tensors import row_chunks, stored_dtype
-from edgekit.source.checkpoint import Checkpoint, read_json_object
+from edgekit.source.checkpoint import Checkpoint
 from edgekit.source.config import Config
 
 
@@ -232,7 +233,7 @@ def _config_of(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     family, spec = families.get(checkpoint.architecture), checkpoint.spec
     path = checkpoint.directory / "config.json"
     if path.is_file():
-        own = read_json_object(path)
+        own = read_object(path)
         own.pop("quantization_config", None)  # what is written is what reading de-quantized
         changed = {"vocab_size": spec.vocab_size, "tie_word_embeddings": spec.is_tied}
         candidates = [own | changed, own | family.config(spec)]
@@ -286,7 +287,7 @@ def _write_template(template: str, directory: Path) -> None:
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
         return
     path = directory / "tokenizer_config.json"
-    settings = read_json_object(path) if path.is_file() else {}
+    settings = read_object(path) if path.is_file() else {}
     _write_json(path, settings | {"chat_template": template})
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit import versions
+from edgekit.encodings.json_files import read_object
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.formats.executorch import backends, tokenizer
 from edgekit.formats.executorch.backends import Backend, Build
@@ -119,7 +120,7 @@ def _runner_copy(files: "TokenizerFiles") -> bytes | None:
 
 
 def _preparation(files: "TokenizerFiles") -> Preparation:
-    return Preparation.of(json.loads(files.tokenizer_json.read_text(encoding="utf-8")))
+    return Preparation.of(read_object(files.tokenizer_json))
 
 
 def _text(files: "TokenizerFiles") -> Text:

@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.errors import MissingDependencyError, ToolchainError
+from edgekit.encodings.json_files import read_object
+from edgekit.errors import BundleError, MissingDependencyError, ToolchainError
 from edgekit.runtime.child import environment
 from edgekit.text import corpus
 from edgekit.text.tokenizer import open_tokenizer
@@ -75,7 +76,7 @@ def runner_copy(tokenizer_json: Path, prompts: Sequence[str] = ()) -> bytes | No
     Raises:
         MissingDependencyError: If the runner's tokenizer is not installed.
     """
-    tokenizer = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+    tokenizer = read_object(tokenizer_json)
     prepare, exact = Preparation.of(tokenizer), open_tokenizer(tokenizer_json)
     content = json.dumps(
         _rewritten(tokenizer, prepare), ensure_ascii=False, separators=(",", ":")
@@ -102,7 +103,7 @@ def runtime_ids(path: Path, texts: Sequence[str]) -> list[list[int]] | None:
     copy = path.with_name(RUNNER_COPY)
     if not copy.is_file():
         return None
-    fields = json.loads(copy.read_text(encoding="utf-8"))[_PREPARATION]
+    fields = read_object(copy, refusal=BundleError)[_PREPARATION]
     prepare = Preparation(composes=fields["composes"], swallowing=tuple(fields["swallowing"]))
     return runner_ids(copy, list(map(prepare, texts)))
 

@@ -6,7 +6,6 @@ merges: it joins the two neighbours whose union has the best score, so the score
 ranks of the merges.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
 from edgekit.formats.gguf.layout import Value
 from edgekit.model.tokenizer_files import TokenizerFiles
@@ -68,7 +68,7 @@ class Source:
             UsageError: If it is not a JSON object, not of a kind that GGUF can hold, or malformed.
         """
         path = tokenizer.tokenizer_json
-        fields = _read_fields(path)
+        fields = read_object(path)
         model = _model(fields, path)
         return cls(
             files=tokenizer,
@@ -177,21 +177,6 @@ def _added_tokens(fields: Mapping[str, Any], path: Path) -> Iterator[_AddedToken
             strips_right=bool(said.get("rstrip")),
             is_single_word=bool(said.get("single_word")),
         )
-
-
-def _read_fields(tokenizer_json: Path) -> dict[str, Any]:
-    """Return the object in a tokenizer.json.
-
-    Raises:
-        UsageError: If the file is not a JSON object.
-    """
-    try:
-        fields = json.loads(tokenizer_json.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{tokenizer_json} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UsageError(f"{tokenizer_json} holds no object")
-    return fields
 
 
 def steps_of(component: Any) -> Iterator[Mapping[str, Any]]:

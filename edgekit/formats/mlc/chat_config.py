@@ -4,12 +4,12 @@ Source: mlc_llm/protocol/mlc_chat_config.py, interface/gen_config.py and the con
 each model in mlc-llm 79d603f085; fields in their order.
 """
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.errors import BundleError, UsageError
+from edgekit.encodings.json_files import read_object_if_there
+from edgekit.errors import BundleError
 from edgekit.formats.mlc import decoders, packing, shards, tokenizer_info
 from edgekit.formats.mlc.memory import prefill_chunk_tokens
 from edgekit.model.spec import (
@@ -98,18 +98,10 @@ def _token_ids(checkpoint: "CheckpointProtocol") -> dict[str, int | list[int]]:
     found: dict[str, int | list[int]] = dict(_DEFAULT_IDS)
     for name in ("config.json", "generation_config.json"):
         path = checkpoint.directory / name
-        fields = _json(path) if path.is_file() else {}
+        fields = read_object_if_there(path)
         found |= {key: value for key in _DEFAULT_IDS if isinstance(value := fields.get(key), int)}
     stops = list(checkpoint.text.declared_stop_ids)
     return found | {"eos_token_id": stops[0] if len(stops) == 1 else stops}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON: {error}") from error
-    return fields if isinstance(fields, dict) else {}
 
 
 def model_config(

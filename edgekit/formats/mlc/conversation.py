@@ -6,13 +6,13 @@ and the same ids. What cannot be expressed is refused, with the first difference
 """
 
 import functools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.formats.mlc import clients, template_affixes
 from edgekit.formats.mlc.template_affixes import Role, Surroundings
@@ -124,12 +124,7 @@ def _derive(
 
 def _stop_strings(path: Path) -> tuple[str, ...]:
     """Return the texts that end an answer; the ids that do are with the tokenizer's files."""
-    if not path.is_file():
-        return ()
-    try:
-        declared = json.loads(path.read_text(encoding="utf-8")).get("stop_strings") or []
-    except (ValueError, AttributeError) as error:
-        raise UsageError(f"{path} holds no JSON object: {error}") from error
+    declared = read_object_if_there(path).get("stop_strings") or []
     return (declared,) if isinstance(declared, str) else tuple(map(str, declared))
 
 

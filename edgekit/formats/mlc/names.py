@@ -3,13 +3,13 @@
 Source: mlc_llm/model/*/*_loader.py of mlc-llm 79d603f085.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
 from edgekit.model.spec import Shape
 
@@ -169,10 +169,7 @@ def _index(path: Path) -> Mapping[str, str]:
     """Return which tensor is in which file; nothing if there is no index."""
     if not path.is_file():
         return {}
-    try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(f"{path} is not an index of tensors: {error!r}") from error
+    places = read_object(path).get("weight_map")
     if not isinstance(places, dict):
         raise UsageError(f"{path} has no weight_map")
     return places

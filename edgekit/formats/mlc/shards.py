@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from edgekit.encodings.json_files import read_object
 from edgekit.errors import BundleError
 from edgekit.formats.mlc.packing import Dtype, PackedTensor
 
@@ -157,19 +158,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         BundleError: If the file is missing, or is something else.
     """
-    try:
-        if path.stat().st_size > _MAX_CACHE_BYTES:
-            raise BundleError(f"{path} has {path.stat().st_size} bytes: it is none of MLC's")
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(f"{path} is missing", hint="copy the bundle again") from None
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not JSON: {error}", hint="copy the bundle again") from error
-    if not isinstance(fields, dict):
-        raise BundleError(f"{path} holds a {type(fields).__name__}, expected an object")
-    return fields
+    if path.is_file() and path.stat().st_size > _MAX_CACHE_BYTES:
+        raise BundleError(f"{path} has {path.stat().st_size} bytes: it is none of MLC's")
+    return read_object(path, refusal=BundleError, hint="copy the bundle again")
 
 
 def _read_shard(path: Path, entry: Any) -> Shard:

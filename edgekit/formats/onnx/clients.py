@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekit.encodings.json_files import read_object
 from edgekit.formats.onnx import genai_text, tensor_types
 from edgekit.formats.onnx.graph import cache_name, cache_width
 from edgekit.model.tokenizer_files import added_tokens
@@ -76,7 +77,7 @@ def _spell_out(tokenizer_json: Path) -> None:
     """Rewrite a tokenizer in words that all clients know, if it is there and they do not."""
     if not tokenizer_json.is_file():
         return
-    fields = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+    fields = read_object(tokenizer_json)
     spelt = genai_text.without_digits(fields)
     if spelt is not fields:
         text = json.dumps(spelt, ensure_ascii=False)  # an indent takes half a second
@@ -109,7 +110,7 @@ def transformers_files(
         text = checkpoint.text.tokenizer_json.parent if "tokenizer" in name else None
         path = (text or checkpoint.directory) / name
         if path.is_file():
-            fields = json.loads(path.read_text(encoding="utf-8")) | changed
+            fields = read_object(path) | changed
             found[name] = {key: value for key, value in fields.items() if value is not None}
     return found
 

@@ -5,10 +5,11 @@ they can be told is written into ``tokenizer_module.json``, which no other progr
 fields go before those of ``tokenizer_config.json``; the rest is for the user to know.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from edgekit.encodings.json_files import read_object
 
 
 MODULE = "tokenizer_module.json"
@@ -67,7 +68,7 @@ def without_digits(fields: dict[str, Any]) -> dict[str, Any]:
 
 def notes(tokenizer_json: Path) -> tuple[str, ...]:
     """Return what ONNX Runtime GenAI 0.18 reads otherwise than this tokenizer."""
-    fields = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+    fields = read_object(tokenizer_json)
     return tuple(_notes(without_digits(fields)))
 
 

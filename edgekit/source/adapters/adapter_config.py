@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
-from edgekit.source.checkpoint import read_json_object
 from edgekit.source.config import Config
 
 
@@ -156,7 +156,7 @@ def read(directory: Path) -> AdapterSettings:
             f"{directory} is not an adapter: it has no adapter_config.json",
             hint="pass the directory that PEFT's save_pretrained wrote",
         )
-    fields = {name: value for name, value in read_json_object(path).items() if _is_set(value)}
+    fields = {name: value for name, value in read_object(path).items() if _is_set(value)}
     _refuse_other_kinds(fields, origin=str(path))
     config = Config(fields, origin=str(path))
     settings = _settings(config, fields)

@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
+from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.model.spec import DecoderSpec, Shape
@@ -31,7 +32,7 @@ from edgekit.source.adapters.tensors import (
     Zeros,
     stored_dtype,
 )
-from edgekit.source.checkpoint import AdapterRecord, Checkpoint, read_json_object, read_safetensors
+from edgekit.source.checkpoint import AdapterRecord, Checkpoint, read_safetensors
 from edgekit.source.config import Config
 
 
@@ -559,7 +560,7 @@ def _template_of(directory: Path) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     settings = directory / "tokenizer_config.json"
-    template = read_json_object(settings).get("chat_template") if settings.is_file() else None
+    template = read_object(settings).get("chat_template") if settings.is_file() else None
     return template if isinstance(template, str) else None
 
 

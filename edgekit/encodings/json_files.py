@@ -1,0 +1,87 @@
+"""JSON files: an object each, refused where two readers could see two different things.
+
+RFC 8259 leaves open which of two equal keys counts; programs differ in that, so what edgekit proved
+and what a runtime reads could be two models. Therefore a repeated key is refused in every file.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from edgekit.errors import BundleError, UsageError
+
+
+Refusal = type[UsageError] | type[BundleError]  # of what a user brings, of what a bundle holds
+
+
+def parse(text: str | bytes) -> Any:
+    """Return the value that JSON text stands for.
+
+    Raises:
+        ValueError: If it is not JSON in UTF-8, has a key twice in one object, or is nested too
+            deeply.
+    """
+    if isinstance(text, bytes):
+        text = text.decode()  # json would guess at other encodings
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return fields
+
+
+def parse_object(
+    text: str | bytes, *, origin: str | Path, refusal: Refusal = UsageError, hint: str = ""
+) -> dict[str, Any]:
+    """Return the object that JSON text stands for.
+
+    Args:
+        text: In UTF-8, if bytes.
+        origin: Where it came from, for messages.
+        refusal: What is raised; a damaged bundle is not the fault of what a user brought.
+        hint: The way out.
+
+    Raises:
+        UsageError, BundleError: As ``refusal``, if it is not JSON, has a key twice, or is not an
+            object.
+    """
+    try:
+        fields = parse(text)
+    except ValueError as error:
+        raise refusal(f"{origin} is not JSON: {error}", hint=hint) from error
+    if not isinstance(fields, dict):
+        raise refusal(f"{origin} holds a {type(fields).__name__}, expected an object", hint=hint)
+    return fields
+
+
+def read_object(path: Path, *, refusal: Refusal = UsageError, hint: str = "") -> dict[str, Any]:
+    """Return the object in a JSON file; arguments and errors are those of `parse_object`.
+
+    Raises:
+        UsageError, BundleError: As ``refusal``, also if the file is missing or cannot be read.
+    """
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise refusal(f"{path} is missing", hint=hint) from None
+    except OSError as error:
+        raise refusal(f"{path} cannot be read: {error.strerror}", hint=hint) from error
+    return parse_object(text, origin=path, refusal=refusal, hint=hint)
+
+
+def read_object_if_there(path: Path, *, refusal: Refusal = UsageError) -> dict[str, Any]:
+    """Return the object in a JSON file, an empty one if there is no such file.
+
+    Raises:
+        UsageError, BundleError: As `read_object`.
+    """
+    return read_object(path, refusal=refusal) if path.is_file() else {}
