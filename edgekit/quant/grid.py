@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, assert_never
 
 from edgekit.errors import UsageError
 from edgekit.quant.planned import damped
+from edgekit.quant.rounding import bfloat16, from_bfloat16
 
 
 if TYPE_CHECKING:
@@ -288,46 +289,9 @@ def _rounded(scales: "Rows", grid: Grid) -> "Rows":
             largest = np.float32(_MAX_SCALES["float16"])  # the best for some codes may be above
             return scales.clip(-largest, largest).astype(np.float16).astype(np.float32)
         case "bfloat16":
-            return to_bfloat16(scales)
+            return from_bfloat16(bfloat16(scales))
         case _:
             assert_never(grid.scales)
-
-
-FLOAT16_OVERFLOW = 65520  # from here on float16 rounds to infinity
-
-
-def to_float16(values: "Rows", *, hint: str) -> "npt.NDArray[np.float16]":
-    """Round to the nearest float16.
-
-    Raises:
-        UsageError: If that would be infinity; ``hint`` is the way out.
-    """
-    import numpy as np
-
-    largest = float(np.abs(values).max(initial=0))
-    if largest >= FLOAT16_OVERFLOW:
-        raise UsageError(f"a weight is {largest:g}, too large for F16", hint=hint)
-    return values.astype("<f2")
-
-
-def packed_pairs(codes: "Codes") -> "npt.NDArray[np.uint8]":
-    """Put two codes of four bits into a byte, the first in the lower half: uint8 ``(rows, …)``."""
-    import numpy as np
-
-    packed: npt.NDArray[np.uint8] = np.bitwise_or(
-        codes[..., 0::2], np.left_shift(codes[..., 1::2], 4)
-    )
-    return packed
-
-
-def to_bfloat16(values: "Rows") -> "Rows":
-    """Round to the nearest bfloat16, ties to even, kept in float32; the lower 16 bits are 0."""
-    import numpy as np
-
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    even = (bits >> np.uint32(16)) & np.uint32(1)
-    found: Rows = ((bits + np.uint32(0x7FFF) + even) & np.uint32(0xFFFF_0000)).view(np.float32)
-    return found
 
 
 def inverse(scales: "Rows") -> "Rows":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from edgekit.encodings.json_files import parse_object
 from edgekit.errors import UsageError
 from edgekit.model.spec import Shape
+from edgekit.quant.rounding import bfloat16, from_bfloat16
 from edgekit.source.config import Config
 
 
@@ -205,10 +206,7 @@ def _rounded(values: "Values", dtype: str) -> "Values":
     if dtype == "F16":
         with np.errstate(over="ignore"):
             return values.astype(np.float16).astype(np.float32)
-    bits = values.view(np.uint32)
-    bits += ((bits >> 16) & 1) + np.uint32(0x7FFF)
-    bits &= np.uint32(0xFFFF0000)
-    return values
+    return from_bfloat16(bfloat16(values))
 
 
 def is_four_bit(fields: Mapping[str, Any], *, origin: str) -> bool:

@@ -22,6 +22,7 @@ from edgekit.model.card import ModelCard, SamplingDefaults
 from edgekit.model.checkpoint_protocol import Calibration, Tensor
 from edgekit.model.spec import DecoderSpec, Shape, Source
 from edgekit.model.tokenizer_files import TokenizerFiles
+from edgekit.quant.rounding import from_bfloat16
 from edgekit.source import bitsandbytes_tensors, families
 from edgekit.source.config import Config
 
@@ -72,10 +73,8 @@ class StoredTensor:
         )
         if values.size != rows * row_items:
             raise UsageError(f"{self.path} became shorter while edgekit read it")
-        if self.dtype == "BF16":  # the upper half of a float32
-            wide = values.astype(np.uint32)
-            wide <<= 16
-            return wide.view(np.float32).reshape(rows, *self.shape[1:])
+        if self.dtype == "BF16":
+            return from_bfloat16(values).reshape(rows, *self.shape[1:])
         return values.astype(np.float32, copy=False).reshape(rows, *self.shape[1:])
 
     def read_bytes(self, first: int = 0, count: int | None = None) -> "npt.NDArray[np.uint8]":

@@ -18,6 +18,7 @@ from edgekit.errors import EdgekitError, UsageError
 from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.model.tokenizer_files import added_tokens
 from edgekit.progress import Advance
+from edgekit.quant.rounding import bfloat16
 from edgekit.source import families
 from edgekit.source.adapters.tensors import row_chunks, stored_dtype
 from edgekit.source.checkpoint import Checkpoint
@@ -200,7 +201,7 @@ def _rounded(values: "npt.NDArray[np.float32]", entry: _Entry) -> "npt.NDArray[A
     if entry.dtype == "F32":
         return values
     if entry.dtype == "BF16":
-        stored = to_bfloat16(values)
+        stored = bfloat16(values)
         is_finite = bool(((stored & 0x7F80) != 0x7F80).all())
     else:
         with np.errstate(over="ignore"):
@@ -213,19 +214,6 @@ def _rounded(values: "npt.NDArray[np.float32]", entry: _Entry) -> "npt.NDArray[A
             hint="write it in bf16 or f32",
         )
     return stored
-
-
-def to_bfloat16(values: "npt.NDArray[np.float32]") -> "npt.NDArray[np.uint16]":
-    """Round finite numbers to bfloat16, ties to even.
-
-    Returns:
-        uint16 of the same shape: the upper halves of the rounded float32.
-    """
-    import numpy as np
-
-    bits = values.view(np.uint32)
-    ties_to_even = (bits >> 16) & 1
-    return ((bits + (ties_to_even + 0x7FFF)) >> 16).astype("<u2")
 
 
 def _config_of(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgekit.model.spec import DecoderSpec, Shape
-from edgekit.quant import grid
+from edgekit.quant import grid, rounding
 from edgekit.quant.grid import Fitted, Grid, Precision
 from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits
 
@@ -155,7 +155,7 @@ def encode(
     if tensor_type == "F32":
         return [values.astype("<f4", copy=False)]
     if tensor_type == "F16":
-        return [grid.to_float16(values, hint="take F32 or 8da8w")]
+        return [rounding.float16(values, hint="take F32 or 8da8w")]
     if tensor_type == "INT8":
         return _to_int8(values)
     group_weights = TENSOR_TYPES[tensor_type].block_weights
@@ -177,7 +177,7 @@ def decode(parts: "list[npt.NDArray[Any]]", stored: str) -> "Rows":
         codes = pairs.reshape(len(codes), -1).astype(np.int8) - 8
     wide = scales[0]
     if stored in FOUR_BITS:  # bfloat16
-        wide = (wide.astype("<u4") << 16).view("<f4")
+        wide = rounding.from_bfloat16(wide)
     rows: Rows = codes.astype(np.float32) * wide.repeat(codes.shape[1] // wide.shape[1], axis=1)
     return rows
 
@@ -209,7 +209,7 @@ def _to_four_bits(
     )  # fmt: skip
     codes, scales = _regular(fitted)
     raised = (codes.reshape(values.shape) + 8).astype(np.uint8)
-    return [grid.packed_pairs(raised), scales]
+    return [rounding.packed_pairs(raised), scales]
 
 
 def _regular(fitted: Fitted) -> "tuple[npt.NDArray[np.int8], Rows]":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.formats.gguf.layout import ALL_TENSOR_TYPES, TENSOR_TYPE_NUMBERS
-from edgekit.quant import grid
+from edgekit.quant import rounding
 from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits
 
 
@@ -239,7 +239,7 @@ def _refuse_unstorable(rows: "_Rows", tensor_type: str) -> None:
     largest = np.maximum(rows.max(), -rows.min())  # NaN if there is one
     if not np.isfinite(largest):
         raise UsageError("a weight is NaN or infinite")
-    limits = {"F32": np.inf, "BF16": np.inf, "F16": grid.FLOAT16_OVERFLOW}
+    limits = {"F32": np.inf, "BF16": np.inf, "F16": rounding.FLOAT16_OVERFLOW}
     if largest >= limits.get(tensor_type, _MAX_SCALED):
         raise UsageError(f"a weight is {largest:g}, too large for {tensor_type}", hint=_WIDER)
 
@@ -269,15 +269,7 @@ def _to_f16(rows: "_Rows", encoded: "_Bytes") -> None:
 
 
 def _to_bf16(rows: "_Rows", encoded: "_Bytes") -> None:
-    """Keep the upper half of every float32, rounded to nearest, ties to even."""
-    import numpy as np
-
-    bits = rows.view(np.uint32)
-    rounded = bits >> 16
-    rounded &= 1
-    rounded += bits
-    rounded += 0x7FFF
-    encoded.view("<u2")[...] = rounded >> 16
+    rounding.bfloat16(rows, out=encoded.view("<u2"))
 
 
 def _to_blocks(

@@ -17,7 +17,7 @@ from edgekit.formats.mlc.names import Parameter
 from edgekit.formats.mlc.packing import PackedTensor, Scheme
 from edgekit.formats.mlc.shards import Record, Shard
 from edgekit.progress import Advance
-from edgekit.quant import grid
+from edgekit.quant import rounding
 from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
 from edgekit.quant.recipe import Recipe
 
@@ -187,7 +187,7 @@ def write(
     writer = _Writer(
         directory=directory,
         places={r.tensor.name: r for shard in planned.shards for r in shard.records},
-        largest=grid.FLOAT16_OVERFLOW if is_half and refuses_overflow else math.inf,
+        largest=rounding.FLOAT16_OVERFLOW if is_half and refuses_overflow else math.inf,
     )
     for weight in planned.weights:
         writer.write(checkpoint, weight, progress)

@@ -14,7 +14,7 @@ from edgekit.errors import BundleError
 from edgekit.formats.onnx import model
 from edgekit.formats.onnx.model import External
 from edgekit.model.spec import Shape
-from edgekit.quant import grid
+from edgekit.quant import grid, rounding
 from edgekit.quant.grid import Grid
 from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits
 
@@ -274,7 +274,7 @@ def encode(
     if tensor_type == "F32":
         return [values.astype("<f4", copy=False)]
     if tensor_type == "F16":
-        return [grid.to_float16(values, hint="take F32 or INT8")]
+        return [rounding.float16(values, hint="take F32 or INT8")]
     blocks = BLOCKS[tensor_type]
     if blocks.is_coarse:
         found = grid.fit(values, importance, blocks.grid)
@@ -284,7 +284,7 @@ def encode(
 
 
 def _parts(found: grid.Fitted, blocks: Blocks) -> "Iterator[npt.NDArray[np.generic]]":
-    yield grid.packed_pairs(found.codes) if blocks.bits == 4 else found.codes
+    yield rounding.packed_pairs(found.codes) if blocks.bits == 4 else found.codes
     yield found.scales.astype("<f4" if blocks.scales == "float32" else "<f2")
     if not blocks.is_symmetric:
-        yield grid.packed_pairs(found.zeros)
+        yield rounding.packed_pairs(found.zeros)

@@ -13,10 +13,10 @@ from edgekit.errors import UsageError
 from edgekit.merge import merge
 from edgekit.progress import Silent
 from edgekit.proof import interpreter, qlora
+from edgekit.quant.rounding import bfloat16, from_bfloat16
 from edgekit.source import bitsandbytes_tensors
 from edgekit.source.adapters import merging
 from edgekit.source.checkpoint import Checkpoint, read_safetensors
-from edgekit.source.writer import to_bfloat16
 from edgekit.tests.tiny import adapters as tiny
 
 
@@ -83,7 +83,7 @@ def rounded_to(dtype, values):
     if dtype == "float16":
         return values.astype(np.float16).astype(np.float32)
     if dtype == "bfloat16":
-        return (to_bfloat16(values).astype(np.uint32) << 16).view(np.float32)
+        return from_bfloat16(bfloat16(values))
     return values
 
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from edgekit.errors import EdgekitError, UsageError
+from edgekit.quant.rounding import bfloat16
 from edgekit.source.adapters.tensors import stored_dtype
 from edgekit.source.checkpoint import Checkpoint, read_safetensors
-from edgekit.source.writer import to_bfloat16, write_checkpoint, written_bytes
+from edgekit.source.writer import write_checkpoint, written_bytes
 from edgekit.tests.tiny import adapters as tiny
 
 
@@ -85,10 +86,10 @@ def test_a_config_names_the_type_that_most_bytes_have(base, tmp_path, kept):
 
 def test_bfloat16_rounds_to_nearest_and_ties_to_even():
     exact = np.array([1.0, -2.5, 0.0, 3.0e38], dtype=np.float32)
-    np.testing.assert_array_equal(to_bfloat16(exact)[:3], exact.view(np.uint32)[:3] >> 16)
+    np.testing.assert_array_equal(bfloat16(exact)[:3], exact.view(np.uint32)[:3] >> 16)
     below, tie_down, tie_up, above = 0x3F807FFF, 0x3F808000, 0x3F818000, 0x3F808001
     bits = np.array([below, tie_down, tie_up, above], dtype=np.uint32)
-    assert to_bfloat16(bits.view(np.float32)).tolist() == [0x3F80, 0x3F80, 0x3F82, 0x3F81]
+    assert bfloat16(bits.view(np.float32)).tolist() == [0x3F80, 0x3F80, 0x3F82, 0x3F81]
 
 
 @pytest.mark.parametrize(("precision", "ulp"), [("bf16", 2.0**-7), ("f16", 2.0**-10)])
@@ -191,4 +192,4 @@ def test_torch_rounds_as_we_do(base, tmp_path):
 
     values = np.random.default_rng(0).normal(size=4096).astype(np.float32)
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
-    np.testing.assert_array_equal(to_bfloat16(values), expected)
+    np.testing.assert_array_equal(bfloat16(values), expected)

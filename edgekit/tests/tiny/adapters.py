@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from edgekit.quant.rounding import bfloat16
 from edgekit.source import families
 from edgekit.source.config import Config
-from edgekit.source.writer import to_bfloat16
 
 
 np = pytest.importorskip("numpy")
@@ -49,7 +49,7 @@ def write_safetensors(path, tensors: Mapping[str, Any], *, dtype="F32"):
     header, data = {}, b""
     for name, given in tensors.items():
         values = np.ascontiguousarray(given, dtype=np.float32)
-        stored = (to_bfloat16(values) if dtype == "BF16" else values).tobytes()
+        stored = (bfloat16(values) if dtype == "BF16" else values).tobytes()
         header[name] = {
             "dtype": dtype,
             "shape": list(values.shape),

@@ -26,6 +26,7 @@ from edgekit.formats.mlc.names import Parameter
 from edgekit.formats.mlc.packing import GROUPS, RECIPES, PackedTensor
 from edgekit.model.checkpoint_protocol import Calibration
 from edgekit.model.spec import Shape
+from edgekit.quant.rounding import from_bfloat16
 from edgekit.source import families
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.formats.mlc.test_config import tiny_spec
@@ -254,9 +255,7 @@ def test_norms_that_add_one_are_stored_with_it_and_computed_without(tmp_path):
         if record.tensor.name == "model.norm.weight"
     )
     data = np.frombuffer(found[record.file], "<u2", 64, record.offset)
-    np.testing.assert_allclose(
-        packing.from_bf16(data), checkpoint.weight("final_norm") + 1, rtol=2**-8
-    )
+    np.testing.assert_allclose(from_bfloat16(data), checkpoint.weight("final_norm") + 1, rtol=2**-8)
 
 
 def test_a_transposed_matrix_has_its_columns_first_and_the_embedding_not():

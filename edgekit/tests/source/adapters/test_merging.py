@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 
 from edgekit.errors import UsageError
+from edgekit.quant.rounding import bfloat16, from_bfloat16
 from edgekit.source.adapters import merging
 from edgekit.source.adapters.tensors import stored_dtype
 from edgekit.source.checkpoint import Checkpoint
-from edgekit.source.writer import to_bfloat16, write_checkpoint
+from edgekit.source.writer import write_checkpoint
 from edgekit.tests.tiny import adapters as tiny
 
 
@@ -383,7 +384,7 @@ def test_a_sixteen_bit_base_is_merged_in_float32_and_rounded_once(tmp_path):
     delta = np.float32(2) * (updates[f"{Q0}.lora_B.weight"] @ updates[f"{Q0}.lora_A.weight"])
     exact = base.tensors[f"{Q0}.weight"].read() + delta
     assert stored_dtype(written) == "BF16"
-    expected = (to_bfloat16(exact).astype(np.uint32) << 16).view(np.float32)
+    expected = from_bfloat16(bfloat16(exact))
     np.testing.assert_array_equal(written.read(), expected)
     assert np.abs(expected - base.tensors[f"{Q0}.weight"].read()).max() > 0.1
 

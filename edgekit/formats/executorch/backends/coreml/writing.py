@@ -12,7 +12,7 @@ from edgekit.formats.executorch.backends import coreml
 from edgekit.formats.executorch.backends._writing import BackendWriting
 from edgekit.formats.executorch.backends.coreml import decoder, mil, package
 from edgekit.formats.executorch.coverage import Coverage
-from edgekit.quant import grid
+from edgekit.quant import rounding
 
 
 if TYPE_CHECKING:
@@ -128,9 +128,9 @@ def _for_coreml(encoded: "list[Array]", weight: "ProgramWeight") -> "list[Array]
         return encoded
     codes, scales = encoded
     if weight.tensor_type == "INT8":
-        return [codes, grid.to_float16(scales.astype(np.float32), hint="take F16")]
-    wide = (scales.astype(np.uint32) << 16).view(np.float32)  # from bfloat16
-    return [codes.astype(np.uint8) ^ np.uint8(0x88), grid.to_float16(wide, hint="take F16")]
+        return [codes, rounding.float16(scales.astype(np.float32), hint="take F16")]
+    wide = rounding.from_bfloat16(scales.astype(np.uint16, copy=False))
+    return [codes.astype(np.uint8) ^ np.uint8(0x88), rounding.float16(wide, hint="take F16")]
 
 
 def _write_identifier(stream: BinaryIO, base: int, identifier_at: int) -> None:
