@@ -141,14 +141,14 @@ def _target_text(name):
 def test_ctrl_c_leaves_nothing(tiny_checkpoint, tmp_path):
     """A real SIGINT to a real process, while it converts."""
     program = (
-        "import signal, sys, time, edgekit.formats.gguf.tensor type as tensor type\n"
+        "import signal, sys, time, edgekit.formats.gguf.tensor_types as tensor_types\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a parent may ignore it
         "from edgekit.cli import main\n"
-        "slow = tensor type.quantize_each\n"
+        "slow = tensor_types.quantize_each\n"
         "def crawl(blocks, **kw):\n"
         "    for item in slow(blocks, **kw):\n"
         "        print('block', flush=True); time.sleep(0.2); yield item\n"
-        "tensor type.quantize_each = crawl\n"
+        "tensor_types.quantize_each = crawl\n"
         "main(sys.argv[1:])\n"
     )
     process = subprocess.Popen(
