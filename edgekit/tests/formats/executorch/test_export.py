@@ -318,11 +318,13 @@ def test_two_processes_write_the_same_bytes(checkpoint, four_bit_path, tmp_path)
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from edgekit import source\n"
-        "from edgekit.formats.executorch import conversion, tensor type\n"
-        "conversion.convert(source.open_checkpoint(sys.argv[1]), tensor type.RECIPES['8da4w'],\n"
-        "    Path(sys.argv[2]), progress=lambda _: None, context_tokens=int(sys.argv[3]),\n"
-        "    variant='portable')\n"
+        "from edgekit.formats import BuildRequest\n"
+        "from edgekit.formats.executorch import conversion, tensor_types\n"
+        "from edgekit.source.opening import open_checkpoint\n"
+        "request = BuildRequest(recipe=tensor_types.RECIPES['8da4w'],\n"
+        "    context_tokens=int(sys.argv[3]), variant='portable')\n"
+        "conversion.convert(open_checkpoint(sys.argv[1]), request,\n"
+        "    Path(sys.argv[2]), progress=lambda _: None)\n"
     )
     subprocess.run(
         [sys.executable, "-c", code, checkpoint.directory, tmp_path, str(CONTEXT_TOKENS)],
