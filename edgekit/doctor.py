@@ -1,10 +1,7 @@
 """What is installed, what works, and how to fix the rest: a tiny model through each back-end."""
 
-import importlib.metadata
-import importlib.util
 import json
 import platform
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from edgekit import formats
+from edgekit import formats, installed
 from edgekit.errors import EdgekitError, MissingDependencyError
 from edgekit.formats import BuildRequest
 from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope, Shape
@@ -74,38 +71,16 @@ def _system() -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     """Yield one finding for each extra: all of its packages, or those that are missing."""
-    for extra, packages in extras().items():
-        missing = [name for name in packages if not _version(name)]
-        versions = ", ".join(f"{name} {_version(name)}" for name in packages if _version(name))
+    for extra, packages in installed.extras().items():
+        present = installed.versions(packages)
+        missing = [name for name in packages if name not in present]
+        versions = ", ".join(f"{name} {version}" for name, version in present.items())
         yield Finding(
             name=f"edgekit[{extra}]",
             state="missing" if missing else "ok",
             found=f"missing: {', '.join(missing)}" if missing else versions,
             way_out=f"pip install 'edgekit[{extra}]'" if missing else "",
         )
-
-
-def extras() -> dict[str, list[str]]:
-    """Return the packages of each extra, from edgekit's own metadata."""
-    by_extra: dict[str, list[str]] = {}
-    try:
-        requirements = importlib.metadata.requires("edgekit") or []
-    except importlib.metadata.PackageNotFoundError:  # run from a tree that is not installed
-        requirements = []
-    for requirement in requirements:
-        specification, _, marker = requirement.partition(";")
-        name = re.findall(r"[A-Za-z0-9._-]+", specification)[0]
-        if "extra ==" in marker and name != "edgekit":
-            extra = marker.split("extra ==")[1].strip(" '\")")
-            by_extra.setdefault(extra, []).append(name)
-    return by_extra
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _backend(name: str) -> Finding:
@@ -131,10 +106,7 @@ def _try_out(name: str, directory: Path) -> str:
     fmt, running = formats.get(name), formats.running(name)
     state = running.runtime_state()
     recipe = next(iter(fmt.RECIPES.values()))  # the most faithful
-    if importlib.util.find_spec("numpy") is None:
-        raise MissingDependencyError(
-            "numpy is not installed", hint=f"pip install 'edgekit[{fmt.RUN_EXTRA}]'"
-        )
+    installed.require("numpy", purpose="a tiny model", extra=fmt.RUN_EXTRA)
     tiny = _tiny_checkpoint(directory)
     try:
         request = BuildRequest(recipe=recipe)

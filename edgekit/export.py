@@ -1,14 +1,12 @@
 """The main job: from a checkpoint to a bundle that fits a target, proven to say the same."""
 
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit import formats, target
+from edgekit import formats, installed, target
 from edgekit.bundle import workdir
 from edgekit.bundle.manifest import MANIFEST, Artifact, Bundle, ModelRecord
-from edgekit.doctor import extras
 from edgekit.errors import UsageError
 from edgekit.plan import FREE_CHOICE, Choice, Plan, substitutions
 from edgekit.plan import make as make_plan
@@ -274,11 +272,7 @@ def _predicted(chosen: Plan) -> dict[str, float]:
 
 def _tools(format: str) -> dict[str, str]:
     """Return the versions of edgekit and of what its extras for a format bring."""
-    fmt, packages = formats.get(format), extras()
-    found = {}
-    for package in ("edgekit", *packages.get(fmt.EXTRA, ()), *packages.get(fmt.RUN_EXTRA, ())):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    fmt, packages = formats.get(format), installed.extras()
+    return installed.versions(
+        ("edgekit", *packages.get(fmt.EXTRA, ()), *packages.get(fmt.RUN_EXTRA, ()))
+    )

@@ -3,7 +3,7 @@
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from edgekit.errors import MissingDependencyError
 
@@ -58,14 +58,30 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 def extras() -> dict[str, list[str]]:
     """Return the distributions that each extra of edgekit asks for, from its own metadata."""
     by_extra: dict[str, list[str]] = {}
-    try:
-        requirements = importlib.metadata.requires("edgekit") or []
-    except importlib.metadata.PackageNotFoundError:  # run from a tree that is not installed
-        requirements = []
-    for requirement in requirements:
-        specification, _, marker = requirement.partition(";")
-        name = re.findall(r"[A-Za-z0-9._-]+", specification)[0]
-        if "extra ==" in marker and name != "edgekit":
-            extra = marker.split("extra ==")[1].strip(" '\")")
+    for extra, requirement in _requirements():
+        name = re.findall(r"[A-Za-z0-9._-]+", requirement)[0]
+        if name != "edgekit":
             by_extra.setdefault(extra, []).append(name)
     return by_extra
+
+
+def requirements_of(extra: str) -> list[str]:
+    """Return what ``pip install 'edgekit[extra]'`` would bring, without edgekit itself.
+
+    Falls back on that extra's name where edgekit runs from its sources, uninstalled.
+    """
+    wanted = [requirement for name, requirement in _requirements() if name == extra]
+    return wanted or [f"edgekit[{extra}]"]
+
+
+def _requirements() -> Iterator[tuple[str, str]]:
+    """Yield what extras ask for, with the name of the extra."""
+    try:
+        lines = importlib.metadata.requires("edgekit") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a tree that is not installed
+        lines = []
+    for line in lines:
+        requirement, _, marker = line.partition(";")
+        named = re.search(r"extra == ['\"]([^'\"]+)['\"]", marker)
+        if named:
+            yield named[1], requirement.strip()

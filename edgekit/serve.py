@@ -5,7 +5,6 @@ One model, one session, one answer at a time; the others wait in line.
 
 import asyncio
 import hmac
-import importlib.util
 import ipaddress
 import json
 import socket
@@ -18,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edgekit.errors import EdgekitError, MissingDependencyError, UsageError
+from edgekit import installed
+from edgekit.errors import EdgekitError, UsageError
 from edgekit.progress import Listener
 from edgekit.run import Answer, Reply, Runner
 from edgekit.runtime.generate import Sampling
@@ -284,12 +284,7 @@ def check_installed() -> None:
     Raises:
         MissingDependencyError: If a part of it is missing.
     """
-    for package in ("starlette", "uvicorn"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingDependencyError(
-                f"{package} is not installed, serving needs it",
-                hint="pip install 'edgekit[serve]'",
-            )
+    installed.require("starlette", "uvicorn", purpose="serving", extra="serve")
 
 
 def serve(  # noqa: PLR0913 - a request in full

@@ -16,12 +16,11 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from edgekit import versions
+from edgekit import installed, versions
 from edgekit.measuring.measurement import Conditions, Environment, MemoryMetric, MemoryPoint
 from edgekit.runtime.processors import usable_cores
 
@@ -74,7 +73,7 @@ class Machine:
             governor=self.text("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
             has_swap=self._has_swap(),
             python=platform.python_version(),
-            versions={"edgekit": versions.EDGEKIT, **installed_versions(packages)},
+            versions={"edgekit": versions.EDGEKIT, **installed.versions(packages)},
         )
 
     def _has_swap(self) -> bool | None:
@@ -308,17 +307,6 @@ def _share(before_s: float | None, after_s: float | None, wall_s: float) -> floa
     if before_s is None or after_s is None or wall_s <= 0:
         return None
     return (after_s - before_s) / wall_s
-
-
-def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Return the version of each package that is installed."""
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def faults() -> tuple[int, int] | None:

@@ -12,11 +12,10 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from edgekit import formats
+from edgekit import formats, installed
 from edgekit.bundle.manifest import Artifact, Bundle
 from edgekit.encodings.json_files import parse
 from edgekit.errors import (
@@ -169,28 +168,13 @@ def _refusal(error: dict[str, Any], device: Device, bundle: Bundle) -> EdgekitEr
     message = f"{device.label}: {error['message']}"
     if error["exit_status"] == MissingDependencyError.exit_status:
         extra = formats.get(bundle.artifact.format).RUN_EXTRA
-        line = " ".join(f"'{requirement}'" for requirement in requirements_of(extra))
+        line = " ".join(f"'{requirement}'" for requirement in installed.requirements_of(extra))
         hint = f"run there: {device.python} -m pip install {line}"
         return MissingDependencyError(message, hint=hint)
     for kind in (UsageError, BundleError):
         if error["exit_status"] == kind.exit_status:
             return kind(message, hint=error["hint"])
     return ToolchainError(message, hint=error["hint"], log=error["log"])
-
-
-def requirements_of(extra: str) -> list[str]:
-    """Return what ``pip install 'edgekit[extra]'`` would bring, without edgekit itself.
-
-    Falls back on that extra's name where edgekit runs from its sources, uninstalled.
-    """
-    try:
-        lines = metadata.requires("edgekit") or []
-    except metadata.PackageNotFoundError:
-        lines = []
-    marked = [line.partition(";") for line in lines]
-    wanted = {f"extra == '{extra}'", f'extra == "{extra}"'}
-    names = [name.strip() for name, _, marker in marked if marker.strip() in wanted]
-    return names or [f"edgekit[{extra}]"]
 
 
 # What follows runs on the device.

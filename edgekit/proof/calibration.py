@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgekit import installed
 from edgekit.cache import cache_directory
-from edgekit.errors import MissingDependencyError, UsageError
+from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Calibration
 from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter
@@ -71,13 +72,9 @@ def require() -> None:
     Raises:
         MissingDependencyError: If torch is not installed.
     """
-    import importlib.util
-
-    if importlib.util.find_spec("torch") is None:
-        raise MissingDependencyError(
-            "a calibration needs torch",
-            hint="pip install 'edgekit[gguf]', or go without: --no-calibration",
-        )
+    installed.require(
+        "torch", purpose="a calibration", extra="gguf", otherwise="go without: --no-calibration"
+    )
 
 
 def importance(

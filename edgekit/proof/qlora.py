@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from edgekit import installed
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.progress import Advance, Listener
@@ -97,12 +98,7 @@ def _refuse_other_base(base: Checkpoint, quantized: Checkpoint) -> None:
             f"{quantized.directory} is not {base.directory} in four bits: their configs describe "
             "different decoders"
         )
-    import importlib.util
-
-    if not importlib.util.find_spec("torch"):
-        raise MissingDependencyError(
-            "comparing two models needs torch", hint="pip install 'edgekit[gguf]'"
-        )
+    installed.require("torch", purpose="comparing two models", extra="gguf")
 
 
 def _pieces(base: Checkpoint) -> list[list[int]]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekit import installed
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter
@@ -30,14 +31,10 @@ def require() -> None:
     Raises:
         MissingDependencyError: If torch or transformers is not installed.
     """
-    import importlib.util
-
-    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
-    if missing:
-        raise MissingDependencyError(
-            f"a proof needs {' and '.join(missing)}",
-            hint="pip install 'edgekit[gguf]', or export with --no-verify",
-        )
+    installed.require(
+        "torch", "transformers", purpose="a proof", extra="gguf",
+        otherwise="export with --no-verify",
+    )  # fmt: skip
 
 
 def require_for(checkpoint: Checkpoint) -> None:
@@ -46,9 +43,7 @@ def require_for(checkpoint: Checkpoint) -> None:
     Raises:
         MissingDependencyError: If it is quantized and what quantized it is not installed.
     """
-    import importlib.util
-
-    if checkpoint.quantization and not importlib.util.find_spec("bitsandbytes"):
+    if checkpoint.quantization and installed.missing("bitsandbytes"):
         raise MissingDependencyError(
             f"proving what {checkpoint.name} says needs bitsandbytes, which quantized it",
             hint="pip install bitsandbytes, or export with --no-verify",

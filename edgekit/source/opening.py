@@ -4,11 +4,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from edgekit.bundle.manifest import sha256_of
 from edgekit.cache import cache_directory
-from edgekit.errors import BundleError, MissingDependencyError, UsageError
+from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.model.card import read_sampling
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.progress import Listener, Silent
@@ -137,7 +136,7 @@ def _template_stop(files: TokenizerFiles) -> int | None:
         UsageError: If the template cannot even say one question.
     """
     try:
-        tokenizer = _readable_tokenizer(files.tokenizer_json)
+        tokenizer = open_tokenizer(files.tokenizer_json, refusal=UsageError)
         if files.chat_template is None:
             return None
         template = ChatTemplate.compile(files.chat_template)
@@ -161,12 +160,3 @@ def _template_stop(files: TokenizerFiles) -> int | None:
         return text.stop_id_of_template()
     except UsageError:  # a template may refuse to end with an answer
         return None
-
-
-def _readable_tokenizer(path: Path) -> Any:
-    try:
-        return open_tokenizer(path)
-    except BundleError as error:
-        raise UsageError(
-            str(error), hint="save it again with AutoTokenizer and save_pretrained()"
-        ) from error

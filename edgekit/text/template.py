@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self
 
-from edgekit.errors import MissingDependencyError, UsageError
+from edgekit.errors import UsageError
+from edgekit.installed import missing_error
 
 
 if TYPE_CHECKING:
@@ -128,10 +129,7 @@ def _environment() -> "jinja2.Environment":
     try:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ModuleNotFoundError:
-        raise MissingDependencyError(
-            "jinja2 is not installed, chat templates need it",
-            hint="pip install 'edgekit[run-gguf]'",
-        ) from None
+        raise missing_error("jinja2", purpose="a chat template", extra="run-gguf") from None
 
     class LimitedEnvironment(ImmutableSandboxedEnvironment):
         """Jinja's sandbox, with a clock and a measure on everything that can grow."""

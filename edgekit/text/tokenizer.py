@@ -9,18 +9,24 @@ import functools
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
-from edgekit.errors import BundleError, MissingDependencyError, UsageError
+from edgekit.encodings.json_files import Refusal
+from edgekit.errors import BundleError, UsageError
+from edgekit.installed import missing_error
 from edgekit.text.rules import TextRules
 from edgekit.text.template import ChatTemplate, Message
 
 
 TOKENIZER = "tokenizer.json"
+_HINTS: Mapping[Refusal, str] = {
+    BundleError: "copy the bundle again",
+    UsageError: "save it again with AutoTokenizer and save_pretrained()",
+}
 CHAT_TEMPLATE = "chat_template.jinja"
 _SENTINEL = "edgekit-7f3a-answer"  # an answer no template contains
 
@@ -325,28 +331,25 @@ def _template_source(path: Path, expected_sha256: str | None) -> str | None:
         raise BundleError(f"{path} is not UTF-8 at byte {error.start}") from error
 
 
-def open_tokenizer(path: Path) -> Any:
+def open_tokenizer(path: Path, *, refusal: Refusal = BundleError) -> Any:
     """Load a ``tokenizer.json`` as it is, without its truncation and padding.
 
     Raises:
-        BundleError: If it is missing or no tokenizer.
+        BundleError, UsageError: As ``refusal``, if it is missing or not a tokenizer.
         MissingDependencyError: If tokenizers is not installed.
     """
     try:
         import tokenizers
     except ModuleNotFoundError:
-        raise MissingDependencyError(
-            "tokenizers is not installed, every model needs it",
-            hint="pip install 'edgekit[run-gguf]'",
-        ) from None
+        raise missing_error("tokenizers", purpose="every model", extra="run-gguf") from None
     if not path.is_file():
-        raise BundleError(f"{path} is missing", hint="copy the bundle again")
+        raise refusal(f"{path} is missing", hint=_HINTS[refusal])
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:
         if type(error) is not Exception:  # tokenizers raises the bare class
             raise
-        raise BundleError(f"{path} is not a tokenizer: {error}") from error
+        raise refusal(f"{path} is not a tokenizer: {error}", hint=_HINTS[refusal]) from error
     tokenizer.no_truncation()  # the file may say otherwise; a prompt is never cut in silence
     tokenizer.no_padding()
     return tokenizer

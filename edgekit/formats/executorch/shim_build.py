@@ -7,7 +7,6 @@ So ``shim.cpp`` is compiled on first use and kept in the user's cache.
 import ctypes
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -17,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgekit import installed
 from edgekit.cache import cache_directory
 from edgekit.errors import MissingDependencyError, ToolchainError
 
@@ -76,10 +76,7 @@ def _library_in(directory: Path, name: str) -> Path:
 
 def installed_version() -> str | None:
     """Return the version of ExecuTorch, None if it is not installed."""
-    try:
-        return importlib.metadata.version("executorch")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return installed.version("executorch")
 
 
 def compiler() -> str | None:

@@ -5,7 +5,6 @@ compiled into llama.cpp. One table reads both ways. What it proposes is not beli
 has llama.cpp tokenize a corpus under that name, and tries all others when the ids differ.
 """
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -16,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.errors import DisagreementError, MissingDependencyError, ToolchainError, UsageError
+from edgekit import installed
+from edgekit.errors import DisagreementError, ToolchainError, UsageError
 from edgekit.formats.gguf.layout import Value, encode_header
 from edgekit.formats.gguf.runtime import library
 from edgekit.formats.gguf.vocabulary import Source, vocabulary_of
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.runtime.child import environment
+from edgekit.text.tokenizer import open_tokenizer
 
 
 # GPT-2's own cuts, which Hugging Face's ByteLevel makes when `use_regex` is on.
@@ -241,7 +242,7 @@ def find_pre(tokenizer: TokenizerFiles, *, corpus: Sequence[str]) -> str:
     source = Source.open(tokenizer)
     if source.kind == "llama":
         return "default"  # what llama.cpp takes for a vocabulary without cuts, whatever it is told
-    if importlib.util.find_spec("llama_cpp") is None:
+    if installed.missing("llama_cpp"):
         library()  # says what to install; otherwise only the child needs it
     likeliest, *others = dict.fromkeys([*_candidates(source), *PRE_TOKENIZERS, *_SEARCHED_ONLY])
     closest: _Difference | None = None
@@ -273,7 +274,7 @@ class _Trial:
 
     @classmethod
     def prepare(cls, source: Source, corpus: Sequence[str], directory: Path) -> "_Trial":
-        reference = _open_reference(source.path)
+        reference = open_tokenizer(source.path, refusal=UsageError)
         # llama.cpp does not compose characters; where the checkpoint does, what it would see.
         composes = _composes(source)
         texts = [unicodedata.normalize("NFC", text) if composes else text for text in corpus]
@@ -327,25 +328,6 @@ class _Trial:
             expected=self.expected[first],
             found=found[first],
         )
-
-
-def _open_reference(path: Path) -> Any:
-    try:
-        import tokenizers
-    except ModuleNotFoundError:
-        raise MissingDependencyError(
-            "tokenizers is not installed, every model needs it",
-            hint="pip install 'edgekit[run-gguf]'",
-        ) from None
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
-        if type(error) is not Exception:  # tokenizers raises the bare class
-            raise
-        raise UsageError(f"{path} is not a tokenizer: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _whole_lines(output: bytes) -> list[dict[str, Any]]:

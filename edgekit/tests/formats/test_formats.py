@@ -12,9 +12,10 @@ from click.testing import CliRunner
 
 from edgekit import formats
 from edgekit.cli import cli
-from edgekit.doctor import _tiny_checkpoint, extras
+from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import BundleError, UsageError
 from edgekit.formats import BuildRequest, ContextLimit, Format, MemoryUse, Running, Writing
+from edgekit.installed import extras
 from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope
 from edgekit.plan import Choice
 from edgekit.plan import make as make_plan

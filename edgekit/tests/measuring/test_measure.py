@@ -6,6 +6,7 @@ from importlib import resources
 import jsonschema
 import pytest
 
+from edgekit import installed
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.measuring import measure, measurement
 from edgekit.measuring.devices import Finished, ThisMachine
@@ -222,10 +223,10 @@ def test_frost_is_no_error():
 @pytest.mark.parametrize("quote", ["'", '"'])
 def test_requirements_of_an_extra_are_those_of_the_package(monkeypatch, quote):
     lines = ["click>=8", f"numpy>=1.26 ; extra == {quote}run-gguf{quote}", "x; extra == 'serve'"]
-    monkeypatch.setattr("edgekit.measuring.measure.metadata.requires", lambda _: lines)
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: lines)
 
-    assert measure.requirements_of("run-gguf") == ["numpy>=1.26"]
-    assert measure.requirements_of("run-onnx") == ["edgekit[run-onnx]"]
+    assert installed.requirements_of("run-gguf") == ["numpy>=1.26"]
+    assert installed.requirements_of("run-onnx") == ["edgekit[run-onnx]"]
 
 
 def test_the_environment_of_a_machine_names_the_versions_that_take_part(bundle):
