@@ -272,11 +272,15 @@ def deep(directory, layers):
     return replace(tiny, spec=spec, tensors=tensors)
 
 
-def test_more_layers_than_llama_cpp_holds_are_refused_in_one_sentence(tmp_path, capsys):
+def test_more_layers_than_llama_cpp_holds_are_refused_in_one_sentence(
+    tmp_path, capsys, monkeypatch
+):
     pytest.importorskip("numpy")
-    model = write_checkpoint(deep(tmp_path, 513), tmp_path / "model", precision="f16")
+    assert architectures.MAX_LAYERS == 512
+    monkeypatch.setattr(architectures, "MAX_LAYERS", 3)
+    model = write_checkpoint(deep(tmp_path, 4), tmp_path / "model", precision="f16")
     sentence = refusal(model, capsys, "--no-verify", "--format", "gguf")
-    assert "513 layers are more than llama.cpp's 512" in sentence
+    assert "4 layers are more than llama.cpp's 3" in sentence
 
 
 @pytest.mark.toolchain

@@ -80,14 +80,24 @@ def test_a_target_that_takes_only_formats_we_lack_says_what_we_have(checkpoint, 
 
 
 def test_a_context_beyond_the_model_is_refused_with_the_longest(checkpoint, pi):
-    with pytest.raises(UsageError, match="300 tokens is not possible: at most 256"):
-        make(checkpoint, pi, Choice(context_tokens=300))
+    for asked in (300, 257, 0, -1):
+        with pytest.raises(UsageError, match=f"{asked} tokens is not possible: at most 256"):
+            make(checkpoint, pi, Choice(context_tokens=asked))
+    for asked in (256, 1):
+        made = make(checkpoint, pi, Choice(context_tokens=asked, quant="F32"))
+        assert made.context_tokens == asked
 
 
 def test_the_context_is_shortened_to_what_the_model_can_and_that_is_said(checkpoint, pi):
     made = make(checkpoint, pi)
     assert made.context_tokens == 256 < pi.budget.context_tokens
     assert any("context is 256 tokens" in note for note in made.notes)
+
+
+def test_a_context_longer_than_the_budgets_is_not_taken_by_default(checkpoint, pi):
+    made = make(checkpoint, with_budget(pi, context_tokens=200), Choice(quant="F32"))
+    assert made.context_tokens == 200
+    assert not any("context is" in note for note in made.notes)
 
 
 def test_substitutions_are_told_with_their_cost(checkpoint, pi):

@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -24,6 +25,8 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("starlette")
 uvicorn = pytest.importorskip("uvicorn")
 
+# httpx.get and its like read all certificates for every request.
+HTTP = httpx.Client(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
 PARIS = DIALOGUE[1]["content"]
 ASK = list(DIALOGUE[:1])
 MODEL = "tiny/ngram"
@@ -57,14 +60,14 @@ def url(runner):
         yield address
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(url):
     openai = pytest.importorskip("openai")
     with openai.OpenAI(base_url=url, api_key="unused", max_retries=0) as client:
         yield client
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def http(url):
     with httpx.Client(base_url=url) as client:
         yield client
@@ -306,7 +309,7 @@ def test_other_requests_are_refused_in_the_same_shape(http):
 def test_a_key_is_asked_for_when_there_is_one(runner):
     with served(app(runner, api_key="s3cret")) as url:
         statuses = [
-            httpx.get(f"{url}/models", headers=headers).status_code
+            HTTP.get(f"{url}/models", headers=headers).status_code
             for headers in (
                 {},
                 {"authorization": "Bearer wrong"},
@@ -319,7 +322,7 @@ def test_a_key_is_asked_for_when_there_is_one(runner):
 def test_a_page_that_points_its_own_name_here_is_refused(runner):
     with served(app(runner, hosts=LOOPBACK_HOSTS)) as url:
         statuses = [
-            httpx.get(f"{url}/models", headers={"host": host}).status_code
+            HTTP.get(f"{url}/models", headers={"host": host}).status_code
             for host in ("evil.example:80", "localhost:1", "127.0.0.1", "[::1]:5", "[::1]", "")
         ]
     assert statuses == [403, 200, 200, 200, 200, 403]
@@ -357,12 +360,12 @@ def test_a_client_that_leaves_frees_the_session(slow, stream):
     with served(app(slow)) as url:
         with (
             contextlib.suppress(httpx.TimeoutException),
-            httpx.stream("POST", f"{url}/completions", json=body, timeout=0.3) as response,
+            HTTP.stream("POST", f"{url}/completions", json=body, timeout=0.3) as response,
         ):
             next(response.iter_lines())
         assert eventually_stands_still(slow.session) < 300
         body |= {"max_tokens": 2, "stream": False}
-        assert httpx.post(f"{url}/completions", json=body).json()["choices"][0]["text"]
+        assert HTTP.post(f"{url}/completions", json=body).json()["choices"][0]["text"]
 
 
 def test_a_runtime_that_fails_mid_answer_is_reported_in_the_stream(slow, monkeypatch):
@@ -372,8 +375,8 @@ def test_a_runtime_that_fails_mid_answer_is_reported_in_the_stream(slow, monkeyp
     monkeypatch.setattr(slow.session, "decode", fail)
     body = {"model": MODEL, "prompt": "one two", "stream": True}
     with served(app(slow)) as url:
-        lines = httpx.post(f"{url}/completions", json=body).text.split("\n\n")
-        whole = httpx.post(f"{url}/completions", json=body | {"stream": False})
+        lines = HTTP.post(f"{url}/completions", json=body).text.split("\n\n")
+        whole = HTTP.post(f"{url}/completions", json=body | {"stream": False})
     assert json.loads(lines[-2].removeprefix("data: "))["error"]["type"] == "server_error"
     assert "[DONE]" not in lines[-1]
     assert whole.status_code == 500
@@ -435,6 +438,6 @@ def test_the_verb_serves_a_bundle_until_ctrl_c(tmp_path):
         assert process.stdout
         greeting = process.stdout.readline()
         url = greeting.split()[3].rstrip(";")
-        assert httpx.get(f"{url}/models").json()["data"][0]["id"] == MODEL
+        assert HTTP.get(f"{url}/models").json()["data"][0]["id"] == MODEL
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=20)[0] == "closed\n"

@@ -139,7 +139,7 @@ DAMAGES = {
     "not JSON": (lambda d: (d / MANIFEST).write_text('{"schema_version": 1,'), "is not JSON"),
     "not UTF-8": (lambda d: (d / MANIFEST).write_bytes(b"\xff\xfe{"), "is not JSON"),
     "too deep": (lambda d: (d / MANIFEST).write_text("[" * 100_000), "is not JSON"),
-    "an array": (lambda d: (d / MANIFEST).write_text("[1]"), "has schema None"),
+    "an array": (lambda d: (d / MANIFEST).write_text("[1]"), "holds a list, expected an object"),
     "a directory": (
         lambda d: ((d / MANIFEST).unlink(), (d / MANIFEST).mkdir()), "cannot be read",
     ),

@@ -75,7 +75,7 @@ def test_executorch_sets_a_whole_context_aside_and_packs_while_the_file_is_there
     assert found.weights_bytes == 5700
     assert found.cache_bytes == 2 * 100 * (2 * 32) * 4
     between = 4 * (100 * (2 * 64 + 2 * 64 + 4 * 32) + 1000)
-    reading = 2 * 4 * min(100, executorch.BATCH_TOKENS) * (4 * 100 + 3 * 128 + 2 * 64)
+    reading = 2 * 4 * 100 * (4 * 100 + 3 * 128 + 2 * 64)
     assert found.compute_bytes == between + reading
     assert found.runtime_bytes == 40 * 2**20 + 2 * 2**19 + 500 * 1000
     packing = executorch.use(SPEC, layout(5000, reading + 1), context_tokens=100)

@@ -195,7 +195,7 @@ def _broken(**change):
         (_broken(cold_start={
             "load_s": -1, "first_token_s": 1, "prompt_tokens": 1, "cached_before_load": None,
         }), "load_s = -1, expected a finite number of at least 0"),
-        ([], "is list, expected an object"),
+        ([], "holds a list, expected an object"),
     ],
 )  # fmt: skip
 def test_a_document_that_breaks_the_schema_is_refused_by_name(document, words):

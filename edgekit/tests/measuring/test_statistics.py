@@ -69,6 +69,8 @@ def test_spread_is_a_share_of_the_mean():
 def test_a_quantile_is_a_sample():
     assert quantile(range(1, 11), 0.9) == 9
     assert quantile([7], 0.1) == 7
+    assert quantile(range(1, 11), 0.91) == 10
+    assert quantile([3, 1, 2], 0.5) == 2
 
 
 def test_ordinals_read_well():

@@ -227,4 +227,5 @@ def test_sampling_that_cannot_be_meant_is_refused_with_file_and_field(name, valu
 
 def test_no_generation_config_states_nothing(tmp_path):
     assert model_card.read_sampling(tmp_path) == model_card.SamplingDefaults()
-    assert sampling_of(tmp_path, []) == model_card.SamplingDefaults()
+    with pytest.raises(UsageError, match="holds a list, expected an object"):
+        sampling_of(tmp_path, [])

@@ -254,6 +254,13 @@ def test_one_blank_fails_the_chat_template(subject, monkeypatch):
     assert not gate(gates._check_template, read_by(subject, monkeypatch, adds=" ")).passed
 
 
+def test_a_template_that_can_say_nothing_fails_its_gate(subject, monkeypatch):
+    read = read_by(subject, monkeypatch)
+    monkeypatch.setattr(Subject, "_can_render", lambda *_: False)
+    found = gate(gates._check_template, read)
+    assert (found.passed, found.finding) == (False, "0 conversations render to the same bytes")
+
+
 # Memory
 
 

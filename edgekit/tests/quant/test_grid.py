@@ -140,3 +140,10 @@ def test_of_starts_as_good_as_each_other_the_first_stays(weights):
         found = grid.fit(weights, None, GRIDS[name])
         assert (found.zeros[0] == GRIDS[name].bottom).all()
         assert (found.codes[0] == GRIDS[name].bottom).all()
+
+
+def test_no_column_is_free_to_err():
+    """A tenth of the mean is added to all."""
+    importance = np.tile(np.array([0, 2], np.float32), COLUMNS // 2)
+    found = grid._weights(importance, GRIDS["unsigned"])
+    np.testing.assert_allclose(found, np.tile(np.float32([0.1, 2.1]), (4, 16)), rtol=1e-6)

@@ -553,8 +553,13 @@ def test_rows_of_a_tensor_are_those_of_the_whole(tiny):
     assert np.array_equal(
         layout.read_tensor(file, matrix, first_row=1), layout.read_tensor(file, matrix)[1:]
     )
-    with pytest.raises(ValueError, match="has no rows 1 to 3"):
-        layout.read_tensor(file, matrix, first_row=1, rows=2)
+
+
+@pytest.mark.parametrize(("first_row", "rows"), [(1, 2), (2, 1), (-1, 1), (0, 0)])
+def test_rows_that_a_tensor_does_not_have_are_a_mistake_of_the_caller(tiny, first_row, rows):
+    file = read(tiny)
+    with pytest.raises(ValueError, match=f"has no rows {first_row} to {first_row + rows}"):
+        layout.read_tensor(file, file.tensors[1], first_row=first_row, rows=rows)
 
 
 @pytest.mark.toolchain

@@ -260,7 +260,7 @@ def test_a_damaged_generation_config_is_named(tmp_path):
     model = speak(tmp_path / "model", "smollm")
     (tmp_path / "model" / "generation_config.json").write_text("[]")
 
-    with pytest.raises(UsageError, match="holds no JSON object"):
+    with pytest.raises(UsageError, match="holds a list, expected an object"):
         conversation.derive(model)
 
 

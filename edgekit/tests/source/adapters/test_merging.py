@@ -70,6 +70,23 @@ def test_the_product_is_scaled_by_alpha_over_the_rank_or_its_square_root(
     np.testing.assert_allclose(merged.weight("layers.0.query"), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("excluded", "layers"),
+    [(r".*\.0\..*q_proj", [1]), (r"model\.layers", [0, 1]), (["proj"], [0, 1])],
+)
+def test_a_module_is_excluded_by_a_pattern_for_all_of_its_name_or_by_the_name_of_a_part(
+    base, tmp_path, excluded, layers
+):
+    updates = tiny.q_proj_updates()
+    given = {name: values for name, values in updates.items() if int(name.split(".")[2]) in layers}
+    merged = merging.merge(
+        base, tiny.write_adapter(tmp_path / "a", given, exclude_modules=excluded)
+    ).tensors
+    changed = [n for n, q in enumerate((Q0, Q1))
+               if merged[f"{q}.weight"] is not base.tensors[f"{q}.weight"]]  # fmt: skip
+    assert changed == layers
+
+
 def test_reading_some_rows_gives_the_rows_of_the_whole(base, tmp_path):
     updates = tiny.q_proj_updates()
     updates |= {f"{q}.lora_magnitude_vector": random(16) for q in (Q0, Q1)}
