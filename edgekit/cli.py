@@ -449,7 +449,7 @@ def verify_command(bundle: Path, model: str, adapters: tuple[Path, ...], as_json
         print_json(agreement)
     else:
         for gate in agreement.gates:
-            click.echo(f"{'ok  ' if gate.passed else 'FAIL'} {gate.name}: {gate.finding}")
+            click.echo(gate.line)
     if not agreement.passed:
         raise DisagreementError(f"{bundle} does not say what {model} says")
 

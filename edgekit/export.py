@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgekit import formats, installed, target
 from edgekit.bundle import workdir
-from edgekit.bundle.manifest import MANIFEST, Artifact, Bundle, ModelRecord
+from edgekit.bundle.manifest import MANIFEST, Agreement, Artifact, Bundle, ModelRecord
 from edgekit.errors import UsageError
 from edgekit.plan import FREE_CHOICE, Choice, Plan, substitutions
 from edgekit.plan import make as make_plan
@@ -160,6 +160,19 @@ def _fill(
     with listener.track(f"convert to {chosen.recipe.name}", checkpoint.parameters) as advance:
         writing = formats.writing(chosen.format)
         entry = writing.convert(checkpoint, chosen.request, work, progress=advance)
+    agreement = None
+    if request.is_verified:
+        subject = Subject(
+            checkpoint=checkpoint,
+            directory=work,
+            entry=entry,
+            format=chosen.format,
+            recipe=chosen.recipe,
+            layout=chosen.layout,
+            rules=rules,
+            context_tokens=chosen.context_tokens,
+        )
+        agreement = _prove(subject, listener)
     bundle = Bundle(
         directory=work,
         model=_record(checkpoint),
@@ -171,23 +184,16 @@ def _fill(
         predicted=_predicted(chosen),
         tools=_tools(chosen.format),
     )
-    if not request.is_verified:
-        return bundle
-    subject = Subject(
-        checkpoint=checkpoint,
-        directory=work,
-        entry=entry,
-        format=chosen.format,
-        recipe=chosen.recipe,
-        layout=chosen.layout,
-        rules=rules,
-        context_tokens=chosen.context_tokens,
-    )
+    return bundle.with_agreement(agreement) if agreement else bundle
+
+
+def _prove(subject: Subject, listener: Listener) -> Agreement:
+    """Put an artifact through all gates, and leave next to it what a device can be held to."""
     proof = check(subject, listener=listener)
     for gate in proof.agreement.gates:
-        listener.say(f"{'ok  ' if gate.passed else 'FAIL'} {gate.name}: {gate.finding}")
-    proof.goldens.save(work)
-    return bundle.with_artifact(_artifact(work, entry, chosen)).with_agreement(proof.agreement)
+        listener.say(gate.line)
+    proof.goldens.save(subject.directory)
+    return proof.agreement
 
 
 def describe(checkpoint: Checkpoint, chosen: Plan, to: Target) -> list[str]:

@@ -76,6 +76,7 @@ def validate(  # noqa: PLR0913  # the options of the verb
             place,
             plan_workload(bundle, target, environment, threads=threads),
             repetitions=repetitions,
+            environment=environment,
             progress=progress,
         )
         measurement = _until_clear(measurement, bundle, target, add)

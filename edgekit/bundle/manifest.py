@@ -96,6 +96,11 @@ class Gate:
     passed: bool
     finding: str  # "mean KL 3.1e-7 (<= 1e-4) over 1 021 positions"
 
+    @property
+    def line(self) -> str:
+        """It in one line, for a person."""
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {self.finding}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
@@ -212,10 +217,6 @@ class Bundle:
             )
         if self.artifact.entry not in self.artifact.files:
             raise BundleError(f"{self.directory} has no file {self.artifact.entry!r} to open")
-
-    def with_artifact(self, artifact: Artifact) -> Self:
-        """Return the same bundle with its files as they are now."""
-        return replace(self, artifact=artifact)
 
     def with_agreement(self, agreement: Agreement) -> Self:
         """Return the same bundle with its proof.

@@ -47,12 +47,13 @@ Progress = Callable[[int, int], None]  # repetitions done, repetitions to do
 _MODULE = "edgekit.measuring.measure"
 
 
-def measure_bundle(
+def measure_bundle(  # noqa: PLR0913 - what, where and how, and what is known already
     bundle: Bundle,
     device: Device,
     workload: Workload,
     *,
     repetitions: int = DEFAULT_REPETITIONS,
+    environment: Environment | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
     """Measure a bundle on a device.
@@ -64,6 +65,7 @@ def measure_bundle(
         device: Where.
         workload: What every process does.
         repetitions: How many processes.
+        environment: What `environment_of` said, where it was asked already.
         progress: Called before each repetition and after the last.
 
     Raises:
@@ -74,7 +76,7 @@ def measure_bundle(
         device=device.label,
         artifact_sha256=artifact_sha256(bundle.artifact),
         workload=workload,
-        environment=environment_of(bundle, device),
+        environment=environment or environment_of(bundle, device),
         repetitions=(),
     )
     if progress:

@@ -119,7 +119,7 @@ def seal(bundle):
         format=bundle.artifact.format,
         recipe=bundle.artifact.recipe,
     )
-    bundle.with_artifact(artifact).save()
+    replace(bundle, artifact=artifact).save()
 
 
 def test_a_sound_bundle_passes_with_nothing_of_a_workstation_installed(device, sound):

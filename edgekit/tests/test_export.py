@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from edgekit.bundle import manifest as manifest_module
 from edgekit.bundle.goldens import Goldens
 from edgekit.bundle.manifest import Bundle
 from edgekit.errors import BudgetError, DisagreementError, UsageError
@@ -57,6 +58,21 @@ def test_the_manifest_says_what_it_was_made_from_and_with(tiny_bundle, tiny_chec
     assert manifest["model"]["sha256"] == open_checkpoint(tiny_checkpoint).sha256
     assert {"edgekit", "llama-cpp-python", "transformers"} <= manifest["tools"].keys()
     assert str(tiny_checkpoint.parent) not in json.dumps(manifest)
+
+
+def test_every_file_is_hashed_once(tiny_checkpoint, tmp_path, monkeypatch):
+    hashed = []
+
+    def sha256_of(path, real=manifest_module.sha256_of):
+        hashed.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(manifest_module, "sha256_of", sha256_of)
+    out = tmp_path / "out"
+    export(tiny_checkpoint, "raspberry-pi-5-8gb", quant="F32", context_tokens=64, out=out)
+    assert sorted(hashed) == sorted(
+        path.name for path in out.iterdir() if path.name != "manifest.json"
+    )
 
 
 def test_the_plan_and_the_proof_are_told_before_the_result(tiny_checkpoint, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 from edgekit.cli import main
 from edgekit.errors import BundleError, UsageError
 from edgekit.measuring import measure
+from edgekit.measuring.devices import ThisMachine
 from edgekit.target import FirstTokenLimit
 from edgekit.tests.tiny import pretend_format
 from edgekit.tests.tiny.measurements import ENVIRONMENT, STEADY_S, make_measurement
@@ -36,6 +37,20 @@ def test_a_device_without_enough_memory_fails_and_is_measured_no_further(bundle,
 
     assert result.verdict.outcome == "fail"
     assert len(result.measurement.deaths) == 1
+
+
+@pytest.mark.toolchain
+def test_a_device_is_asked_once_what_it_is(bundle, monkeypatch):
+    started = []
+
+    def run_module(self, module, arguments, real=ThisMachine.run_module):
+        started.append(next(word for word in arguments if word.startswith("--")))
+        return real(self, module, arguments)
+
+    monkeypatch.setattr(ThisMachine, "run_module", run_module)
+    target = pretend_format.make_target(artifact_bytes=1000)
+    validate(bundle.directory, target, repetitions=2)
+    assert started == ["--environment", "--workload", "--workload", "--workload"]
 
 
 def test_a_damaged_bundle_is_refused_before_anything_is_measured(bundle):

@@ -271,7 +271,7 @@ def test_a_proof_that_fails_stops_the_bundle_and_lists_every_failed_gate(bundle)
 def test_the_files_can_be_taken_stock_of_again(bundle):
     (bundle.directory / "goldens.json").write_text("{}")
     again = Artifact.of_directory(bundle.directory, "model.gguf", format="gguf", recipe="Q8_0")
-    bundle.with_artifact(again).save()
+    replace(bundle, artifact=again).save()
     assert "goldens.json" in Bundle.load(bundle.directory).artifact.files
 
 

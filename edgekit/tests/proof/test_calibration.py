@@ -430,7 +430,7 @@ def test_a_text_that_would_not_be_used_is_refused(tiny_checkpoint, tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("Bring tea and a hat.\n", encoding="utf-8")
     for quant, calibrate_too, message in [
-        ("Q8_0", True, "no weight in Q8_0"),
+        ("Q8_0", True, "--calibration has no effect on Q8_0"),
         ("Q4_0", False, "exclude each other"),
     ]:
         with pytest.raises(UsageError, match=message):

@@ -240,7 +240,7 @@ def test_an_adapter_left_out_of_the_artifact_fails_the_logits(model, tmp_path, m
     adapter = write_lora(tmp_path / "lora", model)
     base, convert = opening.open_checkpoint(model), writing.convert
     monkeypatch.setattr(
-        GGUF,
+        writing,
         "convert",
         lambda checkpoint, *rest, **kw: convert(
             replace(checkpoint, tensors=base.tensors), *rest, **kw

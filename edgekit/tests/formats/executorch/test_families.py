@@ -68,7 +68,7 @@ def texts(checkpoint: Checkpoint) -> list[list[int]]:
 def expected_logits(checkpoint: Checkpoint, ids: list[int]):
     """Return what transformers says to each beginning of a text, in one row for each.
 
-    Past the original context of a longrope every position of a beginning turns otherwise.
+    Past the original context of a longrope every position of a beginning is rotated differently.
     """
     (rows,) = transformers_logits.logits(checkpoint, [ids])
     border = checkpoint.spec.original_max_position_embeddings

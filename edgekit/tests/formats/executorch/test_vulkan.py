@@ -212,7 +212,7 @@ def test_a_matrix_that_outgrows_a_buffer_is_multiplied_in_parts(tmp_path, monkey
     from edgekit.tests.witnesses.vulkan_interpreter import Interpreter
 
     monkeypatch.setattr(limits, "BUFFER_BYTES", 2**13)  # 32 rows of 64 weights
-    monkeypatch.setattr(vulkan, "batch_tokens", lambda *_, **__: 128)
+    monkeypatch.setattr(vulkan_writing, "batch_tokens", lambda *_, **__: 128)
     checkpoint = opened(tmp_path, "llama-bias")
     path, ids = convert(checkpoint, "F32", tmp_path), random_ids(checkpoint.spec)
     assert "layers.0.query_bias@32" in Interpreter(path).named
@@ -383,7 +383,7 @@ def test_a_recipe_that_it_cannot_hold_is_refused_with_those_it_can(checkpoint):
 
 @pytest.mark.parametrize(
     ("kind", "most", "why"),
-    [("phi3-longrope", 64, "turns otherwise"), ("gemma3", 16, "looks back no further")],
+    [("phi3-longrope", 64, "rotated differently"), ("gemma3", 16, "looks back no further")],
 )
 def test_a_context_past_which_attention_would_be_another_is_refused(kind, most, why, tmp_path):
     checkpoint = opened(tmp_path, kind)

@@ -62,17 +62,6 @@ def test_a_token_beyond_the_context_is_refused_too(session, monkeypatch):
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("token", [VOCABULARY_TOKENS, -1])
-def test_a_token_that_is_none_is_refused_and_the_session_goes_on(session, token):
-    fresh = session.prefill(IDS).copy()
-    session.reset()
-    with pytest.raises(ToolchainError) as refusal:
-        session.decode(token)
-    assert "token" in refusal.value.log
-    session.reset()
-    assert np.array_equal(session.prefill(IDS), fresh)
-
-
 def test_a_context_of_nothing_is_refused_with_the_reason_alone(gguf):
     with pytest.raises(ToolchainError, match="cannot hold 0 tokens") as refusal:
         GgufSession(gguf, context_tokens=0, threads=1)

@@ -165,7 +165,7 @@ def test_weights_that_are_not_those_exported_are_told_by_the_manifest(harm, path
     artifact = Artifact.of_directory(
         bundle.directory, "onnx/model_q4.onnx", format="onnx", recipe="UINT4"
     )
-    bundle = bundle.with_artifact(artifact)
+    bundle = replace(bundle, artifact=artifact)
     bundle.check_files()
     harm(inside)
     assert data_of(inside) in model.files(inside)  # nothing else is wrong

@@ -21,9 +21,11 @@ EXPORT = """
 import hashlib, sys
 from pathlib import Path
 from edgekit.doctor import _tiny_checkpoint
-from edgekit.formats import onnx
+from edgekit.formats import BuildRequest
+from edgekit.formats.onnx import RECIPES, writing
 out = Path(sys.argv[1])
-onnx.convert(_tiny_checkpoint(out), onnx.RECIPES[sys.argv[2]], out, progress=lambda _: None)
+request = BuildRequest(recipe=RECIPES[sys.argv[2]])
+writing.convert(_tiny_checkpoint(out), request, out, progress=lambda _: None)
 for file in sorted(out.rglob("*.*")):
     if file.is_file():
         print(file.relative_to(out), hashlib.sha256(file.read_bytes()).hexdigest())
