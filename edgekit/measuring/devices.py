@@ -28,23 +28,15 @@ from urllib.parse import parse_qs, urlsplit
 
 from edgekit.bundle.manifest import MANIFEST, sha256_of
 from edgekit.errors import EdgekitError, MissingDependencyError, ToolchainError, UsageError
-from edgekit.runtime.child import environment
+from edgekit.runtime.child import death_of, environment, shell_status
 
 
 SSH_CONFIG_VARIABLE = "EDGEKIT_SSH_CONFIG"  # a file for `ssh -F`, instead of ~/.ssh/config
 OLDEST_PYTHON = (3, 11)
-KILLED = 137  # 128 + SIGKILL
 
 _REMOTE_CACHE = ".cache/edgekit"  # relative to the home directory, where ssh starts
 _STATUS = re.compile(r"\n?__RC=(\d+)\s*$")
 _CONNECT_TIMEOUT_S = 10
-
-_DEATHS = {
-    132: "stopped at an illegal instruction: it was built for a newer processor",
-    134: "aborted",
-    KILLED: "was killed, as the system does when memory runs out",
-    139: "crashed with a segmentation fault",
-}
 
 # What OpenSSH prints on stderr, and what to do about it; the first match counts.
 _REFUSALS = (
@@ -71,9 +63,7 @@ class Finished:
     @property
     def death(self) -> str | None:
         """How it died, or None if it ended by itself."""
-        if self.status <= 128:
-            return None
-        return _DEATHS.get(self.status, f"was ended by signal {self.status - 128}")
+        return death_of(self.status)
 
 
 class Device(Protocol):
@@ -172,8 +162,7 @@ class ThisMachine(_Closing):
             errors="replace",
             check=False,
         )
-        status = 128 - done.returncode if done.returncode < 0 else done.returncode
-        return Finished(status=status, output=done.stdout, log=done.stderr)
+        return Finished(status=shell_status(done.returncode), output=done.stdout, log=done.stderr)
 
     def close(self) -> None:
         """Do nothing: there is no connection."""

@@ -25,7 +25,7 @@ from edgekit.errors import (
     ToolchainError,
     UsageError,
 )
-from edgekit.measuring.devices import KILLED, Device, Finished
+from edgekit.measuring.devices import Device, Finished
 from edgekit.measuring.machine import Machine, Watch, cached_share, faults, forget
 from edgekit.measuring.measurement import (
     ColdStart,
@@ -36,6 +36,7 @@ from edgekit.measuring.measurement import (
     Workload,
     read_fields,
 )
+from edgekit.runtime.child import KILLED
 from edgekit.runtime.session import Session
 
 

@@ -12,6 +12,8 @@ from typing import Any, Self
 from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.text.rules import TextRules
+from edgekit.text.template import ChatTemplate
+from edgekit.text.tokenizer import Text, open_tokenizer
 
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token",
@@ -58,6 +60,21 @@ class TokenizerFiles:
             chat_template=_chat_template(directory, settings),
             declared_stop_ids=tuple(sorted({id for ids in by_file.values() for id in ids})),
             stop_ids_by_file=by_file,
+        )
+
+    def loaded(self) -> Text:
+        """Return what reads and writes text with these files.
+
+        Raises:
+            BundleError: If the tokenizer is not one.
+            UsageError: If the template is not Jinja, or nothing says where an answer ends.
+            MissingDependencyError: If tokenizers or jinja2 is not installed.
+        """
+        source = self.chat_template
+        return Text(
+            tokenizer=open_tokenizer(self.tokenizer_json),
+            template=None if source is None else ChatTemplate.compile(source),
+            rules=self.rules(),
         )
 
     def with_stop_id(self, id: int, *, origin: str) -> Self:

@@ -25,7 +25,7 @@ from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter
 from edgekit.quant.recipe import split_role
 from edgekit.source.checkpoint import Checkpoint
-from edgekit.text.tokenizer import Text, open_tokenizer
+from edgekit.text.tokenizer import Text
 
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def built_in_texts() -> list[tuple[str, str]]:
 
 def pieces(checkpoint: Checkpoint, *, own_text: str | None = None) -> list[list[int]]:
     """Return all text as ids, in pieces that the context can hold."""
-    text = _open_text(checkpoint)
+    text = checkpoint.text.loaded()
     length = min(PIECE_TOKENS, checkpoint.spec.context_tokens)
     found = [
         piece
@@ -149,17 +149,6 @@ def pieces(checkpoint: Checkpoint, *, own_text: str | None = None) -> list[list[
     ]
     own = list(_cut(text.encode(own_text), length)) if own_text else []
     return found + _some(own, max(1, MAX_OWN_TOKENS // length))
-
-
-def _open_text(checkpoint: Checkpoint) -> Text:
-    from edgekit.text.template import ChatTemplate
-
-    template = checkpoint.text.chat_template
-    return Text(
-        tokenizer=open_tokenizer(checkpoint.text.tokenizer_json),
-        template=None if template is None else ChatTemplate.compile(template),
-        rules=checkpoint.text.rules(),
-    )
 
 
 def _chats(text: Text, content: str) -> Iterator[list[int]]:

@@ -3,14 +3,13 @@
 ``python -m edgekit.proof.load_probe gguf model.gguf 4096`` loads the file and asks for one token.
 """
 
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from edgekit import formats
 from edgekit.errors import EdgekitError, ToolchainError
-from edgekit.runtime.child import environment
+from edgekit.runtime.child import death_of, environment, shell_status
 
 
 TIMEOUT_S = 900  # reading 8 GB from a memory card takes three minutes
@@ -35,18 +34,12 @@ def probe(format: str, path: Path, *, context_tokens: int) -> None:
             log=_tail(error.stderr or b""),
         ) from error
     if result.returncode != 0:
+        end = death_of(shell_status(result.returncode)) or "failed"
         raise ToolchainError(
-            f"{runtime} {_how_it_ended(result.returncode)} over {path}",
+            f"{runtime} {end}; it was given {path}",
             hint="no bundle was written; report the model, with the log",
             log=_tail(result.stderr),
         )
-
-
-def _how_it_ended(status: int) -> str:
-    if status > 0:
-        return "failed"
-    names = {number.value: number.name for number in signal.Signals}
-    return f"died with {names.get(-status, f'signal {-status}')}"
 
 
 def _tail(output: bytes) -> str:

@@ -20,8 +20,7 @@ from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.formats.executorch import backends, tokenizer
 from edgekit.formats.executorch.backends import Backend, Build
 from edgekit.formats.executorch.tokenizer import Preparation
-from edgekit.text.template import ChatTemplate
-from edgekit.text.tokenizer import Text, open_tokenizer
+from edgekit.text.tokenizer import Text
 
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def write(
     ``README.md``, ``prompts.json`` and, where it reads as the checkpoint's tokenizer does,
     ``runner_tokenizer.json``.
     """
-    text, copy = _text(checkpoint.text), _runner_copy(checkpoint.text)
+    text, copy = checkpoint.text.loaded(), _runner_copy(checkpoint.text)
     if copy is not None:
         (directory / tokenizer.RUNNER_COPY).write_bytes(copy)
     app_kit = AppKit(
@@ -115,21 +114,12 @@ def note(checkpoint: "CheckpointProtocol") -> str | None:
 
 @functools.cache
 def _runner_copy(files: "TokenizerFiles") -> bytes | None:
-    rendered = [rendered for _, rendered in _rendered(_text(files))]
+    rendered = [rendered for _, rendered in _rendered(files.loaded())]
     return tokenizer.runner_copy(files.tokenizer_json, rendered)
 
 
 def _preparation(files: "TokenizerFiles") -> Preparation:
     return Preparation.of(read_object(files.tokenizer_json))
-
-
-def _text(files: "TokenizerFiles") -> Text:
-    source = files.chat_template
-    return Text(
-        tokenizer=open_tokenizer(files.tokenizer_json),
-        template=None if source is None else ChatTemplate.compile(source),
-        rules=files.rules(),
-    )
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

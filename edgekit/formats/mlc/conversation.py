@@ -17,8 +17,8 @@ from edgekit.errors import UsageError
 from edgekit.formats.mlc import clients, template_affixes
 from edgekit.formats.mlc.template_affixes import Role, Surroundings
 from edgekit.model.tokenizer_files import added_tokens
-from edgekit.text.template import ChatTemplate, Message
-from edgekit.text.tokenizer import Text, open_tokenizer
+from edgekit.text.template import Message
+from edgekit.text.tokenizer import Text
 
 
 if TYPE_CHECKING:
@@ -109,12 +109,7 @@ def derive(checkpoint: "CheckpointProtocol", *, raw_prompt: bool = False) -> Con
 def _derive(
     files: "TokenizerFiles", *, stop_strings: tuple[str, ...], raw_prompt: bool
 ) -> Conversation:
-    source = files.chat_template
-    text = Text(
-        tokenizer=open_tokenizer(files.tokenizer_json),
-        template=None if source is None else ChatTemplate.compile(source),
-        rules=files.rules(),
-    )
+    source, text = files.chat_template, files.loaded()
     stops = {"stop_str": list(stop_strings), "stop_token_ids": list(text.rules.stop_ids)}
     if raw_prompt or source is None:
         return _raw(text, stops)
