@@ -9,9 +9,9 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from edgekit.encodings.flatbuffer import Table, refuse
 from edgekit.errors import BundleError
 from edgekit.formats.executorch import program, tensor_types
-from edgekit.formats.executorch.flatbuffer import Table, refuse
 
 
 NamedWeight = tuple[

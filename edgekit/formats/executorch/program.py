@@ -1,17 +1,16 @@
 """The head of a ``.pte`` file, read without its runtime: what it needs, and whether it is whole.
 
-Native code follows offsets that a damaged file may bend; this reader looks at each before it goes
-there. Source: schema/program.fbs, ``file_identifier "ET12"``, and the extended header of
+Source: schema/program.fbs, ``file_identifier "ET12"``, and the extended header of
 exir/_serialize/_program.py, executorch 1.5.1.
 """
 
 import mmap
 import os
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgekit.encodings.flatbuffer import Buffer, Table, refuse
 from edgekit.errors import BundleError
 
 
@@ -48,7 +47,7 @@ def read(path: Path) -> Program:
     """Return what a ``.pte`` file needs, after a look at every offset on the way.
 
     Raises:
-        BundleError: If it cannot be read, is not a ``.pte`` file, is cut off, or is bent.
+        BundleError: If it cannot be read, is not a ``.pte`` file, is cut off, or is damaged.
     """
     try:
         with path.open("rb") as file, _mapped(file.fileno(), path) as buffer:
@@ -59,49 +58,54 @@ def read(path: Path) -> Program:
 
 def _mapped(descriptor: int, path: Path) -> mmap.mmap:
     if os.fstat(descriptor).st_size < _HEAD_BYTES:
-        raise BundleError(f"{path} is no .pte file: it ends before its header does")
+        raise BundleError(f"{path} is not a .pte file: it ends before its header does")
     return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
 
 
 class _Reader:
-    """A flatbuffer whose every offset is looked at before it is followed."""
+    """What is in a file, and where the flatbuffer in it ends."""
 
     def __init__(self, path: Path, buffer: mmap.mmap) -> None:
         self._path = path
         self._buffer = buffer
-        self._end = _HEAD_BYTES  # of what may be read
         self._segment_base = 0
 
     def program(self) -> Program:
-        self._read_header()
-        root = self._unsigned(0, "I")
-        program = self._table(root)
-        plans = list(self._tables(program, 1))
-        return Program(
-            methods=tuple(self._method(plan) for plan in plans),
-            segments=tuple(self._segment(segment) for segment in self._tables(program, 4)),
-            named_data=tuple(
-                (self._text(named, 0), self._field_value(named, 1, "I"))
-                for named in self._tables(program, 7)
-            ),
-        )
+        try:
+            program = Table.root(self._buffer, end=self._read_header())
+            return Program(
+                methods=tuple(_method(plan) for plan in list(program.tables(1))),
+                segments=tuple(self._segment(segment) for segment in program.tables(4)),
+                named_data=tuple(
+                    (named.text(0), named.number(1, "I")) for named in program.tables(7)
+                ),
+            )
+        except struct.error as error:
+            raise BundleError(
+                f"{self._path} is damaged: {error}", hint="copy the bundle again"
+            ) from error
 
-    def _read_header(self) -> None:
-        """Refuse what is not a program, of another schema, or shorter than it says."""
-        identifier, magic = self._buffer[4:8], self._buffer[8:12]
+    def _read_header(self) -> int:
+        """Return where the flatbuffer ends.
+
+        Refuse what is not a program, of another schema, or shorter than it says.
+        """
+        head = Buffer(self._buffer, _HEAD_BYTES)
+        identifier, magic = head.bytes_at(4, 4), head.bytes_at(8, 4)
         if identifier != IDENTIFIER:
-            kind = "of another release" if identifier[:2] == IDENTIFIER[:2] else "no .pte file"
+            kind = "of another release" if identifier[:2] == IDENTIFIER[:2] else "not a .pte file"
             raise BundleError(
                 f"{self._path} is {kind}: it says {identifier!r}, expected {IDENTIFIER!r}",
                 hint="export again, with the ExecuTorch that will run it",
             )
-        if magic != _HEADER_MAGIC or self._unsigned(12, "I") < 24:
+        header_bytes = head.number(12, "I")
+        if magic != _HEADER_MAGIC or header_bytes < 24:
             raise BundleError(
                 f"{self._path} is damaged: where its header begins is {magic!r}",
                 hint="copy the bundle again",
             )
-        program_bytes, base = self._unsigned(16, "Q"), self._unsigned(24, "Q")
-        segment_bytes = self._unsigned(32, "Q") if self._unsigned(12, "I") >= 32 else 0
+        program_bytes, base = head.number(16, "Q"), head.number(24, "Q")
+        segment_bytes = head.number(32, "Q") if header_bytes >= 32 else 0
         found, said = len(self._buffer), max(program_bytes, base + segment_bytes)
         if said != found:
             fault = "cut off" if said > found else "longer than it says"
@@ -110,91 +114,33 @@ class _Reader:
                 hint="copy the bundle again",
             )
         if not _HEAD_BYTES < program_bytes <= _MAX_PROGRAM_BYTES or 0 < base < program_bytes:
-            raise self._damage(16)
-        self._end, self._segment_base = program_bytes, base
+            refuse("what is at byte 16 leads out of it")
+        self._segment_base = base
+        return program_bytes
 
-    def _method(self, plan: int) -> Method:
-        return Method(
-            name=self._text(plan, 0),
-            operators=tuple(self._operator(table) for table in self._tables(plan, 6)),
-            backends=tuple(self._text(table, 0) for table in self._tables(plan, 7)),
-            planned_bytes=self._planned_bytes(plan),
-        )
-
-    def _operator(self, table: int) -> str:
-        name, overload = self._text(table, 0), self._text(table, 1)
-        return f"{name}.{overload}" if overload else name
-
-    def _planned_bytes(self, plan: int) -> int:
-        first, count = self._vector(plan, 8, size=8)
-        sizes = struct.unpack(f"<{count}q", self._bytes(first, 8 * count))
-        if any(size < 0 for size in sizes):
-            raise self._damage(first)
-        return sum(sizes)
-
-    def _segment(self, table: int) -> tuple[int, int]:
-        offset, size = (self._field_value(table, index, "Q") for index in (0, 1))
+    def _segment(self, table: Table) -> tuple[int, int]:
+        offset, size = (table.number(index, "Q") for index in (0, 1))
         if self._segment_base + offset + size > len(self._buffer):
-            raise self._damage(table)
+            refuse(f"what is at byte {table.position} leads out of it")
         return self._segment_base + offset, size
 
-    # The encoding: a table's fields are found through its vtable, all else through offsets.
 
-    def _table(self, position: int) -> int:
-        vtable = position - self._signed(position)
-        if not 4 <= self._unsigned(vtable, "H") <= self._end - vtable:
-            raise self._damage(position)
-        return position
+def _method(plan: Table) -> Method:
+    return Method(
+        name=plan.text(0),
+        operators=tuple(_operator(table) for table in plan.tables(6)),
+        backends=tuple(table.text(0) for table in plan.tables(7)),
+        planned_bytes=_planned_bytes(plan),
+    )
 
-    def _field(self, table: int, index: int) -> int | None:
-        """Return where a field lies, None if it is absent."""
-        vtable = table - self._signed(table)
-        if 4 + 2 * index >= self._unsigned(vtable, "H"):
-            return None
-        offset = self._unsigned(vtable + 4 + 2 * index, "H")
-        return table + offset if offset else None
 
-    def _field_value(self, table: int, index: int, kind: str) -> int:
-        position = self._field(table, index)
-        return 0 if position is None else self._unsigned(position, kind)
+def _operator(table: Table) -> str:
+    name, overload = table.text(0), table.text(1)
+    return f"{name}.{overload}" if overload else name
 
-    def _vector(self, table: int, index: int, *, size: int) -> tuple[int, int]:
-        """Return where the elements of a vector begin, and their number."""
-        position = self._field(table, index)
-        if position is None:
-            return 0, 0
-        position += self._unsigned(position, "I")
-        count = self._unsigned(position, "I")
-        if count * size > self._end - position:
-            raise self._damage(position)
-        return position + 4, count
 
-    def _tables(self, table: int, index: int) -> Iterator[int]:
-        first, count = self._vector(table, index, size=4)
-        for position in range(first, first + 4 * count, 4):
-            yield self._table(position + self._unsigned(position, "I"))
-
-    def _text(self, table: int, index: int) -> str:
-        first, count = self._vector(table, index, size=1)
-        try:
-            return self._bytes(first, count).decode()
-        except UnicodeDecodeError:
-            raise self._damage(first) from None
-
-    def _unsigned(self, position: int, kind: str) -> int:
-        size = struct.calcsize(f"<{kind}")
-        return int(struct.unpack(f"<{kind}", self._bytes(position, size))[0])
-
-    def _signed(self, position: int) -> int:
-        return int(struct.unpack("<i", self._bytes(position, 4))[0])
-
-    def _bytes(self, first: int, size: int) -> bytes:
-        if first < 0 or first + size > self._end:
-            raise self._damage(first)
-        return self._buffer[first : first + size]
-
-    def _damage(self, position: int) -> BundleError:
-        return BundleError(
-            f"{self._path} is damaged: what is at byte {position} leads out of it",
-            hint="copy the bundle again",
-        )
+def _planned_bytes(plan: Table) -> int:
+    sizes = plan.numbers(8, "q")
+    if any(size < 0 for size in sizes):
+        refuse("what is set aside for activations is negative")
+    return sum(sizes)

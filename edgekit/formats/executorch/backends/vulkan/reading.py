@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgekit.encodings.flatbuffer import refuse
 from edgekit.errors import BundleError
 from edgekit.formats.executorch import program, tensor_types
 from edgekit.formats.executorch.contents import CONSTANT, NamedWeight, delegate_graph, named_weights
-from edgekit.formats.executorch.flatbuffer import refuse
 from edgekit.model.spec import DecoderSpec, Shape
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgekit.encodings.flatbuffer import Table, refuse
 from edgekit.formats.executorch.contents import CONSTANT, NamedWeight, delegate_graph, named_weights
-from edgekit.formats.executorch.flatbuffer import Table, refuse
 
 
 if TYPE_CHECKING:
