@@ -22,8 +22,10 @@ from edgekit.errors import BudgetError, EdgekitError, ToolchainError, UnstableEr
 
 
 if TYPE_CHECKING:
+    from edgekit.formats import Layout
     from edgekit.plan import Plan
     from edgekit.progress import Advance
+    from edgekit.quant.recipe import Recipe
     from edgekit.run import Reply, Runner
     from edgekit.runtime.generate import Sampling
     from edgekit.target import Target
@@ -229,10 +231,65 @@ def plan_command(
         listener=Terminal(),
     )  # fmt: skip
     if as_json:
-        print_json(made)
+        print_json(plan_document(made))
         return
     for line in plan_lines(made, target):
         click.echo(line)
+
+
+def plan_document(made: "Plan") -> dict[str, Any]:
+    """Return a plan for programs, under the keys that it was first written with."""
+    return {
+        "format": made.format,
+        "recipe": _recipe_document(made.recipe),
+        "context_tokens": made.context_tokens,
+        "layout": _layout_document(made.layout),
+        "estimate": made.estimate,
+        "rejected": [
+            {
+                "format": candidate.format,
+                "recipe": _recipe_document(candidate.request.recipe),
+                "context": candidate.context,
+                "layout": candidate.layout and _layout_document(candidate.layout),
+                "estimate": candidate.estimate,
+                "misses": candidate.misses,
+                "sure_misses": candidate.certain_misses,
+                "refusal": candidate.refusal and str(candidate.refusal),
+            }
+            for candidate in made.rejected
+        ],
+        "notes": made.notes,
+        "split_bytes": made.request.split_bytes,
+    }
+
+
+def _recipe_document(recipe: "Recipe") -> dict[str, Any]:
+    rules = [
+        {
+            "pattern": rule.pattern,
+            "storage": rule.tensor_type,
+            "layers": rule.layers,
+            "decoders": rule.decoders,
+        }
+        for rule in recipe.rules
+    ]
+    fields = {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
+    return fields | {"rules": rules}
+
+
+def _layout_document(layout: "Layout") -> dict[str, Any]:
+    placements = [
+        {
+            "role": weight.role,
+            "parameters": weight.parameters,
+            "storage": weight.tensor_type,
+            "wanted": weight.wanted,
+            "size_bytes": weight.size_bytes,
+        }
+        for weight in layout.placements
+    ]
+    fields = {name: getattr(layout, name) for name in layout.__dataclass_fields__}
+    return fields | {"placements": placements}
 
 
 def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:

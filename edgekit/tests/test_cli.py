@@ -7,13 +7,18 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import pytest
 
 import edgekit
+from edgekit import cli as cli_module
 from edgekit.cli import cli, main
+from edgekit.plan import Choice
+from edgekit.plan import make as make_plan
+from edgekit.tests.tiny.random_checkpoints import random_checkpoint
 
 
 def run(capsys, *words):
@@ -312,3 +317,28 @@ def test_a_missing_extra_names_the_pip_line(tmp_path, capsys, monkeypatch):
     status, _, err = run(capsys, "export", "demo", "--target", "raspberry-pi-5-8gb")
     assert status == 5
     assert "pip install 'edgekit[gguf]'" in err
+
+
+def test_a_plan_for_programs_keeps_the_keys_it_was_first_written_with(tmp_path, pi):
+    pytest.importorskip("numpy")
+    checkpoint = random_checkpoint(tmp_path)
+    best = make_plan(checkpoint, pi, Choice(format="gguf")).estimate.artifact_bytes
+    tight = replace(pi, budget=replace(pi.budget, artifact_bytes=best - 1))
+    made = make_plan(checkpoint, tight, Choice(format="gguf"))
+    document = json.loads(json.dumps(cli_module.plain(cli_module.plan_document(made))))
+    assert document.keys() == {
+        "format", "recipe", "context_tokens", "layout", "estimate", "rejected", "notes",
+        "split_bytes",
+    }  # fmt: skip
+    assert document["recipe"].keys() == {
+        "name", "default", "rules", "max_mean_kl_nats", "min_same_top_token",
+    }  # fmt: skip
+    assert {key for rule in document["recipe"]["rules"] for key in rule} == {
+        "pattern", "storage", "layers", "decoders",
+    }  # fmt: skip
+    assert {key for placed in document["layout"]["placements"] for key in placed} == {
+        "role", "parameters", "storage", "wanted", "size_bytes",
+    }  # fmt: skip
+    assert {key for candidate in document["rejected"] for key in candidate} == {
+        "format", "recipe", "context", "layout", "estimate", "misses", "sure_misses", "refusal",
+    }  # fmt: skip
