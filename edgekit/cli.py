@@ -248,7 +248,7 @@ def plan_document(made: "Plan") -> dict[str, Any]:
         "rejected": [
             {
                 "format": candidate.format,
-                "recipe": _recipe_document(candidate.request.recipe),
+                "recipe": _recipe_document(candidate.recipe),
                 "context": candidate.context,
                 "layout": candidate.layout and _layout_document(candidate.layout),
                 "estimate": candidate.estimate,
@@ -259,7 +259,7 @@ def plan_document(made: "Plan") -> dict[str, Any]:
             for candidate in made.rejected
         ],
         "notes": made.notes,
-        "split_bytes": made.request.split_bytes,
+        "split_bytes": made.split_bytes,
     }
 
 

@@ -242,7 +242,7 @@ def _artifact(work: Path, entry: str, chosen: Plan) -> Artifact:
         format=chosen.format,
         recipe=chosen.recipe.name,
         substitutions=tuple(substitutions(chosen.layout)),
-        split_bytes=chosen.request.split_bytes,
+        split_bytes=chosen.split_bytes,
         calibration=chosen.layout.calibration,
         variant=chosen.variant,
     )

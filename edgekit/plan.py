@@ -83,9 +83,14 @@ class Candidate:
     refusal: UsageError | None = None  # why the format cannot hold the model at all
 
     @property
+    def recipe(self) -> Recipe:
+        """How the weights would be stored."""
+        return self.request.recipe
+
+    @property
     def name(self) -> str:
         """``gguf Q4_K_M``."""
-        return f"{self.format} {self.request.recipe.name}"
+        return f"{self.format} {self.recipe.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +109,11 @@ class Plan:
     def recipe(self) -> Recipe:
         """How the weights are stored."""
         return self.request.recipe
+
+    @property
+    def split_bytes(self) -> int | None:
+        """The most that one file of the artifact may take."""
+        return self.request.split_bytes
 
     @property
     def variant(self) -> str | None:
