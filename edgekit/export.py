@@ -8,7 +8,7 @@ from edgekit import formats, installed, target
 from edgekit.bundle import workdir
 from edgekit.bundle.manifest import MANIFEST, Agreement, Artifact, Bundle, ModelRecord
 from edgekit.errors import UsageError
-from edgekit.plan import FREE_CHOICE, Choice, Plan, substitutions
+from edgekit.plan import FREE_CHOICE, Choice, Plan, remarks, substitutions
 from edgekit.plan import make as make_plan
 from edgekit.progress import Listener, Silent
 from edgekit.proof import qlora, transformers_logits
@@ -216,8 +216,7 @@ def describe(checkpoint: Checkpoint, chosen: Plan, to: Target) -> list[str]:
     ]
     if checkpoint.adapter:
         lines.insert(1, f"with the adapter {checkpoint.adapter.name} merged in")
-    lines += [f"rejected {c.name}: {'; '.join(c.misses)}" for c in chosen.rejected]
-    lines += [f"note: {note}" for note in chosen.notes]
+    lines += remarks(chosen)
     if checkpoint.adapter:
         lines += [f"note: {note}" for note in checkpoint.adapter.notes]
     return lines

@@ -449,6 +449,12 @@ def _elsewhere(format: str, variant: str | None) -> Iterator[str]:
         yield f"not executed here: it needs {needed}; speeds are guessed from the target's figures"
 
 
+def remarks(made: Plan) -> Iterator[str]:
+    """Yield what a person should know besides the choice: what was rejected, and why; notes."""
+    yield from (f"rejected {c.name}: {'; '.join(c.misses)}" for c in made.rejected)
+    yield from (f"note: {note}" for note in made.notes)
+
+
 def substitutions(layout: Layout) -> Iterator[str]:
     """Yield what is stored otherwise than the recipe asked, kind by kind, with its cost."""
     kinds: dict[tuple[str, str], list[int]] = {}

@@ -1,5 +1,6 @@
 """What a format may ask of a checkpoint: known from headers, read some rows at a time."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,24 @@ from edgekit.model.tokenizer_files import TokenizerFiles
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+
+BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
+
+
+def row_chunks(
+    shape: Shape, *, weights: int = BLOCK_WEIGHTS, row_multiple: int = 1
+) -> Iterator[tuple[int, int]]:
+    """Yield ``(first_row, rows)`` so that no read holds more than about so many weights.
+
+    Args:
+        shape: Of the tensor.
+        weights: How many are read at once; one row at least.
+        row_multiple: What the number of rows of each chunk but the last is a multiple of.
+    """
+    step = max(1, weights // max(1, math.prod(shape[1:])) // row_multiple) * row_multiple
+    for first in range(0, shape[0], step):
+        yield first, min(step, shape[0] - first)
 
 
 class Tensor(Protocol):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 DIRECTORY = Path(__file__).with_name("calibration_texts")
-CONVERSATIONS = "chat"  # this text is turns of a user and a model, pair by pair
+CHAT = "chat"  # this text is turns of a user and a model, pair by pair
 TURN = "\n----\n"
 PIECE_TOKENS = 512  # as many as llama-imatrix takes
 MAX_OWN_TOKENS = 16384  # of a user's text: some minutes for a model of a billion weights
@@ -144,7 +144,7 @@ def pieces(checkpoint: Checkpoint, *, own_text: str | None = None) -> list[list[
     found = [
         piece
         for name, content in built_in_texts()
-        for ids in (_chats(text, content) if name == CONVERSATIONS else [text.encode(content)])
+        for ids in (_chats(text, content) if name == CHAT else [text.encode(content)])
         for piece in _cut(ids, length)
     ]
     own = list(_cut(text.encode(own_text), length)) if own_text else []

@@ -52,20 +52,6 @@ GOLDEN_TOKENS = 48
 # change of an activation changes how it is rounded.
 MAX_CACHE_KL_NATS = 1e-3
 GREEDY = Sampling()
-QUESTION = "Name the capital of France."
-
-CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
-    ({"role": "user", "content": QUESTION},),
-    (
-        {"role": "system", "content": "Answer in one word."},
-        {"role": "user", "content": "  Which colour has the sky?\n"},
-    ),
-    (
-        {"role": "user", "content": "안녕하세요! 你好 👋🏽"},
-        {"role": "assistant", "content": "مرحبا"},
-        {"role": "user", "content": "Say it\n\nagain <b>&amp;</b> {{ x }}"},
-    ),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +111,7 @@ class Subject:
     @cached_property
     def conversations(self) -> list[tuple[dict[str, str], ...]]:
         """The conversations that this model's template can say; Gemma's has no system role."""
-        return [turns for turns in CONVERSATIONS if self._can_render(turns)]
+        return [turns for turns in corpus.CONVERSATIONS if self._can_render(turns)]
 
     def _can_render(self, turns: Sequence[dict[str, str]]) -> bool:
         if self.text.template is None:
@@ -259,7 +245,7 @@ def _shown(subject: Subject, tokens: list[int]) -> str:
 def _question(subject: Subject) -> list[int]:
     if subject.conversations:
         return subject.text.encode_chat(subject.conversations[0])
-    return subject.text.encode(QUESTION)
+    return subject.text.encode(corpus.QUESTION)
 
 
 def _logit_goldens(subject: Subject, session: Session) -> list[LogitGolden]:

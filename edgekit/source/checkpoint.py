@@ -19,7 +19,7 @@ from edgekit.encodings.json_files import parse, read_object
 from edgekit.errors import UsageError
 from edgekit.model import card as model_card
 from edgekit.model.card import ModelCard, SamplingDefaults
-from edgekit.model.checkpoint_protocol import Calibration, Tensor
+from edgekit.model.checkpoint_protocol import BLOCK_WEIGHTS, Calibration, Tensor, row_chunks
 from edgekit.model.spec import DecoderSpec, Shape, Source
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.quant.rounding import from_bfloat16
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reference implementation
-BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
 FLOATS = ("F32", "F16", "BF16")
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 # Tables that older transformers stored next to the weights; they are computed, never read.
@@ -235,10 +234,9 @@ class Checkpoint:
         Raises:
             UsageError: As `weight`.
         """
-        shape = self._shapes[role]
-        step = max(1, BLOCK_WEIGHTS // math.prod(shape[1:]) // row_multiple) * row_multiple
-        for first in range(0, shape[0], step):
-            rows = self.weight(role, first, min(step, shape[0] - first))
+        chunks = row_chunks(self._shapes[role], weights=BLOCK_WEIGHTS, row_multiple=row_multiple)
+        for first, count in chunks:
+            rows = self.weight(role, first, count)
             yield first, rows + 1 if self.spec.unit_offset(role) else rows
 
     @cached_property

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from edgekit.bundle.workdir import new_directory, refuse_existing
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import EdgekitError, UsageError
-from edgekit.model.checkpoint_protocol import Tensor
+from edgekit.model.checkpoint_protocol import Tensor, row_chunks
 from edgekit.model.tokenizer_files import added_tokens
 from edgekit.progress import Advance
 from edgekit.quant.rounding import bfloat16
 from edgekit.source import families
-from edgekit.source.adapters.tensors import row_chunks, stored_dtype
+from edgekit.source.adapters.tensors import stored_dtype
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.source.config import Config
 
@@ -182,7 +182,7 @@ def _header(entries: Sequence[_Entry]) -> bytes:
 def _write_tensor(file: BinaryIO, entry: _Entry, advance: Advance) -> None:
     import numpy as np
 
-    for first_row, rows in row_chunks(entry.tensor):
+    for first_row, rows in row_chunks(entry.tensor.shape):
         values = entry.tensor.read(first_row, rows)
         if not np.isfinite(values).all():
             raise UsageError(

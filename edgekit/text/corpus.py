@@ -8,6 +8,21 @@ from pathlib import Path
 
 
 DIRECTORY = Path(__file__).with_name("corpus")
+QUESTION = "Name the capital of France."
+
+# What chat templates are held to: a system message, whitespace, scripts, markup.
+CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
+    ({"role": "user", "content": QUESTION},),
+    (
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": "  Which colour has the sky?\n"},
+    ),
+    (
+        {"role": "user", "content": "안녕하세요! 你好 👋🏽"},
+        {"role": "assistant", "content": "مرحبا"},
+        {"role": "user", "content": "Say it\n\nagain <b>&amp;</b> {{ x }}"},
+    ),
+)
 
 # Here and not in files: editors and git would clean them up.
 COMPOSED_AND_NOT = (

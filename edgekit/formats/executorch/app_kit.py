@@ -20,6 +20,7 @@ from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.formats.executorch import backends, tokenizer
 from edgekit.formats.executorch.backends import Backend, Build
 from edgekit.formats.executorch.tokenizer import Preparation
+from edgekit.text import corpus
 from edgekit.text.tokenizer import Text
 
 
@@ -31,18 +32,6 @@ if TYPE_CHECKING:
 README = "README.md"
 PROMPTS = "prompts.json"
 _MARK = "edgekit message mark"
-CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
-    ({"role": "user", "content": "What is the capital of France?"},),
-    (
-        {"role": "system", "content": "Answer in one word."},
-        {"role": "user", "content": "  Which colour has the sky?\n"},
-    ),
-    (
-        {"role": "user", "content": "Guten Morgen! 早上好 👋🏽"},
-        {"role": "assistant", "content": "Cafe\u0301?"},
-        {"role": "user", "content": 'Say "yes" or\n\n<b>no</b> & nothing else for $1.'},
-    ),
-)
 PLAIN_TEXTS = ("The lighthouse keeper", " a leading space, café and cafe\u0301", "1 + 1 =")
 
 
@@ -146,7 +135,7 @@ def _rendered(text: Text) -> Iterator[tuple[Sequence[Mapping[str, str]], str]]:
     if text.template is None:
         yield from (((), _bos(text) + plain) for plain in PLAIN_TEXTS)
         return
-    for messages in CONVERSATIONS:
+    for messages in corpus.CONVERSATIONS:
         with suppress(UsageError):
             yield messages, text.render(messages)
 

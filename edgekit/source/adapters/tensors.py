@@ -5,13 +5,12 @@ whatever the files hold; whoever stores the result rounds it, once.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from edgekit.errors import UsageError
-from edgekit.model.checkpoint_protocol import Tensor
+from edgekit.model.checkpoint_protocol import Tensor, row_chunks
 from edgekit.model.spec import Shape
 
 
@@ -22,22 +21,9 @@ if TYPE_CHECKING:
     Values = npt.NDArray[np.float32]
 
 
-_CHUNK_BYTES = 16 * 2**20  # of float32 values, where a whole tensor has to pass by
-
-
 def stored_dtype(tensor: Tensor) -> str:
     """Return the type a tensor has on disk: F32, F16 or BF16; F32 where it cannot say."""
     return str(getattr(tensor, "dtype", "F32"))
-
-
-def row_chunks(tensor: Tensor, *, chunk_bytes: int = _CHUNK_BYTES) -> Iterator[tuple[int, int]]:
-    """Yield ``(first_row, rows)`` so that no read holds more than about ``chunk_bytes``."""
-    row_items = 1
-    for width in tensor.shape[1:]:
-        row_items *= width
-    step = max(1, chunk_bytes // (4 * max(1, row_items)))
-    for first in range(0, tensor.shape[0], step):
-        yield first, min(step, tensor.shape[0] - first)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +120,7 @@ class ColumnMagnitudes(MergedTensor):
         import numpy as np
 
         squares = np.zeros(self.shape[1], dtype=np.float64)
-        for first_row, rows in row_chunks(self.base):
+        for first_row, rows in row_chunks(self.base.shape):
             values = self.base.read(first_row, rows)
             squares += np.einsum("ij,ij->j", values, values, dtype=np.float64)
         return (self.magnitudes.read() / np.sqrt(squares)).astype(np.float32)

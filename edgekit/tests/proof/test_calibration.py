@@ -221,7 +221,7 @@ def test_the_text_is_as_broad_as_use():
 
 
 def test_the_chats_are_questions_with_answers():
-    turns = dict(calibration.built_in_texts())[calibration.CONVERSATIONS].split(calibration.TURN)
+    turns = dict(calibration.built_in_texts())[calibration.CHAT].split(calibration.TURN)
     assert len(turns) >= 8
     assert len(turns) % 2 == 0
     assert all(turn.strip() for turn in turns)

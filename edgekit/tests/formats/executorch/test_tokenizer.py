@@ -146,7 +146,7 @@ def test_the_lines_for_kotlin_and_swift_prepare_a_prompt_as_edgekit_does(checkpo
 def test_every_prompt_becomes_its_ids_in_the_runner(checkpoint, tmp_path):
     hand_over(checkpoint, tmp_path)
     found = json.loads((tmp_path / app_kit.PROMPTS).read_text(encoding="utf-8"))
-    assert len(found["prompts"]) == len(app_kit.CONVERSATIONS)
+    assert len(found["prompts"]) == len(corpus.CONVERSATIONS)
     prompts = [entry["prompt"] for entry in found["prompts"]]
     ids = [entry["ids"] for entry in found["prompts"]]
     assert tokenizer.runner_ids(tmp_path / RUNNER_COPY, prompts) == ids

@@ -17,7 +17,6 @@ from edgekit.formats.gguf.parts import tensor_name
 from edgekit.formats.gguf.runtime import GgufSession
 from edgekit.proof import transformers_logits
 from edgekit.proof.fidelity import Comparison, Fidelity
-from edgekit.proof.gates import CONVERSATIONS
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.needs import needs
@@ -28,6 +27,7 @@ from edgekit.tests.tiny.checkpoints import (
     write_tiny_checkpoint,
 )
 from edgekit.text import corpus
+from edgekit.text.corpus import CONVERSATIONS
 from edgekit.text.tokenizer import Text
 
 

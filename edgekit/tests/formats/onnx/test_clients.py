@@ -11,13 +11,13 @@ from edgekit.doctor import _tiny_checkpoint
 from edgekit.export import export as export_bundle
 from edgekit.formats import BuildRequest
 from edgekit.formats.onnx import clients, genai_text, running, tensor_types, writing
-from edgekit.proof.gates import CONVERSATIONS, QUESTION
 from edgekit.run import Runner, answer
 from edgekit.runtime.generate import Sampling, generate
 from edgekit.source import opening
 from edgekit.tests.tiny.checkpoints import ORIGINAL_TOKENS, TINY, write_tiny_checkpoint
 from edgekit.tests.tiny.tokenizers import VOICES
 from edgekit.text import corpus
+from edgekit.text.corpus import CONVERSATIONS, QUESTION
 from edgekit.text.tokenizer import Text
 
 

@@ -14,7 +14,6 @@ from edgekit.errors import UsageError
 from edgekit.export import export
 from edgekit.formats import BuildRequest
 from edgekit.formats.onnx import model, running, writing
-from edgekit.proof.gates import CONVERSATIONS, QUESTION
 from edgekit.runtime.generate import Sampling, generate
 from edgekit.source import opening
 from edgekit.tests.needs import needs
@@ -22,6 +21,7 @@ from edgekit.tests.tiny.checkpoints import TINY, write_tiny_checkpoint
 from edgekit.tests.tiny.tokenizers import VOICES
 from edgekit.tests.witnesses import javascript_clients
 from edgekit.text import corpus
+from edgekit.text.corpus import CONVERSATIONS, QUESTION
 from edgekit.text.tokenizer import Text
 
 

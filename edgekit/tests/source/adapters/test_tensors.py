@@ -1,7 +1,7 @@
 import pytest
 
 from edgekit.errors import UsageError
-from edgekit.model.checkpoint_protocol import Tensor
+from edgekit.model.checkpoint_protocol import Tensor, row_chunks
 from edgekit.source.adapters.tensors import (
     ColumnMagnitudes,
     EmbeddingUpdate,
@@ -11,7 +11,6 @@ from edgekit.source.adapters.tensors import (
     Sum,
     Twin,
     Zeros,
-    row_chunks,
 )
 from edgekit.tests.tiny.adapters import Given
 
@@ -41,7 +40,7 @@ MERGED: dict[str, Tensor] = {
 @pytest.mark.parametrize("name", MERGED)
 def test_rows_read_in_pieces_are_the_rows_of_the_whole(name):
     tensor = MERGED[name]
-    pieces = [tensor.read(*chunk) for chunk in row_chunks(tensor, chunk_bytes=3 * 6 * 4)]
+    pieces = [tensor.read(*chunk) for chunk in row_chunks(tensor.shape, weights=3 * 6)]
     assert [len(piece) for piece in pieces] == [3, 3, 3, 1]
     whole = tensor.read()
     assert whole.dtype == np.float32
