@@ -8,7 +8,7 @@ from edgekit.errors import UsageError
 from edgekit.progress import Listener, Silent
 from edgekit.proof import qlora
 from edgekit.source import opening
-from edgekit.source.writer import Precision, write_checkpoint, written_bytes
+from edgekit.source.writer import StoredPrecision, write_checkpoint, written_bytes
 
 
 def merge(  # noqa: PLR0913 - the request, spelled out for Python users
@@ -16,7 +16,7 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
     adapters: Sequence[str | Path],
     out: str | Path,
     *,
-    precision: Precision | None = None,
+    precision: StoredPrecision | None = None,
     trained_on: str | Path | None = None,
     listener: Listener | None = None,
 ) -> Path:

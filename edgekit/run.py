@@ -10,7 +10,7 @@ from edgekit import formats
 from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
 from edgekit.progress import Listener, Silent
-from edgekit.runtime.generate import FinishReason, Generation, Sampling, generate
+from edgekit.runtime.generate import FinishReason, Sampling, TokenStream, generate
 from edgekit.runtime.session import Session
 from edgekit.text.template import Message
 from edgekit.text.tokenizer import Detokenizer, StopStrings, Text
@@ -40,7 +40,7 @@ class Answer:
 class Reply(Iterator[str]):
     """The pieces of an answer, as they are made; `answer` once they have ended."""
 
-    generation: Generation
+    generation: TokenStream
     detokenizer: Detokenizer
     stop_strings: StopStrings
     notes: tuple[str, ...] = ()

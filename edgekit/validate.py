@@ -9,7 +9,7 @@ from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
 from edgekit.measuring import measure
 from edgekit.measuring.devices import connect
-from edgekit.measuring.measure import DEFAULT_REPETITIONS, Progress
+from edgekit.measuring.measure import DEFAULT_REPETITIONS, RepetitionProgress
 from edgekit.measuring.measurement import Environment, Measurement, Workload
 from edgekit.measuring.report import Result
 from edgekit.measuring.verdict import judge
@@ -31,7 +31,7 @@ def validate(  # noqa: PLR0913  # the options of the verb
     device: str = "this",
     repetitions: int = DEFAULT_REPETITIONS,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: RepetitionProgress | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """Return what a device did with a bundle, and the verdict.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Buffer:
+class GpuBuffer:
     """An array that a GPU must hold and bind as a whole."""
 
     name: str
@@ -48,7 +48,7 @@ class Layout:
     calibration: str | None = None  # SHA-256 of the calibration text, where one is used
     not_on_webgpu: str | None = None  # what browsers' GPUs get wrong in this model, if anything
     variant: str | None = None  # which of the format's builds, where it has several
-    largest_buffer: Buffer | None = None  # what a browser must be able to bind
+    largest_buffer: GpuBuffer | None = None  # what a browser must be able to bind
     needs_shader_f16: bool = False  # whether a browser's GPU must know float16
     is_half: bool = False  # whether products are computed and the cache is kept in float16
     reads_by_token: bool = False  # whether a prompt takes a call of the program for each token

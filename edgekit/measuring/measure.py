@@ -43,7 +43,7 @@ from edgekit.runtime.session import Session
 DEFAULT_REPETITIONS = 5
 WARM_UP_TOKENS = 8
 
-Progress = Callable[[int, int], None]  # repetitions done, repetitions to do
+RepetitionProgress = Callable[[int, int], None]  # repetitions done, repetitions to do
 
 _MODULE = "edgekit.measuring.measure"
 
@@ -55,7 +55,7 @@ def measure_bundle(  # noqa: PLR0913 - what, where and how, and what is known al
     *,
     repetitions: int = DEFAULT_REPETITIONS,
     environment: Environment | None = None,
-    progress: Progress | None = None,
+    progress: RepetitionProgress | None = None,
 ) -> Measurement:
     """Measure a bundle on a device.
 
@@ -102,7 +102,7 @@ def add_repetitions(
     device: Device,
     *,
     count: int,
-    progress: Progress | None = None,
+    progress: RepetitionProgress | None = None,
 ) -> Measurement:
     """Return the measurement with ``count`` more repetitions.
 

@@ -71,7 +71,7 @@ def _check_range(name: str, value: float, low: float, high: float, is_open: bool
 
 
 @dataclass(kw_only=True, eq=False)
-class Generation(Iterator[int]):
+class TokenStream(Iterator[int]):
     """The tokens of an answer, as they are made; afterwards, why it ended."""
 
     session: Session
@@ -147,7 +147,7 @@ def generate(  # noqa: PLR0913 - a request in full
     stop_ids: Collection[int],
     sampling: Sampling,
     cached_ids: list[int] | None = None,
-) -> Generation:
+) -> TokenStream:
     """Answer a prompt, token by token.
 
     Args:
@@ -172,7 +172,7 @@ def generate(  # noqa: PLR0913 - a request in full
         )
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_tokens = {max_tokens}, expected at least 1")
-    return Generation(
+    return TokenStream(
         session=session,
         prompt_ids=list(prompt_ids),
         max_tokens=max_tokens,

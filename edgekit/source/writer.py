@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-Precision = Literal["bf16", "f16", "f32"]
+StoredPrecision = Literal["bf16", "f16", "f32"]
 SHARD_BYTES = 4_000_000_000  # a file on a memory card with FAT32 holds 4 GiB less one byte
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -57,7 +57,7 @@ def write_checkpoint(
     checkpoint: Checkpoint,
     out: Path,
     *,
-    precision: Precision | None = None,
+    precision: StoredPrecision | None = None,
     shard_bytes: int = SHARD_BYTES,
     advance: Advance = lambda _: None,
 ) -> Path:
@@ -87,12 +87,12 @@ def write_checkpoint(
     return out
 
 
-def written_bytes(checkpoint: Checkpoint, precision: Precision | None = None) -> int:
+def written_bytes(checkpoint: Checkpoint, precision: StoredPrecision | None = None) -> int:
     """Return how many bytes of weights `write_checkpoint` would write."""
     return sum(entry.size_bytes for entry in _entries(checkpoint, precision))
 
 
-def _entries(checkpoint: Checkpoint, precision: Precision | None) -> list[_Entry]:
+def _entries(checkpoint: Checkpoint, precision: StoredPrecision | None) -> list[_Entry]:
     """Return every tensor the decoder reads, once, in the order of use."""
     family, spec = families.get(checkpoint.architecture), checkpoint.spec
     names = dict.fromkeys(

@@ -7,7 +7,7 @@ import pytest
 
 from edgekit import formats
 from edgekit.errors import BudgetError, UsageError
-from edgekit.formats import Buffer, BuildRequest
+from edgekit.formats import BuildRequest, GpuBuffer
 from edgekit.formats.gguf import RECIPES, writing
 from edgekit.plan import Choice, estimate, make, substitutions
 from edgekit.target import WebGpuLimits
@@ -174,7 +174,7 @@ def with_layout(monkeypatch, name, variants=(), **fields):
 def test_what_a_browser_does_not_grant_is_a_miss(checkpoint, pi, monkeypatch, granted, reason):
     with_layout(
         monkeypatch, "gguf", needs_shader_f16=True,
-        largest_buffer=Buffer(name="token_embedding", size_bytes=1000),
+        largest_buffer=GpuBuffer(name="token_embedding", size_bytes=1000),
     )  # fmt: skip
     limits = WebGpuLimits(max_buffer_bytes=1000, max_binding_bytes=1000, has_shader_f16=True)
     browser = replace(pi, webgpu=replace(limits, **granted), formats=("gguf",))

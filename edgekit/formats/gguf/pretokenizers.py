@@ -19,7 +19,7 @@ from edgekit import installed
 from edgekit.errors import DisagreementError, ToolchainError, UsageError
 from edgekit.formats.gguf.layout import Value, encode_header
 from edgekit.formats.gguf.runtime import library
-from edgekit.formats.gguf.vocabulary import Source, vocabulary_of
+from edgekit.formats.gguf.vocabulary import TokenizerSource, vocabulary_of
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.runtime.child import environment
 from edgekit.text.tokenizer import open_tokenizer
@@ -189,16 +189,16 @@ def candidate_pre(tokenizer: TokenizerFiles) -> list[str]:
     They all stand for exactly these patterns; those that also agree on ignoring merges, then on
     normalizing, come first. The list is empty for cuts nobody named.
     """
-    return _candidates(Source.open(tokenizer))
+    return _candidates(TokenizerSource.open(tokenizer))
 
 
-def _candidates(source: Source) -> list[str]:
+def _candidates(source: TokenizerSource) -> list[str]:
     patterns = patterns_of(source.steps("pre_tokenizer"))
     same = [name for name, pre in PRE_TOKENIZERS.items() if pre.patterns == patterns]
     return sorted(same, key=lambda name: _unlikeness(PRE_TOKENIZERS[name], source))
 
 
-def _unlikeness(pre: PreTokenizer, source: Source) -> tuple[bool, bool]:
+def _unlikeness(pre: PreTokenizer, source: TokenizerSource) -> tuple[bool, bool]:
     ignores_merges = bool(source.model.get("ignore_merges"))
     return pre.ignores_merges != ignores_merges, pre.composes != _composes(source)
 
@@ -239,7 +239,7 @@ def find_pre(tokenizer: TokenizerFiles, *, corpus: Sequence[str]) -> str:
         DisagreementError: If no name agrees; the message shows the first difference of the best.
         MissingDependencyError: If llama.cpp or tokenizers is not installed.
     """
-    source = Source.open(tokenizer)
+    source = TokenizerSource.open(tokenizer)
     if source.kind == "llama":
         return "default"  # what llama.cpp takes for a vocabulary without cuts, whatever it is told
     if installed.missing("llama_cpp"):
@@ -273,7 +273,7 @@ class _Trial:
     expected: list[list[int]]
 
     @classmethod
-    def prepare(cls, source: Source, corpus: Sequence[str], directory: Path) -> "_Trial":
+    def prepare(cls, source: TokenizerSource, corpus: Sequence[str], directory: Path) -> "_Trial":
         reference = open_tokenizer(source.path, refusal=UsageError)
         # llama.cpp does not compose characters; where the checkpoint does, what it would see.
         composes = _composes(source)
@@ -334,7 +334,7 @@ def _whole_lines(output: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output[: output.rfind(b"\n") + 1].splitlines()]
 
 
-def _composes(source: Source) -> bool:
+def _composes(source: TokenizerSource) -> bool:
     return any(step.get("type") == "NFC" for step in source.steps("normalizer"))
 
 

@@ -33,7 +33,7 @@ _KNOWN_ENDS = (*TURN_ENDS, *MESSAGE_ENDS, "</s>", "<eos>", "<EOT>", "<|end_of_te
 PHI3_NAMES = ("phi-3", "phi3")
 PHI3_STAYING = ("<unk>", "<s>", "<|endoftext|>")
 
-Kind = Literal["gpt2", "llama"]
+TokenizerKind = Literal["gpt2", "llama"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class _AddedToken:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class TokenizerSource:
     """A tokenizer.json, parsed once, with what the checkpoint's other files say about it."""
 
     files: TokenizerFiles
@@ -58,10 +58,10 @@ class Source:
     ids: Mapping[str, int]  # of the tokens that are merged
     merges: tuple[tuple[str, str], ...]  # the pairs that are joined, the first one first
     added: tuple[_AddedToken, ...]  # the tokens that are found before text is cut
-    kind: Kind  # which of llama.cpp's tokenizers this is
+    kind: TokenizerKind  # which of llama.cpp's tokenizers this is
 
     @classmethod
-    def open(cls, tokenizer: TokenizerFiles) -> "Source":
+    def open(cls, tokenizer: TokenizerFiles) -> "TokenizerSource":
         """Parse the tokenizer.json.
 
         Raises:
@@ -141,7 +141,7 @@ def _merges(model: Mapping[str, Any], path: Path) -> Iterator[tuple[str, str]]:
         yield parts[0], parts[1]
 
 
-def _kind(fields: Mapping[str, Any], model: Mapping[str, Any], path: Path) -> Kind:
+def _kind(fields: Mapping[str, Any], model: Mapping[str, Any], path: Path) -> TokenizerKind:
     if any(part.get("type") == "ByteLevel" for part in _steps(fields, "pre_tokenizer", path)):
         return "gpt2"
     if not model.get("byte_fallback"):
@@ -215,10 +215,14 @@ def read_vocabulary(
     Raises:
         UsageError: If llama.cpp has no such tokenizer; the message names what it lacks.
     """
-    return vocabulary_of(Source.open(tokenizer), vocabulary_tokens=vocabulary_tokens, pre=pre)
+    return vocabulary_of(
+        TokenizerSource.open(tokenizer), vocabulary_tokens=vocabulary_tokens, pre=pre
+    )
 
 
-def vocabulary_of(source: Source, *, vocabulary_tokens: int, pre: str | None) -> dict[str, Value]:
+def vocabulary_of(
+    source: TokenizerSource, *, vocabulary_tokens: int, pre: str | None
+) -> dict[str, Value]:
     """Do what `read_vocabulary` does with a file that is already parsed."""
     _refuse_foreign_steps(source)
     tokens, types = _tokens(source, vocabulary_tokens)
@@ -243,7 +247,7 @@ def vocabulary_of(source: Source, *, vocabulary_tokens: int, pre: str | None) ->
     return metadata
 
 
-def _refuse_foreign_steps(source: Source) -> None:
+def _refuse_foreign_steps(source: TokenizerSource) -> None:
     """Refuse what changes the ids of ordinary text and has no place in a GGUF file."""
     for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if source.model.get(setting):
@@ -266,7 +270,7 @@ def _refuse_foreign_steps(source: Source) -> None:
 # Tokens and their types
 
 
-def _tokens(source: Source, vocabulary_tokens: int) -> tuple[list[str], list[int]]:
+def _tokens(source: TokenizerSource, vocabulary_tokens: int) -> tuple[list[str], list[int]]:
     merged = (id for token, id in source.ids.items() if token not in source.listed)
     largest = max(merged, default=-1)
     if largest >= vocabulary_tokens:
@@ -290,11 +294,11 @@ def _tokens(source: Source, vocabulary_tokens: int) -> tuple[list[str], list[int
     return tokens, types
 
 
-def _is_byte(source: Source, token: str) -> bool:
+def _is_byte(source: TokenizerSource, token: str) -> bool:
     return source.kind == "llama" and BYTE_TOKEN.fullmatch(token) is not None
 
 
-def _type_of(source: Source, added: _AddedToken) -> int:
+def _type_of(source: TokenizerSource, added: _AddedToken) -> int:
     if source.kind == "llama":
         if added.content == source.model.get("unk_token"):
             return UNKNOWN
@@ -305,7 +309,7 @@ def _type_of(source: Source, added: _AddedToken) -> int:
     return CONTROL if added.is_special else USER_DEFINED
 
 
-def _refuse_duplicates(source: Source, tokens: Sequence[str]) -> None:
+def _refuse_duplicates(source: TokenizerSource, tokens: Sequence[str]) -> None:
     seen: dict[str, int] = {}
     for id, token in enumerate(tokens):
         if token in seen:
@@ -316,7 +320,7 @@ def _refuse_duplicates(source: Source, tokens: Sequence[str]) -> None:
         seen[token] = id
 
 
-def _refuse_half_characters(source: Source, tokens: Sequence[str]) -> None:
+def _refuse_half_characters(source: TokenizerSource, tokens: Sequence[str]) -> None:
     try:
         "".join([*tokens, source.files.chat_template or ""]).encode()
     except UnicodeEncodeError as error:
@@ -325,7 +329,7 @@ def _refuse_half_characters(source: Source, tokens: Sequence[str]) -> None:
         ) from error
 
 
-def _refuse_foreign_merges(source: Source) -> None:
+def _refuse_foreign_merges(source: TokenizerSource) -> None:
     ids = source.ids
     for left, right in source.merges:
         if left not in ids or right not in ids or left + right not in ids:
@@ -335,7 +339,7 @@ def _refuse_foreign_merges(source: Source) -> None:
             )
 
 
-def _scores(source: Source, tokens: Sequence[str], types: Sequence[int]) -> list[float]:
+def _scores(source: TokenizerSource, tokens: Sequence[str], types: Sequence[int]) -> list[float]:
     """Return minus the rank of the first merge that makes each token.
 
     What no merge makes comes after all of them, so that llama.cpp prefers any listed merge.
@@ -358,7 +362,7 @@ def _scores(source: Source, tokens: Sequence[str], types: Sequence[int]) -> list
 # Special tokens
 
 
-def _special_ids(source: Source, vocabulary_tokens: int) -> dict[str, Value]:
+def _special_ids(source: TokenizerSource, vocabulary_tokens: int) -> dict[str, Value]:
     before, after = _template_ids(source)
     eos = _end_id(source)
     pad = source.special_id("pad_token")
@@ -383,7 +387,7 @@ def _special_ids(source: Source, vocabulary_tokens: int) -> dict[str, Value]:
     return found
 
 
-def _end_id(source: Source) -> int:
+def _end_id(source: TokenizerSource) -> int:
     declared = source.special_id("eos_token")
     if declared is not None:
         return declared
@@ -396,7 +400,7 @@ def _end_id(source: Source) -> int:
     return stops[0]
 
 
-def _other_ends(source: Source, stops: Sequence[int]) -> dict[str, int]:
+def _other_ends(source: TokenizerSource, stops: Sequence[int]) -> dict[str, int]:
     """Give the stop ids next to eos the two places a GGUF file has: end of turn, of message.
 
     Those that llama.cpp knows by their text need no place, so the others go first.
@@ -411,7 +415,7 @@ def _other_ends(source: Source, stops: Sequence[int]) -> dict[str, int]:
     return dict(zip(("eot", "eom"), [*unknown, *turn_ends, *message_ends], strict=False))
 
 
-def _template_ids(source: Source) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _template_ids(source: TokenizerSource) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the ids the post-processor puts before and after a single text."""
     before: list[int] = []
     after: list[int] = []
@@ -436,7 +440,7 @@ def _collect_template(step: Mapping[str, Any], before: list[int], after: list[in
 # Spaces
 
 
-def _adds_space(source: Source) -> bool:
+def _adds_space(source: TokenizerSource) -> bool:
     """Tell whether llama.cpp must put a space before a text, and after every special token.
 
     A tokenizer that puts one before the first text only has no equal: with a chat template, whose
@@ -448,7 +452,7 @@ def _adds_space(source: Source) -> bool:
     return scheme == "always" or (scheme == "first" and source.files.chat_template is None)
 
 
-def _space_scheme(source: Source) -> Literal["always", "first", "never"]:
+def _space_scheme(source: TokenizerSource) -> Literal["always", "first", "never"]:
     if any(step.get("type") == "Prepend" for step in source.steps("normalizer")):
         return "always"
     for step in source.steps("pre_tokenizer"):
@@ -460,7 +464,7 @@ def _space_scheme(source: Source) -> Literal["always", "first", "never"]:
     return "never"
 
 
-def _is_phi3_like(source: Source) -> bool:
+def _is_phi3_like(source: TokenizerSource) -> bool:
     """Tell whether added tokens swallow the spaces after them as llama.cpp does for Phi-3."""
     swallowing = {token.content for token in source.added if token.strips_right}
     return (
@@ -473,7 +477,7 @@ def _is_phi3_like(source: Source) -> bool:
 def model_name(tokenizer: TokenizerFiles, name: str) -> str:
     """Return a ``general.name`` that makes llama.cpp treat the special tokens as it should."""
     says_phi3 = any(word in name.lower() for word in PHI3_NAMES)
-    if _is_phi3_like(Source.open(tokenizer)):
+    if _is_phi3_like(TokenizerSource.open(tokenizer)):
         return name if says_phi3 else f"{name} (Phi-3)"
     return re.sub(r"(?i)phi-?3", "Phi 3", name) if says_phi3 else name
 
@@ -484,7 +488,7 @@ def known_differences(tokenizer: TokenizerFiles) -> list[str]:
     edgekit reads text with the checkpoint's tokenizer.json, so these concern only other programs
     that open the file.
     """
-    source = Source.open(tokenizer)
+    source = TokenizerSource.open(tokenizer)
     found = [*_text_differences(source), *_added_differences(source)]
     before, after = _template_ids(source)
     eos = _end_id(source)
@@ -496,7 +500,7 @@ def known_differences(tokenizer: TokenizerFiles) -> list[str]:
     return found
 
 
-def _text_differences(source: Source) -> Iterator[str]:
+def _text_differences(source: TokenizerSource) -> Iterator[str]:
     if any(step.get("type") == "NFC" for step in source.steps("normalizer")):
         yield "it composes characters (NFC) first; llama.cpp takes them as they are"
     if source.kind == "gpt2":
@@ -513,7 +517,7 @@ def _text_differences(source: Source) -> Iterator[str]:
         yield "it leaves some tokens apart that llama.cpp may join: not every pair is a merge"
 
 
-def _metaspace_differences(source: Source) -> Iterator[str]:
+def _metaspace_differences(source: TokenizerSource) -> Iterator[str]:
     for step in source.steps("pre_tokenizer"):
         if step.get("type") != "Metaspace":
             continue
@@ -523,7 +527,7 @@ def _metaspace_differences(source: Source) -> Iterator[str]:
             yield "it merges within words only; llama.cpp also merges across spaces"
 
 
-def _added_differences(source: Source) -> Iterator[str]:
+def _added_differences(source: TokenizerSource) -> Iterator[str]:
     looking = [token for token in source.added if token.strips_left or token.is_single_word]
     swallowing = [token for token in source.added if token.strips_right]
     if looking:
@@ -540,7 +544,7 @@ def _listed(tokens: Sequence[_AddedToken]) -> str:
     return first if len(tokens) == 1 else f"each of {len(tokens)} tokens such as {first}"
 
 
-def _has_unlisted_merges(source: Source) -> bool:
+def _has_unlisted_merges(source: TokenizerSource) -> bool:
     """Tell whether two tokens make a third without a merge that says so."""
     listed = set(source.merges)
     return any(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.errors import UsageError
-from edgekit.formats import Buffer, BuildRequest, Layout
+from edgekit.formats import BuildRequest, GpuBuffer, Layout
 from edgekit.formats.mlc import decoders, names, packing, shards
 from edgekit.formats.mlc.names import Parameter
 from edgekit.formats.mlc.packing import PackedTensor, Scheme
@@ -142,7 +142,7 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         is_exact=True,
         notes=(*decoders.notes(checkpoint.spec), *_notes(checkpoint)),
         calibration=calibration_sha256(checkpoint.calibration, planned.placements),
-        largest_buffer=Buffer(name=largest.name, size_bytes=largest.memory_bytes),
+        largest_buffer=GpuBuffer(name=largest.name, size_bytes=largest.memory_bytes),
         needs_shader_f16=scheme_of(recipe).dtype == "float16",
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgekit.formats import Buffer
+from edgekit.formats import GpuBuffer
 from edgekit.formats.mlc.conversation import WITH_SYSTEM, Conversation, keeps_cache
 
 
@@ -23,7 +23,7 @@ PREBUILT_FOR = "0.2.85"  # the version of WebLLM that the page was tested with
 LOW_RESOURCE_BYTES = 2 << 30
 
 
-class Library(Protocol):
+class LinkedLibrary(Protocol):
     """A compiled library that somebody offers."""
 
     @property
@@ -48,9 +48,9 @@ def write(  # noqa: PLR0913 - what the page has to know
     model_id: str,
     config: Mapping[str, Any],
     conversation: Conversation,
-    library: Library | None,
+    library: LinkedLibrary | None,
     vram_bytes: int,
-    largest_buffer: Buffer | None = None,
+    largest_buffer: GpuBuffer | None = None,
     needs_shader_f16: bool = False,
 ) -> None:
     """Write the settings, the module and the page.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from edgekit.errors import UsageError
-from edgekit.formats import Buffer, BuildRequest, Layout
+from edgekit.formats import BuildRequest, GpuBuffer, Layout
 from edgekit.formats.onnx import clients, graph, model, tensor_types
 from edgekit.formats.onnx.model import External
 from edgekit.formats.onnx.tensor_types import GraphBuild
@@ -176,7 +176,7 @@ def _notes(checkpoint: "CheckpointProtocol", planned: OnnxPlan) -> Iterator[str]
         yield tensor_types.ACTIVATIONS_NOTE
 
 
-def _largest_buffer(planned: OnnxPlan) -> Buffer:
+def _largest_buffer(planned: OnnxPlan) -> GpuBuffer:
     """Return the largest tensor on a GPU; one converted to float32 at load is as large as that."""
     grown = 1 if planned.how.is_half else 2
     sizes = {
@@ -184,7 +184,7 @@ def _largest_buffer(planned: OnnxPlan) -> Buffer:
         for tensor in planned.tensors
     }
     name = max(sizes, key=lambda name: sizes[name])
-    return Buffer(name=name, size_bytes=sizes[name])
+    return GpuBuffer(name=name, size_bytes=sizes[name])
 
 
 def convert(

@@ -20,7 +20,7 @@ from edgekit.tests.tiny.checkpoints import TINY, WINDOW_TOKENS, write_tiny_check
 
 
 if TYPE_CHECKING:
-    from edgekit.formats.executorch.backends.xnnpack.decoder import Decoder
+    from edgekit.formats.executorch.backends.xnnpack.decoder import XnnpackDecoder
 
 np = pytest.importorskip("numpy")
 
@@ -176,7 +176,7 @@ def test_four_bits_everywhere_say_nearly_what_transformers_says(name, words, tmp
 # The module by itself, before anything is lowered
 
 
-def eager(checkpoint: Checkpoint) -> "Decoder":
+def eager(checkpoint: Checkpoint) -> "XnnpackDecoder":
     import torch
 
     from edgekit.formats.executorch import embeddings
@@ -193,7 +193,7 @@ def eager(checkpoint: Checkpoint) -> "Decoder":
         roles = decoder.segment_roles(spec, index)
         weights = {name: weight(role) for name, role in roles.items()}
         segments.append(decoder.Segment(spec, shape, weights))
-    return decoder.Decoder(
+    return decoder.XnnpackDecoder(
         spec,
         embedding=embeddings.FloatEmbedding(weight("token_embedding")),
         segments=segments,

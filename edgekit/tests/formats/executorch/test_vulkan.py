@@ -114,7 +114,7 @@ def said(path, spec, ids, read, context_tokens=CONTEXT_TOKENS):
     from edgekit.formats.executorch.backends.vulkan import wrapper
     from edgekit.tests.witnesses.vulkan_interpreter import Interpreter
 
-    decoder = wrapper.Decoder(
+    decoder = wrapper.VulkanDecoder(
         spec, embedding=embedding(path, spec, read), inner=Interpreter(path),
         context_tokens=context_tokens,
     )  # fmt: skip
@@ -256,7 +256,7 @@ def test_a_position_past_the_context_fails_before_it_is_written(checkpoint, four
     assert forward
     assert "aten::arange.start_out" in forward.operators
     read = running.read_back(four_bit_path, checkpoint.spec)
-    decoder = wrapper.Decoder(
+    decoder = wrapper.VulkanDecoder(
         checkpoint.spec, embedding=embedding(four_bit_path, checkpoint.spec, read),
         inner=Interpreter(four_bit_path), context_tokens=CONTEXT_TOKENS,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from edgekit.formats.gguf.vocabulary import (
     CONTROL,
     NORMAL,
     UNUSED,
-    Source,
+    TokenizerSource,
     known_differences,
     model_name,
     read_vocabulary,
@@ -415,7 +415,7 @@ def test_cuts_llama_cpp_lacks_are_refused_with_the_first_difference(tmp_path):
 @pytest.mark.toolchain
 def test_a_name_that_aborts_llama_cpp_does_not_end_the_search(tmp_path):
     tokenizer = gguf_vocabularies.byte_level(tmp_path, to_tokenizer_json(PRE_TOKENIZERS["gpt-2"]))
-    trial = _Trial.prepare(Source.open(tokenizer), TEXTS, tmp_path)
+    trial = _Trial.prepare(TokenizerSource.open(tokenizer), TEXTS, tmp_path)
 
     # No merges of this vocabulary are its kind: llama.cpp asserts.
     assert dict(trial.run(["whitespace", "gpt-2"])) == {"gpt-2": None}

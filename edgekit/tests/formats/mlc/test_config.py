@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgekit.errors import UsageError
-from edgekit.formats import Buffer, BuildRequest
+from edgekit.formats import BuildRequest, GpuBuffer
 from edgekit.formats.mlc import chat_config, decoders, packing, writing
 from edgekit.model.spec import (
     Attention,
@@ -261,10 +261,12 @@ def test_a_browser_must_bind_the_largest_tensor_and_compute_in_float16_only_wher
 
     tiny = _tiny_checkpoint(tmp_path)
     half = writing.lay_out(tiny, BuildRequest(recipe=packing.RECIPES["q0f16"]))
-    assert half.largest_buffer == Buffer(name="model.embed_tokens.weight", size_bytes=257 * 64 * 2)
+    assert half.largest_buffer == GpuBuffer(
+        name="model.embed_tokens.weight", size_bytes=257 * 64 * 2
+    )
     assert half.needs_shader_f16
     full = writing.lay_out(tiny, BuildRequest(recipe=packing.RECIPES["q0f32"]))
-    assert full.largest_buffer == Buffer(  # as in memory, not as stored
+    assert full.largest_buffer == GpuBuffer(  # as in memory, not as stored
         name="model.embed_tokens.weight", size_bytes=257 * 64 * 4
     )
     assert not full.needs_shader_f16

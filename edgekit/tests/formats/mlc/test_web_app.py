@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgekit.formats import Buffer
+from edgekit.formats import GpuBuffer
 from edgekit.formats.mlc import conversation, web_app
 from edgekit.tests.tiny.voices import speak
 from edgekit.tests.witnesses import javascript_clients
@@ -49,7 +49,7 @@ def settings_of(bundle):
 
 
 def test_webllm_json_is_an_app_config_with_one_model(tmp_path):
-    bundle = write_app(tmp_path, largest_buffer=Buffer(name="model.norm", size_bytes=77))
+    bundle = write_app(tmp_path, largest_buffer=GpuBuffer(name="model.norm", size_bytes=77))
 
     assert settings_of(bundle)["model_list"] == [
         {
@@ -100,7 +100,7 @@ def visit_page(bundle, *, gpus=(), talks=(), ends=(), has_webllm=True):
 
 @pytest.mark.toolchain
 def test_the_page_says_which_limit_of_a_gpu_is_too_low_for_which_buffer(tmp_path):
-    largest = Buffer(name="lm_head.q_weight", size_bytes=200 * MIB)
+    largest = GpuBuffer(name="lm_head.q_weight", size_bytes=200 * MIB)
     bundle = write_app(tmp_path, largest_buffer=largest)
     gpus = [
         None,

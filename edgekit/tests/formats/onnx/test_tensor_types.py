@@ -6,7 +6,7 @@ import pytest
 
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import UsageError
-from edgekit.formats import Buffer, BuildRequest
+from edgekit.formats import BuildRequest, GpuBuffer
 from edgekit.formats.onnx import clients, conversion, graph, model, tensor_types
 from edgekit.formats.onnx.model import OnnxGraph, Port
 from edgekit.formats.onnx.tensor_types import BLOCKS, BUILDS, RECIPES, TENSOR_TYPES, GraphBuild
@@ -189,7 +189,7 @@ def test_the_largest_buffer_is_told_as_it_is_on_the_gpu(recipe, tmp_path):
     sizes = {
         "F32": 257 * 64 * 4, "F16": 257 * 64 * 4, "F16_GPU": 257 * 64 * 2, "UINT4_ALL": 257 * 32,
     }  # fmt: skip
-    assert layout.largest_buffer == Buffer(
+    assert layout.largest_buffer == GpuBuffer(
         name="token_embedding", size_bytes=sizes.get(recipe, 257 * 64)
     )
     assert layout.needs_shader_f16 == any("F16" in p.tensor_type for p in layout.placements)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
 from edgekit.formats.executorch import tensor_types
-from edgekit.formats.executorch.backends.coreml.mil import Blob, Value, Writer
+from edgekit.formats.executorch.backends.coreml.mil import Blob, FunctionWriter, Value
 from edgekit.model.spec import DecoderSpec, Norm, Rope, Shape
 
 
@@ -107,7 +107,7 @@ class _Decoder:
     ) -> None:
         self._spec, self._tensor_types, self._context_tokens = spec, tensor_types, context_tokens
         self._shapes = dict(spec.weights())
-        self._writer = Writer()
+        self._writer = FunctionWriter()
         self._token = Value(name=TOKENS, kind="int32", shape=(1, 1))
         self._position = Value(name=POSITION, kind="int32", shape=(1,))
         self._caches = {

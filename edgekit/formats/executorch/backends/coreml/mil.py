@@ -83,7 +83,7 @@ def file_header(blobs: int) -> bytes:
 
 
 @dataclass(kw_only=True)
-class Writer:
+class FunctionWriter:
     """Writes the one function of a model."""
 
     operators: Counter[str] = field(default_factory=Counter)  # how often each is applied

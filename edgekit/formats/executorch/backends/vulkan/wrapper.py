@@ -38,7 +38,7 @@ def lower(
         made = decoder.delegate(
             spec, tensor_types, context_tokens=context_tokens, batch_tokens=batch_tokens
         )
-        whole = Decoder(
+        whole = VulkanDecoder(
             spec,
             embedding=embeddings.empty(spec, tensor_types["token_embedding"]),
             inner=_delegate(spec, made.content),
@@ -58,7 +58,7 @@ def lower(
     )
 
 
-class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
+class VulkanDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
     """All that is not on the GPU, and ``inner``, which is."""
 
     def __init__(

@@ -259,7 +259,7 @@ def _grouped(attention: Attention, query: Tensor) -> Tensor:
     return rows.permute(1, 0, 2).reshape(attention.num_kv_heads, -1, attention.head_dim)
 
 
-class Decoder(nn.Module):  # type: ignore[misc]  # it is Any here
+class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
     """The whole: tokens and their positions in, the logits of the last token out."""
 
     def __init__(

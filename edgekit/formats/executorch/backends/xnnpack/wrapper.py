@@ -14,7 +14,7 @@ import torch  # noqa: TID253
 
 from edgekit.formats.executorch import embeddings, lowering
 from edgekit.formats.executorch.assembly import Lowered
-from edgekit.formats.executorch.backends.xnnpack.decoder import Decoder
+from edgekit.formats.executorch.backends.xnnpack.decoder import XnnpackDecoder
 from edgekit.formats.executorch.backends.xnnpack.delegates import Segments
 from edgekit.formats.executorch.coverage import Coverage
 from edgekit.model.spec import DecoderSpec
@@ -40,7 +40,7 @@ def lower(
     """
     with silence(), torch.no_grad():
         made = Segments(spec, tensor_types, context_tokens, mixes=not uses_llm_operators)
-        decoder = Decoder(
+        decoder = XnnpackDecoder(
             spec,
             embedding=embeddings.empty(spec, tensor_types["token_embedding"]),
             segments=made.modules,
