@@ -20,6 +20,7 @@ PINNED = {"llama-cpp-python": versions.LLAMA_CPP_PYTHON, "executorch": versions.
 EXECUTORCH = "formats/executorch"
 PRIVATE = {
     "import llama_cpp": "formats/gguf/runtime.py",  # its ctypes structs
+    "ggml.ggml_quantize_chunk.argtypes": "formats/gguf/tensor_types.py",  # of the same library
     "onnxruntime_pybind11_state": "formats/onnx/runtime.py",  # its exceptions have no base
     "exir._serialize._flatbuffer_program": f"{EXECUTORCH}/assembly.py",
     "exir._serialize._program ": f"{EXECUTORCH}/assembly.py",
@@ -66,7 +67,10 @@ def test_webllm_is_named_once():
 
 
 def test_no_other_version_of_a_pinned_program_is_named():
-    text = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    kinds = ("*.py", "*.cpp", "*.cmake", "*.toml", "*.html", "*.mjs")
+    files = [path for kind in kinds for path in PACKAGE.rglob(kind)]
+    assert len(files) > 200
+    text = "".join(path.read_text(encoding="utf-8") for path in files)
     assert set(re.findall(r"[Ee]xecu[Tt]orch (\d+\.\d+\.\d+)", text)) == {versions.EXECUTORCH}
     named = set(re.findall(r"llama\.cpp ([0-9a-f]{9})\b", text))
     assert named == {versions.LLAMA_CPP_COMMIT}
