@@ -101,7 +101,7 @@ def test_a_version_that_errs_is_refused(path, monkeypatch):
 
 def test_a_probe_says_nothing_of_a_good_model_and_tells_what_is_wrong_with_another(path, tmp_path):
     load_probe.probe("onnx", path, context_tokens=32)
-    with pytest.raises(ToolchainError, match="failed over") as refusal:
+    with pytest.raises(ToolchainError, match="failed; it was given") as refusal:
         load_probe.probe("onnx", tmp_path / "absent.onnx", context_tokens=32)
     assert "cannot be read" in refusal.value.log
 
