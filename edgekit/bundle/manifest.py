@@ -5,7 +5,6 @@ without it is not a bundle, and a bundle with a changed byte is refused. A path 
 the directory.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, TypeVar
 
+from edgekit.encodings.hashing import sha256_of
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import BundleError, DisagreementError
 from edgekit.text.rules import TextRules
@@ -302,9 +302,3 @@ def _records(directory: Path) -> dict[str, FileRecord]:
 def _files(directory: Path) -> list[Path]:
     found = (path for path in directory.rglob("*") if path.is_file() or path.is_symlink())
     return sorted(path for path in found if path != directory / MANIFEST)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

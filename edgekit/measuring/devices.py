@@ -26,7 +26,8 @@ from types import TracebackType
 from typing import Protocol, Self
 from urllib.parse import parse_qs, urlsplit
 
-from edgekit.bundle.manifest import MANIFEST, sha256_of
+from edgekit.bundle.manifest import MANIFEST
+from edgekit.encodings.hashing import sha256_of
 from edgekit.errors import EdgekitError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.runtime.child import death_of, environment, shell_status
 

@@ -4,7 +4,6 @@ Only safetensors is read: never a pickle, never code from the model's directory.
 """
 
 import functools
-import hashlib
 import math
 import os
 import struct
@@ -15,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from edgekit.encodings.hashing import sha256_of_all
 from edgekit.encodings.json_files import parse, read_object
 from edgekit.errors import UsageError
 from edgekit.model import card as model_card
@@ -320,11 +320,7 @@ def _architecture(directory: Path, fields: Mapping[str, Any]) -> str:
 @functools.lru_cache(maxsize=4)  # an export asks twice, of copies that differ in their notes
 def _sha256_of(files: tuple[tuple[Path, int], ...]) -> str:
     """Return one hash over files, each with the time it was changed."""
-    digest = hashlib.sha256()
-    for path, _ in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    return sha256_of_all(path for path, _ in files)
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgekit.bundle.manifest import sha256_of
 from edgekit.cache import cache_directory
+from edgekit.encodings.hashing import sha256_of
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.model.card import read_sampling
 from edgekit.model.tokenizer_files import TokenizerFiles

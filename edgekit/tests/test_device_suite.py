@@ -9,7 +9,8 @@ from xml.etree import ElementTree as ET
 import pytest
 
 import edgekit
-from edgekit.bundle.manifest import Artifact, sha256_of
+from edgekit.bundle.manifest import Artifact
+from edgekit.encodings.hashing import sha256_of
 from edgekit.export import export
 from edgekit.measuring.devices import SSH_CONFIG_VARIABLE
 from edgekit.tests.needs import needs

@@ -12,6 +12,7 @@ import pytest
 from edgekit.bundle import manifest as manifest_module
 from edgekit.bundle.goldens import Goldens
 from edgekit.bundle.manifest import Bundle
+from edgekit.encodings import hashing
 from edgekit.errors import BudgetError, DisagreementError, UsageError
 from edgekit.export import default_out, export
 from edgekit.plan import Choice, make
@@ -63,7 +64,7 @@ def test_the_manifest_says_what_it_was_made_from_and_with(tiny_bundle, tiny_chec
 def test_every_file_is_hashed_once(tiny_checkpoint, tmp_path, monkeypatch):
     hashed = []
 
-    def sha256_of(path, real=manifest_module.sha256_of):
+    def sha256_of(path, real=hashing.sha256_of):
         hashed.append(path.name)
         return real(path)
 

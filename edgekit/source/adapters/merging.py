@@ -5,7 +5,6 @@ asked for. So an adapter that does not fit its base is refused at once, and noth
 module knows that there was one.
 """
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
+from edgekit.encodings.hashing import sha256_of_all
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor
@@ -565,17 +565,12 @@ def _template_of(directory: Path) -> str | None:
 
 
 def _record_of(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> AdapterRecord:
-    digest = hashlib.sha256()
     earlier = fit.base.adapter
-    if earlier:
-        digest.update(bytes.fromhex(earlier.sha256))
-    for path in (fit.path.parent / "adapter_config.json", fit.path):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    files = (fit.path.parent / "adapter_config.json", fit.path)
     return AdapterRecord(
         directory=fit.path.parent,
         name=f"{earlier.name} + {fit.name}" if earlier else fit.name,
-        sha256=digest.hexdigest(),
+        sha256=sha256_of_all(files, after=earlier.sha256 if earlier else None),
         notes=(*(earlier.notes if earlier else ()), *_notes(fit, spec, text)),
         earlier=earlier,
     )

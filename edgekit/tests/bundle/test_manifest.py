@@ -13,8 +13,8 @@ from edgekit.bundle.manifest import (
     FileRecord,
     Gate,
     ModelRecord,
-    sha256_of,
 )
+from edgekit.encodings.hashing import sha256_of
 from edgekit.errors import BundleError, DisagreementError
 from edgekit.text.rules import TextRules
 
