@@ -216,10 +216,8 @@ def describe(checkpoint: Checkpoint, chosen: Plan, to: Target) -> list[str]:
     ]
     if checkpoint.adapter:
         lines.insert(1, f"with the adapter {checkpoint.adapter.name} merged in")
-    lines += remarks(chosen)
-    if checkpoint.adapter:
-        lines += [f"note: {note}" for note in checkpoint.adapter.notes]
-    return lines
+    found_since = [note for note in checkpoint.remarks if note not in chosen.notes]
+    return [*lines, *remarks(chosen), *(f"note: {note}" for note in found_since)]
 
 
 def default_out(checkpoint: Checkpoint, chosen: Plan, to: Target) -> Path:

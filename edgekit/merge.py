@@ -50,7 +50,7 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
         trained_on=None if trained_on is None else Path(trained_on),
         listener=listener,
     )
-    for note in checkpoint.adapter.notes if checkpoint.adapter else ():
+    for note in checkpoint.remarks:
         listener.say(note)
     total = written_bytes(checkpoint, precision)
     with listener.track(f"merge into {checkpoint.name}", total) as advance:

@@ -191,7 +191,7 @@ def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -
             + "\n".join(f"  {c.name}: {'; '.join(c.misses)}" for c in candidates),
             hint="take a smaller model, a shorter --context, or a target file with a wider budget",
         )
-    return _plan(chosen, candidates, target)
+    return _plan(chosen, candidates, target, notes=checkpoint.remarks)
 
 
 def _faithful_first(candidate: Candidate) -> tuple[int, int]:
@@ -210,7 +210,9 @@ def _choose(candidates: Sequence[Candidate]) -> Candidate | None:
     return next((candidate for candidate in candidates if not candidate.certain_misses), None)
 
 
-def _plan(chosen: Candidate, candidates: Sequence[Candidate], target: Target) -> Plan:
+def _plan(
+    chosen: Candidate, candidates: Sequence[Candidate], target: Target, *, notes: tuple[str, ...]
+) -> Plan:
     assert chosen.layout is not None  # noqa: S101 - what has none misses
     assert chosen.estimate is not None  # noqa: S101
     return Plan(
@@ -220,7 +222,7 @@ def _plan(chosen: Candidate, candidates: Sequence[Candidate], target: Target) ->
         layout=chosen.layout,
         estimate=chosen.estimate,
         rejected=tuple(candidates[: candidates.index(chosen)]),
-        notes=tuple(_notes(chosen, target)),
+        notes=(*notes, *_notes(chosen, target)),
     )
 
 

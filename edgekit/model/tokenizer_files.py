@@ -4,13 +4,14 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
+from edgekit.model import chat_templates, stops
 from edgekit.text.rules import TextRules
 from edgekit.text.template import ChatTemplate
 from edgekit.text.tokenizer import Text, open_tokenizer
@@ -29,6 +30,7 @@ class TokenizerFiles:
     chat_template: str | None
     declared_stop_ids: tuple[int, ...]  # of config, generation_config and tokenizer_config together
     stop_ids_by_file: dict[str, tuple[int, ...]]  # which file declared which, for the report
+    notes: tuple[str, ...] = ()  # what was decided where the files disagree, one sentence each
 
     @classmethod
     def open(cls, directory: Path, *, config: Mapping[str, Any]) -> Self:
@@ -47,18 +49,16 @@ class TokenizerFiles:
         special = _special_tokens(
             settings | read_object_if_there(directory / "special_tokens_map.json")
         )
-        by_file = {
-            "config.json": _ids(config.get("eos_token_id")),
-            "generation_config.json": _ids(
-                read_object_if_there(directory / "generation_config.json").get("eos_token_id")
-            ),
-            "tokenizer_config.json": _ids_of(tokenizer_json, special.get("eos_token")),
-        }
+        by_file = stops.by_file(
+            config,
+            read_object_if_there(directory / "generation_config.json"),
+            eos_id=added_tokens(tokenizer_json).get(special.get("eos_token", "")),
+        )
         return cls(
             tokenizer_json=tokenizer_json,
             special_tokens=special,
-            chat_template=_chat_template(directory, settings),
-            declared_stop_ids=tuple(sorted({id for ids in by_file.values() for id in ids})),
+            chat_template=chat_templates.find(directory, settings),
+            declared_stop_ids=stops.together(by_file),
             stop_ids_by_file=by_file,
         )
 
@@ -158,38 +158,3 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(value, str):
             found[name] = value
     return found
-
-
-def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    """Return the template: a file of its own wins, of several in the config the default one."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except ValueError as error:
-            raise UsageError(f"{path} is not UTF-8: {error}") from error
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        entries = (entry for entry in template if isinstance(entry, dict))
-        named = {entry.get("name"): entry.get("template") for entry in entries}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _ids(value: Any) -> tuple[int, ...]:
-    return tuple(_flatten(value))
-
-
-def _flatten(value: Any) -> Iterator[int]:
-    if isinstance(value, int):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _flatten(item)
-
-
-def _ids_of(tokenizer_json: Path, token: str | None) -> tuple[int, ...]:
-    if token is None:
-        return ()
-    added = added_tokens(tokenizer_json)
-    return (added[token],) if token in added else ()

@@ -139,6 +139,7 @@ class Checkpoint:
     adapter: AdapterRecord | None = None
     calibration: Calibration | None = None  # None: an error counts the same in every column
     quantization: str | None = None  # of the files, where reading de-quantizes: nf4, fp4
+    notes: tuple[str, ...] = ()  # what was decided where the files disagree, one sentence each
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -172,6 +173,11 @@ class Checkpoint:
     def name(self) -> str:
         """The last part of the path: ``SmolLM2-135M-Instruct``."""
         return self.directory.resolve().name
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know about how the files were read, one sentence each."""
+        return (*self.notes, *self.text.notes, *(self.adapter.notes if self.adapter else ()))
 
     @property
     def parameters(self) -> int:

@@ -15,6 +15,7 @@ from typing import NoReturn
 from edgekit.encodings.hashing import sha256_of_all
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
+from edgekit.model import stops
 from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.model.spec import DecoderSpec, Shape
 from edgekit.model.tokenizer_files import TokenizerFiles, added_tokens
@@ -551,7 +552,7 @@ def _with_stop_ids(text: TokenizerFiles, base: TokenizerFiles) -> TokenizerFiles
         text,
         chat_template=text.chat_template or base.chat_template,
         stop_ids_by_file=by_file,
-        declared_stop_ids=tuple(sorted({id for ids in by_file.values() for id in ids})),
+        declared_stop_ids=stops.together(by_file),
     )
 
 
