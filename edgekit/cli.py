@@ -96,6 +96,15 @@ def trained_on_option(command: Decorated) -> Decorated:
     )(command)  # fmt: skip
 
 
+def tokenizer_option(command: Decorated) -> Decorated:
+    """Add ``--tokenizer``."""
+    return click.option(
+        "--tokenizer", type=click.Choice(["file", "transformers"]), default="file",
+        show_default=True,
+        help="Read text as tokenizer.json says, or as AutoTokenizer does where it rebuilds that.",
+    )(command)  # fmt: skip
+
+
 def choice_options(command: Decorated) -> Decorated:
     """Add what narrows a plan."""
     for option in (
@@ -168,6 +177,7 @@ def json_option(command: Decorated) -> Decorated:
                    "own.",
               )  # fmt: skip
 @no_calibration_option
+@tokenizer_option
 @click.option("-o", "--out", type=DIRECTORY, help="Bundle directory to create.")
 @click.option(
     "--replace", is_flag=True, help="Replace the bundle at OUT, once the new one is complete."
@@ -180,7 +190,7 @@ def export_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
     quant: str | None, context_tokens: int | None, trained_on: Path | None,
     split_bytes: int | None, variant: str | None, calibration: Path | None,
-    no_calibration: bool, out: Path | None,
+    no_calibration: bool, tokenizer: str, out: Path | None,
     replace: bool, no_verify: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Export MODEL for a device, and prove that the artifact says what MODEL says.
@@ -200,8 +210,8 @@ def export_command(
     bundle = export(
         model, target_name, adapters=adapters, format=format, quant=quant,
         context_tokens=context_tokens, split_bytes=split_bytes, variant=variant,
-        trained_on=trained_on, calibration=calibration, calibrate=not no_calibration, out=out,
-        replace=replace, verify=not no_verify, listener=Terminal(),
+        trained_on=trained_on, calibration=calibration, calibrate=not no_calibration,
+        tokenizer=tokenizer, out=out, replace=replace, verify=not no_verify, listener=Terminal(),
     )  # fmt: skip
     if as_json:
         print_json(bundle)
@@ -214,11 +224,12 @@ def export_command(
 @choice_options
 @variant_option
 @no_calibration_option
+@tokenizer_option
 @json_option
 def plan_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
     quant: str | None, context_tokens: int | None, variant: str | None, no_calibration: bool,
-    as_json: bool,
+    tokenizer: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what `export` would make of MODEL, what it would cost, and why the rest is rejected."""
     from edgekit.plan import plan
@@ -228,7 +239,7 @@ def plan_command(
     made = plan(
         model, target, adapters=adapters, format=format, quant=quant,
         context_tokens=context_tokens, variant=variant, calibrate=not no_calibration,
-        listener=Terminal(),
+        tokenizer=tokenizer, listener=Terminal(),
     )  # fmt: skip
     if as_json:
         print_json(plan_document(made))
@@ -495,13 +506,16 @@ def raise_outcome(outcome: str, bundle: Path, target: str) -> None:
 @click.argument("bundle", type=DIRECTORY)
 @click.argument("model")
 @adapter_option
+@tokenizer_option
 @json_option
-def verify_command(bundle: Path, model: str, adapters: tuple[Path, ...], as_json: bool) -> None:
+def verify_command(
+    bundle: Path, model: str, adapters: tuple[Path, ...], tokenizer: str, as_json: bool
+) -> None:
     """Prove again that BUNDLE says what MODEL says."""
     from edgekit.errors import DisagreementError
     from edgekit.verify import verify
 
-    agreement = verify(bundle, model, adapters=adapters, listener=Terminal())
+    agreement = verify(bundle, model, adapters=adapters, tokenizer=tokenizer, listener=Terminal())
     if as_json:
         print_json(agreement)
     else:
@@ -515,18 +529,21 @@ def verify_command(bundle: Path, model: str, adapters: tuple[Path, ...], as_json
 @click.argument("model")
 @adapter_option
 @trained_on_option
+@tokenizer_option
 @click.option("-o", "--out", type=DIRECTORY, required=True, help="Directory to create.")
 @click.option("--precision", type=click.Choice(["bf16", "f16", "f32"]),
               help="Tensor type to write; default: the one each tensor of MODEL has.")  # fmt: skip
 def merge_command(
-    model: str, adapters: tuple[Path, ...], trained_on: Path | None, out: Path, precision: Any
-) -> None:
+    model: str, adapters: tuple[Path, ...], trained_on: Path | None, tokenizer: str, out: Path,
+    precision: Any,
+) -> None:  # fmt: skip
     """Write MODEL with its adapters merged in, as an ordinary checkpoint."""
     from edgekit.merge import merge
 
     made = merge(
-        model, adapters, out, precision=precision, trained_on=trained_on, listener=Terminal()
-    )
+        model, adapters, out, precision=precision, trained_on=trained_on, tokenizer=tokenizer,
+        listener=Terminal(),
+    )  # fmt: skip
     click.echo(made)
 
 

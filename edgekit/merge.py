@@ -18,6 +18,7 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
     *,
     precision: StoredPrecision | None = None,
     trained_on: str | Path | None = None,
+    tokenizer: str = "file",
     listener: Listener | None = None,
 ) -> Path:
     """Write ``model`` with ``adapters`` merged in, one after the other, to ``out``.
@@ -29,6 +30,8 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
         precision: None keeps the type each tensor of the base has.
         trained_on: The four-bit base the adapters were trained on (QLoRA), to compare with.
             None takes the one an adapter names, if it is a directory here.
+        tokenizer: ``"transformers"`` writes the tokenizer.json that AutoTokenizer makes of the
+            files, ``"file"`` the one that is there.
         listener: Who is told what changes apart from the weights, and the progress.
 
     Returns:
@@ -43,7 +46,9 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
     refuse_existing(out)
     if not adapters:
         raise UsageError("there is no adapter to merge", hint="name one with --adapter")
-    checkpoint = opening.open_checkpoint(model, adapters=adapters, listener=listener)
+    checkpoint = opening.open_checkpoint(
+        model, adapters=adapters, tokenizer=tokenizer, listener=listener
+    )
     checkpoint = qlora.with_score(
         checkpoint,
         adapters,

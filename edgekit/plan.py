@@ -132,6 +132,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     split_bytes: int | None = None,
     variant: str | None = None,
     calibrate: bool = True,
+    tokenizer: str = "file",
     listener: Listener | None = None,
 ) -> Plan:
     """Return what `edgekit export` would make of a model; nothing is changed.
@@ -139,7 +140,9 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     The arguments and errors are those of `edgekit.export`.
     """
     target = load_target(target_name)
-    checkpoint = opening.open_checkpoint(model, adapters=adapters, listener=listener)
+    checkpoint = opening.open_checkpoint(
+        model, adapters=adapters, tokenizer=tokenizer, listener=listener
+    )
     if calibrate:
         checkpoint = announce(checkpoint)
     choice = Choice(

@@ -14,8 +14,14 @@ from edgekit.proof.gates import Subject, check
 from edgekit.source import opening
 
 
-def verify(directory: str | Path, model: str | Path, *, adapters: Sequence[str | Path] = (),
-           listener: Listener | None = None) -> Agreement:  # fmt: skip
+def verify(
+    directory: str | Path,
+    model: str | Path,
+    *,
+    adapters: Sequence[str | Path] = (),
+    tokenizer: str = "file",
+    listener: Listener | None = None,
+) -> Agreement:
     """Repeat the proof of a bundle against its checkpoint.
 
     Raises:
@@ -23,7 +29,9 @@ def verify(directory: str | Path, model: str | Path, *, adapters: Sequence[str |
         UsageError: If this is not the checkpoint the bundle was made from.
     """
     bundle = Bundle.load(directory)
-    checkpoint = opening.open_checkpoint(model, adapters=adapters, listener=listener)
+    checkpoint = opening.open_checkpoint(
+        model, adapters=adapters, tokenizer=tokenizer, listener=listener
+    )
     if checkpoint.sha256 != bundle.model.sha256:
         raise UsageError(
             f"{directory} was made from another checkpoint than {model}",

