@@ -5,18 +5,22 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from edgekit import installed
 from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.model import chat_templates, stops
+from edgekit.text import corpus
 from edgekit.text.rules import TextRules
 from edgekit.text.template import ChatTemplate
 from edgekit.text.tokenizer import Text, open_tokenizer
 
 
+_LARGEST_MERGED_ID = "largest merged id"  # not a field of tokenizer.json
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token",
                   "mask_token")  # fmt: skip
 
@@ -76,6 +80,50 @@ class TokenizerFiles:
             template=None if source is None else ChatTemplate.compile(source),
             rules=self.rules(),
         )
+
+    def prompts(self) -> tuple[str, ...]:
+        """Return edgekit's conversations as the chat template writes them, those that it can say.
+
+        There are none without a template, or where jinja2 is not installed.
+
+        Raises:
+            UsageError: If the template is not Jinja.
+        """
+        if self.chat_template is None or installed.missing("jinja2"):
+            return ()
+        rules = TextRules(stop_ids=(), special_tokens=self.special_tokens, adds_bos=False,
+                          chat_template_sha256=None)  # fmt: skip
+        template = ChatTemplate.compile(self.chat_template)
+        text = Text(tokenizer=None, template=template, rules=rules)
+        found = []
+        for turns in corpus.CONVERSATIONS:
+            with suppress(UsageError):  # Gemma's has no system role
+                found.append(text.render(turns))
+        return tuple(found)
+
+    def within(self, rows: int) -> Self:
+        """Return the same files for an embedding of so many rows, without special tokens beyond.
+
+        Raises:
+            UsageError: If text can become an id that has no row.
+        """
+        largest = _largest_merged_id(self.tokenizer_json)
+        if largest >= rows:
+            raise UsageError(
+                f"{self.tokenizer_json} has the token id {largest}, the model has {rows} "
+                "embeddings",
+                hint="is this another model's tokenizer?",
+            )
+        ids = added_tokens(self.tokenizer_json)
+        beyond = {
+            name: token for name, token in self.special_tokens.items() if ids.get(token, 0) >= rows
+        }
+        notes = (
+            f"{name} {token!r} is left out: its id {ids[token]} is beyond the model's {rows} rows"
+            for name, token in beyond.items()
+        )
+        kept = {name: it for name, it in self.special_tokens.items() if name not in beyond}
+        return replace(self, special_tokens=kept, notes=(*self.notes, *notes))
 
     def with_stop_id(self, id: int, *, origin: str) -> Self:
         """Return the same files with one more id that ends an answer."""
@@ -145,7 +193,26 @@ def _small_parts(tokenizer_json: Path) -> dict[str, Any]:
 def _parse_small_parts(tokenizer_json: Path, changed_ns: int) -> dict[str, Any]:
     del changed_ns  # a file that was changed is parsed again
     fields = read_object_if_there(tokenizer_json)
-    return {key: value for key, value in fields.items() if key != "model"}
+    small = {key: value for key, value in fields.items() if key != "model"}
+    return small | {_LARGEST_MERGED_ID: _largest_id(fields)}
+
+
+def _largest_merged_id(tokenizer_json: Path) -> int:
+    """Return the largest id that text without added tokens can become, -1 if there is none."""
+    return int(_small_parts(tokenizer_json).get(_LARGEST_MERGED_ID, -1))
+
+
+def _largest_id(fields: Mapping[str, Any]) -> int:
+    model = fields.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):  # Unigram's pieces, in the order of their ids
+        return len(vocabulary) - 1
+    if not isinstance(vocabulary, dict):
+        return -1
+    added = fields.get("added_tokens")
+    contents = {it.get("content") for it in added or [] if isinstance(it, dict)}
+    return max((id for token, id in vocabulary.items()
+                if token not in contents and isinstance(id, int)), default=-1)  # fmt: skip
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -55,7 +55,8 @@ def open_checkpoint(
         checkpoint = merge(checkpoint, adapter)
     read_sampling(checkpoint.directory)  # refuses nonsense before slow work
     checkpoint = with_template_stop(checkpoint)
-    return replace(checkpoint, text=transformers_tokenizer.taken(checkpoint.text, tokenizer))
+    text = checkpoint.text.within(checkpoint.spec.vocab_size)
+    return replace(checkpoint, text=transformers_tokenizer.taken(text, tokenizer))
 
 
 def adapter_directories(adapters: Sequence[str | Path]) -> tuple[Path, ...]:

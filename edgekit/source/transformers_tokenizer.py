@@ -9,13 +9,11 @@ transformers is asked in a child process, ``python -m edgekit.source.transformer
 for each tokenizer: without torch, which takes longer to import than the answer.
 """
 
-import functools
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any, Literal, get_args
 
 from edgekit import installed
 from edgekit.bundle.workdir import new_directory
-from edgekit.cache import cache_directory
+from edgekit.cache import cache_directory, remembered
 from edgekit.encodings.hashing import sha256_of_all
 from edgekit.encodings.json_files import parse_object
 from edgekit.errors import MissingDependencyError, UsageError
@@ -99,19 +97,8 @@ def taken(files: TokenizerFiles, reading: str) -> TokenizerFiles:
 
 def ask(files: TokenizerFiles) -> Answer:
     """Return what transformers makes of the directory, from the cache if it was asked before."""
-    return _ask(files.tokenizer_json, _key(files))
-
-
-@functools.lru_cache(maxsize=16)
-def _ask(tokenizer_json: Path, key: str) -> Answer:
-    place = cache_directory() / "tokenizers" / f"{key}.json"
-    with suppress(OSError, UsageError, TypeError):
-        return _answer_of(parse_object(place.read_bytes(), origin=place))
-    said = _child(tokenizer_json)
-    with suppress(OSError):  # a cache that cannot be written is no reason to stop
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(asdict(said)), encoding="utf-8")
-    return said
+    said = remembered("tokenizers", _key(files), lambda: asdict(_child(files.tokenizer_json)))
+    return _answer_of(said)
 
 
 def _as_transformers_reads(files: TokenizerFiles) -> TokenizerFiles:

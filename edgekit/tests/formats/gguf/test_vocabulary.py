@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from edgekit.errors import DisagreementError, UsageError
+from edgekit.errors import UsageError
 from edgekit.formats.gguf.pretokenizers import (
     PRE_TOKENIZERS,
     _Trial,
@@ -408,7 +408,7 @@ def test_cuts_llama_cpp_lacks_are_refused_with_the_first_difference(tmp_path):
     cuts = {"type": "Sequence", "pretokenizers": [every_letter, BYTES_ONLY]}
     tokenizer = gguf_vocabularies.byte_level(tmp_path, cuts)
 
-    with pytest.raises(DisagreementError, match=r"the closest is '.*', where .The ferry"):
+    with pytest.raises(UsageError, match=r"'.*' is the closest, where .The ferry"):
         find_pre(tokenizer, corpus=TEXTS)
 
 
