@@ -168,6 +168,7 @@ def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -
             the model itself cannot be converted, whatever the recipe.
         BudgetError: If nothing fits; the message lists every candidate with its numbers.
     """
+    checkpoint.text.refuse_unreadable()
     candidates: list[Candidate] = []
     for name in _format_names(target, choice):
         limit = formats.writing(name).context_limit(checkpoint)

@@ -2,9 +2,8 @@
 
 import functools
 import hashlib
-import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from edgekit.model import chat_templates, stops
 from edgekit.text import corpus
 from edgekit.text.rules import TextRules
 from edgekit.text.template import ChatTemplate
-from edgekit.text.tokenizer import Text, open_tokenizer
+from edgekit.text.tokenizer import Text, open_tokenizer, refuse_unknown_decoder
 
 
 _LARGEST_MERGED_ID = "largest merged id"  # not a field of tokenizer.json
@@ -65,6 +64,15 @@ class TokenizerFiles:
             declared_stop_ids=stops.together(by_file),
             stop_ids_by_file=by_file,
         )
+
+    def refuse_unreadable(self) -> None:
+        """Check what only `edgekit run` would notice: that ids can become text one by one.
+
+        Raises:
+            UsageError: If they cannot.
+        """
+        decoder = _small_parts(self.tokenizer_json).get("decoder")
+        refuse_unknown_decoder(decoder, refusal=UsageError)
 
     def loaded(self) -> Text:
         """Return what reads and writes text with these files.
@@ -162,9 +170,9 @@ class TokenizerFiles:
 
     def _adds_bos(self) -> bool:
         """Tell whether the tokenizer puts its BOS token before plain text."""
-        processor = json.dumps(_small_parts(self.tokenizer_json).get("post_processor"))
-        bos = self.special_tokens.get("bos_token")
-        return bos is not None and json.dumps(bos) in processor
+        before, _ = put_around(self.tokenizer_json)
+        bos = added_tokens(self.tokenizer_json).get(self.special_tokens.get("bos_token", ""))
+        return bos is not None and bos in before
 
 
 def added_tokens(tokenizer_json: Path) -> dict[str, int]:
@@ -180,6 +188,46 @@ def added_tokens(tokenizer_json: Path) -> dict[str, int]:
         raise UsageError(
             f"{tokenizer_json}: added_tokens is not a list of tokens with content and id"
         ) from error
+
+
+def put_around(tokenizer_json: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that the tokenizer puts before and after a single text.
+
+    Raises:
+        UsageError: If its post-processor is malformed.
+    """
+    before: list[int] = []
+    after: list[int] = []
+    try:
+        for step in _processors(_small_parts(tokenizer_json).get("post_processor")):
+            if step.get("type") == "TemplateProcessing":
+                _collect_template(step, before, after)
+            elif step.get("type") in {"RobertaProcessing", "BertProcessing"}:
+                before.append(int(step["cls"][1]))
+                after.append(int(step["sep"][1]))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UsageError(f"{tokenizer_json}: post_processor is malformed: {error}") from error
+    return tuple(before), tuple(after)
+
+
+def _processors(step: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield a post-processor, or those in it if it is a sequence."""
+    if step is None:
+        return
+    if step.get("type") != "Sequence":
+        yield step
+        return
+    for inner in step["processors"]:
+        yield from _processors(inner)
+
+
+def _collect_template(step: Mapping[str, Any], before: list[int], after: list[int]) -> None:
+    target = before
+    for piece in step["single"]:
+        if "Sequence" in piece:
+            target = after
+        else:
+            target += [int(id) for id in step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]]
 
 
 def _small_parts(tokenizer_json: Path) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from edgekit.runtime.session import Session
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.text import corpus, spaces
 from edgekit.text.rules import TextRules
-from edgekit.text.template import ChatTemplate
 from edgekit.text.tokenizer import Text
 
 
@@ -310,12 +309,12 @@ def _check_ids(subject: Subject, found: _Findings) -> None:
 
     transformers rebuilds some tokenizers; where its own reading is another, it is counted.
     """
-    prompts = [subject.text.render(turns) for turns in subject.conversations]
+    prompts = subject.checkpoint.text.prompts()
     lines = [*corpus.lines(), *prompts]
     expected = transformers_logits.file_ids(subject.checkpoint, lines)
     rebuilt = [transformers_logits.ids(subject.tokenizer, line) for line in lines]
     ours = [subject.text.encode(line, adds_bos=False) for line in lines]
-    sent = [*corpus.lines(), *_as_the_artifact_writes(subject, prompts)]
+    sent = [*corpus.lines(), *_prompts_of_the_artifact(subject)]
     theirs = subject.running.runtime_ids(subject.path, sent)
     readers, finding = "edgekit run", ""
     wrong = _first_difference(lines, expected, ours)
@@ -347,13 +346,10 @@ def _check_ids(subject: Subject, found: _Findings) -> None:
     found.add("token ids", finding, passed=wrong is None)
 
 
-def _as_the_artifact_writes(subject: Subject, prompts: list[str]) -> list[str]:
+def _prompts_of_the_artifact(subject: Subject) -> tuple[str, ...]:
     """Return the prompts as a program writes them that reads nothing but the artifact."""
-    template = subject.running.own_template(subject.path)
-    if template is None:
-        return prompts
-    text = replace(subject.text, template=ChatTemplate.compile(template))
-    return [text.render(turns) for turns in subject.conversations]
+    text, own = subject.checkpoint.text, subject.running.own_template(subject.path)
+    return (text if own is None else replace(text, chat_template=own)).prompts()
 
 
 def _spaced(

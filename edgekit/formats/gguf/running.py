@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgekit.formats.gguf import layout, runtime, split
+from edgekit.formats.gguf import runtime, split
 
 
 def is_run_here(variant: str | None) -> bool:
@@ -33,7 +33,7 @@ def runtime_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:
 
 def own_template(path: Path) -> str | None:
     """Return the chat template in a file, by which other programs write prompts."""
-    found = layout.read(path).metadata.get("tokenizer.chat_template")
+    found = split.read(path).metadata.get("tokenizer.chat_template")
     return None if found is None else str(found)
 
 

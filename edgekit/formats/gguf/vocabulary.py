@@ -16,7 +16,7 @@ from typing import Any, Literal
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
 from edgekit.formats.gguf.layout import Value
-from edgekit.model.tokenizer_files import TokenizerFiles
+from edgekit.model.tokenizer_files import TokenizerFiles, put_around
 
 
 # enum llama_token_type in include/llama.h
@@ -245,8 +245,8 @@ def vocabulary_of(
     metadata["tokenizer.ggml.add_space_prefix"] = ("bool", front.adds)
     template = source.files.chat_template
     if template is not None:
-        opening = SPACE_IN_FRONT if front.opens_template else ""
-        metadata["tokenizer.chat_template"] = ("string", opening + template)
+        opened = _opened(template) if front.opens_template else template
+        metadata["tokenizer.chat_template"] = ("string", opened)
     return metadata
 
 
@@ -359,7 +359,7 @@ def _scores(source: TokenizerSource, tokens: Sequence[str], types: Sequence[int]
 
 
 def _special_ids(source: TokenizerSource, vocabulary_tokens: int) -> dict[str, Value]:
-    before, _ = _template_ids(source)
+    before, _ = put_around(source.path)
     eos = _end_id(source)
     pad = source.special_id("pad_token")
     # llama.cpp takes id 11 where a byte-level file does not say: any declared end is better.
@@ -378,7 +378,8 @@ def _special_ids(source: TokenizerSource, vocabulary_tokens: int) -> dict[str, V
         if not 0 <= id < vocabulary_tokens:
             raise UsageError(f"{source.path.parent}: the {name} id {id} is no token of the model")
         found[f"tokenizer.ggml.{name}_token_id"] = ("uint32", id)
-    found["tokenizer.ggml.add_bos_token"] = ("bool", bool(before))
+    has_row = bool(before) and before[0] < vocabulary_tokens
+    found["tokenizer.ggml.add_bos_token"] = ("bool", has_row)
     # True is left over from training: a prompt would end with the end token, and so the answer.
     found["tokenizer.ggml.add_eos_token"] = ("bool", False)
     return found
@@ -410,28 +411,6 @@ def _other_ends(source: TokenizerSource, stops: Sequence[int]) -> dict[str, int]
     )
     message_ends = [id for id in by_text if texts[id] in MESSAGE_ENDS]
     return dict(zip(("eot", "eom"), [*unknown, *turn_ends, *message_ends], strict=False))
-
-
-def _template_ids(source: TokenizerSource) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids the post-processor puts before and after a single text."""
-    before: list[int] = []
-    after: list[int] = []
-    try:
-        for step in source.steps("post_processor"):
-            if step.get("type") == "TemplateProcessing":
-                _collect_template(step, before, after)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{source.path}: post_processor is malformed: {error}") from error
-    return tuple(before), tuple(after)
-
-
-def _collect_template(step: Mapping[str, Any], before: list[int], after: list[int]) -> None:
-    target = before
-    for piece in step["single"]:
-        if "Sequence" in piece:
-            target = after
-        else:
-            target += [int(id) for id in step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]]
 
 
 # Spaces
@@ -476,6 +455,14 @@ def spaces(source: TokenizerSource) -> Spaces:
         "llama.cpp puts one before each, or none",
         hint="export to another format, which ships the tokenizer.json itself",
     )
+
+
+def _opened(template: str) -> str:
+    """Return a chat template that writes a space before all that it wrote.
+
+    Blanks in front of its first block are trimmed as long as they begin the line.
+    """
+    return SPACE_IN_FRONT + re.sub(r"\A[ \t]+(?=\{[%#](?!\+))", "", template)
 
 
 def _wanted_spaces(source: TokenizerSource, prompt: str) -> Iterator[tuple[bool, bool]]:
@@ -528,7 +515,7 @@ def known_differences(tokenizer: TokenizerFiles) -> list[str]:
     """
     source = TokenizerSource.open(tokenizer)
     found = [*_text_differences(source), *_added_differences(source)]
-    before, after = _template_ids(source)
+    before, after = put_around(source.path)
     eos = _end_id(source)
     if len(before) > 1 or after not in ((), (eos,)):
         found.append(

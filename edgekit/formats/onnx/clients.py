@@ -30,6 +30,9 @@ NOTE = (
 _KNOWN_BORDER_TOKENS = 4096
 
 
+_ID_FIELDS = ("bos_token_id", "pad_token_id")
+
+
 def notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
     """Yield what a user should know of other programs that open the files."""
     yield NOTE
@@ -111,8 +114,17 @@ def transformers_files(
         path = (text or checkpoint.directory) / name
         if path.is_file():
             fields = read_object(path) | changed
-            found[name] = {key: value for key, value in fields.items() if value is not None}
+            found[name] = {
+                key: value
+                for key, value in fields.items()
+                if value is not None and not (key in _ID_FIELDS and _is_beyond(value, checkpoint))
+            }
     return found
+
+
+def _is_beyond(id: Any, checkpoint: "CheckpointProtocol") -> bool:
+    """Tell whether an id is no token of the model: -1 for none, or one that has no row."""
+    return isinstance(id, int) and not 0 <= id < checkpoint.spec.vocab_size
 
 
 def _transformers_js(recipe: Recipe, *, data_files: int) -> dict[str, Any]:
