@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-_ANSWERS: dict[Path, dict[str, Any]] = {}  # of this process
+_ANSWERS: dict[tuple[str, str], dict[str, Any]] = {}  # of this process
 
 
 def cache_directory() -> Path:
@@ -28,9 +28,9 @@ def remembered(kind: str, key: str, make: Callable[[], dict[str, Any]]) -> dict[
         key: A hash over all that the answer depends on, the programs asked included.
         make: Asks, and returns what JSON can hold.
     """
-    place = cache_directory() / kind / f"{key}.json"
     with suppress(KeyError):
-        return _ANSWERS[place]
+        return _ANSWERS[kind, key]
+    place = cache_directory() / kind / f"{key}.json"
     try:
         answer = dict(json.loads(place.read_bytes()))
     except (OSError, ValueError, TypeError):  # not there, or not written to the end
@@ -38,5 +38,5 @@ def remembered(kind: str, key: str, make: Callable[[], dict[str, Any]]) -> dict[
         with suppress(OSError):  # a cache that cannot be written is no reason to stop
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(json.dumps(answer), encoding="utf-8")
-    _ANSWERS[place] = answer
+    _ANSWERS[kind, key] = answer
     return answer

@@ -123,10 +123,11 @@ def test_a_tokenizer_that_transformers_cannot_read_is_read_by_its_file(tmp_path)
 
 
 def test_transformers_is_asked_once_for_a_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_ANSWERS", {})
     files = llama2(tmp_path / "model")
     first = taken(files, "file").notes
     monkeypatch.setattr(transformers_tokenizer, "_child", lambda path: 1 / 0)
-    cache._ANSWERS.clear()  # as in another process
+    monkeypatch.setattr(cache, "_ANSWERS", {})  # as in another process
     assert taken(files, "file").notes == first
     with pytest.raises(ZeroDivisionError):  # the settings count too
         taken(change(files, legacy=False), "file")
