@@ -84,6 +84,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "stablelm2": PreTokenizer(patterns=(_QWEN2,)),
     "llama-bpe": PreTokenizer(patterns=(_LLAMA3,), ignores_merges=True, adds_bos=True),
     "gpt-4o": PreTokenizer(patterns=(_GPT4O,)),
+    "granite-embed-multi-97m": PreTokenizer(patterns=(_GPT4O,), ignores_merges=True),
     "tekken": PreTokenizer(patterns=(_TEKKEN,), ignores_merges=True, adds_bos=True),
     "dbrx": PreTokenizer(patterns=(_LLAMA3,)),
     "glm4": PreTokenizer(patterns=(_LLAMA3,), ignores_merges=True),
@@ -112,7 +113,7 @@ _SAME_AS: Mapping[str, str] = {
 # Names whose cuts only llama.cpp knows here; the search tries them too.
 _SEARCHED_ONLY = (
     *("deepseek-llm", "deepseek-coder", "jais-2", "youtu", "minicpm5", "seed-coder"),
-    *("bailingmoe", "poro-chat", "viking", "chameleon", "granite-embed-multi-97m", "tiny_aya"),
+    *("bailingmoe", "poro-chat", "viking", "chameleon", "tiny_aya"),
     *("superbpe", "afmoe", "laguna", "exaone-moe", "spark2_5", "kimi-k2", "whitespace"),
 )
 # How a Split keeps everything: pieces and gaps, or the pieces of a pattern that matches everything,
