@@ -313,7 +313,10 @@ class _Trial:
             texts[len(corpus) :] = [f" {prompt}" for prompt in texts[len(corpus) :]]
         tokens = 1 + max(source.all_ids.values(), default=0)
         path = directory / "vocabulary.gguf"
-        write_vocabulary(path, vocabulary_of(source, vocabulary_tokens=tokens, pre=None))
+        keys = vocabulary_of(source, vocabulary_tokens=tokens, pre=None)
+        write_vocabulary(
+            path, {"general.name": ("string", vocabulary.name_of(source, "trial")), **keys}
+        )
         return cls(
             gguf=path,
             texts=texts,

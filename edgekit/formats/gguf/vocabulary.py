@@ -501,8 +501,13 @@ def _is_phi3_like(source: TokenizerSource) -> bool:
 
 def model_name(tokenizer: TokenizerFiles, name: str) -> str:
     """Return a ``general.name`` that makes llama.cpp treat the special tokens as it should."""
+    return name_of(TokenizerSource.open(tokenizer), name)
+
+
+def name_of(source: TokenizerSource, name: str) -> str:
+    """Do what `model_name` does with a file that is already parsed."""
     says_phi3 = any(word in name.lower() for word in PHI3_NAMES)
-    if _is_phi3_like(TokenizerSource.open(tokenizer)):
+    if _is_phi3_like(source):
         return name if says_phi3 else f"{name} (Phi-3)"
     return re.sub(r"(?i)phi-?3", "Phi 3", name) if says_phi3 else name
 
