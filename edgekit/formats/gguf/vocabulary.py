@@ -6,6 +6,7 @@ merges: it joins the two neighbours whose union has the best score, so the score
 ranks of the merges.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,11 +63,18 @@ class TokenizerSource:
 
     @classmethod
     def open(cls, tokenizer: TokenizerFiles) -> "TokenizerSource":
-        """Parse the tokenizer.json.
+        """Parse the tokenizer.json; asked again for the same one, return what was parsed.
 
         Raises:
             UsageError: If it is not a JSON object, not of a kind that GGUF can hold, or malformed.
         """
+        path = tokenizer.tokenizer_json
+        return cls._parsed(tokenizer, path.stat().st_mtime_ns if path.is_file() else 0)
+
+    @classmethod
+    @functools.lru_cache(maxsize=1)  # every recipe of a plan asks, and it takes half a second
+    def _parsed(cls, tokenizer: TokenizerFiles, changed_ns: int) -> "TokenizerSource":
+        del changed_ns  # a file that was changed is parsed again
         path = tokenizer.tokenizer_json
         fields = read_object(path)
         model = _model(fields, path)

@@ -4,6 +4,7 @@ ONNX Runtime GenAI reads ``genai_config.json``; transformers.js and Optimum read
 ``generation_config.json`` and ``tokenizer_config.json``, and look for models in ``onnx``.
 """
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from edgekit.quant.recipe import Recipe
 if TYPE_CHECKING:
     from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.spec import DecoderSpec
+    from edgekit.model.tokenizer_files import TokenizerFiles
 
 
 NOTE = (
@@ -36,7 +38,7 @@ _ID_FIELDS = ("bos_token_id", "pad_token_id")
 def notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
     """Yield what a user should know of other programs that open the files."""
     yield NOTE
-    yield from genai_text.notes(checkpoint.text.tokenizer_json)
+    yield from _genai_notes(checkpoint.text)
     spec = checkpoint.spec
     border = spec.original_max_position_embeddings
     if border not in {None, _KNOWN_BORDER_TOKENS}:
@@ -44,6 +46,11 @@ def notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
             f"ONNX Runtime GenAI does not read a text again that outgrows {border} tokens while it "
             "is written, where this model takes other frequencies"
         )
+
+
+@functools.lru_cache(maxsize=1)  # every recipe has the same
+def _genai_notes(text: "TokenizerFiles") -> tuple[str, ...]:
+    return genai_text.notes(text.tokenizer_json)
 
 
 def not_on_webgpu(spec: "DecoderSpec") -> str | None:
