@@ -55,8 +55,8 @@ def open_checkpoint(
         checkpoint = merge(checkpoint, adapter)
     read_sampling(checkpoint.directory)  # refuses nonsense before slow work
     checkpoint = with_template_stop(checkpoint)
-    text = checkpoint.text.within(checkpoint.spec.vocab_size)
-    return replace(checkpoint, text=transformers_tokenizer.taken(text, tokenizer))
+    text = transformers_tokenizer.taken(checkpoint.text, tokenizer)
+    return replace(checkpoint, text=text.within(checkpoint.spec.vocab_size))
 
 
 def adapter_directories(adapters: Sequence[str | Path]) -> tuple[Path, ...]:

@@ -32,10 +32,10 @@ from edgekit.text.tokenizer import open_tokenizer
 
 
 Reading = Literal["file", "transformers"]
-# What transformers reads when it makes a tokenizer of a directory.
+# What transformers makes a tokenizer of, and the settings that stay next to it.
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model", "config.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "config.json", "generation_config.json",
 )  # fmt: skip
 _VERSION = 1  # counts up when the question changes, so that cached answers are not taken
 _TIMEOUT_S = 300

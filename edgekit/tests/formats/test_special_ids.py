@@ -78,3 +78,15 @@ def test_a_token_that_mlc_would_meet_twice_is_refused_in_the_plan(tmp_path):
     request = BuildRequest(recipe=next(iter(MLC_RECIPES.values())), context_tokens=32)
     with pytest.raises(UsageError, match=r"adds the token '<\|end\|>' twice"):
         mlc_writing.lay_out(twice, request)
+
+
+@needs("transformers")
+def test_one_that_only_transformers_adds_has_no_row_either(padded, tmp_path):
+    """It knows the padding token from tokenizer_config.json and puts it after the last id."""
+    path = padded.text.tokenizer_json
+    added = json.loads(path.read_text())["added_tokens"]
+    edit(path, added_tokens=[token for token in added if token["content"] != "<pad>"])
+    read = open_checkpoint(padded.directory, tokenizer="transformers").text
+    assert read.tokenizer_json != path
+    assert "pad_token '<pad>' is left out" in read.notes[-1]
+    assert "pad_token" not in read.special_tokens
