@@ -9,6 +9,10 @@ from edgekit.source.families import _common, _rope, llama
 
 
 DEFAULTS = _common.Defaults(norm_epsilon=1e-5)
+SIZES = _common.sizes(
+    vocab_size=32_064, hidden_size=3072, intermediate_size=8192, layers=32, heads=32,
+    context_tokens=4096,
+)  # fmt: skip
 
 
 def describe(config: Config) -> DecoderSpec:
