@@ -176,6 +176,18 @@ class DecoderSpec:
         if not self.is_tied:
             yield "output_head", (self.vocab_size, self.hidden_size)
 
+    def within(self, context_tokens: int) -> Self:
+        """Return the decoder of texts this long at most: a window that none outgrows is none."""
+        return replace(
+            self,
+            layers=tuple(
+                replace(layer, window_tokens=None)
+                if layer.window_tokens is not None and layer.window_tokens >= context_tokens
+                else layer
+                for layer in self.layers
+            ),
+        )
+
     def unit_offset(self, role: str) -> bool:
         """Tell whether a weight is of a norm that multiplies by one more than it stores."""
         part = role.rpartition(".")[2]
