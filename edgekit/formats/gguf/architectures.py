@@ -53,7 +53,7 @@ class Architecture:
     activation: Literal["silu", "gelu_tanh"] = "silu"
     scales_scores_by_hidden_at: int | None = None  # at this depth, 27B, the scale is another
     head_width_is_free: bool = False  # else heads x head width must be the hidden width
-    fuses_gate_and_up: bool = False
+    fuses_projections: bool = False  # queries, keys and values in one tensor; gate and up too
     ties: Literal["optional", "always", "never"] = "optional"
 
     def refusals(self, spec: DecoderSpec) -> Iterator[str]:
@@ -173,7 +173,7 @@ ARCHITECTURES = (  # of several that fit, the first is taken
         name="phi3",
         scalings=(LinearScaling, LongRopeScaling),
         has_partial_rope=True,
-        fuses_gate_and_up=True,
+        fuses_projections=True,
     ),
     Architecture(
         name="gemma2",
@@ -212,8 +212,14 @@ ARCHITECTURES = (  # of several that fit, the first is taken
 )
 
 
-def choose(spec: DecoderSpec) -> Architecture:
-    """Return the graph that computes a decoder.
+def choose(spec: DecoderSpec, *, family: str = "") -> Architecture:
+    """Return the graph that computes a decoder: its family's own, else the first of all.
+
+    A Phi-3 without longrope is a Llama too, but then llama-quantize mixes it otherwise.
+
+    Args:
+        spec: The decoder.
+        family: The ``model_type`` of its config.
 
     Raises:
         UsageError: If none does; the message says what the nearest one lacks.
@@ -221,7 +227,7 @@ def choose(spec: DecoderSpec) -> Architecture:
     if len(spec.layers) > MAX_LAYERS:
         raise UsageError(f"{len(spec.layers)} layers are more than llama.cpp's {MAX_LAYERS}")
     nearest: tuple[Sequence[str], str] | None = None
-    for architecture in ARCHITECTURES:
+    for architecture in sorted(ARCHITECTURES, key=lambda graph: graph.name != family):
         refusals = list(architecture.refusals(spec))
         if not refusals:
             return architecture
