@@ -288,7 +288,7 @@ def _check_logits(
 
 
 def max_logit_kl_nats(recipe: Recipe, layout: Layout) -> float:
-    """Return the mean KL of an artifact at most: its weights', and that of the runtime's kernels."""
+    """Return the mean KL of an artifact at most: its weights' and the runtime's kernels'."""
     return recipe.max_mean_kl_nats + layout.kernel_kl_nats
 
 

@@ -67,7 +67,10 @@ def _checkpoint(file: GgufFile, name: str, text_directory: Path) -> Checkpoint:
 def _facts(file: GgufFile) -> Facts:
     infos = {info.name: info for info in file.tensors}
     if "token_embd.weight" not in infos:
-        raise UsageError(f"{file.path} has no token_embd.weight: it holds no decoder")
+        raise UsageError(
+            f"{file.path} has no token_embd.weight: it holds no decoder",
+            hint="a vocabulary alone, or another part of a model? Pass the file with its weights",
+        )
     return Facts(
         metadata=file.metadata,
         tensors=frozenset(infos),
