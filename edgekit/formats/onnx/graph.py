@@ -7,9 +7,10 @@ or ``Gemm`` where it must run on WebGPU, takes other weights as a checkpoint has
 columns in), so that an embedding can be the head too. Cosines are computed for the positions at
 hand, so there is no table that ends, and from sums and products, which every device computes alike.
 
-``GroupQueryAttention`` wants each row of a batch to begin at the first column, and most clients fill
-shorter prompts up on the left. So rows are turned to where it wants them, and logits back: tokens
-that are none end behind a row's own, where it sees none of them and later ones take their place.
+``GroupQueryAttention`` wants each row of a batch to begin at the first column, and most clients
+fill shorter prompts up on the left. So rows are turned to where it wants them, and logits back:
+tokens that are none end behind a row's own, where it sees none of them and later ones take their
+place.
 """
 
 import math
@@ -170,10 +171,8 @@ class _Builder:
         columns = self.op("Squeeze", count)
         steps = self.op("Range", zero, columns, one)
         turned = self.op("Mod", self.op("Add", steps, filled), count)
-        self.input_ids, self.position_ids = (
-            self.op("GatherElements", name, turned, axis=1)
-            for name in ("input_ids", "position_ids")
-        )
+        self.input_ids = self.op("GatherElements", "input_ids", turned, axis=1)
+        self.position_ids = self.op("GatherElements", "position_ids", turned, axis=1)
         firsts = self.op("Range", zero, self.op("Size", "input_ids"), columns)
         back = self.op("Mod", self.op("Sub", steps, filled), count)
         self.rows_back = self.op("Add", back, self.op("Unsqueeze", firsts, self.constant(1)))

@@ -333,7 +333,8 @@ def logits(found):
 
 def placements(found):
     """Return how many operators of each kind a provider computes."""
-    placed, provider = defaultdict(Counter), None
+    placed: dict[str, Counter[str]] = defaultdict(Counter)
+    provider = ""
     for line in found["said"]:
         if place := re.search(r"placed on \[(\w+)ExecutionProvider\]", line):
             provider = place[1]
