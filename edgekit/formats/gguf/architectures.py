@@ -21,6 +21,7 @@ from edgekit.model.spec import (
     LongRopeScaling,
     Norm,
     RopeScaling,
+    YarnScaling,
 )
 
 
@@ -124,6 +125,8 @@ class Architecture:
                 yield f"rope on {rope.width} of {spec.attention.head_dim} channels"
             if rope.scaling is not None and not isinstance(rope.scaling, self.scalings):
                 yield f"rope with {_scaling_name(rope.scaling)} scaling"
+            elif isinstance(rope.scaling, YarnScaling):
+                yield from _yarn_refusals(rope.scaling)
 
     def _has_two_ropes(self, spec: DecoderSpec) -> bool:
         """Whether layers with a window may have one rope and the others another (Gemma 3)."""
@@ -156,18 +159,27 @@ class Architecture:
 
 
 ARCHITECTURES = (  # of several that fit, the first is taken
-    Architecture(name="qwen2", needs_qkv_bias=True),
+    Architecture(name="qwen2", needs_qkv_bias=True, scalings=(LinearScaling, YarnScaling)),
     Architecture(
         name="llama",
         rope_pairs="neighbours",
-        scalings=(LinearScaling, Llama3Scaling),
+        scalings=(LinearScaling, Llama3Scaling, YarnScaling),
         has_output_bias=True,
         has_mlp_bias=True,
         head_width_is_free=True,
     ),
-    Architecture(name="qwen3", query_key_norm="per width", head_width_is_free=True),
     Architecture(
-        name="smollm3", rope_pairs="neighbours", skips_rope_every=4, head_width_is_free=True
+        name="qwen3",
+        scalings=(LinearScaling, YarnScaling),
+        query_key_norm="per width",
+        head_width_is_free=True,
+    ),
+    Architecture(
+        name="smollm3",
+        rope_pairs="neighbours",
+        scalings=(LinearScaling, YarnScaling),
+        skips_rope_every=4,
+        head_width_is_free=True,
     ),
     Architecture(
         name="phi3",
@@ -203,6 +215,7 @@ ARCHITECTURES = (  # of several that fit, the first is taken
     ),
     Architecture(
         name="stablelm",
+        scalings=(LinearScaling, YarnScaling),
         norm="layer",
         has_partial_rope=True,
         query_key_norm="per head, optional",
@@ -289,6 +302,14 @@ def _longrope_limit(scaling: LongRopeScaling, limit: ContextLimit) -> ContextLim
 
 def _norm_name(norm: Norm) -> str:
     return f"{norm.kind}{' with 1 added' if norm.unit_offset else ''}"
+
+
+def _yarn_refusals(scaling: YarnScaling) -> Iterator[str]:
+    """Yield what these graphs do not read: the ramp's ends are constants of theirs."""
+    if (scaling.fast_turns, scaling.slow_turns) != (32, 1):
+        yield f"YaRN's ramp from {scaling.fast_turns:g} to {scaling.slow_turns:g} turns"
+    if not scaling.is_truncated:
+        yield "YaRN without truncation"
 
 
 def _scaling_name(scaling: RopeScaling) -> str:

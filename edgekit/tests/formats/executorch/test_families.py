@@ -17,7 +17,13 @@ from edgekit.proof.fidelity import Comparison, Fidelity
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.needs import needs
-from edgekit.tests.tiny.checkpoints import TINY, WINDOW_TOKENS, write_tiny_checkpoint
+from edgekit.tests.tiny.checkpoints import (
+    ORIGINAL_TOKENS,
+    TINY,
+    WINDOW_TOKENS,
+    YARN,
+    write_tiny_checkpoint,
+)
 
 
 if TYPE_CHECKING:
@@ -35,6 +41,7 @@ pytestmark = [
 
 MAX_KL_NATS = 1e-10
 MIN_POSITIONS = 300
+SMALL = {"num_hidden_layers": 2}
 executorch = formats.get("executorch")
 
 
@@ -172,6 +179,18 @@ def test_four_bits_everywhere_say_nearly_what_transformers_says(name, words, tmp
     said, expected = session.all_logits(ids), expected_logits(checkpoint, ids)
     session.close()
     assert abs(said - expected).mean() < 0.6 * abs(expected).mean()
+
+
+def test_yarn_is_computed_past_its_original_context(tmp_path):
+    path = write_tiny_checkpoint(tmp_path / "model", "llama", rope_parameters=YARN, **SMALL)
+    checkpoint = opening.open_checkpoint(path)
+    path = for_phones(checkpoint, tmp_path, context_tokens=3 * ORIGINAL_TOKENS)
+    session = running.load(path, context_tokens=3 * ORIGINAL_TOKENS, threads=1)
+    ids = texts(checkpoint)[0][: 3 * ORIGINAL_TOKENS]
+    said = session.all_logits(ids)
+    session.close()
+    found = agreement(expected_logits(checkpoint, ids), list(said), range(len(ids)), ids)
+    assert found.mean_kl_nats <= MAX_KL_NATS
 
 
 # Attention by the operator of phones' runners, where it computes a layer's

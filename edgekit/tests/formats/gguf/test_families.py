@@ -25,6 +25,7 @@ from edgekit.tests.tiny.checkpoints import (
     CONTEXT_TOKENS,
     TINY,
     WINDOW_TOKENS,
+    YARN,
     write_tiny_checkpoint,
 )
 from edgekit.text import corpus
@@ -244,6 +245,26 @@ def test_read_back_the_file_is_a_checkpoint_of_the_same_weights_and_ids(
     assert set(read.text.declared_stop_ids) >= set(original.text.declared_stop_ids)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("llama", {}), ("llama", {"attention_factor": 0.9}), ("qwen2", {}), ("qwen3", {}),
+     ("smollm3", {}), ("stablelm-1.6b", {"partial_rotary_factor": 0.25})],
+)  # fmt: skip
+def test_yarn_is_computed_past_its_original_context_and_read_back(
+    name, fields, tmp_path, monkeypatch
+):
+    made = make(tmp_path, name, rope_parameters=YARN | fields)
+    assert made.limit.tokens == CONTEXT_TOKENS > YARN["original_max_position_embeddings"]
+    assert made.fidelity().mean_kl_nats <= 1e-9
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
+    read = opening.open_checkpoint(made.path).spec.layers[0].rope
+    rope = made.checkpoint.spec.layers[0].rope
+    assert read
+    assert rope
+    assert read.attention_factor == pytest.approx(rope.attention_factor)
+    assert read.divisors(1) == pytest.approx(rope.divisors(1))
+
+
 # Texts longer than what a test above could hold
 
 
@@ -276,8 +297,10 @@ def test_reading_token_by_token_past_the_window_says_what_reading_at_once_says(t
         ("gemma2-wide-heads", {}, "a score scale of 0.25"),
         ("gemma2", {"attn_logit_softcapping": None}, "no cap on the scores"),
         ("gemma2", {"final_logit_softcapping": None}, "no cap on the logits"),
-        ("qwen3", {"attention_bias": True}, "norms on queries and keys"),
+        ("qwen3", {"attention_bias": True}, "a bias after attention"),
         ("phi3-longrope", {}, "made for 64"),
+        ("llama", {"rope_parameters": YARN | {"truncate": False}}, "YaRN without truncation"),
+        ("qwen3", {"rope_parameters": YARN | {"beta_fast": 8}}, "YaRN's ramp from 8 to 1 turns"),
     ],
 )
 def test_what_no_graph_computes_is_refused_in_one_sentence(name, fields, reason, tmp_path):
