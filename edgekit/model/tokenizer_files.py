@@ -119,6 +119,26 @@ class TokenizerFiles:
         return bos is not None and json.dumps(bos) in processor
 
 
+_ANY_TOKENIZER = "PreTrainedTokenizerFast"
+
+
+def common_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ``tokenizer_config.json`` in words that transformers 4 knows as well as 5.
+
+    Where 5 has no class for a model's tokenizer it names the back-end, of which 4 has none; 4 has
+    one that makes token types too, which no decoder takes, unless it is told what to make. Other
+    special tokens are a list under a name that means an object to 4.
+    """
+    found = dict(settings)
+    if str(found.get("tokenizer_class")).endswith("Backend"):
+        found["tokenizer_class"] = _ANY_TOKENIZER
+    if found.get("tokenizer_class") == _ANY_TOKENIZER:
+        found.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    if isinstance(found.get("extra_special_tokens"), list):
+        found["additional_special_tokens"] = found.pop("extra_special_tokens")
+    return found
+
+
 def added_tokens(tokenizer_json: Path) -> dict[str, int]:
     """Return the ids of the tokens that are matched before the tokenizer splits text.
 

@@ -16,7 +16,7 @@ from edgekit.bundle.workdir import new_directory, refuse_existing
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.model.checkpoint_protocol import Tensor, row_chunks
-from edgekit.model.tokenizer_files import added_tokens
+from edgekit.model.tokenizer_files import added_tokens, common_settings
 from edgekit.progress import Advance
 from edgekit.quant.rounding import bfloat16
 from edgekit.source import families
@@ -258,6 +258,9 @@ def _write_text(checkpoint: Checkpoint, directory: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
+    settings = directory / "tokenizer_config.json"
+    if settings.is_file() and (common := common_settings(read := read_object(settings))) != read:
+        _write_json(settings, common)
     if checkpoint.text.chat_template is not None:
         _write_template(checkpoint.text.chat_template, directory)
     for place in (source, checkpoint.directory):

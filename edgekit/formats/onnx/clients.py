@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit.encodings.json_files import read_object
 from edgekit.formats.onnx import genai_text, tensor_types
 from edgekit.formats.onnx.graph import cache_name, cache_width
-from edgekit.model.tokenizer_files import added_tokens
+from edgekit.model.tokenizer_files import added_tokens, common_settings
 from edgekit.quant.recipe import Recipe
 
 
@@ -111,6 +111,7 @@ def transformers_files(
         path = (text or checkpoint.directory) / name
         if path.is_file():
             fields = read_object(path) | changed
+            fields = common_settings(fields) if "tokenizer" in name else fields
             found[name] = {key: value for key, value in fields.items() if value is not None}
     return found
 
