@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from edgekit.bundle.workdir import new_directory, refuse_existing
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import EdgekitError, UsageError
+from edgekit.model import chat_templates
 from edgekit.model.checkpoint_protocol import Tensor, row_chunks
 from edgekit.model.tokenizer_files import added_tokens
 from edgekit.progress import Advance
@@ -258,8 +259,10 @@ def _write_text(checkpoint: Checkpoint, directory: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
-    if checkpoint.text.chat_template is not None:
-        _write_template(checkpoint.text.chat_template, directory)
+    if checkpoint.text.template_source is not None:
+        _write_template(checkpoint.text.template_source, directory)
+        # A file of the default one hides whatever else tokenizer_config.json has.
+        chat_templates.write_others(checkpoint.text.templates, directory)
     for place in (source, checkpoint.directory):
         if (place / "generation_config.json").is_file():
             shutil.copyfile(place / "generation_config.json", directory / "generation_config.json")
@@ -304,7 +307,7 @@ def _refuse_difference(checkpoint: Checkpoint, directory: Path) -> None:
     written = Checkpoint.open(directory)
     if (
         written.spec != checkpoint.spec
-        or written.text.chat_template != checkpoint.text.chat_template
+        or written.text.chat_template != checkpoint.text.template_source
     ):
         raise EdgekitError(
             f"what was written does not read as {checkpoint.name}", hint="report the model"

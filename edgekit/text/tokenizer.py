@@ -5,11 +5,12 @@ are proven against.
 """
 
 import codecs
+import difflib
 import functools
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +20,7 @@ from edgekit.encodings.json_files import Refusal
 from edgekit.errors import BundleError, UsageError
 from edgekit.installed import missing_error
 from edgekit.text.rules import TextRules
-from edgekit.text.template import ChatTemplate, Message
+from edgekit.text.template import ChatTemplate, Message, as_parts
 
 
 TOKENIZER = "tokenizer.json"
@@ -28,7 +29,8 @@ _HINTS: Mapping[Refusal, str] = {
     UsageError: "save it again with AutoTokenizer and save_pretrained()",
 }
 CHAT_TEMPLATE = "chat_template.jinja"
-_SENTINEL = "edgekit-7f3a-answer"  # an answer no template contains
+_ANSWERS = ("edgekit 7f3a", "edgekit 7f3z")  # two that differ to their last letter
+_OWN_VARIABLES = ("messages", "add_generation_prompt")  # what edgekit says itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,33 @@ class Text:
             raise UsageError("the conversation is empty")
         known = {"tools": None, "documents": None, **self.rules.special_tokens}
         variables = {"add_generation_prompt": add_generation_prompt, **known, **variables}
-        return self.template.render(messages, variables)
+        return self.template.render(as_parts(messages, self.rules.content_parts), variables)
+
+    def check_variables(self, variables: Mapping[str, Any]) -> None:
+        """Refuse variables that would change nothing.
+
+        Args:
+            variables: By name, as for `render`.
+
+        Raises:
+            UsageError: If there is no template, or it does not read one of them, or edgekit or the
+                bundle has set it already.
+        """
+        fixed = self.rules.template_variables
+        for name in variables:
+            if self.template is None:
+                raise UsageError(
+                    f"the model has no chat template, so nothing reads the variable {name!r}"
+                )
+            if name in _OWN_VARIABLES:
+                raise UsageError(f"edgekit sets the template's variable {name!r} itself")
+            if name in fixed:
+                raise UsageError(
+                    f"the template's variable {name!r} is fixed to {fixed[name]!r} in this bundle",
+                    hint="export again without it, or with another value",
+                )
+            if name not in self.template.variables:
+                raise _unread(name, self.template.variables)
 
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Return the token ids of a conversation, up to where the model must answer."""
@@ -112,12 +140,27 @@ class Text:
         """Return the token that the template puts right after an answer, None if there is none."""
         if self.template is None:
             return None
-        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _SENTINEL}]
-        rendered = self.render(turns, add_generation_prompt=False)
-        after = rendered.rpartition(_SENTINEL)[2].lstrip()
-        added = self.tokenizer.get_added_tokens_decoder().items()
-        found = [(token.content, id) for id, token in added if after.startswith(token.content)]
-        return max(found, key=lambda item: len(item[0]))[1] if found else None
+        asked: list[Message] = [{"role": "user", "content": "Hi"}]
+        one, other = (
+            self.render(
+                [*asked, {"role": "assistant", "content": answer}], add_generation_prompt=False
+            )
+            for answer in _ANSWERS
+        )
+        if one == other:
+            return None  # it does not write the answer
+        header = _shared_start(one, other).removesuffix(_shared_start(*_ANSWERS)).rstrip()
+        after = _shared_end(one, other).strip()
+        token = self._leading_token(after)
+        if token is None or (after != token and header.endswith(after)):
+            return None  # the next thing is another answer's header: `<|im_start|>assistant`
+        return int(self.tokenizer.token_to_id(token))
+
+    def _leading_token(self, text: str) -> str | None:
+        """Return the longest added token that a text starts with."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        found = [token.content for token in added if text.startswith(token.content)]
+        return max(found, key=len, default=None)
 
     @functools.cached_property
     def _pieces(self) -> "_Pieces":
@@ -139,6 +182,24 @@ class Text:
         with self._lock:  # the switch belongs to the tokenizer, not to the call
             self.tokenizer.encode_special_tokens = not parses_special
             return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _unread(name: str, known: Collection[str]) -> UsageError:
+    near = difflib.get_close_matches(name, known, n=1)
+    others = sorted(set(known) - set(_OWN_VARIABLES))
+    return UsageError(
+        f"the chat template reads no variable {name!r}",
+        hint=f"did you mean {near[0]!r}?" if near else f"it reads {', '.join(others) or 'none'}",
+    )
+
+
+def _shared_start(one: str, other: str) -> str:
+    pairs = enumerate(zip(one, other, strict=False))
+    return one[: next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))]
+
+
+def _shared_end(one: str, other: str) -> str:
+    return _shared_start(one[::-1], other[::-1])[::-1]
 
 
 class Detokenizer:

@@ -9,10 +9,8 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.formats.mlc import clients, template_affixes
 from edgekit.formats.mlc.template_affixes import Role, Surroundings
@@ -101,26 +99,17 @@ def derive(checkpoint: "CheckpointProtocol", *, raw_prompt: bool = False) -> Con
     Raises:
         UsageError: If MLC cannot express the template; the message shows the first difference.
     """
-    stop_strings = _stop_strings(checkpoint.directory / "generation_config.json")
-    return _derive(checkpoint.text, stop_strings=stop_strings, raw_prompt=raw_prompt)
+    return _derive(checkpoint.text, raw_prompt=raw_prompt)
 
 
 @functools.lru_cache(maxsize=4)  # a plan and an export ask several times
-def _derive(
-    files: "TokenizerFiles", *, stop_strings: tuple[str, ...], raw_prompt: bool
-) -> Conversation:
+def _derive(files: "TokenizerFiles", *, raw_prompt: bool) -> Conversation:
     source, text = files.chat_template, files.loaded()
-    stops = {"stop_str": list(stop_strings), "stop_token_ids": list(text.rules.stop_ids)}
+    stops = {"stop_str": list(files.stop_strings), "stop_token_ids": list(text.rules.stop_ids)}
     if raw_prompt or source is None:
         return _raw(text, stops)
     derivation = _Derivation(text=text, stops=stops, tokens=added_tokens(files.tokenizer_json))
     return _with_notes(derivation.run(), text=text, source=source)
-
-
-def _stop_strings(path: Path) -> tuple[str, ...]:
-    """Return the texts that end an answer; the ids that do are with the tokenizer's files."""
-    declared = read_object_if_there(path).get("stop_strings") or []
-    return (declared,) if isinstance(declared, str) else tuple(map(str, declared))
 
 
 def _raw(text: Text, stops: Mapping[str, Any]) -> Conversation:
