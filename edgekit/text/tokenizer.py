@@ -29,6 +29,7 @@ _HINTS: Mapping[Refusal, str] = {
     UsageError: "save it again with AutoTokenizer and save_pretrained()",
 }
 CHAT_TEMPLATE = "chat_template.jinja"
+_QUESTION = "edgekit 4c1e"
 _ANSWERS = ("edgekit 7f3a", "edgekit 7f3z")  # two that differ to their last letter
 _OWN_VARIABLES = ("messages", "add_generation_prompt")  # what edgekit says itself
 
@@ -140,7 +141,7 @@ class Text:
         """Return the token that the template puts right after an answer, None if there is none."""
         if self.template is None:
             return None
-        asked: list[Message] = [{"role": "user", "content": "Hi"}]
+        asked: list[Message] = [{"role": "user", "content": _QUESTION}]
         one, other = (
             self.render(
                 [*asked, {"role": "assistant", "content": answer}], add_generation_prompt=False
@@ -149,18 +150,18 @@ class Text:
         )
         if one == other:
             return None  # it does not write the answer
-        header = _shared_start(one, other).removesuffix(_shared_start(*_ANSWERS)).rstrip()
         after = _shared_end(one, other).strip()
-        token = self._leading_token(after)
-        if token is None or (after != token and header.endswith(after)):
-            return None  # the next thing is another answer's header: `<|im_start|>assistant`
-        return int(self.tokenizer.token_to_id(token))
+        end = max((t for t in self._added_texts if after.startswith(t)), key=len, default=None)
+        # One that asks on right away opens a turn there: `<|im_start|>assistant`.
+        before = one.partition(_QUESTION)[0]
+        opener = max(self._added_texts, key=before.rfind, default=None)
+        if end is None or (end == opener and end in before and after != end):
+            return None
+        return int(self.tokenizer.token_to_id(end))
 
-    def _leading_token(self, text: str) -> str | None:
-        """Return the longest added token that a text starts with."""
-        added = self.tokenizer.get_added_tokens_decoder().values()
-        found = [token.content for token in added if text.startswith(token.content)]
-        return max(found, key=len, default=None)
+    @functools.cached_property
+    def _added_texts(self) -> list[str]:
+        return [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
 
     @functools.cached_property
     def _pieces(self) -> "_Pieces":
@@ -193,13 +194,10 @@ def _unread(name: str, known: Collection[str]) -> UsageError:
     )
 
 
-def _shared_start(one: str, other: str) -> str:
-    pairs = enumerate(zip(one, other, strict=False))
-    return one[: next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))]
-
-
 def _shared_end(one: str, other: str) -> str:
-    return _shared_start(one[::-1], other[::-1])[::-1]
+    pairs = enumerate(zip(reversed(one), reversed(other), strict=False))
+    length = next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+    return one[len(one) - length :]
 
 
 class Detokenizer:
