@@ -1,7 +1,7 @@
 """What MODEL may be: a Hugging Face directory, a GGUF file, or ``demo``."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def with_template(
             return files
         _check_variables(files, ChatTemplate.compile(source), variables or {})
         call = _call(files, source, variables or {})
-        files = files.with_template(source, call)
+        files = replace(files, notes=(*files.notes, *_notes(call))).with_template(source, call)
         template = ChatTemplate.compile(call.preamble + source)
     except MissingDependencyError:
         if variables:
@@ -235,6 +235,17 @@ def _call(files: TokenizerFiles, source: str, variables: Mapping[str, Any]) -> T
             hint="take another template with --chat-template NAME|FILE, give it what it lacks with "
             "--template-var NAME=VALUE, or repair it",
         ) from error
+
+
+def _notes(call: TemplateCall) -> Iterator[str]:
+    for name in call.empty_lists:
+        yield f"the chat template fails without a list of {name}, so it begins with an empty one"
+    if call.content_parts:
+        yield (
+            f"the chat template wants what {' and '.join(call.content_parts)} messages hold as a "
+            'list of parts, {"type": "text", "text": …}: edgekit passes it so, other programs have '
+            "to be told"
+        )
 
 
 def _template_stop(text: Text) -> int | None:

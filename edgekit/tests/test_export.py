@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,9 @@ from edgekit.encodings import hashing
 from edgekit.errors import BudgetError, DisagreementError, UsageError
 from edgekit.export import default_out, export
 from edgekit.plan import Choice, make
+from edgekit.run import Runner, answer
 from edgekit.source.opening import open_checkpoint
+from edgekit.verify import verify
 
 
 pytestmark = pytest.mark.toolchain
@@ -219,3 +223,52 @@ def test_the_demo_model_says_paris(demo_bundle):
     from edgekit.run import run
 
     assert "Paris" in "".join(run(demo_bundle, "Name the capital of France.", max_tokens=24))
+
+
+# Templates as people have them
+
+SAID = "{%- for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+DONE = "<|eot_id|>{% endfor %}"
+FOR_TOOLS = "{% for tool in tools %}{% endfor %}" + SAID + "{{ m.content }}" + DONE
+# The setting, what is fixed, what transformers is told, the form of a message's content.
+TEMPLATES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
+    "for tools only": (
+        [{"name": "tool_use", "template": FOR_TOOLS}], {}, {"tools": []}, "text",
+    ),
+    "parts": (
+        SAID + "{% for p in m.content %}{{ p.text }}{% endfor %}" + DONE, {}, {}, "parts",
+    ),
+    "a variable": (
+        "{% if brief %}Be brief.{% endif %}" + SAID + "{{ m.content }}" + DONE,
+        {"brief": True}, {"brief": True}, "text",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_is_proven_and_run_as_transformers_calls_it(tiny_checkpoint, tmp_path, name):
+    from transformers import AutoTokenizer
+
+    setting, variables, called_with, form = TEMPLATES[name]
+    model = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, model)
+    (model / "chat_template.jinja").unlink()
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": setting}))
+    bundle = export(
+        model, "raspberry-pi-5-8gb", quant="F16", context_tokens=128, out=tmp_path / "out",
+        template_variables=variables,
+    )  # fmt: skip
+    assert verify(bundle.directory, model).passed
+    content = "Hi" if form == "text" else [{"type": "text", "text": "Hi"}]
+    asked = [{"role": "user", "content": content}]
+    prompt = AutoTokenizer.from_pretrained(model).apply_chat_template(
+        asked, tokenize=False, add_generation_prompt=True, **called_with
+    )
+    assert "Hi" in prompt
+    with Runner.open(bundle.directory) as runner:
+        reply = answer(runner, "Hi", max_tokens=1)
+        read = runner.text.tokenizer.decode(
+            list(reply.generation.prompt_ids), skip_special_tokens=False
+        )
+    assert read == prompt

@@ -69,7 +69,10 @@ def test_a_directory_whose_only_template_is_for_tools_opens_and_says_what_transf
 ):
     transformers = pytest.importorskip("transformers")
     opened = with_template(files_of(tmp_path, {"tool_use": TOOLS}))
-    assert opened.notes == ("the only chat template is named 'tool_use', so it is taken",)
+    assert opened.notes == (
+        "the only chat template is named 'tool_use', so it is taken",
+        "the chat template fails without a list of tools, so it begins with an empty one",
+    )
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     ask = [{"role": "user", "content": "Hi"}]
     assert opened.loaded().render(ask) == tokenizer.apply_chat_template(
