@@ -11,7 +11,8 @@ import json
 import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import date
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +32,7 @@ _HINTS: Mapping[Refusal, str] = {
 CHAT_TEMPLATE = "chat_template.jinja"
 _QUESTION = "edgekit 4c1e"
 _ANSWERS = ("edgekit 7f3a", "edgekit 7f3z")  # two that differ to their last letter
+_TODAY = "edgekit 9b2d"
 _OWN_VARIABLES = ("messages", "add_generation_prompt")  # what edgekit says itself
 
 
@@ -41,6 +43,7 @@ class Text:
     tokenizer: Any  # tokenizers.Tokenizer
     template: ChatTemplate | None
     rules: TextRules
+    variables: Mapping[str, Any] = field(default_factory=dict)  # of every conversation
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
@@ -90,9 +93,22 @@ class Text:
             raise UsageError("the model has no chat template", hint="pass it plain text")
         if not messages:
             raise UsageError("the conversation is empty")
-        known = {"tools": None, "documents": None, **self.rules.special_tokens}
-        variables = {"add_generation_prompt": add_generation_prompt, **known, **variables}
+        known: dict[str, Any] = {"tools": None, "documents": None, **self.rules.special_tokens}
+        known |= {"add_generation_prompt": add_generation_prompt}
+        variables = {**known, **self.variables, **variables}
         return self.template.render(as_parts(messages, self.rules.content_parts), variables)
+
+    def writes_today(self, messages: Sequence[Message]) -> bool:
+        """Tell whether the prompt of a conversation is another one every day."""
+        try:
+            rendered = self.render(messages, strftime_now=lambda _pattern: _TODAY)
+        except UsageError:  # it refuses a system message, or wants one
+            return False
+        return _TODAY in rendered
+
+    def on(self, day: date) -> Self:
+        """Return the same, for whom it is always that day."""
+        return replace(self, variables={**self.variables, "strftime_now": day.strftime})
 
     def check_variables(self, variables: Mapping[str, Any]) -> None:
         """Refuse variables that would change nothing.
