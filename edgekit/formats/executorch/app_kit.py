@@ -200,8 +200,14 @@ The runners know no chat template: an app writes the prompt. One message in it:
 {"".join(_around(app_kit.text))}
 ```
 
-More turns, and a system message if the model takes one, are in `{PROMPTS}`.
+{_dated(app_kit.text)}More turns, and a system message if the model takes one, are in `{PROMPTS}`.
 """
+
+
+def _dated(text: Text) -> str:
+    if not text.writes_today([{"role": "user", "content": _MARK}]):
+        return ""
+    return "The template writes the day's date: here it is that of the export.\n\n"
 
 
 def _around(text: Text) -> tuple[str, str, str]:
