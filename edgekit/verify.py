@@ -6,6 +6,7 @@ from pathlib import Path
 
 from edgekit import formats
 from edgekit.bundle.manifest import Agreement, Bundle
+from edgekit.encodings.json_files import parse
 from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest
 from edgekit.model.checkpoint_protocol import Calibration
@@ -41,7 +42,9 @@ def verify(
         model,
         adapters=adapters,
         chat_template=chat_template,
-        template_variables=bundle.text.template_variables,
+        template_variables={
+            name: parse(text) for name, text in bundle.text.template_variables.items()
+        },
         listener=listener,
     )
     if checkpoint.sha256 != bundle.model.sha256:

@@ -136,7 +136,10 @@ class TokenizerFiles:
             adds_bos=self._adds_bos(),
             chat_template_sha256=template and hashlib.sha256(template.encode()).hexdigest(),
             stop_strings=self.stop_strings,
-            template_variables=dict(self.template_call.variables),
+            template_variables={
+                name: json.dumps(value, ensure_ascii=False)
+                for name, value in self.template_call.variables.items()
+            },
             content_parts=self.template_call.content_parts,
         )
 

@@ -230,6 +230,7 @@ def test_the_demo_model_says_paris(demo_bundle):
 SAID = "{%- for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
 DONE = "<|eot_id|>{% endfor %}"
 FOR_TOOLS = "{% for tool in tools %}{% endfor %}" + SAID + "{{ m.content }}" + DONE
+MORE = {"more": {"b": None, "a": [1]}, "brief": True}  # in an order of its own
 # The setting, what is fixed, what transformers is told, the form of a message's content.
 TEMPLATES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
     "for tools only": (
@@ -239,8 +240,8 @@ TEMPLATES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
         SAID + "{% for p in m.content %}{{ p.text }}{% endfor %}" + DONE, {}, {}, "parts",
     ),
     "a variable": (
-        "{% if brief %}Be brief.{% endif %}" + SAID + "{{ m.content }}" + DONE,
-        {"brief": True}, {"brief": True}, "text",
+        "{% if brief %}{{ more | tojson }}{% endif %}" + SAID + "{{ m.content }}" + DONE,
+        MORE, MORE, "text",
     ),
 }  # fmt: skip
 

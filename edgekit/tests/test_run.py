@@ -119,11 +119,11 @@ def test_a_variable_of_the_template_is_given_for_all_conversations_or_for_one(tm
         ("breif", "reads no variable 'breif'"),
         ("add_generation_prompt", "sets the template's variable 'add_generation_prompt' itself"),
         ("messages", "sets the template's variable 'messages' itself"),
-        ("tone", "'tone' is fixed to 'kind' in this bundle"),
+        ("tone", "'tone' is fixed to \"kind\" in this bundle"),
     ],
 )
 def test_a_variable_that_would_change_nothing_is_refused(tmp_path, name, words):
-    runner = runner_in(tmp_path, template=SWITCH, template_variables={"tone": "kind"})
+    runner = runner_in(tmp_path, template=SWITCH, template_variables={"tone": '"kind"'})
     with pytest.raises(UsageError, match=words):
         runner.ask(DIALOGUE[:1], template_variables={name: True})
     assert isinstance(runner.session, NgramSession)

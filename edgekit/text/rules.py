@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +13,6 @@ class TextRules:
     adds_bos: bool  # whether plain text, outside a template, starts with the BOS token
     chat_template_sha256: str | None  # None: the model has no template
     stop_strings: tuple[str, ...] = ()  # any of these ends an answer, and is not part of it
-    # What the exporter fixed in the template, for messages: the template says it itself.
-    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    # What the exporter fixed in the template, which says it itself: JSON, by name.
+    template_variables: Mapping[str, str] = field(default_factory=dict)
     content_parts: tuple[str, ...] = ()  # roles whose content the template wants as a list of parts

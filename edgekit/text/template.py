@@ -56,7 +56,7 @@ class TemplateCall:
         follows renders as it did.
         """
         lists = [f"{{%- set {name} = {name} or [] %}}\n" for name in self.empty_lists]
-        fixed = [f"{{%- set {n} = {_literal(v)} %}}\n" for n, v in self.variables.items()]
+        fixed = [f"{{%- set {n} = {_literal(v)} %}}\n" for n, v in sorted(self.variables.items())]
         return "".join([*lists, *fixed])
 
 

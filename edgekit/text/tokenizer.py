@@ -130,7 +130,7 @@ class Text:
                 raise UsageError(f"edgekit sets the template's variable {name!r} itself")
             if name in fixed:
                 raise UsageError(
-                    f"the template's variable {name!r} is fixed to {fixed[name]!r} in this bundle",
+                    f"the template's variable {name!r} is fixed to {fixed[name]} in this bundle",
                     hint="export again without it, or with another value",
                 )
             if name not in self.template.variables:

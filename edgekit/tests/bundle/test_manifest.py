@@ -50,7 +50,7 @@ def make_bundle(directory, **changes):
             adds_bos=True,
             chat_template_sha256=None,
             stop_strings=("END",),
-            template_variables={"enable_thinking": False, "tools": [None]},
+            template_variables={"enable_thinking": "false", "tools": "[null]"},
             content_parts=("user",),
         ),
         artifact=artifact,

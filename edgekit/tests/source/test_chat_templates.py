@@ -89,7 +89,7 @@ def test_a_variable_is_fixed_for_every_program_and_said_in_the_rules(tmp_path):
     (tmp_path / "bundle").mkdir()
     rules = files.copy_into(tmp_path / "bundle")
     assert (tmp_path / "bundle" / "chat_template.jinja").read_text() == files.chat_template
-    assert rules.template_variables == {"enable_thinking": False}
+    assert rules.template_variables == {"enable_thinking": "false"}
     assert (
         files.loaded().render([{"role": "user", "content": "Hi"}]).startswith("False<|im_start|>")
     )
