@@ -273,3 +273,44 @@ def test_a_template_is_proven_and_run_as_transformers_calls_it(tiny_checkpoint, 
             list(reply.generation.prompt_ids), skip_special_tokens=False
         )
     assert read == prompt
+
+
+def test_a_stop_string_ends_answers_where_transformers_ends_them(tiny_checkpoint, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def continued(**options):
+        """Return what transformers says, with a stop string as the last of it if there is one."""
+        said = network.generate(
+            asked,
+            attention_mask=torch.ones_like(asked),
+            max_new_tokens=40,
+            do_sample=False,
+            **options,
+        )
+        return tokenizer.decode(said[0, asked.shape[1] :], skip_special_tokens=True)
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    network = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False
+    )
+    asked = torch.tensor([ids])
+    whole = continued()
+    stop = whole[len(whole) // 2 :][:3]
+    ended = continued(stop_strings=[stop], tokenizer=tokenizer)
+    assert stop in ended
+    assert len(ended) < len(whole)
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, model)
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(settings | {"stop_strings": stop}))
+    bundle = export(
+        model, "raspberry-pi-5-8gb", quant="F32", context_tokens=128, out=tmp_path / "out",
+        verify=False,
+    )  # fmt: skip
+    assert bundle.text.stop_strings == (stop,)
+    with Runner.open(bundle.directory) as runner:
+        record = answer(runner, "Hi", max_tokens=40).answer
+    assert (record.text, record.finish_reason) == (ended[: ended.index(stop)], "stop")

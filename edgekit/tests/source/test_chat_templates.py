@@ -120,6 +120,15 @@ def test_what_a_template_lacks_can_be_given(tmp_path):
     assert with_template(files, variables={"persona": "Ada"}).template_source == wanting
 
 
+def test_a_special_token_that_the_tokenizer_lacks_can_be_given(tmp_path):
+    """transformers fails there too."""
+    files = files_of(tmp_path, {"default": "{{ pad_token + '!' }}" + CHATML})
+    with pytest.raises(UsageError, match="'pad_token' is undefined"):
+        with_template(files)
+    text = with_template(files, variables={"pad_token": ""}).loaded()
+    assert text.render([{"role": "user", "content": "Hi"}]).startswith("!<|im_start|>")
+
+
 def test_a_template_that_writes_no_answer_adds_no_stop(tmp_path):
     """Seven of 240 real templates: the first token of a prompt would have ended every answer."""
     asks = "{% for m in messages if m.role != 'assistant' %}<|im_start|>{{ m.content }}{% endfor %}"

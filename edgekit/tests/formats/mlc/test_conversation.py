@@ -286,6 +286,15 @@ def test_mlc_strips_thoughts_as_the_template_does(tmp_path, template):
     assert "hm" not in wanted
 
 
+def test_a_switch_that_was_fixed_is_fixed_for_mlc(tmp_path):
+    model = speak(tmp_path / "model", "qwen3")
+    files = with_template(model.text, variables={"enable_thinking": False})
+    found = conversation.derive(replace(model, text=files))
+
+    assert found.template["role_empty_sep"] == "<think>\n\n</think>\n\n"
+    assert derive(tmp_path / "free", "qwen3").template["role_empty_sep"] == ""
+
+
 def test_line_breaks_that_a_template_leaves_after_a_thought_are_left_to_the_app(tmp_path):
     """Those of DeepSeek's distilled models."""
     keeps = thoughtful("stablelm", before="").replace(".lstrip('\\n')", "")
