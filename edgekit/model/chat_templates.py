@@ -39,11 +39,15 @@ class ChatTemplates:
         Raises:
             UsageError: If a file is not UTF-8 or not JSON, or a template is not text.
         """
-        sources = [(name, found) for name, found in _sources(directory, settings) if found]
+        sources, notes = [], []
+        for name, found in _sources(directory, settings):
+            filled = {key: template for key, template in found.items() if template.strip()}
+            if len(filled) < len(found):
+                notes.append(f"a chat template of {name} is empty, so it counts as none")
+            sources += [(name, filled)] if filled else []
         if not sources:
-            return cls(by_name={})
+            return cls(by_name={}, notes=tuple(notes))
         origin, by_name = sources[0]
-        notes = []
         for other, found in sources[1:]:
             if DEFAULT not in by_name and DEFAULT in found:
                 by_name = {**by_name, DEFAULT: found[DEFAULT]}

@@ -9,7 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from edgekit.errors import UsageError
-from edgekit.text.template import ChatTemplate, Message, TemplateCall, as_parts
+from edgekit.text.template import (
+    ChatTemplate,
+    EndlessTemplateError,
+    Message,
+    TemplateCall,
+    as_parts,
+)
 
 
 _LISTS: tuple[tuple[str, ...], ...] = ((), ("tools",), ("documents",), ("tools", "documents"))
@@ -28,6 +34,7 @@ def fit(source: str, call: TemplateCall, special_tokens: Mapping[str, str]) -> T
     Raises:
         UsageError: If the template is not Jinja, or cannot say one question however it is called;
             the message is that of the usual call.
+        EndlessTemplateError: If it grows without end.
         MissingDependencyError: If jinja2 is not installed.
     """
     refusals = []
@@ -36,6 +43,8 @@ def fit(source: str, call: TemplateCall, special_tokens: Mapping[str, str]) -> T
         speaker = _Speaker(ChatTemplate.compile(asked.preamble + source), special_tokens)
         try:
             return replace(asked, content_parts=speaker.content_parts())
+        except EndlessTemplateError:
+            raise
         except UsageError as error:
             refusals.append(error)
     raise refusals[0]
@@ -68,6 +77,8 @@ class _Speaker:
         """Tell whether the marked message is in the text; letters may have changed their case."""
         try:
             return _MARK in self._render(messages, parts).lower()
+        except EndlessTemplateError:
+            raise  # as it would in any form
         except UsageError:
             return False
 

@@ -40,6 +40,10 @@ _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)  # of ti
 Message = Mapping[str, Any]  # {"role": "user", "content": "…"}
 
 
+class EndlessTemplateError(UsageError):
+    """A template takes more time or makes more text than any conversation needs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TemplateCall:
     """What a template is given besides the conversation, the same by every runtime."""
@@ -124,7 +128,8 @@ class ChatTemplate:
             variables: What else the template may read: special tokens, ``add_generation_prompt``.
 
         Raises:
-            UsageError: If the template refuses the conversation, fails, or grows without end.
+            UsageError: If the template refuses the conversation or fails.
+            EndlessTemplateError: If it grows without end.
         """
         import jinja2
 
@@ -136,7 +141,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, *_TEMPLATE_ERRORS) as error:
             raise UsageError(f"the chat template failed: {error}") from error
         except (RecursionError, MemoryError) as error:
-            raise UsageError("the chat template calls itself without end") from error
+            raise EndlessTemplateError("the chat template calls itself without end") from error
         finally:
             _deadline.reset(token)
 
@@ -320,7 +325,7 @@ def _limiter() -> Any:
 
 def _check_time() -> None:
     if time.monotonic() > _deadline.get():
-        raise UsageError(f"the chat template takes more than {MAX_SECONDS:g} s")
+        raise EndlessTemplateError(f"the chat template takes more than {MAX_SECONDS:g} s")
 
 
 def _bounded(value: Any) -> Any:
@@ -330,8 +335,8 @@ def _bounded(value: Any) -> Any:
     return value
 
 
-def _too_large() -> UsageError:
-    return UsageError(f"the chat template makes more than {MAX_CHARACTERS} characters")
+def _too_large() -> EndlessTemplateError:
+    return EndlessTemplateError(f"the chat template makes more than {MAX_CHARACTERS} characters")
 
 
 def _size(value: Any) -> int:

@@ -54,6 +54,7 @@ def modelfile(checkpoint: "CheckpointProtocol", entry: str, *, context_tokens: i
         f"FROM ./{entry}",
         "",
         (_TEMPLATE_NOTE if has_template else _NO_TEMPLATE_NOTE).rstrip(),
+        *_fixed(checkpoint),
         "",
         *(_instruction(f"PARAMETER {name}", value) for name, value in parameters),
     ]
@@ -62,6 +63,13 @@ def modelfile(checkpoint: "CheckpointProtocol", entry: str, *, context_tokens: i
     licence = checkpoint.licence
     lines += [] if licence is None else [_instruction("LICENSE", licence)]
     return "\n".join(lines) + "\n"
+
+
+def _fixed(checkpoint: "CheckpointProtocol") -> Iterator[str]:
+    fixed = checkpoint.text.rules().template_variables
+    if fixed:
+        values = ", ".join(f"{name} = {value}" for name, value in fixed.items())
+        yield f"# The template inside the file says {values}; a version of Ollama's own does not."
 
 
 def sampling_parameters(defaults: "SamplingDefaults") -> Iterator[tuple[str, str]]:

@@ -128,6 +128,19 @@ def test_what_a_file_hides_is_noted_if_it_is_another(tmp_path):
     )
 
 
+def test_an_empty_template_counts_as_none(tmp_path):
+    files = {
+        "chat_template.jinja": " \n",
+        "tokenizer_config.json": {"chat_template": named(default="", rag=TWO)},
+    }
+    found = read(written(tmp_path, files))
+    assert found.by_name == {"rag": TWO}
+    assert found.notes == (
+        "a chat template of chat_template.jinja is empty, so it counts as none",
+        "a chat template of tokenizer_config.json is empty, so it counts as none",
+    )
+
+
 def test_a_setting_stays_the_default_beside_files_for_other_uses(tmp_path):
     """transformers then has no default template, and refuses a plain conversation."""
     files = {

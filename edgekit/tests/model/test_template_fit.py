@@ -1,12 +1,20 @@
 """How a template wants to be called, against what transformers renders when it is called so."""
 
+import time
 from typing import Any
 
 import pytest
 
 from edgekit.errors import UsageError
 from edgekit.model.template_fit import fit
-from edgekit.text.template import AS_IT_IS, ChatTemplate, TemplateCall, as_parts
+from edgekit.text import template as template_limits
+from edgekit.text.template import (
+    AS_IT_IS,
+    ChatTemplate,
+    EndlessTemplateError,
+    TemplateCall,
+    as_parts,
+)
 
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -102,6 +110,15 @@ def test_called_so_it_says_what_it_says_in_transformers(name, transformers_token
 def test_a_template_that_no_call_helps_says_what_the_usual_one_meets():
     with pytest.raises(UsageError, match="functions"):
         fit("{{ functions.first }}" + TOOLS, AS_IT_IS, SPECIAL)
+
+
+def test_a_template_without_end_is_asked_once(monkeypatch):
+    monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.2)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    started = time.monotonic()
+    with pytest.raises(EndlessTemplateError, match=r"takes more than 0\.2 s"):
+        fit(endless, AS_IT_IS, SPECIAL)
+    assert time.monotonic() - started < 2  # of 28 forms that could be tried
 
 
 # Variables, fixed at the head of the template

@@ -137,6 +137,18 @@ def test_a_default_system_message_is_found_where_contents_are_parts(model):
     assert ollama.default_system(checkpoint) == 'You are "Ada".\nYou help.'
 
 
+def test_what_was_fixed_in_the_template_is_told_in_a_comment(model):
+    (model / "chat_template.jinja").write_text("{{ mood }}" + PLAIN)
+    plain, fixed = (
+        modelfile(open_checkpoint(model, template_variables=variables), "m.gguf", context_tokens=9)
+        for variables in ({}, {"mood": "two\nlines"})
+    )
+    says = '# The template inside the file says mood = "two\\nlines"; '
+    assert f"{says}a version of Ollama's own does not." in fixed.splitlines()
+    assert "inside the file says" not in plain
+    assert instructions(fixed) == instructions(plain)
+
+
 def test_a_stop_that_cannot_be_written_is_told_in_a_comment(model):
     stop_at(model, ["<end>", "\x00"])
     text = modelfile_of(model)
