@@ -18,6 +18,7 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
     *,
     precision: StoredPrecision | None = None,
     trained_on: str | Path | None = None,
+    chat_template: str | Path | None = None,
     listener: Listener | None = None,
 ) -> Path:
     """Write ``model`` with ``adapters`` merged in, one after the other, to ``out``.
@@ -29,6 +30,7 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
         precision: None keeps the type each tensor of the base has.
         trained_on: The four-bit base the adapters were trained on (QLoRA), to compare with.
             None takes the one an adapter names, if it is a directory here.
+        chat_template: The template of what is written, a name or a file; None: the default one.
         listener: Who is told what changes apart from the weights, and the progress.
 
     Returns:
@@ -43,7 +45,9 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
     refuse_existing(out)
     if not adapters:
         raise UsageError("there is no adapter to merge", hint="name one with --adapter")
-    checkpoint = opening.open_checkpoint(model, adapters=adapters, listener=listener)
+    checkpoint = opening.open_checkpoint(
+        model, adapters=adapters, chat_template=chat_template, listener=listener
+    )
     checkpoint = qlora.with_score(
         checkpoint,
         adapters,

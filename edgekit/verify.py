@@ -6,6 +6,7 @@ from pathlib import Path
 
 from edgekit import formats
 from edgekit.bundle.manifest import Agreement, Bundle
+from edgekit.encodings.json_files import parse
 from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest
 from edgekit.model.checkpoint_protocol import Calibration
@@ -14,16 +15,38 @@ from edgekit.proof.gates import Subject, check
 from edgekit.source import opening
 
 
-def verify(directory: str | Path, model: str | Path, *, adapters: Sequence[str | Path] = (),
-           listener: Listener | None = None) -> Agreement:  # fmt: skip
+def verify(
+    directory: str | Path,
+    model: str | Path,
+    *,
+    adapters: Sequence[str | Path] = (),
+    chat_template: str | Path | None = None,
+    listener: Listener | None = None,
+) -> Agreement:
     """Repeat the proof of a bundle against its checkpoint.
+
+    Args:
+        directory: The bundle.
+        model: What it was made from.
+        adapters: Those that were merged, in this order.
+        chat_template: The template it was exported with, a name or a file; None: the default one.
+            Variables of it that were fixed are read from the bundle.
+        listener: Who is told what happens.
 
     Raises:
         BundleError: If the bundle is damaged.
         UsageError: If this is not the checkpoint the bundle was made from.
     """
     bundle = Bundle.load(directory)
-    checkpoint = opening.open_checkpoint(model, adapters=adapters, listener=listener)
+    checkpoint = opening.open_checkpoint(
+        model,
+        adapters=adapters,
+        chat_template=chat_template,
+        template_variables={
+            name: parse(text) for name, text in bundle.text.template_variables.items()
+        },
+        listener=listener,
+    )
     if checkpoint.sha256 != bundle.model.sha256:
         raise UsageError(
             f"{directory} was made from another checkpoint than {model}",

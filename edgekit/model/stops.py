@@ -1,7 +1,10 @@
 """Which of a checkpoint's files count where an answer ends."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from edgekit.errors import UsageError
 
 
 def by_file(
@@ -24,6 +27,26 @@ def by_file(
 def together(ids_by_file: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Return all of them, sorted, each once."""
     return tuple(sorted({id for ids in ids_by_file.values() for id in ids}))
+
+
+def strings(generation_config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """Return the texts that end an answer, each once.
+
+    Args:
+        generation_config: The fields of generation_config.json, or none.
+        path: The file, for messages.
+
+    Raises:
+        UsageError: If ``stop_strings`` is neither text nor a list of texts.
+    """
+    declared = generation_config.get("stop_strings")
+    texts = [] if declared is None else [declared] if isinstance(declared, str) else declared
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UsageError(
+            f"{path}: stop_strings = {declared!r}, expected text or a list of texts",
+            hint="remove the field, or repair it",
+        )
+    return tuple(dict.fromkeys(filter(None, texts)))
 
 
 def _ids(value: Any) -> tuple[int, ...]:

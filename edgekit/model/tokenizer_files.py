@@ -5,15 +5,16 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
-from edgekit.model import chat_templates, stops
+from edgekit.model import stops
+from edgekit.model.chat_templates import ChatTemplates
 from edgekit.text.rules import TextRules
-from edgekit.text.template import ChatTemplate
+from edgekit.text.template import AS_IT_IS, ChatTemplate, TemplateCall
 from edgekit.text.tokenizer import Text, open_tokenizer
 
 
@@ -30,6 +31,9 @@ class TokenizerFiles:
     chat_template: str | None
     declared_stop_ids: tuple[int, ...]  # of config, generation_config and tokenizer_config together
     stop_ids_by_file: dict[str, tuple[int, ...]]  # which file declared which, for the report
+    stop_strings: tuple[str, ...] = ()  # texts that end an answer and are not part of it
+    templates: Mapping[str, str] = field(default_factory=dict)  # all there are, by name
+    template_call: TemplateCall = AS_IT_IS  # what it gets; its preamble begins the template
     notes: tuple[str, ...] = ()  # what was decided where the files disagree, one sentence each
 
     @classmethod
@@ -49,17 +53,23 @@ class TokenizerFiles:
         special = _special_tokens(
             settings | read_object_if_there(directory / "special_tokens_map.json")
         )
+        generation = directory / "generation_config.json"
+        generation_config = read_object_if_there(generation)
+        found = ChatTemplates.read(directory, settings)
         by_file = stops.by_file(
             config,
-            read_object_if_there(directory / "generation_config.json"),
+            generation_config,
             eos_id=added_tokens(tokenizer_json).get(special.get("eos_token", "")),
         )
         return cls(
             tokenizer_json=tokenizer_json,
             special_tokens=special,
-            chat_template=chat_templates.find(directory, settings),
+            chat_template=found.default,
             declared_stop_ids=stops.together(by_file),
             stop_ids_by_file=by_file,
+            stop_strings=stops.strings(generation_config, generation),
+            templates=found.by_name,
+            notes=found.notes,
         )
 
     def loaded(self) -> Text:
@@ -84,6 +94,21 @@ class TokenizerFiles:
             declared_stop_ids=tuple(sorted({*self.declared_stop_ids, id})),
             stop_ids_by_file={**self.stop_ids_by_file, origin: (id,)},
         )
+
+    def with_template(self, template: str, call: TemplateCall = AS_IT_IS) -> Self:
+        """Return the same files with this template, which is called so, on every runtime.
+
+        Args:
+            template: As its author wrote it.
+            call: What it gets besides the conversation; what can be said in Jinja is put before it.
+        """
+        return replace(self, chat_template=call.preamble + template, template_call=call)
+
+    @property
+    def template_source(self) -> str | None:
+        """The chat template as its author wrote it."""
+        template = self.chat_template
+        return None if template is None else template.removeprefix(self.template_call.preamble)
 
     def copy_into(self, directory: Path) -> TextRules:
         """Write what the runner reads into a bundle, and return the rules that go with it."""
@@ -110,6 +135,12 @@ class TokenizerFiles:
             special_tokens=self.special_tokens,
             adds_bos=self._adds_bos(),
             chat_template_sha256=template and hashlib.sha256(template.encode()).hexdigest(),
+            stop_strings=self.stop_strings,
+            template_variables={
+                name: json.dumps(value, ensure_ascii=False)
+                for name, value in self.template_call.variables.items()
+            },
+            content_parts=self.template_call.content_parts,
         )
 
     def _adds_bos(self) -> bool:

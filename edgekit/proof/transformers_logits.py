@@ -17,7 +17,7 @@ from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter
 from edgekit.runtime.silence import silence
 from edgekit.source.checkpoint import AdapterRecord, Checkpoint
-from edgekit.text.template import Message
+from edgekit.text.template import AS_IT_IS, Message, TemplateCall, as_parts
 
 
 if TYPE_CHECKING:
@@ -159,14 +159,25 @@ def ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def rendered(tokenizer: Any, messages: Sequence[Message], *, template: str) -> str:
-    """Return a conversation as the chat template writes it, ready for the answer."""
+def rendered(
+    tokenizer: Any, messages: Sequence[Message], *, template: str, call: TemplateCall = AS_IT_IS
+) -> str:
+    """Return a conversation as the chat template writes it, ready for the answer.
+
+    Args:
+        tokenizer: What `tokenizer` returned.
+        messages: The conversation, contents as text.
+        template: As its author wrote it.
+        call: What it gets besides the conversation.
+    """
     return str(
         tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            [dict(message) for message in as_parts(messages, call.content_parts)],
             chat_template=template,
             tokenize=False,
             add_generation_prompt=True,
+            **{name: [] for name in call.empty_lists},
+            **call.variables,
         )
     )
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from edgekit.bundle.workdir import new_directory, refuse_existing
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import EdgekitError, UsageError
+from edgekit.model import chat_templates
 from edgekit.model.checkpoint_protocol import Tensor, row_chunks
 from edgekit.model.tokenizer_files import added_tokens, common_settings
 from edgekit.progress import Advance
@@ -261,8 +262,10 @@ def _write_text(checkpoint: Checkpoint, directory: Path) -> None:
     settings = directory / "tokenizer_config.json"
     if settings.is_file() and (common := common_settings(read := read_object(settings))) != read:
         _write_json(settings, common)
-    if checkpoint.text.chat_template is not None:
-        _write_template(checkpoint.text.chat_template, directory)
+    if checkpoint.text.template_source is not None:
+        _write_template(checkpoint.text.template_source, directory)
+        # A file of the default one hides whatever else tokenizer_config.json has.
+        chat_templates.write_others(checkpoint.text.templates, directory)
     for place in (source, checkpoint.directory):
         if (place / "generation_config.json").is_file():
             shutil.copyfile(place / "generation_config.json", directory / "generation_config.json")
@@ -307,7 +310,7 @@ def _refuse_difference(checkpoint: Checkpoint, directory: Path) -> None:
     written = Checkpoint.open(directory)
     if (
         written.spec != checkpoint.spec
-        or written.text.chat_template != checkpoint.text.chat_template
+        or written.text.chat_template != checkpoint.text.template_source
     ):
         raise EdgekitError(
             f"what was written does not read as {checkpoint.name}", hint="report the model"

@@ -34,6 +34,11 @@ def notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
     """Yield what a user should know of other programs that open the files."""
     yield NOTE
     yield from genai_text.notes(checkpoint.text.tokenizer_json)
+    if strings := checkpoint.text.stop_strings:
+        yield (
+            f"other programs that open the files must be told that an answer ends before "
+            f"{' or '.join(map(repr, strings))}: no setting of theirs holds stop strings"
+        )
     spec = checkpoint.spec
     border = spec.original_max_position_embeddings
     if border not in {None, _KNOWN_BORDER_TOKENS}:

@@ -539,7 +539,7 @@ def _text_of(fit: _Fit, *, vocabulary: int) -> TokenizerFiles:
             hint="save the tokenizer of the training run into the adapter's directory",
         )
     template = _template_of(directory)
-    return text if template is None else replace(text, chat_template=template)
+    return text if template is None else replace(text, chat_template=template, templates={})
 
 
 def _with_stop_ids(text: TokenizerFiles, base: TokenizerFiles) -> TokenizerFiles:
@@ -551,6 +551,8 @@ def _with_stop_ids(text: TokenizerFiles, base: TokenizerFiles) -> TokenizerFiles
     return replace(
         text,
         chat_template=text.chat_template or base.chat_template,
+        templates=text.templates or base.templates,
+        stop_strings=text.stop_strings or base.stop_strings,
         stop_ids_by_file=by_file,
         declared_stop_ids=stops.together(by_file),
     )

@@ -18,6 +18,7 @@ from edgekit.source.writer import write_checkpoint
 from edgekit.tests.tiny.random_checkpoints import random_checkpoint
 from edgekit.tests.witnesses.tiny_runner import CHATML, NgramSession
 from edgekit.text import corpus
+from edgekit.text.template import ChatTemplate
 
 
 np = pytest.importorskip("numpy")
@@ -256,6 +257,18 @@ def test_one_id_of_one_line_fails_the_token_ids(subject, monkeypatch):
     found = gate(gates._check_ids, read_by(subject, monkeypatch, loses=line))
     assert not found.passed
     assert found.finding.startswith(f"edgekit run: {line!r} becomes [")
+
+
+def test_a_conversation_that_holds_the_day_is_no_golden(subject, monkeypatch):
+    """The device's own day is another one tomorrow."""
+    assert len(gates._goldens(subject, [], [1], [2]).chats) == len(subject.conversations) > 0
+    text = subject.text
+    dated = "{{ strftime_now('%Y') if messages | length == 1 }}{{ messages[0].content }}"
+    monkeypatch.setitem(vars(subject), "text", replace(text, template=ChatTemplate.compile(dated)))
+    chats = gates._goldens(subject, [], [1], [2]).chats
+    assert [len(chat.messages) for chat in chats] == [
+        len(turns) for turns in subject.conversations if len(turns) > 1
+    ]
 
 
 def test_one_blank_fails_the_chat_template(subject, monkeypatch):

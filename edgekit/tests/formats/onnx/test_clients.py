@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -386,6 +387,31 @@ def test_each_text_of_a_batch_is_read_as_alone_wherever_it_is_filled_up(
             np.testing.assert_allclose(said, wanted, rtol=0, atol=1e-4)
         ids = np.array([text[len(text) - left : len(text) - left + 1] for text in texts])
         mask = np.concatenate([mask, np.ones((3, 1), np.int64)], axis=1)
+
+
+@pytest.mark.toolchain
+def test_a_variable_that_was_fixed_is_fixed_in_onnx_runtime_genai(checkpoints, genai, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = opened(checkpoints, "qwen3").directory
+    variables = {"enable_thinking": False}
+    checkpoint = opening.open_checkpoint(source, template_variables=variables)
+    export(checkpoint, tmp_path)
+    theirs = genai.Tokenizer(genai.Model(str(tmp_path)))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    ask = [{"role": "user", "content": QUESTION}]
+    wanted = tokenizer.apply_chat_template(
+        ask, tokenize=False, add_generation_prompt=True, **variables
+    )
+    assert theirs.apply_chat_template(json.dumps(ask), add_generation_prompt=True) == wanted
+    assert wanted.endswith("</think>\n\n")
+
+
+def test_stop_strings_are_told_where_no_setting_holds_them(tmp_path):
+    checkpoint = _tiny_checkpoint(tmp_path)
+    told = replace(checkpoint, text=replace(checkpoint.text, stop_strings=("END", "\n\n")))
+    assert not any("stop strings" in note for note in clients.notes(checkpoint))
+    (note,) = (note for note in clients.notes(told) if "stop strings" in note)
+    assert "ends before 'END' or '\\n\\n'" in note
 
 
 @pytest.mark.toolchain

@@ -223,6 +223,28 @@ def test_transformers_js_reads_and_writes_text_as_edgekit_does(voice, client, ex
     assert found["ids"] == [text.encode(line, adds_bos=False) for line in corpus.lines()]
 
 
+def test_a_variable_that_was_fixed_is_fixed_in_transformers_js(exports, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    javascript_clients.need_node()
+    source = exports.checkpoint("qwen3")
+    bundle = export(
+        source, "raspberry-pi-5-8gb", format="onnx", quant="F32", out=tmp_path / "brief",
+        context_tokens=CONTEXT_TOKENS, calibrate=False, verify=False,
+        template_variables={"enable_thinking": False},
+    )  # fmt: skip
+    asked = {"root": f"{tmp_path}/", "bundles": ask([bundle], device="cpu")}
+    found = javascript_clients.run_node("transformers_js.mjs", asked, timeout_s=TIMEOUT_S)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    expected = [
+        tokenizer.apply_chat_template(
+            list(turns), tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        for turns in sayable(bundle)
+    ]
+    assert found["brief"]["prompts"] == expected
+    assert all(prompt.endswith("</think>\n\n") for prompt in expected)
+
+
 def test_the_browser_is_served_the_bundle_and_asks_nobody_else(visit, exports):
     assert visit.foreign == ()
     asked = defaultdict(set)
