@@ -3,6 +3,7 @@
 Only safetensors is read: never a pickle, never code from the model's directory.
 """
 
+import dataclasses
 import functools
 import math
 import os
@@ -13,7 +14,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from edgekit.encodings.hashing import sha256_of_all
@@ -145,7 +145,8 @@ class Checkpoint:
     adapter: AdapterRecord | None = None
     calibration: Calibration | None = None  # None: an error counts the same in every column
     quantization: str | None = None  # of the files, where reading de-quantizes: nf4, fp4
-    config: Mapping[str, Any] = MappingProxyType({})  # the decoder's part of config.json
+    # The decoder's part of config.json.
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stored_names: Naming = USUAL  # how the names in the files differ from those of `tensors`
     wrapper: str | None = None  # the model_type of the model around the decoder
     notes: tuple[str, ...] = ()  # what was decided where the files disagree, one sentence each
