@@ -50,26 +50,27 @@ class TokenizerFiles:
                 hint="load it once with AutoTokenizer and save_pretrained() it into the model",
             )
         settings = read_object_if_there(directory / "tokenizer_config.json")
-        special = _special_tokens(
-            settings | read_object_if_there(directory / "special_tokens_map.json")
-        )
+        special = _special_tokens(directory, settings)
         generation = directory / "generation_config.json"
         generation_config = read_object_if_there(generation)
         found = ChatTemplates.read(directory, settings)
-        by_file = stops.by_file(
+        ids = TokenIds(tokenizer_json, special)
+        ends = stops.settle(
             config,
             generation_config,
-            eos_id=added_tokens(tokenizer_json).get(special.get("eos_token", "")),
+            eos_id=ids.of(special.get("eos_token")),
+            tokens=ids,
+            directory=directory,
         )
         return cls(
             tokenizer_json=tokenizer_json,
             special_tokens=special,
             chat_template=found.default,
-            declared_stop_ids=stops.together(by_file),
-            stop_ids_by_file=by_file,
+            declared_stop_ids=stops.together(ends.by_file),
+            stop_ids_by_file=ends.by_file,
             stop_strings=stops.strings(generation_config, generation),
             templates=found.by_name,
-            notes=found.notes,
+            notes=(*ends.notes, *found.notes),
         )
 
     def loaded(self) -> Text:
@@ -199,13 +200,57 @@ def _parse_small_parts(tokenizer_json: Path, changed_ns: int) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key != "model"}
 
 
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the special tokens by name; each is a string, or an object with ``content``."""
+def _special_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special tokens by name; each is a string, or an object with ``content``.
+
+    ``special_tokens_map.json`` counts where the settings do not list the added tokens, and a model
+    may have tokens of its own, as in ``from_pretrained`` of transformers 5.24.
+    """
+    if "added_tokens_decoder" not in settings:
+        settings = {**settings, **read_object_if_there(directory / "special_tokens_map.json")}
+    extra = settings.get("extra_special_tokens")
     found: dict[str, str] = {}
     for name in _SPECIAL_NAMES:
         value = settings.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            found[name] = value
-    return found
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            found[name] = content
+    own = {name: value for name, value in settings.items() if name.endswith("_token")}
+    own |= extra if isinstance(extra, dict) else {}
+    return {name: value for name, value in own.items() if isinstance(value, str)} | found
+
+
+class TokenIds:
+    """The ids of a tokenizer's tokens; the vocabulary is parsed only if something asks for it."""
+
+    def __init__(self, tokenizer_json: Path, special_tokens: Mapping[str, str]) -> None:
+        self._path = tokenizer_json
+        self._special = special_tokens
+        self._added = added_tokens(tokenizer_json)
+
+    def is_special(self, id: int) -> bool:
+        """Tell whether it is an added token, or has a name such as ``eos_token``."""
+        return id in self._added.values() or self.token(id) in self._special.values()
+
+    def of(self, token: str | None) -> int | None:
+        """Return the id of a token, None if there is none."""
+        if token is None or token in self._added:
+            return self._added.get(token or "")
+        return self._vocabulary.get(token)
+
+    def token(self, id: int) -> str | None:
+        """Return the token of an id, None if there is none."""
+        named = (token for token, of in self._added.items() if of == id)
+        return next(named, None) or self._tokens.get(id)
+
+    @functools.cached_property
+    def _tokens(self) -> dict[int, str]:
+        return {id: token for token, id in self._vocabulary.items()}
+
+    @functools.cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        model = read_object_if_there(self._path).get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocabulary, list):  # Unigram's pieces, in the order of their ids
+            return {str(piece[0]): id for id, piece in enumerate(vocabulary) if piece}
+        return vocabulary if isinstance(vocabulary, dict) else {}

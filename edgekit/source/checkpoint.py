@@ -168,7 +168,8 @@ class Checkpoint:
         is_four_bit = bitsandbytes_tensors.is_four_bit(text.fields, origin=config.origin)
         config.ignore(bitsandbytes_tensors.FIELD)  # each tensor says it again, and more
         spec = family.describe(config)
-        unknown = config.refuse_unread()
+        unknown = config.unread_strings()
+        config.refuse_unread()
         stored, quantization = _read_headers(directory, is_four_bit=is_four_bit)
         decoder = decoder_tensors.find(
             stored, spec, architecture=architecture, directory=directory, wrapper=text.wrapper

@@ -145,32 +145,38 @@ class Config:
         """Name fields that cannot change what this family's models say."""
         self._read.update(names)
 
-    def refuse_unread(self) -> tuple[str, ...]:
-        """Stop at fields that nobody read: they might change what the model says.
-
-        A null is an absent field. A string is a name, a path or a version that some tool left.
+    def unread_strings(self) -> tuple[str, ...]:
+        """Take strings that nobody read for what tools leave behind: a name, a path, a version.
 
         Returns:
-            A note about the strings, if there are any.
-
-        Raises:
-            UsageError: Naming the other fields.
+            A note about them, if there are any.
         """
-        unread = {
-            name: value
-            for name, value in self._fields.items()
-            if value is not None and name not in self._read
-        }
-        unread = {name: v for name, v in unread.items() if v or name not in NEUTRAL_WHEN_OFF}
-        strings = {name: value for name, value in unread.items() if isinstance(value, str)}
-        if others := sorted(unread.keys() - strings.keys()):
-            raise UsageError(
-                f"{self._origin} has fields this family does not know: {', '.join(others)}",
-                hint="remove them if they cannot change the logits, or report the model",
-            )
+        strings = {name: value for name, value in self._unread().items() if isinstance(value, str)}
+        self._read.update(strings)
         if not strings:
             return ()
         shown = ", ".join(f"{name} = {value!r}" for name, value in sorted(strings.items()))
-        return (
-            f"{self._origin} has fields that this family does not know, taken for names: {shown}",
-        )
+        return (f"{self._origin} has fields that edgekit does not know, taken for names: {shown}",)
+
+    def refuse_unread(self) -> None:
+        """Stop at fields that nobody read: they might change what the model says.
+
+        A null is an absent field.
+
+        Raises:
+            UsageError: Naming the fields.
+        """
+        if unread := sorted(self._unread()):
+            raise UsageError(
+                f"{self._origin} has fields this family does not know: {', '.join(unread)}",
+                hint="remove them if they cannot change the logits, or report the model",
+            )
+
+    def _unread(self) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in self._fields.items()
+            if value is not None
+            and name not in self._read
+            and (value or name not in NEUTRAL_WHEN_OFF)
+        }
