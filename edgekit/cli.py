@@ -148,6 +148,15 @@ def trained_on_option(command: Decorated) -> Decorated:
     )(command)  # fmt: skip
 
 
+def tokenizer_option(command: Decorated) -> Decorated:
+    """Add ``--tokenizer``."""
+    return click.option(
+        "--tokenizer", type=click.Choice(["file", "transformers"]), default="file",
+        show_default=True,
+        help="Read text as tokenizer.json says, or as AutoTokenizer does where it rebuilds that.",
+    )(command)  # fmt: skip
+
+
 def choice_options(command: Decorated) -> Decorated:
     """Add what narrows a plan."""
     for option in (
@@ -222,6 +231,7 @@ def json_option(command: Decorated) -> Decorated:
                    "own.",
               )  # fmt: skip
 @no_calibration_option
+@tokenizer_option
 @click.option("-o", "--out", type=DIRECTORY, help="Bundle directory to create.")
 @click.option(
     "--replace", is_flag=True, help="Replace the bundle at OUT, once the new one is complete."
@@ -235,7 +245,7 @@ def export_command(
     quant: str | None, context_tokens: int | None, chat_template: str | None,
     template_variables: dict[str, Any], trained_on: Path | None,
     split_bytes: int | None, variant: str | None, calibration: Path | None,
-    no_calibration: bool, out: Path | None,
+    no_calibration: bool, tokenizer: str, out: Path | None,
     replace: bool, no_verify: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Export MODEL for a device, and prove that the artifact says what MODEL says.
@@ -256,8 +266,8 @@ def export_command(
         model, target_name, adapters=adapters, format=format, quant=quant,
         context_tokens=context_tokens, split_bytes=split_bytes, variant=variant,
         chat_template=chat_template, template_variables=template_variables,
-        trained_on=trained_on, calibration=calibration, calibrate=not no_calibration, out=out,
-        replace=replace, verify=not no_verify, listener=Terminal(),
+        trained_on=trained_on, calibration=calibration, calibrate=not no_calibration,
+        tokenizer=tokenizer, out=out, replace=replace, verify=not no_verify, listener=Terminal(),
     )  # fmt: skip
     if as_json:
         print_json(bundle)
@@ -272,11 +282,13 @@ def export_command(
 @template_variables_option
 @variant_option
 @no_calibration_option
+@tokenizer_option
 @json_option
 def plan_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
     quant: str | None, context_tokens: int | None, chat_template: str | None,
-    template_variables: dict[str, Any], variant: str | None, no_calibration: bool, as_json: bool,
+    template_variables: dict[str, Any], variant: str | None, no_calibration: bool,
+    tokenizer: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what `export` would make of MODEL, what it would cost, and why the rest is rejected."""
     from edgekit.plan import plan
@@ -287,7 +299,7 @@ def plan_command(
         model, target, adapters=adapters, format=format, quant=quant,
         context_tokens=context_tokens, chat_template=chat_template,
         template_variables=template_variables, variant=variant, calibrate=not no_calibration,
-        listener=Terminal(),
+        tokenizer=tokenizer, listener=Terminal(),
     )  # fmt: skip
     if as_json:
         print_json(plan_document(made))
@@ -561,16 +573,27 @@ def raise_outcome(outcome: str, bundle: Path, target: str) -> None:
 @click.argument("model")
 @adapter_option
 @chat_template_option
+@tokenizer_option
 @json_option
 def verify_command(
-    bundle: Path, model: str, adapters: tuple[Path, ...], chat_template: str | None, as_json: bool
+    bundle: Path,
+    model: str,
+    adapters: tuple[Path, ...],
+    chat_template: str | None,
+    tokenizer: str,
+    as_json: bool,
 ) -> None:
     """Prove again that BUNDLE says what MODEL says."""
     from edgekit.errors import DisagreementError
     from edgekit.verify import verify
 
     agreement = verify(
-        bundle, model, adapters=adapters, chat_template=chat_template, listener=Terminal()
+        bundle,
+        model,
+        adapters=adapters,
+        chat_template=chat_template,
+        tokenizer=tokenizer,
+        listener=Terminal(),
     )
     if as_json:
         print_json(agreement)
@@ -586,19 +609,20 @@ def verify_command(
 @adapter_option
 @chat_template_option
 @trained_on_option
+@tokenizer_option
 @click.option("-o", "--out", type=DIRECTORY, required=True, help="Directory to create.")
 @click.option("--precision", type=click.Choice(["bf16", "f16", "f32"]),
               help="Tensor type to write; default: the one each tensor of MODEL has.")  # fmt: skip
 def merge_command(
     model: str, adapters: tuple[Path, ...], chat_template: str | None, trained_on: Path | None,
-    out: Path, precision: Any,
+    tokenizer: str, out: Path, precision: Any,
 ) -> None:  # fmt: skip
     """Write MODEL with its adapters merged in, as an ordinary checkpoint."""
     from edgekit.merge import merge
 
     made = merge(
         model, adapters, out, precision=precision, trained_on=trained_on,
-        chat_template=chat_template, listener=Terminal(),
+        chat_template=chat_template, tokenizer=tokenizer, listener=Terminal(),
     )  # fmt: skip
     click.echo(made)
 

@@ -34,6 +34,7 @@ class Request:
     trained_on: Path | None = None
     calibration: Path | None = None
     is_calibrated: bool = True
+    tokenizer: str = "file"
     out: Path | None = None
     replaces: bool = False
     is_verified: bool = True
@@ -54,6 +55,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
     trained_on: str | Path | None = None,
     calibration: str | Path | None = None,
     calibrate: bool = True,
+    tokenizer: str = "file",
     out: str | Path | None = None,
     replace: bool = False,
     verify: bool = True,
@@ -79,6 +81,8 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         calibration: A text like those the model will be used on, to join edgekit's own.
         calibrate: False rounds weights with an error in every column counting the same. Otherwise
             one pass of a text through the model measures how large the inputs of each column are.
+        tokenizer: ``"file"`` reads text as tokenizer.json says, ``"transformers"`` as AutoTokenizer
+            does, which rebuilds some tokenizers: for a model that was trained with that.
         out: The bundle directory to create; None names it after model, target and recipe.
         replace: Whether ``out`` may be a bundle already, which is then replaced at the very end.
         verify: False skips the proof; such a bundle never passes `validate`.
@@ -105,6 +109,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         trained_on=None if trained_on is None else Path(trained_on),
         calibration=None if calibration is None else Path(calibration),
         is_calibrated=calibrate,
+        tokenizer=tokenizer,
         out=None if out is None else Path(out),
         replaces=replace,
         is_verified=verify,
@@ -125,6 +130,7 @@ def make(request: Request, *, listener: Listener) -> Bundle:
         adapters=request.adapters,
         chat_template=request.chat_template,
         template_variables=request.template_variables,
+        tokenizer=request.tokenizer,
         listener=listener,
     )
     if request.is_verified:

@@ -19,6 +19,7 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
     precision: StoredPrecision | None = None,
     trained_on: str | Path | None = None,
     chat_template: str | Path | None = None,
+    tokenizer: str = "file",
     listener: Listener | None = None,
 ) -> Path:
     """Write ``model`` with ``adapters`` merged in, one after the other, to ``out``.
@@ -31,6 +32,8 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
         trained_on: The four-bit base the adapters were trained on (QLoRA), to compare with.
             None takes the one an adapter names, if it is a directory here.
         chat_template: The template of what is written, a name or a file; None: the default one.
+        tokenizer: ``"transformers"`` writes the tokenizer.json that AutoTokenizer makes of the
+            files, ``"file"`` the one that is there.
         listener: Who is told what changes apart from the weights, and the progress.
 
     Returns:
@@ -46,7 +49,11 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
     if not adapters:
         raise UsageError("there is no adapter to merge", hint="name one with --adapter")
     checkpoint = opening.open_checkpoint(
-        model, adapters=adapters, chat_template=chat_template, listener=listener
+        model,
+        adapters=adapters,
+        chat_template=chat_template,
+        tokenizer=tokenizer,
+        listener=listener,
     )
     checkpoint = qlora.with_score(
         checkpoint,

@@ -134,6 +134,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     chat_template: str | Path | None = None,
     template_variables: Mapping[str, Any] | None = None,
     calibrate: bool = True,
+    tokenizer: str = "file",
     listener: Listener | None = None,
 ) -> Plan:
     """Return what `edgekit export` would make of a model; nothing is changed.
@@ -146,6 +147,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
         adapters=adapters,
         chat_template=chat_template,
         template_variables=template_variables,
+        tokenizer=tokenizer,
         listener=listener,
     )
     if calibrate:
@@ -173,6 +175,7 @@ def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -
             the model itself cannot be converted, whatever the recipe.
         BudgetError: If nothing fits; the message lists every candidate with its numbers.
     """
+    checkpoint.text.refuse_unreadable()
     candidates: list[Candidate] = []
     for name in _format_names(target, choice):
         limit = formats.writing(name).context_limit(checkpoint)

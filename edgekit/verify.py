@@ -15,12 +15,13 @@ from edgekit.proof.gates import Subject, check
 from edgekit.source import opening
 
 
-def verify(
+def verify(  # noqa: PLR0913 - the request, spelled out for Python users
     directory: str | Path,
     model: str | Path,
     *,
     adapters: Sequence[str | Path] = (),
     chat_template: str | Path | None = None,
+    tokenizer: str = "file",
     listener: Listener | None = None,
 ) -> Agreement:
     """Repeat the proof of a bundle against its checkpoint.
@@ -31,6 +32,7 @@ def verify(
         adapters: Those that were merged, in this order.
         chat_template: The template it was exported with, a name or a file; None: the default one.
             Variables of it that were fixed are read from the bundle.
+        tokenizer: The reading it was exported with, ``"file"`` or ``"transformers"``.
         listener: Who is told what happens.
 
     Raises:
@@ -45,6 +47,7 @@ def verify(
         template_variables={
             name: parse(text) for name, text in bundle.text.template_variables.items()
         },
+        tokenizer=tokenizer,
         listener=listener,
     )
     if checkpoint.sha256 != bundle.model.sha256:

@@ -219,6 +219,13 @@ class Running(Protocol):
         """
         ...
 
+    def own_template(self, path: Path) -> str | None:
+        """Return the chat template inside an artifact, by which its readers write prompts.
+
+        None if there is none inside, so that the checkpoint's is used.
+        """
+        ...
+
     def files(self, path: Path) -> list[Path]:
         """Return every file of the artifact that `load` opens with ``path``, that one included.
 

@@ -94,6 +94,23 @@ def is_text(token: str) -> bool:
     return any(letter.isalnum() for letter in token if letter not in _SPACES)
 
 
+def within(ids_by_file: Mapping[str, tuple[int, ...]], rows: int) -> Stops:
+    """Leave out the ids for which a model of so many rows has none: it never says them."""
+    beyond = {file: [id for id in ids if not 0 <= id < rows] for file, ids in ids_by_file.items()}
+    return Stops(
+        by_file={
+            file: tuple(id for id in ids if id not in beyond[file])
+            for file, ids in ids_by_file.items()
+        },
+        notes=tuple(
+            f"{file} ends answers at {ids}: left out, as the model has {rows} rows and never says "
+            "them"
+            for file, ids in beyond.items()
+            if ids
+        ),
+    )
+
+
 def together(ids_by_file: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Return all of them, sorted, each once."""
     return tuple(sorted({id for ids in ids_by_file.values() for id in ids}))

@@ -4,20 +4,24 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from edgekit import installed
 from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.model import stops
 from edgekit.model.chat_templates import ChatTemplates
+from edgekit.text import corpus
 from edgekit.text.rules import TextRules
 from edgekit.text.template import AS_IT_IS, ChatTemplate, TemplateCall
-from edgekit.text.tokenizer import Text, open_tokenizer
+from edgekit.text.tokenizer import Text, open_tokenizer, refuse_unknown_decoder
 
 
+_LARGEST_MERGED_ID = "largest merged id"  # not a field of tokenizer.json
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token",
                   "mask_token")  # fmt: skip
 
@@ -73,6 +77,15 @@ class TokenizerFiles:
             notes=(*ends.notes, *found.notes),
         )
 
+    def refuse_unreadable(self) -> None:
+        """Check what only `edgekit run` would notice: that ids can become text one by one.
+
+        Raises:
+            UsageError: If they cannot.
+        """
+        decoder = _small_parts(self.tokenizer_json).get("decoder")
+        refuse_unknown_decoder(decoder, refusal=UsageError)
+
     def loaded(self) -> Text:
         """Return what reads and writes text with these files.
 
@@ -86,6 +99,60 @@ class TokenizerFiles:
             tokenizer=open_tokenizer(self.tokenizer_json),
             template=None if source is None else ChatTemplate.compile(source),
             rules=self.rules(),
+        )
+
+    def prompts(self) -> tuple[str, ...]:
+        """Return edgekit's conversations as the chat template writes them, those that it can say.
+
+        There are none without a template, or where jinja2 is not installed.
+
+        Raises:
+            UsageError: If the template is not Jinja.
+        """
+        if self.chat_template is None or installed.missing("jinja2"):
+            return ()
+        rules = TextRules(stop_ids=(), special_tokens=self.special_tokens, adds_bos=False,
+                          chat_template_sha256=None)  # fmt: skip
+        template = ChatTemplate.compile(self.chat_template)
+        text = Text(tokenizer=None, template=template, rules=rules)
+        found = []
+        for turns in corpus.CONVERSATIONS:
+            with suppress(UsageError):  # Gemma's has no system role
+                found.append(text.render(turns))
+        return tuple(found)
+
+    def within(self, rows: int) -> Self:
+        """Return the same files for an embedding of so many rows, without special tokens beyond.
+
+        Raises:
+            UsageError: If text can become an id that has no row.
+        """
+        largest = _largest_merged_id(self.tokenizer_json)
+        if largest >= rows:
+            raise UsageError(
+                f"{self.tokenizer_json} has the token id {largest}, the model has {rows} "
+                "embeddings",
+                hint="is this another model's tokenizer?",
+            )
+        ids = added_tokens(self.tokenizer_json)
+        beyond = {
+            name: token for name, token in self.special_tokens.items() if ids.get(token, 0) >= rows
+        }
+        notes = (
+            f"{name} {token!r} is left out: its id {ids[token]} is beyond the model's {rows} rows"
+            for name, token in beyond.items()
+        )
+        kept = {name: it for name, it in self.special_tokens.items() if name not in beyond}
+        files = replace(self, special_tokens=kept, notes=(*self.notes, *notes))
+        return files.with_stops(stops.within(self.stop_ids_by_file, rows))
+
+    def with_stops(self, ends: stops.Stops) -> Self:
+        """Return the same files with other ids that end an answer."""
+        return replace(
+            self,
+            declared_stop_ids=stops.together(ends.by_file),
+            stop_ids_by_file=ends.by_file,
+            notes=(*self.notes, *ends.notes),
         )
 
     def with_stop_id(self, id: int, *, origin: str) -> Self:
@@ -146,9 +213,9 @@ class TokenizerFiles:
 
     def _adds_bos(self) -> bool:
         """Tell whether the tokenizer puts its BOS token before plain text."""
-        processor = json.dumps(_small_parts(self.tokenizer_json).get("post_processor"))
-        bos = self.special_tokens.get("bos_token")
-        return bos is not None and json.dumps(bos) in processor
+        before, _ = put_around(self.tokenizer_json)
+        bos = added_tokens(self.tokenizer_json).get(self.special_tokens.get("bos_token", ""))
+        return bos is not None and bos in before
 
 
 _ANY_TOKENIZER = "PreTrainedTokenizerFast"
@@ -186,6 +253,46 @@ def added_tokens(tokenizer_json: Path) -> dict[str, int]:
         ) from error
 
 
+def put_around(tokenizer_json: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that the tokenizer puts before and after a single text.
+
+    Raises:
+        UsageError: If its post-processor is malformed.
+    """
+    before: list[int] = []
+    after: list[int] = []
+    try:
+        for step in _processors(_small_parts(tokenizer_json).get("post_processor")):
+            if step.get("type") == "TemplateProcessing":
+                _collect_template(step, before, after)
+            elif step.get("type") in {"RobertaProcessing", "BertProcessing"}:
+                before.append(int(step["cls"][1]))
+                after.append(int(step["sep"][1]))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UsageError(f"{tokenizer_json}: post_processor is malformed: {error}") from error
+    return tuple(before), tuple(after)
+
+
+def _processors(step: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield a post-processor, or those in it if it is a sequence."""
+    if step is None:
+        return
+    if step.get("type") != "Sequence":
+        yield step
+        return
+    for inner in step["processors"]:
+        yield from _processors(inner)
+
+
+def _collect_template(step: Mapping[str, Any], before: list[int], after: list[int]) -> None:
+    target = before
+    for piece in step["single"]:
+        if "Sequence" in piece:
+            target = after
+        else:
+            target += [int(id) for id in step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]]
+
+
 def _small_parts(tokenizer_json: Path) -> dict[str, Any]:
     """Return a tokenizer without its vocabulary, parsed once: that takes as long as a layer."""
     if not tokenizer_json.is_file():
@@ -197,7 +304,26 @@ def _small_parts(tokenizer_json: Path) -> dict[str, Any]:
 def _parse_small_parts(tokenizer_json: Path, changed_ns: int) -> dict[str, Any]:
     del changed_ns  # a file that was changed is parsed again
     fields = read_object_if_there(tokenizer_json)
-    return {key: value for key, value in fields.items() if key != "model"}
+    small = {key: value for key, value in fields.items() if key != "model"}
+    return small | {_LARGEST_MERGED_ID: _largest_id(fields)}
+
+
+def _largest_merged_id(tokenizer_json: Path) -> int:
+    """Return the largest id that text without added tokens can become, -1 if there is none."""
+    return int(_small_parts(tokenizer_json).get(_LARGEST_MERGED_ID, -1))
+
+
+def _largest_id(fields: Mapping[str, Any]) -> int:
+    model = fields.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):  # Unigram's pieces, in the order of their ids
+        return len(vocabulary) - 1
+    if not isinstance(vocabulary, dict):
+        return -1
+    added = fields.get("added_tokens")
+    contents = {it.get("content") for it in added or [] if isinstance(it, dict)}
+    return max((id for token, id in vocabulary.items()
+                if token not in contents and isinstance(id, int)), default=-1)  # fmt: skip
 
 
 def _special_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:

@@ -9,9 +9,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
+from operator import ne
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -28,7 +29,7 @@ from edgekit.quant.recipe import Recipe
 from edgekit.runtime.generate import Sampling, generate
 from edgekit.runtime.session import Session
 from edgekit.source.checkpoint import Checkpoint
-from edgekit.text import corpus
+from edgekit.text import corpus, spaces
 from edgekit.text.rules import TextRules
 from edgekit.text.tokenizer import Text
 
@@ -310,29 +311,62 @@ def _both(
 
 
 def _check_ids(subject: Subject, found: _Findings) -> None:
-    """Gate 4: every tokenizer that will read text makes the checkpoint's ids."""
-    lines = corpus.lines()
-    lines += [subject.text.render(turns) for turns in subject.conversations]
-    expected = [transformers_logits.ids(subject.tokenizer, line) for line in lines]
+    """Gate 4: every tokenizer that will read text makes the ids that tokenizer.json stands for.
+
+    transformers rebuilds some tokenizers; where its own reading is another, it is counted.
+    """
+    prompts = subject.checkpoint.text.prompts()
+    lines = [*corpus.lines(), *prompts]
+    expected = transformers_logits.file_ids(subject.checkpoint, lines)
+    rebuilt = [transformers_logits.ids(subject.tokenizer, line) for line in lines]
     ours = [subject.text.encode(line, adds_bos=False) for line in lines]
-    theirs = subject.running.runtime_ids(subject.path, lines)
+    sent = [*corpus.lines(), *_prompts_of_the_artifact(subject)]
+    theirs = subject.running.runtime_ids(subject.path, sent)
     readers, finding = "edgekit run", ""
     wrong = _first_difference(lines, expected, ours)
     if theirs is not None and wrong is None:
         readers += " and the runtime's own tokenizer"
         uncomposed = _uncomposed(subject, lines, expected, theirs)
-        accepted = [expected[i] if i in uncomposed else ids for i, ids in enumerate(theirs)]
+        spaced = _spaced(subject, corpus.lines(), expected, theirs)
+        accepted = [
+            expected[i] if i in {*uncomposed, *spaced} else ids for i, ids in enumerate(theirs)
+        ]
         wrong = _first_difference(lines, expected, accepted)
         if uncomposed:
-            finding = (
+            finding += (
                 f"; for the runtime's own, {len(uncomposed)} of them need composing (NFC) first, "
                 "which edgekit run does"
             )
+        if spaced:
+            finding += (
+                f"; the runtime's own puts another space in front of {len(spaced)} of them, "
+                "none of them a chat prompt"
+            )
     if wrong is None:
         finding = f"{len(lines)} lines give the checkpoint's ids in {readers}{finding}"
+        differing = sum(map(ne, rebuilt, expected))
+        if differing:
+            finding += f"; AutoTokenizer reads {differing} of them otherwise than tokenizer.json"
     else:
         finding = f"{readers.rpartition(' and ')[2]}: {wrong}"
     found.add("token ids", finding, passed=wrong is None)
+
+
+def _prompts_of_the_artifact(subject: Subject) -> tuple[str, ...]:
+    """Return the prompts as a program writes them that reads nothing but the artifact."""
+    text, own = subject.checkpoint.text, subject.running.own_template(subject.path)
+    return (text if own is None else replace(text, chat_template=own)).prompts()
+
+
+def _spaced(
+    subject: Subject,
+    lines: Sequence[str],
+    expected: Sequence[list[int]],
+    theirs: Sequence[list[int]],
+) -> list[int]:
+    """Return which lines the runtime reads with one space more or less in front of them."""
+    both = spaces.with_and_without(subject.checkpoint.text.tokenizer_json, lines)
+    return [i for i in range(len(lines)) if theirs[i] != expected[i] and theirs[i] in both[i]]
 
 
 def _uncomposed(
@@ -346,12 +380,13 @@ def _uncomposed(
     Only where the checkpoint's tokenizer itself composes: to it both forms are the same text.
     """
     composed = [unicodedata.normalize("NFC", line) for line in lines]
+    said = transformers_logits.file_ids(subject.checkpoint, composed)
     candidates = [
         index
         for index, line in enumerate(lines)
         if theirs[index] != expected[index]
         and composed[index] != line
-        and transformers_logits.ids(subject.tokenizer, composed[index]) == expected[index]
+        and said[index] == expected[index]
     ]
     if not candidates:
         return []

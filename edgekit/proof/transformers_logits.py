@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit import installed
-from edgekit.errors import MissingDependencyError, UsageError
+from edgekit.errors import MissingDependencyError
 from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter
 from edgekit.runtime.silence import silence
+from edgekit.source import transformers_tokenizer
 from edgekit.source.checkpoint import AdapterRecord, Checkpoint
 from edgekit.text.template import AS_IT_IS, Message, TemplateCall, as_parts
 
@@ -140,22 +141,33 @@ def _with_adapter(model: Any, adapter: AdapterRecord, *, vocabulary: int) -> Any
 def tokenizer(checkpoint: Checkpoint) -> Any:
     """Return transformers' tokenizer of the checkpoint, or of its adapter if that brings one.
 
-    Raises:
-        UsageError: If transformers cannot read it.
+    Where AutoTokenizer cannot read the files, it is one made of tokenizer.json alone.
     """
-    directory = checkpoint.text.tokenizer_json.parent
-    try:
-        return _transformers().AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
+    text = checkpoint.text
+    if transformers_tokenizer.ask(text).failure:
+        return _transformers().PreTrainedTokenizerFast(
+            tokenizer_file=str(text.tokenizer_json), **text.special_tokens
         )
-    except (ValueError, OSError, KeyError) as error:
-        raise UsageError(
-            f"transformers cannot read the tokenizer of {directory}: {error}"
-        ) from error
+    return _transformers().AutoTokenizer.from_pretrained(
+        text.tokenizer_json.parent, local_files_only=True, trust_remote_code=False
+    )
+
+
+def file_ids(checkpoint: Checkpoint, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of texts as the tokenizers library reads the checkpoint's tokenizer.json.
+
+    Special tokens are parsed and none added.
+    """
+    import tokenizers
+
+    reader = tokenizers.Tokenizer.from_file(str(checkpoint.text.tokenizer_json))
+    reader.no_truncation()
+    reader.no_padding()
+    return [it.ids for it in reader.encode_batch(list(texts), add_special_tokens=False)]
 
 
 def ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of a text, special tokens parsed and none added."""
+    """Return the ids of a text in transformers, special tokens parsed and none added."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

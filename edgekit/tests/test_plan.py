@@ -1,5 +1,6 @@
 """Plans: arithmetic that is right to the byte, and reasons a person understands."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from edgekit.formats.gguf import RECIPES, writing
 from edgekit.plan import Choice, estimate, make, substitutions
 from edgekit.target import WebGpuLimits
 from edgekit.target import load as load_target
+from edgekit.tests.needs import needs
 from edgekit.tests.tiny.random_checkpoints import random_checkpoint
 
 
@@ -299,3 +301,36 @@ def test_a_first_token_that_comes_too_late_is_a_miss(checkpoint, pi):
     maybe = replace(limit, limit_s=first[limit.prompt_tokens].low * 1.01)
     made = make(checkpoint, with_budget(pi, first_token=(maybe,)), Choice(quant="Q8_0"))
     assert any(note.startswith("may miss a limit") for note in made.notes)
+
+
+def with_tokenizer(directory, **fields):
+    """Return a model in whose tokenizer.json some fields are others."""
+    model = random_checkpoint(directory)
+    path = model.text.tokenizer_json
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return model
+
+
+def test_what_run_could_not_print_is_refused_before_a_format_is_chosen(pi, tmp_path):
+    with pytest.raises(UsageError, match="a decoder edgekit does not know: none"):
+        make(with_tokenizer(tmp_path, decoder=None), pi)
+
+
+def test_where_llama_cpp_reads_text_otherwise_is_a_note(pi, tmp_path):
+    model = with_tokenizer(tmp_path, normalizer={"type": "NFC"})
+    notes = make(model, pi, Choice(format="gguf")).notes
+    assert any("llama.cpp takes them as they are" in note for note in notes)
+
+
+@pytest.mark.toolchain
+@needs("llama_cpp")
+def test_what_llama_cpp_cannot_read_goes_to_another_format(pi, tmp_path):
+    cuts = [
+        {"type": "Split", "pattern": {"Regex": "[a-m]+"}, "behavior": "MergedWithNext",
+         "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": False},
+    ]  # fmt: skip
+    model = with_tokenizer(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": cuts})
+    made = make(model, pi)
+    assert made.format == "onnx"
+    assert "llama.cpp reads text otherwise" in made.rejected[0].misses[0]

@@ -302,8 +302,10 @@ class _Pieces:
         Raises:
             BundleError: If it is of a kind no small decoder model uses (WordPiece, CTC …).
         """
-        steps = list(_decoder_steps(tokenizer.decoder))
-        _refuse_unknown(steps)
+        # The state of a decoder is its part of tokenizer.json; the whole file can be 17 MB.
+        decoder = tokenizer.decoder and json.loads(tokenizer.decoder.__getstate__())
+        refuse_unknown_decoder(decoder)
+        steps = list(_decoder_steps(decoder))
         kinds = [step["type"] for step in steps]
         spaces = [step for step in steps if step["type"] == "Metaspace"]
         added = tokenizer.get_added_tokens_decoder()
@@ -338,9 +340,8 @@ class _Pieces:
         return token.encode()
 
 
-def _decoder_steps(decoder: Any) -> Iterator[dict[str, Any]]:
-    # The state of a decoder is its part of tokenizer.json; the whole file can be 17 MB.
-    waiting = [] if decoder is None else [json.loads(decoder.__getstate__())]
+def _decoder_steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    waiting = [] if decoder is None else [decoder]
     while waiting:
         step = waiting.pop(0)
         if step["type"] == "Sequence":
@@ -349,7 +350,20 @@ def _decoder_steps(decoder: Any) -> Iterator[dict[str, Any]]:
             yield step
 
 
-def _refuse_unknown(steps: list[dict[str, Any]]) -> None:
+def refuse_unknown_decoder(
+    decoder: Mapping[str, Any] | None, *, refusal: Refusal = BundleError
+) -> None:
+    """Check that ids can be turned into text one by one.
+
+    Args:
+        decoder: Of a tokenizer.json.
+        refusal: What is raised.
+
+    Raises:
+        BundleError, UsageError: As ``refusal``, if the decoder is of a kind no small decoder model
+            uses (WordPiece, CTC …).
+    """
+    steps = list(_decoder_steps(decoder))
     kinds = [step["type"] for step in steps]
     unknown = set(kinds) - {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Strip", "Fuse"}
     for step in steps:
@@ -362,7 +376,7 @@ def _refuse_unknown(steps: list[dict[str, Any]]) -> None:
             unknown.add("Strip of each token")
     if unknown or not kinds:
         found = ", ".join(sorted(unknown)) or "none"
-        raise BundleError(
+        raise refusal(
             f"{TOKENIZER} has a decoder edgekit does not know: {found}",
             hint="known are those of byte-level BPE and of SentencePiece",
         )

@@ -107,6 +107,7 @@ def _runner_copy(files: "TokenizerFiles") -> bytes | None:
     return tokenizer.runner_copy(files.tokenizer_json, rendered)
 
 
+@functools.cache
 def _preparation(files: "TokenizerFiles") -> Preparation:
     return Preparation.of(read_object(files.tokenizer_json))
 

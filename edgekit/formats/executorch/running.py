@@ -63,6 +63,11 @@ def runtime_ids(path: Path, texts: Sequence[str]) -> list[list[int]] | None:
     return tokenizer.runtime_ids(path, texts)
 
 
+def own_template(path: Path) -> None:
+    """Return None: an app renders prompts with the chat template next to the program."""
+    del path
+
+
 def files(path: Path) -> list[Path]:
     """Return the one file there is."""
     return [path]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgekit import installed
 from edgekit.formats import BuildRequest, Layout
 from edgekit.formats.gguf import (
     architectures,
@@ -31,6 +32,7 @@ from edgekit.model.spec import DecoderSpec
 from edgekit.progress import Advance
 from edgekit.quant.planned import calibration_sha256
 from edgekit.quant.recipe import Recipe, split_role
+from edgekit.text import corpus
 
 
 if TYPE_CHECKING:
@@ -79,15 +81,14 @@ def plan(checkpoint: "CheckpointProtocol", request: BuildRequest, *, pre: str) -
 
 def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     """Return what the files will hold and their exact size, from headers alone."""
-    planned = plan(checkpoint, request, pre=likely_pre(checkpoint.text))
+    planned = plan(checkpoint, request, pre=pre_of(checkpoint.text))
     count = len(planned.files)
+    split_note = f"{count} files; Ollama takes one only, so there is no Modelfile"
     return Layout(
         placements=planned.parts,
         artifact_bytes=sum(file.size_bytes for file in planned.files),
         is_exact=True,
-        notes=(f"{count} files; Ollama takes one only, so there is no Modelfile",)
-        if count > 1
-        else (),
+        notes=(*([split_note] if count > 1 else []), *_differences(checkpoint.text)),
         calibration=calibration_sha256(checkpoint.calibration, planned.parts),
         kernel_kl_nats=_kernel_kl_nats(checkpoint.spec),
     )
@@ -103,9 +104,26 @@ def _kernel_kl_nats(spec: DecoderSpec) -> float:
 
 
 @functools.lru_cache(maxsize=1)
-def likely_pre(text: "TokenizerFiles") -> str:
-    """Return the name under which llama.cpp most likely cuts text as this tokenizer does."""
-    return pretokenizers.likely_pre(text)
+def pre_of(text: "TokenizerFiles") -> str:
+    """Return the name under which llama.cpp cuts text as this tokenizer does.
+
+    Where llama.cpp is not installed, so that a plan needs none, it is the likeliest.
+
+    Raises:
+        UsageError: If llama.cpp reads text or chat prompts otherwise, whatever the name.
+    """
+    if installed.missing("llama_cpp", "tokenizers"):
+        return pretokenizers.likely_pre(text)
+    return pretokenizers.find_pre(text, corpus=corpus.lines())
+
+
+@functools.lru_cache(maxsize=1)
+def _differences(text: "TokenizerFiles") -> tuple[str, ...]:
+    """Return where other programs that open the file read text otherwise than `edgekit run`."""
+    return tuple(
+        f"llama.cpp's own tokenizer differs from the checkpoint's, which edgekit run uses: {found}"
+        for found in vocabulary.known_differences(text)
+    )
 
 
 def _entries(checkpoint: "CheckpointProtocol", found: Sequence[FileTensor]) -> list[TensorEntry]:

@@ -31,6 +31,12 @@ def runtime_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:
     return runtime.runtime_ids(path, texts)
 
 
+def own_template(path: Path) -> str | None:
+    """Return the chat template in a file, by which other programs write prompts."""
+    found = split.read(path).metadata.get("tokenizer.chat_template")
+    return None if found is None else str(found)
+
+
 def files(path: Path) -> list[Path]:
     """Return the parts of a file that was split, or the file itself."""
     return split.paths(path)

@@ -231,7 +231,7 @@ def read_tensors(first: Path) -> Iterator[TensorInfo]:
     seen: set[str] = set()
     total = None
     for index, path in enumerate(files):
-        file = _read(path)
+        file = read(path)
         stated = tuple(file.metadata.get(key) for key in (_NUMBER, _COUNT, _TENSORS))
         total = stated[2] if index == 0 else total
         _check_part(path, stated, index=index, count=len(files), tensors=total)
@@ -245,7 +245,12 @@ def read_tensors(first: Path) -> Iterator[TensorInfo]:
                           f"{len(seen)}")  # fmt: skip
 
 
-def _read(path: Path) -> layout.GgufFile:
+def read(path: Path) -> layout.GgufFile:
+    """Return the contents of one file.
+
+    Raises:
+        BundleError: If it is damaged.
+    """
     try:
         return layout.read(path)
     except UsageError as error:

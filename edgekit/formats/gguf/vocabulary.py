@@ -6,6 +6,7 @@ merges: it joins the two neighbours whose union has the best score, so the score
 ranks of the merges.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
 from edgekit.formats.gguf.layout import Value
-from edgekit.model.tokenizer_files import TokenizerFiles
+from edgekit.model.tokenizer_files import TokenizerFiles, put_around
 
 
 # enum llama_token_type in include/llama.h
@@ -62,11 +63,18 @@ class TokenizerSource:
 
     @classmethod
     def open(cls, tokenizer: TokenizerFiles) -> "TokenizerSource":
-        """Parse the tokenizer.json.
+        """Parse the tokenizer.json; asked again for the same one, return what was parsed.
 
         Raises:
             UsageError: If it is not a JSON object, not of a kind that GGUF can hold, or malformed.
         """
+        path = tokenizer.tokenizer_json
+        return cls._parsed(tokenizer, path.stat().st_mtime_ns if path.is_file() else 0)
+
+    @classmethod
+    @functools.lru_cache(maxsize=1)  # every recipe of a plan asks, and it takes half a second
+    def _parsed(cls, tokenizer: TokenizerFiles, changed_ns: int) -> "TokenizerSource":
+        del changed_ns  # a file that was changed is parsed again
         path = tokenizer.tokenizer_json
         fields = read_object(path)
         model = _model(fields, path)
@@ -241,9 +249,12 @@ def vocabulary_of(
         merges = [f"{left} {right}" for left, right in source.merges]
         metadata["tokenizer.ggml.merges"] = ("array[string]", merges)
     metadata |= _special_ids(source, vocabulary_tokens)
-    metadata["tokenizer.ggml.add_space_prefix"] = ("bool", _adds_space(source))
-    if source.files.chat_template is not None:
-        metadata["tokenizer.chat_template"] = ("string", source.files.chat_template)
+    front = spaces(source)
+    metadata["tokenizer.ggml.add_space_prefix"] = ("bool", front.adds)
+    template = source.files.chat_template
+    if template is not None:
+        opened = _opened(template) if front.opens_template else template
+        metadata["tokenizer.chat_template"] = ("string", opened)
     return metadata
 
 
@@ -271,14 +282,7 @@ def _refuse_foreign_steps(source: TokenizerSource) -> None:
 
 
 def _tokens(source: TokenizerSource, vocabulary_tokens: int) -> tuple[list[str], list[int]]:
-    merged = (id for token, id in source.ids.items() if token not in source.listed)
-    largest = max(merged, default=-1)
-    if largest >= vocabulary_tokens:
-        raise UsageError(
-            f"{source.path} has the token id {largest}, the model has {vocabulary_tokens} "
-            "embeddings",
-            hint="is this another model's tokenizer?",
-        )
+    source.files.within(vocabulary_tokens)
     tokens = [f"[PAD{id}]" for id in range(vocabulary_tokens)]
     types = [UNUSED] * vocabulary_tokens
     for token, id in source.ids.items():
@@ -363,7 +367,7 @@ def _scores(source: TokenizerSource, tokens: Sequence[str], types: Sequence[int]
 
 
 def _special_ids(source: TokenizerSource, vocabulary_tokens: int) -> dict[str, Value]:
-    before, after = _template_ids(source)
+    before, _ = put_around(source.path)
     eos = _end_id(source)
     pad = source.special_id("pad_token")
     # llama.cpp takes id 11 where a byte-level file does not say: any declared end is better.
@@ -377,13 +381,15 @@ def _special_ids(source: TokenizerSource, vocabulary_tokens: int) -> dict[str, V
     }
     found: dict[str, Value] = {}
     for name, id in ids.items():
-        if id is None:
-            continue
+        if id is None or (name != "eos" and id >= vocabulary_tokens):
+            continue  # the model has no row for it, as for other such tokens
         if not 0 <= id < vocabulary_tokens:
             raise UsageError(f"{source.path.parent}: the {name} id {id} is no token of the model")
         found[f"tokenizer.ggml.{name}_token_id"] = ("uint32", id)
-    found["tokenizer.ggml.add_bos_token"] = ("bool", bool(before))
-    found["tokenizer.ggml.add_eos_token"] = ("bool", after == (eos,))
+    has_row = bool(before) and before[0] < vocabulary_tokens
+    found["tokenizer.ggml.add_bos_token"] = ("bool", has_row)
+    # True is left over from training: a prompt would end with the end token, and so the answer.
+    found["tokenizer.ggml.add_eos_token"] = ("bool", False)
     return found
 
 
@@ -415,46 +421,73 @@ def _other_ends(source: TokenizerSource, stops: Sequence[int]) -> dict[str, int]
     return dict(zip(("eot", "eom"), [*unknown, *turn_ends, *message_ends], strict=False))
 
 
-def _template_ids(source: TokenizerSource) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids the post-processor puts before and after a single text."""
-    before: list[int] = []
-    after: list[int] = []
-    try:
-        for step in source.steps("post_processor"):
-            if step.get("type") == "TemplateProcessing":
-                _collect_template(step, before, after)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{source.path}: post_processor is malformed: {error}") from error
-    return tuple(before), tuple(after)
-
-
-def _collect_template(step: Mapping[str, Any], before: list[int], after: list[int]) -> None:
-    target = before
-    for piece in step["single"]:
-        if "Sequence" in piece:
-            target = after
-        else:
-            target += [int(id) for id in step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]]
-
-
 # Spaces
 
+SPACE_IN_FRONT = "{{ ' ' }}"  # what opens a chat template whose first text needs a space
 
-def _adds_space(source: TokenizerSource) -> bool:
-    """Tell whether llama.cpp must put a space before a text, and after every special token.
 
-    A tokenizer that puts one before the first text only has no equal: with a chat template, whose
-    text follows a special token, none is right, and without one the first text counts.
+@dataclass(frozen=True, kw_only=True)
+class Spaces:
+    """What a GGUF file can say of the space that SentencePiece puts in front of text."""
+
+    adds: bool = False  # llama.cpp puts one before a text, and after every special token
+    opens_template: bool = False  # the chat template writes the one before a prompt itself
+
+
+def spaces(source: TokenizerSource) -> Spaces:
+    """Return what makes llama.cpp read the prompts of the chat template as the checkpoint does.
+
+    A tokenizer that puts a space before the first text only has no equal in llama.cpp, nor has one
+    that puts none before a text that begins with one. Without a template the first text counts.
+
+    Raises:
+        UsageError: If no setting is right for all of a prompt.
     """
-    if source.kind == "gpt2":
-        return False
     scheme = _space_scheme(source)
-    return scheme == "always" or (scheme == "first" and source.files.chat_template is None)
+    if source.kind == "gpt2" or scheme == "never":
+        return Spaces()
+    prompts = source.files.prompts()
+    if scheme == "every" or not prompts:
+        return Spaces(adds=True)
+    wanted = {found for prompt in prompts for found in _wanted_spaces(source, prompt)}
+    if not any(has_space for has_space, _ in wanted):
+        return Spaces()
+    if all(has_space for has_space, _ in wanted):
+        return Spaces(adds=True)
+    if all(has_space == is_first for has_space, is_first in wanted):
+        begin = [any(first for _, first in _wanted_spaces(source, prompt)) for prompt in prompts]
+        if all(begin):
+            return Spaces(opens_template=True)
+    raise UsageError(
+        f"{source.path} puts a space before some texts of a chat prompt and none before others; "
+        "llama.cpp puts one before each, or none",
+        hint="export to another format, which ships the tokenizer.json itself",
+    )
 
 
-def _space_scheme(source: TokenizerSource) -> Literal["always", "first", "never"]:
+def _opened(template: str) -> str:
+    """Return a chat template that writes a space before all that it wrote.
+
+    Blanks in front of its first block are trimmed as long as they begin the line.
+    """
+    return SPACE_IN_FRONT + re.sub(r"\A[ \t]+(?=\{[%#](?!\+))", "", template)
+
+
+def _wanted_spaces(source: TokenizerSource, prompt: str) -> Iterator[tuple[bool, bool]]:
+    """Yield for each text between the added tokens: is a space put before it, is it the first."""
+    tokens = sorted(filter(None, source.listed), key=len, reverse=True)
+    pieces = re.split(f"({'|'.join(map(re.escape, tokens))})", prompt) if tokens else [prompt]
+    is_first_only = _space_scheme(source) == "first"
+    for index, piece in enumerate(pieces):
+        if piece and index % 2 == 0:
+            may = index == 0 or not is_first_only
+            yield may and piece[0] not in (" ", SPACE), index == 0
+
+
+def _space_scheme(source: TokenizerSource) -> Literal["every", "always", "first", "never"]:
+    """Return before which texts a space is put; all but "every" skip those that begin with one."""
     if any(step.get("type") == "Prepend" for step in source.steps("normalizer")):
-        return "always"
+        return "every"
     for step in source.steps("pre_tokenizer"):
         if step.get("type") == "Metaspace":
             scheme = step.get("prepend_scheme")
@@ -476,8 +509,13 @@ def _is_phi3_like(source: TokenizerSource) -> bool:
 
 def model_name(tokenizer: TokenizerFiles, name: str) -> str:
     """Return a ``general.name`` that makes llama.cpp treat the special tokens as it should."""
+    return name_of(TokenizerSource.open(tokenizer), name)
+
+
+def name_of(source: TokenizerSource, name: str) -> str:
+    """Do what `model_name` does with a file that is already parsed."""
     says_phi3 = any(word in name.lower() for word in PHI3_NAMES)
-    if _is_phi3_like(TokenizerSource.open(tokenizer)):
+    if _is_phi3_like(source):
         return name if says_phi3 else f"{name} (Phi-3)"
     return re.sub(r"(?i)phi-?3", "Phi 3", name) if says_phi3 else name
 
@@ -490,12 +528,17 @@ def known_differences(tokenizer: TokenizerFiles) -> list[str]:
     """
     source = TokenizerSource.open(tokenizer)
     found = [*_text_differences(source), *_added_differences(source)]
-    before, after = _template_ids(source)
+    before, after = put_around(source.path)
     eos = _end_id(source)
     if len(before) > 1 or after not in ((), (eos,)):
         found.append(
             f"it puts the ids {list(before)} before and {list(after)} after a text; "
-            "llama.cpp can put one bos before and one eos after"
+            "llama.cpp can put one bos before"
+        )
+    elif after:
+        found.append(
+            "it ends every text with the end token, as training wants it; llama.cpp is not told to,"
+            " or prompts would end there"
         )
     return found
 
@@ -505,13 +548,17 @@ def _text_differences(source: TokenizerSource) -> Iterator[str]:
         yield "it composes characters (NFC) first; llama.cpp takes them as they are"
     if source.kind == "gpt2":
         return
+    front = spaces(source)
     if _space_scheme(source) == "first":
         yield (
-            "it puts a space before the first text only; llama.cpp will put none"
-            if source.files.chat_template is not None
-            else "it puts a space before the first text only; llama.cpp will also put one after "
-            "every special token"
+            "it puts a space before the first text only; llama.cpp will also put one after every "
+            "special token"
+            if front.adds
+            else "it puts a space before the first text only; llama.cpp will put none"
+            + (", so the chat template in the file opens with one" if front.opens_template else "")
         )
+    if _space_scheme(source) == "always" and not front.adds:
+        yield "it puts a space before a text that does not begin with one; llama.cpp will put none"
     yield from _metaspace_differences(source)
     if _has_unlisted_merges(source):
         yield "it leaves some tokens apart that llama.cpp may join: not every pair is a merge"
@@ -521,7 +568,7 @@ def _metaspace_differences(source: TokenizerSource) -> Iterator[str]:
     for step in source.steps("pre_tokenizer"):
         if step.get("type") != "Metaspace":
             continue
-        if _space_scheme(source) == "always":
+        if spaces(source).adds:
             yield "it puts no space before a text that begins with one; llama.cpp does"
         if step.get("split", True) and any(SPACE in token[1:] for token in source.ids):
             yield "it merges within words only; llama.cpp also merges across spaces"

@@ -1,5 +1,6 @@
 """The whole artifact: weights, settings, and what an app or a phone's build reads."""
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -7,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.formats import BuildRequest, Layout
-from edgekit.formats.mlc import chat_config, conversation, conversion, libraries, memory, web_app
+from edgekit.formats.mlc import (
+    chat_config,
+    conversation,
+    conversion,
+    libraries,
+    memory,
+    tokenizer_info,
+    web_app,
+)
 from edgekit.progress import Advance
 from edgekit.quant.recipe import Recipe
 
@@ -15,6 +24,7 @@ from edgekit.quant.recipe import Recipe
 if TYPE_CHECKING:
     from edgekit.formats.mlc.conversation import Conversation
     from edgekit.model.checkpoint_protocol import CheckpointProtocol
+    from edgekit.model.tokenizer_files import TokenizerFiles
 
 
 CHAT, RAW_PROMPT = "chat", "raw-prompt"
@@ -26,12 +36,19 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     """Return what the weights will be, and what a user should know about the rest.
 
     Raises:
-        UsageError: If MLC computes the decoder, or writes a conversation, otherwise.
+        UsageError: If MLC computes the decoder, or writes a conversation, otherwise, or cannot load
+            the tokenizer.
     """
+    _tokenizer_info(checkpoint.text)
     layout = conversion.lay_out(checkpoint, request)
     said = _conversation(checkpoint, request.variant)
     notes = (*layout.notes, *said.notes, *_library_notes(checkpoint, request.recipe))
     return replace(layout, notes=notes, variant=RAW_PROMPT if said.is_raw else CHAT)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer_info(text: "TokenizerFiles") -> Mapping[str, Any]:
+    return tokenizer_info.read(text.tokenizer_json)
 
 
 def _conversation(checkpoint: "CheckpointProtocol", variant: str | None) -> "Conversation":

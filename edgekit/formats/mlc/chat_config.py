@@ -67,7 +67,9 @@ def build(
         "attention_sink_size": _MISTRAL_SINK_TOKENS if is_mistral else -1,
         "tensor_parallel_shards": 1,
         "pipeline_parallel_stages": 1,
-        "active_vocab_size": tokenizer_info.active_vocab_size(text.tokenizer_json),
+        "active_vocab_size": min(
+            tokenizer_info.active_vocab_size(text.tokenizer_json), spec.vocab_size
+        ),
         **_sampling(checkpoint),
         "tokenizer_files": list(TOKENIZER_FILES),
         "tokenizer_info": tokenizer_info.read(text.tokenizer_json),
@@ -95,11 +97,13 @@ def _sampling(checkpoint: "CheckpointProtocol") -> dict[str, float]:
 
 def _token_ids(checkpoint: "CheckpointProtocol") -> dict[str, int | list[int]]:
     """Return special tokens as MLC looks for them: generation settings, config, its defaults."""
+    rows = checkpoint.spec.vocab_size  # an id beyond them is no token of the model
     found: dict[str, int | list[int]] = dict(_DEFAULT_IDS)
     for name in ("config.json", "generation_config.json"):
         path = checkpoint.directory / name
         fields = read_object_if_there(path)
-        found |= {key: value for key in _DEFAULT_IDS if isinstance(value := fields.get(key), int)}
+        said = {key: fields.get(key) for key in _DEFAULT_IDS}
+        found |= {key: id for key, id in said.items() if isinstance(id, int) and 0 <= id < rows}
     stops = list(checkpoint.text.declared_stop_ids)
     return found | {"eos_token_id": stops[0] if len(stops) == 1 else stops}
 

@@ -55,6 +55,11 @@ def runtime_ids(path: Path, texts: Sequence[str]) -> None:
     del path, texts
 
 
+def own_template(path: Path) -> None:
+    """Return None: WebLLM reads a conversation template, which `mlc-chat-config.json` holds."""
+    del path
+
+
 def files(path: Path) -> list[Path]:
     """Return the tensor cache, its twin for older loaders, and the shards."""
     return list(shards.files(path))

@@ -4,6 +4,7 @@ ONNX Runtime GenAI reads ``genai_config.json``; transformers.js and Optimum read
 ``generation_config.json`` and ``tokenizer_config.json``, and look for models in ``onnx``.
 """
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from edgekit.quant.recipe import Recipe
 if TYPE_CHECKING:
     from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.spec import DecoderSpec
+    from edgekit.model.tokenizer_files import TokenizerFiles
 
 
 NOTE = (
@@ -30,10 +32,13 @@ NOTE = (
 _KNOWN_BORDER_TOKENS = 4096
 
 
+_ID_FIELDS = ("bos_token_id", "pad_token_id")
+
+
 def notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
     """Yield what a user should know of other programs that open the files."""
     yield NOTE
-    yield from genai_text.notes(checkpoint.text.tokenizer_json)
+    yield from _genai_notes(checkpoint.text)
     if strings := checkpoint.text.stop_strings:
         yield (
             f"other programs that open the files must be told that an answer ends before "
@@ -46,6 +51,11 @@ def notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
             f"ONNX Runtime GenAI does not read a text again that outgrows {border} tokens while it "
             "is written, where this model takes other frequencies"
         )
+
+
+@functools.lru_cache(maxsize=1)  # every recipe has the same
+def _genai_notes(text: "TokenizerFiles") -> tuple[str, ...]:
+    return genai_text.notes(text.tokenizer_json)
 
 
 def not_on_webgpu(spec: "DecoderSpec") -> str | None:
@@ -117,8 +127,17 @@ def transformers_files(
         if path.is_file():
             fields = read_object(path) | changed
             fields = common_settings(fields) if "tokenizer" in name else fields
-            found[name] = {key: value for key, value in fields.items() if value is not None}
+            found[name] = {
+                key: value
+                for key, value in fields.items()
+                if value is not None and not (key in _ID_FIELDS and _is_beyond(value, checkpoint))
+            }
     return found
+
+
+def _is_beyond(id: Any, checkpoint: "CheckpointProtocol") -> bool:
+    """Tell whether an id is no token of the model: -1 for none, or one that has no row."""
+    return isinstance(id, int) and not 0 <= id < checkpoint.spec.vocab_size
 
 
 def _transformers_js(recipe: Recipe, *, data_files: int) -> dict[str, Any]:

@@ -30,6 +30,11 @@ def runtime_ids(path: Path, texts: Sequence[str]) -> None:
     del path, texts
 
 
+def own_template(path: Path) -> None:
+    """Return None: programs read the chat template next to the model."""
+    del path
+
+
 def files(path: Path) -> list[Path]:
     """Return the model file and the files of its weights."""
     return model.files(path)

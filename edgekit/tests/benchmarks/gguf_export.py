@@ -153,7 +153,7 @@ def opened_checkpoint(model: Path, adapter: Path | None, recipe: str) -> Checkpo
 
 def convert(checkpoint: Checkpoint, out: Path, recipe: str) -> None:
     """Read, merge, quantize and write, as `edgekit export` does."""
-    pre = conversion.likely_pre(checkpoint.text)
+    pre = conversion.pre_of(checkpoint.text)
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
         entry = conversion.convert(
             checkpoint,

@@ -241,6 +241,11 @@ class Witness:
 def read_by(subject, monkeypatch, **faults):
     witness = Witness(subject.text, **faults)
     monkeypatch.setattr(transformers_logits, "tokenizer", lambda _: witness)
+    monkeypatch.setattr(
+        transformers_logits,
+        "file_ids",
+        lambda _, lines: [witness(line, add_special_tokens=False)["input_ids"] for line in lines],
+    )
     return replace(subject)  # which has asked nobody yet
 
 

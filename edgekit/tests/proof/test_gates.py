@@ -23,6 +23,7 @@ from edgekit.source import opening
 from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 from edgekit.text import corpus
+from edgekit.text.tokenizer import Text
 from edgekit.verify import verify
 
 
@@ -151,6 +152,56 @@ def test_a_line_that_needs_composing_is_told_and_does_not_fail(tmp_path):
     assert re.search(
         r"79 lines give the checkpoint's ids .* 1 of them need composing \(NFC\) first", finding
     )
+
+
+def llama2_like(directory):
+    """A model whose tokenizer transformers rebuilds, as it does Llama 2's and TinyLlama's."""
+    model = write_tiny_checkpoint(directory, "tinyllama-spm")
+    path = model / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+    path.write_text(json.dumps(settings))
+    return model
+
+
+def test_a_tokenizer_that_transformers_rebuilds_is_proven_by_its_file(tmp_path):
+    out = export(llama2_like(tmp_path / "tiny"), TARGET, quant="F32", out=tmp_path / "out")
+    found = gate(out.agreement, "token ids")
+    assert found.passed
+    assert re.search(r"79 lines give .*; AutoTokenizer reads \d+ of them otherwise", found.finding)
+
+
+def test_a_directory_saved_again_by_transformers_is_proven_with_its_other_spaces(tmp_path):
+    from transformers import AutoTokenizer
+
+    model = llama2_like(tmp_path / "tiny")
+    AutoTokenizer.from_pretrained(model).save_pretrained(model)
+    out = export(model, TARGET, quant="F32", out=tmp_path / "out")
+    finding = gate(out.agreement, "token ids").finding
+    assert re.search(r"puts another space in front of \d+ of them, none of them a chat", finding)
+    assert "AutoTokenizer" not in finding
+
+
+def test_transformers_reading_is_proven_and_verified_as_such(tmp_path):
+    from transformers import AutoTokenizer
+
+    model = llama2_like(tmp_path / "tiny")
+    out = export(model, TARGET, quant="F32", tokenizer="transformers", out=tmp_path / "out")
+    text = Bundle.load(out.directory).text
+    ids = Text.open(out.directory, text).encode("  two spaces", adds_bos=False)
+    assert ids == AutoTokenizer.from_pretrained(model).encode(
+        "  two spaces", add_special_tokens=False
+    )
+    assert verify(out.directory, model, tokenizer="transformers").passed
+    assert not gate(verify(out.directory, model), "token ids").passed
+
+
+def test_a_chat_prompt_with_another_space_is_not_let_pass(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    model = llama2_like(tmp_path / "tiny")
+    AutoTokenizer.from_pretrained(model).save_pretrained(model)
+    monkeypatch.setattr(running, "own_template", lambda path: None)  # which opens with the space
+    assert refused(model, tmp_path).gates == ["token ids"]
 
 
 def test_an_adapter_is_proven_beside_its_base(model, tmp_path):

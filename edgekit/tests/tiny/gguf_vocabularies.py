@@ -223,6 +223,11 @@ def save(directory, fields, names, *, template=None, generation=None):
     return TokenizerFiles.open(directory, config={})
 
 
+def token_ids(files):
+    """Return the ids of the tokens that text is merged into, by token."""
+    return json.loads(files.tokenizer_json.read_text(encoding="utf-8"))["model"]["vocab"]
+
+
 def reference_ids(directory, texts, *, add_special_tokens=False):
     from tokenizers import Tokenizer
 

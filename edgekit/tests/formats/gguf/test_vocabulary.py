@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from edgekit.errors import DisagreementError, UsageError
+from edgekit.errors import UsageError
 from edgekit.formats.gguf.pretokenizers import (
     PRE_TOKENIZERS,
     _Trial,
@@ -27,6 +27,7 @@ from edgekit.formats.gguf.vocabulary import (
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.tests.tiny import gguf_vocabularies
 from edgekit.tests.tiny.gguf_vocabularies import BYTES_ONLY, CHAT, CHAT_SPECIAL, TEXTS
+from edgekit.text import corpus
 
 
 BYTE_LEVEL_NAMES = ("gpt-2", "smollm", "qwen2", "llama-bpe", "gpt-4o", "dbrx", "default")
@@ -239,12 +240,138 @@ def test_known_differences_name_the_token(tmp_path):
     assert "<mask>" in mask
 
 
-def test_a_special_id_beyond_the_embedding_is_refused(tmp_path):
+def test_an_end_beyond_the_embedding_is_refused(tmp_path):
     added = [{"id": 3, "content": "</s>", "special": True}]
     tokenizer = hand_made(tmp_path, added_tokens=added)
 
-    with pytest.raises(UsageError, match="the bos id 3 is no token of the model"):
+    with pytest.raises(UsageError, match="the eos id 3 is no token of the model"):
         read_vocabulary(tokenizer, vocabulary_tokens=3, pre="gpt-2")
+
+
+def test_other_special_tokens_beyond_the_embedding_are_left_out(tmp_path):
+    """Training scripts add a padding token and do not resize the embedding."""
+    names = ["</s>", "<pad>", "<s>", "<unk>"]
+    added = [
+        {"id": id, "content": token, "special": True} for id, token in enumerate(names, start=3)
+    ]
+    special = {
+        "eos_token": "</s>", "pad_token": "<pad>", "bos_token": "<s>", "unk_token": "<unk>",
+    }  # fmt: skip
+    tokenizer = hand_made(tmp_path, added_tokens=added, special=special)
+
+    keys = read_vocabulary(tokenizer, vocabulary_tokens=4, pre="gpt-2")
+    assert keys["tokenizer.ggml.eos_token_id"] == ("uint32", 3)
+    assert [key for key in keys if key.endswith("_token_id")] == ["tokenizer.ggml.eos_token_id"]
+
+
+def test_an_end_after_every_text_is_left_to_training(tmp_path):
+    """With add_eos_token, llama.cpp would end every prompt, and the model would say nothing."""
+    bos, eos = ({"SpecialToken": {"id": token, "type_id": 0}} for token in ("<s>", "</s>"))
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    ids = {token: {"id": token, "ids": [id], "tokens": [token]}
+           for token, id in (("<s>", 4), ("</s>", 3))}  # fmt: skip
+    added = [{"id": it["ids"][0], "content": token, "special": True} for token, it in ids.items()]
+    processor = {"type": "TemplateProcessing", "single": [bos, text, eos], "special_tokens": ids}
+    tokenizer = hand_made(
+        tmp_path, added_tokens=added, special={"eos_token": "</s>", "bos_token": "<s>"},
+        post_processor=processor,
+    )  # fmt: skip
+
+    keys = read_vocabulary(tokenizer, vocabulary_tokens=5, pre="gpt-2")
+    assert keys["tokenizer.ggml.add_bos_token"] == ("bool", True)
+    assert keys["tokenizer.ggml.add_eos_token"] == ("bool", False)
+    (difference,) = known_differences(tokenizer)
+    assert "it ends every text with the end token" in difference
+
+
+# Each with the settings that make llama.cpp read it as the checkpoint does.
+_ZEPHYR = "{% for m in messages %}<|user|> {{ m.content }}<|im_end|>\n{% endfor %}"
+_SPACED = "{% for m in messages %}<|im_start|> {{ m.content }}{% endfor %}"
+_BARE = "{% for m in messages %}<|im_start|>[{{ m.content }}]{% endfor %}"
+_INDENTED = "{{ ' ' }}" + _ZEPHYR
+PROMPTS = {
+    "first, begins with text": ("first", _ZEPHYR, (False, True)),
+    "first, begins with blanks that are trimmed": ("first", f"  {_ZEPHYR}", (False, True)),
+    "first, begins with a space": ("first", _INDENTED, (False, False)),
+    "first, begins with a special token": ("first", _BARE, (False, False)),
+    "first, spaces already there": ("first", _SPACED, (False, False)),
+    "always, a space each": ("always", _BARE, (True, False)),
+    "always, spaces already there": ("always", _SPACED, (False, False)),
+    "never": ("never", _ZEPHYR, (False, False)),
+}
+
+
+def saved_again(directory, scheme, template):
+    """A tokenizer as transformers 5 saves Llama 2's: no normalizer, a Metaspace."""
+    tokenizer = gguf_vocabularies.sentencepiece(directory, space="first", template=template)
+    path = tokenizer.tokenizer_json
+    fields = json.loads(path.read_text())
+    fields["pre_tokenizer"] = gguf_vocabularies.metaspace(scheme, split=False)
+    path.write_text(json.dumps(fields, ensure_ascii=False))
+    return TokenizerFiles.open(directory, config={})
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_file_puts_spaces_where_the_prompts_need_them(name, tmp_path):
+    scheme, template, (adds, opens) = PROMPTS[name]
+    tokenizer = saved_again(tmp_path, scheme, template)
+    keys = read_vocabulary(tokenizer, vocabulary_tokens=VOCABULARY, pre=None)
+    assert keys["tokenizer.ggml.add_space_prefix"] == ("bool", adds)
+    written = "{{ ' ' }}" + template.lstrip() if opens else template
+    assert keys["tokenizer.chat_template"] == ("string", written)
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("name", PROMPTS)
+def test_llama_cpp_reads_prompts_of_the_files_own_template_as_the_checkpoint_does(name, tmp_path):
+    import jinja2
+
+    scheme, template, _ = PROMPTS[name]
+    tokenizer = saved_again(tmp_path, scheme, template)
+    own = read_vocabulary(tokenizer, vocabulary_tokens=VOCABULARY, pre=None)[
+        "tokenizer.chat_template"
+    ][1]
+    written, said = (
+        [
+            jinja2.Template(source, trim_blocks=True, lstrip_blocks=True).render(messages=turns)
+            for turns in corpus.CONVERSATIONS
+        ]
+        for source in (own, template)
+    )
+    found = llama_ids(tokenizer, tmp_path / "v.gguf", written)
+    assert found == gguf_vocabularies.reference_ids(tmp_path, said)
+
+
+def test_prompts_that_need_a_space_here_and_none_there_are_refused(tmp_path):
+    tokenizer = saved_again(tmp_path, "always", _ZEPHYR + "{{ '<|im_start|> Yes' }}")
+    with pytest.raises(UsageError, match="before some texts of a chat prompt and none before"):
+        read_vocabulary(tokenizer, vocabulary_tokens=VOCABULARY, pre=None)
+
+
+@pytest.mark.toolchain
+def test_plain_text_may_get_another_space_in_front_and_nothing_else_is_let_pass(tmp_path):
+    tokenizer = saved_again(tmp_path / "spaced", "first", _ZEPHYR)
+    assert find_pre(tokenizer, corpus=TEXTS) == "default"
+
+    fields = json.loads(tokenizer.tokenizer_json.read_text())
+    fields["pre_tokenizer"]["split"] = True  # merges end where words do
+    model = fields["model"]
+    model["vocab"]["e\u2581"] = len(model["vocab"])  # and here is one that does not
+    model["merges"].insert(0, ["e", "\u2581"])
+    tokenizer.tokenizer_json.write_text(json.dumps(fields, ensure_ascii=False))
+    with pytest.raises(UsageError, match=r"llama\.cpp reads text otherwise than .*: .The ferry"):
+        find_pre(tokenizer, corpus=TEXTS)
+
+
+@pytest.mark.toolchain
+def test_llama_cpp_is_asked_once_for_a_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
+    tokenizer = gguf_vocabularies.byte_level(tmp_path, to_tokenizer_json(PRE_TOKENIZERS["gpt-2"]))
+    assert find_pre(tokenizer, corpus=TEXTS) == "gpt-2"
+    monkeypatch.setattr(_Trial, "run", lambda self, names: 1 / 0)
+    assert find_pre(tokenizer, corpus=TEXTS) == "gpt-2"
+    with pytest.raises(ZeroDivisionError):  # another question
+        find_pre(tokenizer, corpus=TEXTS[1:])
 
 
 @pytest.mark.parametrize(
@@ -408,7 +535,7 @@ def test_cuts_llama_cpp_lacks_are_refused_with_the_first_difference(tmp_path):
     cuts = {"type": "Sequence", "pretokenizers": [every_letter, BYTES_ONLY]}
     tokenizer = gguf_vocabularies.byte_level(tmp_path, cuts)
 
-    with pytest.raises(DisagreementError, match=r"the closest is '.*', where .The ferry"):
+    with pytest.raises(UsageError, match=r"'.*' is the closest, where .The ferry"):
         find_pre(tokenizer, corpus=TEXTS)
 
 
