@@ -50,7 +50,7 @@ class TokenizerFiles:
                 hint="load it once with AutoTokenizer and save_pretrained() it into the model",
             )
         settings = read_object_if_there(directory / "tokenizer_config.json")
-        special = _special_tokens(
+        special = special_tokens(
             settings | read_object_if_there(directory / "special_tokens_map.json")
         )
         generation = directory / "generation_config.json"
@@ -109,6 +109,16 @@ class TokenizerFiles:
         """The chat template as its author wrote it."""
         template = self.chat_template
         return None if template is None else template.removeprefix(self.template_call.preamble)
+
+    def beside(self, name: str, *, otherwise: Path) -> Path:
+        """Return where a file of settings is: next to the tokenizer, which an adapter may bring.
+
+        Args:
+            name: Of the file.
+            otherwise: The model's directory, for one that is not next to the tokenizer.
+        """
+        path = self.tokenizer_json.parent / name
+        return path if path.is_file() else otherwise / name
 
     def copy_into(self, directory: Path) -> TextRules:
         """Write what the runner reads into a bundle, and return the rules that go with it."""
@@ -176,7 +186,7 @@ def _parse_small_parts(tokenizer_json: Path, changed_ns: int) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key != "model"}
 
 
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the special tokens by name; each is a string, or an object with ``content``."""
     found: dict[str, str] = {}
     for name in _SPECIAL_NAMES:

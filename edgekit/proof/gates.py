@@ -20,6 +20,7 @@ from edgekit.bundle.goldens import ChatGolden, Goldens, LogitGolden, TextGolden
 from edgekit.bundle.manifest import Agreement, Gate
 from edgekit.errors import UsageError
 from edgekit.formats import Layout, ReadableRunning, Running
+from edgekit.model.tokenizer_files import added_tokens
 from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter, transformers_logits
 from edgekit.proof.fidelity import Comparison, Fidelity
@@ -322,11 +323,27 @@ def _check_ids(subject: Subject, found: _Findings) -> None:
                 f"; for the runtime's own, {len(uncomposed)} of them need composing (NFC) first, "
                 "which edgekit run does"
             )
+    wrong = wrong or _adapter_difference(subject)
     if wrong is None:
         finding = f"{len(lines)} lines give the checkpoint's ids in {readers}{finding}"
     else:
         finding = f"{readers.rpartition(' and ')[2]}: {wrong}"
     found.add("token ids", finding, passed=wrong is None)
+
+
+def _adapter_difference(subject: Subject) -> str | None:
+    """Return where a token that the adapter brought becomes other ids than it was trained as."""
+    theirs = transformers_logits.adapter_tokenizer(subject.checkpoint)
+    if theirs is None:
+        return None
+    known = added_tokens(subject.checkpoint.directory / "tokenizer.json")
+    # Without text between, as transformers rebuilds some tokenizers' rules for it.
+    lines = [f"{it}{it}" for it in theirs.get_added_vocab() if it not in known]
+    expected = [transformers_logits.ids(theirs, line) for line in lines]
+    found = [subject.text.encode(line, adds_bos=False) for line in lines]
+    runtimes = subject.running.runtime_ids(subject.path, lines) if lines else None
+    both = [found, *([] if runtimes is None else [runtimes])]
+    return next(filter(None, (_first_difference(lines, expected, ids) for ids in both)), None)
 
 
 def _uncomposed(

@@ -16,6 +16,7 @@ from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter
 from edgekit.runtime.silence import silence
+from edgekit.source.adapters.text import brings_vocabulary
 from edgekit.source.checkpoint import AdapterRecord, Checkpoint
 from edgekit.text.template import AS_IT_IS, Message, TemplateCall, as_parts
 
@@ -143,7 +144,22 @@ def tokenizer(checkpoint: Checkpoint) -> Any:
     Raises:
         UsageError: If transformers cannot read it.
     """
-    directory = checkpoint.text.tokenizer_json.parent
+    return _auto_tokenizer(checkpoint.text.tokenizer_json.parent)
+
+
+def adapter_tokenizer(checkpoint: Checkpoint) -> Any | None:
+    """Return transformers' tokenizer of the adapter's own files; None if it brings no vocabulary.
+
+    Raises:
+        UsageError: If transformers cannot read it.
+    """
+    record = checkpoint.adapter
+    while record is not None and not brings_vocabulary(record.directory):
+        record = record.earlier
+    return None if record is None else _auto_tokenizer(record.directory)
+
+
+def _auto_tokenizer(directory: Path) -> Any:
     try:
         return _transformers().AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False

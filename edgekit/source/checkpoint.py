@@ -194,8 +194,9 @@ class Checkpoint:
 
     @cached_property
     def sampling(self) -> SamplingDefaults:
-        """How the makers of the model sample from it."""
-        return model_card.read_sampling(self.directory)
+        """How the makers of the model sample from it, or those of an adapter that says so."""
+        path = self.text.beside("generation_config.json", otherwise=self.directory)
+        return model_card.read_sampling(path.parent)
 
     @property
     def sha256(self) -> str:

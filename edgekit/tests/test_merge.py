@@ -32,6 +32,11 @@ class Notebook:
         self.done += units
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def base(tmp_path):
     return tiny.write_base(tmp_path / "base", dtype="BF16", tie_word_embeddings=True)

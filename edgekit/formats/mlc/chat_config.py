@@ -97,7 +97,7 @@ def _token_ids(checkpoint: "CheckpointProtocol") -> dict[str, int | list[int]]:
     """Return special tokens as MLC looks for them: generation settings, config, its defaults."""
     found: dict[str, int | list[int]] = dict(_DEFAULT_IDS)
     for name in ("config.json", "generation_config.json"):
-        path = checkpoint.directory / name
+        path = checkpoint.text.beside(name, otherwise=checkpoint.directory)
         fields = read_object_if_there(path)
         found |= {key: value for key in _DEFAULT_IDS if isinstance(value := fields.get(key), int)}
     stops = list(checkpoint.text.declared_stop_ids)

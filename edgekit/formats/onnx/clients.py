@@ -112,8 +112,7 @@ def transformers_files(
     }
     found = {}
     for name, changed in changes.items():
-        text = checkpoint.text.tokenizer_json.parent if "tokenizer" in name else None
-        path = (text or checkpoint.directory) / name
+        path = checkpoint.text.beside(name, otherwise=checkpoint.directory)
         if path.is_file():
             fields = read_object(path) | changed
             found[name] = {key: value for key, value in fields.items() if value is not None}

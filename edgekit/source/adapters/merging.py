@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from edgekit.encodings.hashing import sha256_of_all
-from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
-from edgekit.model import stops
 from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.model.spec import DecoderSpec, Shape
-from edgekit.model.tokenizer_files import TokenizerFiles, added_tokens
+from edgekit.model.tokenizer_files import added_tokens
 from edgekit.source import families
 from edgekit.source.adapters import adapter_config
+from edgekit.source.adapters import text as adapter_text
 from edgekit.source.adapters.adapter_config import AdapterSettings
 from edgekit.source.adapters.tensors import (
     ColumnMagnitudes,
@@ -33,6 +32,7 @@ from edgekit.source.adapters.tensors import (
     Zeros,
     stored_dtype,
 )
+from edgekit.source.adapters.text import AdapterText
 from edgekit.source.checkpoint import AdapterRecord, Checkpoint, read_safetensors
 from edgekit.source.config import Config
 
@@ -86,7 +86,7 @@ def merge(base: Checkpoint, directory: Path) -> Checkpoint:
     spec = _spec_of(fit, tensors)
     text = _text_of(fit, vocabulary=spec.vocab_size)
     record = _record_of(fit, spec, text)
-    merged = replace(base, spec=spec, tensors=tensors, text=text, adapter=record)
+    merged = replace(base, spec=spec, tensors=tensors, text=text.files, adapter=record)
     merged.refuse_mismatch()
     return merged
 
@@ -527,47 +527,28 @@ def _with_more_biases(spec: DecoderSpec) -> Iterator[DecoderSpec]:
         )
 
 
-def _text_of(fit: _Fit, *, vocabulary: int) -> TokenizerFiles:
-    """Return the adapter's tokenizer where it has one, the base's with its template otherwise."""
-    text, directory = fit.base.text, fit.path.parent
-    if (directory / "tokenizer.json").is_file():
-        return _with_stop_ids(TokenizerFiles.open(directory, config={}), text)
-    if vocabulary > fit.base.spec.vocab_size:
+def _text_of(fit: _Fit, *, vocabulary: int) -> AdapterText:
+    """Return the text side of base and adapter, whose tokenizer must know the trained tokens."""
+    directory = fit.path.parent
+    merged = adapter_text.merge(fit.base.text, directory, model=fit.base.directory)
+    if vocabulary > fit.base.spec.vocab_size and not merged.has_tokens:
         raise UsageError(
             f"{fit.path} grows the vocabulary from {fit.base.spec.vocab_size} to {vocabulary} "
             f"tokens, but {directory} has no tokenizer.json for them",
             hint="save the tokenizer of the training run into the adapter's directory",
         )
-    template = _template_of(directory)
-    return text if template is None else replace(text, chat_template=template, templates={})
+    trained = [id for ids in fit.settings.token_ids.values() for id in ids]
+    known = adapter_text.token_ids(merged.files.tokenizer_json) if trained else set()
+    if nameless := sorted(set(trained) - known):
+        raise UsageError(
+            f"{fit.settings.origin} trains the token {nameless[0]}, which "
+            f"{merged.files.tokenizer_json} does not know",
+            hint="save the tokenizer of the training run into the adapter's directory",
+        )
+    return merged
 
 
-def _with_stop_ids(text: TokenizerFiles, base: TokenizerFiles) -> TokenizerFiles:
-    """Return ``text`` with the stop ids of the base where the adapter's files declare none."""
-    by_file = {
-        file: ids or base.stop_ids_by_file.get(file, ())
-        for file, ids in text.stop_ids_by_file.items()
-    }
-    return replace(
-        text,
-        chat_template=text.chat_template or base.chat_template,
-        templates=text.templates or base.templates,
-        stop_strings=text.stop_strings or base.stop_strings,
-        stop_ids_by_file=by_file,
-        declared_stop_ids=stops.together(by_file),
-    )
-
-
-def _template_of(directory: Path) -> str | None:
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    settings = directory / "tokenizer_config.json"
-    template = read_object(settings).get("chat_template") if settings.is_file() else None
-    return template if isinstance(template, str) else None
-
-
-def _record_of(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> AdapterRecord:
+def _record_of(fit: _Fit, spec: DecoderSpec, text: AdapterText) -> AdapterRecord:
     earlier = fit.base.adapter
     files = (fit.path.parent / "adapter_config.json", fit.path)
     return AdapterRecord(
@@ -579,7 +560,7 @@ def _record_of(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> AdapterRec
     )
 
 
-def _notes(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> Iterator[str]:
+def _notes(fit: _Fit, spec: DecoderSpec, text: AdapterText) -> Iterator[str]:
     """Yield what a user should know about this merge, one sentence each."""
     before, made_for = fit.base.spec, fit.settings.base_model
     if before.is_tied and not spec.is_tied:
@@ -589,10 +570,7 @@ def _notes(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> Iterator[str]:
         )
     if spec.vocab_size != before.vocab_size:
         yield f"the vocabulary has {spec.vocab_size} tokens, the base {before.vocab_size}"
-    if (fit.path.parent / "tokenizer.json").is_file():
-        yield "tokenizer and chat template are the adapter's"
-    elif _template_of(fit.path.parent) is not None:
-        yield "the chat template is the adapter's"
+    yield from text.notes
     if fit.base.quantization:
         yield (
             f"{fit.base.name!r} is stored as {fit.base.quantization}; the adapter is merged into "
@@ -603,6 +581,6 @@ def _notes(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> Iterator[str]:
             f"the adapter was trained on the quantized {made_for!r} and is merged into "
             f"{fit.base.name!r} as it is"
         )
-    ids = added_tokens(text.tokenizer_json)
+    ids = added_tokens(text.files.tokenizer_json)
     if beyond := [token for token, id in ids.items() if id >= spec.vocab_size]:
         yield f"the tokenizer knows tokens for which the model has no row: {', '.join(beyond)}"

@@ -256,7 +256,6 @@ def test_a_model_without_a_template_is_passed_text_that_starts_with_its_bos(tmp_
     assert "start every prompt with <|begin_of_text|>" in found.notes[1]
 
 
-
 def test_the_examples_of_the_rules_are_right():
     assert doctest.testmod(clients) == (0, 1)
 
