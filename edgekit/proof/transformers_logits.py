@@ -4,18 +4,22 @@ Everything an artifact is compared with comes from here, and nothing here shares
 makes artifacts.
 """
 
+import json
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit import installed
+from edgekit.encodings.json_files import read_object
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter
 from edgekit.runtime.silence import silence
+from edgekit.source.adapters.merging import WEIGHTS
 from edgekit.source.adapters.text import brings_vocabulary
 from edgekit.source.checkpoint import AdapterRecord, Checkpoint
 from edgekit.text.template import AS_IT_IS, Message, TemplateCall, as_parts
@@ -135,7 +139,22 @@ def _with_adapter(model: Any, adapter: AdapterRecord, *, vocabulary: int) -> Any
     with warnings.catch_warnings():
         # peft 0.19 asks models for a name that transformers 5 deprecates.
         warnings.simplefilter("ignore", FutureWarning)
-        return peft.PeftModel.from_pretrained(model, adapter.directory)
+        if adapter.renamed is None:
+            return peft.PeftModel.from_pretrained(model, adapter.directory)
+        with tempfile.TemporaryDirectory() as place:
+            _write_with_own_names(adapter, Path(place))
+            return peft.PeftModel.from_pretrained(model, place)
+
+
+def _write_with_own_names(adapter: AdapterRecord, place: Path) -> None:
+    """Write an adapter as PEFT would have, had nothing been around the model in training."""
+    from safetensors.torch import load_file, save_file
+
+    config = read_object(adapter.directory / "adapter_config.json") | dict(adapter.changes or {})
+    (place / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    stored = load_file(adapter.directory / WEIGHTS)
+    renamed = {(adapter.renamed or {}).get(key, key): it for key, it in stored.items()}
+    save_file(renamed, place / WEIGHTS)
 
 
 def tokenizer(checkpoint: Checkpoint) -> Any:

@@ -23,7 +23,7 @@ from edgekit.model.checkpoint_protocol import BLOCK_WEIGHTS, Calibration, Tensor
 from edgekit.model.spec import DecoderSpec, Shape, Source
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.quant.rounding import from_bfloat16
-from edgekit.source import bitsandbytes_tensors, families
+from edgekit.source import bitsandbytes_tensors, families, places
 from edgekit.source.config import Config
 
 
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reference implementation
 FLOATS = ("F32", "F16", "BF16")
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+_STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_ADAPTERS = ("adapter_model", "adapters")  # as PEFT and MLX call their files
 # Tables that older transformers stored next to the weights; they are computed, never read.
 _COMPUTED_TENSORS = ("rotary_emb.inv_freq", "self_attn.bias", "self_attn.masked_bias")
 
@@ -45,7 +47,7 @@ class StoredTensor:
 
     path: Path
     offset: int  # from the start of the file
-    dtype: str  # F32, F16 or BF16; U8 in a quantized checkpoint, to be read as bytes only
+    dtype: str  # F32, F16, BF16; F64 in adapters; U8 in a quantized checkpoint, read as bytes only
     shape: Shape
 
     @property
@@ -63,7 +65,7 @@ class StoredTensor:
 
         rows = self.shape[0] - first_row if rows is None else rows
         row_items = math.prod(self.shape[1:])
-        stored = np.dtype({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[self.dtype])
+        stored = np.dtype(_STORED[self.dtype])
         values = np.fromfile(
             self.path,
             dtype=stored,
@@ -123,6 +125,8 @@ class AdapterRecord:
     name: str
     sha256: str
     notes: tuple[str, ...] = ()  # what a user should know about the merge, one sentence each
+    renamed: Mapping[str, str] | None = None  # PEFT's own names of tensors that have others
+    changes: Mapping[str, Any] | None = None  # fields of its config, as they read with those names
     earlier: "AdapterRecord | None" = None  # the one that was merged before it
 
 
@@ -309,7 +313,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(
             f"{directory} is not a checkpoint: it has no config.json",
-            hint="pass a Hugging Face model directory, a GGUF file, or `demo`",
+            hint=places.hint_for_model(directory)
+            or "pass a Hugging Face model directory, a GGUF file, or `demo`",
         )
     return read_object(path)
 
@@ -338,7 +343,7 @@ def _weight_files(directory: Path) -> list[Path]:
     if index.is_file():
         return [directory / shard for shard in _shards(index)]
     files = sorted(directory.glob("*.safetensors"))
-    return [path for path in files if path.name != "adapter_model.safetensors"]
+    return [path for path in files if not path.stem.endswith(_ADAPTERS)]
 
 
 def _shards(index: Path) -> list[str]:
@@ -362,10 +367,12 @@ def _read_headers(directory: Path, *, is_four_bit: bool) -> tuple[Mapping[str, T
             f"{directory} has no *.safetensors",
             hint="edgekit never opens pickles: save with `safe_serialization=True`"
             if pickles
-            else "is this a Hugging Face model directory?",
+            else places.hint_for_model(directory) or "is this a Hugging Face model directory?",
         )
     for path in files:
-        for name, tensor in read_safetensors(path, dtypes=_ITEM_BYTES if is_four_bit else FLOATS):
+        for name, tensor in read_safetensors(
+            path, dtypes=(*FLOATS, "U8") if is_four_bit else FLOATS
+        ):
             if name in tensors:
                 raise UsageError(f"{directory} holds the tensor {name} twice")
             tensors[name] = tensor

@@ -16,6 +16,8 @@ from typing import Any
 
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
+from edgekit.source import places
+from edgekit.source.adapters.names import AS_IT_IS, Naming
 from edgekit.source.config import Config
 
 
@@ -91,10 +93,14 @@ class AdapterSettings:
     has_magnitudes: bool  # DoRA
     has_lora_bias: bool
     keeps_tie: bool
+    naming: Naming = AS_IT_IS  # modules are matched by the names they had in training
 
     def targets(self, module: str, *, is_embedding: bool) -> bool:
         """Tell whether a module has a low-rank update; ``is_embedding`` includes the head."""
-        if self._excludes(module) or self.saves(module):
+        if self.saves(module):
+            return False
+        module = self.naming.stored(module)
+        if self._excludes(module):
             return False
         if self.target_modules == ALL_LINEAR:
             return not is_embedding
@@ -107,6 +113,7 @@ class AdapterSettings:
 
     def saves(self, module: str) -> bool:
         """Tell whether a module is replaced as a whole."""
+        module = self.naming.stored(module)
         return any(
             re.match(rf"(^|.*\.){name}($|\..*)", module) is not None
             for name in self.modules_to_save
@@ -114,16 +121,20 @@ class AdapterSettings:
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module's update."""
-        return int(_lookup(self.rank_pattern, module, self.rank))
+        return int(_lookup(self.rank_pattern, self.naming.stored(module), self.rank))
+
+    def alpha_of(self, module: str) -> float:
+        """Return what a module's update is scaled by, before its rank is taken into account."""
+        return _lookup(self.alpha_pattern, self.naming.stored(module), self.alpha)
 
     def scale_of(self, module: str) -> float:
         """Return what a module's update is multiplied with."""
-        rank = self.rank_of(module)
-        alpha = _lookup(self.alpha_pattern, module, self.alpha)
+        rank, alpha = self.rank_of(module), self.alpha_of(module)
         return alpha / (math.sqrt(rank) if self.is_rank_stabilized else rank)
 
     def token_ids_of(self, module: str, *, is_embedding: bool) -> tuple[int, ...] | None:
         """Return the tokens whose rows a module replaces, in the order of the file."""
+        module = self.naming.stored(module)
         for name, ids in self.token_ids.items():
             if is_embedding if name == "" else module.endswith(name):
                 return ids
@@ -154,7 +165,8 @@ def read(directory: Path) -> AdapterSettings:
     if not path.is_file():
         raise UsageError(
             f"{directory} is not an adapter: it has no adapter_config.json",
-            hint="pass the directory that PEFT's save_pretrained wrote",
+            hint=places.hint_for_adapter(directory)
+            or "pass the directory that PEFT's save_pretrained wrote",
         )
     fields = {name: value for name, value in read_object(path).items() if _is_set(value)}
     _refuse_other_kinds(fields, origin=str(path))

@@ -10,21 +10,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from edgekit.encodings.hashing import sha256_of_all
+from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.model.spec import DecoderSpec, Shape
 from edgekit.model.tokenizer_files import added_tokens
 from edgekit.source import families
-from edgekit.source.adapters import adapter_config
+from edgekit.source.adapters import adapter_config, names
 from edgekit.source.adapters import text as adapter_text
 from edgekit.source.adapters.adapter_config import AdapterSettings
+from edgekit.source.adapters.names import Naming
 from edgekit.source.adapters.tensors import (
     ColumnMagnitudes,
     EmbeddingUpdate,
     LowRankUpdate,
+    Narrowed,
     ReplacedRows,
     RowMagnitudes,
     Sum,
@@ -33,14 +36,17 @@ from edgekit.source.adapters.tensors import (
     stored_dtype,
 )
 from edgekit.source.adapters.text import AdapterText
-from edgekit.source.checkpoint import AdapterRecord, Checkpoint, read_safetensors
+from edgekit.source.checkpoint import FLOATS, AdapterRecord, Checkpoint, read_safetensors
 from edgekit.source.config import Config
 
 
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # PEFT wraps the model twice
+PREFIX = "base_model.model."  # PEFT wraps the model twice
 _LOW_RANK = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 _ORIGINAL = "original_module."  # the base's own parameter, next to one that replaces it
+_REPACKAGED = re.compile(
+    r"(?:[-_.](?:unsloth|bnb|gptq|awq|hf|gguf|fp16|bf16|\d-?bit|int[48]|q\d\w*))+$", re.IGNORECASE
+)
 _QUANTIZED_BASE = re.compile(r"4bit|8bit|bnb|gptq|awq|int4|int8", re.IGNORECASE)
 
 Parts = Mapping[str, Tensor]  # what the file holds for one module, by kind
@@ -54,6 +60,9 @@ class _Fit:
     settings: AdapterSettings
     path: Path  # of the adapter's weights
     parts: Mapping[str, Parts]  # by module
+    keys: Mapping[str, str]  # PEFT's own names of the tensors in the file, by those they have
+    others: tuple[str, ...]  # modules of what is not the decoder
+    is_wide: bool  # some tensors are float64
     embedding: str  # the tensor that token ids look up
     head: str  # the tensor that gives the logits, also where the two are tied
 
@@ -103,26 +112,54 @@ def _open(base: Checkpoint, directory: Path) -> _Fit:
         )
     family = families.get(base.architecture)
     untied = replace(base.spec, is_tied=False)
+    embedding, head = (
+        family.source(it, untied).tensor for it in ("token_embedding", "output_head")
+    )
+    stored = _read_file(path)
+    naming = names.find(
+        {_parse(key, path)[0] for key in stored},
+        base={it.rpartition(".")[0] for it in base.tensors} - {head.removesuffix(".weight")},
+        head=head.removesuffix(".weight"),
+    )
+    keys = {key: _own_key(key, path, naming) for key in stored}
+    named = {own: stored[key] for key, own in keys.items() if own is not None}
+    if len(named) < sum(own is not None for own in keys.values()):
+        raise UsageError(f"{path} holds a tensor twice, with and without a wrapper in its name")
     return _Fit(
         base=base,
-        settings=settings,
+        settings=replace(settings, naming=naming),
         path=path,
-        parts=_read_parts(path),
-        embedding=family.source("token_embedding", untied).tensor,
-        head=family.source("output_head", untied).tensor,
+        parts=_parts(named, path),
+        keys={key: own for key, own in keys.items() if own is not None},
+        others=tuple(dict.fromkeys(_parse(key, path)[0] for key in keys if keys[key] is None)),
+        is_wide=any(stored_dtype(it) == "F64" for it in stored.values()),
+        embedding=embedding,
+        head=head,
     )
 
 
-def _read_parts(path: Path) -> dict[str, dict[str, Tensor]]:
+def _read_file(path: Path) -> dict[str, Tensor]:
+    stored = dict[str, Tensor](read_safetensors(path, dtypes=(*FLOATS, "F64")))
+    if not stored:
+        raise UsageError(f"{path} holds no tensor")
+    return stored
+
+
+def _own_key(key: str, path: Path, naming: Naming) -> str | None:
+    """Return PEFT's own name of a tensor; None if it is not the decoder's."""
+    module, _ = _parse(key, path)
+    own = naming.own(module)
+    return None if own is None else PREFIX + own + names.unwrapped(key).removeprefix(module)
+
+
+def _parts(named: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in read_safetensors(path):
+    for key, tensor in named.items():
         module, kind = _parse(key, path)
         of_module = parts.setdefault(module, {})
         if kind in of_module:
             raise UsageError(f"{path} holds {kind} of {module} twice, the second time as {key}")
-        of_module[kind] = tensor
-    if not parts:
-        raise UsageError(f"{path} holds no tensor")
+        of_module[kind] = Narrowed(base=tensor) if stored_dtype(tensor) == "F64" else tensor
     for module, of_module in parts.items():
         _join_copies(of_module, f"{path} holds two versions of {module}")
         for kind in of_module:
@@ -147,7 +184,7 @@ def _parse(key: str, path: Path) -> tuple[str, str]:
     ``original_module.``. Names with and without the adapter's own name (``lora_A.default.weight``,
     ``lora_A.weight``) mean the same.
     """
-    name = key.removeprefix(_PREFIX)
+    name = names.unwrapped(key)
     if match := re.fullmatch(r"(.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?", name):
         return match[1], "tokens"
     low_rank = rf"(.+?)\.({'|'.join(_LOW_RANK)})(\.(?!weight$|bias$)[^.]+)?(\.weight|\.bias)?"
@@ -556,13 +593,31 @@ def _record_of(fit: _Fit, spec: DecoderSpec, text: AdapterText) -> AdapterRecord
         name=f"{earlier.name} + {fit.name}" if earlier else fit.name,
         sha256=sha256_of_all(files, after=earlier.sha256 if earlier else None),
         notes=(*(earlier.notes if earlier else ()), *_notes(fit, spec, text)),
+        renamed={key: own for key, own in fit.keys.items() if key != own} or None,
+        changes=_changes(fit),
         earlier=earlier,
     )
 
 
+def _changes(fit: _Fit) -> dict[str, Any] | None:
+    """Return what the config must say where the modules have other names than in training."""
+    if fit.settings.naming.is_usual:
+        return None
+    modules = sorted(module for module, parts in fit.parts.items() if _is_low_rank(parts))
+    alphas = {it: fit.settings.alpha_of(it) for it in modules}
+    return {
+        "target_modules": modules,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {re.escape(it): fit.settings.rank_of(it) for it in modules},
+        "alpha_pattern": {re.escape(it): alpha for it, alpha in alphas.items()},
+    }
+
+
 def _notes(fit: _Fit, spec: DecoderSpec, text: AdapterText) -> Iterator[str]:
     """Yield what a user should know about this merge, one sentence each."""
-    before, made_for = fit.base.spec, fit.settings.base_model
+    before = fit.base.spec
     if before.is_tied and not spec.is_tied:
         yield (
             "the adapter changes the token embedding and the output head differently, so they are "
@@ -571,16 +626,62 @@ def _notes(fit: _Fit, spec: DecoderSpec, text: AdapterText) -> Iterator[str]:
     if spec.vocab_size != before.vocab_size:
         yield f"the vocabulary has {spec.vocab_size} tokens, the base {before.vocab_size}"
     yield from text.notes
+    yield from _notes_on_the_base(fit)
+    yield from _notes_on_the_file(fit)
+    ids = added_tokens(text.files.tokenizer_json)
+    if beyond := [token for token, id in ids.items() if id >= spec.vocab_size]:
+        yield f"the tokenizer knows tokens for which the model has no row: {', '.join(beyond)}"
+
+
+def _notes_on_the_base(fit: _Fit) -> Iterator[str]:
+    made_for, name = fit.settings.base_model, fit.base.name
     if fit.base.quantization:
         yield (
-            f"{fit.base.name!r} is stored as {fit.base.quantization}; the adapter is merged into "
+            f"{name!r} is stored as {fit.base.quantization}; the adapter is merged into "
             "its de-quantized weights"
         )
     elif _QUANTIZED_BASE.search(made_for):
         yield (
             f"the adapter was trained on the quantized {made_for!r} and is merged into "
-            f"{fit.base.name!r} as it is"
+            f"{name!r} as it is"
         )
-    ids = added_tokens(text.files.tokenizer_json)
-    if beyond := [token for token, id in ids.items() if id >= spec.vocab_size]:
-        yield f"the tokenizer knows tokens for which the model has no row: {', '.join(beyond)}"
+    elif made_for and _plain_name(made_for) not in _names_of(fit.base):
+        yield f"the adapter names {made_for!r} as its base and is merged into {name!r}"
+
+
+def _names_of(base: Checkpoint) -> set[str]:
+    """Return what a model is called: its directory, and what its own files say they are of."""
+    path = base.directory / "config.json"
+    own = read_object_if_there(path).get("_name_or_path")
+    cached = [part for part in base.directory.resolve().parts if part.startswith("models--")]
+    found = [base.name, *(part.rpartition("--")[2] for part in cached)]
+    return {_plain_name(it) for it in (*found, own) if isinstance(it, str)}
+
+
+def _plain_name(name: str) -> str:
+    """Return the last part of a name or path, without how it was quantized or repackaged."""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1].casefold()
+    return re.sub(r"[-_. ]+", "-", _REPACKAGED.sub("", last))
+
+
+def _notes_on_the_file(fit: _Fit) -> Iterator[str]:
+    naming = fit.settings.naming
+    if any(own.removeprefix(PREFIX) != key.removeprefix(PREFIX) for key, own in fit.keys.items()):
+        told = f": {naming.stored_body!r} is read as {naming.body!r}" if not naming.is_usual else ""
+        yield f"the adapter's names have what was around the model in training{told}"
+    if fit.others:
+        yield (
+            f"of the adapter's modules, {len(fit.others)} are outside the decoder and left out, "
+            f"{fit.others[0]} among them"
+        )
+    if fit.is_wide:
+        yield "the adapter stores float64, which is read as float32"
+    if _changes_nothing(fit):
+        yield "the adapter's low-rank updates change nothing: a factor of each is zero"
+
+
+def _changes_nothing(fit: _Fit) -> bool:
+    """Tell whether every update is zero; factors are small, and the first usually is not."""
+    pairs = [[tensor for kind, tensor in parts.items() if kind in _LOW_RANK[:4]]
+             for parts in fit.parts.values() if _is_low_rank(parts)]  # fmt: skip
+    return bool(pairs) and all(any(not it.read().any() for it in pair) for pair in pairs)

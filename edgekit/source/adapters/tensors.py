@@ -63,6 +63,24 @@ class MergedTensor(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Narrowed(MergedTensor):
+    """``base``, which is stored in float64, as float32."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Half of what it takes in the file."""
+        return self.base.size_bytes // 2
+
+    @property
+    def dtype(self) -> str:
+        """What it is from now on."""
+        return "F32"
+
+    def _merged(self, first_row: int, rows: int) -> "Values":
+        return self.base.read(first_row, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LowRankUpdate(MergedTensor):
     """``base + scale * up @ down`` (LoRA on a linear layer)."""
 

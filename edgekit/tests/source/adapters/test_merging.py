@@ -133,7 +133,7 @@ def test_a_rank_pattern_matches_whole_parts_of_a_name(base, tmp_path, pattern, r
     updates = tiny.q_proj_updates(rank=rank) | {
         name: values for name, values in tiny.q_proj_updates(rank=4).items() if ".1." in name
     }
-    config = {"rank_pattern": {pattern: 6}}
+    config: dict[str, Any] = {"rank_pattern": {pattern: 6}}
     if pattern == "q_proj":
         updates = tiny.q_proj_updates(rank=6)
     if ".1" in pattern:
@@ -231,6 +231,101 @@ def test_an_adapter_of_a_quantized_base_is_merged_with_a_note(base, tmp_path):
     )
     (note,) = record(merging.merge(base, directory)).notes
     assert name in note
+
+
+def test_a_base_of_another_name_is_noted(base, tmp_path):
+    directory = tiny.write_adapter(
+        tmp_path / "a", tiny.q_proj_updates(), base_model_name_or_path="org/SmolLM2-135M"
+    )
+    (note,) = record(merging.merge(base, directory)).notes
+    assert note == "the adapter names 'org/SmolLM2-135M' as its base and is merged into 'base'"
+
+
+@pytest.mark.parametrize(
+    ("directory", "name"),
+    [
+        ("SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+        ("SmolLM2-135M", "/home/someone/models/SmolLM2-135M/"),
+        ("SmolLM2-135M", "C:\\models\\smollm2_135m"),
+        ("SmolLM2-135M-bf16", "HuggingFaceTB/SmolLM2-135M"),
+        ("SmolLM2-135M", "unsloth/smollm2-135m-hf"),
+        ("models--org--SmolLM2-135M/snapshots/0f3a", "org/SmolLM2-135M"),
+    ],
+)
+def test_a_base_of_the_same_name_somewhere_else_is_not_noted(tmp_path, directory, name):
+    base = Checkpoint.open(tiny.write_base(tmp_path / directory))
+    adapter = tiny.write_adapter(
+        tmp_path / "a", tiny.q_proj_updates(), base_model_name_or_path=name
+    )
+    assert record(merging.merge(base, adapter)).notes == ()
+
+
+@pytest.mark.parametrize("zero", ["lora_A", "lora_B"])
+def test_an_adapter_that_changes_nothing_is_noted(base, tmp_path, zero):
+    updates = tiny.q_proj_updates()
+    updates |= {name: np.zeros_like(it) for name, it in updates.items() if zero in name}
+    notes = record(merging.merge(base, tiny.write_adapter(tmp_path / "a", updates))).notes
+    assert notes == ("the adapter's low-rank updates change nothing: a factor of each is zero",)
+
+
+def test_float64_is_read_as_float32_and_noted(base, tmp_path):
+    updates = tiny.q_proj_updates() | {"lm_head.weight": random(40, 16)}
+    config: dict[str, Any] = {"modules_to_save": ["lm_head"]}
+    directory = tiny.write_adapter(tmp_path / "a", updates, dtype="F64", **config)
+    merged = merging.merge(base, directory)
+    usual = merging.merge(base, tiny.write_adapter(tmp_path / "b", updates, **config))
+    np.testing.assert_array_equal(merged.weight("layers.0.query"), usual.weight("layers.0.query"))
+    assert record(merged).notes == ("the adapter stores float64, which is read as float32",)
+    written = Checkpoint.open(write_checkpoint(merged, tmp_path / "out"))
+    np.testing.assert_array_equal(written.weight("output_head"), updates["lm_head.weight"])
+
+
+def hint(base, directory):
+    with pytest.raises(UsageError) as refused:
+        merging.merge(base, directory)
+    return refused.value.hint
+
+
+def test_directories_around_an_adapter_are_told_from_it(base, tmp_path):
+    run = tmp_path / "run"
+    for step in (90, 1000, 500):
+        tiny.write_adapter(run / f"checkpoint-{step}", tiny.q_proj_updates())
+    others = "or another in there: checkpoint-500, checkpoint-90"
+    assert hint(base, run) == f"pass --adapter {run / 'checkpoint-1000'}, {others}"
+    named = tiny.write_adapter(tmp_path / "parent" / "french", tiny.q_proj_updates())
+    assert hint(base, named.parent) == f"pass --adapter {named}"
+    assert (
+        hint(base, named / "adapter_model.safetensors") == f"pass its directory: --adapter {named}"
+    )
+    assert hint(base, base.directory).startswith("it is a model: pass it as MODEL")
+
+
+def test_an_adapter_in_the_place_of_a_model_is_told_from_one(base, tmp_path):
+    def hint_as_model(directory):
+        with pytest.raises(UsageError) as refused:
+            Checkpoint.open(directory)
+        return refused.value.hint
+
+    adapter = tiny.write_adapter(tmp_path / "run" / "checkpoint-7", tiny.q_proj_updates())
+    said = "it is an adapter: pass its base as MODEL (it names 'somewhere/base')"
+    assert hint_as_model(adapter) == f"{said} and this with --adapter"
+    assert hint_as_model(adapter.parent).endswith(f"--adapter {adapter}")
+    config = base.directory / "config.json"
+    (adapter / "config.json").write_bytes(config.read_bytes())  # as some training tools do
+    assert hint_as_model(adapter).startswith(said)
+    model = tiny.write_base(tmp_path / "full" / "checkpoint-20")
+    assert hint_as_model(model.parent) == f"pass {model}"
+
+
+def test_trained_tokens_that_no_tokenizer_knows_are_refused(tmp_path):
+    base = Checkpoint.open(tiny.write_base(tmp_path / "base", vocab_size=64))
+    rows = {"model.embed_tokens.token_adapter.trainable_tokens_delta": random(1, 16)}
+    directory = tiny.write_adapter(
+        tmp_path / "a", tiny.q_proj_updates() | rows, trainable_token_indices=[40]
+    )
+    assert "trains the token 40, which" in refusal(base, directory)
+    (directory / "added_tokens.json").write_text('{"<call>": 40}')
+    assert merging.merge(base, directory).spec.vocab_size == 64
 
 
 def refusal(base, directory):
