@@ -17,7 +17,7 @@ from edgekit import installed
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.progress import Listener, Silent
-from edgekit.proof import interpreter
+from edgekit.proof import interpreter, mlx_adapters
 from edgekit.runtime.silence import silence
 from edgekit.source.adapters.merging import WEIGHTS
 from edgekit.source.adapters.text import brings_vocabulary
@@ -126,16 +126,24 @@ def _model(checkpoint: Checkpoint) -> Any:
 
 def _with_adapter(model: Any, adapter: AdapterRecord, *, vocabulary: int) -> Any:
     """Put an adapter next to a model; those that came before it are part of what it saw."""
+    if adapter.earlier:
+        model = _with_adapter(model, adapter.earlier, vocabulary=vocabulary)
+        is_hooked = adapter.earlier.is_of_mlx
+        model = mlx_adapters.bake(model) if is_hooked else model.merge_and_unload()
+    if model.get_input_embeddings().weight.shape[0] != vocabulary:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    if adapter.is_of_mlx:
+        return mlx_adapters.put_next_to(model, adapter.directory)
+    return _with_peft(model, adapter)
+
+
+def _with_peft(model: Any, adapter: AdapterRecord) -> Any:
     try:
         import peft
     except ImportError as error:
         raise MissingDependencyError(
             f"proving an adapter needs peft ({error})", hint="pip install 'edgekit[gguf]'"
         ) from error
-    if adapter.earlier:
-        model = _with_adapter(model, adapter.earlier, vocabulary=vocabulary).merge_and_unload()
-    if model.get_input_embeddings().weight.shape[0] != vocabulary:
-        model.resize_token_embeddings(vocabulary, mean_resizing=False)
     with warnings.catch_warnings():
         # peft 0.19 asks models for a name that transformers 5 deprecates.
         warnings.simplefilter("ignore", FutureWarning)

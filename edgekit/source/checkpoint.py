@@ -125,6 +125,7 @@ class AdapterRecord:
     name: str
     sha256: str
     notes: tuple[str, ...] = ()  # what a user should know about the merge, one sentence each
+    is_of_mlx: bool = False  # else of PEFT
     renamed: Mapping[str, str] | None = None  # PEFT's own names of tensors that have others
     changes: Mapping[str, Any] | None = None  # fields of its config, as they read with those names
     earlier: "AdapterRecord | None" = None  # the one that was merged before it

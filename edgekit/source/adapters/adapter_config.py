@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.encodings.json_files import read_object
+from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.source import places
 from edgekit.source.adapters.names import AS_IT_IS, Naming
@@ -93,6 +93,7 @@ class AdapterSettings:
     has_magnitudes: bool  # DoRA
     has_lora_bias: bool
     keeps_tie: bool
+    is_of_mlx: bool = False  # a magnitude for each row of an embedding, and one layer if it is tied
     naming: Naming = AS_IT_IS  # modules are matched by the names they had in training
 
     def targets(self, module: str, *, is_embedding: bool) -> bool:
@@ -152,6 +153,16 @@ class AdapterSettings:
             if match := re.match(rf"{before}{pattern}\.(?P<layer>\d+)\.", module):
                 return int(match["layer"])
         return None
+
+
+def base_model_of(directory: Path) -> str:
+    """Return the name or path of what an adapter was trained on, whichever tool wrote it.
+
+    Raises:
+        UsageError: If its config is not JSON.
+    """
+    fields = read_object_if_there(directory / "adapter_config.json")
+    return str(fields.get("base_model_name_or_path") or fields.get("model") or "")
 
 
 def read(directory: Path) -> AdapterSettings:

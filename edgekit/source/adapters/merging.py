@@ -19,7 +19,7 @@ from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.model.spec import DecoderSpec, Shape
 from edgekit.model.tokenizer_files import added_tokens
 from edgekit.source import families
-from edgekit.source.adapters import adapter_config, names
+from edgekit.source.adapters import adapter_config, mlx, names
 from edgekit.source.adapters import text as adapter_text
 from edgekit.source.adapters.adapter_config import AdapterSettings
 from edgekit.source.adapters.names import Naming
@@ -101,6 +101,8 @@ def merge(base: Checkpoint, directory: Path) -> Checkpoint:
 
 
 def _open(base: Checkpoint, directory: Path) -> _Fit:
+    if mlx.is_one(directory):
+        return _open_mlx(base, directory)
     settings = adapter_config.read(directory)
     path = directory / WEIGHTS
     if not path.is_file():
@@ -138,6 +140,55 @@ def _open(base: Checkpoint, directory: Path) -> _Fit:
     )
 
 
+def _open_mlx(base: Checkpoint, directory: Path) -> _Fit:
+    path, adapter = directory / mlx.WEIGHTS, mlx.read(directory)
+    embedding, head = _ends_of(base)
+    stored = _read_file(path)
+    naming = _naming({mlx.split(key, path)[0] for key in stored}, base)
+    parts: dict[str, dict[str, Tensor]] = {}
+    others = []
+    for key, tensor in stored.items():
+        module, kind = mlx.split(key, path)
+        own = naming.own(module)
+        if own is None:
+            others.append(module)
+            continue
+        is_embedding = f"{own}.weight" == embedding
+        kind, it = mlx.in_peft_form(kind, _narrow(tensor), is_embedding=is_embedding)
+        parts.setdefault(own, {})[kind] = it
+    mlx.refuse_other_layers(adapter, list(parts), depth=len(base.spec.layers), path=path)
+    return _Fit(
+        base=base,
+        settings=mlx.settings(adapter, parts),
+        path=path,
+        parts=parts,
+        keys={},
+        others=tuple(dict.fromkeys(others)),
+        is_wide=any(stored_dtype(it) == "F64" for it in stored.values()),
+        embedding=embedding,
+        head=head,
+    )
+
+
+def _ends_of(base: Checkpoint) -> tuple[str, str]:
+    """Return the tensors that token ids look up and that give the logits, tied or not."""
+    family, untied = families.get(base.architecture), replace(base.spec, is_tied=False)
+    embedding, head = (
+        family.source(it, untied).tensor for it in ("token_embedding", "output_head")
+    )
+    return embedding, head
+
+
+def _naming(modules: set[str], base: Checkpoint) -> Naming:
+    head = _ends_of(base)[1].removesuffix(".weight")
+    inner = {name.rpartition(".")[0] for name in base.tensors} - {head}
+    return names.find(modules, base=inner, head=head)
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    return Narrowed(base=tensor) if stored_dtype(tensor) == "F64" else tensor
+
+
 def _read_file(path: Path) -> dict[str, Tensor]:
     stored = dict[str, Tensor](read_safetensors(path, dtypes=(*FLOATS, "F64")))
     if not stored:
@@ -159,7 +210,7 @@ def _parts(named: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tenso
         of_module = parts.setdefault(module, {})
         if kind in of_module:
             raise UsageError(f"{path} holds {kind} of {module} twice, the second time as {key}")
-        of_module[kind] = Narrowed(base=tensor) if stored_dtype(tensor) == "F64" else tensor
+        of_module[kind] = _narrow(tensor)
     for module, of_module in parts.items():
         _join_copies(of_module, f"{path} holds two versions of {module}")
         for kind in of_module:
@@ -208,7 +259,8 @@ def _refuse_other_targets(fit: _Fit, tensors: Mapping[str, Tensor]) -> None:
         if fit.settings.targets(module, is_embedding=fit.is_embedding(module))
     }
     embedding, head = (name.removesuffix(".weight") for name in (fit.embedding, fit.head))
-    if fit.settings.keeps_tie and fit.base.spec.is_tied and embedding in targeted:
+    is_kept = fit.settings.keeps_tie and not fit.settings.is_of_mlx
+    if is_kept and fit.base.spec.is_tied and embedding in targeted:
         targeted.add(head)
     found = {module for module, parts in fit.parts.items() if _is_low_rank(parts)}
     if missing := sorted(targeted - found):
@@ -375,9 +427,10 @@ def _updated(fit: _Fit, module: str, base: Tensor) -> Tensor:
     if not fit.settings.has_magnitudes:
         return updated
     magnitudes = fit.parts[module]["lora_magnitude_vector"]
-    width = base.shape[1 if is_lookup else 0]
+    of_columns = is_lookup and not fit.settings.is_of_mlx
+    width = base.shape[1 if of_columns else 0]
     _refuse_shape(fit, f"{module}.lora_magnitude_vector", magnitudes.shape, (width,))
-    scaled = ColumnMagnitudes if is_lookup else RowMagnitudes
+    scaled = ColumnMagnitudes if of_columns else RowMagnitudes
     return scaled(base=updated, magnitudes=magnitudes)
 
 
@@ -420,6 +473,8 @@ def _are_updates_tied(fit: _Fit) -> bool:
     import numpy as np
 
     lookup = fit.parts.get(fit.embedding.removesuffix(".weight"), {})
+    if fit.settings.is_of_mlx:
+        return bool(lookup)
     head = fit.parts.get(fit.head.removesuffix(".weight"), {})
     if "lora_embedding_A" not in lookup or "lora_A" not in head or fit.settings.has_magnitudes:
         return False
@@ -593,6 +648,7 @@ def _record_of(fit: _Fit, spec: DecoderSpec, text: AdapterText) -> AdapterRecord
         name=f"{earlier.name} + {fit.name}" if earlier else fit.name,
         sha256=sha256_of_all(files, after=earlier.sha256 if earlier else None),
         notes=(*(earlier.notes if earlier else ()), *_notes(fit, spec, text)),
+        is_of_mlx=fit.settings.is_of_mlx,
         renamed={key: own for key, own in fit.keys.items() if key != own} or None,
         changes=_changes(fit),
         earlier=earlier,

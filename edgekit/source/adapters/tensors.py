@@ -80,6 +80,33 @@ class Narrowed(MergedTensor):
         return self.base.read(first_row, rows)
 
 
+@dataclass(frozen=True)
+class Transposed:
+    """A small matrix whose file has columns as rows."""
+
+    other: Tensor
+
+    @property
+    def shape(self) -> Shape:
+        """Its dimensions, slowest first."""
+        return self.other.shape[::-1]
+
+    @property
+    def size_bytes(self) -> int:
+        """How much of the file it takes."""
+        return self.other.size_bytes
+
+    @property
+    def dtype(self) -> str:
+        """The type it is stored in."""
+        return stored_dtype(self.other)
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "Values":
+        """Return some rows, or all, in float32."""
+        last_row = None if rows is None else first_row + rows
+        return self.other.read().T[first_row:last_row]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LowRankUpdate(MergedTensor):
     """``base + scale * up @ down`` (LoRA on a linear layer)."""

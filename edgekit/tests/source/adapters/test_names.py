@@ -25,7 +25,7 @@ PREFIXES = {
     "a model that sees, version 4": "base_model.model.language_model.",
 }
 INFIXES = {
-    "FSDP": ("model.", "_fsdp_wrapped_module.model.", "self_attn", "_fsdp_wrapped_module.self_attn"),
+    "FSDP": ("model.", "_fsdp_wrapped_module.model.", "mlp", "_fsdp_wrapped_module.mlp"),
     "checkpoint wrapper": ("self_attn.", "_checkpoint_wrapped_module.self_attn."),
     "compiled layers": ("self_attn.", "_orig_mod.self_attn."),
 }  # fmt: skip
