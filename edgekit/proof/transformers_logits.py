@@ -4,7 +4,6 @@ Everything an artifact is compared with comes from here, and nothing here shares
 makes artifacts.
 """
 
-import json
 import logging
 import os
 import tempfile
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit import installed
-from edgekit.encodings.json_files import read_object
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter, mlx_adapters
 from edgekit.runtime.silence import silence
-from edgekit.source.adapters.merging import WEIGHTS
+from edgekit.source.adapters import by_peft
 from edgekit.source.adapters.text import brings_vocabulary
 from edgekit.source.checkpoint import AdapterRecord, Checkpoint
 from edgekit.text.template import AS_IT_IS, Message, TemplateCall, as_parts
@@ -147,22 +145,16 @@ def _with_peft(model: Any, adapter: AdapterRecord) -> Any:
     with warnings.catch_warnings():
         # peft 0.19 asks models for a name that transformers 5 deprecates.
         warnings.simplefilter("ignore", FutureWarning)
-        if adapter.renamed is None:
+        if adapter.renamed is None and adapter.changes is None:
             return peft.PeftModel.from_pretrained(model, adapter.directory)
         with tempfile.TemporaryDirectory() as place:
-            _write_with_own_names(adapter, Path(place))
+            by_peft.write_as_peft_would(
+                adapter.directory,
+                Path(place),
+                renamed=adapter.renamed or {},
+                changes=adapter.changes or {},
+            )
             return peft.PeftModel.from_pretrained(model, place)
-
-
-def _write_with_own_names(adapter: AdapterRecord, place: Path) -> None:
-    """Write an adapter as PEFT would have, had nothing been around the model in training."""
-    from safetensors.torch import load_file, save_file
-
-    config = read_object(adapter.directory / "adapter_config.json") | dict(adapter.changes or {})
-    (place / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    stored = load_file(adapter.directory / WEIGHTS)
-    renamed = {(adapter.renamed or {}).get(key, key): it for key, it in stored.items()}
-    save_file(renamed, place / WEIGHTS)
 
 
 def tokenizer(checkpoint: Checkpoint) -> Any:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reference implementation
 FLOATS = ("F32", "F16", "BF16")
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}
 _STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _ADAPTERS = ("adapter_model", "adapters")  # as PEFT and MLX call their files
 # Tables that older transformers stored next to the weights; they are computed, never read.
@@ -47,7 +47,7 @@ class StoredTensor:
 
     path: Path
     offset: int  # from the start of the file
-    dtype: str  # F32, F16, BF16; F64 in adapters; U8 in a quantized checkpoint, read as bytes only
+    dtype: str  # F32, F16, BF16; F64 in adapters; integers are never read as numbers
     shape: Shape
 
     @property

@@ -17,33 +17,30 @@ from typing import Any
 from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.source import places
+from edgekit.source.adapters import by_peft
 from edgekit.source.adapters.names import AS_IT_IS, Naming
 from edgekit.source.config import Config
 
 
 SUPPORTED = (
     "LoRA with rank and alpha patterns, rsLoRA, DoRA, biases, modules_to_save and "
-    "trainable_token_indices"
+    "trainable_token_indices, and what PEFT merges: AdaLoRA, LoHa, LoKr, IA3, OFT, BOFT, VeRA and "
+    "others"
 )
 ALL_LINEAR = "all-linear"
 _MOST = 2**31  # no rank and no alpha comes near
+# What other kinds are called, apart from those that `by_peft` merges.
 _OTHER_KINDS = {
-    "ADALORA": "AdaLoRA",
-    "BOFT": "BOFT",
-    "HRA": "HRA",
-    "IA3": "IA3",
-    "LN_TUNING": "layer norm tuning",
-    "LOHA": "LoHa",
-    "LOKR": "LoKr",
-    "MISS": "MiSS",
-    "OFT": "OFT",
-    "PREFIX_TUNING": "prefix tuning",
-    "PROMPT_TUNING": "prompt tuning",
-    "P_TUNING": "p-tuning",
-    "TRAINABLE_TOKENS": "trainable tokens without LoRA",
-    "VBLORA": "VB-LoRA",
-    "VERA": "VeRA",
-}
+    "ADAMSS": "AdaMSS", "BEFT": "BEFT", "FROD": "FRoD", "OSF": "OSF", "PSOFT": "PSOFT",
+}  # fmt: skip
+# These change no weight, so nothing merges them.
+_NOT_WEIGHTS = {
+    "ADAPTION_PROMPT": "adaption prompt", "CARTRIDGE": "cartridge", "CPT": "CPT", "LILY": "Lily",
+    "MULTITASK_PROMPT_TUNING": "multitask prompt tuning", "POLY": "Poly",
+    "PREFIX_TUNING": "prefix tuning", "PROMPT_TUNING": "prompt tuning", "P_TUNING": "p-tuning",
+    "SHADOW": "Shadow", "XLORA": "X-LoRA",
+}  # fmt: skip
+_LORA, _TOKENS = "LORA", "TRAINABLE_TOKENS"
 _REFUSED_OPTIONS = {
     "alora_invocation_tokens": "activated LoRA, which changes the weights within a text",
     "arrow_config": "Arrow, which chooses among adapters for each token",
@@ -57,6 +54,7 @@ _REFUSED_OPTIONS = {
     "use_qalora": "QA-LoRA, which pools the input of a quantized layer",
     "velora_config": "VeLoRA",
 }
+_UNMERGEABLE = ("alora_invocation_tokens", "arrow_config")  # not by PEFT either
 # How training started: PEFT subtracts these from the base when it loads the adapter, so the file
 # alone does not say what to add. Other ways to start leave an ordinary LoRA behind.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -93,8 +91,14 @@ class AdapterSettings:
     has_magnitudes: bool  # DoRA
     has_lora_bias: bool
     keeps_tie: bool
+    kind: str = "LORA"  # as PEFT calls it
     is_of_mlx: bool = False  # a magnitude for each row of an embedding, and one layer if it is tied
     naming: Naming = AS_IT_IS  # modules are matched by the names they had in training
+
+    @property
+    def is_merged_by_peft(self) -> bool:
+        """Tell whether its meaning is known to PEFT only."""
+        return self.kind in by_peft.KINDS
 
     def targets(self, module: str, *, is_embedding: bool) -> bool:
         """Tell whether a module has a low-rank update; ``is_embedding`` includes the head."""
@@ -165,12 +169,17 @@ def base_model_of(directory: Path) -> str:
     return str(fields.get("base_model_name_or_path") or fields.get("model") or "")
 
 
+def kind_of(fields: Mapping[str, Any]) -> str:
+    """Return the kind of an adapter as PEFT writes it, however it is spelled."""
+    return str(fields.get("peft_type", "")).rpartition(".")[2].upper().replace("-", "_")
+
+
 def read(directory: Path) -> AdapterSettings:
     """Read the configuration of an adapter.
 
     Raises:
-        UsageError: If this is not an adapter, is of another kind, or has an option that edgekit
-            does not know.
+        UsageError: If this is not an adapter, is of a kind that cannot be merged, or has an option
+            that edgekit does not know.
     """
     path = directory / "adapter_config.json"
     if not path.is_file():
@@ -182,8 +191,12 @@ def read(directory: Path) -> AdapterSettings:
     fields = {name: value for name, value in read_object(path).items() if _is_set(value)}
     _refuse_other_kinds(fields, origin=str(path))
     config = Config(fields, origin=str(path))
-    settings = _settings(config, fields)
-    _refuse_unread(fields, origin=str(path))
+    if kind_of(fields) == _LORA:
+        _refuse_other_options(fields, origin=str(path))
+        settings = _settings(config, fields)
+        _refuse_unread(fields, origin=str(path))
+    else:
+        settings = _settings_of_another(config, fields)
     _refuse_bad_patterns(settings)
     return settings
 
@@ -192,19 +205,41 @@ def _is_set(value: Any) -> bool:
     return value is not None and value is not False and value not in ([], {}, "")
 
 
+def merged_by_hand(fields: Mapping[str, Any], directory: Path) -> str:
+    """Return the two lines by which PEFT makes a model of an adapter and its base."""
+    base = fields.get("base_model_name_or_path") or "BASE"
+    return (
+        "merge it with PEFT and pass DIR as MODEL: "
+        f"base = AutoModelForCausalLM.from_pretrained({str(base)!r}); "
+        f"PeftModel.from_pretrained(base, {str(directory)!r}).merge_and_unload()"
+        ".save_pretrained('DIR')"
+    )
+
+
 def _refuse_other_kinds(fields: Mapping[str, Any], *, origin: str) -> None:
-    kind = str(fields.get("peft_type", ""))
-    if kind != "LORA":
+    kind = kind_of(fields)
+    if kind in _NOT_WEIGHTS:
         raise UsageError(
-            f"{origin} describes an adapter of kind {_OTHER_KINDS.get(kind, kind)!r}, "
-            "edgekit merges LoRA",
-            hint=f"supported: {SUPPORTED}",
+            f"{origin} describes an adapter of kind {_NOT_WEIGHTS[kind]!r}, which changes no "
+            "weight of the base, so no merge can say the same",
+            hint=f"train an adapter that can be merged: {SUPPORTED}",
         )
+    if kind not in (_LORA, _TOKENS, *by_peft.KINDS):
+        raise UsageError(
+            f"{origin} describes an adapter of kind {_OTHER_KINDS.get(kind, kind)!r}, which "
+            "edgekit does not merge",
+            hint=merged_by_hand(fields, Path(origin).parent),
+        )
+
+
+def _refuse_other_options(fields: Mapping[str, Any], *, origin: str) -> None:
     for name, meaning in _REFUSED_OPTIONS.items():
         if name in fields:
             raise UsageError(
                 f"{origin}: {name} is set, which is {meaning}; edgekit does not merge that",
-                hint=f"supported: {SUPPORTED}",
+                hint=f"supported: {SUPPORTED}"
+                if name in _UNMERGEABLE
+                else merged_by_hand(fields, Path(origin).parent),
             )
     start = str(fields.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGE_THE_BASE):
@@ -242,6 +277,34 @@ def _settings(config: Config, fields: Mapping[str, Any]) -> AdapterSettings:
         has_magnitudes=config.get("use_dora", default=False),
         has_lora_bias=config.get("lora_bias", default=False),
         keeps_tie=config.get("ensure_weight_tying", default=False),
+    )
+
+
+def _settings_of_another(config: Config, fields: Mapping[str, Any]) -> AdapterSettings:
+    """Return what is not of LoRA alone; PEFT itself reads the rest, or there is none."""
+    _refuse_other_values({"task_type": fields.get("task_type", "CAUSAL_LM")}, origin=config.origin)
+    targets = _names_or_pattern(fields, "target_modules", config.origin)
+    is_tokens = kind_of(fields) == _TOKENS
+    ids = _checked_integers(fields.get("token_indices", []), "token_indices", config.origin)
+    names = [targets] if isinstance(targets, str) else targets or ("",)
+    return AdapterSettings(
+        origin=config.origin,
+        kind=kind_of(fields),
+        base_model=config.get("base_model_name_or_path", ""),
+        rank=1,
+        alpha=1.0,
+        rank_pattern={},
+        alpha_pattern={},
+        target_modules=() if is_tokens else targets,
+        exclude_modules=_names_or_pattern(fields, "exclude_modules", config.origin),
+        layers=_integers(fields, "layers_to_transform", config.origin),
+        layers_pattern=_names(fields, "layers_pattern", config.origin),
+        modules_to_save=_names(fields, "modules_to_save", config.origin),
+        token_ids=dict.fromkeys(names, ids) if is_tokens else {},
+        is_rank_stabilized=False,
+        has_magnitudes=False,
+        has_lora_bias=False,
+        keeps_tie=False,
     )
 
 

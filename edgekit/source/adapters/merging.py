@@ -19,7 +19,7 @@ from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.model.spec import DecoderSpec, Shape
 from edgekit.model.tokenizer_files import added_tokens
 from edgekit.source import families
-from edgekit.source.adapters import adapter_config, mlx, names
+from edgekit.source.adapters import adapter_config, by_peft, mlx, names
 from edgekit.source.adapters import text as adapter_text
 from edgekit.source.adapters.adapter_config import AdapterSettings
 from edgekit.source.adapters.names import Naming
@@ -43,6 +43,8 @@ from edgekit.source.config import Config
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT wraps the model twice
 _LOW_RANK = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+_INDICES = ("I32", "I64")  # what sparse kinds store next to their values
+_OTHER = "other"  # what only PEFT knows the meaning of
 _ORIGINAL = "original_module."  # the base's own parameter, next to one that replaces it
 _REPACKAGED = re.compile(
     r"(?:[-_.](?:unsloth|bnb|gptq|awq|hf|gguf|fp16|bf16|\d-?bit|int[48]|q\d\w*))+$", re.IGNORECASE
@@ -91,6 +93,7 @@ def merge(base: Checkpoint, directory: Path) -> Checkpoint:
     _refuse_other_targets(fit, tensors)
     _replace_whole(fit, tensors)
     _add_updates(fit, tensors)
+    _merge_by_peft(fit, tensors)
     _replace_token_rows(fit, tensors)
     spec = _spec_of(fit, tensors)
     text = _text_of(fit, vocabulary=spec.vocab_size)
@@ -112,17 +115,11 @@ def _open(base: Checkpoint, directory: Path) -> _Fit:
             if (directory / "adapter_model.bin").exists()
             else "pass the directory that PEFT's save_pretrained wrote",
         )
-    family = families.get(base.architecture)
-    untied = replace(base.spec, is_tied=False)
-    embedding, head = (
-        family.source(it, untied).tensor for it in ("token_embedding", "output_head")
-    )
+    embedding, head = _ends_of(base)
+    if settings.is_merged_by_peft:
+        return _open_for_peft(base, settings, path)
     stored = _read_file(path)
-    naming = names.find(
-        {_parse(key, path)[0] for key in stored},
-        base={it.rpartition(".")[0] for it in base.tensors} - {head.removesuffix(".weight")},
-        head=head.removesuffix(".weight"),
-    )
+    naming = _naming({_parse(key, path)[0] for key in stored}, base)
     keys = {key: _own_key(key, path, naming) for key in stored}
     named = {own: stored[key] for key, own in keys.items() if own is not None}
     if len(named) < sum(own is not None for own in keys.values()):
@@ -138,6 +135,47 @@ def _open(base: Checkpoint, directory: Path) -> _Fit:
         embedding=embedding,
         head=head,
     )
+
+
+def _open_for_peft(base: Checkpoint, settings: AdapterSettings, path: Path) -> _Fit:
+    """Return an adapter of which edgekit reads whole weights, and PEFT the rest."""
+    stored = _read_file(path, *_INDICES)
+    embedding, head = _ends_of(base)
+    modules = {name.rpartition(".")[0] for name in base.tensors} | {head.removesuffix(".weight")}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in stored.items():
+        name = names.unwrapped(key)
+        module = _longest_beginning(name, modules)
+        rest = name.removeprefix(module).removeprefix(".").removeprefix("base_layer.")
+        if not module and _layer_of(f".{name}") is not None:
+            raise UsageError(
+                f"{path} changes {name}, which {base.directory} does not have",
+                hint=f"the adapter was made for {settings.base_model!r}",
+            )
+        if module:
+            kind = rest if rest in ("weight", "bias") else _OTHER
+            parts.setdefault(module, {})[kind] = _narrow(tensor)
+    return _Fit(
+        base=base,
+        settings=settings,
+        path=path,
+        parts=parts,
+        keys={
+            key: key if key.startswith("base_model.") else PREFIX + names.unwrapped(key)
+            for key in stored
+        },
+        others=(),
+        is_wide=any(stored_dtype(it) == "F64" for it in stored.values()),
+        embedding=embedding,
+        head=head,
+    )
+
+
+def _longest_beginning(name: str, modules: set[str]) -> str:
+    """Return the module that a tensor's name begins with, "" if there is none."""
+    parts = name.split(".")
+    candidates = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((it for it in candidates if it in modules), "")
 
 
 def _open_mlx(base: Checkpoint, directory: Path) -> _Fit:
@@ -189,8 +227,8 @@ def _narrow(tensor: Tensor) -> Tensor:
     return Narrowed(base=tensor) if stored_dtype(tensor) == "F64" else tensor
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
-    stored = dict[str, Tensor](read_safetensors(path, dtypes=(*FLOATS, "F64")))
+def _read_file(path: Path, *dtypes: str) -> dict[str, Tensor]:
+    stored = dict[str, Tensor](read_safetensors(path, dtypes=(*FLOATS, "F64", *dtypes)))
     if not stored:
         raise UsageError(f"{path} holds no tensor")
     return stored
@@ -236,7 +274,8 @@ def _parse(key: str, path: Path) -> tuple[str, str]:
     ``lora_A.weight``) mean the same.
     """
     name = names.unwrapped(key)
-    if match := re.fullmatch(r"(.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?", name):
+    tokens = r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?"
+    if match := re.fullmatch(tokens, name):
         return match[1], "tokens"
     low_rank = rf"(.+?)\.({'|'.join(_LOW_RANK)})(\.(?!weight$|bias$)[^.]+)?(\.weight|\.bias)?"
     if match := re.fullmatch(low_rank, name):
@@ -253,16 +292,14 @@ def _parse(key: str, path: Path) -> tuple[str, str]:
 
 def _refuse_other_targets(fit: _Fit, tensors: Mapping[str, Tensor]) -> None:
     """Check that the file has low-rank updates for the modules of the config, and no others."""
-    targeted = {
-        module
-        for module in _modules(tensors)
-        if fit.settings.targets(module, is_embedding=fit.is_embedding(module))
-    }
+    targeted = _targeted(fit, tensors)
+    if fit.settings.is_merged_by_peft and not any(map(_is_updated, fit.parts.values())):
+        return  # one vector for all modules
     embedding, head = (name.removesuffix(".weight") for name in (fit.embedding, fit.head))
     is_kept = fit.settings.keeps_tie and not fit.settings.is_of_mlx
     if is_kept and fit.base.spec.is_tied and embedding in targeted:
         targeted.add(head)
-    found = {module for module, parts in fit.parts.items() if _is_low_rank(parts)}
+    found = {module for module, parts in fit.parts.items() if _is_updated(parts)}
     if missing := sorted(targeted - found):
         _refuse_missing(fit, missing, found)
     for module in sorted(found - targeted):
@@ -273,10 +310,19 @@ def _refuse_other_targets(fit: _Fit, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _modules(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    for name, tensor in tensors.items():
-        if name.endswith(".weight") and len(tensor.shape) == 2:
-            yield name.removesuffix(".weight")
+def _targeted(fit: _Fit, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the modules that the config says have an update; some kinds change norms as well."""
+    modules = {
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and (len(tensor.shape) == 2 or fit.settings.is_merged_by_peft)
+    }
+    is_embedding = fit.is_embedding
+    return {it for it in modules if fit.settings.targets(it, is_embedding=is_embedding(it))}
+
+
+def _is_updated(parts: Parts) -> bool:
+    return _is_low_rank(parts) or _OTHER in parts
 
 
 def _is_low_rank(parts: Parts) -> bool:
@@ -466,6 +512,29 @@ def _add_bias(fit: _Fit, module: str, tensors: dict[str, Tensor]) -> None:
         base = Zeros(shape=tensors[f"{module}.weight"].shape[:1], dtype=stored_dtype(addend))
     _refuse_shape(fit, f"{module}.lora_B.bias", addend.shape, base.shape)
     tensors[name] = Sum(base=base, addend=addend, scale=fit.settings.scale_of(module))
+
+
+def _merge_by_peft(fit: _Fit, tensors: dict[str, Tensor]) -> None:
+    """Let PEFT merge what it alone knows the meaning of, in the modules that the config names."""
+    if not fit.settings.is_merged_by_peft:
+        return
+    by_peft.require(fit.settings.kind)
+    renamed = {key: own for key, own in fit.keys.items() if key != own}
+    directory = fit.path.parent
+    merger = by_peft.Merger(model=fit.base.directory, adapter=directory, renamed=renamed)
+    targeted = _targeted(fit, tensors)
+    for module in targeted:
+        if fit.base.spec.is_tied and fit.is_embedding(module):
+            raise UsageError(
+                f"{fit.path} changes {module}, which {fit.base.directory} ties to another matrix",
+                hint=adapter_config.merged_by_hand({}, directory),
+            )
+        given = {kind: tensors[f"{module}.{kind}"] for kind in ("weight", "bias")
+                 if f"{module}.{kind}" in tensors}  # fmt: skip
+        for kind, tensor in given.items():
+            tensors[f"{module}.{kind}"] = by_peft.MergedByPeft(
+                base=tensor, merger=merger, module=module, kind=kind, given=given
+            )
 
 
 def _are_updates_tied(fit: _Fit) -> bool:

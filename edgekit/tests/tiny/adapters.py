@@ -146,15 +146,19 @@ def train_with_peft(directory: Path, *, grow_to=0, base: Mapping[str, Any], **lo
 
 
 def _train(base: Path, adapter: Path, grow_to: int, lora: Mapping[str, Any]) -> Peft:
+    import peft
     import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
 
     torch.manual_seed(0)
     model = load(base)
     base_logits = logits_of(model)
     if grow_to:
         model.resize_token_embeddings(grow_to, mean_resizing=False)
-    trained = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **lora))
+    asked = {"config": "LoraConfig", **lora}
+    config = getattr(peft, asked.pop("config"))
+    usual = {"r": 4} if config is peft.LoraConfig else {}
+    trained = get_peft_model(model, config(task_type="CAUSAL_LM", **usual | asked))
     for parameter in trained.parameters():
         if parameter.requires_grad:
             parameter.add_(torch.randn_like(parameter), alpha=0.3)

@@ -336,15 +336,28 @@ def refusal(base, directory):
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("IA3", "IA3"), ("PREFIX_TUNING", "prefix tuning"), ("PROMPT_TUNING", "prompt tuning"),
-     ("LOHA", "LoHa"), ("LOKR", "LoKr"), ("VERA", "VeRA"), ("ADALORA", "AdaLoRA"),
-     ("OFT", "OFT"), ("BOFT", "BOFT"), ("SOMETHING_NEW", "SOMETHING_NEW")],
+    [("PREFIX_TUNING", "prefix tuning"), ("PROMPT_TUNING", "prompt tuning"),
+     ("P_TUNING", "p-tuning"), ("XLORA", "X-LoRA"), ("LILY", "Lily")],
 )  # fmt: skip
-def test_another_kind_of_adapter_is_refused_by_name(base, tmp_path, kind, name):
+def test_what_changes_no_weight_is_refused_by_name(base, tmp_path, kind, name):
+    directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates(), peft_type=kind)
+    with pytest.raises(UsageError, match=f"{name!r}, which changes no weight") as refused:
+        merging.merge(base, directory)
+    assert "rsLoRA" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("OSF", "OSF"), ("PSOFT", "PSOFT"), ("ADAMSS", "AdaMSS"), ("SOMETHING_NEW", "SOMETHING_NEW")],
+)
+def test_another_kind_is_refused_with_the_lines_that_merge_it(base, tmp_path, kind, name):
     directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates(), peft_type=kind)
     with pytest.raises(UsageError, match=re.escape(repr(name))) as refused:
         merging.merge(base, directory)
-    assert "rsLoRA" in refused.value.hint
+    assert refused.value.hint.endswith(
+        "base = AutoModelForCausalLM.from_pretrained('somewhere/base'); "
+        f"PeftModel.from_pretrained(base, '{directory}').merge_and_unload().save_pretrained('DIR')"
+    )
 
 
 @pytest.mark.parametrize(
