@@ -349,6 +349,8 @@ def _settings(base: TokenizerFiles, brought: _Brought) -> dict[str, Any]:
         own = read_object_if_there(base.tokenizer_json.parent / SETTINGS)
         settings = own | base.special_tokens | settings
         settings.pop("added_tokens_decoder", None)  # tokenizer.json says the same, of both
+        if not brought.has_tokenizer:  # what reads the base's file is the base's
+            settings |= {name: own[name] for name in ("tokenizer_class",) if name in own}
     templates = brought.templates.by_name or base.templates
     settings["chat_template"] = _template_field(templates)
     return {name: value for name, value in settings.items() if value is not None}
