@@ -142,19 +142,22 @@ def _with_peft(model: Any, adapter: AdapterRecord) -> Any:
         raise MissingDependencyError(
             f"proving an adapter needs peft ({error})", hint="pip install 'edgekit[gguf]'"
         ) from error
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as place:
         # peft 0.19 asks models for a name that transformers 5 deprecates.
         warnings.simplefilter("ignore", FutureWarning)
-        if adapter.renamed is None and adapter.changes is None:
-            return peft.PeftModel.from_pretrained(model, adapter.directory)
-        with tempfile.TemporaryDirectory() as place:
+        directory = adapter.directory
+        if adapter.renamed is not None or adapter.changes is not None:
+            directory, changes = Path(place), adapter.changes or {}
+            renamed = adapter.renamed or {}
             by_peft.write_as_peft_would(
-                adapter.directory,
-                Path(place),
-                renamed=adapter.renamed or {},
-                changes=adapter.changes or {},
+                adapter.directory, directory, renamed=renamed, changes=changes
             )
-            return peft.PeftModel.from_pretrained(model, place)
+        kinds = getattr(model.config, "layer_types", None)
+        found = peft.PeftModel.from_pretrained(model, directory)
+    if kinds and (runs := getattr(found.active_peft_config, "layer_replication", None)):
+        # peft repeats the layers and leaves the list of their kinds as it was.
+        found.config.layer_types = [kinds[it] for first, end in runs for it in range(first, end)]
+    return found
 
 
 def tokenizer(checkpoint: Checkpoint) -> Any:

@@ -105,6 +105,7 @@ def transformers_files(
         "config.json": {
             "quantization_config": None,
             "vocab_size": checkpoint.spec.vocab_size,
+            "num_hidden_layers": len(checkpoint.spec.layers),
             "transformers.js_config": _transformers_js(recipe, data_files=data_files),
         },
         "generation_config.json": {"eos_token_id": list(checkpoint.text.declared_stop_ids)},

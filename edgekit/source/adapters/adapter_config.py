@@ -45,10 +45,8 @@ _REFUSED_OPTIONS = {
     "alora_invocation_tokens": "activated LoRA, which changes the weights within a text",
     "arrow_config": "Arrow, which chooses among adapters for each token",
     "kasa_config": "KaSA, which truncates the base",
-    "layer_replication": "layer replication, which repeats layers of the base",
     "megatron_config": "Megatron's parallel layers",
     "monteclora_config": "MonteCLoRA, which samples its weights",
-    "target_parameters": "adapters on bare parameters (mixtures of experts)",
     "use_bdlora": "block-diagonal LoRA",
     "use_mora": "MoRA",
     "use_qalora": "QA-LoRA, which pools the input of a quantized layer",
@@ -57,11 +55,13 @@ _REFUSED_OPTIONS = {
 _UNMERGEABLE = ("alora_invocation_tokens", "arrow_config")  # not by PEFT either
 # How training started: PEFT subtracts these from the base when it loads the adapter, so the file
 # alone does not say what to add. Other ways to start leave an ordinary LoRA behind.
+_EXACT_STARTS = ("pissa", "olora")  # what these subtract, the base alone says
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _READ = frozenset({
     "alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules",
-    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
-    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "task_type",
+    "init_lora_weights", "layer_replication", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_bias", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules",
+    "target_parameters", "task_type",
     "trainable_token_indices", "use_dora", "use_rslora",
 })  # fmt: skip
 _WITHOUT_EFFECT = frozenset({
@@ -91,6 +91,9 @@ class AdapterSettings:
     has_magnitudes: bool  # DoRA
     has_lora_bias: bool
     keeps_tie: bool
+    target_parameters: tuple[str, ...] = ()
+    replicated: tuple[tuple[int, int], ...] = ()  # layers of the base, first and end of each run
+    start: str = ""  # pissa or olora, if that much of the base must be taken off
     kind: str = "LORA"  # as PEFT calls it
     is_of_mlx: bool = False  # a magnitude for each row of an embedding, and one layer if it is tied
     naming: Naming = AS_IT_IS  # modules are matched by the names they had in training
@@ -107,6 +110,13 @@ class AdapterSettings:
         module = self.naming.stored(module)
         if self._excludes(module):
             return False
+        return self._names_parameter(module) or self._names(module, is_embedding=is_embedding)
+
+    def _names_parameter(self, module: str) -> bool:
+        parameter = f"{module}.weight"
+        return any(parameter == it or parameter.endswith(f".{it}") for it in self.target_parameters)
+
+    def _names(self, module: str, *, is_embedding: bool) -> bool:
         if self.target_modules == ALL_LINEAR:
             return not is_embedding
         if isinstance(self.target_modules, str):
@@ -241,13 +251,18 @@ def _refuse_other_options(fields: Mapping[str, Any], *, origin: str) -> None:
                 if name in _UNMERGEABLE
                 else merged_by_hand(fields, Path(origin).parent),
             )
-    start = str(fields.get("init_lora_weights", True)).lower()
-    if start.startswith(_CHANGE_THE_BASE):
+    start = _start_of(fields)
+    if start not in _EXACT_STARTS and start.startswith(_CHANGE_THE_BASE):
+        reason = "at random" if start.startswith("pissa") else "by what is not in the file"
         raise UsageError(
             f"{origin}: init_lora_weights = {start!r}, so the adapter belongs to a base that PEFT "
-            "changed before training",
+            f"changed before training, {reason}",
             hint="convert it: save_pretrained(…, path_initial_model_for_weight_conversion=…)",
         )
+
+
+def _start_of(fields: Mapping[str, Any]) -> str:
+    return str(fields.get("init_lora_weights", True)).lower()
 
 
 def _refuse_unread(fields: Mapping[str, Any], *, origin: str) -> None:
@@ -268,9 +283,12 @@ def _settings(config: Config, fields: Mapping[str, Any]) -> AdapterSettings:
         rank_pattern=_numbers(config, "rank_pattern", whole=True),
         alpha_pattern=_numbers(config, "alpha_pattern"),
         target_modules=_names_or_pattern(fields, "target_modules", config.origin),
+        target_parameters=_names(fields, "target_parameters", config.origin),
         exclude_modules=_names_or_pattern(fields, "exclude_modules", config.origin),
         layers=_integers(fields, "layers_to_transform", config.origin),
         layers_pattern=_names(fields, "layers_pattern", config.origin),
+        replicated=_ranges(fields, "layer_replication", config.origin),
+        start=start if (start := _start_of(fields)) in _EXACT_STARTS else "",
         modules_to_save=_names(fields, "modules_to_save", config.origin),
         token_ids=_token_ids(fields, config.origin),
         is_rank_stabilized=config.get("use_rslora", default=False),
@@ -330,6 +348,16 @@ def _names(fields: Mapping[str, Any], name: str, origin: str) -> tuple[str, ...]
 
 def _integers(fields: Mapping[str, Any], name: str, origin: str) -> tuple[int, ...]:
     return _checked_integers(fields.get(name, []), name, origin)
+
+
+def _ranges(fields: Mapping[str, Any], name: str, origin: str) -> tuple[tuple[int, int], ...]:
+    value = fields.get(name, [])
+    if not isinstance(value, list):
+        raise UsageError(f"{origin}: {name} = {value!r}, expected pairs of layers")
+    pairs = [_checked_integers(pair, name, origin) for pair in value]
+    if not all(len(pair) == 2 and pair[0] < pair[1] for pair in pairs):
+        raise UsageError(f"{origin}: {name} = {value!r}, expected pairs of layers")
+    return tuple((first, end) for first, end in pairs)
 
 
 def _checked_integers(value: Any, name: str, origin: str) -> tuple[int, ...]:

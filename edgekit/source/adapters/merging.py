@@ -32,6 +32,8 @@ from edgekit.source.adapters.tensors import (
     RowMagnitudes,
     Sum,
     Twin,
+    WithoutFirstColumns,
+    WithoutPrincipal,
     Zeros,
     stored_dtype,
 )
@@ -87,14 +89,15 @@ def merge(base: Checkpoint, directory: Path) -> Checkpoint:
             another base; the message says what was found and what was expected.
     """
     fit = _open(base, directory)
+    base = fit.base
     tensors: dict[str, Tensor] = dict(base.tensors)
     if base.spec.is_tied:
         tensors[fit.head] = tensors[fit.embedding]
     _refuse_other_targets(fit, tensors)
     _replace_whole(fit, tensors)
+    _replace_token_rows(fit, tensors)
     _add_updates(fit, tensors)
     _merge_by_peft(fit, tensors)
-    _replace_token_rows(fit, tensors)
     spec = _spec_of(fit, tensors)
     text = _text_of(fit, vocabulary=spec.vocab_size)
     record = _record_of(fit, spec, text)
@@ -107,6 +110,7 @@ def _open(base: Checkpoint, directory: Path) -> _Fit:
     if mlx.is_one(directory):
         return _open_mlx(base, directory)
     settings = adapter_config.read(directory)
+    base = _replicated(base, settings)
     path = directory / WEIGHTS
     if not path.is_file():
         raise UsageError(
@@ -135,6 +139,29 @@ def _open(base: Checkpoint, directory: Path) -> _Fit:
         embedding=embedding,
         head=head,
     )
+
+
+def _replicated(base: Checkpoint, settings: AdapterSettings) -> Checkpoint:
+    """Return a base with its layers in the order, and as often, as the adapter's config says."""
+    if not settings.replicated:
+        return base
+    depth = len(base.spec.layers)
+    order = [layer for first, end in settings.replicated for layer in range(first, end)]
+    if max(order) >= depth:
+        raise UsageError(
+            f"{settings.origin}: layer_replication asks for layer {max(order)}, "
+            f"{base.directory} has {depth}",
+            hint=f"the adapter was made for {settings.base_model!r}",
+        )
+    tensors = {name: it for name, it in base.tensors.items() if _layer_of(name) is None}
+    for layer, own in enumerate(order):
+        tensors |= {
+            name.replace(f".layers.{own}.", f".layers.{layer}."): tensor
+            for name, tensor in base.tensors.items()
+            if _layer_of(name) == own
+        }
+    layers = tuple(base.spec.layers[layer] for layer in order)
+    return replace(base, spec=replace(base.spec, layers=layers), tensors=tensors)
 
 
 def _open_for_peft(base: Checkpoint, settings: AdapterSettings, path: Path) -> _Fit:
@@ -469,6 +496,8 @@ def _updated(fit: _Fit, module: str, base: Tensor) -> Tensor:
     is_lookup = f"{module}.weight" == fit.embedding
     down, up = _factors(fit, module, base.shape, is_lookup=is_lookup)
     update = EmbeddingUpdate if is_lookup else LowRankUpdate
+    if not is_lookup:
+        base = _without_start(fit, module, base)
     updated = update(base=base, down=down, up=up, scale=fit.settings.scale_of(module))
     if not fit.settings.has_magnitudes:
         return updated
@@ -478,6 +507,18 @@ def _updated(fit: _Fit, module: str, base: Tensor) -> Tensor:
     _refuse_shape(fit, f"{module}.lora_magnitude_vector", magnitudes.shape, (width,))
     scaled = ColumnMagnitudes if of_columns else RowMagnitudes
     return scaled(base=updated, magnitudes=magnitudes)
+
+
+def _without_start(fit: _Fit, module: str, base: Tensor) -> Tensor:
+    """Return a weight as it was when training began, where PEFT changes it for that."""
+    rank = fit.settings.rank_of(module)
+    match fit.settings.start:
+        case "pissa":
+            return WithoutPrincipal(base=base, rank=rank)
+        case "olora":
+            return WithoutFirstColumns(base=base, rank=rank, scale=fit.settings.scale_of(module))
+        case _:
+            return base
 
 
 def _factors(fit: _Fit, module: str, shape: Shape, *, is_lookup: bool) -> tuple[Tensor, Tensor]:
@@ -748,6 +789,8 @@ def _notes(fit: _Fit, spec: DecoderSpec, text: AdapterText) -> Iterator[str]:
             "the adapter changes the token embedding and the output head differently, so they are "
             "no longer tied and the model stores both"
         )
+    if fit.settings.replicated:
+        yield f"the adapter repeats layers of the base: the model has {len(spec.layers)}"
     if spec.vocab_size != before.vocab_size:
         yield f"the vocabulary has {spec.vocab_size} tokens, the base {before.vocab_size}"
     yield from text.notes

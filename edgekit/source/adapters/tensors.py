@@ -175,6 +175,67 @@ class ColumnMagnitudes(MergedTensor):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WithoutStart(MergedTensor, ABC):
+    """``base`` without the product that PEFT starts training with, which it takes off the base."""
+
+    rank: int
+
+    @cached_property
+    def _factors(self) -> "tuple[Values, Values]":
+        """The left factor, orthonormal, and the right one: (rows, rank) and (rank, columns)."""
+        import numpy as np
+
+        whole = self.base.read().astype(np.float64)
+        left = self._left(whole)
+        return left.astype(np.float32), (left.T @ whole).astype(np.float32)
+
+    @abstractmethod
+    def _left(self, whole: "npt.NDArray[np.float64]") -> "npt.NDArray[np.float64]": ...
+
+    def _merged(self, first_row: int, rows: int) -> "Values":
+        left, right = self._factors
+        return self.base.read(first_row, rows) - left[first_row : first_row + rows] @ right
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutPrincipal(WithoutStart):
+    """``base`` without its largest singular values (PiSSA).
+
+    Source: ``pissa_init`` in tuners/lora/layer.py of peft 0.21, where the scale cancels out.
+    """
+
+    def _left(self, whole: "npt.NDArray[np.float64]") -> "npt.NDArray[np.float64]":
+        import numpy as np
+
+        rows, columns = whole.shape
+        if rows <= columns:
+            return np.linalg.eigh(whole @ whole.T)[1][:, -self.rank :]
+        right = np.linalg.eigh(whole.T @ whole)[1][:, -self.rank :]
+        return np.linalg.qr(whole @ right)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutFirstColumns(WithoutStart):
+    """``base`` without ``scale`` times what its first columns span (OLoRA).
+
+    Source: ``olora_init`` in tuners/lora/layer.py of peft 0.21: the first columns of Q and rows of
+    R of a QR decomposition.
+    """
+
+    scale: float
+
+    def _left(self, whole: "npt.NDArray[np.float64]") -> "npt.NDArray[np.float64]":
+        import numpy as np
+
+        return np.linalg.qr(whole[:, : self.rank])[0]
+
+    def _merged(self, first_row: int, rows: int) -> "Values":
+        left, right = self._factors
+        taken = self.scale * (left[first_row : first_row + rows] @ right)
+        return self.base.read(first_row, rows) - taken
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReplacedRows(MergedTensor):
     """``base`` with some rows taken from elsewhere (trained tokens)."""
 

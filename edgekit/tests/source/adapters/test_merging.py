@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from edgekit.errors import UsageError
+from edgekit.proof import transformers_logits
 from edgekit.quant.rounding import bfloat16, from_bfloat16
 from edgekit.source.adapters import merging
 from edgekit.source.adapters.tensors import stored_dtype
@@ -362,11 +363,11 @@ def test_another_kind_is_refused_with_the_lines_that_merge_it(base, tmp_path, ki
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("use_qalora", True), ("alora_invocation_tokens", [3, 4]), ("layer_replication", [[0, 2]]),
-     ("target_parameters", ["experts.down"]), ("use_bdlora", {"nblocks": 2}),
+    [("use_qalora", True), ("alora_invocation_tokens", [3, 4]), ("layer_replication", [[0]]),
+     ("layer_replication", [[0, 3]]), ("layer_replication", 2), ("use_bdlora", {"nblocks": 2}),
      ("kasa_config", {"beta": 1.0}), ("arrow_config", {"top_k": 2}), ("an_option_of_2027", 1),
      ("task_type", "SEQ_CLS"), ("bias", "some"), ("init_lora_weights", "pissa_niter_4"),
-     ("init_lora_weights", "olora"), ("init_lora_weights", "loftq"),
+     ("init_lora_weights", "corda"), ("init_lora_weights", "loftq"),
      ("target_modules", "q_proj("), ("trainable_token_indices", [-1]), ("r", 0),
      ("rank_pattern", {"q_proj": "4"}), ("rank_pattern", {"q_proj": 0.5}),
      ("alpha_pattern", {"q_proj": float("inf")}), ("modules_to_save", [1])],
@@ -667,6 +668,57 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
         {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [20]}},
         False,
     ),
+    "PiSSA": (UNTIED, {"target_modules": ALL, "init_lora_weights": "pissa"}, False),
+    "PiSSA of several ranks": (
+        TIED,
+        {
+            "target_modules": ["q_proj", "embed_tokens"],
+            "init_lora_weights": "pissa",
+            "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+            "lora_alpha": 3,
+        },
+        False,
+    ),
+    "PiSSA with DoRA": (
+        UNTIED,
+        {"target_modules": ["up_proj"], "init_lora_weights": "pissa", "use_dora": True},
+        False,
+    ),
+    "OLoRA": (UNTIED, {"target_modules": ALL, "init_lora_weights": "olora"}, False),
+    "OLoRA, rank-stabilized": (
+        TIED,
+        {"target_modules": ["down_proj"], "init_lora_weights": "olora", "use_rslora": True},
+        True,
+    ),
+    "parameters": (
+        UNTIED,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.down_proj.weight", "up_proj.weight"],
+            "rank_pattern": {"q_proj": 2},
+        },
+        False,
+    ),
+    "repeated layers": (
+        UNTIED,
+        {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [0, 1], [1, 2]]},
+        False,
+    ),
+    "repeated layers of a base with biases, tied": (
+        TIED | {"attention_bias": True},
+        {"target_modules": "all-linear", "layer_replication": [[0, 1], [0, 2]]},
+        True,
+    ),
+    "some tokens and the head": (
+        UNTIED,
+        {"target_modules": ["lm_head", "q_proj"], "trainable_token_indices": [7, 3]},
+        False,
+    ),
+    "some tokens and the head, tied": (
+        TIED,
+        {"target_modules": ["lm_head", "q_proj"], "trainable_token_indices": [7, 3]},
+        False,
+    ),
     "grown": (UNTIED, {"target_modules": ["q_proj"], "grow_to": 43}, False),
     "grown, tied": (TIED, {"target_modules": ["q_proj"], "grow_to": 43}, True),
     "grown, saved, tied": (
@@ -709,5 +761,24 @@ def test_a_merged_checkpoint_says_what_peft_says_unmerged(shape, tmp_path):
     write_checkpoint(merged, tmp_path / "merged", precision="f32")
     found = tiny.logits_of(tiny.load(tmp_path / "merged"))
     assert np.abs(found - made.logits).max() <= 1e-4
+    (side_by_side,) = transformers_logits.logits(merged, tiny.IDS, fits_in_memory=True)
+    assert np.abs(side_by_side - made.logits).max() <= 1e-5
     shared = made.base_logits.shape[-1]
     assert np.abs(made.logits[:, :shared] - made.base_logits).max() > 0.02
+
+
+@pytest.mark.toolchain
+def test_repeated_layers_are_proven_where_the_config_lists_each_ones_kind(tmp_path):
+    """PEFT 0.21 leaves ``layer_types`` as short as the base's, and transformers then stops."""
+    base = Checkpoint.open(tiny.write_base(tmp_path / "base", **QWEN2))
+    order = [[0, 2], [1, 2]]
+    directory = tiny.write_adapter(
+        tmp_path / "a", tiny.q_proj_updates(layers=3), layer_replication=order
+    )
+    merged = merging.merge(base, directory)
+    (side_by_side,) = transformers_logits.logits(merged, tiny.IDS, fits_in_memory=True)
+    write_checkpoint(merged, tmp_path / "merged", precision="f32")
+    found = tiny.logits_of(tiny.load(tmp_path / "merged"))
+    assert np.abs(found - side_by_side).max() <= 1e-4
+    assert len(merged.spec.layers) == 3
+    assert record(merged).notes == ("the adapter repeats layers of the base: the model has 3",)
