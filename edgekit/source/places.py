@@ -25,8 +25,12 @@ def hint_for_model(directory: Path) -> str | None:
 
 def hint_for_adapter(directory: Path) -> str | None:
     """Return the way out where a directory that should be an adapter holds something else."""
+    if not directory.exists():
+        return "there is no such directory; edgekit reads local adapters only"
     if directory.is_file() and (directory.parent / _ADAPTER).is_file():
         return f"pass its directory: --adapter {directory.parent}"
+    if directory.suffix == ".gguf":
+        return "it is llama.cpp's form of one: pass the directory that it was converted from"
     if within := _within(directory, _ADAPTER):
         return f"pass --adapter {_one_of(within)}"
     if (directory / _MODEL).is_file():

@@ -258,6 +258,13 @@ def _read_file(path: Path, *dtypes: str) -> dict[str, Tensor]:
     stored = dict[str, Tensor](read_safetensors(path, dtypes=(*FLOATS, "F64", *dtypes)))
     if not stored:
         raise UsageError(f"{path} holds no tensor")
+    if empty := [name for name, tensor in stored.items() if 0 in tensor.shape]:
+        raise UsageError(
+            f"{path} holds {len(empty)} empty tensors, {empty[0]} among them, as ZeRO-3 of "
+            "DeepSpeed leaves them where each process keeps a part",
+            hint="save it from the training with the parameters gathered "
+            "(stage3_gather_16bit_weights_on_model_save)",
+        )
     return stored
 
 

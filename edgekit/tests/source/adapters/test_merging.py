@@ -299,6 +299,26 @@ def test_directories_around_an_adapter_are_told_from_it(base, tmp_path):
         hint(base, named / "adapter_model.safetensors") == f"pass its directory: --adapter {named}"
     )
     assert hint(base, base.directory).startswith("it is a model: pass it as MODEL")
+    assert hint(base, tmp_path / "org" / "name").startswith("there is no such directory")
+    (tmp_path / "lora.gguf").write_bytes(b"GGUF")
+    assert hint(base, tmp_path / "lora.gguf").startswith("it is llama.cpp's form of one")
+
+
+def test_parameters_that_were_not_gathered_are_refused_with_the_way_out(base, tmp_path):
+    updates = tiny.q_proj_updates() | {f"{Q0}.lora_A.weight": np.zeros((0,))}
+    directory = tiny.write_adapter(tmp_path / "a", updates)
+    assert "1 empty tensors" in refusal(base, directory)
+    assert "stage3_gather" in hint(base, directory)
+
+
+def test_an_adapters_generation_settings_are_the_models(tmp_path):
+    base = Checkpoint.open(tiny.write_base(tmp_path / "base"))
+    (base.directory / "generation_config.json").write_text('{"temperature": 0.7, "top_p": 0.9}')
+    directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
+    assert merging.merge(base, directory).sampling.temperature == 0.7
+    (directory / "generation_config.json").write_text('{"temperature": 0.3}')
+    sampling = merging.merge(base, directory).sampling
+    assert (sampling.temperature, sampling.top_p) == (0.3, None)
 
 
 def test_an_adapter_in_the_place_of_a_model_is_told_from_one(base, tmp_path):
