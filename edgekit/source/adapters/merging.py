@@ -746,6 +746,16 @@ def _text_of(fit: _Fit, *, vocabulary: int) -> AdapterText:
             f"tokens, but {directory} has no tokenizer.json for them",
             hint="save the tokenizer of the training run into the adapter's directory",
         )
+    own = added_tokens(merged.files.tokenizer_json)
+    known_before = added_tokens(fit.base.text.tokenizer_json)
+    padding = merged.files.special_tokens.get("pad_token")  # of batches only, never in a text
+    new = own.keys() - known_before.keys() - {padding}
+    if beyond := sorted(it for it in new if own[it] >= vocabulary):
+        raise UsageError(
+            f"{directory} has a tokenizer with {beyond[0]!r}, id {own[beyond[0]]}, and the merged "
+            f"model has {vocabulary} rows",
+            hint="save the adapter with save_embedding_layers=True",
+        )
     trained = [id for ids in fit.settings.token_ids.values() for id in ids]
     known = adapter_text.token_ids(merged.files.tokenizer_json) if trained else set()
     if nameless := sorted(set(trained) - known):
@@ -848,6 +858,11 @@ def _notes_on_the_file(fit: _Fit) -> Iterator[str]:
         yield (
             f"of the adapter's modules, {len(fit.others)} are outside the decoder and left out, "
             f"{fit.others[0]} among them"
+        )
+    if fit.settings.start:
+        yield (
+            f"training began with init_lora_weights = {fit.settings.start!r}: what PEFT took off "
+            f"the base for that is computed again from {fit.base.name!r}"
         )
     if fit.is_wide:
         yield "the adapter stores float64, which is read as float32"

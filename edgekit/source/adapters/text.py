@@ -188,8 +188,7 @@ def token_ids(tokenizer_json: Path) -> set[int]:
 
 def _ids_of(fields: Mapping[str, Any], path: Path) -> dict[str, int]:
     """Return the id of every token of a tokenizer.json."""
-    model = fields.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    vocabulary = _model_of(fields).get("vocab")
     try:
         if isinstance(vocabulary, list):  # Unigram's pieces, each with its score
             ids = {str(piece[0]): id for id, piece in enumerate(vocabulary)}
@@ -199,6 +198,11 @@ def _ids_of(fields: Mapping[str, Any], path: Path) -> dict[str, int]:
         return ids | {str(token["content"]): int(token["id"]) for token in added}
     except (TypeError, KeyError, ValueError, IndexError) as error:
         raise UsageError(f"{path} is not a tokenizer: its vocabulary is malformed") from error
+
+
+def _model_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    model = fields.get("model")
+    return model if isinstance(model, dict) else {}
 
 
 def _added(brought: _Brought) -> list[Token]:
@@ -294,7 +298,7 @@ def _refuse_other_vocabulary(
             is_same = _merges_of(path) == _merges(fields)
         elif name == "vocab.json":
             is_same = _is_vocabulary(read_object(path), fields, ids)
-        elif name == _SENTENCEPIECE and isinstance(fields.get("model", {}).get("vocab"), dict):
+        elif name == _SENTENCEPIECE and isinstance(_model_of(fields).get("vocab"), dict):
             is_same = _is_vocabulary(_pieces(path), fields, ids)
         else:
             is_same = False
@@ -309,7 +313,7 @@ def _refuse_other_vocabulary(
 def _is_vocabulary(
     found: Mapping[str, Any], fields: Mapping[str, Any], ids: Mapping[str, int]
 ) -> bool:
-    own = fields.get("model", {}).get("vocab")
+    own = _model_of(fields).get("vocab")
     added = {it["content"] for it in fields.get("added_tokens", [])}
     return (
         isinstance(own, dict)
@@ -326,7 +330,7 @@ def _merges_of(path: Path) -> list[str]:
 
 
 def _merges(fields: Mapping[str, Any]) -> list[str]:
-    merges = fields.get("model", {}).get("merges", [])
+    merges = _model_of(fields).get("merges", [])
     return [it if isinstance(it, str) else " ".join(map(str, it)) for it in merges]
 
 

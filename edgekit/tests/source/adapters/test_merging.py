@@ -349,6 +349,16 @@ def test_trained_tokens_that_no_tokenizer_knows_are_refused(tmp_path):
     assert merging.merge(base, directory).spec.vocab_size == 64
 
 
+def test_a_new_token_without_a_row_is_refused_unless_it_only_pads(base, tmp_path):
+    directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
+    (directory / "added_tokens.json").write_text('{"<call>": 40}')
+    assert "'<call>', id 40, and the merged model has 40 rows" in refusal(base, directory)
+    (directory / "special_tokens_map.json").write_text('{"pad_token": "<call>"}')
+    assert (
+        "for which the model has no row: <call>" in record(merging.merge(base, directory)).notes[-1]
+    )
+
+
 def refusal(base, directory):
     with pytest.raises(UsageError) as refused:
         merging.merge(base, directory)
