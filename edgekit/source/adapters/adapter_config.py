@@ -228,6 +228,11 @@ def merged_by_hand(fields: Mapping[str, Any], directory: Path) -> str:
 
 def _refuse_other_kinds(fields: Mapping[str, Any], *, origin: str) -> None:
     kind = kind_of(fields)
+    if not kind:
+        raise UsageError(
+            f"{origin} has no peft_type, so it is not the config of an adapter of PEFT",
+            hint="pass the directory that PEFT's save_pretrained wrote",
+        )
     if kind in _NOT_WEIGHTS:
         raise UsageError(
             f"{origin} describes an adapter of kind {_NOT_WEIGHTS[kind]!r}, which changes no "

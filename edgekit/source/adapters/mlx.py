@@ -43,10 +43,7 @@ class MlxAdapter:
 
 def is_one(directory: Path) -> bool:
     """Tell whether a directory holds an adapter of mlx-lm."""
-    path = directory / _CONFIG
-    if not (directory / WEIGHTS).is_file() or not path.is_file():
-        return False
-    fields = read_object_if_there(path)
+    fields = read_object_if_there(directory / _CONFIG)
     return "peft_type" not in fields and any(name in fields for name in _OWN_FIELDS)
 
 
@@ -54,9 +51,15 @@ def read(directory: Path) -> MlxAdapter:
     """Read the config of an adapter of mlx-lm; what it says about the training is passed over.
 
     Raises:
-        UsageError: If a field that changes the weights is missing or of another kind.
+        UsageError: If there are no weights next to it, or a field that changes them is missing or
+            of another kind.
     """
     path = directory / _CONFIG
+    if not (directory / WEIGHTS).is_file():
+        raise UsageError(
+            f"{path} is of mlx-lm, and {directory} has no {WEIGHTS}",
+            hint="pass the directory given to mlx_lm.lora as --adapter-path",
+        )
     config = Config(read_object(path), origin=str(path))
     usual = "dora" if config.get("use_dora", default=False) else "lora"
     kind = config.get("fine_tune_type", usual)

@@ -109,6 +109,16 @@ def test_another_kind_of_layer_is_refused_with_the_way_out(base, tmp_path):
     assert "mlx_lm.fuse" in refused.value.hint
 
 
+def test_a_config_without_its_weights_is_refused(base, tmp_path):
+    directory = write(tmp_path / "a", updates(0, 1))
+    (directory / "adapters.safetensors").rename(directory / "adapters.npz")
+    with pytest.raises(UsageError, match=r"has no adapters\.safetensors"):
+        merging.merge(base, directory)
+    (directory / "adapter_config.json").write_text('{"r": 4}')
+    with pytest.raises(UsageError, match="has no peft_type"):
+        merging.merge(base, directory)
+
+
 def test_whole_weights_replace_the_bases(base, tmp_path):
     given = {f"{QUERY.format(1)}.weight": random(16, 16), "model.layers.1.input_layernorm.weight":
              random(16)}  # fmt: skip
