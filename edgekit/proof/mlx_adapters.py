@@ -53,21 +53,22 @@ def bake(model: Any) -> Any:
 
     hooked = [it for it in model.modules() if it._forward_hooks]  # noqa: SLF001 - not public
     with torch.inference_mode():
-        weights = [_weight_of(module).clone() for module in hooked]
+        weights = [weight_of(it, is_lookup=isinstance(it, torch.nn.Embedding)) for it in hooked]
     for module, weight in zip(hooked, weights, strict=True):  # a tied one has the same twice
         module._forward_hooks.clear()  # noqa: SLF001 - these are ours
         module.weight.data = weight
     return model
 
 
-def _weight_of(module: Any) -> Any:
-    """Return the matrix by which a module answers."""
+def weight_of(module: Any, *, is_lookup: bool) -> Any:
+    """Return the matrix by which an embedding or a linear layer answers, wrapped or not."""
     import torch
 
-    if isinstance(module, torch.nn.Embedding):
-        return module(torch.arange(module.num_embeddings)) / _embed_scale(module)
-    unit = torch.eye(module.in_features)
-    return (module(unit) - module(torch.zeros_like(unit))).T
+    rows, columns = module.weight.shape
+    if is_lookup:
+        return (module(torch.arange(rows)) / _embed_scale(module)).clone()
+    unit = torch.eye(columns)
+    return (module(unit) - module(torch.zeros_like(unit))).T.clone()
 
 
 def _without_prefix(name: str, modules: dict[str, Any]) -> str:

@@ -127,12 +127,32 @@ def _with_adapter(model: Any, adapter: AdapterRecord, *, vocabulary: int) -> Any
     if adapter.earlier:
         model = _with_adapter(model, adapter.earlier, vocabulary=vocabulary)
         is_hooked = adapter.earlier.is_of_mlx
-        model = mlx_adapters.bake(model) if is_hooked else model.merge_and_unload()
+        model = mlx_adapters.bake(model) if is_hooked else _merged_by_peft(model)
     if model.get_input_embeddings().weight.shape[0] != vocabulary:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     if adapter.is_of_mlx:
         return mlx_adapters.put_next_to(model, adapter.directory)
     return _with_peft(model, adapter)
+
+
+def _merged_by_peft(model: Any) -> Any:
+    """Return a model with its adapter merged; embedding and head are what they answered before.
+
+    Where they are tied, peft 0.21 merges what is meant for one of them into both.
+    """
+    import torch
+
+    with torch.inference_mode():
+        ends = [mlx_adapters.weight_of(model.get_input_embeddings(), is_lookup=True),
+                mlx_adapters.weight_of(model.get_output_embeddings(), is_lookup=False)]  # fmt: skip
+    merged = model.merge_and_unload()
+    embedding, head = (torch.nn.Parameter(it.clone(), requires_grad=False) for it in ends)
+    merged.config.tie_word_embeddings &= torch.allclose(embedding, head)
+    plain = torch.nn.Linear(*reversed(head.shape), bias=False)  # peft may leave a wrapper behind
+    plain.weight = embedding if merged.config.tie_word_embeddings else head
+    merged.get_input_embeddings().weight = embedding
+    merged.set_output_embeddings(plain)
+    return merged
 
 
 def _with_peft(model: Any, adapter: AdapterRecord) -> Any:

@@ -798,6 +798,32 @@ def test_a_merged_checkpoint_says_what_peft_says_unmerged(shape, tmp_path):
 
 
 @pytest.mark.toolchain
+@pytest.mark.parametrize(
+    "first",
+    [
+        "head, tied",
+        "embedding and head, kept tied",
+        "some tokens, tied",
+        "some tokens and the head, tied",
+        "tokens of the head, tied",
+    ],
+)
+def test_a_stack_is_proven_where_the_first_changes_a_tied_matrix(tmp_path, first):
+    """PEFT 0.21 merges an update of one of two tied matrices into both."""
+    config, lora, is_tied = SHAPES[first]
+    made = tiny.train_with_peft(tmp_path, base=config, **lora)
+    second = tiny.write_adapter(tmp_path / "second", tiny.q_proj_updates())
+    one = merging.merge(Checkpoint.open(made.base), made.adapter)
+    merged = merging.merge(one, second)
+    assert merged.spec.is_tied == is_tied
+    (side_by_side,) = transformers_logits.logits(merged, tiny.IDS, fits_in_memory=True)
+    write_checkpoint(merged, tmp_path / "merged", precision="f32")
+    found = tiny.logits_of(tiny.load(tmp_path / "merged"))
+    assert np.abs(found - side_by_side).max() <= 1e-4
+    assert np.abs(found - made.logits).max() > 0.02
+
+
+@pytest.mark.toolchain
 def test_repeated_layers_are_proven_where_the_config_lists_each_ones_kind(tmp_path):
     """PEFT 0.21 leaves ``layer_types`` as short as the base's, and transformers then stops."""
     base = Checkpoint.open(tiny.write_base(tmp_path / "base", **QWEN2))
