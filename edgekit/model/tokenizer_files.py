@@ -54,7 +54,7 @@ class TokenizerFiles:
                 hint="load it once with AutoTokenizer and save_pretrained() it into the model",
             )
         settings = read_object_if_there(directory / "tokenizer_config.json")
-        special = _special_tokens(directory, settings)
+        special = special_tokens(_with_legacy_map(directory, settings))
         generation = directory / "generation_config.json"
         generation_config = read_object_if_there(generation)
         found = ChatTemplates.read(directory, settings)
@@ -177,6 +177,16 @@ class TokenizerFiles:
         """The chat template as its author wrote it."""
         template = self.chat_template
         return None if template is None else template.removeprefix(self.template_call.preamble)
+
+    def beside(self, name: str, *, otherwise: Path) -> Path:
+        """Return where a file of settings is: next to the tokenizer, which an adapter may bring.
+
+        Args:
+            name: Of the file.
+            otherwise: The model's directory, for one that is not next to the tokenizer.
+        """
+        path = self.tokenizer_json.parent / name
+        return path if path.is_file() else otherwise / name
 
     def copy_into(self, directory: Path) -> TextRules:
         """Write what the runner reads into a bundle, and return the rules that go with it."""
@@ -326,14 +336,21 @@ def _largest_id(fields: Mapping[str, Any]) -> int:
                 if token not in contents and isinstance(id, int)), default=-1)  # fmt: skip
 
 
-def _special_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+def _with_legacy_map(directory: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Join ``special_tokens_map.json``, which counts where the settings list no added tokens.
+
+    Source: ``from_pretrained`` in tokenization_utils_base.py of transformers 5.24.
+    """
+    if "added_tokens_decoder" in settings:
+        return settings
+    return {**settings, **read_object_if_there(directory / "special_tokens_map.json")}
+
+
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the special tokens by name; each is a string, or an object with ``content``.
 
-    ``special_tokens_map.json`` counts where the settings do not list the added tokens, and a model
-    may have tokens of its own, as in ``from_pretrained`` of transformers 5.24.
+    A model may have tokens of its own besides the usual ones, as in transformers 5.
     """
-    if "added_tokens_decoder" not in settings:
-        settings = {**settings, **read_object_if_there(directory / "special_tokens_map.json")}
     extra = settings.get("extra_special_tokens")
     found: dict[str, str] = {}
     for name in _SPECIAL_NAMES:

@@ -21,6 +21,7 @@ from edgekit.bundle.goldens import ChatGolden, Goldens, LogitGolden, TextGolden
 from edgekit.bundle.manifest import Agreement, Gate
 from edgekit.errors import UsageError
 from edgekit.formats import Layout, ReadableRunning, Running
+from edgekit.model.tokenizer_files import added_tokens
 from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter, transformers_logits
 from edgekit.proof.fidelity import Comparison, Fidelity
@@ -342,6 +343,7 @@ def _check_ids(subject: Subject, found: _Findings) -> None:
                 f"; the runtime's own puts another space in front of {len(spaced)} of them, "
                 "none of them a chat prompt"
             )
+    wrong = wrong or _adapter_difference(subject)
     if wrong is None:
         finding = f"{len(lines)} lines give the checkpoint's ids in {readers}{finding}"
         differing = sum(map(ne, rebuilt, expected))
@@ -367,6 +369,21 @@ def _spaced(
     """Return which lines the runtime reads with one space more or less in front of them."""
     both = spaces.with_and_without(subject.checkpoint.text.tokenizer_json, lines)
     return [i for i in range(len(lines)) if theirs[i] != expected[i] and theirs[i] in both[i]]
+
+
+def _adapter_difference(subject: Subject) -> str | None:
+    """Return where a token that the adapter brought becomes other ids than it was trained as."""
+    theirs = transformers_logits.adapter_tokenizer(subject.checkpoint)
+    if theirs is None:
+        return None
+    known = added_tokens(subject.checkpoint.directory / "tokenizer.json")
+    # Without text between, as transformers rebuilds some tokenizers' rules for it.
+    lines = [f"{it}{it}" for it in theirs.get_added_vocab() if it not in known]
+    expected = [transformers_logits.ids(theirs, line) for line in lines]
+    found = [subject.text.encode(line, adds_bos=False) for line in lines]
+    runtimes = subject.running.runtime_ids(subject.path, lines) if lines else None
+    both = [found, *([] if runtimes is None else [runtimes])]
+    return next(filter(None, (_first_difference(lines, expected, ids) for ids in both)), None)
 
 
 def _uncomposed(

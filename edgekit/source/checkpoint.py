@@ -25,7 +25,7 @@ from edgekit.model.checkpoint_protocol import BLOCK_WEIGHTS, Calibration, Tensor
 from edgekit.model.spec import DecoderSpec, Shape, Source
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.quant.rounding import from_bfloat16
-from edgekit.source import bitsandbytes_tensors, decoder_tensors, families, wrapped
+from edgekit.source import bitsandbytes_tensors, decoder_tensors, families, places, wrapped
 from edgekit.source.config import Config
 from edgekit.source.names import USUAL, Naming, listed
 
@@ -43,6 +43,8 @@ _ITEM_BYTES = {
     "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
     "F8_E8M0": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+_STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_ADAPTERS = ("adapter_model", "adapters")  # as PEFT and MLX call their files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class StoredTensor:
 
     path: Path
     offset: int  # from the start of the file
-    dtype: str  # F32, F16 or BF16; U8 in a quantized checkpoint, to be read as bytes only
+    dtype: str  # F32, F16, BF16; F64 in adapters; integers are never read as numbers
     shape: Shape
 
     @property
@@ -69,7 +71,7 @@ class StoredTensor:
 
         rows = self.shape[0] - first_row if rows is None else rows
         row_items = math.prod(self.shape[1:])
-        stored = np.dtype({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[self.dtype])
+        stored = np.dtype(_STORED[self.dtype])
         values = np.fromfile(
             self.path,
             dtype=stored,
@@ -129,6 +131,9 @@ class AdapterRecord:
     name: str
     sha256: str
     notes: tuple[str, ...] = ()  # what a user should know about the merge, one sentence each
+    is_of_mlx: bool = False  # else of PEFT
+    renamed: Mapping[str, str] | None = None  # PEFT's own names of tensors that have others
+    changes: Mapping[str, Any] | None = None  # fields of its config, as they read with those names
     earlier: "AdapterRecord | None" = None  # the one that was merged before it
 
 
@@ -215,8 +220,9 @@ class Checkpoint:
 
     @cached_property
     def sampling(self) -> SamplingDefaults:
-        """How the makers of the model sample from it."""
-        return model_card.read_sampling(self.directory)
+        """How the makers of the model sample from it, or those of an adapter that says so."""
+        path = self.text.beside("generation_config.json", otherwise=self.directory)
+        return model_card.read_sampling(path.parent)
 
     @property
     def sha256(self) -> str:
@@ -338,7 +344,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(
             f"{directory} is not a checkpoint: it has no config.json",
-            hint="pass a Hugging Face model directory, a GGUF file, or `demo`",
+            hint=places.hint_for_model(directory)
+            or "pass a Hugging Face model directory, a GGUF file, or `demo`",
         )
     return read_object(path)
 
@@ -383,7 +390,7 @@ def _unindexed(directory: Path) -> list[Path]:
         UsageError: If a shard is missing.
     """
     files = sorted(directory.glob("*.safetensors"))
-    files = [path for path in files if path.name not in _OTHER_WEIGHTS]
+    files = [path for path in files if not path.stem.endswith(_ADAPTERS)]
     shards = {path: match for path in files if (match := _SHARD.fullmatch(path.name))}
     for path, match in shards.items():
         names = [f"{match[1]}{n:05}-of-{match[3]}.safetensors" for n in range(1, int(match[3]) + 1)]
@@ -398,7 +405,6 @@ def _unindexed(directory: Path) -> list[Path]:
 
 _SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.safetensors")
 _MOST_SHARDS = 1000
-_OTHER_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")  # PEFT's, and MLX's
 
 
 def _shards(index: Path) -> list[str]:
@@ -422,7 +428,7 @@ def _read_headers(directory: Path, *, is_four_bit: bool) -> tuple[Mapping[str, T
             f"{directory} has no *.safetensors",
             hint="edgekit never opens pickles: save with `safe_serialization=True`"
             if pickles
-            else "is this a Hugging Face model directory?",
+            else places.hint_for_model(directory) or "is this a Hugging Face model directory?",
         )
     for path in files:
         for name, tensor in read_safetensors(path, dtypes=_ITEM_BYTES):

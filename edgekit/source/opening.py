@@ -10,7 +10,6 @@ from edgekit.cache import cache_directory
 from edgekit.encodings.hashing import sha256_of
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.model import chat_templates, template_fit
-from edgekit.model.card import read_sampling
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.progress import Listener, Silent
 from edgekit.source import transformers_tokenizer
@@ -59,7 +58,7 @@ def open_checkpoint(  # noqa: PLR0913 - the request, spelled out for Python user
         from edgekit.source.adapters.merging import merge
 
         checkpoint = merge(checkpoint, adapter)
-    read_sampling(checkpoint.directory)  # refuses nonsense before slow work
+    _ = checkpoint.sampling  # refuses nonsense before slow work
     text = with_template(checkpoint.text, chosen=chat_template, variables=template_variables)
     text = text.within(checkpoint.spec.vocab_size)
     text.rules()  # refuses text that nothing ends

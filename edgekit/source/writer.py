@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from edgekit.bundle.workdir import new_directory, refuse_existing
-from edgekit.encodings.json_files import read_object
+from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.model import chat_templates
 from edgekit.model.checkpoint_protocol import Tensor, row_chunks
@@ -266,10 +266,15 @@ def _write_text(checkpoint: Checkpoint, directory: Path) -> None:
         _write_template(checkpoint.text.template_source, directory)
         # A file of the default one hides whatever else tokenizer_config.json has.
         chat_templates.write_others(checkpoint.text.templates, directory)
-    for place in (source, checkpoint.directory):
-        if (place / "generation_config.json").is_file():
-            shutil.copyfile(place / "generation_config.json", directory / "generation_config.json")
-            break
+    _write_json(directory / "generation_config.json", _generation_config(checkpoint))
+
+
+def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the generation settings with every id that ends an answer, the template's too."""
+    path = checkpoint.text.beside("generation_config.json", otherwise=checkpoint.directory)
+    fields = read_object_if_there(path)
+    stops = list(checkpoint.text.declared_stop_ids)
+    return fields | ({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {})
 
 
 def _write_template(template: str, directory: Path) -> None:

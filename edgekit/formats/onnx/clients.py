@@ -115,6 +115,7 @@ def transformers_files(
         "config.json": {
             "quantization_config": None,
             "vocab_size": checkpoint.spec.vocab_size,
+            "num_hidden_layers": len(checkpoint.spec.layers),
             "transformers.js_config": _transformers_js(recipe, data_files=data_files),
         },
         "generation_config.json": {"eos_token_id": list(checkpoint.text.declared_stop_ids)},
@@ -122,8 +123,7 @@ def transformers_files(
     }
     found = {}
     for name, changed in changes.items():
-        text = checkpoint.text.tokenizer_json.parent if "tokenizer" in name else None
-        path = (text or checkpoint.directory) / name
+        path = checkpoint.text.beside(name, otherwise=checkpoint.directory)
         if path.is_file():
             fields = read_object(path) | changed
             fields = common_settings(fields) if "tokenizer" in name else fields
