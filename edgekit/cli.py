@@ -87,6 +87,58 @@ def adapter_option(command: Decorated) -> Decorated:
     )(command)
 
 
+def chat_template_option(command: Decorated) -> Decorated:
+    """Add ``--chat-template``."""
+    return click.option(
+        "--chat-template", metavar="NAME|FILE",
+        help="Chat template: one of the model's by its name, or a file; default: the model's "
+             "default one.",
+    )(command)  # fmt: skip
+
+
+def template_variables_option(command: Decorated) -> Decorated:
+    """Add ``--template-var``."""
+
+    def to_variables(
+        _context: click.Context, _option: click.Parameter, texts: tuple[str, ...]
+    ) -> dict[str, Any]:
+        return template_variables(texts)
+
+    return click.option(
+        "--template-var", "template_variables", metavar="NAME=VALUE", multiple=True,
+        callback=to_variables,
+        help="Variable of the chat template, e.g. enable_thinking=false: JSON, or else text.",
+    )(command)  # fmt: skip
+
+
+def template_variables(texts: Sequence[str]) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` of each; a value that is not JSON is text."""
+    variables: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(
+                f"--template-var {text!r} is not NAME=VALUE", hint="enable_thinking=false, for one"
+            )
+        if name in variables:
+            raise UsageError(f"--template-var {name} is given more than once")
+        variables[name] = _json_or_text(value)
+    return variables
+
+
+def _json_or_text(text: str) -> Any:
+    from edgekit.encodings.json_files import parse
+
+    if text.lower() in ("true", "false", "null", "none"):  # as people write them in Python, too
+        return {"true": True, "false": False}.get(text.lower())
+    if re.fullmatch(r"[+-]?(nan|infinity)", text, re.IGNORECASE):
+        return text  # Python's JSON reads them as numbers
+    try:
+        return parse(text)
+    except ValueError:
+        return text
+
+
 def trained_on_option(command: Decorated) -> Decorated:
     """Add ``--trained-on``."""
     return click.option(
@@ -169,6 +221,8 @@ def json_option(command: Decorated) -> Decorated:
 @cli.command("export")
 @click.argument("model")
 @choice_options
+@chat_template_option
+@template_variables_option
 @trained_on_option
 @split_option
 @variant_option
@@ -188,7 +242,8 @@ def json_option(command: Decorated) -> Decorated:
 @json_option
 def export_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
-    quant: str | None, context_tokens: int | None, trained_on: Path | None,
+    quant: str | None, context_tokens: int | None, chat_template: str | None,
+    template_variables: dict[str, Any], trained_on: Path | None,
     split_bytes: int | None, variant: str | None, calibration: Path | None,
     no_calibration: bool, tokenizer: str, out: Path | None,
     replace: bool, no_verify: bool, as_json: bool,
@@ -210,6 +265,7 @@ def export_command(
     bundle = export(
         model, target_name, adapters=adapters, format=format, quant=quant,
         context_tokens=context_tokens, split_bytes=split_bytes, variant=variant,
+        chat_template=chat_template, template_variables=template_variables,
         trained_on=trained_on, calibration=calibration, calibrate=not no_calibration,
         tokenizer=tokenizer, out=out, replace=replace, verify=not no_verify, listener=Terminal(),
     )  # fmt: skip
@@ -222,13 +278,16 @@ def export_command(
 @cli.command("plan")
 @click.argument("model")
 @choice_options
+@chat_template_option
+@template_variables_option
 @variant_option
 @no_calibration_option
 @tokenizer_option
 @json_option
 def plan_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
-    quant: str | None, context_tokens: int | None, variant: str | None, no_calibration: bool,
+    quant: str | None, context_tokens: int | None, chat_template: str | None,
+    template_variables: dict[str, Any], variant: str | None, no_calibration: bool,
     tokenizer: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what `export` would make of MODEL, what it would cost, and why the rest is rejected."""
@@ -238,7 +297,8 @@ def plan_command(
     target = load(target_name)
     made = plan(
         model, target, adapters=adapters, format=format, quant=quant,
-        context_tokens=context_tokens, variant=variant, calibrate=not no_calibration,
+        context_tokens=context_tokens, chat_template=chat_template,
+        template_variables=template_variables, variant=variant, calibrate=not no_calibration,
         tokenizer=tokenizer, listener=Terminal(),
     )  # fmt: skip
     if as_json:
@@ -353,14 +413,15 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
 @click.option("--seed", type=int, help="Sample the same tokens every time.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text.")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the template.")
+@template_variables_option
 @click.option("--context", "context_tokens", type=int, metavar="N", help=CONTEXT_HELP)
 @click.option("--threads", type=int, metavar="N", help=THREADS_HELP)
 @json_option
 def run_command(
     bundle: Path, prompt: str | None, system: str | None, max_tokens: int, temperature: float,
     top_k: int, top_p: float, min_p: float, repetition_penalty: float, seed: int | None,
-    stop: tuple[str, ...], raw: bool, context_tokens: int | None, threads: int | None,
-    as_json: bool,
+    stop: tuple[str, ...], raw: bool, template_variables: dict[str, Any],
+    context_tokens: int | None, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Answer PROMPT with BUNDLE; without PROMPT, chat.
 
@@ -377,9 +438,14 @@ def run_command(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
+    if raw and template_variables:
+        raise UsageError("--raw and --template-var exclude each other")
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
-    with Runner.open(bundle, context_tokens=context_tokens, threads=threads) as runner:
+    with Runner.open(
+        bundle, context_tokens=context_tokens, threads=threads,
+        template_variables=template_variables,
+    ) as runner:  # fmt: skip
         if prompt is None:
             chat(runner, system=system, max_tokens=max_tokens, sampling=sampling, stop=stop)
             return
@@ -506,16 +572,29 @@ def raise_outcome(outcome: str, bundle: Path, target: str) -> None:
 @click.argument("bundle", type=DIRECTORY)
 @click.argument("model")
 @adapter_option
+@chat_template_option
 @tokenizer_option
 @json_option
 def verify_command(
-    bundle: Path, model: str, adapters: tuple[Path, ...], tokenizer: str, as_json: bool
+    bundle: Path,
+    model: str,
+    adapters: tuple[Path, ...],
+    chat_template: str | None,
+    tokenizer: str,
+    as_json: bool,
 ) -> None:
     """Prove again that BUNDLE says what MODEL says."""
     from edgekit.errors import DisagreementError
     from edgekit.verify import verify
 
-    agreement = verify(bundle, model, adapters=adapters, tokenizer=tokenizer, listener=Terminal())
+    agreement = verify(
+        bundle,
+        model,
+        adapters=adapters,
+        chat_template=chat_template,
+        tokenizer=tokenizer,
+        listener=Terminal(),
+    )
     if as_json:
         print_json(agreement)
     else:
@@ -528,21 +607,22 @@ def verify_command(
 @cli.command("merge")
 @click.argument("model")
 @adapter_option
+@chat_template_option
 @trained_on_option
 @tokenizer_option
 @click.option("-o", "--out", type=DIRECTORY, required=True, help="Directory to create.")
 @click.option("--precision", type=click.Choice(["bf16", "f16", "f32"]),
               help="Tensor type to write; default: the one each tensor of MODEL has.")  # fmt: skip
 def merge_command(
-    model: str, adapters: tuple[Path, ...], trained_on: Path | None, tokenizer: str, out: Path,
-    precision: Any,
+    model: str, adapters: tuple[Path, ...], chat_template: str | None, trained_on: Path | None,
+    tokenizer: str, out: Path, precision: Any,
 ) -> None:  # fmt: skip
     """Write MODEL with its adapters merged in, as an ordinary checkpoint."""
     from edgekit.merge import merge
 
     made = merge(
-        model, adapters, out, precision=precision, trained_on=trained_on, tokenizer=tokenizer,
-        listener=Terminal(),
+        model, adapters, out, precision=precision, trained_on=trained_on,
+        chat_template=chat_template, tokenizer=tokenizer, listener=Terminal(),
     )  # fmt: skip
     click.echo(made)
 
@@ -572,16 +652,17 @@ def inspect_command(path: Path, tensors: bool, as_json: bool) -> None:
 )
 @click.option("--threads", type=int, metavar="N", help=THREADS_HELP)
 @click.option("--context", "context_tokens", type=int, metavar="N", help=CONTEXT_HELP)
+@template_variables_option
 def serve_command(
     bundle: Path, host: str, port: int, allow_remote: bool, api_key: str | None,
-    threads: int | None, context_tokens: int | None,
+    threads: int | None, context_tokens: int | None, template_variables: dict[str, Any],
 ) -> None:  # fmt: skip
     """Serve BUNDLE over HTTP as OpenAI's clients expect it: /v1/chat/completions and more."""
     from edgekit.serve import serve
 
     serve(
         bundle, host=host, port=port, allow_remote=allow_remote, api_key=api_key,
-        threads=threads, context_tokens=context_tokens,
+        threads=threads, context_tokens=context_tokens, template_variables=template_variables,
     )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """The main job: from a checkpoint to a bundle that fits a target, proven to say the same."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from edgekit import formats, installed, target
 from edgekit.bundle import workdir
@@ -28,6 +29,8 @@ class Request:
     target: Target
     adapters: tuple[Path, ...] = ()
     choice: Choice = FREE_CHOICE
+    chat_template: str | Path | None = None
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
     trained_on: Path | None = None
     calibration: Path | None = None
     is_calibrated: bool = True
@@ -47,6 +50,8 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
     context_tokens: int | None = None,
     split_bytes: int | None = None,
     variant: str | None = None,
+    chat_template: str | Path | None = None,
+    template_variables: Mapping[str, Any] | None = None,
     trained_on: str | Path | None = None,
     calibration: str | Path | None = None,
     calibrate: bool = True,
@@ -68,6 +73,9 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         split_bytes: The most that one file of the artifact may take; None makes one file.
         variant: Which build of the format, where it has several for different programs on the
             device; None takes the one the target's program reads.
+        chat_template: The name of one of the model's templates, or a file; None: the default one.
+        template_variables: What the template reads, by name, fixed in the bundle: JSON values, as
+            ``{"enable_thinking": False}``.
         trained_on: The four-bit base the adapters were trained on (QLoRA), to compare with. None
             takes the one an adapter names, if it is a directory here.
         calibration: A text like those the model will be used on, to join edgekit's own.
@@ -96,6 +104,8 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
             split_bytes=split_bytes,
             variant=variant,
         ),
+        chat_template=chat_template,
+        template_variables=template_variables or {},
         trained_on=None if trained_on is None else Path(trained_on),
         calibration=None if calibration is None else Path(calibration),
         is_calibrated=calibrate,
@@ -116,7 +126,12 @@ def make(request: Request, *, listener: Listener) -> Bundle:
     if request.is_verified:
         transformers_logits.require()
     checkpoint = opening.open_checkpoint(
-        request.model, adapters=request.adapters, tokenizer=request.tokenizer, listener=listener
+        request.model,
+        adapters=request.adapters,
+        chat_template=request.chat_template,
+        template_variables=request.template_variables,
+        tokenizer=request.tokenizer,
+        listener=listener,
     )
     if request.is_verified:
         transformers_logits.require_for(checkpoint)

@@ -81,7 +81,12 @@ def _bundle_lines(bundle: Bundle) -> Iterator[str]:
         yield f"adapter: {model.adapter}"
     built_for = f", variant {bundle.artifact.variant}" if bundle.artifact.variant else ""
     yield f"target: {bundle.target}, recipe {bundle.artifact.recipe}{built_for}"
-    yield f"context: {bundle.context_tokens} tokens, stops at {list(bundle.text.stop_ids)}"
+    text = bundle.text
+    before = f", and before {list(text.stop_strings)}" if text.stop_strings else ""
+    yield f"context: {bundle.context_tokens} tokens, stops at {list(text.stop_ids)}{before}"
+    if text.template_variables:
+        fixed = (f"{name} = {value}" for name, value in text.template_variables.items())
+        yield f"chat template: with {', '.join(fixed)}"
     yield from (f"substituted: {line}" for line in bundle.artifact.substitutions)
     if bundle.artifact.calibration:
         yield f"calibrated on a text with SHA-256 {bundle.artifact.calibration[:16]}…"

@@ -18,6 +18,7 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
     *,
     precision: StoredPrecision | None = None,
     trained_on: str | Path | None = None,
+    chat_template: str | Path | None = None,
     tokenizer: str = "file",
     listener: Listener | None = None,
 ) -> Path:
@@ -30,6 +31,7 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
         precision: None keeps the type each tensor of the base has.
         trained_on: The four-bit base the adapters were trained on (QLoRA), to compare with.
             None takes the one an adapter names, if it is a directory here.
+        chat_template: The template of what is written, a name or a file; None: the default one.
         tokenizer: ``"transformers"`` writes the tokenizer.json that AutoTokenizer makes of the
             files, ``"file"`` the one that is there.
         listener: Who is told what changes apart from the weights, and the progress.
@@ -47,7 +49,11 @@ def merge(  # noqa: PLR0913 - the request, spelled out for Python users
     if not adapters:
         raise UsageError("there is no adapter to merge", hint="name one with --adapter")
     checkpoint = opening.open_checkpoint(
-        model, adapters=adapters, tokenizer=tokenizer, listener=listener
+        model,
+        adapters=adapters,
+        chat_template=chat_template,
+        tokenizer=tokenizer,
+        listener=listener,
     )
     checkpoint = qlora.with_score(
         checkpoint,

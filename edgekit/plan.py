@@ -1,10 +1,10 @@
 """Plans: what to make for a target, decided by arithmetic before anything slow starts."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from edgekit import formats
 from edgekit.errors import BudgetError, UsageError
@@ -131,6 +131,8 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     context_tokens: int | None = None,
     split_bytes: int | None = None,
     variant: str | None = None,
+    chat_template: str | Path | None = None,
+    template_variables: Mapping[str, Any] | None = None,
     calibrate: bool = True,
     tokenizer: str = "file",
     listener: Listener | None = None,
@@ -141,7 +143,12 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     """
     target = load_target(target_name)
     checkpoint = opening.open_checkpoint(
-        model, adapters=adapters, tokenizer=tokenizer, listener=listener
+        model,
+        adapters=adapters,
+        chat_template=chat_template,
+        template_variables=template_variables,
+        tokenizer=tokenizer,
+        listener=listener,
     )
     if calibrate:
         checkpoint = announce(checkpoint)

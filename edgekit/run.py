@@ -1,10 +1,10 @@
 """Run a bundle: text in, text out, one piece at a time."""
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from edgekit import formats
 from edgekit.bundle.manifest import Bundle
@@ -139,6 +139,7 @@ class Runner:
     session: Session
     text: Text
     bundle: Bundle
+    template_variables: Mapping[str, Any] = field(default_factory=dict)  # of every conversation
     _cached_ids: list[int] = field(default_factory=list, init=False)
 
     @classmethod
@@ -149,6 +150,7 @@ class Runner:
         context_tokens: int | None = None,
         threads: int | None = None,
         check_hashes: bool = True,
+        template_variables: Mapping[str, Any] | None = None,
     ) -> Self:
         """Load a bundle.
 
@@ -157,11 +159,13 @@ class Runner:
             context_tokens: How much the cache must hold; None: what the bundle was made for.
             threads: None leaves the choice to the runtime.
             check_hashes: False checks names and sizes only: faster, and blind to a changed byte.
+            template_variables: What the chat template reads, by name, for every conversation.
 
         Raises:
             BundleError: If the bundle is damaged.
             MissingDependencyError: If its runtime is not installed.
-            UsageError: If the context would be longer than what the bundle was proven for.
+            UsageError: If the context would be longer than what the bundle was proven for, or the
+                template does not read a variable.
         """
         bundle = Bundle.load(directory, check_hashes=check_hashes)
         if context_tokens is not None and not 0 < context_tokens <= bundle.context_tokens:
@@ -171,12 +175,18 @@ class Runner:
                 hint="export again with a larger --context",
             )
         text = Text.open(bundle.directory, bundle.text)  # cheap, so that its refusals come first
+        text.check_variables(template_variables or {})
         session = formats.running(bundle.artifact.format).load(
             bundle.artifact_path,
             context_tokens=context_tokens or bundle.context_tokens,
             threads=threads,
         )
-        return cls(session=session, text=text, bundle=bundle)
+        return cls(
+            session=session,
+            text=text,
+            bundle=bundle,
+            template_variables=dict(template_variables or {}),
+        )
 
     def ask(
         self,
@@ -185,13 +195,24 @@ class Runner:
         max_tokens: int | None = DEFAULT_MAX_TOKENS,
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
+        template_variables: Mapping[str, Any] | None = None,
     ) -> Reply:
         """Answer a conversation, ``[{"role": "user", "content": "…"}]``.
 
+        Args:
+            messages: The conversation.
+            max_tokens: The length of the answer at most; None allows the rest of the context.
+            sampling: How to choose tokens.
+            stop: Strings that end the answer and are not part of it, besides the model's own.
+            template_variables: What the chat template reads, by name, this time.
+
         Raises:
-            UsageError: If the template refuses it or it is longer than the context; nothing ran.
+            UsageError: If the template refuses it or does not read a variable, or it is longer than
+                the context; nothing ran.
         """
-        ids = self.text.encode_chat(messages)
+        self.text.check_variables(template_variables or {})
+        variables = {**self.template_variables, **(template_variables or {})}
+        ids = self.text.encode_chat(messages, **variables)
         return self._reply(
             ids, max_tokens=max_tokens, sampling=sampling, stop=stop, continues_prompt=False
         )
@@ -245,7 +266,7 @@ class Runner:
         return Reply(
             generation=generation,
             detokenizer=self.text.detokenizer(continues=continues_prompt),
-            stop_strings=StopStrings(stop),
+            stop_strings=StopStrings((*self.text.rules.stop_strings, *stop)),
         )
 
 
@@ -267,7 +288,7 @@ def answer(  # noqa: PLR0913 - a request in full
         system: The system prompt.
         max_tokens: The length of the answer at most; None allows the rest of the context.
         sampling: How to choose tokens.
-        stop: Strings that end the answer and are not part of it.
+        stop: Strings that end the answer and are not part of it, besides the model's own.
         raw: Whether to continue the prompt as it is, without the chat template.
 
     Raises:
@@ -299,13 +320,14 @@ def run(  # noqa: PLR0913 - a request in full
     sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
     raw: bool = False,
+    template_variables: Mapping[str, Any] | None = None,
     listener: Listener | None = None,
 ) -> Generator[str]:
-    """Load a bundle, yield the pieces of one answer, and close it; see `answer`.
+    """Load a bundle, yield the pieces of one answer, and close it; see `Runner.open`, `answer`.
 
     ``listener`` is told the notes: what a reader of the answer should know.
     """
-    with Runner.open(bundle_directory) as runner:
+    with Runner.open(bundle_directory, template_variables=template_variables) as runner:
         reply = answer(
             runner,
             prompt,

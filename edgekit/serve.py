@@ -22,7 +22,7 @@ from edgekit.errors import EdgekitError, UsageError
 from edgekit.progress import Listener
 from edgekit.run import Answer, Reply, Runner
 from edgekit.runtime.generate import Sampling
-from edgekit.server.openai_api import ApiError, Ask, Fields, Wire
+from edgekit.server.openai_api import TEMPLATE_VARIABLES, ApiError, Ask, Fields, Wire
 
 
 if TYPE_CHECKING:
@@ -93,8 +93,13 @@ class Service:
     def _reply(self, ask: Ask) -> Reply:
         """Prepare the answer: everything that can be refused is refused here."""
         if ask.kind == "chat":
+            _check_variables(self.runner, ask)
             return self.runner.ask(
-                ask.messages, max_tokens=ask.max_tokens, sampling=ask.sampling, stop=ask.stop
+                ask.messages,
+                max_tokens=ask.max_tokens,
+                sampling=ask.sampling,
+                stop=ask.stop,
+                template_variables=ask.template_variables,
             )
         if not isinstance(ask.prompt, str):
             _check_ids(ask.prompt, self.runner.session.vocabulary_tokens)
@@ -178,6 +183,13 @@ class Service:
         given = header.removeprefix("Bearer ").encode()
         if not hmac.compare_digest(given, self.api_key.encode()):
             raise ApiError("the API key is missing or wrong", status=401, code="invalid_api_key")
+
+
+def _check_variables(runner: Runner, ask: Ask) -> None:
+    try:
+        runner.text.check_variables(ask.template_variables)
+    except UsageError as error:
+        raise ApiError(str(error), param=TEMPLATE_VARIABLES) from error
 
 
 def _check_ids(ids: list[int], vocabulary_tokens: int) -> None:
@@ -296,6 +308,7 @@ def serve(  # noqa: PLR0913 - a request in full
     allow_remote: bool = False,
     context_tokens: int | None = None,
     threads: int | None = None,
+    template_variables: Mapping[str, Any] | None = None,
     say: Callable[[str], object] | None = None,
     listener: Listener | None = None,
 ) -> None:
@@ -309,12 +322,13 @@ def serve(  # noqa: PLR0913 - a request in full
         allow_remote: Whether ``host`` may be one that other machines reach.
         context_tokens: How much the cache must hold; None: what the bundle was made for.
         threads: None leaves the choice to the runtime.
+        template_variables: What the chat template reads, by name, where a request says nothing.
         say: Is told the address, where there is no listener; None writes to stderr.
         listener: Who is told the address.
 
     Raises:
         UsageError: If ``host`` is not this machine's own and ``allow_remote`` is not given, or
-            the port is taken.
+            the port is taken, or the template does not read a variable.
         MissingDependencyError: If the extra ``serve`` or the bundle's runtime is not installed.
     """
     check_installed()
@@ -327,7 +341,12 @@ def serve(  # noqa: PLR0913 - a request in full
     say = listener.say if listener else say or (lambda line: sys.stderr.write(f"{line}\n"))
     with (
         _listen(host, port) as listening,
-        Runner.open(bundle_directory, context_tokens=context_tokens, threads=threads) as runner,
+        Runner.open(
+            bundle_directory,
+            context_tokens=context_tokens,
+            threads=threads,
+            template_variables=template_variables,
+        ) as runner,
     ):
         service = Service(
             runner=runner,

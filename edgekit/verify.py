@@ -6,6 +6,7 @@ from pathlib import Path
 
 from edgekit import formats
 from edgekit.bundle.manifest import Agreement, Bundle
+from edgekit.encodings.json_files import parse
 from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest
 from edgekit.model.checkpoint_protocol import Calibration
@@ -14,15 +15,25 @@ from edgekit.proof.gates import Subject, check
 from edgekit.source import opening
 
 
-def verify(
+def verify(  # noqa: PLR0913 - the request, spelled out for Python users
     directory: str | Path,
     model: str | Path,
     *,
     adapters: Sequence[str | Path] = (),
+    chat_template: str | Path | None = None,
     tokenizer: str = "file",
     listener: Listener | None = None,
 ) -> Agreement:
     """Repeat the proof of a bundle against its checkpoint.
+
+    Args:
+        directory: The bundle.
+        model: What it was made from.
+        adapters: Those that were merged, in this order.
+        chat_template: The template it was exported with, a name or a file; None: the default one.
+            Variables of it that were fixed are read from the bundle.
+        tokenizer: The reading it was exported with, ``"file"`` or ``"transformers"``.
+        listener: Who is told what happens.
 
     Raises:
         BundleError: If the bundle is damaged.
@@ -30,7 +41,14 @@ def verify(
     """
     bundle = Bundle.load(directory)
     checkpoint = opening.open_checkpoint(
-        model, adapters=adapters, tokenizer=tokenizer, listener=listener
+        model,
+        adapters=adapters,
+        chat_template=chat_template,
+        template_variables={
+            name: parse(text) for name, text in bundle.text.template_variables.items()
+        },
+        tokenizer=tokenizer,
+        listener=listener,
     )
     if checkpoint.sha256 != bundle.model.sha256:
         raise UsageError(

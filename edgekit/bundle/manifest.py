@@ -181,7 +181,8 @@ class Bundle:
             artifact["files"] = {k: FileRecord(**v) for k, v in artifact["files"].items()}
             artifact["substitutions"] = tuple(artifact["substitutions"])
             text = dict(manifest["text"])
-            text["stop_ids"] = tuple(text["stop_ids"])
+            for name in ("stop_ids", "stop_strings", "content_parts"):
+                text[name] = tuple(text.get(name, ()))
             return cls(
                 directory=directory,
                 model=ModelRecord(**manifest["model"]),

@@ -50,6 +50,7 @@ class Layout:
     variant: str | None = None  # which of the format's builds, where it has several
     largest_buffer: GpuBuffer | None = None  # what a browser must be able to bind
     needs_shader_f16: bool = False  # whether a browser's GPU must know float16
+    kernel_kl_nats: float = 0.0  # mean KL that the runtime's own kernels add to any weights
     is_half: bool = False  # whether products are computed and the cache is kept in float16
     reads_by_token: bool = False  # whether a prompt takes a call of the program for each token
 

@@ -1,31 +1,138 @@
-"""Which of a checkpoint's chat templates counts."""
+"""Which of a checkpoint's chat templates counts.
 
-from collections.abc import Mapping
+transformers 5 reads them in this order: ``chat_template.jinja`` and ``additional_chat_templates``,
+which hide what ``tokenizer_config.json`` says; and where a processor is opened instead of a
+tokenizer, ``chat_template.json`` or ``processor_config.json``.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.errors import UsageError
 
 
-def find(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    """Return the template: a file of its own wins, of several in the config the default one.
+DEFAULT = "default"
+FILE = "chat_template.jinja"
+ADDITIONAL = "additional_chat_templates"  # a directory with a file for each further template
+_SETTINGS = "tokenizer_config.json"
+_OF_PROCESSORS = ("chat_template.json", "processor_config.json")
 
-    Args:
-        directory: The checkpoint.
-        settings: What its ``tokenizer_config.json`` says.
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTemplates:
+    """The templates of a checkpoint, by name, and what was decided between its files."""
+
+    by_name: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, directory: Path, settings: Mapping[str, Any]) -> Self:
+        """Return the templates that count in a directory.
+
+        Args:
+            directory: Of a checkpoint or an adapter.
+            settings: What its ``tokenizer_config.json`` says.
+
+        Raises:
+            UsageError: If a file is not UTF-8 or not JSON, or a template is not text.
+        """
+        sources, notes = [], []
+        for name, found in _sources(directory, settings):
+            filled = {key: template for key, template in found.items() if template.strip()}
+            if len(filled) < len(found):
+                notes.append(f"a chat template of {name} is empty, so it counts as none")
+            sources += [(name, filled)] if filled else []
+        if not sources:
+            return cls(by_name={}, notes=tuple(notes))
+        origin, by_name = sources[0]
+        for other, found in sources[1:]:
+            if DEFAULT not in by_name and DEFAULT in found:
+                by_name = {**by_name, DEFAULT: found[DEFAULT]}
+                notes.append(
+                    f"{origin} has no default chat template, so the one of {other} counts; "
+                    "transformers does not look there"
+                )
+            elif any(by_name.get(name) != template for name, template in found.items()):
+                notes.append(f"the chat template of {other} is not taken: {origin} has another")
+        return cls(by_name=by_name, notes=tuple(notes))
+
+    @property
+    def default(self) -> str | None:
+        """The template for a plain conversation: the default one, or the only one."""
+        return self.by_name[self.default_name] if self.default_name is not None else None
+
+    @property
+    def default_name(self) -> str | None:
+        """Its name; None if there is no template, or several and none of them is the default."""
+        if DEFAULT in self.by_name:
+            return DEFAULT
+        return next(iter(self.by_name)) if len(self.by_name) == 1 else None
+
+
+def _sources(directory: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield what each place says, the one that counts first."""
+    files = dict(_files(directory))
+    yield FILE if DEFAULT in files else ADDITIONAL, files
+    yield _SETTINGS, _named(settings.get("chat_template"), directory / _SETTINGS)
+    for name in _OF_PROCESSORS:
+        fields = read_object_if_there(directory / name)
+        yield name, _named(fields.get("chat_template"), directory / name)
+
+
+def _files(directory: Path) -> Iterator[tuple[str, str]]:
+    if (directory / FILE).is_file():
+        yield DEFAULT, _text(directory / FILE)
+    for path in sorted((directory / ADDITIONAL).glob("*.jinja")):
+        yield path.name.removesuffix(".jinja"), _text(path)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise UsageError(f"{path} is not UTF-8: {error}") from error
+
+
+def _named(value: Any, path: Path) -> dict[str, str]:
+    """Return the templates of a JSON file: one text, or several as a list or an object."""
+    if value is None:
+        return {}
+    named: Any = {DEFAULT: value} if isinstance(value, str) else value
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        named = {entry.get("name"): entry.get("template") for entry in value}
+    is_named = isinstance(named, dict) and all(
+        isinstance(name, str) and isinstance(template, str) for name, template in named.items()
+    )
+    if not is_named:
+        raise UsageError(
+            f"{path}: chat_template is neither text nor a list of templates with name and template",
+            hint="repair the field, or remove it",
+        )
+    return dict(named)
+
+
+def write_others(by_name: Mapping[str, str], directory: Path) -> None:
+    """Write the templates that are not the default one, as transformers 5 does."""
+    for name, template in by_name.items():
+        path = directory / ADDITIONAL / f"{name}.jinja"
+        if name == DEFAULT or path.parent.name != ADDITIONAL:
+            continue  # a name that leads elsewhere is not one
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(template.encode())
+
+
+def of_file(path: Path) -> str:
+    """Return the template in a file of its own, or in the ``chat_template`` of a JSON file.
 
     Raises:
-        UsageError: If the template's file is not UTF-8.
+        UsageError: If it is not UTF-8, or a JSON file without one default template.
     """
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except ValueError as error:
-            raise UsageError(f"{path} is not UTF-8: {error}") from error
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        entries = (entry for entry in template if isinstance(entry, dict))
-        named = {entry.get("name"): entry.get("template") for entry in entries}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    if path.suffix != ".json":
+        return _text(path)
+    found = ChatTemplates(by_name=_named(read_object(path).get("chat_template"), path)).default
+    if found is None:
+        raise UsageError(f"{path} has no default chat template")
+    return found

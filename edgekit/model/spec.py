@@ -63,7 +63,46 @@ class LongRopeScaling:
     attention_factor: float
 
 
-RopeScaling = LinearScaling | Llama3Scaling | LongRopeScaling
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """Slow frequencies divided by ``factor``, fast ones kept, and a ramp by their number between.
+
+    Source: Peng et al. 2023, and ``_compute_yarn_parameters`` of transformers 5.
+    """
+
+    factor: float
+    fast_turns: float  # in the original context: a frequency that makes more is kept
+    slow_turns: float  # one that makes fewer is divided
+    original_context_tokens: int
+    attention_factor: float
+    is_truncated: bool  # whether the ramp begins and ends at whole numbers of frequencies
+
+    def divisors(self, width: int, theta: float) -> tuple[float, ...]:
+        """Return what divides each frequency."""
+        low, high = (self._index(turns, width, theta) for turns in self._turns)
+        if self.is_truncated:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
+        ramp = 0.001 if low == high else high - low
+        shares = (min(max((i - low) / ramp, 0.0), 1.0) for i in range(width // 2))
+        return tuple(1 / (share / self.factor + 1 - share) for share in shares)
+
+    @property
+    def _turns(self) -> tuple[float, float]:
+        return self.fast_turns, self.slow_turns
+
+    def _index(self, turns: float, width: int, theta: float) -> float:
+        """Return which frequency makes so many turns in the original context."""
+        wave_tokens = self.original_context_tokens / (turns * 2 * math.pi)
+        return width * math.log(wave_tokens) / (2 * math.log(theta))
+
+
+def yarn_attention_factor(factor: float, weight: float = 1.0) -> float:
+    """Return what YaRN multiplies sine and cosine with where a model does not say."""
+    return 1.0 if factor <= 1 else 1 + 0.1 * weight * math.log(factor)
+
+
+RopeScaling = LinearScaling | Llama3Scaling | LongRopeScaling | YarnScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +117,9 @@ class Rope:
     def attention_factor(self) -> float:
         """What multiplies sine and cosine."""
         scaling = self.scaling
-        return scaling.attention_factor if isinstance(scaling, LongRopeScaling) else 1.0
+        if isinstance(scaling, LongRopeScaling | YarnScaling):
+            return scaling.attention_factor
+        return 1.0
 
     @property
     def original_max_position_embeddings(self) -> int | None:
@@ -102,6 +143,8 @@ class Rope:
                     2 * math.pi * self.theta ** (2 * i / self.width) for i in range(self.width // 2)
                 )
                 return tuple(scaling.divisor(wave) for wave in waves)
+            case YarnScaling() as scaling:
+                return scaling.divisors(self.width, self.theta)
             case LongRopeScaling() as scaling:
                 is_long = text_tokens > scaling.original_context_tokens
                 return scaling.long_factors if is_long else scaling.short_factors
@@ -175,6 +218,18 @@ class DecoderSpec:
         yield from _norm_weights("final_norm", self.norm, (self.hidden_size,))
         if not self.is_tied:
             yield "output_head", (self.vocab_size, self.hidden_size)
+
+    def within(self, context_tokens: int) -> Self:
+        """Return the decoder of texts this long at most: a window that none outgrows is none."""
+        return replace(
+            self,
+            layers=tuple(
+                replace(layer, window_tokens=None)
+                if layer.window_tokens is not None and layer.window_tokens >= context_tokens
+                else layer
+                for layer in self.layers
+            ),
+        )
 
     def unit_offset(self, role: str) -> bool:
         """Tell whether a weight is of a norm that multiplies by one more than it stores."""

@@ -2,20 +2,22 @@
 
 import functools
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from edgekit import installed
 from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
-from edgekit.model import chat_templates, stops
+from edgekit.model import stops
+from edgekit.model.chat_templates import ChatTemplates
 from edgekit.text import corpus
 from edgekit.text.rules import TextRules
-from edgekit.text.template import ChatTemplate
+from edgekit.text.template import AS_IT_IS, ChatTemplate, TemplateCall
 from edgekit.text.tokenizer import Text, open_tokenizer, refuse_unknown_decoder
 
 
@@ -33,6 +35,9 @@ class TokenizerFiles:
     chat_template: str | None
     declared_stop_ids: tuple[int, ...]  # of config, generation_config and tokenizer_config together
     stop_ids_by_file: dict[str, tuple[int, ...]]  # which file declared which, for the report
+    stop_strings: tuple[str, ...] = ()  # texts that end an answer and are not part of it
+    templates: Mapping[str, str] = field(default_factory=dict)  # all there are, by name
+    template_call: TemplateCall = AS_IT_IS  # what it gets; its preamble begins the template
     notes: tuple[str, ...] = ()  # what was decided where the files disagree, one sentence each
 
     @classmethod
@@ -49,20 +54,27 @@ class TokenizerFiles:
                 hint="load it once with AutoTokenizer and save_pretrained() it into the model",
             )
         settings = read_object_if_there(directory / "tokenizer_config.json")
-        special = _special_tokens(
-            settings | read_object_if_there(directory / "special_tokens_map.json")
-        )
-        by_file = stops.by_file(
+        special = special_tokens(_with_legacy_map(directory, settings))
+        generation = directory / "generation_config.json"
+        generation_config = read_object_if_there(generation)
+        found = ChatTemplates.read(directory, settings)
+        ids = TokenIds(tokenizer_json, special)
+        ends = stops.settle(
             config,
-            read_object_if_there(directory / "generation_config.json"),
-            eos_id=added_tokens(tokenizer_json).get(special.get("eos_token", "")),
+            generation_config,
+            eos_id=ids.of(special.get("eos_token")),
+            tokens=ids,
+            directory=directory,
         )
         return cls(
             tokenizer_json=tokenizer_json,
             special_tokens=special,
-            chat_template=chat_templates.find(directory, settings),
-            declared_stop_ids=stops.together(by_file),
-            stop_ids_by_file=by_file,
+            chat_template=found.default,
+            declared_stop_ids=stops.together(ends.by_file),
+            stop_ids_by_file=ends.by_file,
+            stop_strings=stops.strings(generation_config, generation),
+            templates=found.by_name,
+            notes=(*ends.notes, *found.notes),
         )
 
     def refuse_unreadable(self) -> None:
@@ -131,7 +143,17 @@ class TokenizerFiles:
             for name, token in beyond.items()
         )
         kept = {name: it for name, it in self.special_tokens.items() if name not in beyond}
-        return replace(self, special_tokens=kept, notes=(*self.notes, *notes))
+        files = replace(self, special_tokens=kept, notes=(*self.notes, *notes))
+        return files.with_stops(stops.within(self.stop_ids_by_file, rows))
+
+    def with_stops(self, ends: stops.Stops) -> Self:
+        """Return the same files with other ids that end an answer."""
+        return replace(
+            self,
+            declared_stop_ids=stops.together(ends.by_file),
+            stop_ids_by_file=ends.by_file,
+            notes=(*self.notes, *ends.notes),
+        )
 
     def with_stop_id(self, id: int, *, origin: str) -> Self:
         """Return the same files with one more id that ends an answer."""
@@ -140,6 +162,31 @@ class TokenizerFiles:
             declared_stop_ids=tuple(sorted({*self.declared_stop_ids, id})),
             stop_ids_by_file={**self.stop_ids_by_file, origin: (id,)},
         )
+
+    def with_template(self, template: str, call: TemplateCall = AS_IT_IS) -> Self:
+        """Return the same files with this template, which is called so, on every runtime.
+
+        Args:
+            template: As its author wrote it.
+            call: What it gets besides the conversation; what can be said in Jinja is put before it.
+        """
+        return replace(self, chat_template=call.preamble + template, template_call=call)
+
+    @property
+    def template_source(self) -> str | None:
+        """The chat template as its author wrote it."""
+        template = self.chat_template
+        return None if template is None else template.removeprefix(self.template_call.preamble)
+
+    def beside(self, name: str, *, otherwise: Path) -> Path:
+        """Return where a file of settings is: next to the tokenizer, which an adapter may bring.
+
+        Args:
+            name: Of the file.
+            otherwise: The model's directory, for one that is not next to the tokenizer.
+        """
+        path = self.tokenizer_json.parent / name
+        return path if path.is_file() else otherwise / name
 
     def copy_into(self, directory: Path) -> TextRules:
         """Write what the runner reads into a bundle, and return the rules that go with it."""
@@ -166,6 +213,12 @@ class TokenizerFiles:
             special_tokens=self.special_tokens,
             adds_bos=self._adds_bos(),
             chat_template_sha256=template and hashlib.sha256(template.encode()).hexdigest(),
+            stop_strings=self.stop_strings,
+            template_variables={
+                name: json.dumps(value, ensure_ascii=False)
+                for name, value in self.template_call.variables.items()
+            },
+            content_parts=self.template_call.content_parts,
         )
 
     def _adds_bos(self) -> bool:
@@ -173,6 +226,26 @@ class TokenizerFiles:
         before, _ = put_around(self.tokenizer_json)
         bos = added_tokens(self.tokenizer_json).get(self.special_tokens.get("bos_token", ""))
         return bos is not None and bos in before
+
+
+_ANY_TOKENIZER = "PreTrainedTokenizerFast"
+
+
+def common_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ``tokenizer_config.json`` in words that transformers 4 knows as well as 5.
+
+    Where 5 has no class for a model's tokenizer it names the back-end, of which 4 has none; 4 has
+    one that makes token types too, which no decoder takes, unless it is told what to make. Other
+    special tokens are a list under a name that means an object to 4.
+    """
+    found = dict(settings)
+    if str(found.get("tokenizer_class")).endswith("Backend"):
+        found["tokenizer_class"] = _ANY_TOKENIZER
+    if found.get("tokenizer_class") == _ANY_TOKENIZER:
+        found.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    if isinstance(found.get("extra_special_tokens"), list):
+        found["additional_special_tokens"] = found.pop("extra_special_tokens")
+    return found
 
 
 def added_tokens(tokenizer_json: Path) -> dict[str, int]:
@@ -263,13 +336,64 @@ def _largest_id(fields: Mapping[str, Any]) -> int:
                 if token not in contents and isinstance(id, int)), default=-1)  # fmt: skip
 
 
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the special tokens by name; each is a string, or an object with ``content``."""
+def _with_legacy_map(directory: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Join ``special_tokens_map.json``, which counts where the settings list no added tokens.
+
+    Source: ``from_pretrained`` in tokenization_utils_base.py of transformers 5.24.
+    """
+    if "added_tokens_decoder" in settings:
+        return settings
+    return {**settings, **read_object_if_there(directory / "special_tokens_map.json")}
+
+
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special tokens by name; each is a string, or an object with ``content``.
+
+    A model may have tokens of its own besides the usual ones, as in transformers 5.
+    """
+    extra = settings.get("extra_special_tokens")
     found: dict[str, str] = {}
     for name in _SPECIAL_NAMES:
         value = settings.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            found[name] = value
-    return found
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            found[name] = content
+    own = {name: value for name, value in settings.items() if name.endswith("_token")}
+    own |= extra if isinstance(extra, dict) else {}
+    return {name: value for name, value in own.items() if isinstance(value, str)} | found
+
+
+class TokenIds:
+    """The ids of a tokenizer's tokens; the vocabulary is parsed only if something asks for it."""
+
+    def __init__(self, tokenizer_json: Path, special_tokens: Mapping[str, str]) -> None:
+        self._path = tokenizer_json
+        self._special = special_tokens
+        self._added = added_tokens(tokenizer_json)
+
+    def is_special(self, id: int) -> bool:
+        """Tell whether it is an added token, or has a name such as ``eos_token``."""
+        return id in self._added.values() or self.token(id) in self._special.values()
+
+    def of(self, token: str | None) -> int | None:
+        """Return the id of a token, None if there is none."""
+        if token is None or token in self._added:
+            return self._added.get(token or "")
+        return self._vocabulary.get(token)
+
+    def token(self, id: int) -> str | None:
+        """Return the token of an id, None if there is none."""
+        named = (token for token, of in self._added.items() if of == id)
+        return next(named, None) or self._tokens.get(id)
+
+    @functools.cached_property
+    def _tokens(self) -> dict[int, str]:
+        return {id: token for token, id in self._vocabulary.items()}
+
+    @functools.cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        model = read_object_if_there(self._path).get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocabulary, list):  # Unigram's pieces, in the order of their ids
+            return {str(piece[0]): id for id, piece in enumerate(vocabulary) if piece}
+        return vocabulary if isinstance(vocabulary, dict) else {}

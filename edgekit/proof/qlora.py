@@ -61,7 +61,7 @@ def with_score(
 def _named_base(adapters: Sequence[Path]) -> Path | None:
     """Return the quantized model on this disk that an adapter says it was trained on."""
     for directory in adapters:
-        base = adapter_config.read(directory).base_model
+        base = adapter_config.base_model_of(directory)
         path = Path(base) / "config.json"
         if base and path.is_file() and bitsandbytes_tensors.FIELD in read_object(path):
             return path.parent

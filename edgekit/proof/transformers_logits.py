@@ -6,6 +6,7 @@ makes artifacts.
 
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 from edgekit import installed
 from edgekit.errors import MissingDependencyError
 from edgekit.progress import Listener, Silent
-from edgekit.proof import interpreter
+from edgekit.proof import interpreter, mlx_adapters
 from edgekit.runtime.silence import silence
 from edgekit.source import transformers_tokenizer
+from edgekit.source.adapters import by_peft
+from edgekit.source.adapters.text import brings_vocabulary
 from edgekit.source.checkpoint import AdapterRecord, Checkpoint
-from edgekit.text.template import Message
+from edgekit.text.template import AS_IT_IS, Message, TemplateCall, as_parts
 
 
 if TYPE_CHECKING:
@@ -122,20 +125,60 @@ def _model(checkpoint: Checkpoint) -> Any:
 
 def _with_adapter(model: Any, adapter: AdapterRecord, *, vocabulary: int) -> Any:
     """Put an adapter next to a model; those that came before it are part of what it saw."""
+    if adapter.earlier:
+        model = _with_adapter(model, adapter.earlier, vocabulary=vocabulary)
+        is_hooked = adapter.earlier.is_of_mlx
+        model = mlx_adapters.bake(model) if is_hooked else _merged_by_peft(model)
+    if model.get_input_embeddings().weight.shape[0] != vocabulary:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    if adapter.is_of_mlx:
+        return mlx_adapters.put_next_to(model, adapter.directory)
+    return _with_peft(model, adapter)
+
+
+def _merged_by_peft(model: Any) -> Any:
+    """Return a model with its adapter merged; embedding and head are what they answered before.
+
+    Where they are tied, peft 0.21 merges what is meant for one of them into both.
+    """
+    import torch
+
+    with torch.inference_mode():
+        ends = [mlx_adapters.weight_of(model.get_input_embeddings(), is_lookup=True),
+                mlx_adapters.weight_of(model.get_output_embeddings(), is_lookup=False)]  # fmt: skip
+    merged = model.merge_and_unload()
+    embedding, head = (torch.nn.Parameter(it.clone(), requires_grad=False) for it in ends)
+    merged.config.tie_word_embeddings &= torch.allclose(embedding, head)
+    plain = torch.nn.Linear(*reversed(head.shape), bias=False)  # peft may leave a wrapper behind
+    plain.weight = embedding if merged.config.tie_word_embeddings else head
+    merged.get_input_embeddings().weight = embedding
+    merged.set_output_embeddings(plain)
+    return merged
+
+
+def _with_peft(model: Any, adapter: AdapterRecord) -> Any:
     try:
         import peft
     except ImportError as error:
         raise MissingDependencyError(
             f"proving an adapter needs peft ({error})", hint="pip install 'edgekit[gguf]'"
         ) from error
-    if adapter.earlier:
-        model = _with_adapter(model, adapter.earlier, vocabulary=vocabulary).merge_and_unload()
-    if model.get_input_embeddings().weight.shape[0] != vocabulary:
-        model.resize_token_embeddings(vocabulary, mean_resizing=False)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as place:
         # peft 0.19 asks models for a name that transformers 5 deprecates.
         warnings.simplefilter("ignore", FutureWarning)
-        return peft.PeftModel.from_pretrained(model, adapter.directory)
+        directory = adapter.directory
+        if adapter.renamed is not None or adapter.changes is not None:
+            directory, changes = Path(place), adapter.changes or {}
+            renamed = adapter.renamed or {}
+            by_peft.write_as_peft_would(
+                adapter.directory, directory, renamed=renamed, changes=changes
+            )
+        kinds = getattr(model.config, "layer_types", None)
+        found = peft.PeftModel.from_pretrained(model, directory)
+    if kinds and (runs := getattr(found.active_peft_config, "layer_replication", None)):
+        # peft repeats the layers and leaves the list of their kinds as it was.
+        found.config.layer_types = [kinds[it] for first, end in runs for it in range(first, end)]
+    return found
 
 
 def tokenizer(checkpoint: Checkpoint) -> Any:
@@ -148,8 +191,28 @@ def tokenizer(checkpoint: Checkpoint) -> Any:
         return _transformers().PreTrainedTokenizerFast(
             tokenizer_file=str(text.tokenizer_json), **text.special_tokens
         )
+    return _auto_tokenizer(text.tokenizer_json.parent)
+
+
+def adapter_tokenizer(checkpoint: Checkpoint) -> Any | None:
+    """Return transformers' tokenizer of the adapter's own files.
+
+    None if it brings no vocabulary, or one that transformers cannot read without the base.
+    """
+    record = checkpoint.adapter
+    while record is not None and not brings_vocabulary(record.directory):
+        record = record.earlier
+    if record is None:
+        return None
+    try:
+        return _auto_tokenizer(record.directory)
+    except (ValueError, OSError, KeyError):
+        return None
+
+
+def _auto_tokenizer(directory: Path) -> Any:
     return _transformers().AutoTokenizer.from_pretrained(
-        text.tokenizer_json.parent, local_files_only=True, trust_remote_code=False
+        directory, local_files_only=True, trust_remote_code=False
     )
 
 
@@ -171,14 +234,25 @@ def ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def rendered(tokenizer: Any, messages: Sequence[Message], *, template: str) -> str:
-    """Return a conversation as the chat template writes it, ready for the answer."""
+def rendered(
+    tokenizer: Any, messages: Sequence[Message], *, template: str, call: TemplateCall = AS_IT_IS
+) -> str:
+    """Return a conversation as the chat template writes it, ready for the answer.
+
+    Args:
+        tokenizer: What `tokenizer` returned.
+        messages: The conversation, contents as text.
+        template: As its author wrote it.
+        call: What it gets besides the conversation.
+    """
     return str(
         tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            [dict(message) for message in as_parts(messages, call.content_parts)],
             chat_template=template,
             tokenize=False,
             add_generation_prompt=True,
+            **{name: [] for name in call.empty_lists},
+            **call.variables,
         )
     )
 

@@ -17,6 +17,7 @@ from edgekit.runtime.generate import PromptTooLongError, Sampling
 from edgekit.text.template import Message
 
 
+TEMPLATE_VARIABLES = "chat_template_kwargs"  # not OpenAI's; vLLM, SGLang and llama.cpp take it
 MAX_STOP_STRINGS = 4  # OpenAI API reference, `stop`
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI API reference, `max_tokens` of /v1/completions
 _SAMPLING_FIELDS = {
@@ -148,6 +149,7 @@ class Ask:
 
     kind: Literal["chat", "text"]
     messages: list[Message] = field(default_factory=list)  # of a chat
+    template_variables: dict[str, Any] = field(default_factory=dict)  # of a chat
     prompt: str | list[int] = ""  # of a text
     max_tokens: int | None
     sampling: Sampling
@@ -169,6 +171,7 @@ class Ask:
             sampling,
             kind="chat",
             messages=messages,
+            template_variables=fields.take_as(TEMPLATE_VARIABLES, dict) or {},
             max_tokens=older if newer is None else newer,
         )
 

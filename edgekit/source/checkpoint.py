@@ -3,9 +3,11 @@
 Only safetensors is read: never a pickle, never code from the model's directory.
 """
 
+import dataclasses
 import functools
 import math
 import os
+import re
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -23,8 +25,9 @@ from edgekit.model.checkpoint_protocol import BLOCK_WEIGHTS, Calibration, Tensor
 from edgekit.model.spec import DecoderSpec, Shape, Source
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.quant.rounding import from_bfloat16
-from edgekit.source import bitsandbytes_tensors, families
+from edgekit.source import bitsandbytes_tensors, decoder_tensors, families, places, wrapped
 from edgekit.source.config import Config
+from edgekit.source.names import USUAL, Naming, listed
 
 
 if TYPE_CHECKING:
@@ -34,9 +37,14 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reference implementation
 FLOATS = ("F32", "F16", "BF16")
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
-# Tables that older transformers stored next to the weights; they are computed, never read.
-_COMPUTED_TENSORS = ("rotary_emb.inv_freq", "self_attn.bias", "self_attn.masked_bias")
+# Every type of safetensors 0.8 of whole bytes. A decoder is read in FLOATS; what lies beside it,
+# a mask or a vision tower's table of positions, may be anything.
+_ITEM_BYTES = {
+    "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "F8_E8M0": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+_STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_ADAPTERS = ("adapter_model", "adapters")  # as PEFT and MLX call their files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +53,7 @@ class StoredTensor:
 
     path: Path
     offset: int  # from the start of the file
-    dtype: str  # F32, F16 or BF16; U8 in a quantized checkpoint, to be read as bytes only
+    dtype: str  # F32, F16, BF16; F64 in adapters; integers are never read as numbers
     shape: Shape
 
     @property
@@ -63,7 +71,7 @@ class StoredTensor:
 
         rows = self.shape[0] - first_row if rows is None else rows
         row_items = math.prod(self.shape[1:])
-        stored = np.dtype({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[self.dtype])
+        stored = np.dtype(_STORED[self.dtype])
         values = np.fromfile(
             self.path,
             dtype=stored,
@@ -123,6 +131,9 @@ class AdapterRecord:
     name: str
     sha256: str
     notes: tuple[str, ...] = ()  # what a user should know about the merge, one sentence each
+    is_of_mlx: bool = False  # else of PEFT
+    renamed: Mapping[str, str] | None = None  # PEFT's own names of tensors that have others
+    changes: Mapping[str, Any] | None = None  # fields of its config, as they read with those names
     earlier: "AdapterRecord | None" = None  # the one that was merged before it
 
 
@@ -139,6 +150,10 @@ class Checkpoint:
     adapter: AdapterRecord | None = None
     calibration: Calibration | None = None  # None: an error counts the same in every column
     quantization: str | None = None  # of the files, where reading de-quantizes: nf4, fp4
+    # The decoder's part of config.json.
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    stored_names: Naming = USUAL  # how the names in the files differ from those of `tensors`
+    wrapper: str | None = None  # the model_type of the model around the decoder
     notes: tuple[str, ...] = ()  # what was decided where the files disagree, one sentence each
 
     @classmethod
@@ -148,23 +163,34 @@ class Checkpoint:
         Raises:
             UsageError: If this is not a checkpoint, is damaged, or is one edgekit does not know.
         """
-        fields = _read_config(directory)
-        architecture = _architecture(directory, fields)
+        path = directory / "config.json"
+        text = wrapped.text_model(_read_config(directory), origin=str(path))
+        architecture = _architecture(directory, text.fields)
         family = families.get(architecture)
-        config = Config(fields, origin=str(directory / "config.json"))
-        is_four_bit = bitsandbytes_tensors.is_four_bit(fields, origin=config.origin)
+        config = Config(
+            text.fields, origin=f"{path}: {text.section}" if text.section else str(path)
+        )
+        is_four_bit = bitsandbytes_tensors.is_four_bit(text.fields, origin=config.origin)
         config.ignore(bitsandbytes_tensors.FIELD)  # each tensor says it again, and more
         spec = family.describe(config)
+        unknown = config.unread_strings()
         config.refuse_unread()
-        tensors, quantization = _read_headers(directory, is_four_bit=is_four_bit)
+        stored, quantization = _read_headers(directory, is_four_bit=is_four_bit)
+        decoder = decoder_tensors.find(
+            stored, spec, architecture=architecture, directory=directory, wrapper=text.wrapper
+        )
         checkpoint = cls(
             directory=directory,
             architecture=architecture,
-            spec=spec,
-            tensors=tensors,
-            text=TokenizerFiles.open(directory, config=fields),
+            spec=decoder.spec,
+            tensors=decoder.tensors,
+            text=TokenizerFiles.open(directory, config=text.fields),
+            config=text.fields | _architectures(text, family, spec),
             licence=model_card.read(directory).licence,
             quantization=quantization,
+            stored_names=decoder.naming,
+            wrapper=text.wrapper,
+            notes=(*unknown, *decoder.notes),
         )
         checkpoint.refuse_mismatch()
         return checkpoint
@@ -194,8 +220,9 @@ class Checkpoint:
 
     @cached_property
     def sampling(self) -> SamplingDefaults:
-        """How the makers of the model sample from it."""
-        return model_card.read_sampling(self.directory)
+        """How the makers of the model sample from it, or those of an adapter that says so."""
+        path = self.text.beside("generation_config.json", otherwise=self.directory)
+        return model_card.read_sampling(path.parent)
 
     @property
     def sha256(self) -> str:
@@ -266,7 +293,10 @@ class Checkpoint:
             source = family.source(role, self.spec)
             for name in source.tensors:
                 if name not in self.tensors:
-                    raise UsageError(f"{self.directory} lacks the tensor {name}")
+                    raise UsageError(
+                        f"{self.directory} lacks the tensor {name}",
+                        hint=f"it holds {listed(self.tensors)}",
+                    )
             self._refuse_shape(source, shape)
             for name in source.tensors:
                 used_rows[name] += shape[1] if source.siblings else shape[0]
@@ -276,7 +306,17 @@ class Checkpoint:
         """Check that a weight of this shape is where it should be."""
         expected = shape[1:] if source.siblings else shape
         for name in source.tensors:
-            found = whole = self.tensors[name].shape
+            tensor = self.tensors[name]
+            if isinstance(tensor, StoredTensor) and tensor.dtype not in FLOATS:
+                raise _other_dtype(tensor.path, name, tensor.dtype, FLOATS)
+            found = whole = tensor.shape
+            if 0 in whole:
+                raise UsageError(
+                    f"{name} in {self.directory} has shape {list(whole)}: DeepSpeed ZeRO-3 saves "
+                    "such empty tensors where each process holds a part of the weights",
+                    hint="consolidate them first: python zero_to_fp32.py CHECKPOINT OUTPUT "
+                    "--safe_serialization, from the training run's directory",
+                )
             if source.rows is not None and whole and source.first_row + source.rows <= whole[0]:
                 found = (source.rows, *whole[1:])
             if found != expected:
@@ -288,10 +328,6 @@ class Checkpoint:
     def _refuse_unused(self, used_rows: Mapping[str, int]) -> None:
         for name, tensor in self.tensors.items():
             if name not in used_rows:
-                if name.endswith(_COMPUTED_TENSORS):
-                    continue
-                if self.spec.is_tied and name == "lm_head.weight":
-                    continue  # transformers ties it over whatever is stored
                 raise UsageError(
                     f"{self.directory} has a tensor that {self.architecture} does not use: {name}",
                     hint="a merged adapter, a vision tower or another architecture?",
@@ -308,9 +344,17 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(
             f"{directory} is not a checkpoint: it has no config.json",
-            hint="pass a Hugging Face model directory, a GGUF file, or `demo`",
+            hint=places.hint_for_model(directory)
+            or "pass a Hugging Face model directory, a GGUF file, or `demo`",
         )
     return read_object(path)
+
+
+def _architectures(
+    text: wrapped.TextModel, family: families.Family, spec: DecoderSpec
+) -> dict[str, Any]:
+    """Return the class of transformers that a wrapped decoder alone is."""
+    return {"architectures": family.config(spec)["architectures"]} if text.wrapper else {}
 
 
 def _architecture(directory: Path, fields: Mapping[str, Any]) -> str:
@@ -336,8 +380,31 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         return [directory / shard for shard in _shards(index)]
+    return _unindexed(directory)
+
+
+def _unindexed(directory: Path) -> list[Path]:
+    """Return the weight files of a directory that has no index: its shards, or else all there are.
+
+    Raises:
+        UsageError: If a shard is missing.
+    """
     files = sorted(directory.glob("*.safetensors"))
-    return [path for path in files if path.name != "adapter_model.safetensors"]
+    files = [path for path in files if not path.stem.endswith(_ADAPTERS)]
+    shards = {path: match for path in files if (match := _SHARD.fullmatch(path.name))}
+    for path, match in shards.items():
+        names = [f"{match[1]}{n:05}-of-{match[3]}.safetensors" for n in range(1, int(match[3]) + 1)]
+        for name in names[:_MOST_SHARDS]:
+            if not (directory / name).is_file():
+                raise UsageError(
+                    f"{directory} holds {path.name} and not {name}",
+                    hint="copy every shard of the model",
+                )
+    return list(shards) or files
+
+
+_SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.safetensors")
+_MOST_SHARDS = 1000
 
 
 def _shards(index: Path) -> list[str]:
@@ -361,10 +428,10 @@ def _read_headers(directory: Path, *, is_four_bit: bool) -> tuple[Mapping[str, T
             f"{directory} has no *.safetensors",
             hint="edgekit never opens pickles: save with `safe_serialization=True`"
             if pickles
-            else "is this a Hugging Face model directory?",
+            else places.hint_for_model(directory) or "is this a Hugging Face model directory?",
         )
     for path in files:
-        for name, tensor in read_safetensors(path, dtypes=_ITEM_BYTES if is_four_bit else FLOATS):
+        for name, tensor in read_safetensors(path, dtypes=_ITEM_BYTES):
             if name in tensors:
                 raise UsageError(f"{directory} holds the tensor {name} twice")
             tensors[name] = tensor
@@ -443,11 +510,7 @@ def _stored_tensor(
 ) -> StoredTensor:
     shape, dtype = field.get("shape"), field.get("dtype")
     if not isinstance(dtype, str) or dtype not in dtypes:
-        raise UsageError(
-            f"{path}: {name} has dtype {dtype!r}, expected one of {', '.join(dtypes)}",
-            hint="quantized models are read where bitsandbytes made them and their config.json "
-            "says so; pass the 16-bit model",
-        )
+        raise _other_dtype(path, name, dtype, dtypes)
     if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise UsageError(f"{path}: {name} has shape {shape!r}")
     return StoredTensor(
@@ -455,4 +518,12 @@ def _stored_tensor(
         offset=data_start + field["data_offsets"][0],
         dtype=dtype,
         shape=tuple(shape),
+    )
+
+
+def _other_dtype(path: Path, name: str, dtype: Any, known: Collection[str]) -> UsageError:
+    return UsageError(
+        f"{path}: {name} has dtype {dtype!r}, expected one of {', '.join(known)}",
+        hint="quantized models are read where bitsandbytes made them and their config.json "
+        "says so; pass the 16-bit model",
     )

@@ -14,18 +14,19 @@ from edgekit.errors import UsageError
 T = TypeVar("T")
 
 # Written by transformers models, training tools and old versions, and without effect on the logits
-# of a decoder at inference. The second block are generation settings that version 4 kept here.
+# of a decoder at inference. The second block are generation settings that version 4 kept here, the
+# third what MLC writes into a config.
 NEUTRAL = frozenset({
     "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled",
     "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "auto_map",
     "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "dtype", "embd_pdrop",
     "eos_token_id", "finetuning_task", "gradient_checkpointing", "hidden_dropout", "id2label",
     "initializer_range", "is_decoder", "is_encoder_decoder", "is_llama_config", "label2id",
-    "mask_token_id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
-    "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "rope_interleaved",
-    "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
-    "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
-    "use_bfloat16", "use_cache",
+    "mask_token_id", "model_type", "num_labels", "output_attentions", "output_hidden_states",
+    "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop", "return_dict",
+    "rope_interleaved", "sep_token_id", "task_specific_params", "tf_legacy_loss", "tokenizer_class",
+    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed",
+    "unsloth_version", "use_bfloat16", "use_cache",
 
     "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty",
     "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
@@ -34,6 +35,12 @@ NEUTRAL = frozenset({
     "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix",
     "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
     "temperature", "top_k", "top_p", "typical_p",
+})  # fmt: skip
+
+
+# Parts that older versions named in every config, and that a decoder has only where they are set.
+NEUTRAL_WHEN_OFF = frozenset({
+    "add_cross_attention", "cross_attention_hidden_size", "pruned_heads", "tie_encoder_decoder",
 })  # fmt: skip
 
 
@@ -138,6 +145,19 @@ class Config:
         """Name fields that cannot change what this family's models say."""
         self._read.update(names)
 
+    def unread_strings(self) -> tuple[str, ...]:
+        """Take strings that nobody read for what tools leave behind: a name, a path, a version.
+
+        Returns:
+            A note about them, if there are any.
+        """
+        strings = {name: value for name, value in self._unread().items() if isinstance(value, str)}
+        self._read.update(strings)
+        if not strings:
+            return ()
+        shown = ", ".join(f"{name} = {value!r}" for name, value in sorted(strings.items()))
+        return (f"{self._origin} has fields that edgekit does not know, taken for names: {shown}",)
+
     def refuse_unread(self) -> None:
         """Stop at fields that nobody read: they might change what the model says.
 
@@ -146,10 +166,17 @@ class Config:
         Raises:
             UsageError: Naming the fields.
         """
-        found = {name for name, value in self._fields.items() if value is not None}
-        unread = sorted(found - self._read)
-        if unread:
+        if unread := sorted(self._unread()):
             raise UsageError(
                 f"{self._origin} has fields this family does not know: {', '.join(unread)}",
                 hint="remove them if they cannot change the logits, or report the model",
             )
+
+    def _unread(self) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in self._fields.items()
+            if value is not None
+            and name not in self._read
+            and (value or name not in NEUTRAL_WHEN_OFF)
+        }

@@ -67,7 +67,10 @@ def _checkpoint(file: GgufFile, name: str, text_directory: Path) -> Checkpoint:
 def _facts(file: GgufFile) -> Facts:
     infos = {info.name: info for info in file.tensors}
     if "token_embd.weight" not in infos:
-        raise UsageError(f"{file.path} has no token_embd.weight: it holds no decoder")
+        raise UsageError(
+            f"{file.path} has no token_embd.weight: it holds no decoder",
+            hint="a vocabulary alone, or another part of a model? Pass the file with its weights",
+        )
     return Facts(
         metadata=file.metadata,
         tensors=frozenset(infos),
@@ -255,12 +258,12 @@ def _place(
     layer, part = split_role(role)
     name = parts.tensor_name(role)
     kind, _, bias = part.partition("_")
-    fused = f"blk.{layer}.attn_qkv.{'bias' if bias == 'bias' else 'weight'}"
+    fused = parts.qkv_name(layer, is_bias=bias == "bias")
     if kind in {"query", "key", "value"} and bias in {"", "bias"} and fused in infos:
         queries, keys = spec.attention.query_width, spec.attention.key_value_width
         first_row = {"query": 0, "key": queries, "value": queries + keys}[kind]
         return _Place(fused, first_row, queries + 2 * keys)
-    if graph.fuses_gate_and_up and part in {"gate", "up"}:
+    if graph.fuses_projections and part in {"gate", "up"}:
         first_row = 0 if part == "gate" else spec.intermediate_size
         return _Place(f"blk.{layer}.ffn_up.weight", first_row, 2 * spec.intermediate_size)
     return _Place(name)

@@ -31,6 +31,7 @@ from edgekit.formats.gguf.vocabulary import (
     USER_DEFINED,
     splits,
 )
+from edgekit.model import chat_templates
 
 
 # What llama.cpp assumes for a "llama" vocabulary that does not say; a "gpt2" one has none worth
@@ -140,7 +141,7 @@ def write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> None:
     Args:
         metadata: All keys of the file with plain values.
         directory: Gets tokenizer.json, tokenizer_config.json, generation_config.json, and
-            chat_template.jinja if the file has a template.
+            chat_template.jinja and additional_chat_templates if the file has templates.
 
     Raises:
         UsageError: If edgekit cannot reproduce the tokenizer; the message says which part.
@@ -151,7 +152,15 @@ def write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> None:
     _write_json(directory / "generation_config.json", _generation_config(vocabulary))
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
-        (directory / "chat_template.jinja").write_bytes(template.encode())
+        (directory / chat_templates.FILE).write_bytes(template.encode())
+    chat_templates.write_others(dict(_named_templates(metadata)), directory)
+
+
+def _named_templates(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    prefix = "tokenizer.chat_template."
+    for key, template in metadata.items():
+        if key.startswith(prefix) and isinstance(template, str):
+            yield key.removeprefix(prefix), template
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

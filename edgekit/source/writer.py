@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from edgekit.bundle.workdir import new_directory, refuse_existing
-from edgekit.encodings.json_files import read_object
+from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.errors import EdgekitError, UsageError
+from edgekit.model import chat_templates
 from edgekit.model.checkpoint_protocol import Tensor, row_chunks
-from edgekit.model.tokenizer_files import added_tokens
+from edgekit.model.tokenizer_files import added_tokens, common_settings
 from edgekit.progress import Advance
 from edgekit.quant.rounding import bfloat16
 from edgekit.source import families
@@ -258,12 +259,22 @@ def _write_text(checkpoint: Checkpoint, directory: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
-    if checkpoint.text.chat_template is not None:
-        _write_template(checkpoint.text.chat_template, directory)
-    for place in (source, checkpoint.directory):
-        if (place / "generation_config.json").is_file():
-            shutil.copyfile(place / "generation_config.json", directory / "generation_config.json")
-            break
+    settings = directory / "tokenizer_config.json"
+    if settings.is_file() and (common := common_settings(read := read_object(settings))) != read:
+        _write_json(settings, common)
+    if checkpoint.text.template_source is not None:
+        _write_template(checkpoint.text.template_source, directory)
+        # A file of the default one hides whatever else tokenizer_config.json has.
+        chat_templates.write_others(checkpoint.text.templates, directory)
+    _write_json(directory / "generation_config.json", _generation_config(checkpoint))
+
+
+def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the generation settings with every id that ends an answer, the template's too."""
+    path = checkpoint.text.beside("generation_config.json", otherwise=checkpoint.directory)
+    fields = read_object_if_there(path)
+    stops = list(checkpoint.text.declared_stop_ids)
+    return fields | ({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {})
 
 
 def _write_template(template: str, directory: Path) -> None:
@@ -304,7 +315,7 @@ def _refuse_difference(checkpoint: Checkpoint, directory: Path) -> None:
     written = Checkpoint.open(directory)
     if (
         written.spec != checkpoint.spec
-        or written.text.chat_template != checkpoint.text.chat_template
+        or written.text.chat_template != checkpoint.text.template_source
     ):
         raise EdgekitError(
             f"what was written does not read as {checkpoint.name}", hint="report the model"

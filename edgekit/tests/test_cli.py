@@ -59,6 +59,38 @@ def test_an_option_given_twice_is_refused(name, option, capsys):
     assert f"{option} is given more than once" in err
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("x=false", False),
+        ("x=False", False),
+        ("x=TRUE", True),
+        ("x=none", None),
+        ("x=null", None),
+        ("x=3", 3),
+        ("x=-0.5", -0.5),
+        ('x="3"', "3"),
+        ("x=low effort", "low effort"),
+        ("x=a=b", "a=b"),
+        ("x=", ""),
+        ("x=NaN", "NaN"),
+        ('x=[{"a": 1}]', [{"a": 1}]),
+        ('x={"a": 1, "a": 2}', '{"a": 1, "a": 2}'),
+    ],
+)
+def test_a_variable_is_json_or_else_text(text, value):
+    read = cli_module.template_variables([text])["x"]
+    assert (read, type(read)) == (value, type(value))
+
+
+@pytest.mark.parametrize("texts", [["x"], ["=1"], ["a b=1"], ["x=1", "x=2"]])
+def test_a_variable_without_a_name_of_its_own_is_refused(texts, capsys):
+    words = [word for text in texts for word in ("--template-var", text)]
+    status, out, err = run(capsys, "run", "absent", "Hi", *words)
+    assert (status, out) == (2, "")
+    assert "--template-var" in err
+
+
 def test_what_may_be_repeated_may_be_repeated():
     assert ("export", "--target") in SINGLE_VALUED
     words = ["demo", "--target=x", "--adapter=a", "--adapter=b", "--json", "--json"]

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,9 @@ from edgekit.encodings import hashing
 from edgekit.errors import BudgetError, DisagreementError, UsageError
 from edgekit.export import default_out, export
 from edgekit.plan import Choice, make
+from edgekit.run import Runner, answer
 from edgekit.source.opening import open_checkpoint
+from edgekit.verify import verify
 
 
 pytestmark = pytest.mark.toolchain
@@ -219,3 +223,94 @@ def test_the_demo_model_says_paris(demo_bundle):
     from edgekit.run import run
 
     assert "Paris" in "".join(run(demo_bundle, "Name the capital of France.", max_tokens=24))
+
+
+# Templates as people have them
+
+SAID = "{%- for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+DONE = "<|eot_id|>{% endfor %}"
+FOR_TOOLS = "{% for tool in tools %}{% endfor %}" + SAID + "{{ m.content }}" + DONE
+MORE = {"more": {"b": None, "a": [1]}, "brief": True}  # in an order of its own
+# The setting, what is fixed, what transformers is told, the form of a message's content.
+TEMPLATES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
+    "for tools only": (
+        [{"name": "tool_use", "template": FOR_TOOLS}], {}, {"tools": []}, "text",
+    ),
+    "parts": (
+        SAID + "{% for p in m.content %}{{ p.text }}{% endfor %}" + DONE, {}, {}, "parts",
+    ),
+    "a variable": (
+        "{% if brief %}{{ more | tojson }}{% endif %}" + SAID + "{{ m.content }}" + DONE,
+        MORE, MORE, "text",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_is_proven_and_run_as_transformers_calls_it(tiny_checkpoint, tmp_path, name):
+    from transformers import AutoTokenizer
+
+    setting, variables, called_with, form = TEMPLATES[name]
+    model = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, model)
+    (model / "chat_template.jinja").unlink()
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": setting}))
+    bundle = export(
+        model, "raspberry-pi-5-8gb", quant="F16", context_tokens=128, out=tmp_path / "out",
+        template_variables=variables,
+    )  # fmt: skip
+    assert verify(bundle.directory, model).passed
+    content = "Hi" if form == "text" else [{"type": "text", "text": "Hi"}]
+    asked = [{"role": "user", "content": content}]
+    prompt = AutoTokenizer.from_pretrained(model).apply_chat_template(
+        asked, tokenize=False, add_generation_prompt=True, **called_with
+    )
+    assert "Hi" in prompt
+    with Runner.open(bundle.directory) as runner:
+        reply = answer(runner, "Hi", max_tokens=1)
+        read = runner.text.tokenizer.decode(
+            list(reply.generation.prompt_ids), skip_special_tokens=False
+        )
+    assert read == prompt
+
+
+def test_a_stop_string_ends_answers_where_transformers_ends_them(tiny_checkpoint, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def continued(**options):
+        """Return what transformers says, with a stop string as the last of it if there is one."""
+        said = network.generate(
+            asked,
+            attention_mask=torch.ones_like(asked),
+            max_new_tokens=40,
+            do_sample=False,
+            **options,
+        )
+        return tokenizer.decode(said[0, asked.shape[1] :], skip_special_tokens=True)
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    network = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False
+    )
+    asked = torch.tensor([ids])
+    whole = continued()
+    stop = whole[len(whole) // 2 :][:3]
+    ended = continued(stop_strings=[stop], tokenizer=tokenizer)
+    assert stop in ended
+    assert len(ended) < len(whole)
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, model)
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(settings | {"stop_strings": stop}))
+    bundle = export(
+        model, "raspberry-pi-5-8gb", quant="F32", context_tokens=128, out=tmp_path / "out",
+        verify=False,
+    )  # fmt: skip
+    assert bundle.text.stop_strings == (stop,)
+    with Runner.open(bundle.directory) as runner:
+        record = answer(runner, "Hi", max_tokens=40).answer
+    assert (record.text, record.finish_reason) == (ended[: ended.index(stop)], "stop")

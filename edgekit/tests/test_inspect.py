@@ -87,6 +87,15 @@ def test_a_bundle_shows_what_is_inside_and_how_it_was_proven(bundle):
         assert fact in text
 
 
+def test_a_bundle_shows_stop_strings_and_what_was_fixed_in_its_template(bundle):
+    variables = {"effort": '"low"', "enable_thinking": "false"}
+    text = replace(bundle.text, stop_strings=("END",), template_variables=variables)
+    replace(bundle, text=text).save()
+    shown = list(lines(inspect(bundle.directory)))
+    assert "context: 512 tokens, stops at [2, 7], and before ['END']" in shown
+    assert 'chat template: with effort = "low", enable_thinking = false' in shown
+
+
 def test_an_unproven_bundle_says_so(bundle):
     replace(bundle, agreement=None).save()
     assert "proof: none; it was exported with --no-verify" in lines(inspect(bundle.directory))

@@ -1,9 +1,11 @@
+import json
 from contextlib import contextmanager
 
 import pytest
 
 from edgekit.errors import UsageError
 from edgekit.merge import merge
+from edgekit.source import opening
 from edgekit.source.adapters import merging
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.tiny import adapters as tiny
@@ -30,6 +32,11 @@ class Notebook:
 
     def count(self, units):
         self.done += units
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
@@ -83,3 +90,40 @@ def test_an_existing_output_is_refused_before_anything_is_read(tmp_path):
 def test_no_adapter_is_refused(base, tmp_path):
     with pytest.raises(UsageError, match="no adapter to merge"):
         merge(base, [], tmp_path / "out")
+
+
+ENDS_WITH_S = "{% for m in messages %}{{ m.content }} <s>{% endfor %}"
+
+
+def test_what_is_written_names_every_token_that_ends_an_answer(base, tmp_path):
+    directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
+    (directory / "chat_template.jinja").write_text(ENDS_WITH_S)
+    (directory / "generation_config.json").write_text('{"eos_token_id": 0, "temperature": 0.5}')
+    out = merge(base, [directory], tmp_path / "out")
+    written = json.loads((out / "generation_config.json").read_text())
+    known = opening.open_checkpoint(base, adapters=[directory]).text.declared_stop_ids
+    assert {0, 1} <= set(known)
+    assert written == {"eos_token_id": list(known), "temperature": 0.5}
+    assert opening.open_checkpoint(out).text.declared_stop_ids == known
+
+
+@pytest.mark.toolchain
+def test_transformers_stops_where_what_is_written_says(base, tmp_path):
+    from transformers import GenerationConfig
+
+    directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
+    (directory / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
+    out = merge(base, [directory], tmp_path / "out")
+    assert {1, 5} <= set(GenerationConfig.from_pretrained(out).eos_token_id)
+
+
+@pytest.mark.toolchain
+def test_transformers_reads_the_adapters_tokens_in_what_is_written(tmp_path):
+    from transformers import AutoTokenizer
+
+    base = tiny.write_base(tmp_path / "base", vocab_size=64)
+    directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
+    (directory / "added_tokens.json").write_text('{"</call>": 41, "<call>": 40}')
+    out = merge(base, [directory], tmp_path / "out")
+    found = AutoTokenizer.from_pretrained(out)("<call>w5</call>", add_special_tokens=False)
+    assert found["input_ids"] == [40, 8, 41]

@@ -10,9 +10,12 @@ from edgekit.tests.witnesses.tiny_runner import (
     CHATML,
     DIALOGUE,
     QUESTION,
+    NgramSession,
     bundle_in,
+    byte_level_tokenizer,
     runner_in,
     sentencepiece_tokenizer,
+    text_in,
 )
 
 
@@ -75,6 +78,75 @@ def test_an_answer_of_one_token_has_no_decode_rate(runner):
 def test_a_stop_string_ends_the_answer_before_it(runner):
     record = answer(runner, QUESTION, stop=["of course"]).answer
     assert (record.text, record.finish_reason) == ("It is Paris, 파리 🙂 ", "stop")
+
+
+def test_the_models_own_stop_strings_end_answers_and_texts(tmp_path):
+    runner = runner_in(tmp_path, stop_strings=("course", "seven"))
+    assert answer(runner, QUESTION).answer.text == "It is Paris, 파리 🙂 of "
+    assert answer(runner, QUESTION, stop=["Paris"]).answer.text == "It is "
+    record = answer(runner, "one two", raw=True, max_tokens=99).answer
+    assert (record.text, record.finish_reason) == (" three four five six ", "stop")
+
+
+def test_stop_strings_of_a_bundle_on_disk_end_an_answer(tmp_path, on_disk):
+    rules = dataclasses.replace(on_disk.text.rules, stop_strings=("Paris",))
+    dataclasses.replace(on_disk.bundle, text=rules).save()
+    assert "".join(run(tmp_path, QUESTION)) == "It is "
+
+
+SWITCH = "{{ 'Be brief. ' if brief else '' }}" + CHATML
+
+
+def prompt_of(reply, runner):
+    return runner.text.tokenizer.decode(reply.generation.prompt_ids, skip_special_tokens=False)
+
+
+def test_a_variable_of_the_template_is_given_for_all_conversations_or_for_one(tmp_path):
+    runner = runner_in(tmp_path, template=SWITCH)
+    ask = DIALOGUE[:1]
+    assert prompt_of(runner.ask(ask), runner).startswith("<|im_start|>")
+    assert prompt_of(runner.ask(ask, template_variables={"brief": True}), runner).startswith("Be b")
+    runner.template_variables = {"brief": True}
+    assert prompt_of(answer(runner, QUESTION), runner).startswith("Be brief.")
+    assert prompt_of(Chat(runner=runner).say("Hi"), runner).startswith("Be brief.")
+    once = runner.ask(ask, template_variables={"brief": False})
+    assert prompt_of(once, runner).startswith("<|im_start|>")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("breif", "reads no variable 'breif'"),
+        ("add_generation_prompt", "sets the template's variable 'add_generation_prompt' itself"),
+        ("messages", "sets the template's variable 'messages' itself"),
+        ("tone", "'tone' is fixed to \"kind\" in this bundle"),
+    ],
+)
+def test_a_variable_that_would_change_nothing_is_refused(tmp_path, name, words):
+    runner = runner_in(tmp_path, template=SWITCH, template_variables={"tone": '"kind"'})
+    with pytest.raises(UsageError, match=words):
+        runner.ask(DIALOGUE[:1], template_variables={name: True})
+    assert isinstance(runner.session, NgramSession)
+    assert runner.session.reads == []
+
+
+def test_a_misspelt_variable_is_refused_before_the_model_is_loaded(tmp_path, on_disk):
+    with pytest.raises(UsageError, match="reads no variable 'enable_thinking'"):
+        Runner.open(tmp_path, template_variables={"enable_thinking": False})
+
+
+def test_a_variable_without_a_template_is_refused(tmp_path):
+    text = text_in(tmp_path, byte_level_tokenizer(), template=None)
+    with pytest.raises(UsageError, match="no chat template, so nothing reads the variable"):
+        text.check_variables({"brief": True})
+
+
+def test_a_template_that_wants_parts_gets_them_and_leaves_parts_alone(tmp_path):
+    parts = "{% for m in messages %}<s>{{ m.content | map(attribute='text') | join }}{% endfor %}"
+    text = text_in(tmp_path, byte_level_tokenizer(), template=parts, content_parts=("user",))
+    given = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    first, second = {"role": "user", "content": "Hi"}, {"role": "user", "content": given}
+    assert text.render([first, second]) == "<s>Hi<s>ab"
 
 
 def test_a_raw_prompt_goes_on_as_it_is(runner):

@@ -76,6 +76,37 @@ def http(url):
 # OpenAI's own client
 
 
+def test_a_variable_of_the_template_is_taken_as_other_servers_take_it(tmp_path):
+    openai = pytest.importorskip("openai")
+    runner = runner_in(tmp_path, template="{{ 'Be brief. ' if brief else '' }}" + CHATML)
+    plain = len(runner.text.encode_chat(ASK))
+    with (
+        served(app(runner)) as address,
+        openai.OpenAI(base_url=address, api_key="unused", max_retries=0) as client,
+    ):
+
+        def prompt_tokens(**body):
+            made = client.chat.completions.create(model=MODEL, messages=ASK, extra_body=body)
+            return made.usage.prompt_tokens
+
+        longer = prompt_tokens(chat_template_kwargs={"brief": True})
+        assert prompt_tokens() == prompt_tokens(chat_template_kwargs={"brief": False}) == plain
+        assert longer == len(runner.text.encode_chat(ASK, brief=True)) > plain
+        unread: list[object] = [{"breif": True}, {"messages": []}, [1]]
+        for kwargs in unread:
+            with pytest.raises(openai.BadRequestError) as refusal:
+                prompt_tokens(chat_template_kwargs=kwargs)
+            assert refusal.value.param == "chat_template_kwargs"
+
+
+def test_the_models_own_stop_strings_end_a_served_answer(tmp_path):
+    with served(app(runner_in(tmp_path, stop_strings=("of course",)))) as address:
+        body = {"model": MODEL, "messages": ASK}
+        said = HTTP.post(f"{address}/chat/completions", json=body).json()["choices"][0]
+    assert said["message"]["content"] == PARIS.partition("of course")[0]
+    assert said["finish_reason"] == "stop"
+
+
 def test_the_model_is_listed_and_found_by_its_name(client):
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).owned_by == "edgekit"

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self
 
@@ -40,11 +40,63 @@ _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)  # of ti
 Message = Mapping[str, Any]  # {"role": "user", "content": "…"}
 
 
+class EndlessTemplateError(UsageError):
+    """A template takes more time or makes more text than any conversation needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateCall:
+    """What a template is given besides the conversation, the same by every runtime."""
+
+    variables: Mapping[str, Any] = field(default_factory=dict)  # JSON values, fixed for good
+    empty_lists: tuple[str, ...] = ()  # of "tools" and "documents": where None would make it fail
+    content_parts: tuple[str, ...] = ()  # roles whose content is a list of parts, not text
+
+    @property
+    def preamble(self) -> str:
+        """Jinja that says the same at the head of the template, and writes nothing.
+
+        Each line ends after its block, where ``trim_blocks`` takes the line end away, so that what
+        follows renders as it did.
+        """
+        lists = [f"{{%- set {name} = {name} or [] %}}\n" for name in self.empty_lists]
+        fixed = [f"{{%- set {n} = {_literal(v)} %}}\n" for n, v in sorted(self.variables.items())]
+        return "".join([*lists, *fixed])
+
+
+AS_IT_IS = TemplateCall()
+
+
+def as_parts(messages: Sequence[Message], roles: Sequence[str]) -> list[Message]:
+    """Return messages whose text is a list of one part, as processors pass it, for these roles."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if message.get("role") in roles and isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
+
+
+def _literal(value: Any) -> str:
+    """Return a JSON value as Jinja writes it."""
+    match value:
+        case None:
+            return "none"
+        case list():
+            return f"[{', '.join(map(_literal, value))}]"
+        case dict():
+            items = (f"{_literal(key)}: {_literal(item)}" for key, item in value.items())
+            return f"{{{', '.join(items)}}}"
+        case _:
+            return json.dumps(value, ensure_ascii=False)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChatTemplate:
     """A compiled chat template."""
 
     compiled: "jinja2.Template"
+    variables: frozenset[str] = frozenset()  # what it reads and does not set itself
 
     @classmethod
     def compile(cls, source: str) -> Self:
@@ -56,9 +108,13 @@ class ChatTemplate:
         """
         environment = _environment()
         import jinja2
+        from jinja2 import meta
 
         try:
-            return cls(compiled=environment.from_string(source))
+            return cls(
+                compiled=environment.from_string(source),
+                variables=frozenset(meta.find_undeclared_variables(environment.parse(source))),
+            )
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
                 f"the chat template is not Jinja: {error.message} (line {error.lineno})"
@@ -72,7 +128,8 @@ class ChatTemplate:
             variables: What else the template may read: special tokens, ``add_generation_prompt``.
 
         Raises:
-            UsageError: If the template refuses the conversation, fails, or grows without end.
+            UsageError: If the template refuses the conversation or fails.
+            EndlessTemplateError: If it grows without end.
         """
         import jinja2
 
@@ -84,7 +141,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, *_TEMPLATE_ERRORS) as error:
             raise UsageError(f"the chat template failed: {error}") from error
         except (RecursionError, MemoryError) as error:
-            raise UsageError("the chat template calls itself without end") from error
+            raise EndlessTemplateError("the chat template calls itself without end") from error
         finally:
             _deadline.reset(token)
 
@@ -268,7 +325,7 @@ def _limiter() -> Any:
 
 def _check_time() -> None:
     if time.monotonic() > _deadline.get():
-        raise UsageError(f"the chat template takes more than {MAX_SECONDS:g} s")
+        raise EndlessTemplateError(f"the chat template takes more than {MAX_SECONDS:g} s")
 
 
 def _bounded(value: Any) -> Any:
@@ -278,8 +335,8 @@ def _bounded(value: Any) -> Any:
     return value
 
 
-def _too_large() -> UsageError:
-    return UsageError(f"the chat template makes more than {MAX_CHARACTERS} characters")
+def _too_large() -> EndlessTemplateError:
+    return EndlessTemplateError(f"the chat template makes more than {MAX_CHARACTERS} characters")
 
 
 def _size(value: Any) -> int:

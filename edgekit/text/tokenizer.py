@@ -5,12 +5,14 @@ are proven against.
 """
 
 import codecs
+import difflib
 import functools
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +21,7 @@ from edgekit.encodings.json_files import Refusal
 from edgekit.errors import BundleError, UsageError
 from edgekit.installed import missing_error
 from edgekit.text.rules import TextRules
-from edgekit.text.template import ChatTemplate, Message
+from edgekit.text.template import ChatTemplate, Message, as_parts
 
 
 TOKENIZER = "tokenizer.json"
@@ -28,7 +30,10 @@ _HINTS: Mapping[Refusal, str] = {
     UsageError: "save it again with AutoTokenizer and save_pretrained()",
 }
 CHAT_TEMPLATE = "chat_template.jinja"
-_SENTINEL = "edgekit-7f3a-answer"  # an answer no template contains
+_QUESTION = "edgekit 4c1e"
+_ANSWERS = ("edgekit 7f3a", "edgekit 7f3z")  # two that differ to their last letter
+_TODAY = "edgekit 9b2d"
+_OWN_VARIABLES = ("messages", "add_generation_prompt")  # what edgekit says itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,7 @@ class Text:
     tokenizer: Any  # tokenizers.Tokenizer
     template: ChatTemplate | None
     rules: TextRules
+    variables: Mapping[str, Any] = field(default_factory=dict)  # of every conversation
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
@@ -87,9 +93,48 @@ class Text:
             raise UsageError("the model has no chat template", hint="pass it plain text")
         if not messages:
             raise UsageError("the conversation is empty")
-        known = {"tools": None, "documents": None, **self.rules.special_tokens}
-        variables = {"add_generation_prompt": add_generation_prompt, **known, **variables}
-        return self.template.render(messages, variables)
+        known: dict[str, Any] = {"tools": None, "documents": None, **self.rules.special_tokens}
+        known |= {"add_generation_prompt": add_generation_prompt}
+        variables = {**known, **self.variables, **variables}
+        return self.template.render(as_parts(messages, self.rules.content_parts), variables)
+
+    def writes_today(self, messages: Sequence[Message]) -> bool:
+        """Tell whether the prompt of a conversation is another one every day."""
+        try:
+            rendered = self.render(messages, strftime_now=lambda _pattern: _TODAY)
+        except UsageError:  # it refuses a system message, or wants one
+            return False
+        return _TODAY in rendered
+
+    def on(self, day: date) -> Self:
+        """Return the same, for whom it is always that day."""
+        return replace(self, variables={**self.variables, "strftime_now": day.strftime})
+
+    def check_variables(self, variables: Mapping[str, Any]) -> None:
+        """Refuse variables that would change nothing.
+
+        Args:
+            variables: By name, as for `render`.
+
+        Raises:
+            UsageError: If there is no template, or it does not read one of them, or edgekit or the
+                bundle has set it already.
+        """
+        fixed = self.rules.template_variables
+        for name in variables:
+            if self.template is None:
+                raise UsageError(
+                    f"the model has no chat template, so nothing reads the variable {name!r}"
+                )
+            if name in _OWN_VARIABLES:
+                raise UsageError(f"edgekit sets the template's variable {name!r} itself")
+            if name in fixed:
+                raise UsageError(
+                    f"the template's variable {name!r} is fixed to {fixed[name]} in this bundle",
+                    hint="export again without it, or with another value",
+                )
+            if name not in self.template.variables:
+                raise _unread(name, self.template.variables)
 
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Return the token ids of a conversation, up to where the model must answer."""
@@ -112,12 +157,27 @@ class Text:
         """Return the token that the template puts right after an answer, None if there is none."""
         if self.template is None:
             return None
-        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _SENTINEL}]
-        rendered = self.render(turns, add_generation_prompt=False)
-        after = rendered.rpartition(_SENTINEL)[2].lstrip()
-        added = self.tokenizer.get_added_tokens_decoder().items()
-        found = [(token.content, id) for id, token in added if after.startswith(token.content)]
-        return max(found, key=lambda item: len(item[0]))[1] if found else None
+        asked: list[Message] = [{"role": "user", "content": _QUESTION}]
+        one, other = (
+            self.render(
+                [*asked, {"role": "assistant", "content": answer}], add_generation_prompt=False
+            )
+            for answer in _ANSWERS
+        )
+        if one == other:
+            return None  # it does not write the answer
+        after = _shared_end(one, other).strip()
+        end = max((t for t in self._added_texts if after.startswith(t)), key=len, default=None)
+        # One that asks on right away opens a turn there: `<|im_start|>assistant`.
+        before = one.partition(_QUESTION)[0]
+        opener = max(self._added_texts, key=before.rfind, default=None)
+        if end is None or (end == opener and end in before and after != end):
+            return None
+        return int(self.tokenizer.token_to_id(end))
+
+    @functools.cached_property
+    def _added_texts(self) -> list[str]:
+        return [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
 
     @functools.cached_property
     def _pieces(self) -> "_Pieces":
@@ -139,6 +199,21 @@ class Text:
         with self._lock:  # the switch belongs to the tokenizer, not to the call
             self.tokenizer.encode_special_tokens = not parses_special
             return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _unread(name: str, known: Collection[str]) -> UsageError:
+    near = difflib.get_close_matches(name, known, n=1)
+    others = sorted(set(known) - set(_OWN_VARIABLES))
+    return UsageError(
+        f"the chat template reads no variable {name!r}",
+        hint=f"did you mean {near[0]!r}?" if near else f"it reads {', '.join(others) or 'none'}",
+    )
+
+
+def _shared_end(one: str, other: str) -> str:
+    pairs = enumerate(zip(reversed(one), reversed(other), strict=False))
+    length = next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+    return one[len(one) - length :]
 
 
 class Detokenizer:

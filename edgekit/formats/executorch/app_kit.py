@@ -127,6 +127,7 @@ def prompts(app_kit: AppKit) -> dict[str, Any]:
         "context_tokens": app_kit.context_tokens,
         "stop_ids": list(text.rules.stop_ids),
         "stop_texts": list(app_kit.stop_texts),
+        "stop_strings": list(text.rules.stop_strings),
         "prompts": found,
     }
 
@@ -179,8 +180,13 @@ def _head(app_kit: AppKit) -> str:
 
 
 def _spelt_stops(app_kit: AppKit) -> str:
-    ids = ", ".join(map(str, app_kit.text.rules.stop_ids))
-    return f"token {ids}: " + ", ".join(f"`{text}`" for text in app_kit.stop_texts)
+    rules = app_kit.text.rules
+    ids = ", ".join(map(str, rules.stop_ids))
+    spelt = f"token {ids}: " + ", ".join(f"`{text}`" for text in app_kit.stop_texts)
+    if not rules.stop_strings:
+        return spelt
+    strings = ", ".join(f"`{json.dumps(text, ensure_ascii=False)}`" for text in rules.stop_strings)
+    return f"{spelt}; and before the text {strings}, which the app must look for"
 
 
 def _prompt_format(app_kit: AppKit) -> str:
@@ -195,8 +201,14 @@ The runners know no chat template: an app writes the prompt. One message in it:
 {"".join(_around(app_kit.text))}
 ```
 
-More turns, and a system message if the model takes one, are in `{PROMPTS}`.
+{_dated(app_kit.text)}More turns, and a system message if the model takes one, are in `{PROMPTS}`.
 """
+
+
+def _dated(text: Text) -> str:
+    if not text.writes_today([{"role": "user", "content": _MARK}]):
+        return ""
+    return "The template writes the day's date: here it is that of the export.\n\n"
 
 
 def _around(text: Text) -> tuple[str, str, str]:

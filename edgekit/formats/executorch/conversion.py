@@ -47,20 +47,22 @@ def variant_of(spec: DecoderSpec, request: BuildRequest) -> str:
     """Return the variant that was asked for, or the first.
 
     Raises:
-        UsageError: If there is none of that name, it cannot express the decoder, or the program is
-            to be split.
+        UsageError: If there is none of that name, it cannot express the decoder or hold the
+            context, or the program is to be split.
     """
     if request.split_bytes is not None:
         raise UsageError("an ExecuTorch program is one file, it cannot be split")
     backend = backends.of(request.variant)
     variant = request.variant or next(iter(backend.builds))
-    backend.writing.refuse(spec, variant)
+    context = request.context_tokens or spec.context_tokens
+    backend.writing.refuse(spec.within(context), variant, context_tokens=context)
     return variant
 
 
 def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     """Return what the file will hold and about how large it gets, from headers alone."""
     spec, recipe = checkpoint.spec, request.recipe
+    spec = spec.within(request.context_tokens or spec.context_tokens)
     variant = variant_of(spec, request)
     backend = backends.of(variant)
     planned = weights(spec, recipe, backend)
@@ -69,7 +71,11 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         placements=planned,
         artifact_bytes=backend.writing.file_bytes(spec, planned, variant),
         is_exact=False,
-        notes=(*backend.notes.get(recipe.name, ()), *((note,) if note else ())),
+        notes=(
+            *backend.notes.get(recipe.name, ()),
+            *backend.writing.notes(spec, variant),
+            *((note,) if note else ()),
+        ),
         calibration=calibration_sha256(checkpoint.calibration, planned),
         variant=variant,
         is_half=recipe.name in backend.half_recipes,
@@ -88,15 +94,15 @@ def convert(
 
     Args:
         checkpoint: The model.
-        request: With its context and its variant, neither of which may be None.
+        request: With its context, which may not be None.
         directory: Where the program goes.
         progress: Told how many weights were just read.
 
     Returns:
         The name of the program.
     """
-    variant, context_tokens = request.variant, request.context_tokens
-    assert variant is not None and context_tokens is not None  # noqa: S101, PT018 - see above
+    variant, context_tokens = variant_of(checkpoint.spec, request), request.context_tokens
+    assert context_tokens is not None  # noqa: S101 - see above
     backend = backends.of(variant)
     job = Job(
         checkpoint=checkpoint,

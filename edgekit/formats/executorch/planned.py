@@ -58,8 +58,8 @@ class Job:
 
     @property
     def spec(self) -> "DecoderSpec":
-        """The decoder."""
-        return self.checkpoint.spec
+        """The decoder, as far as texts go."""
+        return self.checkpoint.spec.within(self.context_tokens)
 
     @property
     def tensor_types(self) -> dict[str, str]:

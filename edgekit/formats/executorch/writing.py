@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     """Return what the file will hold and about how large it gets, from headers alone."""
-    return conversion.lay_out(checkpoint, request)
+    context = request.context_tokens or context_limit(checkpoint).tokens
+    return conversion.lay_out(checkpoint, replace(request, context_tokens=context))
 
 
 def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
@@ -43,7 +44,8 @@ def memory_use(
     """Return what ExecuTorch will hold."""
     del repacks  # XNNPACK packs weights on every processor
     backend = backends.of(layout.variant)
-    return backend.writing.memory_use(checkpoint.spec, layout, context_tokens=context_tokens)
+    spec = checkpoint.spec.within(context_tokens)
+    return backend.writing.memory_use(spec, layout, context_tokens=context_tokens)
 
 
 def convert(
@@ -55,9 +57,9 @@ def convert(
 ) -> str:
     """Write ``model.pte`` and what the developer of an app wants next to it."""
     installed.require("torch", "executorch", purpose="writing a program", extra="executorch")
-    variant = conversion.variant_of(checkpoint.spec, request)
     context = request.context_tokens or context_limit(checkpoint).tokens
-    request = replace(request, variant=variant, context_tokens=context)
+    request = replace(request, context_tokens=context)
+    variant = conversion.variant_of(checkpoint.spec, request)
     entry = conversion.convert(checkpoint, request, directory, progress=progress)
     app_kit.write(checkpoint, directory, entry, context_tokens=context, variant=variant)
     return entry

@@ -21,6 +21,7 @@ from edgekit.model.spec import (
     LongRopeScaling,
     Norm,
     RopeScaling,
+    YarnScaling,
 )
 
 
@@ -53,7 +54,7 @@ class Architecture:
     activation: Literal["silu", "gelu_tanh"] = "silu"
     scales_scores_by_hidden_at: int | None = None  # at this depth, 27B, the scale is another
     head_width_is_free: bool = False  # else heads x head width must be the hidden width
-    fuses_gate_and_up: bool = False
+    fuses_projections: bool = False  # queries, keys and values in one tensor; gate and up too
     ties: Literal["optional", "always", "never"] = "optional"
 
     def refusals(self, spec: DecoderSpec) -> Iterator[str]:
@@ -124,6 +125,8 @@ class Architecture:
                 yield f"rope on {rope.width} of {spec.attention.head_dim} channels"
             if rope.scaling is not None and not isinstance(rope.scaling, self.scalings):
                 yield f"rope with {_scaling_name(rope.scaling)} scaling"
+            elif isinstance(rope.scaling, YarnScaling):
+                yield from _yarn_refusals(rope.scaling)
 
     def _has_two_ropes(self, spec: DecoderSpec) -> bool:
         """Whether layers with a window may have one rope and the others another (Gemma 3)."""
@@ -156,24 +159,33 @@ class Architecture:
 
 
 ARCHITECTURES = (  # of several that fit, the first is taken
-    Architecture(name="qwen2", needs_qkv_bias=True),
+    Architecture(name="qwen2", needs_qkv_bias=True, scalings=(LinearScaling, YarnScaling)),
     Architecture(
         name="llama",
         rope_pairs="neighbours",
-        scalings=(LinearScaling, Llama3Scaling),
+        scalings=(LinearScaling, Llama3Scaling, YarnScaling),
         has_output_bias=True,
         has_mlp_bias=True,
         head_width_is_free=True,
     ),
-    Architecture(name="qwen3", query_key_norm="per width", head_width_is_free=True),
     Architecture(
-        name="smollm3", rope_pairs="neighbours", skips_rope_every=4, head_width_is_free=True
+        name="qwen3",
+        scalings=(LinearScaling, YarnScaling),
+        query_key_norm="per width",
+        head_width_is_free=True,
+    ),
+    Architecture(
+        name="smollm3",
+        rope_pairs="neighbours",
+        scalings=(LinearScaling, YarnScaling),
+        skips_rope_every=4,
+        head_width_is_free=True,
     ),
     Architecture(
         name="phi3",
         scalings=(LinearScaling, LongRopeScaling),
         has_partial_rope=True,
-        fuses_gate_and_up=True,
+        fuses_projections=True,
     ),
     Architecture(
         name="gemma2",
@@ -203,6 +215,7 @@ ARCHITECTURES = (  # of several that fit, the first is taken
     ),
     Architecture(
         name="stablelm",
+        scalings=(LinearScaling, YarnScaling),
         norm="layer",
         has_partial_rope=True,
         query_key_norm="per head, optional",
@@ -212,8 +225,14 @@ ARCHITECTURES = (  # of several that fit, the first is taken
 )
 
 
-def choose(spec: DecoderSpec) -> Architecture:
-    """Return the graph that computes a decoder.
+def choose(spec: DecoderSpec, *, family: str = "") -> Architecture:
+    """Return the graph that computes a decoder: its family's own, else the first of all.
+
+    A Phi-3 without longrope is a Llama too, but then llama-quantize mixes it otherwise.
+
+    Args:
+        spec: The decoder.
+        family: The ``model_type`` of its config.
 
     Raises:
         UsageError: If none does; the message says what the nearest one lacks.
@@ -221,7 +240,7 @@ def choose(spec: DecoderSpec) -> Architecture:
     if len(spec.layers) > MAX_LAYERS:
         raise UsageError(f"{len(spec.layers)} layers are more than llama.cpp's {MAX_LAYERS}")
     nearest: tuple[Sequence[str], str] | None = None
-    for architecture in ARCHITECTURES:
+    for architecture in sorted(ARCHITECTURES, key=lambda graph: graph.name != family):
         refusals = list(architecture.refusals(spec))
         if not refusals:
             return architecture
@@ -283,6 +302,14 @@ def _longrope_limit(scaling: LongRopeScaling, limit: ContextLimit) -> ContextLim
 
 def _norm_name(norm: Norm) -> str:
     return f"{norm.kind}{' with 1 added' if norm.unit_offset else ''}"
+
+
+def _yarn_refusals(scaling: YarnScaling) -> Iterator[str]:
+    """Yield what these graphs do not read: the ramp's ends are constants of theirs."""
+    if (scaling.fast_turns, scaling.slow_turns) != (32, 1):
+        yield f"YaRN's ramp from {scaling.fast_turns:g} to {scaling.slow_turns:g} turns"
+    if not scaling.is_truncated:
+        yield "YaRN without truncation"
 
 
 def _scaling_name(scaling: RopeScaling) -> str:

@@ -22,6 +22,8 @@ from edgekit.model.spec import (
     Norm,
     Rope,
     RopeScaling,
+    YarnScaling,
+    yarn_attention_factor,
 )
 
 
@@ -78,6 +80,17 @@ def _scaling_keys(scaling: RopeScaling | None) -> dict[str, "Value"]:
             return {
                 "rope.scaling.type": ("string", "linear"),
                 "rope.scaling.factor": ("float32", factor),
+            }
+        case YarnScaling() as yarn:
+            return {
+                "rope.scaling.type": ("string", "yarn"),
+                "rope.scaling.factor": ("float32", yarn.factor),
+                "rope.scaling.original_context_length": ("uint32", yarn.original_context_tokens),
+                # Multiplies what llama.cpp computes for this factor.
+                "rope.scaling.attn_factor": (
+                    "float32",
+                    yarn.attention_factor / yarn_attention_factor(yarn.factor),
+                ),
             }
         case LongRopeScaling() as longrope:
             return {
@@ -313,11 +326,28 @@ def _read_scaling(facts: Facts, rope: Rope) -> RopeScaling | None:
     if "rope_freqs.weight" in facts.rope_factors:
         return _read_llama3(rope, facts.rope_factors["rope_freqs.weight"])
     factor = facts.number("rope.scaling.factor", facts.number("rope.scale_linear", 0.0))
+    if kind == "yarn" and factor != 0.0:
+        return _read_yarn(facts, factor)
     if kind == "linear" and factor not in {0.0, 1.0}:
         return LinearScaling(factor=factor)
     if kind not in {"none", "linear"}:
         raise UsageError(f"GGUF files with {kind} rope scaling are not read")
     return None
+
+
+def _read_yarn(facts: Facts, factor: float) -> YarnScaling:
+    """Return what llama.cpp computes; keys of the ramp are for other graphs of its."""
+    share = facts.number("rope.scaling.attn_factor", 1.0)
+    return YarnScaling(
+        factor=factor,
+        fast_turns=32.0,
+        slow_turns=1.0,
+        original_context_tokens=facts.count(
+            "rope.scaling.original_context_length", facts.count("context_length")
+        ),
+        attention_factor=share * yarn_attention_factor(factor),
+        is_truncated=True,
+    )
 
 
 def _read_llama3(rope: Rope, factors: Sequence[float]) -> Llama3Scaling | None:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.errors import MissingDependencyError, UsageError
-from edgekit.text.template import ChatTemplate
+from edgekit.text.template import ChatTemplate, Message, as_parts
 
 
 if TYPE_CHECKING:
     from edgekit.model.card import SamplingDefaults
     from edgekit.model.checkpoint_protocol import CheckpointProtocol
+    from edgekit.model.tokenizer_files import TokenizerFiles
 
 
 MODELFILE = "Modelfile"
@@ -53,6 +54,7 @@ def modelfile(checkpoint: "CheckpointProtocol", entry: str, *, context_tokens: i
         f"FROM ./{entry}",
         "",
         (_TEMPLATE_NOTE if has_template else _NO_TEMPLATE_NOTE).rstrip(),
+        *_fixed(checkpoint),
         "",
         *(_instruction(f"PARAMETER {name}", value) for name, value in parameters),
     ]
@@ -61,6 +63,13 @@ def modelfile(checkpoint: "CheckpointProtocol", entry: str, *, context_tokens: i
     licence = checkpoint.licence
     lines += [] if licence is None else [_instruction("LICENSE", licence)]
     return "\n".join(lines) + "\n"
+
+
+def _fixed(checkpoint: "CheckpointProtocol") -> Iterator[str]:
+    fixed = checkpoint.text.rules().template_variables
+    if fixed:
+        values = ", ".join(f"{name} = {value}" for name, value in fixed.items())
+        yield f"# The template inside the file says {values}; a version of Ollama's own does not."
 
 
 def sampling_parameters(defaults: "SamplingDefaults") -> Iterator[tuple[str, str]]:
@@ -81,7 +90,8 @@ def _stop_texts(checkpoint: "CheckpointProtocol") -> list[str]:
     from edgekit.model.tokenizer_files import added_tokens
 
     texts = {id: text for text, id in added_tokens(checkpoint.text.tokenizer_json).items()}
-    return [texts[id] for id in checkpoint.text.declared_stop_ids if id in texts]
+    ends = [texts[id] for id in checkpoint.text.declared_stop_ids if id in texts]
+    return [*ends, *checkpoint.text.stop_strings]
 
 
 def default_system(checkpoint: "CheckpointProtocol") -> str | None:
@@ -89,27 +99,29 @@ def default_system(checkpoint: "CheckpointProtocol") -> str | None:
 
     Ollama's versions of templates have none of their own, so a model would miss it.
     """
-    source, special = checkpoint.text.chat_template, checkpoint.text.special_tokens
-    if source is None:
+    files = checkpoint.text
+    if files.chat_template is None:
         return None
     try:
-        template = ChatTemplate.compile(source)
-        without = _render(template, special, None)
-        before, _, after = _render(template, special, _MARK).partition(_MARK)
+        template = ChatTemplate.compile(files.chat_template)
+        without = _render(template, files, None)
+        before, _, after = _render(template, files, _MARK).partition(_MARK)
         if not (without.startswith(before) and without.endswith(after)):
             return None
         system = without[len(before) : len(without) - len(after)]
-        return system if system and _render(template, special, system) == without else None
+        return system if system and _render(template, files, system) == without else None
     except (UsageError, MissingDependencyError):  # Gemma's has no system role
         return None
 
 
-def _render(template: ChatTemplate, special: Mapping[str, str], system: str | None) -> str:
-    turns = [{"role": "user", "content": "Hi"}]
+def _render(template: ChatTemplate, files: "TokenizerFiles", system: str | None) -> str:
+    turns: list[Message] = [{"role": "user", "content": "Hi"}]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
-    known = {"tools": None, "documents": None, **special}
-    return template.render(turns, {**known, "add_generation_prompt": True})
+    known = {"tools": None, "documents": None, **files.special_tokens}
+    return template.render(
+        as_parts(turns, files.template_call.content_parts), {**known, "add_generation_prompt": True}
+    )
 
 
 # The language of Modelfiles

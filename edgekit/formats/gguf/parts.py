@@ -65,7 +65,7 @@ class FileTensor(PlannedWeight):
 def of(spec: DecoderSpec, recipe: Recipe, architecture: Architecture) -> Iterator[FileTensor]:
     """Yield every tensor made from weights, in the order of the file."""
     for roles, shape in _stacked(spec, architecture):
-        yield _part(tensor_name(roles[-1]), roles, shape, recipe, spec)
+        yield _part(_stacked_name(roles), roles, shape, recipe, spec)
     if architecture.ties == "never" and spec.is_tied:
         shape = (spec.vocab_size, spec.hidden_size)
         yield _part(tensor_name("output_head"), ("token_embedding",), shape, recipe, spec)
@@ -74,15 +74,38 @@ def of(spec: DecoderSpec, recipe: Recipe, architecture: Architecture) -> Iterato
 def _stacked(
     spec: DecoderSpec, architecture: Architecture
 ) -> Iterator[tuple[tuple[str, ...], Shape]]:
-    """Yield weights with their shape; where the graph wants gate and up in one, both together."""
-    for role, shape in spec.weights():
+    """Yield weights with their shape, where they share a tensor all of it together."""
+    shapes = dict(spec.weights())
+    stacks = {stack[-1]: stack for stack in _STACKS if architecture.fuses_projections}
+    stacked = {part for stack in stacks.values() for part in stack}
+    for role, shape in shapes.items():
         prefix, _, part = role.rpartition(".")
-        if architecture.fuses_gate_and_up and part == "gate":
-            continue
-        if architecture.fuses_gate_and_up and part == "up":
-            yield (f"{prefix}.gate", role), (2 * shape[0], shape[1])
-        else:
+        if part in stacks:
+            roles = tuple(f"{prefix}.{each}" for each in stacks[part])
+            yield roles, (sum(shapes[each][0] for each in roles), *shape[1:])
+        elif part not in stacked:
             yield (role,), shape
+
+
+# What Phi's graph multiplies at once. llama-quantize takes the whole for values, or for up, which
+# are last here.
+_STACKS = (
+    ("query", "key", "value"),
+    ("query_bias", "key_bias", "value_bias"),
+    ("gate", "up"),
+)
+
+
+def qkv_name(layer: int | None, *, is_bias: bool = False) -> str:
+    """Return llama.cpp's name of the tensor that holds queries, keys and values."""
+    return f"blk.{layer}.attn_qkv.{'bias' if is_bias else 'weight'}"
+
+
+def _stacked_name(roles: tuple[str, ...]) -> str:
+    layer, part = split_role(roles[-1])
+    if len(roles) > 1 and part.startswith("value"):
+        return qkv_name(layer, is_bias=part.endswith("bias"))
+    return tensor_name(roles[-1])
 
 
 def _part(

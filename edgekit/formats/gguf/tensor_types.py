@@ -63,9 +63,11 @@ _HEAD = (
 # of it flash attention in float16), F16 8.9e-6, BF16 4.8e-4, Q8_0 8.3e-3, Q6_K 0.023, Q5_K_M 0.084,
 # Q5_K_S 0.12, Q4_K_M 0.11, Q4_K_S 0.22, Q4_1 0.45, IQ4_NL 0.37, Q4_0 0.56, Q3_K_M 0.38, Q2_K 0.76;
 # 0.999 0.997 0.987 0.94 0.89 0.81 0.78 0.79 0.71 0.58 0.65 0.56 0.63 0.48 of the top tokens. The
-# smaller a model, the more it loses, and this is the smallest anybody ships.
+# smaller a model, the more it loses, and this is the smallest anybody ships. Random models have
+# more near ties: of F16, BF16 and Q8_0 the limits hold all tiny ones with 20 seeds (benchmark
+# false_alarms).
 _LIMITS = {
-    "F32": (1e-6, 0.99), "F16": (1e-4, 0.99), "BF16": (1e-3, 0.97), "Q8_0": (0.02, 0.92),
+    "F32": (1e-6, 0.99), "F16": (1e-4, 0.97), "BF16": (2e-3, 0.93), "Q8_0": (0.02, 0.86),
     "Q6_K": (0.05, 0.80), "Q5_K_M": (0.17, 0.72), "Q5_K_S": (0.24, 0.70), "Q4_K_M": (0.24, 0.70),
     "Q4_K_S": (0.45, 0.62), "Q4_1": (0.9, 0.50), "IQ4_NL": (0.75, 0.56), "Q4_0": (1.1, 0.48),
     "Q3_K_M": (0.8, 0.54), "Q2_K": (1.6, 0.40),

@@ -100,7 +100,7 @@ def _token_ids(checkpoint: "CheckpointProtocol") -> dict[str, int | list[int]]:
     rows = checkpoint.spec.vocab_size  # an id beyond them is no token of the model
     found: dict[str, int | list[int]] = dict(_DEFAULT_IDS)
     for name in ("config.json", "generation_config.json"):
-        path = checkpoint.directory / name
+        path = checkpoint.text.beside(name, otherwise=checkpoint.directory)
         fields = read_object_if_there(path)
         said = {key: fields.get(key) for key in _DEFAULT_IDS}
         found |= {key: id for key, id in said.items() if isinstance(id, int) and 0 <= id < rows}

@@ -17,6 +17,10 @@ from edgekit.text.template import Message
 Encode = Callable[[str], list[int]]  # special tokens parsed, none added
 
 SYSTEM = "{system_message}"
+ANSWER = "{assistant_message}"  # in role_templates["assistant"]
+STRIPS = "strip_reasoning_in_history"
+_FUNCTIONS = "{function_string}"  # WebLLM takes the first one out of what a role template holds
+_THOUGHT_END = "</think>"
 _PATTERNS = re.compile(r"\$[$&`']")  # what JavaScript's String.replace expands
 
 
@@ -32,8 +36,51 @@ def webllm_parts(template: Mapping[str, Any], messages: Sequence[Message]) -> li
     """Return the texts that WebLLM tokenizes one by one."""
     system, turns = _split(template, messages)
     head = replace_in_javascript(template["system_template"], SYSTEM, system)
+    around = _around_answer(template)
+    if around is not None:
+        turns = [
+            _with_answer(
+                turn,
+                replace_in_javascript(around, ANSWER, turn["content"]).replace(_FUNCTIONS, "", 1),
+            )
+            for turn in turns
+        ]
     parts = _message_parts(template, turns, has_head=head != "")
     return [*([head] if head else []), *parts]
+
+
+def sent_to_webllm(template: Mapping[str, Any], messages: Sequence[Message]) -> list[Message]:
+    """Return messages as an app has to pass them, so that WebLLM reads them as they are.
+
+    It puts an answer into a role template with String.replace, which reads ``$&`` and the like.
+    """
+    if _around_answer(template) is None:
+        return list(messages)
+    return [
+        _with_answer(m, m["content"].replace("$", "$$").replace(_FUNCTIONS, _FUNCTIONS * 2, 1))
+        for m in messages
+    ]
+
+
+def without_thoughts(answer: str) -> str:
+    r"""Return an answer without what the model thought, as MLC strips it from earlier ones.
+
+    >>> without_thoughts("<think>\nhm\n</think>\n\nYes "), without_thoughts("\nNo")
+    ('Yes ', '\nNo')
+    """
+    _, end, said = answer.rpartition(_THOUGHT_END)
+    return said.lstrip("\n") if end else answer
+
+
+def _with_answer(message: Message, content: str) -> Message:
+    """Return an answer with another content, any other message as it is."""
+    return {**message, "content": content} if message["role"] == "assistant" else message
+
+
+def _around_answer(template: Mapping[str, Any]) -> str | None:
+    """Return what stands in the place of an earlier answer, None if it is the answer alone."""
+    around: str | None = template.get("role_templates", {}).get("assistant")
+    return around
 
 
 def mlc_ids(template: Mapping[str, Any], messages: Sequence[Message], encode: Encode) -> list[int]:
@@ -45,6 +92,21 @@ def mlc_text(template: Mapping[str, Any], messages: Sequence[Message]) -> str:
     """Return the text that MLC's own engine tokenizes at once, after the prefix of ids."""
     system, turns = _split(template, messages)
     head = template["system_template"].replace(SYSTEM, system, 1)
+    around = _around_answer(template) or ANSWER
+    last_ask = max((at for at, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
+    turns = [
+        _with_answer(
+            turn,
+            around.replace(
+                ANSWER,
+                without_thoughts(turn["content"])
+                if template.get(STRIPS) and at < last_ask
+                else turn["content"],
+                1,
+            ),
+        )
+        for at, turn in enumerate(turns)
+    ]
     return "".join([head, *_message_parts(template, turns, has_head=head != "")])
 
 

@@ -9,10 +9,9 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.formats.mlc import clients, template_affixes
 from edgekit.formats.mlc.template_affixes import Role, Surroundings
@@ -29,6 +28,10 @@ if TYPE_CHECKING:
 RAW_HINT = (
     "`--variant raw-prompt` makes an artifact that takes prompts as they are: the app renders the "
     "chat template itself"
+)
+WAYS_OUT = (
+    f"{RAW_HINT}; or take a template without it: --chat-template NAME|FILE, or --template-var "
+    "enable_thinking=false where that is what it writes"
 )
 WITH_SYSTEM = "-with-system"  # the end of the second model's name in webllm.json
 NO_THOUGHTS = "<think>\n\n</think>\n\n"  # what WebLLM starts an answer with if told not to think
@@ -62,6 +65,7 @@ class Conversation:
     needs_system: bool = False  # True: every conversation must have one
     trimmed_roles: tuple[Role, ...] = ()  # the app must strip their messages
     drops_thoughts: bool = False  # the app must cut <think>…</think> out of earlier answers
+    keeps_breaks: bool = False  # but not the line breaks after it
     is_raw: bool = False  # one message is the whole prompt, as the chat template renders it
     notes: tuple[str, ...] = ()  # what a user should know, one sentence each
 
@@ -69,6 +73,12 @@ class Conversation:
     def keeps_cache(self) -> bool:
         """Whether WebLLM may go on from what it has read when the next turn comes."""
         return self.is_raw or keeps_cache(self.template)
+
+    @property
+    def fills_answers(self) -> bool:
+        """Whether WebLLM puts earlier answers into a text, and reads ``$&`` in them."""
+        forms = (self.template, self.with_system or {})
+        return any(form.get("role_templates") for form in forms)
 
     @property
     def systems(self) -> tuple[str | None, ...]:
@@ -86,9 +96,10 @@ class Conversation:
 def keeps_cache(template: Mapping[str, Any]) -> bool:
     """Tell whether WebLLM may go on from its cache: it never reads ``seps[1]`` then.
 
-    With a stop string, the cache holds that too, though it is not part of the answer.
+    With a stop string, the cache holds that too, though it is not part of the answer; what a role
+    template puts before an earlier answer is not in it.
     """
-    return not template["seps"][-1] and not template["stop_str"]
+    return not (template["seps"][-1] or template["stop_str"] or template.get("role_templates"))
 
 
 def derive(checkpoint: "CheckpointProtocol", *, raw_prompt: bool = False) -> Conversation:
@@ -101,26 +112,19 @@ def derive(checkpoint: "CheckpointProtocol", *, raw_prompt: bool = False) -> Con
     Raises:
         UsageError: If MLC cannot express the template; the message shows the first difference.
     """
-    stop_strings = _stop_strings(checkpoint.directory / "generation_config.json")
-    return _derive(checkpoint.text, stop_strings=stop_strings, raw_prompt=raw_prompt)
+    return _derive(checkpoint.text, raw_prompt=raw_prompt)
 
 
 @functools.lru_cache(maxsize=4)  # a plan and an export ask several times
-def _derive(
-    files: "TokenizerFiles", *, stop_strings: tuple[str, ...], raw_prompt: bool
-) -> Conversation:
+def _derive(files: "TokenizerFiles", *, raw_prompt: bool) -> Conversation:
     source, text = files.chat_template, files.loaded()
-    stops = {"stop_str": list(stop_strings), "stop_token_ids": list(text.rules.stop_ids)}
+    day = date.today() if source and template_affixes.writes_today(text) else None  # noqa: DTZ011
+    text = text.on(day) if day else text
+    stops = {"stop_str": list(files.stop_strings), "stop_token_ids": list(text.rules.stop_ids)}
     if raw_prompt or source is None:
         return _raw(text, stops)
     derivation = _Derivation(text=text, stops=stops, tokens=added_tokens(files.tokenizer_json))
-    return _with_notes(derivation.run(), text=text, source=source)
-
-
-def _stop_strings(path: Path) -> tuple[str, ...]:
-    """Return the texts that end an answer; the ids that do are with the tokenizer's files."""
-    declared = read_object_if_there(path).get("stop_strings") or []
-    return (declared,) if isinstance(declared, str) else tuple(map(str, declared))
+    return _with_notes(derivation.run(), text=text, source=source, day=day)
 
 
 def _raw(text: Text, stops: Mapping[str, Any]) -> Conversation:
@@ -151,12 +155,14 @@ def _conv_template(  # noqa: PLR0913 - the fields of MLC's own record
     adds_first_role: bool = True,
     content_sep: str = "",
     empty_sep: str = "",
+    around_answer: str = "",
 ) -> dict[str, Any]:
     """Return a ``conv_template``, in the order MLC writes it.
 
-    There are no ``role_templates``: with them WebLLM reads ``$&`` and ``{function_string}`` in a
-    message as instructions; without them every program takes a message as it is.
+    There are no ``role_templates`` where they can be done without: with them WebLLM reads ``$&``
+    and ``{function_string}`` in a message as instructions.
     """
+    around = {"role_templates": {"assistant": around_answer}} if around_answer else {}
     return {
         "name": name,
         "system_template": system,
@@ -164,6 +170,7 @@ def _conv_template(  # noqa: PLR0913 - the fields of MLC's own record
         "system_prefix_token_ids": list(prefix_ids),
         "add_role_after_system_message": adds_first_role,
         "roles": {"user": user, "assistant": assistant},
+        **around,
         "messages": [],
         "seps": list(seps),
         "role_content_sep": content_sep,
@@ -188,11 +195,6 @@ class _Derivation:
         Raises:
             UsageError: If there is none.
         """
-        if template_affixes.writes_today(self.text):
-            raise UsageError(
-                "the chat template writes today's date, MLC would write the same one every day",
-                hint=f"put a fixed date into chat_template.jinja; or {RAW_HINT}",
-            )
         plain, refusal = self._try_find(has_system=False)
         around, _ = self._try_find(has_system=True)
         if plain is None and around is None:
@@ -229,16 +231,25 @@ class _Derivation:
             return self._conversation(
                 template, takes_system=alone is None, needs_system=alone is None
             )
-        changed = {key: with_system[key] for key in alone if with_system[key] != alone[key]}
+        changed = {
+            key: with_system.get(key, {})  # of what only one of them has: no role templates
+            for key in alone | with_system
+            if with_system.get(key, {}) != alone.get(key, {})
+        }
         return self._conversation(alone, with_system=changed)
 
     def _conversation(self, template: Mapping[str, Any], **fields: Any) -> Conversation:
         return Conversation(
-            template=template,
+            template={**template, **({clients.STRIPS: True} if self._drops_thoughts else {})},
             trimmed_roles=self._trimmed_roles,
-            drops_thoughts=template_affixes.drops_thoughts(self.text),
+            drops_thoughts=self._drops_thoughts,
+            keeps_breaks=self._drops_thoughts and template_affixes.keeps_breaks(self.text),
             **fields,
         )
+
+    @functools.cached_property
+    def _drops_thoughts(self) -> bool:
+        return template_affixes.drops_thoughts(self.text)
 
     @functools.cached_property
     def _trimmed_roles(self) -> tuple[Role, ...]:
@@ -274,18 +285,19 @@ class _Derivation:
         ask_cuts = self._cuts(before_answer)
         for cut in self._cuts(around.after_answer):
             user = around.after_answer[cut:]
-            if not user.endswith(content_sep):  # MLC has one for both roles
-                continue
+            # MLC has one separator for both roles; else it stands in a template for answers.
+            is_shared = user.endswith(content_sep)
             for system, adds_first_role in self._heads(around, user):
                 for ask_cut in sorted(ask_cuts, key=lambda cut: cut == 0):  # a stable sort
                     yield self._candidate(
                         system=system,
                         default_system=default,
                         adds_first_role=adds_first_role,
-                        user=user.removesuffix(content_sep),
+                        user=user.removesuffix(content_sep) if is_shared else user,
                         assistant=before_answer[ask_cut:],
                         seps=[before_answer[:ask_cut], around.after_answer[:cut]],
-                        content_sep=content_sep,
+                        content_sep=content_sep if is_shared else "",
+                        around_answer="" if is_shared else content_sep + clients.ANSWER,
                         empty_sep=empty_sep,
                     )
 
@@ -319,7 +331,7 @@ class _Derivation:
 
     def _uncuttable(self, around: Surroundings) -> str:
         """Say why there may be no candidate."""
-        before_answer, content_sep, _ = around.headers()
+        before_answer, _, _ = around.headers()
         for place, between in (
             ("between a question and its answer", before_answer),
             ("between an answer and the next question", around.after_answer),
@@ -329,11 +341,6 @@ class _Derivation:
                     f"no special token is in {between!r}, {place}, so that they cannot be "
                     "tokenized apart, as WebLLM does"
                 )
-        if not around.after_answer.endswith(content_sep):
-            return (
-                f"{content_sep!r} stands before an answer that is there, but neither before one "
-                "to come nor before a question"
-            )
         return (
             f"{around.head!r} before the first question and {around.after_answer!r} before the "
             "next have no header in common"
@@ -360,8 +367,11 @@ class _Derivation:
         if found != wanted:
             return _text_difference(wanted, found)
         wanted_ids = self._encode(wanted)
-        for client, ids_of in (("WebLLM", clients.webllm_ids), ("MLC", clients.mlc_ids)):
-            ids = ids_of(template, shown, self._encode)
+        sent = clients.sent_to_webllm(template, shown)
+        for client, ids in (
+            ("WebLLM", clients.webllm_ids(template, sent, self._encode)),
+            ("MLC", clients.mlc_ids(template, shown, self._encode)),
+        ):
             if ids != wanted_ids:
                 return self._id_difference(client, wanted_ids, ids)
         return None
@@ -415,20 +425,32 @@ def _first_difference(wanted: Sequence[Any], found: Sequence[Any]) -> int:
 
 
 def _inexpressible(finding: str) -> UsageError:
-    return UsageError(f"MLC cannot express the chat template: {finding}", hint=RAW_HINT)
+    return UsageError(f"MLC cannot express the chat template: {finding}", hint=WAYS_OUT)
 
 
 # What an app has to do, since a fixed text cannot
 
 
-def _with_notes(found: Conversation, *, text: Text, source: str) -> Conversation:
+def _with_notes(found: Conversation, *, text: Text, source: str, day: date | None) -> Conversation:
     steps = list(_steps(found))
     notes = [f"an app must do more than call WebLLM, as index.html does: {'; '.join(steps)}"]
+    if day is not None:
+        notes.append(_date_note(day, text))
     if "tools" in source:
         notes.append("MLC cannot express how the chat template writes tools")
     if "enable_thinking" in source and not _can_switch_thoughts(found, text):
         notes.append("leave WebLLM's enable_thinking alone: it does not do what the template does")
     return replace(found, notes=tuple(notes if steps else notes[1:]))
+
+
+def _date_note(day: date, text: Text) -> str:
+    known = text.template.variables if text.template else frozenset()
+    name = next((name for name in sorted(known) if "date" in name), None)
+    fixed = f" (--template-var {name}=TEXT fixes another)" if name else ""
+    return (
+        f"the chat template writes the day's date: for MLC it stays that of the export, "
+        f"{day.isoformat()}{fixed}; with `--variant raw-prompt` the app writes it"
+    )
 
 
 def _steps(found: Conversation) -> Iterator[str]:
@@ -441,10 +463,15 @@ def _steps(found: Conversation) -> Iterator[str]:
     if found.trimmed_roles:
         yield f"strip the whitespace around {' and '.join(found.trimmed_roles)} messages"
     if found.drops_thoughts:
-        yield "cut <think>…</think> out of earlier answers"
+        breaks = ", but not the line breaks after it" if found.keeps_breaks else ""
+        yield f"cut <think>…</think> out of earlier answers{breaks}"
+    if found.fills_answers:
+        yield "write $$ for $ in earlier answers, and their first {function_string} twice"
     if not found.keeps_cache:
-        after = found.template["seps"][-1] or found.template["stop_str"][0]
-        yield f"call resetChat() before each turn, or WebLLM errs about {after!r} after an answer"
+        after = [found.template["seps"][-1], *found.template["stop_str"]]
+        missing = next(filter(None, after), "")
+        where = f"{missing!r} after an answer" if missing else "what stands before an answer"
+        yield f"call resetChat() before each turn, or WebLLM errs about {where}"
 
 
 def _can_switch_thoughts(found: Conversation, text: Text) -> bool:

@@ -18,6 +18,7 @@ from edgekit.model.spec import (
     LongRopeScaling,
     Rope,
     RopeScaling,
+    YarnScaling,
 )
 
 
@@ -121,7 +122,8 @@ def _rope_problems(model: MlcModel, spec: DecoderSpec, rope: Rope) -> Iterator[s
 
 
 def _kind(scaling: RopeScaling) -> str:
-    kinds = {LinearScaling: "linear", Llama3Scaling: "llama3", LongRopeScaling: "longrope"}
+    kinds = {LinearScaling: "linear", Llama3Scaling: "llama3", LongRopeScaling: "longrope",
+             YarnScaling: "YaRN"}  # fmt: skip
     return kinds[type(scaling)]
 
 

@@ -12,7 +12,6 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 # What no template says itself, so that it is found again.
 _SYSTEM, _ASK, _ANSWER, _AGAIN = (f"edgekit-5c-{n}" for n in ("system", "ask", "answer", "again"))
 _THOUGHT = "edgekit-5c-thought"
-_TODAY = "edgekit-5c-today"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,16 +93,8 @@ def _trims(text: Text, role: Role) -> bool:
 
 def writes_today(text: Text) -> bool:
     """Tell whether the prompt is another one every day."""
-    for system in (None, _SYSTEM):
-        try:
-            rendered = text.render(
-                _conversation(_ASK, system=system), strftime_now=lambda _pattern: _TODAY
-            )
-        except UsageError:
-            continue  # it refuses a system message, or wants one
-        if _TODAY in rendered:
-            return True
-    return False
+    asked = (_conversation(_ASK, system=system) for system in (None, _SYSTEM))
+    return any(text.writes_today(messages) for messages in asked)
 
 
 def drops_thoughts(text: Text) -> bool:
@@ -114,6 +105,15 @@ def drops_thoughts(text: Text) -> bool:
     except UsageError:
         return False
     return _ANSWER in rendered and _THOUGHT not in rendered
+
+
+def keeps_breaks(text: Text) -> bool:
+    """Tell whether the line breaks after such a thought stay."""
+    thought, plain, broken = (
+        text.render(_conversation(_ASK, start + _ANSWER, _AGAIN))
+        for start in (f"<think>\n{_THOUGHT}\n</think>\n\n", "", "\n\n")
+    )
+    return thought == broken != plain
 
 
 def _conversation(*contents: str, system: str | None = None) -> list[dict[str, str]]:

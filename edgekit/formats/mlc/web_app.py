@@ -109,6 +109,8 @@ def _rules(conversation: Conversation) -> dict[str, Any]:
         "has_system_model": conversation.with_system is not None,
         "trimmed_roles": list(conversation.trimmed_roles),
         "drops_thoughts": conversation.drops_thoughts,
+        "keeps_breaks": conversation.keeps_breaks,
+        "fills_answers": conversation.fills_answers,
         "keeps_cache": conversation.keeps_cache,
         "keeps_cache_with_system": conversation.is_raw or keeps_cache(with_system),
     }

@@ -105,11 +105,15 @@ export function prepare(messages, rules, hasSystem = messages[0]?.role === "syst
 
 function contentOf({ role, content }, rules) {
   if (rules.drops_thoughts && role === "assistant") {
-    content = content.split("</think>").at(-1).replace(/^\n+/, "");
+    const said = content.split("</think>").at(-1);
+    content = rules.keeps_breaks || said === content ? said : said.replace(/^\n+/, "");
   }
   if (rules.trimmed_roles.includes(role)) content = content.trim();
-  // WebLLM puts a system message in with String.replace, which reads "$&" and the like.
-  return role === "system" ? content.replaceAll("$", "$$$$") : content;
+  const fills = rules.fills_answers && role === "assistant";
+  // WebLLM takes the first of these out of an answer that it puts into a text.
+  if (fills) content = content.replace("{function_string}", "{function_string}{function_string}");
+  // It puts messages in with String.replace, which reads "$&" and the like.
+  return fills || role === "system" ? content.replaceAll("$", "$$$$") : content;
 }
 
 /** One sentence that says what the model needs and is not there; null if all is. */

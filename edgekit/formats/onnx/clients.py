@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit.encodings.json_files import read_object
 from edgekit.formats.onnx import genai_text, tensor_types
 from edgekit.formats.onnx.graph import cache_name, cache_width
-from edgekit.model.tokenizer_files import added_tokens
+from edgekit.model.tokenizer_files import added_tokens, common_settings
 from edgekit.quant.recipe import Recipe
 
 
@@ -39,6 +39,11 @@ def notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
     """Yield what a user should know of other programs that open the files."""
     yield NOTE
     yield from _genai_notes(checkpoint.text)
+    if strings := checkpoint.text.stop_strings:
+        yield (
+            f"other programs that open the files must be told that an answer ends before "
+            f"{' or '.join(map(repr, strings))}: no setting of theirs holds stop strings"
+        )
     spec = checkpoint.spec
     border = spec.original_max_position_embeddings
     if border not in {None, _KNOWN_BORDER_TOKENS}:
@@ -110,6 +115,7 @@ def transformers_files(
         "config.json": {
             "quantization_config": None,
             "vocab_size": checkpoint.spec.vocab_size,
+            "num_hidden_layers": len(checkpoint.spec.layers),
             "transformers.js_config": _transformers_js(recipe, data_files=data_files),
         },
         "generation_config.json": {"eos_token_id": list(checkpoint.text.declared_stop_ids)},
@@ -117,10 +123,10 @@ def transformers_files(
     }
     found = {}
     for name, changed in changes.items():
-        text = checkpoint.text.tokenizer_json.parent if "tokenizer" in name else None
-        path = (text or checkpoint.directory) / name
+        path = checkpoint.text.beside(name, otherwise=checkpoint.directory)
         if path.is_file():
             fields = read_object(path) | changed
+            fields = common_settings(fields) if "tokenizer" in name else fields
             found[name] = {
                 key: value
                 for key, value in fields.items()

@@ -6,6 +6,11 @@ rotates a part of every head, ``SimplifiedLayerNormalization`` is the RMS norm. 
 or ``Gemm`` where it must run on WebGPU, takes other weights as a checkpoint has them (rows out,
 columns in), so that an embedding can be the head too. Cosines are computed for the positions at
 hand, so there is no table that ends, and from sums and products, which every device computes alike.
+
+``GroupQueryAttention`` wants each row of a batch to begin at the first column, and most clients
+fill shorter prompts up on the left. So rows are turned to where it wants them, and logits back:
+tokens that are none end behind a row's own, where it sees none of them and later ones take their
+place.
 """
 
 import math
@@ -102,6 +107,9 @@ class _Builder:
     rotations: dict[Rope, tuple[str, str, str]] = field(
         default_factory=dict
     )  # indices, cosine, sine
+    input_ids: str = ""  # int64 (batch, tokens): each row from its first token on
+    position_ids: str = ""  # the same
+    rows_back: str = ""  # int64 (batch, tokens): where each token of the input went, of all rows
     last_tokens: str = ""  # int32 (batch,): the index of each row's last token
     all_tokens: str = ""  # int32: how many tokens there are, cached ones included
     batch_and_tokens: str = ""  # int64 (2,): of what is computed at present
@@ -140,7 +148,8 @@ class _Builder:
 
     def read_inputs(self) -> None:
         self._name_inputs()
-        self._begin("input_ids")
+        self._turn_rows()
+        self._begin(self.input_ids)
         ones = self.op("ReduceSum", "attention_mask", self.constant(1), keepdims=0)
         last = self.op("Sub", ones, self.scalar(1, dtype="int64"))
         self.last_tokens = self.op("Cast", last, to=_INT32)
@@ -149,6 +158,24 @@ class _Builder:
         self.all_tokens = self.op("Cast", total, to=_INT32)
         for number, rope in enumerate(ropes(self.spec)):
             self.rotations[rope] = self._rotation(rope, self._frequencies(number, rope, total))
+
+    def _turn_rows(self) -> None:
+        """Let each row begin with its first token, wherever the mask says that this is."""
+        zero, one = self.scalar(0, dtype="int64"), self.scalar(1, dtype="int64")
+        count = self.op("Shape", "input_ids", start=1, end=2)
+        mask = self.op(
+            "Slice", "attention_mask", self.op("Neg", count), self.constant(_TO_THE_END),
+            self.constant(1),
+        )  # fmt: skip
+        filled = self.op("ArgMax", mask, axis=1, keepdims=1)  # the first of the ones
+        columns = self.op("Squeeze", count)
+        steps = self.op("Range", zero, columns, one)
+        turned = self.op("Mod", self.op("Add", steps, filled), count)
+        self.input_ids = self.op("GatherElements", "input_ids", turned, axis=1)
+        self.position_ids = self.op("GatherElements", "position_ids", turned, axis=1)
+        firsts = self.op("Range", zero, self.op("Size", "input_ids"), columns)
+        back = self.op("Mod", self.op("Sub", steps, filled), count)
+        self.rows_back = self.op("Add", back, self.op("Unsqueeze", firsts, self.constant(1)))
 
     def _name_inputs(self) -> None:
         """Declare inputs with Optimum's names, of sizes too: transformers.js reads those."""
@@ -183,7 +210,7 @@ class _Builder:
 
     def _rotation(self, rope: Rope, frequencies: str) -> tuple[str, str, str]:
         """Return a row of cosines and of sines for every token, and the index of its row."""
-        positions = self.op("Cast", "position_ids", to=_FLOAT32)
+        positions = self.op("Cast", self.position_ids, to=_FLOAT32)
         column = self.op("Reshape", positions, self.constant(-1, 1))
         angles = self.op("Mul", column, frequencies)
         waves = self._waves(angles)
@@ -191,10 +218,10 @@ class _Builder:
             factor = self.scalar(rope.attention_factor)
             waves = [self.op("Mul", wave, factor) for wave in waves]
         cosine, sine = map(self.narrowed, waves)
-        count = self.op("Size", "position_ids")
+        count = self.op("Size", self.position_ids)
         zero, one = self.scalar(0, dtype="int64"), self.scalar(1, dtype="int64")
         indices = self.op("Range", zero, count, one)
-        indices = self.op("Reshape", indices, self.op("Shape", "position_ids"))
+        indices = self.op("Reshape", indices, self.op("Shape", self.position_ids))
         return indices, cosine, sine
 
     def _waves(self, angles: str) -> list[str]:
@@ -232,7 +259,7 @@ class _Builder:
         return name
 
     def embed(self) -> str:
-        x = self._rows("token_embedding", "input_ids")
+        x = self._rows("token_embedding", self.input_ids)
         if self.spec.embedding_scale != 1:
             x = self.op("Mul", x, self.scalar(self.spec.embedding_scale))
         return x
@@ -286,7 +313,10 @@ class _Builder:
 
     def make_logits(self, x: str) -> str:
         spec = self.spec
-        x = self.op("Slice", x, FIRST_LOGIT, self.constant(_TO_THE_END), self.constant(1))
+        wanted = (FIRST_LOGIT, self.constant(_TO_THE_END), self.constant(1))
+        rows = self.op("Slice", self.rows_back, *wanted)
+        x = self.op("Reshape", x, self.constant(-1, spec.hidden_size))
+        x = self.op("Gather", x, rows)
         self._begin(x)
         x = self.narrowed(self._normalize(spec.norm, "final_norm", x))
         role = "token_embedding" if spec.is_tied else "output_head"

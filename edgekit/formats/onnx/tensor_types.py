@@ -166,8 +166,10 @@ def _eight_bit_embedding(tensor_type: str) -> Rule:
 # or importance-weighted 0.24 to 0.28, 67; INT4 0.54, 55.0, or 0.28, 67; UINT4_128 0.67,
 # 50.8, or 0.41, 59.8; INT4_128 0.88, 43.9, or 0.44, 58.1; UINT4_ALL 0.58, 50.4. Those of blocks of
 # 128 are of the rounding alone: rows of 576 do not fill them, and get finer ones in an artifact.
+# Random models have more near ties: of F16, F16_GPU and INT8 the limits hold all tiny ones with 20
+# seeds (benchmark false_alarms).
 _LIMITS = {
-    "F32": (1e-9, 0.999), "F16": (1e-4, 0.99), "F16_GPU": (1e-4, 0.99), "INT8": (0.02, 0.92),
+    "F32": (1e-9, 0.999), "F16": (1e-4, 0.97), "F16_GPU": (1e-4, 0.97), "INT8": (0.02, 0.86),
     "UINT4": (0.5, 0.57), "INT4": (0.6, 0.54), "UINT4_GPU": (0.5, 0.57), "UINT4_128": (0.8, 0.48),
     "INT4_128": (1.0, 0.41), "UINT4_ALL": (0.7, 0.48),
 }  # fmt: skip

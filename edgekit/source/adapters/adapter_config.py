@@ -14,54 +14,54 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.encodings.json_files import read_object
+from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.errors import UsageError
+from edgekit.source import places
+from edgekit.source.adapters import by_peft
+from edgekit.source.adapters.names import AS_IT_IS, Naming
 from edgekit.source.config import Config
 
 
 SUPPORTED = (
     "LoRA with rank and alpha patterns, rsLoRA, DoRA, biases, modules_to_save and "
-    "trainable_token_indices"
+    "trainable_token_indices, and what PEFT merges: AdaLoRA, LoHa, LoKr, IA3, OFT, BOFT, VeRA and "
+    "others"
 )
 ALL_LINEAR = "all-linear"
 _MOST = 2**31  # no rank and no alpha comes near
+# What other kinds are called, apart from those that `by_peft` merges.
 _OTHER_KINDS = {
-    "ADALORA": "AdaLoRA",
-    "BOFT": "BOFT",
-    "HRA": "HRA",
-    "IA3": "IA3",
-    "LN_TUNING": "layer norm tuning",
-    "LOHA": "LoHa",
-    "LOKR": "LoKr",
-    "MISS": "MiSS",
-    "OFT": "OFT",
-    "PREFIX_TUNING": "prefix tuning",
-    "PROMPT_TUNING": "prompt tuning",
-    "P_TUNING": "p-tuning",
-    "TRAINABLE_TOKENS": "trainable tokens without LoRA",
-    "VBLORA": "VB-LoRA",
-    "VERA": "VeRA",
-}
+    "ADAMSS": "AdaMSS", "BEFT": "BEFT", "FROD": "FRoD", "OSF": "OSF", "PSOFT": "PSOFT",
+}  # fmt: skip
+# These change no weight, so nothing merges them.
+_NOT_WEIGHTS = {
+    "ADAPTION_PROMPT": "adaption prompt", "CARTRIDGE": "cartridge", "CPT": "CPT", "LILY": "Lily",
+    "MULTITASK_PROMPT_TUNING": "multitask prompt tuning", "POLY": "Poly",
+    "PREFIX_TUNING": "prefix tuning", "PROMPT_TUNING": "prompt tuning", "P_TUNING": "p-tuning",
+    "SHADOW": "Shadow", "XLORA": "X-LoRA",
+}  # fmt: skip
+_LORA, _TOKENS = "LORA", "TRAINABLE_TOKENS"
 _REFUSED_OPTIONS = {
     "alora_invocation_tokens": "activated LoRA, which changes the weights within a text",
     "arrow_config": "Arrow, which chooses among adapters for each token",
     "kasa_config": "KaSA, which truncates the base",
-    "layer_replication": "layer replication, which repeats layers of the base",
     "megatron_config": "Megatron's parallel layers",
     "monteclora_config": "MonteCLoRA, which samples its weights",
-    "target_parameters": "adapters on bare parameters (mixtures of experts)",
     "use_bdlora": "block-diagonal LoRA",
     "use_mora": "MoRA",
     "use_qalora": "QA-LoRA, which pools the input of a quantized layer",
     "velora_config": "VeLoRA",
 }
+_UNMERGEABLE = ("alora_invocation_tokens", "arrow_config")  # not by PEFT either
 # How training started: PEFT subtracts these from the base when it loads the adapter, so the file
 # alone does not say what to add. Other ways to start leave an ordinary LoRA behind.
+_EXACT_STARTS = ("pissa", "olora")  # what these subtract, the base alone says
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _READ = frozenset({
     "alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules",
-    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
-    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "task_type",
+    "init_lora_weights", "layer_replication", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_bias", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules",
+    "target_parameters", "task_type",
     "trainable_token_indices", "use_dora", "use_rslora",
 })  # fmt: skip
 _WITHOUT_EFFECT = frozenset({
@@ -91,11 +91,32 @@ class AdapterSettings:
     has_magnitudes: bool  # DoRA
     has_lora_bias: bool
     keeps_tie: bool
+    target_parameters: tuple[str, ...] = ()
+    replicated: tuple[tuple[int, int], ...] = ()  # layers of the base, first and end of each run
+    start: str = ""  # pissa or olora, if that much of the base must be taken off
+    kind: str = "LORA"  # as PEFT calls it
+    is_of_mlx: bool = False  # a magnitude for each row of an embedding, and one layer if it is tied
+    naming: Naming = AS_IT_IS  # modules are matched by the names they had in training
+
+    @property
+    def is_merged_by_peft(self) -> bool:
+        """Tell whether its meaning is known to PEFT only."""
+        return self.kind in by_peft.KINDS
 
     def targets(self, module: str, *, is_embedding: bool) -> bool:
         """Tell whether a module has a low-rank update; ``is_embedding`` includes the head."""
-        if self._excludes(module) or self.saves(module):
+        if self.saves(module):
             return False
+        module = self.naming.stored(module)
+        if self._excludes(module):
+            return False
+        return self._names_parameter(module) or self._names(module, is_embedding=is_embedding)
+
+    def _names_parameter(self, module: str) -> bool:
+        parameter = f"{module}.weight"
+        return any(parameter == it or parameter.endswith(f".{it}") for it in self.target_parameters)
+
+    def _names(self, module: str, *, is_embedding: bool) -> bool:
         if self.target_modules == ALL_LINEAR:
             return not is_embedding
         if isinstance(self.target_modules, str):
@@ -107,6 +128,7 @@ class AdapterSettings:
 
     def saves(self, module: str) -> bool:
         """Tell whether a module is replaced as a whole."""
+        module = self.naming.stored(module)
         return any(
             re.match(rf"(^|.*\.){name}($|\..*)", module) is not None
             for name in self.modules_to_save
@@ -114,16 +136,20 @@ class AdapterSettings:
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module's update."""
-        return int(_lookup(self.rank_pattern, module, self.rank))
+        return int(_lookup(self.rank_pattern, self.naming.stored(module), self.rank))
+
+    def alpha_of(self, module: str) -> float:
+        """Return what a module's update is scaled by, before its rank is taken into account."""
+        return _lookup(self.alpha_pattern, self.naming.stored(module), self.alpha)
 
     def scale_of(self, module: str) -> float:
         """Return what a module's update is multiplied with."""
-        rank = self.rank_of(module)
-        alpha = _lookup(self.alpha_pattern, module, self.alpha)
+        rank, alpha = self.rank_of(module), self.alpha_of(module)
         return alpha / (math.sqrt(rank) if self.is_rank_stabilized else rank)
 
     def token_ids_of(self, module: str, *, is_embedding: bool) -> tuple[int, ...] | None:
         """Return the tokens whose rows a module replaces, in the order of the file."""
+        module = self.naming.stored(module)
         for name, ids in self.token_ids.items():
             if is_embedding if name == "" else module.endswith(name):
                 return ids
@@ -143,24 +169,44 @@ class AdapterSettings:
         return None
 
 
+def base_model_of(directory: Path) -> str:
+    """Return the name or path of what an adapter was trained on, whichever tool wrote it.
+
+    Raises:
+        UsageError: If its config is not JSON.
+    """
+    fields = read_object_if_there(directory / "adapter_config.json")
+    return str(fields.get("base_model_name_or_path") or fields.get("model") or "")
+
+
+def kind_of(fields: Mapping[str, Any]) -> str:
+    """Return the kind of an adapter as PEFT writes it, however it is spelled."""
+    return str(fields.get("peft_type", "")).rpartition(".")[2].upper().replace("-", "_")
+
+
 def read(directory: Path) -> AdapterSettings:
     """Read the configuration of an adapter.
 
     Raises:
-        UsageError: If this is not an adapter, is of another kind, or has an option that edgekit
-            does not know.
+        UsageError: If this is not an adapter, is of a kind that cannot be merged, or has an option
+            that edgekit does not know.
     """
     path = directory / "adapter_config.json"
     if not path.is_file():
         raise UsageError(
             f"{directory} is not an adapter: it has no adapter_config.json",
-            hint="pass the directory that PEFT's save_pretrained wrote",
+            hint=places.hint_for_adapter(directory)
+            or "pass the directory that PEFT's save_pretrained wrote",
         )
     fields = {name: value for name, value in read_object(path).items() if _is_set(value)}
     _refuse_other_kinds(fields, origin=str(path))
     config = Config(fields, origin=str(path))
-    settings = _settings(config, fields)
-    _refuse_unread(fields, origin=str(path))
+    if kind_of(fields) == _LORA:
+        _refuse_other_options(fields, origin=str(path))
+        settings = _settings(config, fields)
+        _refuse_unread(fields, origin=str(path))
+    else:
+        settings = _settings_of_another(config, fields)
     _refuse_bad_patterns(settings)
     return settings
 
@@ -169,27 +215,59 @@ def _is_set(value: Any) -> bool:
     return value is not None and value is not False and value not in ([], {}, "")
 
 
+def merged_by_hand(fields: Mapping[str, Any], directory: Path) -> str:
+    """Return the two lines by which PEFT makes a model of an adapter and its base."""
+    base = fields.get("base_model_name_or_path") or "BASE"
+    return (
+        "merge it with PEFT and pass DIR as MODEL: "
+        f"base = AutoModelForCausalLM.from_pretrained({str(base)!r}); "
+        f"PeftModel.from_pretrained(base, {str(directory)!r}).merge_and_unload()"
+        ".save_pretrained('DIR')"
+    )
+
+
 def _refuse_other_kinds(fields: Mapping[str, Any], *, origin: str) -> None:
-    kind = str(fields.get("peft_type", ""))
-    if kind != "LORA":
+    kind = kind_of(fields)
+    if not kind:
         raise UsageError(
-            f"{origin} describes an adapter of kind {_OTHER_KINDS.get(kind, kind)!r}, "
-            "edgekit merges LoRA",
-            hint=f"supported: {SUPPORTED}",
+            f"{origin} has no peft_type, so it is not the config of an adapter of PEFT",
+            hint="pass the directory that PEFT's save_pretrained wrote",
         )
+    if kind in _NOT_WEIGHTS:
+        raise UsageError(
+            f"{origin} describes an adapter of kind {_NOT_WEIGHTS[kind]!r}, which changes no "
+            "weight of the base, so no merge can say the same",
+            hint=f"train an adapter that can be merged: {SUPPORTED}",
+        )
+    if kind not in (_LORA, _TOKENS, *by_peft.KINDS):
+        raise UsageError(
+            f"{origin} describes an adapter of kind {_OTHER_KINDS.get(kind, kind)!r}, which "
+            "edgekit does not merge",
+            hint=merged_by_hand(fields, Path(origin).parent),
+        )
+
+
+def _refuse_other_options(fields: Mapping[str, Any], *, origin: str) -> None:
     for name, meaning in _REFUSED_OPTIONS.items():
         if name in fields:
             raise UsageError(
                 f"{origin}: {name} is set, which is {meaning}; edgekit does not merge that",
-                hint=f"supported: {SUPPORTED}",
+                hint=f"supported: {SUPPORTED}"
+                if name in _UNMERGEABLE
+                else merged_by_hand(fields, Path(origin).parent),
             )
-    start = str(fields.get("init_lora_weights", True)).lower()
-    if start.startswith(_CHANGE_THE_BASE):
+    start = _start_of(fields)
+    if start not in _EXACT_STARTS and start.startswith(_CHANGE_THE_BASE):
+        reason = "at random" if start.startswith("pissa") else "by what is not in the file"
         raise UsageError(
             f"{origin}: init_lora_weights = {start!r}, so the adapter belongs to a base that PEFT "
-            "changed before training",
+            f"changed before training, {reason}",
             hint="convert it: save_pretrained(…, path_initial_model_for_weight_conversion=…)",
         )
+
+
+def _start_of(fields: Mapping[str, Any]) -> str:
+    return str(fields.get("init_lora_weights", True)).lower()
 
 
 def _refuse_unread(fields: Mapping[str, Any], *, origin: str) -> None:
@@ -210,15 +288,46 @@ def _settings(config: Config, fields: Mapping[str, Any]) -> AdapterSettings:
         rank_pattern=_numbers(config, "rank_pattern", whole=True),
         alpha_pattern=_numbers(config, "alpha_pattern"),
         target_modules=_names_or_pattern(fields, "target_modules", config.origin),
+        target_parameters=_names(fields, "target_parameters", config.origin),
         exclude_modules=_names_or_pattern(fields, "exclude_modules", config.origin),
         layers=_integers(fields, "layers_to_transform", config.origin),
         layers_pattern=_names(fields, "layers_pattern", config.origin),
+        replicated=_ranges(fields, "layer_replication", config.origin),
+        start=start if (start := _start_of(fields)) in _EXACT_STARTS else "",
         modules_to_save=_names(fields, "modules_to_save", config.origin),
         token_ids=_token_ids(fields, config.origin),
         is_rank_stabilized=config.get("use_rslora", default=False),
         has_magnitudes=config.get("use_dora", default=False),
         has_lora_bias=config.get("lora_bias", default=False),
         keeps_tie=config.get("ensure_weight_tying", default=False),
+    )
+
+
+def _settings_of_another(config: Config, fields: Mapping[str, Any]) -> AdapterSettings:
+    """Return what is not of LoRA alone; PEFT itself reads the rest, or there is none."""
+    _refuse_other_values({"task_type": fields.get("task_type", "CAUSAL_LM")}, origin=config.origin)
+    targets = _names_or_pattern(fields, "target_modules", config.origin)
+    is_tokens = kind_of(fields) == _TOKENS
+    ids = _checked_integers(fields.get("token_indices", []), "token_indices", config.origin)
+    names = [targets] if isinstance(targets, str) else targets or ("",)
+    return AdapterSettings(
+        origin=config.origin,
+        kind=kind_of(fields),
+        base_model=config.get("base_model_name_or_path", ""),
+        rank=1,
+        alpha=1.0,
+        rank_pattern={},
+        alpha_pattern={},
+        target_modules=() if is_tokens else targets,
+        exclude_modules=_names_or_pattern(fields, "exclude_modules", config.origin),
+        layers=_integers(fields, "layers_to_transform", config.origin),
+        layers_pattern=_names(fields, "layers_pattern", config.origin),
+        modules_to_save=_names(fields, "modules_to_save", config.origin),
+        token_ids=dict.fromkeys(names, ids) if is_tokens else {},
+        is_rank_stabilized=False,
+        has_magnitudes=False,
+        has_lora_bias=False,
+        keeps_tie=False,
     )
 
 
@@ -244,6 +353,16 @@ def _names(fields: Mapping[str, Any], name: str, origin: str) -> tuple[str, ...]
 
 def _integers(fields: Mapping[str, Any], name: str, origin: str) -> tuple[int, ...]:
     return _checked_integers(fields.get(name, []), name, origin)
+
+
+def _ranges(fields: Mapping[str, Any], name: str, origin: str) -> tuple[tuple[int, int], ...]:
+    value = fields.get(name, [])
+    if not isinstance(value, list):
+        raise UsageError(f"{origin}: {name} = {value!r}, expected pairs of layers")
+    pairs = [_checked_integers(pair, name, origin) for pair in value]
+    if not all(len(pair) == 2 and pair[0] < pair[1] for pair in pairs):
+        raise UsageError(f"{origin}: {name} = {value!r}, expected pairs of layers")
+    return tuple((first, end) for first, end in pairs)
 
 
 def _checked_integers(value: Any, name: str, origin: str) -> tuple[int, ...]:

@@ -10,37 +10,47 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from edgekit.encodings.hashing import sha256_of_all
-from edgekit.encodings.json_files import read_object
+from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
-from edgekit.model import stops
 from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.model.spec import DecoderSpec, Shape
-from edgekit.model.tokenizer_files import TokenizerFiles, added_tokens
+from edgekit.model.tokenizer_files import added_tokens
 from edgekit.source import families
-from edgekit.source.adapters import adapter_config
+from edgekit.source.adapters import adapter_config, by_peft, mlx, names
+from edgekit.source.adapters import text as adapter_text
 from edgekit.source.adapters.adapter_config import AdapterSettings
+from edgekit.source.adapters.names import Naming
 from edgekit.source.adapters.tensors import (
     ColumnMagnitudes,
     EmbeddingUpdate,
     LowRankUpdate,
+    Narrowed,
     ReplacedRows,
     RowMagnitudes,
     Sum,
     Twin,
+    WithoutFirstColumns,
+    WithoutPrincipal,
     Zeros,
     stored_dtype,
 )
-from edgekit.source.checkpoint import AdapterRecord, Checkpoint, read_safetensors
+from edgekit.source.adapters.text import AdapterText
+from edgekit.source.checkpoint import FLOATS, AdapterRecord, Checkpoint, read_safetensors
 from edgekit.source.config import Config
 
 
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # PEFT wraps the model twice
+PREFIX = "base_model.model."  # PEFT wraps the model twice
 _LOW_RANK = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+_INDICES = ("I32", "I64")  # what sparse kinds store next to their values
+_OTHER = "other"  # what only PEFT knows the meaning of
 _ORIGINAL = "original_module."  # the base's own parameter, next to one that replaces it
+_REPACKAGED = re.compile(
+    r"(?:[-_.](?:unsloth|bnb|gptq|awq|hf|gguf|fp16|bf16|\d-?bit|int[48]|q\d\w*))+$", re.IGNORECASE
+)
 _QUANTIZED_BASE = re.compile(r"4bit|8bit|bnb|gptq|awq|int4|int8", re.IGNORECASE)
 
 Parts = Mapping[str, Tensor]  # what the file holds for one module, by kind
@@ -54,6 +64,9 @@ class _Fit:
     settings: AdapterSettings
     path: Path  # of the adapter's weights
     parts: Mapping[str, Parts]  # by module
+    keys: Mapping[str, str]  # PEFT's own names of the tensors in the file, by those they have
+    others: tuple[str, ...]  # modules of what is not the decoder
+    is_wide: bool  # some tensors are float64
     embedding: str  # the tensor that token ids look up
     head: str  # the tensor that gives the logits, also where the two are tied
 
@@ -76,23 +89,28 @@ def merge(base: Checkpoint, directory: Path) -> Checkpoint:
             another base; the message says what was found and what was expected.
     """
     fit = _open(base, directory)
+    base = fit.base
     tensors: dict[str, Tensor] = dict(base.tensors)
     if base.spec.is_tied:
         tensors[fit.head] = tensors[fit.embedding]
     _refuse_other_targets(fit, tensors)
     _replace_whole(fit, tensors)
-    _add_updates(fit, tensors)
     _replace_token_rows(fit, tensors)
+    _add_updates(fit, tensors)
+    _merge_by_peft(fit, tensors)
     spec = _spec_of(fit, tensors)
     text = _text_of(fit, vocabulary=spec.vocab_size)
     record = _record_of(fit, spec, text)
-    merged = replace(base, spec=spec, tensors=tensors, text=text, adapter=record)
+    merged = replace(base, spec=spec, tensors=tensors, text=text.files, adapter=record)
     merged.refuse_mismatch()
     return merged
 
 
 def _open(base: Checkpoint, directory: Path) -> _Fit:
+    if mlx.is_one(directory):
+        return _open_mlx(base, directory)
     settings = adapter_config.read(directory)
+    base = _replicated(base, settings)
     path = directory / WEIGHTS
     if not path.is_file():
         raise UsageError(
@@ -101,28 +119,170 @@ def _open(base: Checkpoint, directory: Path) -> _Fit:
             if (directory / "adapter_model.bin").exists()
             else "pass the directory that PEFT's save_pretrained wrote",
         )
-    family = families.get(base.architecture)
-    untied = replace(base.spec, is_tied=False)
+    embedding, head = _ends_of(base)
+    if settings.is_merged_by_peft:
+        return _open_for_peft(base, settings, path)
+    stored = _read_file(path)
+    naming = _naming({_parse(key, path)[0] for key in stored}, base)
+    keys = {key: _own_key(key, path, naming) for key in stored}
+    named = {own: stored[key] for key, own in keys.items() if own is not None}
+    if len(named) < sum(own is not None for own in keys.values()):
+        raise UsageError(f"{path} holds a tensor twice, with and without a wrapper in its name")
+    return _Fit(
+        base=base,
+        settings=replace(settings, naming=naming),
+        path=path,
+        parts=_parts(named, path),
+        keys={key: own for key, own in keys.items() if own is not None},
+        others=tuple(dict.fromkeys(_parse(key, path)[0] for key in keys if keys[key] is None)),
+        is_wide=any(stored_dtype(it) == "F64" for it in stored.values()),
+        embedding=embedding,
+        head=head,
+    )
+
+
+def _replicated(base: Checkpoint, settings: AdapterSettings) -> Checkpoint:
+    """Return a base with its layers in the order, and as often, as the adapter's config says."""
+    if not settings.replicated:
+        return base
+    depth = len(base.spec.layers)
+    order = [layer for first, end in settings.replicated for layer in range(first, end)]
+    if max(order) >= depth:
+        raise UsageError(
+            f"{settings.origin}: layer_replication asks for layer {max(order)}, "
+            f"{base.directory} has {depth}",
+            hint=f"the adapter was made for {settings.base_model!r}",
+        )
+    tensors = {name: it for name, it in base.tensors.items() if _layer_of(name) is None}
+    for layer, own in enumerate(order):
+        tensors |= {
+            name.replace(f".layers.{own}.", f".layers.{layer}."): tensor
+            for name, tensor in base.tensors.items()
+            if _layer_of(name) == own
+        }
+    layers = tuple(base.spec.layers[layer] for layer in order)
+    return replace(base, spec=replace(base.spec, layers=layers), tensors=tensors)
+
+
+def _open_for_peft(base: Checkpoint, settings: AdapterSettings, path: Path) -> _Fit:
+    """Return an adapter of which edgekit reads whole weights, and PEFT the rest."""
+    stored = _read_file(path, *_INDICES)
+    embedding, head = _ends_of(base)
+    modules = {name.rpartition(".")[0] for name in base.tensors} | {head.removesuffix(".weight")}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in stored.items():
+        name = names.unwrapped(key)
+        module = _longest_beginning(name, modules)
+        rest = name.removeprefix(module).removeprefix(".").removeprefix("base_layer.")
+        if not module and _layer_of(f".{name}") is not None:
+            raise UsageError(
+                f"{path} changes {name}, which {base.directory} does not have",
+                hint=f"the adapter was made for {settings.base_model!r}",
+            )
+        if module:
+            kind = rest if rest in ("weight", "bias") else _OTHER
+            parts.setdefault(module, {})[kind] = _narrow(tensor)
     return _Fit(
         base=base,
         settings=settings,
         path=path,
-        parts=_read_parts(path),
-        embedding=family.source("token_embedding", untied).tensor,
-        head=family.source("output_head", untied).tensor,
+        parts=parts,
+        keys={
+            key: key if key.startswith("base_model.") else PREFIX + names.unwrapped(key)
+            for key in stored
+        },
+        others=(),
+        is_wide=any(stored_dtype(it) == "F64" for it in stored.values()),
+        embedding=embedding,
+        head=head,
     )
 
 
-def _read_parts(path: Path) -> dict[str, dict[str, Tensor]]:
+def _longest_beginning(name: str, modules: set[str]) -> str:
+    """Return the module that a tensor's name begins with, "" if there is none."""
+    parts = name.split(".")
+    candidates = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((it for it in candidates if it in modules), "")
+
+
+def _open_mlx(base: Checkpoint, directory: Path) -> _Fit:
+    path, adapter = directory / mlx.WEIGHTS, mlx.read(directory)
+    embedding, head = _ends_of(base)
+    stored = _read_file(path)
+    naming = _naming({mlx.split(key, path)[0] for key in stored}, base)
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in read_safetensors(path):
+    others = []
+    for key, tensor in stored.items():
+        module, kind = mlx.split(key, path)
+        own = naming.own(module)
+        if own is None:
+            others.append(module)
+            continue
+        is_embedding = f"{own}.weight" == embedding
+        kind, it = mlx.in_peft_form(kind, _narrow(tensor), is_embedding=is_embedding)
+        parts.setdefault(own, {})[kind] = it
+    mlx.refuse_other_layers(adapter, list(parts), depth=len(base.spec.layers), path=path)
+    return _Fit(
+        base=base,
+        settings=mlx.settings(adapter, parts),
+        path=path,
+        parts=parts,
+        keys={},
+        others=tuple(dict.fromkeys(others)),
+        is_wide=any(stored_dtype(it) == "F64" for it in stored.values()),
+        embedding=embedding,
+        head=head,
+    )
+
+
+def _ends_of(base: Checkpoint) -> tuple[str, str]:
+    """Return the tensors that token ids look up and that give the logits, tied or not."""
+    family, untied = families.get(base.architecture), replace(base.spec, is_tied=False)
+    embedding, head = (
+        family.source(it, untied).tensor for it in ("token_embedding", "output_head")
+    )
+    return embedding, head
+
+
+def _naming(modules: set[str], base: Checkpoint) -> Naming:
+    head = _ends_of(base)[1].removesuffix(".weight")
+    inner = {name.rpartition(".")[0] for name in base.tensors} - {head}
+    return names.find(modules, base=inner, head=head)
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    return Narrowed(base=tensor) if stored_dtype(tensor) == "F64" else tensor
+
+
+def _read_file(path: Path, *dtypes: str) -> dict[str, Tensor]:
+    stored = dict[str, Tensor](read_safetensors(path, dtypes=(*FLOATS, "F64", *dtypes)))
+    if not stored:
+        raise UsageError(f"{path} holds no tensor")
+    if empty := [name for name, tensor in stored.items() if 0 in tensor.shape]:
+        raise UsageError(
+            f"{path} holds {len(empty)} empty tensors, {empty[0]} among them, as ZeRO-3 of "
+            "DeepSpeed leaves them where each process keeps a part",
+            hint="save it from the training with the parameters gathered "
+            "(stage3_gather_16bit_weights_on_model_save)",
+        )
+    return stored
+
+
+def _own_key(key: str, path: Path, naming: Naming) -> str | None:
+    """Return PEFT's own name of a tensor; None if it is not the decoder's."""
+    module, _ = _parse(key, path)
+    own = naming.own(module)
+    return None if own is None else PREFIX + own + names.unwrapped(key).removeprefix(module)
+
+
+def _parts(named: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in named.items():
         module, kind = _parse(key, path)
         of_module = parts.setdefault(module, {})
         if kind in of_module:
             raise UsageError(f"{path} holds {kind} of {module} twice, the second time as {key}")
-        of_module[kind] = tensor
-    if not parts:
-        raise UsageError(f"{path} holds no tensor")
+        of_module[kind] = _narrow(tensor)
     for module, of_module in parts.items():
         _join_copies(of_module, f"{path} holds two versions of {module}")
         for kind in of_module:
@@ -147,8 +307,9 @@ def _parse(key: str, path: Path) -> tuple[str, str]:
     ``original_module.``. Names with and without the adapter's own name (``lora_A.default.weight``,
     ``lora_A.weight``) mean the same.
     """
-    name = key.removeprefix(_PREFIX)
-    if match := re.fullmatch(r"(.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?", name):
+    name = names.unwrapped(key)
+    tokens = r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?"
+    if match := re.fullmatch(tokens, name):
         return match[1], "tokens"
     low_rank = rf"(.+?)\.({'|'.join(_LOW_RANK)})(\.(?!weight$|bias$)[^.]+)?(\.weight|\.bias)?"
     if match := re.fullmatch(low_rank, name):
@@ -165,15 +326,14 @@ def _parse(key: str, path: Path) -> tuple[str, str]:
 
 def _refuse_other_targets(fit: _Fit, tensors: Mapping[str, Tensor]) -> None:
     """Check that the file has low-rank updates for the modules of the config, and no others."""
-    targeted = {
-        module
-        for module in _modules(tensors)
-        if fit.settings.targets(module, is_embedding=fit.is_embedding(module))
-    }
+    targeted = _targeted(fit, tensors)
+    if fit.settings.is_merged_by_peft and not any(map(_is_updated, fit.parts.values())):
+        return  # one vector for all modules
     embedding, head = (name.removesuffix(".weight") for name in (fit.embedding, fit.head))
-    if fit.settings.keeps_tie and fit.base.spec.is_tied and embedding in targeted:
+    is_kept = fit.settings.keeps_tie and not fit.settings.is_of_mlx
+    if is_kept and fit.base.spec.is_tied and embedding in targeted:
         targeted.add(head)
-    found = {module for module, parts in fit.parts.items() if _is_low_rank(parts)}
+    found = {module for module, parts in fit.parts.items() if _is_updated(parts)}
     if missing := sorted(targeted - found):
         _refuse_missing(fit, missing, found)
     for module in sorted(found - targeted):
@@ -184,10 +344,19 @@ def _refuse_other_targets(fit: _Fit, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _modules(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    for name, tensor in tensors.items():
-        if name.endswith(".weight") and len(tensor.shape) == 2:
-            yield name.removesuffix(".weight")
+def _targeted(fit: _Fit, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the modules that the config says have an update; some kinds change norms as well."""
+    modules = {
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and (len(tensor.shape) == 2 or fit.settings.is_merged_by_peft)
+    }
+    is_embedding = fit.is_embedding
+    return {it for it in modules if fit.settings.targets(it, is_embedding=is_embedding(it))}
+
+
+def _is_updated(parts: Parts) -> bool:
+    return _is_low_rank(parts) or _OTHER in parts
 
 
 def _is_low_rank(parts: Parts) -> bool:
@@ -334,14 +503,29 @@ def _updated(fit: _Fit, module: str, base: Tensor) -> Tensor:
     is_lookup = f"{module}.weight" == fit.embedding
     down, up = _factors(fit, module, base.shape, is_lookup=is_lookup)
     update = EmbeddingUpdate if is_lookup else LowRankUpdate
+    if not is_lookup:
+        base = _without_start(fit, module, base)
     updated = update(base=base, down=down, up=up, scale=fit.settings.scale_of(module))
     if not fit.settings.has_magnitudes:
         return updated
     magnitudes = fit.parts[module]["lora_magnitude_vector"]
-    width = base.shape[1 if is_lookup else 0]
+    of_columns = is_lookup and not fit.settings.is_of_mlx
+    width = base.shape[1 if of_columns else 0]
     _refuse_shape(fit, f"{module}.lora_magnitude_vector", magnitudes.shape, (width,))
-    scaled = ColumnMagnitudes if is_lookup else RowMagnitudes
+    scaled = ColumnMagnitudes if of_columns else RowMagnitudes
     return scaled(base=updated, magnitudes=magnitudes)
+
+
+def _without_start(fit: _Fit, module: str, base: Tensor) -> Tensor:
+    """Return a weight as it was when training began, where PEFT changes it for that."""
+    rank = fit.settings.rank_of(module)
+    match fit.settings.start:
+        case "pissa":
+            return WithoutPrincipal(base=base, rank=rank)
+        case "olora":
+            return WithoutFirstColumns(base=base, rank=rank, scale=fit.settings.scale_of(module))
+        case _:
+            return base
 
 
 def _factors(fit: _Fit, module: str, shape: Shape, *, is_lookup: bool) -> tuple[Tensor, Tensor]:
@@ -378,11 +562,36 @@ def _add_bias(fit: _Fit, module: str, tensors: dict[str, Tensor]) -> None:
     tensors[name] = Sum(base=base, addend=addend, scale=fit.settings.scale_of(module))
 
 
+def _merge_by_peft(fit: _Fit, tensors: dict[str, Tensor]) -> None:
+    """Let PEFT merge what it alone knows the meaning of, in the modules that the config names."""
+    if not fit.settings.is_merged_by_peft:
+        return
+    by_peft.require(fit.settings.kind)
+    renamed = {key: own for key, own in fit.keys.items() if key != own}
+    directory = fit.path.parent
+    merger = by_peft.Merger(model=fit.base.directory, adapter=directory, renamed=renamed)
+    targeted = _targeted(fit, tensors)
+    for module in targeted:
+        if fit.base.spec.is_tied and fit.is_embedding(module):
+            raise UsageError(
+                f"{fit.path} changes {module}, which {fit.base.directory} ties to another matrix",
+                hint=adapter_config.merged_by_hand({}, directory),
+            )
+        given = {kind: tensors[f"{module}.{kind}"] for kind in ("weight", "bias")
+                 if f"{module}.{kind}" in tensors}  # fmt: skip
+        for kind, tensor in given.items():
+            tensors[f"{module}.{kind}"] = by_peft.MergedByPeft(
+                base=tensor, merger=merger, module=module, kind=kind, given=given
+            )
+
+
 def _are_updates_tied(fit: _Fit) -> bool:
     """Tell whether embedding and head have the same factors, transposed; they are small."""
     import numpy as np
 
     lookup = fit.parts.get(fit.embedding.removesuffix(".weight"), {})
+    if fit.settings.is_of_mlx:
+        return bool(lookup)
     head = fit.parts.get(fit.head.removesuffix(".weight"), {})
     if "lora_embedding_A" not in lookup or "lora_A" not in head or fit.settings.has_magnitudes:
         return False
@@ -527,45 +736,38 @@ def _with_more_biases(spec: DecoderSpec) -> Iterator[DecoderSpec]:
         )
 
 
-def _text_of(fit: _Fit, *, vocabulary: int) -> TokenizerFiles:
-    """Return the adapter's tokenizer where it has one, the base's with its template otherwise."""
-    text, directory = fit.base.text, fit.path.parent
-    if (directory / "tokenizer.json").is_file():
-        return _with_stop_ids(TokenizerFiles.open(directory, config={}), text)
-    if vocabulary > fit.base.spec.vocab_size:
+def _text_of(fit: _Fit, *, vocabulary: int) -> AdapterText:
+    """Return the text side of base and adapter, whose tokenizer must know the trained tokens."""
+    directory = fit.path.parent
+    merged = adapter_text.merge(fit.base.text, directory, model=fit.base.directory)
+    if vocabulary > fit.base.spec.vocab_size and not merged.has_tokens:
         raise UsageError(
             f"{fit.path} grows the vocabulary from {fit.base.spec.vocab_size} to {vocabulary} "
             f"tokens, but {directory} has no tokenizer.json for them",
             hint="save the tokenizer of the training run into the adapter's directory",
         )
-    template = _template_of(directory)
-    return text if template is None else replace(text, chat_template=template)
+    own = added_tokens(merged.files.tokenizer_json)
+    known_before = added_tokens(fit.base.text.tokenizer_json)
+    padding = merged.files.special_tokens.get("pad_token")  # of batches only, never in a text
+    new = own.keys() - known_before.keys() - {padding}
+    if beyond := sorted(it for it in new if own[it] >= vocabulary):
+        raise UsageError(
+            f"{directory} has a tokenizer with {beyond[0]!r}, id {own[beyond[0]]}, and the merged "
+            f"model has {vocabulary} rows",
+            hint="save the adapter with save_embedding_layers=True",
+        )
+    trained = [id for ids in fit.settings.token_ids.values() for id in ids]
+    known = adapter_text.token_ids(merged.files.tokenizer_json) if trained else set()
+    if nameless := sorted(set(trained) - known):
+        raise UsageError(
+            f"{fit.settings.origin} trains the token {nameless[0]}, which "
+            f"{merged.files.tokenizer_json} does not know",
+            hint="save the tokenizer of the training run into the adapter's directory",
+        )
+    return merged
 
 
-def _with_stop_ids(text: TokenizerFiles, base: TokenizerFiles) -> TokenizerFiles:
-    """Return ``text`` with the stop ids of the base where the adapter's files declare none."""
-    by_file = {
-        file: ids or base.stop_ids_by_file.get(file, ())
-        for file, ids in text.stop_ids_by_file.items()
-    }
-    return replace(
-        text,
-        chat_template=text.chat_template or base.chat_template,
-        stop_ids_by_file=by_file,
-        declared_stop_ids=stops.together(by_file),
-    )
-
-
-def _template_of(directory: Path) -> str | None:
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    settings = directory / "tokenizer_config.json"
-    template = read_object(settings).get("chat_template") if settings.is_file() else None
-    return template if isinstance(template, str) else None
-
-
-def _record_of(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> AdapterRecord:
+def _record_of(fit: _Fit, spec: DecoderSpec, text: AdapterText) -> AdapterRecord:
     earlier = fit.base.adapter
     files = (fit.path.parent / "adapter_config.json", fit.path)
     return AdapterRecord(
@@ -573,34 +775,103 @@ def _record_of(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> AdapterRec
         name=f"{earlier.name} + {fit.name}" if earlier else fit.name,
         sha256=sha256_of_all(files, after=earlier.sha256 if earlier else None),
         notes=(*(earlier.notes if earlier else ()), *_notes(fit, spec, text)),
+        is_of_mlx=fit.settings.is_of_mlx,
+        renamed={key: own for key, own in fit.keys.items() if key != own} or None,
+        changes=_changes(fit),
         earlier=earlier,
     )
 
 
-def _notes(fit: _Fit, spec: DecoderSpec, text: TokenizerFiles) -> Iterator[str]:
+def _changes(fit: _Fit) -> dict[str, Any] | None:
+    """Return what the config must say where the modules have other names than in training."""
+    if fit.settings.naming.is_usual:
+        return None
+    modules = sorted(module for module, parts in fit.parts.items() if _is_low_rank(parts))
+    alphas = {it: fit.settings.alpha_of(it) for it in modules}
+    return {
+        "target_modules": modules,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {re.escape(it): fit.settings.rank_of(it) for it in modules},
+        "alpha_pattern": {re.escape(it): alpha for it, alpha in alphas.items()},
+    }
+
+
+def _notes(fit: _Fit, spec: DecoderSpec, text: AdapterText) -> Iterator[str]:
     """Yield what a user should know about this merge, one sentence each."""
-    before, made_for = fit.base.spec, fit.settings.base_model
+    before = fit.base.spec
     if before.is_tied and not spec.is_tied:
         yield (
             "the adapter changes the token embedding and the output head differently, so they are "
             "no longer tied and the model stores both"
         )
+    if fit.settings.replicated:
+        yield f"the adapter repeats layers of the base: the model has {len(spec.layers)}"
     if spec.vocab_size != before.vocab_size:
         yield f"the vocabulary has {spec.vocab_size} tokens, the base {before.vocab_size}"
-    if (fit.path.parent / "tokenizer.json").is_file():
-        yield "tokenizer and chat template are the adapter's"
-    elif _template_of(fit.path.parent) is not None:
-        yield "the chat template is the adapter's"
+    yield from text.notes
+    yield from _notes_on_the_base(fit)
+    yield from _notes_on_the_file(fit)
+    ids = added_tokens(text.files.tokenizer_json)
+    if beyond := [token for token, id in ids.items() if id >= spec.vocab_size]:
+        yield f"the tokenizer knows tokens for which the model has no row: {', '.join(beyond)}"
+
+
+def _notes_on_the_base(fit: _Fit) -> Iterator[str]:
+    made_for, name = fit.settings.base_model, fit.base.name
     if fit.base.quantization:
         yield (
-            f"{fit.base.name!r} is stored as {fit.base.quantization}; the adapter is merged into "
+            f"{name!r} is stored as {fit.base.quantization}; the adapter is merged into "
             "its de-quantized weights"
         )
     elif _QUANTIZED_BASE.search(made_for):
         yield (
             f"the adapter was trained on the quantized {made_for!r} and is merged into "
-            f"{fit.base.name!r} as it is"
+            f"{name!r} as it is"
         )
-    ids = added_tokens(text.tokenizer_json)
-    if beyond := [token for token, id in ids.items() if id >= spec.vocab_size]:
-        yield f"the tokenizer knows tokens for which the model has no row: {', '.join(beyond)}"
+    elif made_for and _plain_name(made_for) not in _names_of(fit.base):
+        yield f"the adapter names {made_for!r} as its base and is merged into {name!r}"
+
+
+def _names_of(base: Checkpoint) -> set[str]:
+    """Return what a model is called: its directory, and what its own files say they are of."""
+    path = base.directory / "config.json"
+    own = read_object_if_there(path).get("_name_or_path")
+    cached = [part for part in base.directory.resolve().parts if part.startswith("models--")]
+    found = [base.name, *(part.rpartition("--")[2] for part in cached)]
+    return {_plain_name(it) for it in (*found, own) if isinstance(it, str)}
+
+
+def _plain_name(name: str) -> str:
+    """Return the last part of a name or path, without how it was quantized or repackaged."""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1].casefold()
+    return re.sub(r"[-_. ]+", "-", _REPACKAGED.sub("", last))
+
+
+def _notes_on_the_file(fit: _Fit) -> Iterator[str]:
+    naming = fit.settings.naming
+    if any(own.removeprefix(PREFIX) != key.removeprefix(PREFIX) for key, own in fit.keys.items()):
+        told = f": {naming.stored_body!r} is read as {naming.body!r}" if not naming.is_usual else ""
+        yield f"the adapter's names have what was around the model in training{told}"
+    if fit.others:
+        yield (
+            f"of the adapter's modules, {len(fit.others)} are outside the decoder and left out, "
+            f"{fit.others[0]} among them"
+        )
+    if fit.settings.start:
+        yield (
+            f"training began with init_lora_weights = {fit.settings.start!r}: what PEFT took off "
+            f"the base for that is computed again from {fit.base.name!r}"
+        )
+    if fit.is_wide:
+        yield "the adapter stores float64, which is read as float32"
+    if _changes_nothing(fit):
+        yield "the adapter's low-rank updates change nothing: a factor of each is zero"
+
+
+def _changes_nothing(fit: _Fit) -> bool:
+    """Tell whether every update is zero; factors are small, and the first usually is not."""
+    pairs = [[tensor for kind, tensor in parts.items() if kind in _LOW_RANK[:4]]
+             for parts in fit.parts.values() if _is_low_rank(parts)]  # fmt: skip
+    return bool(pairs) and all(any(not it.read().any() for it in pair) for pair in pairs)

@@ -63,6 +63,51 @@ class MergedTensor(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Narrowed(MergedTensor):
+    """``base``, which is stored in float64, as float32."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Half of what it takes in the file."""
+        return self.base.size_bytes // 2
+
+    @property
+    def dtype(self) -> str:
+        """What it is from now on."""
+        return "F32"
+
+    def _merged(self, first_row: int, rows: int) -> "Values":
+        return self.base.read(first_row, rows)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A small matrix whose file has columns as rows."""
+
+    other: Tensor
+
+    @property
+    def shape(self) -> Shape:
+        """Its dimensions, slowest first."""
+        return self.other.shape[::-1]
+
+    @property
+    def size_bytes(self) -> int:
+        """How much of the file it takes."""
+        return self.other.size_bytes
+
+    @property
+    def dtype(self) -> str:
+        """The type it is stored in."""
+        return stored_dtype(self.other)
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "Values":
+        """Return some rows, or all, in float32."""
+        last_row = None if rows is None else first_row + rows
+        return self.other.read().T[first_row:last_row]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LowRankUpdate(MergedTensor):
     """``base + scale * up @ down`` (LoRA on a linear layer)."""
 
@@ -127,6 +172,67 @@ class ColumnMagnitudes(MergedTensor):
 
     def _merged(self, first_row: int, rows: int) -> "Values":
         return self.base.read(first_row, rows) * self._scales
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutStart(MergedTensor, ABC):
+    """``base`` without the product that PEFT starts training with, which it takes off the base."""
+
+    rank: int
+
+    @cached_property
+    def _factors(self) -> "tuple[Values, Values]":
+        """The left factor, orthonormal, and the right one: (rows, rank) and (rank, columns)."""
+        import numpy as np
+
+        whole = self.base.read().astype(np.float64)
+        left = self._left(whole)
+        return left.astype(np.float32), (left.T @ whole).astype(np.float32)
+
+    @abstractmethod
+    def _left(self, whole: "npt.NDArray[np.float64]") -> "npt.NDArray[np.float64]": ...
+
+    def _merged(self, first_row: int, rows: int) -> "Values":
+        left, right = self._factors
+        return self.base.read(first_row, rows) - left[first_row : first_row + rows] @ right
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutPrincipal(WithoutStart):
+    """``base`` without its largest singular values (PiSSA).
+
+    Source: ``pissa_init`` in tuners/lora/layer.py of peft 0.21, where the scale cancels out.
+    """
+
+    def _left(self, whole: "npt.NDArray[np.float64]") -> "npt.NDArray[np.float64]":
+        import numpy as np
+
+        rows, columns = whole.shape
+        if rows <= columns:
+            return np.linalg.eigh(whole @ whole.T)[1][:, -self.rank :]
+        right = np.linalg.eigh(whole.T @ whole)[1][:, -self.rank :]
+        return np.linalg.qr(whole @ right)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutFirstColumns(WithoutStart):
+    """``base`` without ``scale`` times what its first columns span (OLoRA).
+
+    Source: ``olora_init`` in tuners/lora/layer.py of peft 0.21: the first columns of Q and rows of
+    R of a QR decomposition.
+    """
+
+    scale: float
+
+    def _left(self, whole: "npt.NDArray[np.float64]") -> "npt.NDArray[np.float64]":
+        import numpy as np
+
+        return np.linalg.qr(whole[:, : self.rank])[0]
+
+    def _merged(self, first_row: int, rows: int) -> "Values":
+        left, right = self._factors
+        taken = self.scale * (left[first_row : first_row + rows] @ right)
+        return self.base.read(first_row, rows) - taken
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ modules with an underscore are what families share.
 import functools
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 from edgekit.errors import UsageError
@@ -17,6 +18,8 @@ from edgekit.source.config import Config
 
 class Family(Protocol):
     """What a module in this package offers."""
+
+    SIZES: Mapping[str, int]  # what transformers takes where a wrapper's section is silent
 
     def describe(self, config: Config) -> DecoderSpec:
         """Read the whole config; whoever calls then calls ``config.refuse_unread``."""

@@ -27,6 +27,29 @@ class Defaults:
     norm_epsilon: float = 1e-6
 
 
+def sizes(  # noqa: PLR0913 - the fields of a config
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    layers: int,
+    heads: int,
+    context_tokens: int,
+) -> dict[str, int]:
+    """Return what transformers takes where the section of a wrapper leaves out a size.
+
+    A config of its own must say them: there, silence is more likely a damaged file.
+    """
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": context_tokens,
+    }
+
+
 def read_head_width(config: Config, defaults: Defaults) -> int:
     """Return how wide a head is.
 

@@ -15,6 +15,8 @@ from edgekit.model.spec import (
     LongRopeScaling,
     Rope,
     RopeScaling,
+    YarnScaling,
+    yarn_attention_factor,
 )
 from edgekit.source.config import Config
 
@@ -94,10 +96,15 @@ def read_fields(
         # "su" and "yarn" are what the first Phi-3 called longrope; others have no such factors.
         case "longrope" | "su" | "yarn" if "long_factor" in fields:
             return _scaled(rope, _read_longrope(fields, original, context_tokens, width))
+        case "yarn":
+            return _scaled(rope, _read_yarn(fields, original, context_tokens, rope.theta))
+        case "dynamic":  # other angles begin where the context ends
+            fields.number("factor")
+            return rope
         case unknown:
             raise UsageError(
                 f"{fields.origin}: rope of type {unknown!r} is not supported",
-                hint="default, linear, llama3, longrope",
+                hint="default, linear, dynamic, llama3, yarn, longrope",
             )
 
 
@@ -136,6 +143,28 @@ def _read_longrope(
         long_factors=_read_factors(fields, "long_factor", width),
         original_context_tokens=original_context_tokens,
         attention_factor=fields.number("attention_factor", usual),
+    )
+
+
+def _read_yarn(
+    fields: Config, original_context_tokens: int, context_tokens: int, theta: float
+) -> YarnScaling:
+    if theta <= 1:
+        raise UsageError(f"{fields.origin}: a theta of {theta:g} leaves YaRN no frequencies")
+    factor = fields.number("factor", context_tokens / original_context_tokens)
+    fast, slow = fields.number("beta_fast", 32.0), fields.number("beta_slow", 1.0)
+    fields.get("finetuned", False)  # of the first YaRN models; it says how they were made
+    over, under = fields.optional_number("mscale"), fields.optional_number("mscale_all_dim")
+    if over is None or under is None:  # both count, or neither
+        over, under = 1.0, 0.0
+    usual = yarn_attention_factor(factor, over) / yarn_attention_factor(factor, under)
+    return YarnScaling(
+        factor=factor,
+        fast_turns=fast,
+        slow_turns=slow,
+        original_context_tokens=original_context_tokens,
+        attention_factor=fields.number("attention_factor", usual),
+        is_truncated=fields.get("truncate", True),
     )
 
 
@@ -181,6 +210,16 @@ def write_fields(rope: Rope) -> dict[str, Any]:
                 "factor": scaling.factor,
                 "low_freq_factor": scaling.low_frequency_factor,
                 "high_freq_factor": scaling.high_frequency_factor,
+                "original_max_position_embeddings": scaling.original_context_tokens,
+            }
+        case YarnScaling() as scaling:
+            return fields | {
+                "rope_type": "yarn",
+                "factor": scaling.factor,
+                "beta_fast": scaling.fast_turns,
+                "beta_slow": scaling.slow_turns,
+                "attention_factor": scaling.attention_factor,
+                "truncate": scaling.is_truncated,
                 "original_max_position_embeddings": scaling.original_context_tokens,
             }
         case LongRopeScaling() as scaling:

@@ -9,6 +9,10 @@ from edgekit.source.families import _common, _rope, llama
 
 
 DEFAULTS = _common.Defaults(num_kv_heads=4, head_dim=256, is_tied=True)
+SIZES = _common.sizes(
+    vocab_size=256_000, hidden_size=2304, intermediate_size=9216, layers=26, heads=8,
+    context_tokens=8192,
+)  # fmt: skip
 TENSORS = llama.TENSORS | {
     "attention_post_norm": "post_attention_layernorm.weight",
     "mlp_norm": "pre_feedforward_layernorm.weight",

@@ -9,6 +9,10 @@ from edgekit.source.families import _common, _rope, gemma2
 
 
 GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0  # Gemma3TextConfig.default_theta, transformers 5
+SIZES = _common.sizes(
+    vocab_size=262_208, hidden_size=2304, intermediate_size=9216, layers=26, heads=8,
+    context_tokens=131_072,
+)  # fmt: skip
 
 source = gemma2.source
 

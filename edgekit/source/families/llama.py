@@ -9,6 +9,10 @@ from edgekit.source.families import _common, _rope
 
 
 DEFAULTS = _common.Defaults()
+SIZES = _common.sizes(
+    vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, layers=32, heads=32,
+    context_tokens=2048,
+)  # fmt: skip
 
 
 def describe(config: Config) -> DecoderSpec:

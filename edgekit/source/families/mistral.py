@@ -9,6 +9,10 @@ from edgekit.source.families import _common, llama
 
 
 DEFAULTS = _common.Defaults(num_kv_heads=8)
+SIZES = _common.sizes(
+    vocab_size=32_000, hidden_size=4096, intermediate_size=14_336, layers=32, heads=32,
+    context_tokens=131_072,
+)  # fmt: skip
 
 source = llama.source
 

@@ -3,20 +3,34 @@
 from dataclasses import replace
 from typing import Any
 
-from edgekit.model.spec import DecoderSpec, Source
+from edgekit.errors import UsageError
+from edgekit.model.spec import DecoderSpec, Source, YarnScaling
 from edgekit.source.config import Config
 from edgekit.source.families import _common, _rope, llama
 
 
 DEFAULTS = _common.Defaults(norm_epsilon=1e-5)
+SIZES = _common.sizes(
+    vocab_size=32_064, hidden_size=3072, intermediate_size=8192, layers=32, heads=32,
+    context_tokens=4096,
+)  # fmt: skip
 
 
 def describe(config: Config) -> DecoderSpec:
-    """Read a Phi-3 config."""
+    """Read a Phi-3 config.
+
+    Raises:
+        UsageError: If its rope is a YaRN.
+    """
     config.expect(hidden_act="silu", attention_bias=False, mlp_bias=False, lm_head_bias=False)
     config.expect(full_attn_mod=1, interpolate_factor=1)
     head_dim = _common.read_head_width(config, DEFAULTS)
     rope = _rope.read_rope(config, head_dim, rotated=1.0, original_context_tokens=4096)
+    if isinstance(rope.scaling, YarnScaling):
+        raise UsageError(
+            f"{config.origin}: rope of type 'yarn' without long_factor; of a Phi-3, transformers "
+            "takes it for longrope"
+        )
     spec = _common.read_decoder(config, DEFAULTS, rope=rope)
     window = config.optional_integer("sliding_window")
     layers = tuple(replace(layer, window_tokens=window) for layer in spec.layers)

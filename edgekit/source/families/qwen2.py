@@ -9,6 +9,10 @@ from edgekit.source.families import _common, llama
 
 
 DEFAULTS = _common.Defaults(num_kv_heads=32)
+SIZES = _common.sizes(
+    vocab_size=151_936, hidden_size=4096, intermediate_size=22_016, layers=32, heads=32,
+    context_tokens=32_768,
+)  # fmt: skip
 
 source = llama.source
 

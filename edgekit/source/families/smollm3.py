@@ -10,6 +10,10 @@ from edgekit.source.families import _common, llama
 
 
 DEFAULTS = _common.Defaults(num_kv_heads=4, is_tied=True)
+SIZES = _common.sizes(
+    vocab_size=128_256, hidden_size=2048, intermediate_size=11_008, layers=36, heads=16,
+    context_tokens=32_768,
+)  # fmt: skip
 
 source = llama.source
 

@@ -9,6 +9,10 @@ from edgekit.source.families import _common, _rope, llama
 
 
 DEFAULTS = _common.Defaults(num_kv_heads=32)
+SIZES = _common.sizes(
+    vocab_size=50_304, hidden_size=2560, intermediate_size=6912, layers=32, heads=32,
+    context_tokens=4096,
+)  # fmt: skip
 TENSORS = llama.TENSORS | {
     "attention_norm_bias": "input_layernorm.bias",
     "mlp_norm_bias": "post_attention_layernorm.bias",

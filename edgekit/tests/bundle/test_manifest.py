@@ -49,6 +49,9 @@ def make_bundle(directory, **changes):
             special_tokens={"bos_token": "<s>"},
             adds_bos=True,
             chat_template_sha256=None,
+            stop_strings=("END",),
+            template_variables={"enable_thinking": "false", "tools": "[null]"},
+            content_parts=("user",),
         ),
         artifact=artifact,
         agreement=PROOF,
@@ -85,6 +88,13 @@ def rename_entry(fields, name):
 def test_what_was_saved_is_what_is_loaded(tmp_path, agreement):
     saved = make_bundle(tmp_path / "out", agreement=agreement)
     assert Bundle.load(saved.directory) == saved
+
+
+def test_a_bundle_from_before_stop_strings_has_none(bundle):
+    new = ("stop_strings", "template_variables", "content_parts")
+    edit_manifest(bundle.directory, lambda fields: [fields["text"].pop(name) for name in new])
+    text = replace(bundle.text, stop_strings=(), template_variables={}, content_parts=())
+    assert Bundle.load(bundle.directory).text == text
 
 
 def test_a_bundle_may_be_moved(bundle, tmp_path):

@@ -13,10 +13,10 @@ from edgekit.bundle.goldens import GOLDENS, Goldens
 from edgekit.bundle.manifest import MANIFEST, Bundle
 from edgekit.encodings.json_files import parse, parse_object, read_object, read_object_if_there
 from edgekit.errors import BundleError, EdgekitError, UsageError
-from edgekit.formats.mlc import chat_config, conversation, names, shards, tokenizer_info
+from edgekit.formats.mlc import chat_config, names, shards, tokenizer_info
 from edgekit.formats.onnx import genai_text
 from edgekit.measuring.measurement import Measurement
-from edgekit.model import card
+from edgekit.model import card, chat_templates
 from edgekit.model.tokenizer_files import TokenizerFiles, added_tokens
 from edgekit.server.openai_api import ApiError, Fields
 from edgekit.source.adapters import adapter_config
@@ -63,8 +63,10 @@ READERS = {
     "model.safetensors.index.json": lambda directory: names._index(
         directory / "model.safetensors.index.json"
     ),
-    "generation_config.json for stop strings": lambda directory: conversation._stop_strings(
-        directory / "generation_config.json"
+    "chat_template.json": tokenizer_files,
+    "processor_config.json": tokenizer_files,
+    "chat_template.json of a user's own": lambda directory: chat_templates.of_file(
+        directory / "chat_template.json"
     ),
     shards.CACHE: lambda directory: shards.read_json(directory / shards.CACHE),
     chat_config.NAME: lambda directory: chat_config.read(directory / chat_config.NAME),

@@ -12,7 +12,7 @@ from edgekit.errors import UsageError
 from edgekit.export import export
 from edgekit.formats import BuildRequest
 from edgekit.formats.gguf import conversion, importance, layout, running, tensor_types, writing
-from edgekit.formats.gguf.parts import tensor_name
+from edgekit.formats.gguf.parts import FileTensor
 from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.plan import plan
 from edgekit.progress import Silent
@@ -355,7 +355,8 @@ def test_the_columns_of_every_matrix_lead_its_fit(name, tmp_path):
     parts = [part for part in planned.placements if part.is_calibrated]
     assert parts
     for part in parts:
-        name, weights = tensor_name(part.role), measured[part.role]
+        assert isinstance(part, FileTensor)
+        name, weights = part.name, measured[part.role]
         rows = weights_of(exact, name)
         expected = tensor_types.quantize(
             rows,

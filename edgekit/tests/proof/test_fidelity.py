@@ -82,6 +82,13 @@ def test_the_perplexity_is_that_of_the_texts_own_next_tokens():
     assert found.perplexity_ratio == pytest.approx(perplexity(candidate) / perplexity(reference))
 
 
+@pytest.mark.parametrize(("lead", "share"), [(5e-5, 1), (2e-4, 0)])
+def test_another_token_is_the_same_where_float32_cannot_tell_them_apart(lead, share):
+    reference = np.array([[10, 10 - lead, 3]] * 2, np.float32)
+    candidate = np.array([[10 - lead, 10, 3]] * 2, np.float32)
+    assert compare(reference, candidate, np.array([0, 1])).same_top_token == share
+
+
 def test_adding_a_constant_to_a_row_changes_no_distribution():
     reference, candidate, ids = made_up(10)
     moved = candidate.astype(np.float64) + np.arange(10)[:, None] * 7.0

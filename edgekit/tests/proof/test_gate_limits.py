@@ -18,6 +18,7 @@ from edgekit.source.writer import write_checkpoint
 from edgekit.tests.tiny.random_checkpoints import random_checkpoint
 from edgekit.tests.witnesses.tiny_runner import CHATML, NgramSession
 from edgekit.text import corpus
+from edgekit.text.template import ChatTemplate
 
 
 np = pytest.importorskip("numpy")
@@ -61,7 +62,9 @@ def said_at(wanted):
     return shift_with(lambda shift: kl_nats(0, shift), wanted)
 
 
-def logits_gate(said, goldens=(), *, max_mean_kl_nats=0.01, min_same_top_token=0.9):
+def logits_gate(
+    said, goldens=(), *, max_mean_kl_nats=0.01, min_same_top_token=0.9, kernel_kl_nats=0.0
+):
     """Compare chunks of four tokens with what the checkpoint says to them."""
     recipe = replace(
         formats.get("gguf").RECIPES["F32"],
@@ -71,13 +74,19 @@ def logits_gate(said, goldens=(), *, max_mean_kl_nats=0.01, min_same_top_token=0
     ids = np.zeros(4, np.int64)
     pairs = [(ids, rows(4), chunk) for chunk in said]
     goldens = [LogitGolden.of([0, 0], golden) for golden in goldens or [said[0][:2]]]
-    subject = SimpleNamespace(recipe=recipe)
+    layout = SimpleNamespace(kernel_kl_nats=kernel_kl_nats)
+    subject = SimpleNamespace(recipe=recipe, layout=layout)
     return gate(gates._check_logits, subject, iter(pairs), goldens)
 
 
 @pytest.mark.parametrize(("distance", "passed"), [(0.0099, True), (0.0101, False)])
 def test_the_mean_kl_is_held_against_the_recipes(distance, passed):
     assert logits_gate([rows(4, said_at(distance))]).passed is passed
+
+
+@pytest.mark.parametrize(("distance", "passed"), [(0.0199, True), (0.0201, False)])
+def test_what_the_runtimes_own_kernels_add_is_allowed_on_top(distance, passed):
+    assert logits_gate([rows(4, said_at(distance))], kernel_kl_nats=0.01).passed is passed
 
 
 def test_it_is_the_mean_over_all_positions_that_counts():
@@ -253,6 +262,18 @@ def test_one_id_of_one_line_fails_the_token_ids(subject, monkeypatch):
     found = gate(gates._check_ids, read_by(subject, monkeypatch, loses=line))
     assert not found.passed
     assert found.finding.startswith(f"edgekit run: {line!r} becomes [")
+
+
+def test_a_conversation_that_holds_the_day_is_no_golden(subject, monkeypatch):
+    """The device's own day is another one tomorrow."""
+    assert len(gates._goldens(subject, [], [1], [2]).chats) == len(subject.conversations) > 0
+    text = subject.text
+    dated = "{{ strftime_now('%Y') if messages | length == 1 }}{{ messages[0].content }}"
+    monkeypatch.setitem(vars(subject), "text", replace(text, template=ChatTemplate.compile(dated)))
+    chats = gates._goldens(subject, [], [1], [2]).chats
+    assert [len(chat.messages) for chat in chats] == [
+        len(turns) for turns in subject.conversations if len(turns) > 1
+    ]
 
 
 def test_one_blank_fails_the_chat_template(subject, monkeypatch):

@@ -218,6 +218,41 @@ def test_an_adapter_is_proven_beside_its_base(model, tmp_path):
     assert abs(base - both).max() > 0.1  # it does change something
 
 
+def write_slow_tokenizer(directory: Path, base: Path, new: str) -> None:
+    """Write the base's vocabulary as version 4 of transformers did, with a token after it."""
+    fields = json.loads((base / "tokenizer.json").read_text())
+    merges = [it if isinstance(it, str) else " ".join(it) for it in fields["model"]["merges"]]
+    added = {str(it.pop("id")): it for it in fields["added_tokens"]}
+    ids = {**fields["model"]["vocab"], **{it["content"]: int(id) for id, it in added.items()}}
+    added[str(max(ids.values()) + 1)] = {"content": new, "special": False, "normalized": False}
+    (directory / "vocab.json").write_text(json.dumps(fields["model"]["vocab"]))
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": added})
+    )
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
+    """A model with more rows than its tokenizer has tokens, and an adapter that uses one."""
+    place = tmp_path_factory.mktemp("padded")
+    model = write_tiny_checkpoint(place / "model", "odd-sizes")
+    adapter = write_lora(place / "lora", model)
+    write_slow_tokenizer(adapter, model, "<call>")
+    return model, adapter
+
+
+def test_a_token_of_an_adapter_is_proven_as_its_own_files_say(padded, tmp_path):
+    model, adapter = padded
+    bundle = export(model, TARGET, adapters=[adapter], quant="F32", out=tmp_path / "out")
+    assert bundle.agreement is not None
+    assert bundle.agreement.passed
+    settings = json.loads((adapter / "tokenizer_config.json").read_text())
+    new = max(map(int, settings["added_tokens_decoder"]))
+    ids = Text.open(tmp_path / "out", bundle.text).encode("<call>x<call>")
+    assert (ids[0], ids[-1]) == (new, new)
+
+
 # Sabotage
 
 
@@ -315,6 +350,16 @@ def test_an_adapter_merged_with_another_scale_fails_the_logits_and_the_adapter(
         lambda *args, **kw: replace(good, tensors=wrong.tensors),
     )
     assert refused(model, tmp_path, adapters=[adapter]).gates == ["logits", "adapter"]
+
+
+def test_a_token_of_an_adapter_that_is_left_out_fails_the_token_ids(padded, tmp_path, monkeypatch):
+    model, adapter = padded
+    merged = opening.open_checkpoint(model, adapters=[adapter])
+    base = opening.open_checkpoint(model)
+    monkeypatch.setattr(
+        opening, "open_checkpoint", lambda *args, **kw: replace(merged, text=base.text)
+    )
+    assert refused(model, tmp_path, adapters=[adapter]).gates == ["token ids"]
 
 
 def test_a_wrong_pre_tokenizer_fails_the_token_ids(tmp_path, monkeypatch):

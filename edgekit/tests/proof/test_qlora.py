@@ -449,7 +449,7 @@ def test_the_command_line_tells_the_comparison(base, quantized, tmp_path, capsys
 
 def test_a_base_that_is_not_here_or_not_quantized_is_not_compared_with(base, tmp_path):
     updates = tiny.q_proj_updates()
-    for number, named in enumerate(("somewhere/else", str(base), "")):
+    for number, named in enumerate((f"somewhere/{base.name}", str(base), "")):
         directory = tiny.write_adapter(
             tmp_path / str(number), updates, base_model_name_or_path=named
         )
@@ -469,7 +469,7 @@ def test_a_broken_named_base_is_no_reason_to_refuse_the_merge(base, quantized, t
     directory = tiny.write_adapter(
         tmp_path / "a", tiny.q_proj_updates(), base_model_name_or_path=str(tmp_path / "q")
     )
-    (note,) = scored(base, directory)
+    *_, note = scored(base, directory)
     assert note.startswith("the merge is not compared with")
     assert "is not a safetensors file" in note
 

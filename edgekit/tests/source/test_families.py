@@ -8,9 +8,17 @@ from typing import Any
 import pytest
 
 from edgekit.errors import UsageError
-from edgekit.model.spec import LinearScaling, Llama3Scaling, LongRopeScaling, Norm, Rope
+from edgekit.model.spec import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Norm,
+    Rope,
+    YarnScaling,
+)
 from edgekit.source import families
 from edgekit.source.config import Config
+from edgekit.source.families import _rope
 from edgekit.tests.tiny.checkpoints import TINY, write_tiny_checkpoint
 
 
@@ -245,11 +253,77 @@ def test_llama_rope_scaling_is_read_in_both_layouts():
     )
 
 
+def test_yarn_is_read_in_both_layouts():
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    older = published("qwen2", rope_scaling=scaling)
+    assert older == published("qwen2", rope_scaling=scaling | {"finetuned": True})
+    rope = scaling | {"rope_type": "yarn", "rope_theta": 1000000.0}
+    del rope["type"]
+    assert describe("qwen2", without("qwen2", "rope_theta") | {"rope_parameters": rope}) == older
+    assert older.layers[0].rope == Rope(
+        width=8,
+        theta=1000000.0,
+        scaling=YarnScaling(
+            factor=4.0,
+            fast_turns=32.0,
+            slow_turns=1.0,
+            original_context_tokens=16,
+            attention_factor=0.1 * math.log(4.0) + 1,
+            is_truncated=True,
+        ),
+    )
+    written = families.get("qwen2").config(older)
+    assert families.get("qwen2").describe(Config(written, origin="ours")) == older
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {}, {"factor": 1.0}, {"attention_factor": 0.9}, {"attention_factor": None},
+        {"mscale": 0.7, "mscale_all_dim": 1.3}, {"mscale": 0.7}, {"beta_fast": 8, "beta_slow": 2},
+        {"truncate": False}, {"original_max_position_embeddings": 4096}, {"factor": 40},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_yarn_turns_as_in_transformers(fields):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    asked = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+             "original_max_position_embeddings": 256} | fields  # fmt: skip
+    config = transformers.LlamaConfig(
+        hidden_size=64, num_attention_heads=1, max_position_embeddings=1024,
+        rope_parameters=dict(asked),
+    )  # fmt: skip
+    expected, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, device="cpu")
+    rope = _rope.read_fields(
+        Config(asked, origin="config.json"), width=64, theta=1e4, context_tokens=1024
+    )
+    found = [1 / (by * 1e4 ** (2 * i / 64)) for i, by in enumerate(rope.divisors(1))]
+    assert found == pytest.approx(expected.tolist(), rel=1e-5)
+    assert rope.attention_factor == pytest.approx(attention_factor)
+
+
+def test_a_dynamic_rope_is_a_plain_one_as_far_as_the_context_goes():
+    scaling = {"type": "dynamic", "factor": 4.0}
+    assert published("qwen2", rope_scaling=scaling) == published("qwen2")
+    with pytest.raises(UsageError, match="factor"):
+        published("qwen2", rope_scaling={"type": "dynamic"})
+
+
+def test_yarn_in_a_phi3_is_refused_since_transformers_takes_it_for_longrope():
+    scaling = {"type": "yarn", "factor": 4.0}
+    with pytest.raises(UsageError, match="without long_factor"):
+        published("phi3", rope_scaling=scaling)
+
+
 def test_a_rope_nobody_implements_is_refused():
-    with pytest.raises(UsageError, match="'yarn'"):
-        published("llama", rope_scaling={"rope_type": "yarn", "factor": 4.0})
-    with pytest.raises(UsageError, match="'dynamic'"):
-        published("qwen2", rope_scaling={"type": "dynamic", "factor": 4.0})
+    with pytest.raises(UsageError, match="'proportional'"):
+        published("llama", rope_scaling={"rope_type": "proportional", "factor": 4.0})
+    with pytest.raises(UsageError, match="'ntk'"):
+        published("qwen2", rope_scaling={"type": "ntk", "factor": 4.0})
 
 
 def test_an_incomplete_rope_says_what_it_lacks():

@@ -116,6 +116,21 @@ def test_the_chat_template_is_kept_byte_for_byte(tmp_path):
     assert TokenizerFiles.open(tmp_path, config={}).chat_template == template
 
 
+def test_every_chat_template_of_a_file_is_kept_under_its_name(tmp_path):
+    templates = {
+        "tokenizer.chat_template": "a{{ messages }}",
+        "tokenizer.chat_template.tool_use": "b{{ messages }}\n",
+        "tokenizer.chat_template.../../rag": "c{{ messages }}",
+        "tokenizer.chat_templates": ["tool_use", "rag"],
+    }
+    (tmp_path / "made" / "model").mkdir(parents=True)
+    write_tokenizer(BYTE_LEVEL | templates, tmp_path / "made" / "model")
+
+    files = TokenizerFiles.open(tmp_path / "made" / "model", config={})
+    assert files.templates == {"default": "a{{ messages }}", "tool_use": "b{{ messages }}\n"}
+    assert [path.name for path in tmp_path.rglob("*.jinja")].count("rag.jinja") == 0
+
+
 def test_the_files_say_what_the_metadata_said(tmp_path):
     write_tokenizer(BYTE_LEVEL, tmp_path)
     files = TokenizerFiles.open(tmp_path, config={})

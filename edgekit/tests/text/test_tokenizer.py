@@ -206,6 +206,43 @@ def test_the_token_after_an_answer_is_read_off_the_template(tmp_path, after, exp
     assert (None if stop is None else text.tokenizer.id_to_token(stop)) == expected
 
 
+ENDS = {
+    "no answer": ("{% for m in messages if m.role == 'user' %}<s>{{ m.content }}<end>{% endfor %}",
+                  None),
+    "no answer, at the end": (
+        "{% for m in messages %}<s>{{ m.content + '<end>' if m.role == 'user' }}{% endfor %}",
+        None),
+    "a trimmed answer": (
+        "{% for m in messages %}<s>{{ m.content | trim }}<end>\n{% endfor %}", "<end>"),
+    "capital letters": (
+        "{% for m in messages %}<s>{{ m.content | upper }}<end>{% endfor %}", "<end>"),
+    "an answer written twice": (
+        "{% for m in messages %}<s>{{ m.content }}</s>{{ m.content }}<end>{% endfor %}", "<end>"),
+    "an answer in quotes": (
+        "{% for m in messages %}<s>{{ m.content | tojson }}<end>{% endfor %}", None),
+    "no end": ("{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}\n{% endfor %}", None),
+    "no end, and the next header": (
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}\n{% endfor %}<s>assistant\n",
+        None),
+    "an end, and the next header": (
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}<s>assistant\n",
+        "<end>"),
+    "an open answer at the end": (
+        "{% for m in messages %}<s>{{ m.content }}{{ '<end>' if not loop.last }}{% endfor %}",
+        None),
+    "ends between messages": (
+        "{% for m in messages %}{{ m.content }}</s>{% endfor %}", "</s>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_token_ends_answers_only_if_the_template_writes_it_after_one(tmp_path, name):
+    template, expected = ENDS[name]
+    text = text_in(tmp_path, byte_level_tokenizer(), template=template)
+    stop = text.stop_id_of_template()
+    assert (None if stop is None else text.tokenizer.id_to_token(stop)) == expected
+
+
 def test_of_tokens_that_begin_alike_the_longest_is_the_one_after_an_answer(tmp_path):
     tokenizer = byte_level_tokenizer()
     tokenizer.add_special_tokens(["<end>!", "<end>?"])

@@ -48,7 +48,7 @@ class Given:
 def write_safetensors(path, tensors: Mapping[str, Any], *, dtype="F32"):
     header, data = {}, b""
     for name, given in tensors.items():
-        values = np.ascontiguousarray(given, dtype=np.float32)
+        values = np.ascontiguousarray(given, dtype=np.float64 if dtype == "F64" else np.float32)
         stored = (bfloat16(values) if dtype == "BF16" else values).tobytes()
         header[name] = {
             "dtype": dtype,
@@ -100,7 +100,9 @@ def write_base(directory: Path, *, seed=0, dtype="F32", **config: Any) -> Path:
     return directory
 
 
-def write_adapter(directory: Path, tensors: Mapping[str, Any], **config: Any) -> Path:
+def write_adapter(
+    directory: Path, tensors: Mapping[str, Any], *, dtype: str = "F32", **config: Any
+) -> Path:
     directory.mkdir(parents=True)
     fields = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none",
@@ -109,7 +111,7 @@ def write_adapter(directory: Path, tensors: Mapping[str, Any], **config: Any) ->
     }  # fmt: skip
     (directory / "adapter_config.json").write_text(json.dumps(fields | config))
     named = {f"base_model.model.{name}": values for name, values in tensors.items()}
-    write_safetensors(directory / "adapter_model.safetensors", named)
+    write_safetensors(directory / "adapter_model.safetensors", named, dtype=dtype)
     return directory
 
 
@@ -144,15 +146,19 @@ def train_with_peft(directory: Path, *, grow_to=0, base: Mapping[str, Any], **lo
 
 
 def _train(base: Path, adapter: Path, grow_to: int, lora: Mapping[str, Any]) -> Peft:
+    import peft
     import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
 
     torch.manual_seed(0)
     model = load(base)
     base_logits = logits_of(model)
     if grow_to:
         model.resize_token_embeddings(grow_to, mean_resizing=False)
-    trained = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **lora))
+    asked = {"config": "LoraConfig", **lora}
+    config = getattr(peft, asked.pop("config"))
+    usual = {"r": 4} if config is peft.LoraConfig else {}
+    trained = get_peft_model(model, config(task_type="CAUSAL_LM", **usual | asked))
     for parameter in trained.parameters():
         if parameter.requires_grad:
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
@@ -182,3 +188,9 @@ def logits_of(model: Any) -> Any:
 
     with torch.no_grad():
         return model(torch.tensor(IDS)).logits[0].numpy()
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return dict(load_file(path))

@@ -51,6 +51,10 @@ _LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": ORIGINAL_TOKENS,
 }  # fmt: skip
+YARN: dict[str, Any] = {
+    "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0,
+    "original_max_position_embeddings": ORIGINAL_TOKENS,
+}  # fmt: skip
 _TIED = {"tie_word_embeddings": True}
 _STRETCHED = {"max_position_embeddings": 512, "original_max_position_embeddings": 256}
 _GEMMA = _TIED | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW_TOKENS}

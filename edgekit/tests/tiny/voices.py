@@ -58,3 +58,18 @@ def text_of(checkpoint: "Checkpoint", directory: Path) -> Text:
     """Return how the runner reads and writes the checkpoint's text; ``directory`` is for copies."""
     directory.mkdir(parents=True, exist_ok=True)
     return Text.open(directory, checkpoint.text.copy_into(directory))
+
+
+def thoughtful(voice, *, before="'<think></think>' + "):
+    """Return a voice's template with an empty thought before every earlier answer."""
+    template = VOICES[voice].template
+    content = "message['content'] + '<|im_end|>'"
+    assert content in template
+    answered = f"({before}said if message.role == 'assistant' else said) + '<|im_end|>'"
+    said = (
+        "{%- set said = message.content.split('</think>')[-1].lstrip('\\n') if '</think>' in "
+        "message.content else message.content %}"
+    )
+    head = "{%- for message in messages -%}\n"
+    assert head in template
+    return template.replace(content, answered).replace(head, head + said)

@@ -78,13 +78,16 @@ def sentencepiece_tokenizer(*, decoder="fuse"):
     return tokenizer
 
 
-def text_in(directory: Path, tokenizer, *, template=CHATML, adds_bos=False, stop_ids=None) -> Text:
+def text_in(
+    directory: Path, tokenizer, *, template=CHATML, adds_bos=False, stop_ids=None, **more_rules
+) -> Text:
     """Write the text files of a bundle and open them."""
     tokenizer.save(str(directory / "tokenizer.json"))
     if template is not None:
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     sha256 = None if template is None else hashlib.sha256(template.encode()).hexdigest()
     rules = TextRules(
+        **more_rules,
         stop_ids=(tokenizer.token_to_id("<|im_end|>"),) if stop_ids is None else stop_ids,
         special_tokens={"bos_token": "<s>", "eos_token": "</s>"},
         adds_bos=adds_bos,
@@ -147,10 +150,16 @@ DIALOGUE = (
 
 
 def runner_in(
-    directory: Path, *, template=CHATML, tokenizer=None, context_tokens=512, knows=DIALOGUE
+    directory: Path,
+    *,
+    template=CHATML,
+    tokenizer=None,
+    context_tokens=512,
+    knows=DIALOGUE,
+    **rules,
 ) -> Runner:
     """Return a runner that knows one dialogue by heart, and the text "one two three …"."""
-    text = text_in(directory, tokenizer or byte_level_tokenizer(), template=template)
+    text = text_in(directory, tokenizer or byte_level_tokenizer(), template=template, **rules)
     sequences = [text.encode("one two three four five six seven eight nine ten")]
     if template is not None:
         sequences.append(text.encode_chat(knows, add_generation_prompt=False))

@@ -1,7 +1,7 @@
 """What a back-end decides about the programs written for it; most of it is the same for all."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,19 @@ class BackendWriting(ABC):
 
     backend: Backend
 
-    def refuse(self, spec: "DecoderSpec", variant: str) -> None:  # noqa: B027 - most refuse nothing
-        """Check that the back-end computes this decoder.
+    def refuse(  # noqa: B027 - most refuse nothing
+        self, spec: "DecoderSpec", variant: str, *, context_tokens: int
+    ) -> None:
+        """Check that the back-end computes this decoder in texts this long.
 
         Raises:
             UsageError: If not; the message names the difference, the hint a variant that does.
         """
+
+    def notes(self, spec: "DecoderSpec", variant: str) -> Iterable[str]:
+        """Return what a user should know of how this decoder is computed."""
+        del spec, variant
+        return ()
 
     def meant_by(self, wanted: str, *, recipe: str) -> str:
         """Return the back-end's own tensor type for one that a recipe asks for."""

@@ -1,5 +1,6 @@
 """Every family as an ExecuTorch program: the module in torch, and what XNNPACK makes of it."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,13 @@ from edgekit.proof.fidelity import Comparison, Fidelity
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.needs import needs
-from edgekit.tests.tiny.checkpoints import TINY, WINDOW_TOKENS, write_tiny_checkpoint
+from edgekit.tests.tiny.checkpoints import (
+    ORIGINAL_TOKENS,
+    TINY,
+    WINDOW_TOKENS,
+    YARN,
+    write_tiny_checkpoint,
+)
 
 
 if TYPE_CHECKING:
@@ -34,6 +41,7 @@ pytestmark = [
 
 MAX_KL_NATS = 1e-10
 MIN_POSITIONS = 300
+SMALL = {"num_hidden_layers": 2}
 executorch = formats.get("executorch")
 
 
@@ -173,6 +181,76 @@ def test_four_bits_everywhere_say_nearly_what_transformers_says(name, words, tmp
     assert abs(said - expected).mean() < 0.6 * abs(expected).mean()
 
 
+def test_yarn_is_computed_past_its_original_context(tmp_path):
+    path = write_tiny_checkpoint(tmp_path / "model", "llama", rope_parameters=YARN, **SMALL)
+    checkpoint = opening.open_checkpoint(path)
+    path = for_phones(checkpoint, tmp_path, context_tokens=3 * ORIGINAL_TOKENS)
+    session = running.load(path, context_tokens=3 * ORIGINAL_TOKENS, threads=1)
+    ids = texts(checkpoint)[0][: 3 * ORIGINAL_TOKENS]
+    said = session.all_logits(ids)
+    session.close()
+    found = agreement(expected_logits(checkpoint, ids), list(said), range(len(ids)), ids)
+    assert found.mean_kl_nats <= MAX_KL_NATS
+
+
+# Attention by the operator of phones' runners, where it computes a layer's
+
+
+def for_phones(checkpoint: Checkpoint, directory: Path, *, context_tokens: int) -> Path:
+    request = BuildRequest(
+        recipe=tensor_types.RECIPES["F32"], context_tokens=context_tokens, variant=xnnpack.LLM
+    )
+    return directory / conversion.convert(checkpoint, request, directory, progress=lambda _: None)
+
+
+def layers_that_call_it(path: Path) -> int:
+    report = json.loads((path.parent / conversion.COVERAGE).read_text())
+    calls: int = report["operator_calls_outside"].get("llama::custom_sdpa.out", 0)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("name", "layers_by_operator"),
+    [("gemma3", 1), ("gemma2", 0), ("qwen2-window", 1)],
+)
+def test_programs_for_phones_say_it_past_every_window(name, layers_by_operator, tmp_path):
+    checkpoint = opening.open_checkpoint(write_tiny_checkpoint(tmp_path / "model", name))
+    context = 6 * WINDOW_TOKENS
+    path = for_phones(checkpoint, tmp_path, context_tokens=context)
+    assert layers_that_call_it(path) == layers_by_operator
+    layout = writing.lay_out(
+        checkpoint,
+        BuildRequest(
+            recipe=tensor_types.RECIPES["F32"], context_tokens=context, variant=xnnpack.LLM
+        ),
+    )
+    assert path.stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
+    session = running.load(path, context_tokens=context, threads=1)
+    ids = texts(checkpoint)[0][:context]
+    said, rows = [], []
+    for step in steps(ids):
+        several = len(step.ids) > 1
+        logits = session.prefill(step.ids) if several else session.decode(step.ids[0])
+        said.append(logits.copy())
+        rows.append(step.last)
+    session.close()
+    found = agreement(expected_logits(checkpoint, ids), said, rows, ids)
+    assert found.mean_kl_nats <= MAX_KL_NATS
+    assert found.same_top_token == 1
+
+
+def test_a_window_that_no_text_outgrows_leaves_all_layers_to_the_operator(tmp_path):
+    checkpoint = opening.open_checkpoint(write_tiny_checkpoint(tmp_path / "model", "gemma3"))
+    path = for_phones(checkpoint, tmp_path, context_tokens=WINDOW_TOKENS)
+    assert layers_that_call_it(path) == len(checkpoint.spec.layers)
+    session = running.load(path, context_tokens=WINDOW_TOKENS, threads=1)
+    ids = texts(checkpoint)[0][:WINDOW_TOKENS]
+    said = session.all_logits(ids)
+    session.close()
+    found = agreement(expected_logits(checkpoint, ids), list(said), range(len(ids)), ids)
+    assert found.mean_kl_nats <= MAX_KL_NATS
+
+
 # The module by itself, before anything is lowered
 
 
@@ -189,7 +267,7 @@ def eager(checkpoint: Checkpoint) -> "XnnpackDecoder":
         return values + 1 if spec.unit_offset(role) else values
 
     segments = []
-    for index, shape in enumerate(decoder.segment_shapes(spec, mixes=True)):
+    for index, shape in enumerate(decoder.segment_shapes(spec, uses_llm_operators=False)):
         roles = decoder.segment_roles(spec, index)
         weights = {name: weight(role) for name, role in roles.items()}
         segments.append(decoder.Segment(spec, shape, weights))

@@ -126,15 +126,17 @@ def test_the_first_variant_is_the_usual_one():
     assert conversion.variant_of(spec(), asked("llm-ops")) == "llm-ops"
 
 
-@pytest.mark.parametrize(
-    ("attention", "said"),
-    [({"attn_logit_softcap": 50.0}, "a cap on scores"), ({"window": 16}, "windows")],
-)
-def test_attention_that_the_llm_operators_lack_is_refused(attention, said):
-    with pytest.raises(UsageError, match=f"no attention with {said}") as refusal:
-        conversion.variant_of(spec(**attention), asked("llm-ops"))
-    assert "--variant portable" in refusal.value.hint
-    assert conversion.variant_of(spec(**attention), asked("portable")) == "portable"
+def test_a_window_that_texts_outgrow_is_left_to_plain_operators_and_noted():
+    decoder = spec(window=16).within(17)
+    (note,) = backends.of("llm-ops").writing.notes(decoder, "llm-ops")
+    assert note.endswith("plain operators: ExecuTorch's custom_sdpa has none with a window")
+    assert list(backends.of("portable").writing.notes(decoder, "portable")) == []
+
+
+@pytest.mark.parametrize(("context_tokens", "window"), [(64, None), (16, 16)])
+def test_a_window_that_no_text_outgrows_is_none(context_tokens, window):
+    decoder = spec(window).within(context_tokens)
+    assert list(backends.of("llm-ops").writing.notes(decoder, "llm-ops")) == []
 
 
 def test_an_unknown_variant_is_refused_with_those_that_are_known():

@@ -153,6 +153,23 @@ def test_every_prompt_becomes_its_ids_in_the_runner(checkpoint, tmp_path):
     assert found["stop_ids"] == list(checkpoint.text.declared_stop_ids)
 
 
+def test_stop_strings_are_handed_to_the_app(checkpoint, tmp_path):
+    text = replace(checkpoint.text, stop_strings=("END", "\n\n"))
+    readme = hand_over(replace(checkpoint, text=text), tmp_path)
+    assert '`; and before the text `"END"`, `"\\n\\n"`, which the app must look for' in readme
+    found = json.loads((tmp_path / app_kit.PROMPTS).read_text(encoding="utf-8"))
+    assert found["stop_strings"] == ["END", "\n\n"]
+
+
+def test_a_date_in_the_prompt_is_said_to_be_that_of_the_export(checkpoint, tmp_path):
+    dated = "{{ strftime_now('%Y-%m-%d') }} " + checkpoint.text.chat_template
+    text = checkpoint.text.with_template(dated)
+    readme = hand_over(replace(checkpoint, text=text), tmp_path)
+    assert "here it is that of the export" in readme
+    (tmp_path / "plain").mkdir()
+    assert "date" not in hand_over(checkpoint, tmp_path / "plain")
+
+
 def test_a_model_without_a_template_goes_on_with_text(checkpoint, tmp_path):
     bare = replace(checkpoint, text=replace(checkpoint.text, chat_template=None))
     readme = hand_over(bare, tmp_path)

@@ -67,6 +67,12 @@ def test_a_family_goes_to_the_graph_of_its_name(name):
     assert architectures.get(graph.name) is graph
 
 
+def test_a_phi_that_is_a_llama_too_takes_the_graph_of_its_name():
+    spec = describe("phi3")
+    assert architectures.choose(spec).name == "llama"
+    assert architectures.choose(spec, family="phi3").name == "phi3"
+
+
 def test_every_family_has_a_graph_and_every_graph_a_family():
     assert GRAPHS.keys() == set(families.names())
     assert {name for names in GRAPHS.values() for name in names} == {

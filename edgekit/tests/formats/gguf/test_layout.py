@@ -467,6 +467,22 @@ def test_no_mutation_crashes_the_reader(tiny, tmp_path, count):
     assert refused > count // 2
 
 
+def test_a_file_may_be_little_more_than_the_largest_vocabulary(tmp_path):
+    """Gemma's, as llama.cpp has them in files without weights."""
+    tokens, merges = [f"t{index}" for index in range(262_144)], ["to ken"] * 514_906
+    vocabulary = {
+        "tokenizer.ggml.tokens": ("array[string]", tokens),
+        "tokenizer.ggml.scores": ("array[float32]", [0.0] * len(tokens)),
+        "tokenizer.ggml.token_type": ("array[int32]", [1] * len(tokens)),
+        "tokenizer.ggml.merges": ("array[string]", merges),
+    }
+    path = write_file(tmp_path / "vocabulary.gguf", vocabulary, (), {})
+    assert path.stat().st_size < 16 * 2**20
+    found = read(path).metadata
+    assert found["tokenizer.ggml.tokens"] == tokens
+    assert len(found["tokenizer.ggml.merges"]) == len(merges)
+
+
 @pytest.mark.parametrize("item", ["string", "long string", "uint8", "uint64", "tensor", "key"])
 def test_a_hostile_file_cannot_take_more_memory_than_allowed(item, tmp_path, monkeypatch):
     floor = 2**20

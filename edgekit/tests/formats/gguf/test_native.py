@@ -27,7 +27,7 @@ SIZES = {
     "96": {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 4},
     "72": {"hidden_size": 72, "intermediate_size": 100, "num_attention_heads": 4},
 }
-FAMILIES = ("llama", "qwen2", "gemma3")
+FAMILIES = ("llama", "qwen2", "gemma3", "phi3")
 CASES = [*((name, width) for name in FAMILIES for width in ("256", "96")), ("llama", "72")]
 
 
@@ -98,6 +98,15 @@ def test_every_recipe_makes_the_tensors_that_llama_quantize_makes(
         name: made[:2] for name, made in theirs.items()
     }
     assert [name for name, made in ours.items() if made != theirs[name]] == []
+
+
+def test_projections_of_phi_are_fused_as_in_published_files_so_that_they_are_mixed_alike(tmp_path):
+    path = write_tiny_checkpoint(tmp_path / "model", "phi3", **SIZES["256"])
+    made = tensors(convert(Checkpoint.open(path), "Q5_K_M", tmp_path))
+    kinds = {name.partition("attn_qkv.")[0]: kind for name, (kind, *_) in made.items()
+             if "attn_qkv" in name}  # fmt: skip
+    assert kinds == {"blk.0.": "Q5_K", "blk.1.": "Q5_K", "blk.2.": "Q6_K"}
+    assert not {"blk.0.attn_q.weight", "blk.0.ffn_gate.weight"} & made.keys()
 
 
 # llama.cpp's converter is Python of its own, and comes with its source only.

@@ -8,6 +8,7 @@ from edgekit.doctor import _tiny_checkpoint
 from edgekit.formats.gguf import ollama
 from edgekit.formats.gguf.ollama import modelfile, quote
 from edgekit.source.checkpoint import Checkpoint
+from edgekit.source.opening import open_checkpoint
 from edgekit.source.writer import write_checkpoint
 
 
@@ -118,6 +119,34 @@ def test_every_stop_token_is_a_stop_string_however_odd(model):
     stop_at(model, ["<|end|>", 'a "b"', "two\nlines"])
     stops = [value for name, value in instructions(modelfile_of(model)) if name.endswith("stop")]
     assert stops == ["<|end|>", 'a "b"', "two\nlines"]
+
+
+def test_stop_strings_of_the_model_are_stop_strings(model):
+    stop_at(model, ["<|end|>"])
+    write(model, "generation_config.json", {"eos_token_id": 0, "stop_strings": ["END", "\nUser:"]})
+    stops = [value for name, value in instructions(modelfile_of(model)) if name.endswith("stop")]
+    assert stops == ["<|end|>", "END", "\nUser:"]
+
+
+def test_a_default_system_message_is_found_where_contents_are_parts(model):
+    (model / "chat_template.jinja").write_text(
+        SYSTEM.replace("m['content']", "m['content'] | map(attribute='text') | join")
+    )
+    checkpoint = open_checkpoint(model)
+    assert checkpoint.text.template_call.content_parts == ("user", "system", "assistant")
+    assert ollama.default_system(checkpoint) == 'You are "Ada".\nYou help.'
+
+
+def test_what_was_fixed_in_the_template_is_told_in_a_comment(model):
+    (model / "chat_template.jinja").write_text("{{ mood }}" + PLAIN)
+    plain, fixed = (
+        modelfile(open_checkpoint(model, template_variables=variables), "m.gguf", context_tokens=9)
+        for variables in ({}, {"mood": "two\nlines"})
+    )
+    says = '# The template inside the file says mood = "two\\nlines"; '
+    assert f"{says}a version of Ollama's own does not." in fixed.splitlines()
+    assert "inside the file says" not in plain
+    assert instructions(fixed) == instructions(plain)
 
 
 def test_a_stop_that_cannot_be_written_is_told_in_a_comment(model):

@@ -18,6 +18,7 @@ from edgekit.model.spec import (
     LongRopeScaling,
     Norm,
     Rope,
+    YarnScaling,
 )
 
 
@@ -171,6 +172,10 @@ def test_what_mlc_computes_is_taken(architecture, spec):
     decoders.refuse(architecture, spec)
 
 
+YARN = YarnScaling(
+    factor=4.0, fast_turns=32.0, slow_turns=1.0, original_context_tokens=64, attention_factor=1.1,
+    is_truncated=True,
+)  # fmt: skip
 LINEAR = LinearScaling(factor=4.0)
 
 
@@ -185,6 +190,7 @@ LINEAR = LinearScaling(factor=4.0)
             scaling=Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0,
                                   original_context_tokens=64)).layers), "has no llama3 rope"),
         ("llama", with_rope(scaling=LONG), "has no longrope rope"),
+        ("qwen2", with_rope(scaling=YARN), "has no YaRN rope"),
         ("llama", with_rope(width=8), "rotates whole heads, the checkpoint 8 channels"),
         ("llama", tiny_spec(layers=(Layer(rope=Rope(width=16, theta=1e4)), Layer(rope=None))),
          "rotates every layer alike"),

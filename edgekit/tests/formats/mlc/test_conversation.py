@@ -2,13 +2,16 @@
 
 import doctest
 import json
+from dataclasses import replace
+from datetime import date
 
 import pytest
 
 from edgekit.errors import UsageError
 from edgekit.formats.mlc import clients, conversation, tokenizer_info
+from edgekit.source.opening import with_template
 from edgekit.tests.tiny.tokenizers import VOICES, train
-from edgekit.tests.tiny.voices import speak, text_of
+from edgekit.tests.tiny.voices import speak, text_of, thoughtful
 
 
 CHATML = VOICES["stablelm"].template
@@ -197,7 +200,6 @@ def test_a_raw_prompt_is_what_a_refusal_offers(tmp_path):
         ),
         ("{{ raise_exception('not today') }}", "not today"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "no special token is in"),
-        (inst("<|im_start|>", "<|im_end|>", "<|endoftext|>"), "' ' stands before an answer"),
     ],
 )
 def test_what_mlc_cannot_say_is_refused_with_the_reason(tmp_path, template, finding):
@@ -205,16 +207,111 @@ def test_what_mlc_cannot_say_is_refused_with_the_reason(tmp_path, template, find
         derive(tmp_path, "stablelm", template)
 
 
-def test_a_template_that_writes_the_date_is_refused_where_it_does(tmp_path):
-    dated = "{{ strftime_now('%d %b %Y') }}" + CHATML
+DATED = """\
+{%- if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}
+{{- '<|im_start|>system\\nToday is ' + date_string + '.\\n' }}
+{%- if messages[0].role == 'system' %}
+    {{- messages[0].content }}{% set messages = messages[1:] %}
+{%- endif %}
+{{- '<|im_end|>\\n' }}"""
+
+
+def test_the_date_of_the_day_stays_that_of_the_export(tmp_path):
+    found = derive(tmp_path, "stablelm", DATED + CHATML)
+
+    today = date.today()  # noqa: DTZ011 - as transformers
+    assert found.template["system_template"] == (
+        f"<|im_start|>system\nToday is {today:%d %b %Y}.\n{{system_message}}"
+    )
+    assert found.proven == 120
+    assert found.notes[0] == (
+        f"the chat template writes the day's date: for MLC it stays that of the export, "
+        f"{today.isoformat()} (--template-var date_string=TEXT fixes another); with "
+        "`--variant raw-prompt` the app writes it"
+    )
+
+
+def test_a_date_that_was_fixed_is_the_date(tmp_path):
+    model = speak(tmp_path / "model", "stablelm", template=DATED + CHATML)
+    files = with_template(model.text, variables={"date_string": "1 May 2020"})
+    found = conversation.derive(replace(model, text=files))
+
+    assert "Today is 1 May 2020." in found.template["system_template"]
+    assert found.notes == ()
+
+
+def test_a_date_that_only_tools_bring_is_none(tmp_path):
     unused = "{% if tools %}{{ strftime_now('%d %b %Y') }}{% endif %}" + CHATML
 
-    with pytest.raises(UsageError, match="writes today's date"):
-        derive(tmp_path / "dated", "stablelm", dated)
+    assert derive(tmp_path, "stablelm", unused).notes[1:] == (
+        "MLC cannot express how the chat template writes tools",
+    )
 
-    assert "MLC cannot express how the chat template writes tools" in derive(
-        tmp_path, "stablelm", unused
-    ).notes  # fmt: skip
+
+# Thoughts
+
+
+THOUGHT = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt costs $& or $5."}
+TALK = [ASK, THOUGHT, ASK, {"role": "assistant", "content": "No {function_string}."}, ASK]
+
+
+def test_a_thought_before_every_earlier_answer_is_put_there_by_a_role_template(tmp_path):
+    found = derive(tmp_path, "stablelm", thoughtful("stablelm"))
+
+    assert found.template["role_templates"] == {"assistant": "<think></think>{assistant_message}"}
+    assert found.template["strip_reasoning_in_history"] is True
+    assert found.drops_thoughts
+    assert not found.keeps_breaks
+    assert not found.keeps_cache
+    assert "write $$ for $ in earlier answers" in found.notes[0]
+
+
+def test_an_answer_may_start_with_a_space_where_its_header_does_not(tmp_path):
+    """Mistral's from version 3 on, as their first tokenizers had them."""
+    found = derive(tmp_path, "stablelm", inst("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
+
+    assert found.template["role_templates"] == {"assistant": " {assistant_message}"}
+
+
+@pytest.mark.parametrize(
+    "template",
+    [thoughtful("stablelm"), thoughtful("stablelm", before=""), VOICES["qwen3"].template],
+)
+def test_mlc_strips_thoughts_as_the_template_does(tmp_path, template):
+    model = speak(tmp_path / "model", "stablelm", template=template)
+    found = conversation.derive(model)
+
+    wanted = text_of(model, tmp_path / "bundle").render(TALK)
+    assert clients.mlc_text(found.template, TALK) == wanted
+    assert "hm" not in wanted
+
+
+def test_a_switch_that_was_fixed_is_fixed_for_mlc(tmp_path):
+    model = speak(tmp_path / "model", "qwen3")
+    files = with_template(model.text, variables={"enable_thinking": False})
+    found = conversation.derive(replace(model, text=files))
+
+    assert found.template["role_empty_sep"] == "<think>\n\n</think>\n\n"
+    assert derive(tmp_path / "free", "qwen3").template["role_empty_sep"] == ""
+
+
+def test_line_breaks_that_a_template_leaves_after_a_thought_are_left_to_the_app(tmp_path):
+    """Those of DeepSeek's distilled models."""
+    keeps = thoughtful("stablelm", before="").replace(".lstrip('\\n')", "")
+    found = derive(tmp_path, "stablelm", keeps)
+
+    assert found.keeps_breaks
+    assert "</think> out of earlier answers, but not the line breaks after it" in found.notes[0]
+    assert not derive(tmp_path / "qwen3", "qwen3").keeps_breaks
+
+
+def test_a_refusal_names_the_ways_out(tmp_path):
+    with pytest.raises(UsageError) as refusal:
+        derive(tmp_path, "stablelm", CHATML.replace("['content']", "['content'].lower()"))
+
+    assert "--variant raw-prompt" in refusal.value.hint
+    assert "--chat-template NAME|FILE" in refusal.value.hint
+    assert "--template-var enable_thinking=false" in refusal.value.hint
 
 
 def test_a_token_takes_along_the_white_space_that_it_swallows(tmp_path):
@@ -256,16 +353,8 @@ def test_a_model_without_a_template_is_passed_text_that_starts_with_its_bos(tmp_
     assert "start every prompt with <|begin_of_text|>" in found.notes[1]
 
 
-def test_a_damaged_generation_config_is_named(tmp_path):
-    model = speak(tmp_path / "model", "smollm")
-    (tmp_path / "model" / "generation_config.json").write_text("[]")
-
-    with pytest.raises(UsageError, match="holds a list, expected an object"):
-        conversation.derive(model)
-
-
 def test_the_examples_of_the_rules_are_right():
-    assert doctest.testmod(clients) == (0, 1)
+    assert doctest.testmod(clients) == (0, 2)
 
 
 # What MLC asks about a tokenizer

@@ -11,7 +11,7 @@ from edgekit.formats.mlc import clients, conversation
 from edgekit.model.tokenizer_files import added_tokens
 from edgekit.source import opening
 from edgekit.tests.tiny.tokenizers import VOICES
-from edgekit.tests.tiny.voices import speak, text_of
+from edgekit.tests.tiny.voices import speak, text_of, thoughtful
 from edgekit.tests.witnesses import javascript_clients
 from edgekit.text import corpus
 
@@ -54,12 +54,13 @@ class Speaker:
 
     def sent(self, messages):
         """Return the messages as an app has to send them."""
-        return [
+        trimmed = [
             message | {"content": message["content"].strip()}
             if message["role"] in self.found.trimmed_roles
             else message
             for message in messages
         ]
+        return clients.sent_to_webllm(self.template(messages), trimmed)
 
     def talk(self):
         """Return a conversation of three turns that it can express."""
@@ -232,6 +233,42 @@ def uncut(speaker):
         "role_content_sep": " ",
     }
     return replace(speaker, found=replace(speaker.found, template=template))
+
+
+PRICES = {"role": "assistant", "content": "It costs $& or $5, {function_string} $$ or $'."}
+
+
+def test_webllm_puts_what_stands_before_an_earlier_answer_there(tmp_path):
+    """A thought that is empty, and answers with what String.replace reads as instructions."""
+    javascript_clients.need_node()
+    model = speak(tmp_path / "model", "stablelm", template=thoughtful("stablelm"))
+    speaker = open_speaker(model, tmp_path / "bundle")
+    talks = [TALK, [TALK[0], PRICES, *TALK[2:]], [SYSTEM, TALK[0], PRICES, TALK[2]]]
+    talking = chat(speaker, *turns_of(speaker, TALK, resets=True))
+
+    [answer] = ask_webllm(
+        [(speaker, [], [talking, *(chat(speaker, turn(speaker, talk)) for talk in talks)])]
+    )
+
+    read = [turns[-1]["read"] for turns in answer["chats"]]
+    assert read == list(map(speaker.text.encode_chat, [TALK, *talks]))
+    assert "<think></think>It costs $& or" in speaker.text.render(talks[1])
+
+
+def test_webllm_reads_the_date_of_the_export(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    javascript_clients.need_node()
+    template = "{{ '<|im_start|>day\\n' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}"
+    speaker = open_speaker(
+        speak(tmp_path / "model", "stablelm", template=template + VOICES["stablelm"].template),
+        tmp_path / "bundle",
+    )
+
+    [[read]] = ask_about([(speaker, [TALK])])
+
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    wanted = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    assert read == tokenizer(wanted, add_special_tokens=False)["input_ids"]
 
 
 def test_text_without_a_special_token_between_is_read_otherwise_by_webllm(speakers):

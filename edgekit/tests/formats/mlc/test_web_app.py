@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from edgekit.formats import GpuBuffer
-from edgekit.formats.mlc import conversation, web_app
+from edgekit.formats.mlc import clients, conversation, web_app
 from edgekit.tests.tiny.voices import speak
 from edgekit.tests.witnesses import javascript_clients
 
@@ -189,14 +189,19 @@ def test_messages_become_what_the_chat_template_would_make_of_them(tmp_path):
     llama3 = settings_of(bundle)["edgekit"]["chat"]
     thinking = llama3 | {"drops_thoughts": True, "trimmed_roles": []}
     gemma = llama3 | {"takes_system": False}
+    keeping = thinking | {"keeps_breaks": True}
+    filling = llama3 | {"fills_answers": True}
     answer = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes "}
+    prices = {"role": "assistant", "content": "$1 {function_string} $& {function_string}"}
     system = {"role": "system", "content": "$1 is $&"}
 
-    trimmed, cut, escaped, no_system, unloaded, wanted = visit(
+    trimmed, cut, kept, filled, escaped, no_system, unloaded, wanted = visit(
         bundle,
         talks=[
             [[USER, answer], llama3, False],
             [[answer], thinking, False],
+            [[answer], keeping, False],
+            [[prices], filling, False],
             [[system, USER], llama3, True],
             [[system, USER], gemma, False],
             [[system, USER], llama3, False],
@@ -206,6 +211,10 @@ def test_messages_become_what_the_chat_template_would_make_of_them(tmp_path):
 
     assert trimmed[0]["content"] == "Hi"
     assert cut[0]["content"] == "Yes "
+    assert kept[0]["content"] == "\n\nYes "
+    template = {"role_templates": {"assistant": clients.ANSWER}}
+    assert filled == clients.sent_to_webllm(template, [prices])
+    assert filled[0]["content"].startswith("$$1 {function_string}{function_string} $$& {f")
     assert escaped[0]["content"] == "$$1 is $$&"
     assert no_system.startswith("This model's chat template has no system message")
     assert unloaded == "Load the model with hasSystem: true for a system message."

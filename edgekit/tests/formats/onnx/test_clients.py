@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,7 @@ from edgekit.formats.onnx import clients, genai_text, running, tensor_types, wri
 from edgekit.run import Runner, answer
 from edgekit.runtime.generate import Sampling, generate
 from edgekit.source import opening
+from edgekit.source.writer import write_checkpoint
 from edgekit.tests.tiny.checkpoints import ORIGINAL_TOKENS, TINY, write_tiny_checkpoint
 from edgekit.tests.tiny.tokenizers import VOICES
 from edgekit.text import corpus
@@ -135,6 +137,32 @@ def test_the_settings_of_the_checkpoint_are_those_of_the_artifact(tmp_path):
     stops = found["generation_config.json"]["eos_token_id"]
     assert stops == list(checkpoint.text.declared_stop_ids)
     assert found["tokenizer_config.json"]["chat_template"] == checkpoint.text.chat_template
+
+
+@pytest.mark.toolchain
+def test_a_tokenizer_that_transformers_5_saved_is_named_as_4_knows_it(tmp_path):
+    """Optimum runs on 4, which has no ``TokenizersBackend`` and wants no list of further tokens."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    directory = write_tiny_checkpoint(tmp_path / "model", "llama")
+    saved = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+    saved.add_special_tokens({"additional_special_tokens": ["<call>", "</call>"]})
+    saved.save_pretrained(directory)
+    before = json.loads((directory / "tokenizer_config.json").read_text())
+    assert before["tokenizer_class"] == "TokenizersBackend"
+    assert before["extra_special_tokens"] == ["<call>", "</call>"]
+    checkpoint = opening.open_checkpoint(directory)
+    export(checkpoint, tmp_path)
+    merged = write_checkpoint(checkpoint, tmp_path / "merged", precision="f32")
+    for place in (tmp_path, merged):
+        after = json.loads((place / "tokenizer_config.json").read_text())
+        assert after["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert after["model_input_names"] == saved.model_input_names
+        assert after["additional_special_tokens"] == ["<call>", "</call>"]
+        assert "extra_special_tokens" not in after
+        again = transformers.AutoTokenizer.from_pretrained(place)
+        assert again.all_special_tokens == saved.all_special_tokens
+        assert again("a <call>b</call>")["input_ids"] == saved("a <call>b</call>")["input_ids"]
 
 
 @pytest.mark.toolchain
@@ -305,6 +333,85 @@ def test_a_client_that_knows_optimums_names_only_gets_the_same_logits(name, chec
     session = running.load(path, context_tokens=CONTEXT_TOKENS, threads=1)
     np.testing.assert_allclose(rows, session.all_logits(ids), atol=1e-4)
     session.close()
+
+
+def padded(texts, *, side):
+    """Return ids and mask of texts in one array, as Optimum, transformers.js or GenAI fill it."""
+    width = max(map(len, texts))
+    filled = [[0] * (width - len(ids)) for ids in texts]
+    ids, mask = ([], [])
+    for text, fill in zip(texts, filled, strict=True):
+        ones = [1] * len(text)
+        ids.append(fill + text if side == "left" else text + fill)
+        mask.append(fill + ones if side == "left" else ones + fill)
+    return np.array(ids), np.array(mask)
+
+
+def positions_of(mask):
+    """Return what both libraries make of a mask; where it is 0, no position counts."""
+    return np.where(mask == 1, mask.cumsum(-1) - 1, 1)
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "odd-head-width", "gemma2", "phi4-mini"])
+def test_each_text_of_a_batch_is_read_as_alone_wherever_it_is_filled_up(
+    name, side, checkpoints, tmp_path
+):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    transformers_logits = pytest.importorskip("edgekit.proof.transformers_logits")
+    pytest.importorskip("torch")
+    checkpoint = opened(checkpoints, name)
+    path, _ = export(checkpoint, tmp_path)
+    graph = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    random = np.random.default_rng(3)
+    texts = [random.integers(0, 300, tokens).tolist() for tokens in (40, 7, 23)]
+    expected = list(transformers_logits.logits(checkpoint, texts))
+    assert len(expected) == len(texts)
+    # All but the last three are read at once, those one by one.
+    begun = [text[:-3] for text in texts]
+    ids, mask = padded(begun, side=side)
+    cache = {
+        port.name: np.zeros((3, port.shape[1], 0, port.shape[3]), np.float32)
+        for port in graph.get_inputs()[3:] if port.name.startswith("past_")
+    }  # fmt: skip
+    for left in (3, 2, 1, 0):
+        logits, *present = graph.run(None, cache | {
+            "input_ids": ids, "attention_mask": mask,
+            "position_ids": positions_of(mask)[:, -ids.shape[1] :],
+        })  # fmt: skip
+        cache = dict(zip(cache, present, strict=True))
+        for row, rows in enumerate(expected):
+            said = logits[row][mask[row, -ids.shape[1] :] == 1]
+            wanted = rows[: len(rows) - left][-len(said) :]
+            np.testing.assert_allclose(said, wanted, rtol=0, atol=1e-4)
+        ids = np.array([text[len(text) - left : len(text) - left + 1] for text in texts])
+        mask = np.concatenate([mask, np.ones((3, 1), np.int64)], axis=1)
+
+
+@pytest.mark.toolchain
+def test_a_variable_that_was_fixed_is_fixed_in_onnx_runtime_genai(checkpoints, genai, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = opened(checkpoints, "qwen3").directory
+    variables = {"enable_thinking": False}
+    checkpoint = opening.open_checkpoint(source, template_variables=variables)
+    export(checkpoint, tmp_path)
+    theirs = genai.Tokenizer(genai.Model(str(tmp_path)))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    ask = [{"role": "user", "content": QUESTION}]
+    wanted = tokenizer.apply_chat_template(
+        ask, tokenize=False, add_generation_prompt=True, **variables
+    )
+    assert theirs.apply_chat_template(json.dumps(ask), add_generation_prompt=True) == wanted
+    assert wanted.endswith("</think>\n\n")
+
+
+def test_stop_strings_are_told_where_no_setting_holds_them(tmp_path):
+    checkpoint = _tiny_checkpoint(tmp_path)
+    told = replace(checkpoint, text=replace(checkpoint.text, stop_strings=("END", "\n\n")))
+    assert not any("stop strings" in note for note in clients.notes(checkpoint))
+    (note,) = (note for note in clients.notes(told) if "stop strings" in note)
+    assert "ends before 'END' or '\\n\\n'" in note
 
 
 @pytest.mark.toolchain

@@ -18,7 +18,7 @@ from edgekit.proof.fidelity import Comparison, Fidelity
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.needs import needs
-from edgekit.tests.tiny.checkpoints import TINY, write_tiny_checkpoint
+from edgekit.tests.tiny.checkpoints import TINY, YARN, write_tiny_checkpoint
 
 
 pytestmark = [pytest.mark.toolchain, needs("torch", "onnxruntime")]
@@ -265,6 +265,18 @@ def test_past_the_original_context_every_position_takes_the_long_factors(name, s
         (expected,) = transformers_logits.logits(made.checkpoint, [ids[:read]])
         assert last_kl_nats(expected, said) <= MAX_KL_NATS, read
     assert read > 64
+    session.close()
+
+
+@pytest.mark.parametrize("fields", [{}, {"truncate": False, "beta_fast": 8, "mscale": 0.7,
+                                        "mscale_all_dim": 1.3}])  # fmt: skip
+def test_yarn_is_computed_past_its_original_context(fields, tmp_path):
+    made = make(tmp_path, "qwen3", rope_parameters=YARN | fields)
+    ids = next(made.chunks())
+    assert len(ids) > YARN["original_max_position_embeddings"]
+    (expected,) = transformers_logits.logits(made.checkpoint, [ids])
+    session = made.open()
+    assert compare(expected, session.all_logits(ids), ids).mean_kl_nats <= MAX_KL_NATS
     session.close()
 
 

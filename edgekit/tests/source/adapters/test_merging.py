@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from edgekit.errors import UsageError
+from edgekit.proof import transformers_logits
 from edgekit.quant.rounding import bfloat16, from_bfloat16
 from edgekit.source.adapters import merging
 from edgekit.source.adapters.tensors import stored_dtype
@@ -19,6 +20,11 @@ Q0 = "model.layers.0.self_attn.q_proj"
 Q1 = "model.layers.1.self_attn.q_proj"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +134,7 @@ def test_a_rank_pattern_matches_whole_parts_of_a_name(base, tmp_path, pattern, r
     updates = tiny.q_proj_updates(rank=rank) | {
         name: values for name, values in tiny.q_proj_updates(rank=4).items() if ".1." in name
     }
-    config = {"rank_pattern": {pattern: 6}}
+    config: dict[str, Any] = {"rank_pattern": {pattern: 6}}
     if pattern == "q_proj":
         updates = tiny.q_proj_updates(rank=6)
     if ".1" in pattern:
@@ -186,7 +192,8 @@ def test_a_grown_vocabulary_needs_its_tokenizer(tied_base, tmp_path):
     merged = merging.merge(tied_base, directory)
     assert merged.spec.vocab_size == 42
     assert merged.spec.is_tied
-    assert merged.text.tokenizer_json == directory / "tokenizer.json"
+    own = (directory / "tokenizer.json").read_bytes()
+    assert merged.text.tokenizer_json.read_bytes() == own
 
 
 def test_tokens_of_a_tied_head_that_the_file_lacks_are_missed(tied_base, tmp_path):
@@ -214,7 +221,8 @@ def test_a_template_without_a_tokenizer_replaces_the_bases(base, tmp_path):
     (directory / "chat_template.jinja").write_text("{{ 'new' }}")
     merged = merging.merge(base, directory)
     assert merged.text.chat_template == "{{ 'new' }}"
-    assert merged.text.tokenizer_json == base.text.tokenizer_json
+    own = base.text.tokenizer_json.read_bytes()
+    assert merged.text.tokenizer_json.read_bytes() == own
 
 
 def test_an_adapter_of_a_quantized_base_is_merged_with_a_note(base, tmp_path):
@@ -226,6 +234,131 @@ def test_an_adapter_of_a_quantized_base_is_merged_with_a_note(base, tmp_path):
     assert name in note
 
 
+def test_a_base_of_another_name_is_noted(base, tmp_path):
+    directory = tiny.write_adapter(
+        tmp_path / "a", tiny.q_proj_updates(), base_model_name_or_path="org/SmolLM2-135M"
+    )
+    (note,) = record(merging.merge(base, directory)).notes
+    assert note == "the adapter names 'org/SmolLM2-135M' as its base and is merged into 'base'"
+
+
+@pytest.mark.parametrize(
+    ("directory", "name"),
+    [
+        ("SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+        ("SmolLM2-135M", "/home/someone/models/SmolLM2-135M/"),
+        ("SmolLM2-135M", "C:\\models\\smollm2_135m"),
+        ("SmolLM2-135M-bf16", "HuggingFaceTB/SmolLM2-135M"),
+        ("SmolLM2-135M", "unsloth/smollm2-135m-hf"),
+        ("models--org--SmolLM2-135M/snapshots/0f3a", "org/SmolLM2-135M"),
+    ],
+)
+def test_a_base_of_the_same_name_somewhere_else_is_not_noted(tmp_path, directory, name):
+    base = Checkpoint.open(tiny.write_base(tmp_path / directory))
+    adapter = tiny.write_adapter(
+        tmp_path / "a", tiny.q_proj_updates(), base_model_name_or_path=name
+    )
+    assert record(merging.merge(base, adapter)).notes == ()
+
+
+@pytest.mark.parametrize("zero", ["lora_A", "lora_B"])
+def test_an_adapter_that_changes_nothing_is_noted(base, tmp_path, zero):
+    updates = tiny.q_proj_updates()
+    updates |= {name: np.zeros_like(it) for name, it in updates.items() if zero in name}
+    notes = record(merging.merge(base, tiny.write_adapter(tmp_path / "a", updates))).notes
+    assert notes == ("the adapter's low-rank updates change nothing: a factor of each is zero",)
+
+
+def test_float64_is_read_as_float32_and_noted(base, tmp_path):
+    updates = tiny.q_proj_updates() | {"lm_head.weight": random(40, 16)}
+    config: dict[str, Any] = {"modules_to_save": ["lm_head"]}
+    directory = tiny.write_adapter(tmp_path / "a", updates, dtype="F64", **config)
+    merged = merging.merge(base, directory)
+    usual = merging.merge(base, tiny.write_adapter(tmp_path / "b", updates, **config))
+    np.testing.assert_array_equal(merged.weight("layers.0.query"), usual.weight("layers.0.query"))
+    assert record(merged).notes == ("the adapter stores float64, which is read as float32",)
+    written = Checkpoint.open(write_checkpoint(merged, tmp_path / "out"))
+    np.testing.assert_array_equal(written.weight("output_head"), updates["lm_head.weight"])
+
+
+def hint(base, directory):
+    with pytest.raises(UsageError) as refused:
+        merging.merge(base, directory)
+    return refused.value.hint
+
+
+def test_directories_around_an_adapter_are_told_from_it(base, tmp_path):
+    run = tmp_path / "run"
+    for step in (90, 1000, 500):
+        tiny.write_adapter(run / f"checkpoint-{step}", tiny.q_proj_updates())
+    others = "or another in there: checkpoint-500, checkpoint-90"
+    assert hint(base, run) == f"pass --adapter {run / 'checkpoint-1000'}, {others}"
+    named = tiny.write_adapter(tmp_path / "parent" / "french", tiny.q_proj_updates())
+    assert hint(base, named.parent) == f"pass --adapter {named}"
+    assert (
+        hint(base, named / "adapter_model.safetensors") == f"pass its directory: --adapter {named}"
+    )
+    assert hint(base, base.directory).startswith("it is a model: pass it as MODEL")
+    assert hint(base, tmp_path / "org" / "name").startswith("there is no such directory")
+    (tmp_path / "lora.gguf").write_bytes(b"GGUF")
+    assert hint(base, tmp_path / "lora.gguf").startswith("it is llama.cpp's form of one")
+
+
+def test_parameters_that_were_not_gathered_are_refused_with_the_way_out(base, tmp_path):
+    updates = tiny.q_proj_updates() | {f"{Q0}.lora_A.weight": np.zeros((0,))}
+    directory = tiny.write_adapter(tmp_path / "a", updates)
+    assert "1 empty tensors" in refusal(base, directory)
+    assert "stage3_gather" in hint(base, directory)
+
+
+def test_an_adapters_generation_settings_are_the_models(tmp_path):
+    base = Checkpoint.open(tiny.write_base(tmp_path / "base"))
+    (base.directory / "generation_config.json").write_text('{"temperature": 0.7, "top_p": 0.9}')
+    directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
+    assert merging.merge(base, directory).sampling.temperature == 0.7
+    (directory / "generation_config.json").write_text('{"temperature": 0.3}')
+    sampling = merging.merge(base, directory).sampling
+    assert (sampling.temperature, sampling.top_p) == (0.3, None)
+
+
+def test_an_adapter_in_the_place_of_a_model_is_told_from_one(base, tmp_path):
+    def hint_as_model(directory):
+        with pytest.raises(UsageError) as refused:
+            Checkpoint.open(directory)
+        return refused.value.hint
+
+    adapter = tiny.write_adapter(tmp_path / "run" / "checkpoint-7", tiny.q_proj_updates())
+    said = "it is an adapter: pass its base as MODEL (it names 'somewhere/base')"
+    assert hint_as_model(adapter) == f"{said} and this with --adapter"
+    assert hint_as_model(adapter.parent).endswith(f"--adapter {adapter}")
+    config = base.directory / "config.json"
+    (adapter / "config.json").write_bytes(config.read_bytes())  # as some training tools do
+    assert hint_as_model(adapter).startswith(said)
+    model = tiny.write_base(tmp_path / "full" / "checkpoint-20")
+    assert hint_as_model(model.parent) == f"pass {model}"
+
+
+def test_trained_tokens_that_no_tokenizer_knows_are_refused(tmp_path):
+    base = Checkpoint.open(tiny.write_base(tmp_path / "base", vocab_size=64))
+    rows = {"model.embed_tokens.token_adapter.trainable_tokens_delta": random(1, 16)}
+    directory = tiny.write_adapter(
+        tmp_path / "a", tiny.q_proj_updates() | rows, trainable_token_indices=[40]
+    )
+    assert "trains the token 40, which" in refusal(base, directory)
+    (directory / "added_tokens.json").write_text('{"<call>": 40}')
+    assert merging.merge(base, directory).spec.vocab_size == 64
+
+
+def test_a_new_token_without_a_row_is_refused_unless_it_only_pads(base, tmp_path):
+    directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
+    (directory / "added_tokens.json").write_text('{"<call>": 40}')
+    assert "'<call>', id 40, and the merged model has 40 rows" in refusal(base, directory)
+    (directory / "special_tokens_map.json").write_text('{"pad_token": "<call>"}')
+    assert (
+        "for which the model has no row: <call>" in record(merging.merge(base, directory)).notes[-1]
+    )
+
+
 def refusal(base, directory):
     with pytest.raises(UsageError) as refused:
         merging.merge(base, directory)
@@ -234,24 +367,37 @@ def refusal(base, directory):
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("IA3", "IA3"), ("PREFIX_TUNING", "prefix tuning"), ("PROMPT_TUNING", "prompt tuning"),
-     ("LOHA", "LoHa"), ("LOKR", "LoKr"), ("VERA", "VeRA"), ("ADALORA", "AdaLoRA"),
-     ("OFT", "OFT"), ("BOFT", "BOFT"), ("SOMETHING_NEW", "SOMETHING_NEW")],
+    [("PREFIX_TUNING", "prefix tuning"), ("PROMPT_TUNING", "prompt tuning"),
+     ("P_TUNING", "p-tuning"), ("XLORA", "X-LoRA"), ("LILY", "Lily")],
 )  # fmt: skip
-def test_another_kind_of_adapter_is_refused_by_name(base, tmp_path, kind, name):
+def test_what_changes_no_weight_is_refused_by_name(base, tmp_path, kind, name):
     directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates(), peft_type=kind)
-    with pytest.raises(UsageError, match=re.escape(repr(name))) as refused:
+    with pytest.raises(UsageError, match=f"{name!r}, which changes no weight") as refused:
         merging.merge(base, directory)
     assert "rsLoRA" in refused.value.hint
 
 
 @pytest.mark.parametrize(
+    ("kind", "name"),
+    [("OSF", "OSF"), ("PSOFT", "PSOFT"), ("ADAMSS", "AdaMSS"), ("SOMETHING_NEW", "SOMETHING_NEW")],
+)
+def test_another_kind_is_refused_with_the_lines_that_merge_it(base, tmp_path, kind, name):
+    directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates(), peft_type=kind)
+    with pytest.raises(UsageError, match=re.escape(repr(name))) as refused:
+        merging.merge(base, directory)
+    assert refused.value.hint.endswith(
+        "base = AutoModelForCausalLM.from_pretrained('somewhere/base'); "
+        f"PeftModel.from_pretrained(base, '{directory}').merge_and_unload().save_pretrained('DIR')"
+    )
+
+
+@pytest.mark.parametrize(
     ("option", "value"),
-    [("use_qalora", True), ("alora_invocation_tokens", [3, 4]), ("layer_replication", [[0, 2]]),
-     ("target_parameters", ["experts.down"]), ("use_bdlora", {"nblocks": 2}),
+    [("use_qalora", True), ("alora_invocation_tokens", [3, 4]), ("layer_replication", [[0]]),
+     ("layer_replication", [[0, 3]]), ("layer_replication", 2), ("use_bdlora", {"nblocks": 2}),
      ("kasa_config", {"beta": 1.0}), ("arrow_config", {"top_k": 2}), ("an_option_of_2027", 1),
      ("task_type", "SEQ_CLS"), ("bias", "some"), ("init_lora_weights", "pissa_niter_4"),
-     ("init_lora_weights", "olora"), ("init_lora_weights", "loftq"),
+     ("init_lora_weights", "corda"), ("init_lora_weights", "loftq"),
      ("target_modules", "q_proj("), ("trainable_token_indices", [-1]), ("r", 0),
      ("rank_pattern", {"q_proj": "4"}), ("rank_pattern", {"q_proj": 0.5}),
      ("alpha_pattern", {"q_proj": float("inf")}), ("modules_to_save", [1])],
@@ -552,6 +698,57 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
         {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [20]}},
         False,
     ),
+    "PiSSA": (UNTIED, {"target_modules": ALL, "init_lora_weights": "pissa"}, False),
+    "PiSSA of several ranks": (
+        TIED,
+        {
+            "target_modules": ["q_proj", "embed_tokens"],
+            "init_lora_weights": "pissa",
+            "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+            "lora_alpha": 3,
+        },
+        False,
+    ),
+    "PiSSA with DoRA": (
+        UNTIED,
+        {"target_modules": ["up_proj"], "init_lora_weights": "pissa", "use_dora": True},
+        False,
+    ),
+    "OLoRA": (UNTIED, {"target_modules": ALL, "init_lora_weights": "olora"}, False),
+    "OLoRA, rank-stabilized": (
+        TIED,
+        {"target_modules": ["down_proj"], "init_lora_weights": "olora", "use_rslora": True},
+        True,
+    ),
+    "parameters": (
+        UNTIED,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.down_proj.weight", "up_proj.weight"],
+            "rank_pattern": {"q_proj": 2},
+        },
+        False,
+    ),
+    "repeated layers": (
+        UNTIED,
+        {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [0, 1], [1, 2]]},
+        False,
+    ),
+    "repeated layers of a base with biases, tied": (
+        TIED | {"attention_bias": True},
+        {"target_modules": "all-linear", "layer_replication": [[0, 1], [0, 2]]},
+        True,
+    ),
+    "some tokens and the head": (
+        UNTIED,
+        {"target_modules": ["lm_head", "q_proj"], "trainable_token_indices": [7, 3]},
+        False,
+    ),
+    "some tokens and the head, tied": (
+        TIED,
+        {"target_modules": ["lm_head", "q_proj"], "trainable_token_indices": [7, 3]},
+        False,
+    ),
     "grown": (UNTIED, {"target_modules": ["q_proj"], "grow_to": 43}, False),
     "grown, tied": (TIED, {"target_modules": ["q_proj"], "grow_to": 43}, True),
     "grown, saved, tied": (
@@ -594,5 +791,50 @@ def test_a_merged_checkpoint_says_what_peft_says_unmerged(shape, tmp_path):
     write_checkpoint(merged, tmp_path / "merged", precision="f32")
     found = tiny.logits_of(tiny.load(tmp_path / "merged"))
     assert np.abs(found - made.logits).max() <= 1e-4
+    (side_by_side,) = transformers_logits.logits(merged, tiny.IDS, fits_in_memory=True)
+    assert np.abs(side_by_side - made.logits).max() <= 1e-5
     shared = made.base_logits.shape[-1]
     assert np.abs(made.logits[:, :shared] - made.base_logits).max() > 0.02
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize(
+    "first",
+    [
+        "head, tied",
+        "embedding and head, kept tied",
+        "some tokens, tied",
+        "some tokens and the head, tied",
+        "tokens of the head, tied",
+    ],
+)
+def test_a_stack_is_proven_where_the_first_changes_a_tied_matrix(tmp_path, first):
+    """PEFT 0.21 merges an update of one of two tied matrices into both."""
+    config, lora, is_tied = SHAPES[first]
+    made = tiny.train_with_peft(tmp_path, base=config, **lora)
+    second = tiny.write_adapter(tmp_path / "second", tiny.q_proj_updates())
+    one = merging.merge(Checkpoint.open(made.base), made.adapter)
+    merged = merging.merge(one, second)
+    assert merged.spec.is_tied == is_tied
+    (side_by_side,) = transformers_logits.logits(merged, tiny.IDS, fits_in_memory=True)
+    write_checkpoint(merged, tmp_path / "merged", precision="f32")
+    found = tiny.logits_of(tiny.load(tmp_path / "merged"))
+    assert np.abs(found - side_by_side).max() <= 1e-4
+    assert np.abs(found - made.logits).max() > 0.02
+
+
+@pytest.mark.toolchain
+def test_repeated_layers_are_proven_where_the_config_lists_each_ones_kind(tmp_path):
+    """PEFT 0.21 leaves ``layer_types`` as short as the base's, and transformers then stops."""
+    base = Checkpoint.open(tiny.write_base(tmp_path / "base", **QWEN2))
+    order = [[0, 2], [1, 2]]
+    directory = tiny.write_adapter(
+        tmp_path / "a", tiny.q_proj_updates(layers=3), layer_replication=order
+    )
+    merged = merging.merge(base, directory)
+    (side_by_side,) = transformers_logits.logits(merged, tiny.IDS, fits_in_memory=True)
+    write_checkpoint(merged, tmp_path / "merged", precision="f32")
+    found = tiny.logits_of(tiny.load(tmp_path / "merged"))
+    assert np.abs(found - side_by_side).max() <= 1e-4
+    assert len(merged.spec.layers) == 3
+    assert record(merged).notes == ("the adapter repeats layers of the base: the model has 3",)

@@ -3,7 +3,7 @@
  *
  * Request: `root`, where the bundles are; `bundles`, each with its `name` there, the `options` an
  * app would load it with, `texts` and `conversations` to read, `prompt` (ids) to continue for
- * `tokens`, and `chat` (messages) to reply to.
+ * `tokens`, `chat` (messages) to reply to, and `batch` (texts) to continue alone and all at once.
  */
 import { Tensor, env, pipeline } from "@huggingface/transformers";
 import { answer } from "./answer.mjs";
@@ -28,7 +28,7 @@ await answer(async ({ root, bundles }) => {
   return found;
 });
 
-async function run({ name, options, texts = [], conversations = [], prompt, tokens, chat }) {
+async function run({ name, options, texts = [], conversations = [], prompt, tokens, chat, batch }) {
   const started = performance.now();
   const generator = await pipeline("text-generation", name, options);
   const { tokenizer } = generator;
@@ -38,6 +38,8 @@ async function run({ name, options, texts = [], conversations = [], prompt, toke
     prompts: conversations.map((messages) => render(tokenizer, messages)),
     continuation: prompt && (await continued(generator.model, prompt, tokens)),
     reply: chat && (await reply(generator, chat, tokens)),
+    alone: batch && (await alone(generator, batch, tokens)),
+    together: batch && (await together(generator, batch, tokens)),
   };
   await generator.dispose();
   return { ...found, load_ms: loaded - started, run_ms: performance.now() - loaded };
@@ -61,6 +63,18 @@ async function continued(model, ids, tokens) {
 
 function int64(shape, values) {
   return new Tensor("int64", BigInt64Array.from(values, BigInt), shape);
+}
+
+/** Shorter texts are filled up on the left, as the pipeline has it. */
+async function together(generator, texts, tokens) {
+  const found = await generator(texts, { max_new_tokens: tokens, do_sample: false });
+  return found.map(([{ generated_text }]) => generated_text);
+}
+
+async function alone(generator, texts, tokens) {
+  const found = [];
+  for (const text of texts) found.push(...(await together(generator, [text], tokens)));
+  return found;
 }
 
 async function reply(generator, messages, tokens) {

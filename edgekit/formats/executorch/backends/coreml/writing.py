@@ -39,6 +39,21 @@ class CoreMLWriting(BackendWriting):
 
     backend = coreml.BACKEND
 
+    def refuse(self, spec: "DecoderSpec", variant: str, *, context_tokens: int) -> None:
+        """Check that a text so long is rotated as its beginning is.
+
+        Raises:
+            UsageError: If not; it says from where on.
+        """
+        del variant
+        border = spec.original_max_position_embeddings
+        if border is not None and context_tokens > border:
+            raise UsageError(
+                f"beyond {border} tokens every position is rotated differently, and Core ML cannot "
+                f"read again what it read before; a context of {context_tokens} tokens was asked",
+                hint=f"pass --context {border} or less",
+            )
+
     def file_bytes(
         self, spec: "DecoderSpec", planned: tuple["ProgramWeight", ...], variant: str
     ) -> int:
@@ -68,7 +83,6 @@ class CoreMLWriting(BackendWriting):
         """Write the program, one block of rows in memory at a time."""
         from edgekit.formats.executorch.backends.coreml import wrapper
 
-        _refuse_long_context(job)
         made = decoder.write(job.spec, job.tensor_types, job.context_tokens)
         packed = package.pack(made)
         program = wrapper.emit(
@@ -90,16 +104,6 @@ class CoreMLWriting(BackendWriting):
 
 
 WRITING = CoreMLWriting()
-
-
-def _refuse_long_context(job: "Job") -> None:
-    border = job.spec.original_max_position_embeddings
-    if border is not None and job.context_tokens > border:
-        raise UsageError(
-            f"beyond {border} tokens every position is rotated differently, and Core ML cannot "
-            f"read again what it read before; a context of {job.context_tokens} tokens was asked",
-            hint=f"pass --context {border} or less",
-        )
 
 
 def _write_blobs(job: "Job", made: "CoreMLProgram", stream: BinaryIO, *, first: int) -> None:

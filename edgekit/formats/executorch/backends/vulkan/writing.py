@@ -27,11 +27,11 @@ class VulkanWriting(BackendWriting):
 
     backend = vulkan.BACKEND
 
-    def refuse(self, spec: "DecoderSpec", variant: str) -> None:
-        """Check that the delegate computes a decoder.
+    def refuse(self, spec: "DecoderSpec", variant: str, *, context_tokens: int) -> None:
+        """Check that the delegate computes a decoder in texts this long.
 
         Raises:
-            UsageError: If not; it names what the delegate lacks.
+            UsageError: If not; it names what the delegate lacks, or how far it goes.
         """
         del variant
         lacks = next(_lacks(spec), None)
@@ -40,6 +40,7 @@ class VulkanWriting(BackendWriting):
                 f"the Vulkan delegate of ExecuTorch has no {lacks}",
                 hint="take --variant portable: XNNPACK computes it on the phone's CPU",
             )
+        _refuse_context(spec, context_tokens)
 
     def meant_by(self, wanted: str, *, recipe: str) -> str:
         """Return float16 for all where it computes in that, else the delegate's own four bits."""
@@ -86,7 +87,6 @@ class VulkanWriting(BackendWriting):
         """Write the program, one block of rows in memory at a time."""
         from edgekit.formats.executorch.backends.vulkan import wrapper
 
-        _refuse_context(job)
         lowered = wrapper.lower(
             job.spec,
             job.tensor_types,
@@ -125,17 +125,17 @@ def batch_tokens(spec: "DecoderSpec", *, context_tokens: int) -> int:
     return min(BATCH_TOKENS, context_tokens, most)
 
 
-def _refuse_context(job: "Job") -> None:
+def _refuse_context(spec: "DecoderSpec", context_tokens: int) -> None:
     """Check that attention sees all it should and that no position is rotated differently."""
-    border = job.spec.original_max_position_embeddings
-    windows = [layer.window_tokens for layer in job.spec.layers if layer.window_tokens]
+    border = spec.original_max_position_embeddings
+    windows = [layer.window_tokens for layer in spec.layers if layer.window_tokens]
     for most, why in (
         (border, "beyond, every position is rotated differently, and no text is read again"),
         (min(windows, default=None), "attention looks back no further, and the delegate's would"),
     ):
-        if most is not None and job.context_tokens > most:
+        if most is not None and context_tokens > most:
             raise UsageError(
-                f"{job.context_tokens} tokens of context are too many for Vulkan in ExecuTorch: "
+                f"{context_tokens} tokens of context are too many for Vulkan in ExecuTorch: "
                 f"this model has {most} there, as {why}",
                 hint=f"take --context {most}, or --variant portable",
             )

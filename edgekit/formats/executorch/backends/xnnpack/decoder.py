@@ -5,6 +5,9 @@ The decoder is cut where a layer's keys and values enter its cache. What lies be
 keys and values. All of a segment is arithmetic that XNNPACK has, so each becomes one delegate;
 segments of the same `SegmentShape` are the same program with other weights.
 
+The operator of ExecuTorch's LLM runners may compute attention between two segments, in the layers
+whose attention it has (`mixed_here`); the others compute their own.
+
 Some formulas are not the textbook's because XNNPACK lacks an operator, or has it less exact: a mean
 is a product with a vector of 1 / n, and tanh(x) is 2 sigmoid(2 x) - 1.
 """
@@ -19,6 +22,7 @@ import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 from torch.nn import functional  # noqa: TID253
 
+from edgekit.formats.executorch.backends.xnnpack.attention import mixed_here
 from edgekit.formats.executorch.positions import Positions
 from edgekit.model.spec import Attention, DecoderSpec, Norm, Rope
 
@@ -41,19 +45,22 @@ class SegmentShape:
     fills_cache: bool  # has the first half of a layer; else the output head
     rotates: bool  # the first half has a rope
     mixes: bool  # the second half computes attention; else a custom operator did
+    feeds_mix: bool  # the next segment computes that of the first half; else a custom operator
     window_tokens: int | None  # of that attention
     changes_x: bool
 
 
-def segment_shapes(spec: DecoderSpec, *, mixes: bool) -> Iterator[SegmentShape]:
+def segment_shapes(spec: DecoderSpec, *, uses_llm_operators: bool) -> Iterator[SegmentShape]:
     """Yield the segments of a decoder, one more than it has layers."""
     depth = len(spec.layers)
+    mixes = mixed_here(spec, uses_llm_operators=uses_llm_operators)
     for index in range(depth + 1):
         yield SegmentShape(
             reads_cache=index > 0,
             fills_cache=index < depth,
             rotates=index < depth and spec.layers[index].rope is not None,
-            mixes=mixes,
+            mixes=index > 0 and mixes[index - 1],
+            feeds_mix=index < depth and mixes[index],
             window_tokens=spec.layers[index - 1].window_tokens if index > 0 else None,
             changes_x=index > 0 or spec.residual == "parallel",
         )
@@ -135,7 +142,7 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
             x = x + self._mlp(read)
         query = query * self._number(a.softmax_scale)
         made = (query, key, value)
-        if self.shape.mixes:
+        if self.shape.feeds_mix:
             made = _grouped(a, query), key.permute(1, 2, 0), value.permute(1, 0, 2)
         # A delegate may not hand back what it was given.
         return (x, *made) if self.shape.changes_x else made
@@ -273,23 +280,22 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
     ) -> None:
         super().__init__()
         self.spec, self.context_tokens = spec, context_tokens
-        self.uses_llm_operators = uses_llm_operators
+        self.mixed_here = mixed_here(spec, uses_llm_operators=uses_llm_operators)
         self.embedding = embedding
         self.positions = Positions(spec)
         self.segments = nn.ModuleList(segments)
-        for name, shape in self._caches():
+        for name in ("keys", "values"):
             for index in range(len(spec.layers)):
+                shape = self._cache_shape(name, index)
                 self.register_buffer(f"{name}_{index}", torch.zeros(shape), persistent=False)
 
-    def _caches(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _cache_shape(self, name: str, index: int) -> tuple[int, ...]:
         a = self.spec.attention
-        if self.uses_llm_operators:
-            yield from dict.fromkeys(
-                ("keys", "values"), (1, self.context_tokens, a.num_kv_heads, a.head_dim)
-            ).items()
-        else:  # as the products of attention want them
-            yield "keys", (a.num_kv_heads, a.head_dim, self.context_tokens)
-            yield "values", (a.num_kv_heads, self.context_tokens, a.head_dim)
+        if not self.mixed_here[index]:
+            return (1, self.context_tokens, a.num_kv_heads, a.head_dim)
+        if name == "keys":  # as the products of attention want them
+            return (a.num_kv_heads, a.head_dim, self.context_tokens)
+        return (a.num_kv_heads, self.context_tokens, a.head_dim)
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         """Return ``(1, vocabulary)``.
@@ -302,10 +308,12 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         x = self._embed(tokens)
         *changed, query, keys, values = self.segments[0](x, *self._rotation(rotations, 0))
         x = changed[0] if changed else x
-        attend = self._attend_there if self.uses_llm_operators else self._attend_here
-        reach = attend(input_pos)
-        for index in range(len(self.spec.layers)):
-            x, *mixed = reach(index, x, query, keys, values)
+        here = self._attend_here(input_pos) if True in self.mixed_here else None
+        there = self._attend_there(input_pos) if False in self.mixed_here else None
+        for index, is_here in enumerate(self.mixed_here):
+            attend = here if is_here else there
+            assert attend is not None  # noqa: S101 - see above
+            x, *mixed = attend(index, x, query, keys, values)
             made = self.segments[index + 1](x, *mixed, *self._rotation(rotations, index + 1))
             if len(made) == 1:
                 return made[0]

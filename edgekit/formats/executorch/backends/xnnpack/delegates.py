@@ -52,7 +52,7 @@ class Segments:
         tensor_types: Mapping[str, str],
         context_tokens: int,
         *,
-        mixes: bool,
+        uses_llm_operators: bool,
     ) -> None:
         self._spec, self._tensor_types = spec, tensor_types
         self._context_tokens = context_tokens
@@ -61,7 +61,9 @@ class Segments:
         self.weights: set[str] = set()  # by role
         self.modules = [
             self._delegate(shape, decoder.segment_roles(spec, index))
-            for index, shape in enumerate(decoder.segment_shapes(spec, mixes=mixes))
+            for index, shape in enumerate(
+                decoder.segment_shapes(spec, uses_llm_operators=uses_llm_operators)
+            )
         ]
 
     def _delegate(self, shape: SegmentShape, roles: Mapping[str, str]) -> nn.Module:
@@ -87,7 +89,7 @@ def _outputs(spec: DecoderSpec, shape: SegmentShape, x: Tensor, *_: Tensor) -> t
         return (x.new_empty(1, spec.vocab_size),)
     a, tokens = spec.attention, x.shape[0]
     made: list[Shape]
-    if shape.mixes:
+    if shape.feeds_mix:
         shared = a.heads // a.num_kv_heads
         made = [
             (a.num_kv_heads, tokens * shared, a.head_dim),

@@ -7,6 +7,7 @@ and on SmolLM2-135M. It is 0.4 % of that model's file, and known within a tenth.
 
 from collections.abc import Sequence
 
+from edgekit.formats.executorch.backends.xnnpack.attention import mixed_here
 from edgekit.formats.executorch.tensor_types import ALIGNMENT, SCALE, Part, has_pairs
 from edgekit.model.spec import DecoderSpec, Norm
 
@@ -42,17 +43,20 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: 
 
 def operators(spec: DecoderSpec, *, uses_llm_operators: bool, is_rounded: bool) -> int:
     """Return how many operators XNNPACK gets, as `decoder` has them."""
+    mixes = mixed_here(spec, uses_llm_operators=uses_llm_operators)
     return sum(
-        _segment_operators(spec, index, mixes=not uses_llm_operators, is_rounded=is_rounded)
+        _segment_operators(spec, index, mixes, is_rounded=is_rounded)
         for index in range(len(spec.layers) + 1)
     )
 
 
-def _segment_operators(spec: DecoderSpec, index: int, *, mixes: bool, is_rounded: bool) -> int:
+def _segment_operators(
+    spec: DecoderSpec, index: int, mixes: Sequence[bool], *, is_rounded: bool
+) -> int:
     """Count those of a segment; what meets rounded weights is rounded by one operator more."""
     count = 0
     if index > 0:  # the output matrix, gate and up together, down
-        count += _second_half(spec, index - 1, mixes=mixes)
+        count += _second_half(spec, index - 1, mixes=mixes[index - 1])
         count += (3 if spec.residual == "serial" else 1) if is_rounded else 0
     if index == len(spec.layers):
         return (
@@ -62,7 +66,7 @@ def _segment_operators(spec: DecoderSpec, index: int, *, mixes: bool, is_rounded
             + (4 if spec.final_logit_softcap is not None else 0)
             + is_rounded
         )
-    count += _first_half(spec, index, mixes=mixes)
+    count += _first_half(spec, index, mixes=mixes[index])
     return count + ((1 if spec.residual == "serial" else 2) if is_rounded else 0)
 
 

@@ -39,7 +39,7 @@ def lower(
         constants: What methods without arguments return, by name.
     """
     with silence(), torch.no_grad():
-        made = Segments(spec, tensor_types, context_tokens, mixes=not uses_llm_operators)
+        made = Segments(spec, tensor_types, context_tokens, uses_llm_operators=uses_llm_operators)
         decoder = XnnpackDecoder(
             spec,
             embedding=embeddings.empty(spec, tensor_types["token_embedding"]),

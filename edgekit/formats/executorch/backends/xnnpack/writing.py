@@ -1,14 +1,13 @@
 """Programs for XNNPACK: attention by plain operators, or by the one of ExecuTorch's LLM runners."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.errors import UsageError
 from edgekit.formats.executorch import assembly, coverage, memory
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.formats.executorch.backends._writing import BackendWriting
-from edgekit.formats.executorch.backends.xnnpack import size
+from edgekit.formats.executorch.backends.xnnpack import attention, size
 
 
 if TYPE_CHECKING:
@@ -22,23 +21,10 @@ class XnnpackWriting(BackendWriting):
 
     backend = xnnpack.BACKEND
 
-    def refuse(self, spec: "DecoderSpec", variant: str) -> None:
-        """Check that ``custom_sdpa`` computes the attention of a decoder, where it must.
-
-        Raises:
-            UsageError: If not; it names what the operator lacks.
-        """
-        lacks = None
-        if spec.attention.attn_logit_softcap is not None:
-            lacks = "a cap on scores"
-        elif any(layer.window_tokens is not None for layer in spec.layers):
-            lacks = "windows"
-        if variant == xnnpack.LLM and lacks:
-            raise UsageError(
-                "the custom_sdpa operator of ExecuTorch's LLM runners has no attention with "
-                f"{lacks}",
-                hint=f"take --variant {xnnpack.PORTABLE}: any ExecuTorch runtime has its operators",
-            )
+    def notes(self, spec: "DecoderSpec", variant: str) -> Iterator[str]:
+        """Yield which layers the operator of LLM runners leaves to others."""
+        found = attention.note(spec) if variant == xnnpack.LLM else None
+        yield from () if found is None else (found,)
 
     def file_bytes(
         self, spec: "DecoderSpec", planned: tuple["ProgramWeight", ...], variant: str
