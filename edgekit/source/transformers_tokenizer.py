@@ -26,7 +26,7 @@ from edgekit.encodings.hashing import sha256_of_all
 from edgekit.encodings.json_files import parse_object
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.model.tokenizer_files import TokenizerFiles
-from edgekit.runtime.child import environment
+from edgekit.runtime.child import death_of, environment, shell_status
 from edgekit.text import corpus
 from edgekit.text.tokenizer import open_tokenizer
 
@@ -97,7 +97,10 @@ def taken(files: TokenizerFiles, reading: str) -> TokenizerFiles:
 
 def ask(files: TokenizerFiles) -> Answer:
     """Return what transformers makes of the directory, from the cache if it was asked before."""
-    said = remembered("tokenizers", _key(files), lambda: asdict(_child(files.tokenizer_json)))
+    try:
+        said = remembered("tokenizers", _key(files), lambda: asdict(_child(files.tokenizer_json)))
+    except ChildProcessError as error:  # which may go better the next time
+        return Answer(failure=str(error))
     return _answer_of(said)
 
 
@@ -133,6 +136,10 @@ def _write(files: TokenizerFiles, out: Path) -> None:
                 if (files.tokenizer_json.parent / name).is_file():
                     shutil.copyfile(files.tokenizer_json.parent / name, work / name)
             _child(files.tokenizer_json, out=work / "tokenizer.json")
+    except ChildProcessError as error:
+        raise UsageError(
+            f"transformers wrote no tokenizer.json: {error}", hint="try again"
+        ) from error
     except UsageError:
         if not out.is_dir():  # else another process was faster
             raise
@@ -168,14 +175,23 @@ def _key(files: TokenizerFiles) -> str:
 
 
 def _child(tokenizer_json: Path, *, out: Path | None = None) -> Answer:
-    """Ask transformers, and have it write its tokenizer.json if that is wanted."""
+    """Ask transformers, and have it write its tokenizer.json if that is wanted.
+
+    Raises:
+        ChildProcessError: If it is killed, or takes too long.
+    """
     places = [str(tokenizer_json), *([] if out is None else [str(out)])]
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", __name__, *places],
-        capture_output=True, text=True, errors="replace", check=False,
-        env=environment() | quiet, timeout=_TIMEOUT_S,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", __name__, *places],
+            capture_output=True, text=True, errors="replace", check=False,
+            env=environment() | quiet, timeout=_TIMEOUT_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise ChildProcessError(f"no answer within {_TIMEOUT_S} s") from error
+    if death := death_of(shell_status(done.returncode)):
+        raise ChildProcessError(f"it {death}")
     if done.returncode == 0:
         said = parse_object(done.stdout.splitlines()[-1], origin="the answer of transformers")
         return _answer_of(said)

@@ -133,6 +133,17 @@ def test_transformers_is_asked_once_for_a_tokenizer(tmp_path, monkeypatch):
         taken(change(files, legacy=False), "file")
 
 
+def test_an_answer_that_did_not_come_is_asked_for_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_ANSWERS", {})
+    files = llama2(tmp_path / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers_tokenizer, "_TIMEOUT_S", 0.01)
+        (note,) = taken(files, "file").notes
+    assert "cannot read this tokenizer" in note
+    assert "no answer within 0.01 s" in note
+    assert "reads otherwise" in taken(files, "file").notes[0]
+
+
 def test_without_transformers_the_note_is_absent_and_its_reading_refused(tmp_path, monkeypatch):
     files = llama2(tmp_path / "model")
     monkeypatch.setattr(installed, "missing", lambda *packages: ["transformers"])
