@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgekit.model.card import ModelCard, SamplingDefaults
 from edgekit.model.spec import DecoderSpec, Shape
@@ -96,6 +96,11 @@ class CheckpointProtocol(Protocol):
     @property
     def architecture(self) -> str:
         """The ``model_type`` of its config."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The fields of its config.json, of a wrapped decoder those of its section; or none."""
         ...
 
     @property

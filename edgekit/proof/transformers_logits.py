@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit import installed
 from edgekit.errors import MissingDependencyError
 from edgekit.progress import Listener, Silent
-from edgekit.proof import interpreter, mlx_adapters
+from edgekit.proof import interpreter, mlx_adapters, transformers_model
 from edgekit.runtime.silence import silence
 from edgekit.source import transformers_tokenizer
 from edgekit.source.adapters import by_peft
@@ -112,10 +112,7 @@ def _model(checkpoint: Checkpoint) -> Any:
 
     require_for(checkpoint)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels nobody needs here
-    transformers = _transformers()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint.directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
+    model = transformers_model.load(_transformers(), checkpoint)
     if checkpoint.quantization:  # its own layers compute in the type of training, often bfloat16
         model = model.dequantize().to(torch.float32)
     if checkpoint.adapter:

@@ -227,7 +227,7 @@ class Checkpoint:
     @property
     def sha256(self) -> str:
         """A hash over the config and every weight file, in order of name."""
-        paths = (self.directory / "config.json", *_weight_files(self.directory))
+        paths = (self.directory / "config.json", *weight_files(self.directory))
         return _sha256_of(tuple((path, path.stat().st_mtime_ns) for path in paths))
 
     def weight(
@@ -373,7 +373,12 @@ def _sha256_of(files: tuple[tuple[Path, int], ...]) -> str:
     return sha256_of_all(path for path, _ in files)
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files that hold a checkpoint's weights, as transformers chooses them.
+
+    Raises:
+        UsageError: If the index names no files, or a shard is missing.
+    """
     single = directory / "model.safetensors"
     if single.is_file():
         return [single]  # before an index, as transformers does
@@ -421,7 +426,7 @@ def _shards(index: Path) -> list[str]:
 def _read_headers(directory: Path, *, is_four_bit: bool) -> tuple[Mapping[str, Tensor], str | None]:
     """Return the tensors and, if they are de-quantized when read, what they are stored as."""
     tensors: dict[str, StoredTensor] = {}
-    files = _weight_files(directory)
+    files = weight_files(directory)
     if not files:
         pickles = [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")]
         raise UsageError(
@@ -431,7 +436,7 @@ def _read_headers(directory: Path, *, is_four_bit: bool) -> tuple[Mapping[str, T
             else places.hint_for_model(directory) or "is this a Hugging Face model directory?",
         )
     for path in files:
-        for name, tensor in read_safetensors(path, dtypes=_ITEM_BYTES):
+        for name, tensor in read_safetensors(path, dtypes=None):
             if name in tensors:
                 raise UsageError(f"{directory} holds the tensor {name} twice")
             tensors[name] = tensor
@@ -441,9 +446,13 @@ def _read_headers(directory: Path, *, is_four_bit: bool) -> tuple[Mapping[str, T
 
 
 def read_safetensors(
-    path: Path, *, dtypes: Collection[str] = FLOATS
+    path: Path, *, dtypes: Collection[str] | None = FLOATS
 ) -> Iterator[tuple[str, StoredTensor]]:
     """Yield the tensors of one file from its header: a few kilobytes, whatever its size.
+
+    Args:
+        path: The file.
+        dtypes: The types that are expected; None: any.
 
     Raises:
         UsageError: If the file is missing, truncated, or its header contradicts itself; the
@@ -453,6 +462,7 @@ def read_safetensors(
     that many bytes of JSON, then the data, without holes or overlaps).
     """
     header, data_start, file_bytes = _read_header(path)
+    dtypes = _ITEM_BYTES if dtypes is None else dtypes
     end = 0
     for name, field in _by_offset(path, header):
         tensor = _stored_tensor(path, name, field, data_start=data_start, dtypes=dtypes)

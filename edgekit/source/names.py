@@ -18,6 +18,7 @@ from edgekit.errors import UsageError
 # Attributes of wrappers that may stand around any module: torch.compile, FullyShardedDataParallel,
 # and the checkpoint wrapper of torch.distributed (torch 2.13).
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_DEEPEST = 6  # model, layer, block, module: no tool wraps one tensor's modules more often
 # Prefixes that whole models are wrapped with: DataParallel, and PEFT without its ``model.``.
 _OUTER = ("module.", "base_model.model.")
 
@@ -49,8 +50,11 @@ class Naming:
         return own if self.stored_body or own in self.wanted else None
 
     def patterns(self) -> dict[str, str]:
-        """Return regular expressions that make transformers' names of the stored ones."""
-        found = {re.escape(wrapper): "" for wrapper in self.wrappers}
+        """Return regular expressions that make transformers' names of the stored ones.
+
+        They are for ``key_mapping`` of ``from_pretrained``, which replaces each once in a name.
+        """
+        found = _within(self.wrappers)
         if self.head != self.stored_head:
             found[f"^{re.escape(self.stored_head)}$"] = self.head
         if self.body != self.stored_body:
@@ -63,8 +67,14 @@ USUAL = Naming()
 
 def outer_patterns() -> dict[str, str]:
     """Return regular expressions that take off what is around a whole model, whichever it is."""
-    within = {re.escape(wrapper): "" for wrapper in WRAPPERS}
-    return {**within, f"^(?:{'|'.join(map(re.escape, _OUTER))})+": ""}
+    return {**_within(WRAPPERS), f"^(?:{'|'.join(map(re.escape, _OUTER))})+": ""}
+
+
+def _within(wrappers: Collection[str]) -> dict[str, str]:
+    """Return regular expressions for wrappers within wrappers; an empty group makes another one."""
+    return {
+        re.escape(wrapper) + "(?:)" * depth: "" for wrapper in wrappers for depth in range(_DEEPEST)
+    }
 
 
 def unwrapped(name: str) -> str:

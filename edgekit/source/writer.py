@@ -220,9 +220,8 @@ def _rounded(values: "npt.NDArray[np.float32]", entry: _Entry) -> "npt.NDArray[A
 def _config_of(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     """Return a config that reads as the checkpoint's spec: its own where that can say it."""
     family, spec = families.get(checkpoint.architecture), checkpoint.spec
-    path = checkpoint.directory / "config.json"
-    if path.is_file():
-        own = read_object(path)
+    if checkpoint.config:
+        own = dict(checkpoint.config)
         own.pop("quantization_config", None)  # what is written is what reading de-quantized
         changed = {"vocab_size": spec.vocab_size, "tie_word_embeddings": spec.is_tied}
         candidates = [own | changed, own | family.config(spec)]

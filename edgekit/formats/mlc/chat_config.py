@@ -99,9 +99,8 @@ def _token_ids(checkpoint: "CheckpointProtocol") -> dict[str, int | list[int]]:
     """Return special tokens as MLC looks for them: generation settings, config, its defaults."""
     rows = checkpoint.spec.vocab_size  # an id beyond them is no token of the model
     found: dict[str, int | list[int]] = dict(_DEFAULT_IDS)
-    for name in ("config.json", "generation_config.json"):
-        path = checkpoint.text.beside(name, otherwise=checkpoint.directory)
-        fields = read_object_if_there(path)
+    generation = checkpoint.text.beside("generation_config.json", otherwise=checkpoint.directory)
+    for fields in (checkpoint.config, read_object_if_there(generation)):
         said = {key: fields.get(key) for key in _DEFAULT_IDS}
         found |= {key: id for key, id in said.items() if isinstance(id, int) and 0 <= id < rows}
     stops = list(checkpoint.text.declared_stop_ids)

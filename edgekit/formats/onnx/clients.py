@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.encodings.json_files import read_object
+from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.formats.onnx import genai_text, tensor_types
 from edgekit.formats.onnx.graph import cache_name, cache_width
 from edgekit.model.tokenizer_files import added_tokens, common_settings
@@ -111,21 +111,24 @@ def transformers_files(
     Weights are no longer quantized as they were, every stop id ends an answer, and transformers.js
     4.3 looks for the chat template among the tokenizer's settings only.
     """
+    stops = list(checkpoint.text.declared_stop_ids)
     changes: dict[str, dict[str, Any]] = {
         "config.json": {
             "quantization_config": None,
+            "eos_token_id": stops,
             "vocab_size": checkpoint.spec.vocab_size,
             "num_hidden_layers": len(checkpoint.spec.layers),
             "transformers.js_config": _transformers_js(recipe, data_files=data_files),
         },
-        "generation_config.json": {"eos_token_id": list(checkpoint.text.declared_stop_ids)},
+        "generation_config.json": {"eos_token_id": stops},
         "tokenizer_config.json": {"chat_template": checkpoint.text.chat_template},
     }
     found = {}
     for name, changed in changes.items():
         path = checkpoint.text.beside(name, otherwise=checkpoint.directory)
-        if path.is_file():
-            fields = read_object(path) | changed
+        said = checkpoint.config if name == "config.json" else read_object_if_there(path)
+        if said:
+            fields = {**said, **changed}
             fields = common_settings(fields) if "tokenizer" in name else fields
             found[name] = {
                 key: value

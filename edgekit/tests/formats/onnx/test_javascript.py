@@ -126,7 +126,7 @@ def ask(bundles, *, device):
             "conversations": sayable(bundle),
             "prompt": PROMPT,
             "tokens": ANSWER_TOKENS,
-            "batch": BATCH,
+            "batch": BATCH if device == "cpu" and bundle.artifact.recipe == "F32" else None,
         }
         for bundle in bundles
     ]
@@ -195,9 +195,13 @@ def test_transformers_js_continues_in_node_as_edgekit_does(kind, recipe, in_node
 
 @pytest.mark.parametrize("kind", TINY)
 def test_transformers_js_continues_texts_together_as_alone(kind, in_node, exports):
+    """But for what it writes past the end of one, until the last has ended."""
     said = in_node[exports.bundle(kind).directory.name]
-    assert len(said["alone"]) == len(BATCH)
-    assert said["together"] == said["alone"]
+    assert len(said["alone"]) == len(said["together"]) == len(BATCH)
+    whole = [text.rstrip("\N{REPLACEMENT CHARACTER}") for text in said["alone"]]
+    found = [text[: len(alone)] for text, alone in zip(said["together"], whole, strict=True)]
+    assert found == whole
+    assert whole != BATCH
 
 
 @pytest.mark.parametrize(("kind", "recipe"), CASES)

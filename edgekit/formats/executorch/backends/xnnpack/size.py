@@ -17,7 +17,7 @@ _SCALES_BYTES = 42  # what a delegate says of a weight's
 _HEAD_BYTES, _LAYER_BYTES, _PART_BYTES = 9_100, 1_650, 44
 _BORDER_BYTES = 2_100  # a choice between two rotations
 _PAIRED_BYTES = 750  # what pairs of an embedding of four bits
-_LLM_BYTES = -1_100  # fewer operators between the delegates
+_LLM_BYTES = -1_100  # fewer operators between the delegates, where they compute every layer
 _CONSTANTS_BYTES = 5 * ALIGNMENT + 256  # numbers, means and frequencies
 
 
@@ -37,7 +37,9 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: 
     head_bytes = _HEAD_BYTES + _LAYER_BYTES * depth + _PART_BYTES * len(parts)
     head_bytes += _BORDER_BYTES if spec.original_max_position_embeddings is not None else 0
     head_bytes += _PAIRED_BYTES if has_pairs(spec, parts) else 0
-    head_bytes += _LLM_BYTES if uses_llm_operators else 0
+    # Fewer where some layers go without the operator, and none of them where all do.
+    by_operator = mixed_here(spec, uses_llm_operators=uses_llm_operators).count(False)
+    head_bytes += _LLM_BYTES * by_operator // depth
     return weights_bytes + delegates_bytes + head_bytes + _CONSTANTS_BYTES
 
 
