@@ -35,6 +35,8 @@ NEUTRAL = frozenset({
     "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix",
     "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
     "temperature", "top_k", "top_p", "typical_p",
+
+    "context_window_size", "prefill_chunk_size",
 })  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def find(
         spec=spec,
         tensors=own,
         naming=naming,
-        notes=(*names.notes(naming), *_beside(beside, wrapper), *tied_notes),
+        notes=(*(() if wrapper else names.notes(naming)), *_beside(beside, wrapper), *tied_notes),
     )
 
 

@@ -225,6 +225,11 @@ def test_sampling_that_cannot_be_meant_is_refused_with_file_and_field(name, valu
         sampling_of(tmp_path, {name: value})
 
 
+def test_a_top_k_of_minus_one_is_off(tmp_path):
+    """As vLLM spells it."""
+    assert sampling_of(tmp_path, {"top_k": -1}).top_k == 0
+
+
 def test_no_generation_config_states_nothing(tmp_path):
     assert model_card.read_sampling(tmp_path) == model_card.SamplingDefaults()
     with pytest.raises(UsageError, match="holds a list, expected an object"):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ SEES = {
     "image_size": 28, "patch_size": 14,
 }  # fmt: skip
 # The wrapper, the case of `TINY` it wraps, and its vision tower.
-WRAPPERS = {
+WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Gemma3": ("gemma3", {"model_type": "siglip_vision_model"}, {"mm_tokens_per_image": 4}),
     "Llava": ("llama", {"model_type": "clip_vision_model", "projection_dim": 16}, {}),
     "Mistral3": ("mistral", {"model_type": "pixtral", "head_dim": 8}, {}),
@@ -78,8 +79,8 @@ def wrapped_model(name, text_config):
     import torch
     import transformers
 
-    _, vision, more = WRAPPERS[name]
-    vision = SEES | vision
+    _, tower, more = WRAPPERS[name]
+    vision: dict[str, object] = {**SEES, **tower}
     if name == "InternVL":
         vision |= {"image_size": [28, 28], "patch_size": [14, 14]}
     config = getattr(transformers, f"{name}Config")(

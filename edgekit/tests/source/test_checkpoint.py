@@ -14,6 +14,7 @@ from edgekit.errors import UsageError
 from edgekit.source.checkpoint import Checkpoint, read_safetensors
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 from edgekit.tests.tiny.random_checkpoints import GEMMA2, random_checkpoint
+from edgekit.tests.tiny.stored_names import edit_header
 
 
 CONFIG = {
@@ -35,6 +36,7 @@ SHAPES = {
     f"{LAYER}.mlp.up_proj.weight": (5, 4),
     f"{LAYER}.mlp.down_proj.weight": (4, 5),
 }
+END_BYTES = 4 * sum(math.prod(shape) for shape in SHAPES.values())
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1}
 
 
@@ -183,20 +185,6 @@ def test_a_template_that_is_no_text_is_refused(model):
     assert "chat_template.jinja is not UTF-8" in refusal(model)
 
 
-def test_the_stop_ids_of_all_files_count(model):
-    text = '{"added_tokens": [{"content": "</s>", "id": 2}, {"content": "<end>", "id": 5}]}'
-    (model.directory / "tokenizer.json").write_text(text)
-    (model.directory / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
-    (model.directory / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
-    found = model.open().text
-    assert found.declared_stop_ids == (2, 4, 5)
-    assert found.stop_ids_by_file == {
-        "config.json": (2,),
-        "generation_config.json": (2, 4),
-        "tokenizer_config.json": (5,),
-    }
-
-
 def test_pickles_are_not_opened(model):
     model.weights.rename(model.directory / "pytorch_model.bin")
     with pytest.raises(UsageError, match=r"no \*\.safetensors") as caught:
@@ -253,12 +241,90 @@ def test_tables_that_are_computed_anyway_may_be_there(model):
     model.open()
 
 
-def test_a_stored_head_of_a_tied_model_is_not_read(model):
-    """transformers ties it over whatever is stored."""
+def test_a_stored_head_that_is_the_embedding_of_a_tied_model_is_read_once(model):
     model.write_weights(SHAPES | {"lm_head.weight": (6, 4)})
     assert "output_head" not in dict(model.open().spec.weights())
+    assert model.open().notes == ()
     model.write_config(tie_word_embeddings=False)
     assert "output_head" in dict(model.open().spec.weights())
+
+
+def test_a_tensor_that_only_a_prefix_hides_is_named_with_it(model):
+    shapes = {f"net.{name}": shape for name, shape in SHAPES.items()}
+    del shapes[f"net.{LAYER}.mlp.up_proj.weight"]
+    model.write_weights(shapes)
+    message = refusal(model)
+    assert "holds tensors under 'net.model.', where transformers has 'model.'" in message
+    assert f"net.{LAYER}.mlp.up_proj.weight" in message
+
+
+def test_a_tensor_under_two_names_is_refused(model):
+    twice = "model._orig_mod.norm.weight"
+    model.write_weights(SHAPES | {twice: (4,)})
+    assert "holds a tensor twice" in refusal(model)
+
+
+def test_a_file_of_other_tensors_is_described(model):
+    model.write_weights({"encoder.weight": (4,), "decoder.weight": (4,)})
+    with pytest.raises(UsageError, match="lacks the tensor") as caught:
+        model.open()
+    assert caught.value.hint == "it holds 2 tensors: decoder.weight, encoder.weight"
+
+
+def test_the_empty_tensors_of_zero_3_are_named_for_what_they_are(model):
+    model.write_weights(SHAPES | {f"{LAYER}.mlp.up_proj.weight": (0,)})
+    assert "DeepSpeed ZeRO-3" in refusal(model)
+
+
+def test_heads_that_draft_further_tokens_are_left_out(model):
+    model.write_weights(SHAPES | {"mtp.layers.0.mlp.up_proj.weight": (5, 4)})
+    assert "without mtp (1 tensor)" in model.open().notes[0]
+
+
+def test_a_wrapped_text_model_of_an_unknown_kind_is_named(model):
+    model.write_config(model_type="seer", text_config={"model_type": "owl"})
+    assert "wraps a text model of type 'owl' in 'seer'" in refusal(model)
+
+
+def test_masks_of_any_type_may_lie_beside_the_weights(model):
+    model.write_weights()
+    rest = f"{LAYER}.self_attn.bias"
+    edit_header(
+        model.weights,
+        lambda header: (
+            header | {rest: {"dtype": "BOOL", "shape": [0], "data_offsets": [END_BYTES, END_BYTES]}}
+        ),
+    )
+    model.open()
+
+
+def test_shards_without_an_index_must_all_be_there(model):
+    model.weights.rename(model.directory / "model-00001-of-00002.safetensors")
+    assert "holds model-00001-of-00002.safetensors and not model-00002-of-00002" in refusal(model)
+
+
+@pytest.mark.parametrize("name", ["model_name", "trained_with", "base_path"])
+def test_a_name_that_a_tool_left_in_the_config_is_noted(model, name):
+    """Unsloth writes ``model_name`` into every config that it saves."""
+    model.write_config(**{name: "unsloth/some-model"})
+    (note,) = model.open().notes
+    assert f"{name} = 'unsloth/some-model'" in note
+
+
+@pytest.mark.parametrize("value", [2, 0.5, True, False, {"a": 1}, ["full"]])
+def test_an_unknown_field_that_is_no_name_is_refused(model, value):
+    model.write_config(mystery=value)
+    assert "mystery" in refusal(model)
+
+
+def test_fields_that_tools_leave_behind_are_known(model):
+    model.write_config(
+        context_window_size=4096, prefill_chunk_size=128, num_labels=2, tf_legacy_loss=False,
+        pruned_heads={}, add_cross_attention=False, cross_attention_hidden_size=None,
+    )  # fmt: skip
+    assert model.open().notes == ()
+    model.write_config(add_cross_attention=True)
+    assert "add_cross_attention" in refusal(model)
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (4, 6), (24,), (), (6, 4, 1)])
