@@ -77,6 +77,18 @@ def _within(wrappers: Collection[str]) -> dict[str, str]:
     }
 
 
+def bare(name: str) -> str:
+    """Return a name also without what was around the whole model, as often as it was.
+
+    >>> bare("module.base_model.model.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.lora_A")
+    'model.layers.0.mlp.up_proj.lora_A'
+    """
+    name = unwrapped(name)
+    while outer := next((it for it in _OUTER if name.startswith(it)), None):
+        name = name.removeprefix(outer)
+    return name
+
+
 def unwrapped(name: str) -> str:
     """Return a name without the attributes of wrappers, wherever they stand."""
     for wrapper in WRAPPERS:
@@ -97,12 +109,12 @@ def find(stored: Collection[str], *, inner: Collection[str], head: str, origin: 
         UsageError: If two tensors have one name without their wrappers, or some of the decoder is
             there under a prefix and the rest is not.
     """
-    body = _common_prefix(inner)
+    body = common_prefix(inner)
     names = {unwrapped(name) for name in stored}
     if len(names) < len(stored):
         raise UsageError(f"{origin} holds a tensor twice, with and without a wrapper in its name")
     tails = [name.removeprefix(body) for name in inner]
-    stored_body = _best_prefix(names, tails, body)
+    stored_body = best_prefix(names, tails, body)
     if stored_body is None:  # nothing fits; the missing tensors will be named
         stored_body = body
     naming = Naming(
@@ -117,14 +129,14 @@ def find(stored: Collection[str], *, inner: Collection[str], head: str, origin: 
     return naming
 
 
-def _common_prefix(names: Collection[str]) -> str:
+def common_prefix(names: Collection[str]) -> str:
     """Return the dotted beginning of all names, with its dot."""
     first, last = min(names).split("."), max(names).split(".")
     parts = takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False))
     return "".join(f"{part}." for part, _ in parts)
 
 
-def _best_prefix(names: Collection[str], tails: Collection[str], body: str) -> str | None:
+def best_prefix(names: Collection[str], tails: Collection[str], body: str) -> str | None:
     """Return the prefix under which most of the tensors are found; transformers' own if equal."""
     found: Counter[str] = Counter()
     by_last = _by_last_parts(tails)

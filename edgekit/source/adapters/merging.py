@@ -40,6 +40,7 @@ from edgekit.source.adapters.tensors import (
 from edgekit.source.adapters.text import AdapterText
 from edgekit.source.checkpoint import FLOATS, AdapterRecord, Checkpoint, read_safetensors
 from edgekit.source.config import Config
+from edgekit.source.names import bare
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -171,7 +172,7 @@ def _open_for_peft(base: Checkpoint, settings: AdapterSettings, path: Path) -> _
     modules = {name.rpartition(".")[0] for name in base.tensors} | {head.removesuffix(".weight")}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.items():
-        name = names.unwrapped(key)
+        name = bare(key)
         module = _longest_beginning(name, modules)
         rest = name.removeprefix(module).removeprefix(".").removeprefix("base_layer.")
         if not module and _layer_of(f".{name}") is not None:
@@ -187,10 +188,7 @@ def _open_for_peft(base: Checkpoint, settings: AdapterSettings, path: Path) -> _
         settings=settings,
         path=path,
         parts=parts,
-        keys={
-            key: key if key.startswith("base_model.") else PREFIX + names.unwrapped(key)
-            for key in stored
-        },
+        keys={key: key if key.startswith("base_model.") else PREFIX + bare(key) for key in stored},
         others=(),
         is_wide=any(stored_dtype(it) == "F64" for it in stored.values()),
         embedding=embedding,
@@ -272,7 +270,7 @@ def _own_key(key: str, path: Path, naming: Naming) -> str | None:
     """Return PEFT's own name of a tensor; None if it is not the decoder's."""
     module, _ = _parse(key, path)
     own = naming.own(module)
-    return None if own is None else PREFIX + own + names.unwrapped(key).removeprefix(module)
+    return None if own is None else PREFIX + own + bare(key).removeprefix(module)
 
 
 def _parts(named: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
@@ -307,7 +305,7 @@ def _parse(key: str, path: Path) -> tuple[str, str]:
     ``original_module.``. Names with and without the adapter's own name (``lora_A.default.weight``,
     ``lora_A.weight``) mean the same.
     """
-    name = names.unwrapped(key)
+    name = bare(key)
     tokens = r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?"
     if match := re.fullmatch(tokens, name):
         return match[1], "tokens"

@@ -4,28 +4,10 @@ An adapter that was trained through wrappers keeps their attributes in its names
 trained on a model that also sees has the decoder under a prefix. Neither changes a number.
 """
 
-import os
-import re
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
-
-# torch.compile, FullyShardedDataParallel, torch.distributed's checkpoint wrapper (torch 2.13).
-_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# PEFT wraps a model twice, DataParallel once; some tools do either more than once, or not at all.
-_OUTER = re.compile(r"(?:base_model\.model\.|module\.)+")
-
-
-def unwrapped(key: str) -> str:
-    """Return a name without the attributes of what was around the model or its modules.
-
-    >>> unwrapped("base_model.model.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.lora_A")
-    'model.layers.0.mlp.up_proj.lora_A'
-    """
-    name = _WRAPPERS.sub("", key)
-    match = _OUTER.match(name)
-    return name[match.end() :] if match else name
+from edgekit.source.names import best_prefix, common_prefix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +28,7 @@ class Naming:
         """Return transformers' name of a module; None if it is of another part of a larger model.
 
         Args:
-            stored: Its name in the adapter, `unwrapped`.
+            stored: Its name in the adapter, `bare`.
         """
         if stored == self.stored_head:
             return self.head
@@ -68,25 +50,18 @@ def find(modules: Collection[str], *, base: Collection[str], head: str) -> Namin
     """Find the prefix under which an adapter has most of its modules; usually that of the base.
 
     Args:
-        modules: The adapter's names, `unwrapped`.
+        modules: The adapter's names, `bare`.
         base: Transformers' names of the base's modules, without the output head.
         head: Transformers' name of the output head.
     """
-    body = os.path.commonprefix([f"{name}." for name in base])  # noqa: RUF071 - of characters
-    body = body[: body.rfind(".") + 1]
-    tails = {name.removeprefix(body) for name in base}
-    counts: Counter[str] = Counter()
-    for module in modules:
-        parts = module.split(".")
-        for first in range(len(parts)):
-            if ".".join(parts[first:]) in tails:
-                counts["".join(f"{part}." for part in parts[:first])] += 1
-                break
-    stored_body = max(counts, key=lambda it: (counts[it], it == body), default=body)
+    inner = {f"{name}.weight" for name in base}
+    body = common_prefix(inner)
+    tails = [name.removeprefix(body) for name in inner]
+    stored_body = best_prefix([f"{name}.weight" for name in modules], tails, body)
     ends = [module for module in modules if module == head or module.endswith(f".{head}")]
     return Naming(
         body=body,
-        stored_body=stored_body,
+        stored_body=body if stored_body is None else stored_body,
         head=head,
         stored_head=ends[0] if len(ends) == 1 else head,
     )

@@ -153,7 +153,8 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(base, tm
 
 def test_a_model_without_a_config_gets_one_that_names_its_tokens(base, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    write_checkpoint(replace(base, directory=tmp_path / "elsewhere"), tmp_path / "out")
+    bare = replace(base, directory=tmp_path / "elsewhere", config={})
+    write_checkpoint(bare, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
     written = Checkpoint.open(tmp_path / "out")

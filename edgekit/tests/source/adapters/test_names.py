@@ -6,7 +6,8 @@ import pytest
 
 from edgekit.errors import UsageError
 from edgekit.proof import transformers_logits
-from edgekit.source.adapters import merging, names
+from edgekit.source import names
+from edgekit.source.adapters import merging
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.tiny import adapters as tiny
 
