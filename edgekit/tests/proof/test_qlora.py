@@ -422,7 +422,7 @@ def test_where_four_bits_lose_nothing_so_does_the_merge(base, quantized, tmp_pat
         plain / "model.safetensors", {name: tensor.read() for name, tensor in tensors.items()}
     )
     directory = tiny.write_adapter(tmp_path / "a", tiny.q_proj_updates())
-    found, _ = scored(plain, directory, trained_on=quantized)
+    *_, found, _ = scored(plain, directory, trained_on=quantized)
     assert found.count("mean KL 0.00e+00 nats and the same top token 100.0%") == 2
 
 
