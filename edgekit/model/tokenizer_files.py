@@ -228,7 +228,7 @@ class TokenizerFiles:
         return bos is not None and bos in before
 
 
-_ANY_TOKENIZER = "PreTrainedTokenizerFast"
+ANY_TOKENIZER = "PreTrainedTokenizerFast"  # what transformers calls one of tokenizer.json alone
 
 
 def common_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,8 +240,8 @@ def common_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = dict(settings)
     if str(found.get("tokenizer_class")).endswith("Backend"):
-        found["tokenizer_class"] = _ANY_TOKENIZER
-    if found.get("tokenizer_class") == _ANY_TOKENIZER:
+        found["tokenizer_class"] = ANY_TOKENIZER
+    if found.get("tokenizer_class") == ANY_TOKENIZER:
         found.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(found.get("extra_special_tokens"), list):
         found["additional_special_tokens"] = found.pop("extra_special_tokens")

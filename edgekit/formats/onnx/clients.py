@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.formats.onnx import genai_text, tensor_types
 from edgekit.formats.onnx.graph import cache_name, cache_width
-from edgekit.model.tokenizer_files import added_tokens, common_settings
+from edgekit.model.tokenizer_files import ANY_TOKENIZER, added_tokens, common_settings
 from edgekit.quant.recipe import Recipe
 
 
@@ -121,7 +121,11 @@ def transformers_files(
             "transformers.js_config": _transformers_js(recipe, data_files=data_files),
         },
         "generation_config.json": {"eos_token_id": stops},
-        "tokenizer_config.json": {"chat_template": checkpoint.text.chat_template},
+        "tokenizer_config.json": {
+            "chat_template": checkpoint.text.chat_template,
+            # One that reads tokenizer.json as it is: transformers 5 rebuilds Llama's.
+            "tokenizer_class": ANY_TOKENIZER,
+        },
     }
     found = {}
     for name, changed in changes.items():

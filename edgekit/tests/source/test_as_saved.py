@@ -226,3 +226,28 @@ def test_the_head_of_an_untied_model_may_be_under_a_prefix_of_its_own(tmp_path):
     checkpoint = Checkpoint.open(directory)
     assert distance(reference(checkpoint), expected) == 0
     assert distance(own(checkpoint), expected) < 1e-4
+
+
+def test_a_section_that_says_little_is_what_transformers_makes_of_it():
+    """As the 4B of Gemma 3 has it: the rest are defaults of its class."""
+    import transformers
+
+    from edgekit.source import wrapped
+    from edgekit.source.config import Config
+
+    little = {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+        "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }  # fmt: skip
+    whole = transformers.Gemma3Config(text_config=dict(little)).to_dict()
+    specs = []
+    for section in (little, whole["text_config"]):
+        config = {"model_type": "gemma3", "text_config": section}
+        text = wrapped.text_model(config, origin="config.json")
+        read = Config(text.fields, origin="config.json")
+        specs.append(families.get("gemma3_text").describe(read))
+        read.unread_strings()
+        read.refuse_unread()
+    assert specs[0] == specs[1]
+    assert specs[0].vocab_size == 262_208

@@ -187,7 +187,7 @@ def test_the_weights_read_back_are_those_that_the_delegate_multiplies_with(
 
 
 @pytest.mark.parametrize(
-    ("context_tokens", "vocabulary"), [(4096, 500), (96, 70_000), (4096, 70_000)]
+    ("context_tokens", "vocabulary"), [(4096, 600), (96, 70_000), (4096, 70_000)]
 )
 def test_what_outgrows_a_phones_textures_is_computed_in_buffers(
     context_tokens, vocabulary, tmp_path

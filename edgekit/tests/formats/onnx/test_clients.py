@@ -141,6 +141,30 @@ def test_the_settings_of_the_checkpoint_are_those_of_the_artifact(tmp_path):
 
 
 @pytest.mark.toolchain
+def test_transformers_reads_a_bundles_text_as_its_tokenizer_json_says(tmp_path):
+    """For the class that Llama 2's files name, it would put the tokenizer together anew."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    directory = write_tiny_checkpoint(tmp_path / "model", "tinyllama-spm")
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizerFast"}
+    path.write_text(json.dumps(settings))
+    lines = corpus.lines()
+    file = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    expected = [it.ids for it in file.encode_batch(lines, add_special_tokens=False)]
+
+    def read(place):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        return tokenizer(lines, add_special_tokens=False)["input_ids"]
+
+    assert read(directory) != expected
+    out = tmp_path / "out"
+    export_bundle(directory, "raspberry-pi-5-8gb", format="onnx", context_tokens=64, out=out,
+                  verify=False)  # fmt: skip
+    assert read(out) == expected
+
+
+@pytest.mark.toolchain
 def test_a_tokenizer_that_transformers_5_saved_is_named_as_4_knows_it(tmp_path):
     """Optimum runs on 4, which has no ``TokenizersBackend`` and wants no list of further tokens."""
     pytest.importorskip("torch")
