@@ -178,6 +178,11 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
 _NO_TOP_K = -1  # how vLLM spells a top_k that is off
 
 
+def generation_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a ``generation_config.json`` in words that every program knows."""
+    return {**fields, **({"top_k": 0} if fields.get("top_k") == _NO_TOP_K else {})}
+
+
 def read_sampling(directory: Path) -> SamplingDefaults:
     """Return what ``generation_config.json`` says; ``do_sample: false`` is a temperature of 0.
 
@@ -186,8 +191,7 @@ def read_sampling(directory: Path) -> SamplingDefaults:
     """
     path = directory / "generation_config.json"
     fields = read_object_if_there(path)
-    if fields.get("top_k") == _NO_TOP_K:
-        fields = {**fields, "top_k": 0}
+    fields = generation_settings(fields)
     found = {name: _number(fields, name, path) for name in _LIMITS}
     if fields.get("do_sample") is False:
         found |= {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None}

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
 from edgekit.source import names
 from edgekit.source.checkpoint import Checkpoint, read_safetensors, weight_files
@@ -30,34 +29,43 @@ def load(transformers: Any, checkpoint: Checkpoint) -> Any:
             tensor.
     """
     with _directory(checkpoint) as directory:
+        config = _config(transformers, directory)
         if checkpoint.wrapper:
-            return _decoder_of(transformers, _wrapped(transformers, directory))
-        patterns = checkpoint.stored_names.patterns()
-        return _loaded(transformers.AutoModelForCausalLM, directory, patterns, checkpoint)
+            return _decoder_of(transformers, _wrapped(transformers, directory, config))
+        return _plain(transformers, directory, config, checkpoint)
 
 
-def _loaded(kind: Any, directory: Path, patterns: dict[str, str], checkpoint: Checkpoint) -> Any:
+def _config(transformers: Any, directory: Path) -> Any:
+    """Return the config without a padding token, which may have no row and means nothing here."""
+    config = transformers.AutoConfig.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=False
+    )
+    config.get_text_config().pad_token_id = None
+    return config
+
+
+def _plain(transformers: Any, directory: Path, config: Any, checkpoint: Checkpoint) -> Any:
     import torch
 
-    model, found = kind.from_pretrained(
-        directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False,
-        key_mapping=patterns or None, output_loading_info=True,
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, config=config, dtype=torch.float32, local_files_only=True,
+        trust_remote_code=False, key_mapping=checkpoint.stored_names.patterns() or None,
+        output_loading_info=True,
     )  # fmt: skip
     if missing := sorted(found["missing_keys"]):
         raise UsageError(f"transformers finds no {missing[0]} in {checkpoint.directory}")
     return model
 
 
-def _wrapped(transformers: Any, directory: Path) -> Any:
+def _wrapped(transformers: Any, directory: Path, config: Any) -> Any:
     """Return a model that also sees or hears."""
     import torch
 
-    config = read_object(directory / "config.json")
-    named = next(iter(config.get("architectures") or ()), "")
+    named = next(iter(config.architectures or ()), "")
     kind = getattr(transformers, str(named), None) or transformers.AutoModelForImageTextToText
     return kind.from_pretrained(
-        directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False,
-        key_mapping=names.outer_patterns(),
+        directory, config=config, dtype=torch.float32, local_files_only=True,
+        trust_remote_code=False, key_mapping=names.outer_patterns(),
     )  # fmt: skip
 
 

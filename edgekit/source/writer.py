@@ -16,6 +16,7 @@ from edgekit.bundle.workdir import new_directory, refuse_existing
 from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.model import chat_templates
+from edgekit.model.card import generation_settings
 from edgekit.model.checkpoint_protocol import Tensor, row_chunks
 from edgekit.model.tokenizer_files import added_tokens, common_settings
 from edgekit.progress import Advance
@@ -271,7 +272,7 @@ def _write_text(checkpoint: Checkpoint, directory: Path) -> None:
 def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the generation settings with every id that ends an answer, the template's too."""
     path = checkpoint.text.beside("generation_config.json", otherwise=checkpoint.directory)
-    fields = read_object_if_there(path)
+    fields = generation_settings(read_object_if_there(path))
     stops = list(checkpoint.text.declared_stop_ids)
     return fields | ({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {})
 

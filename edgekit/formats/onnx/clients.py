@@ -6,13 +6,14 @@ ONNX Runtime GenAI reads ``genai_config.json``; transformers.js and Optimum read
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.formats.onnx import genai_text, tensor_types
 from edgekit.formats.onnx.graph import cache_name, cache_width
+from edgekit.model.card import generation_settings
 from edgekit.model.tokenizer_files import ANY_TOKENIZER, added_tokens, common_settings
 from edgekit.quant.recipe import Recipe
 
@@ -33,6 +34,10 @@ _KNOWN_BORDER_TOKENS = 4096
 
 
 _ID_FIELDS = ("bos_token_id", "pad_token_id")
+_IN_COMMON_WORDS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "tokenizer_config.json": common_settings,
+    "generation_config.json": generation_settings,
+}
 
 
 def notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
@@ -133,7 +138,7 @@ def transformers_files(
         said = checkpoint.config if name == "config.json" else read_object_if_there(path)
         if said:
             fields = {**said, **changed}
-            fields = common_settings(fields) if "tokenizer" in name else fields
+            fields = _IN_COMMON_WORDS.get(name, dict)(fields)
             found[name] = {
                 key: value
                 for key, value in fields.items()

@@ -228,6 +228,8 @@ def test_sampling_that_cannot_be_meant_is_refused_with_file_and_field(name, valu
 def test_a_top_k_of_minus_one_is_off(tmp_path):
     """As vLLM spells it."""
     assert sampling_of(tmp_path, {"top_k": -1}).top_k == 0
+    assert model_card.generation_settings({"top_k": -1, "a": 1}) == {"top_k": 0, "a": 1}
+    assert model_card.generation_settings({"top_k": 5}) == {"top_k": 5}
 
 
 def test_no_generation_config_states_nothing(tmp_path):

@@ -118,6 +118,13 @@ def test_a_prefix_changes_nothing_that_is_said(plain, copy, name):
     assert len(checkpoint.notes) >= 1
 
 
+@pytest.mark.parametrize("pad", [99_999, -1])
+def test_a_padding_token_without_a_row_changes_nothing_that_is_said(plain, copy, pad):
+    config = json.loads((copy / "config.json").read_text()) | {"pad_token_id": pad}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert distance(reference(Checkpoint.open(copy)), plain[1]) == 0
+
+
 def test_the_usual_names_are_no_news(plain):
     assert Checkpoint.open(plain[0]).notes == ()
 
