@@ -53,7 +53,7 @@ class StoredTensor:
 
     path: Path
     offset: int  # from the start of the file
-    dtype: str  # F32, F16, BF16; F64 in adapters; integers are never read as numbers
+    dtype: str  # F32, F16, BF16 or F64; integers are never read as numbers
     shape: Shape
 
     @property
@@ -197,8 +197,14 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The last part of the path: ``SmolLM2-135M-Instruct``."""
-        return self.directory.resolve().name
+        """The last part of the path: ``SmolLM2-135M-Instruct``.
+
+        In the cache of the Hugging Face hub that is a hash, and the name stands further up.
+        """
+        path = self.directory.resolve()
+        owner = path.parent.parent.name
+        is_cached = path.parent.name == "snapshots" and owner.startswith("models--")
+        return owner.rpartition("--")[2] if is_cached else path.name
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from edgekit.model.checkpoint_protocol import Tensor, row_chunks
 from edgekit.model.spec import DecoderSpec
 from edgekit.source import families, names
+from edgekit.source.made_tensors import Narrowed, stored_dtype
 from edgekit.source.names import Naming
 
 
@@ -69,13 +70,26 @@ def find(
             beside.append(name)
         else:
             own[own_name or name] = tensor
+    own, wide_notes = _narrowed(own)
     spec, own, tied_notes = _with_head(spec, own, embedding=embedding, head=head)
     return Decoder(
         spec=spec,
         tensors=own,
         naming=naming,
-        notes=(*(() if wrapper else names.notes(naming)), *_beside(beside, wrapper), *tied_notes),
+        notes=(
+            *(() if wrapper else names.notes(naming)),
+            *_beside(beside, wrapper),
+            *wide_notes,
+            *tied_notes,
+        ),
     )
+
+
+def _narrowed(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Read float64, which no format has, as float32."""
+    wide = {name: Narrowed(base=it) for name, it in tensors.items() if stored_dtype(it) == "F64"}
+    note = f"{len(wide)} tensors are stored in float64 and read as float32"
+    return tensors | wide, (note,) if wide else ()
 
 
 def _beside(left_out: Collection[str], wrapper: str | None) -> Iterator[str]:

@@ -22,9 +22,9 @@ from edgekit.model.tokenizer_files import added_tokens, common_settings
 from edgekit.progress import Advance
 from edgekit.quant.rounding import bfloat16
 from edgekit.source import families
-from edgekit.source.adapters.tensors import stored_dtype
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.source.config import Config
+from edgekit.source.made_tensors import stored_dtype
 
 
 if TYPE_CHECKING:

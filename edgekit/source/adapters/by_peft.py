@@ -17,7 +17,7 @@ from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.runtime.silence import silence
-from edgekit.source.adapters.tensors import MergedTensor
+from edgekit.source.made_tensors import MergedTensor
 
 
 if TYPE_CHECKING:

@@ -23,7 +23,10 @@ from edgekit.source.adapters import adapter_config, by_peft, mlx, names
 from edgekit.source.adapters import text as adapter_text
 from edgekit.source.adapters.adapter_config import AdapterSettings
 from edgekit.source.adapters.names import Naming
-from edgekit.source.adapters.tensors import (
+from edgekit.source.adapters.text import AdapterText
+from edgekit.source.checkpoint import FLOATS, AdapterRecord, Checkpoint, read_safetensors
+from edgekit.source.config import Config
+from edgekit.source.made_tensors import (
     ColumnMagnitudes,
     EmbeddingUpdate,
     LowRankUpdate,
@@ -37,9 +40,6 @@ from edgekit.source.adapters.tensors import (
     Zeros,
     stored_dtype,
 )
-from edgekit.source.adapters.text import AdapterText
-from edgekit.source.checkpoint import FLOATS, AdapterRecord, Checkpoint, read_safetensors
-from edgekit.source.config import Config
 from edgekit.source.names import bare
 
 

@@ -17,8 +17,8 @@ from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.source.adapters.adapter_config import AdapterSettings
-from edgekit.source.adapters.tensors import Transposed
 from edgekit.source.config import Config
+from edgekit.source.made_tensors import Transposed
 
 
 WEIGHTS = "adapters.safetensors"

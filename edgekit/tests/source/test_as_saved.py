@@ -118,6 +118,18 @@ def test_a_prefix_changes_nothing_that_is_said(plain, copy, name):
     assert len(checkpoint.notes) >= 1
 
 
+def test_float64_is_read_as_float32(plain, tmp_path):
+    import torch
+
+    directory = write_tiny_checkpoint(tmp_path / "double", "llama", dtype=torch.float64)
+    checkpoint = Checkpoint.open(directory)
+    assert distance(own(checkpoint), plain[1]) < 1e-4
+    assert distance(reference(checkpoint), plain[1]) < 1e-4
+    assert "float64" in checkpoint.notes[0]
+    assert distance(own(Checkpoint.open(write_checkpoint(checkpoint, tmp_path / "out"))),
+                    plain[1]) < 1e-4  # fmt: skip
+
+
 @pytest.mark.parametrize("pad", [99_999, -1])
 def test_a_padding_token_without_a_row_changes_nothing_that_is_said(plain, copy, pad):
     config = json.loads((copy / "config.json").read_text()) | {"pad_token_id": pad}

@@ -286,6 +286,16 @@ def test_a_wrapped_text_model_of_an_unknown_kind_is_named(model):
     assert "wraps a text model of type 'owl' in 'seer'" in refusal(model)
 
 
+def test_a_model_in_the_hubs_cache_has_its_own_name(tmp_path):
+    directory = tmp_path / "models--maker--Small-1B" / "snapshots" / "0a1b2c"
+    directory.mkdir(parents=True)
+    cached = Model(directory)
+    cached.write_config()
+    cached.write_weights()
+    (directory / "tokenizer.json").write_text('{"added_tokens": []}')
+    assert cached.open().name == "Small-1B"
+
+
 def test_masks_of_any_type_may_lie_beside_the_weights(model):
     model.write_weights()
     rest = f"{LAYER}.self_attn.bias"

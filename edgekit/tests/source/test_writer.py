@@ -6,8 +6,8 @@ import pytest
 
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.quant.rounding import bfloat16
-from edgekit.source.adapters.tensors import stored_dtype
 from edgekit.source.checkpoint import Checkpoint, read_safetensors
+from edgekit.source.made_tensors import stored_dtype
 from edgekit.source.writer import write_checkpoint, written_bytes
 from edgekit.tests.tiny import adapters as tiny
 

@@ -8,8 +8,8 @@ from edgekit.errors import UsageError
 from edgekit.proof import transformers_logits
 from edgekit.quant.rounding import bfloat16, from_bfloat16
 from edgekit.source.adapters import merging
-from edgekit.source.adapters.tensors import stored_dtype
 from edgekit.source.checkpoint import Checkpoint
+from edgekit.source.made_tensors import stored_dtype
 from edgekit.source.writer import write_checkpoint
 from edgekit.tests.tiny import adapters as tiny
 

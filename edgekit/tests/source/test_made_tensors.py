@@ -2,7 +2,7 @@ import pytest
 
 from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor, row_chunks
-from edgekit.source.adapters.tensors import (
+from edgekit.source.made_tensors import (
     ColumnMagnitudes,
     EmbeddingUpdate,
     LowRankUpdate,
