@@ -1,6 +1,5 @@
 """Tensors made from others, a base and an adapter mostly, computed when they are read.
 
-
 Every class satisfies `edgekit.model.checkpoint_protocol.Tensor`. The arithmetic is float32,
 whatever the files hold; whoever stores the result rounds it, once.
 """
