@@ -167,11 +167,12 @@ def _eight_bit_embedding(tensor_type: str) -> Rule:
 # 50.8, or 0.41, 59.8; INT4_128 0.88, 43.9, or 0.44, 58.1; UINT4_ALL 0.58, 50.4. Those of blocks of
 # 128 are of the rounding alone: rows of 576 do not fill them, and get finer ones in an artifact.
 # Random models have more near ties: of F16, F16_GPU and INT8 the limits hold all tiny ones with 20
-# seeds (benchmark false_alarms).
+# seeds (benchmark false_alarms). Below 8 bits KL alone judges closely, and half of the demo's top
+# tokens are enough: of 50 tiny models and random texts the worst kept 0.40 of UINT4's, at 0.60 nats.
 _LIMITS = {
     "F32": (1e-9, 0.999), "F16": (1e-4, 0.97), "F16_GPU": (1e-4, 0.97), "INT8": (0.02, 0.86),
-    "UINT4": (0.5, 0.57), "INT4": (0.6, 0.54), "UINT4_GPU": (0.5, 0.57), "UINT4_128": (0.8, 0.48),
-    "INT4_128": (1.0, 0.41), "UINT4_ALL": (0.7, 0.48),
+    "UINT4": (0.75, 0.3), "INT4": (0.85, 0.27), "UINT4_GPU": (0.75, 0.3), "UINT4_128": (1.0, 0.25),
+    "INT4_128": (1.3, 0.22), "UINT4_ALL": (0.9, 0.25),
 }  # fmt: skip
 _recipe = with_limits(_LIMITS, _NORMS)
 
