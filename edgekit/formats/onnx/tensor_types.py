@@ -168,7 +168,7 @@ def _eight_bit_embedding(tensor_type: str) -> Rule:
 # 128 are of the rounding alone: rows of 576 do not fill them, and get finer ones in an artifact.
 # Random models have more near ties: of F16, F16_GPU and INT8 the limits hold all tiny ones with 20
 # seeds (benchmark false_alarms). Below 8 bits KL alone judges closely, and half of the demo's top
-# tokens are enough: of 50 tiny models and random texts the worst kept 0.40 of UINT4's, at 0.60 nats.
+# tokens are enough: of 50 tiny models and random texts the worst kept 0.40 of UINT4's, 0.60 nats.
 _LIMITS = {
     "F32": (1e-9, 0.999), "F16": (1e-4, 0.97), "F16_GPU": (1e-4, 0.97), "INT8": (0.02, 0.86),
     "UINT4": (0.75, 0.3), "INT4": (0.85, 0.27), "UINT4_GPU": (0.75, 0.3), "UINT4_128": (1.0, 0.25),
