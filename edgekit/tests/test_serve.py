@@ -16,7 +16,15 @@ import pytest
 import edgekit
 from edgekit.errors import MissingDependencyError, ToolchainError, UsageError
 from edgekit.runtime.generate import Sampling
-from edgekit.serve import LOOPBACK_HOSTS, MAX_BODY_BYTES, Service, _greeting, app, serve
+from edgekit.serve import (
+    LOOPBACK_HOSTS,
+    MAX_BODY_BYTES,
+    Service,
+    _greeting,
+    _server_settings,
+    app,
+    serve,
+)
 from edgekit.server.openai_api import ApiError, Ask, Fields
 from edgekit.tests.witnesses.tiny_runner import CHATML, DIALOGUE, QUESTION, runner_in
 
@@ -30,13 +38,13 @@ HTTP = httpx.Client(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
 PARIS = DIALOGUE[1]["content"]
 ASK = list(DIALOGUE[:1])
 MODEL = "tiny/ngram"
+SERVE = sys.modules[app.__module__]  # the package has a function of that name
 
 
 @contextlib.contextmanager
 def served(application):
     """Run a real server on a free port and yield its address."""
-    config = uvicorn.Config(application, log_level="error", ws="none", lifespan="off")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(_server_settings(application))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -412,6 +420,163 @@ def test_a_runtime_that_fails_mid_answer_is_reported_in_the_stream(slow, monkeyp
     assert "[DONE]" not in lines[-1]
     assert whole.status_code == 500
     assert whole.json()["error"]["message"] == "the runtime gave up"
+
+
+# What strangers may cost
+
+
+def raw(url, head):
+    """Open a connection and say no more than this."""
+    port = int(url.split(":")[2].split("/")[0])
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection.sendall(head.encode())
+    return connection
+
+
+def was_dropped(connection):
+    """Wait for the end of a connection on which nothing more is said."""
+    try:
+        return connection.recv(9) == b""
+    except ConnectionResetError:
+        return True
+
+
+def head_of(length):
+    return (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "request_fields",
+    [{"prompt": "x" * 8_000_000}, {"prompt": "🙂" * 600_000}, {"prompt": " " * 999_999}],
+)
+def test_a_text_no_context_can_hold_is_refused_untokenized(
+    runner, url, monkeypatch, request_fields
+):
+    def never(*_args, **_options):
+        raise AssertionError("it was tokenized")
+
+    monkeypatch.setattr(type(runner.text), "encode", never)
+    response = HTTP.post(f"{url}/completions", json={"model": MODEL, **request_fields})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    chat = [{"role": "user", "content": request_fields["prompt"][:900_000]}]
+    response = HTTP.post(f"{url}/chat/completions", json={"model": MODEL, "messages": chat})
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_body_announced_too_large_is_refused_before_it_comes(url):
+    with raw(url, head_of(MAX_BODY_BYTES + 1)) as connection:
+        assert connection.recv(99).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize("head", ["", "POST /v1/comp", "GET /v1/models HTTP/1.1\r\nHost: a\r\nX: "])
+def test_connections_that_say_nothing_keep_nobody_out_and_are_dropped(url, monkeypatch, head):
+    monkeypatch.setattr(SERVE, "HEAD_S", 0.5)
+    with contextlib.ExitStack() as silent:
+        connections = [silent.enter_context(raw(url, head)) for _ in range(80)]
+        assert HTTP.get(f"{url}/models").status_code == 200
+        assert [was_dropped(connection) for connection in connections] == [True] * 80
+
+
+def test_a_second_request_that_does_not_end_is_dropped_too(url, monkeypatch):
+    monkeypatch.setattr(SERVE, "HEAD_S", 0.5)
+    with raw(url, "GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n") as connection:
+        assert connection.recv(9999).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET /v1/mo")
+        assert was_dropped(connection)
+
+
+def test_an_answer_may_take_longer_than_its_request(slow, monkeypatch):
+    monkeypatch.setattr(SERVE, "HEAD_S", 0.2)
+    body = {"model": MODEL, "prompt": "one two", "max_tokens": 60}
+    with served(app(slow)) as url:
+        response = HTTP.post(f"{url}/completions", json=body)
+    assert response.elapsed.total_seconds() > 0.3
+    assert response.status_code == 200
+
+
+def test_a_body_that_does_not_come_is_given_up(url, monkeypatch):
+    monkeypatch.setattr(SERVE, "BODY_S", 0.3)
+    with raw(url, head_of(99) + '{"model"') as connection:
+        said = b"".join(iter(lambda: connection.recv(9999), b""))  # until it is dropped
+    assert said.startswith(b"HTTP/1.1 408")
+    assert b"the body did not come within 0.3 s" in said
+
+
+def test_a_full_line_is_said_and_places_in_it_are_given_back(slow, monkeypatch):
+    monkeypatch.setattr(SERVE, "MAX_WAITING", 1)
+    body = {"model": MODEL, "prompt": "one two", "max_tokens": 400}
+    with served(app(slow)) as url:
+        for stream in (True, False, True):
+            waiting = threading.Thread(
+                target=HTTP.post,
+                args=[f"{url}/completions"],
+                kwargs={"json": body | {"stream": stream, "max_tokens": 50}},
+            )
+            waiting.start()
+            time.sleep(0.2)
+            refused = HTTP.post(f"{url}/completions", json=body)
+            assert (refused.status_code, refused.json()["error"]["type"]) == (503, "server_error")
+            assert HTTP.get(f"{url}/models").status_code == 200
+            waiting.join()
+        invalid = [HTTP.post(f"{url}/completions", json=body | {"n": 2}) for _ in range(3)]
+        assert [response.status_code for response in invalid] == [400] * 3
+
+
+def test_bodies_on_their_way_take_only_so_much_together(url, monkeypatch):
+    monkeypatch.setattr(SERVE, "MAX_BODIES_BYTES", 1000)
+    body = {"model": MODEL, "prompt": "one two"}
+    with raw(url, head_of(950) + " " * 949):
+        time.sleep(0.2)
+        assert HTTP.post(f"{url}/completions", json=body | {"user": "x" * 99}).status_code == 503
+    time.sleep(0.2)
+    assert HTTP.post(f"{url}/completions", json=body | {"user": "x" * 99}).status_code == 200
+
+
+def test_a_client_that_left_before_its_text_was_read_costs_nothing(tmp_path, monkeypatch):
+    runner = runner_in(tmp_path)
+    read = []
+    encode = type(runner.text).encode
+
+    def read_slowly(text, prompt, **options):
+        read.append(prompt)
+        time.sleep(0.6)
+        return encode(text, prompt, **options)
+
+    monkeypatch.setattr(type(runner.text), "encode", read_slowly)
+    with served(app(runner)) as url:
+
+        def ask(prompt, timeout):
+            with contextlib.suppress(httpx.TimeoutException):
+                body = {"model": MODEL, "prompt": prompt, "max_tokens": 1}
+                HTTP.post(f"{url}/completions", json=body, timeout=timeout)
+
+        threads = [threading.Thread(target=ask, args=["one", 9])]
+        threads += [threading.Thread(target=ask, args=["two", 0.2]) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join()
+        ask("three", 9)
+    assert read == ["one", "three"]
+
+
+def test_unknown_options_of_a_stream_are_named(http):
+    body = {"model": MODEL, "messages": ASK, "stream": True}
+    known = {"include_usage": True, "include_obfuscation": False}
+    assert http.post("/chat/completions", json=body | {"stream_options": known}).status_code == 200
+    for options, name in (
+        ({"include_use": True}, "include_use"),
+        ({"include_usage": 1}, "include_usage"),
+    ):
+        response = http.post("/chat/completions", json=body | {"stream_options": options})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == f"stream_options.{name}"
+        assert f"stream_options.{name}" in response.json()["error"]["message"]
 
 
 # The verb
