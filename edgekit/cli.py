@@ -648,20 +648,33 @@ def inspect_command(path: Path, tensors: bool, as_json: bool) -> None:
 @click.option("--port", type=int, default=8080, show_default=True)
 @click.option("--allow-remote", is_flag=True, help="Allow a --host that other machines can reach.")
 @click.option(
-    "--api-key", envvar="EDGEKIT_API_KEY", metavar="KEY", help="Key that clients must send."
+    "--host-name",
+    "host_names",
+    multiple=True,
+    metavar="NAME",
+    help="Another name by which they call this machine (may be repeated); others are refused.",
 )
+@click.option(
+    "--api-key",
+    envvar="EDGEKIT_API_KEY",
+    metavar="KEY",
+    help="Key that clients must send; needed with --allow-remote.",
+)
+@click.option("--no-key", is_flag=True, help="Let other machines use the model without a key.")
 @click.option("--threads", type=int, metavar="N", help=THREADS_HELP)
 @click.option("--context", "context_tokens", type=int, metavar="N", help=CONTEXT_HELP)
 @template_variables_option
 def serve_command(
-    bundle: Path, host: str, port: int, allow_remote: bool, api_key: str | None,
+    bundle: Path, host: str, port: int, allow_remote: bool, host_names: tuple[str, ...],
+    api_key: str | None, no_key: bool,
     threads: int | None, context_tokens: int | None, template_variables: dict[str, Any],
 ) -> None:  # fmt: skip
     """Serve BUNDLE over HTTP as OpenAI's clients expect it: /v1/chat/completions and more."""
     from edgekit.serve import serve
 
     serve(
-        bundle, host=host, port=port, allow_remote=allow_remote, api_key=api_key,
+        bundle, host=host, port=port, allow_remote=allow_remote, host_names=host_names,
+        api_key=api_key, no_key=no_key,
         threads=threads, context_tokens=context_tokens, template_variables=template_variables,
     )  # fmt: skip
 

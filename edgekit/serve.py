@@ -45,7 +45,7 @@ HEAD_S = 10.0  # for a request's first line and headers, counted from the first 
 BODY_S = 30.0  # for the rest of it: 8 MB at 2.3 Mbit/s
 SEND_S = 30.0  # for a client to take a piece of an answer, while the others wait for its end
 SHUTDOWN_S = 3  # how long Ctrl-C waits for answers under way
-LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")  # names, as a Host header writes them
 
 
 @dataclass(kw_only=True, eq=False)
@@ -55,7 +55,8 @@ class Service:
     runner: Runner
     sampling: Sampling
     api_key: str | None
-    hosts: Collection[str] | None
+    hosts: Collection[str] | None  # names in lower case; None: any
+    takes_addresses: bool = False  # whether any IP address will do for a name
     started: int = field(default_factory=lambda: int(time.time()))
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # held for one answer
     step: threading.Lock = field(default_factory=threading.Lock)  # held while the session works
@@ -229,7 +230,11 @@ class Service:
     def _check_host(self, header: str) -> None:
         """Refuse a web page that has pointed its own name at this machine (DNS rebinding)."""
         name = header.rpartition(":")[0] if not header.endswith("]") and ":" in header else header
-        if self.hosts is not None and name.lower() not in self.hosts:
+        # A page can point its own name at this machine, but not an address.
+        is_known = name.lower() in (self.hosts or ()) or (
+            self.takes_addresses and _is_address(name)
+        )
+        if self.hosts is not None and not is_known:
             raise ApiError(f"this server does not serve the host name {name!r}", status=403)
 
     def _check_key(self, header: str) -> None:
@@ -372,6 +377,8 @@ def serve(  # noqa: PLR0913 - a request in full
     port: int = 8080,
     api_key: str | None = None,
     allow_remote: bool = False,
+    no_key: bool = False,
+    host_names: Collection[str] = (),
     context_tokens: int | None = None,
     threads: int | None = None,
     template_variables: Mapping[str, Any] | None = None,
@@ -386,6 +393,8 @@ def serve(  # noqa: PLR0913 - a request in full
         port: 0 takes a free one.
         api_key: What clients must send; None: nothing.
         allow_remote: Whether ``host`` may be one that other machines reach.
+        no_key: Whether they may do without a key.
+        host_names: Further names by which they call this machine: a proxy's, one of a DNS zone.
         context_tokens: How much the cache must hold; None: what the bundle was made for.
         threads: None leaves the choice to the runtime.
         template_variables: What the chat template reads, by name, where a request says nothing.
@@ -393,8 +402,9 @@ def serve(  # noqa: PLR0913 - a request in full
         listener: Who is told the address.
 
     Raises:
-        UsageError: If ``host`` is not this machine's own and ``allow_remote`` is not given, or
-            the port is taken, or the template does not read a variable.
+        UsageError: If ``host`` is not this machine's own and ``allow_remote``, or a key or
+            ``no_key``, is not given, or the port is taken, or the template does not read a
+            variable.
         MissingDependencyError: If the extra ``serve`` or the bundle's runtime is not installed.
     """
     check_installed()
@@ -404,6 +414,7 @@ def serve(  # noqa: PLR0913 - a request in full
             f"{host} can be reached from other machines",
             hint="add --allow-remote if that is intended",
         )
+    _check_key_policy(api_key, is_local=is_local, no_key=no_key)
     say = listener.say if listener else say or (lambda line: sys.stderr.write(f"{line}\n"))
     with (
         _listen(host, port) as listening,
@@ -417,12 +428,39 @@ def serve(  # noqa: PLR0913 - a request in full
         service = Service(
             runner=runner,
             sampling=Sampling(),
-            api_key=api_key,
-            hosts=LOOPBACK_HOSTS if is_local else None,
+            api_key=api_key or None,
+            hosts={name.lower() for name in (*_names(host, is_local=is_local), *host_names)},
+            takes_addresses=not is_local,
         )
         for line in _greeting(service, host, listening.getsockname()[1], is_local=is_local):
             say(line)
         _run_server(service, listening)
+
+
+def _check_key_policy(api_key: str | None, *, is_local: bool, no_key: bool) -> None:
+    if api_key and no_key:
+        raise UsageError("there is a key, and --no-key says that there is none", hint="drop one")
+    if not (is_local or api_key or no_key):
+        raise UsageError(
+            "other machines could use the model without a key",
+            hint="set one with --api-key or EDGEKIT_API_KEY; --no-key if anyone may use it",
+        )
+
+
+def _names(host: str, *, is_local: bool) -> tuple[str, ...]:
+    """Return the names under which a server listening there is known to be meant."""
+    if is_local:
+        return LOOPBACK_HOSTS
+    own = socket.gethostname()
+    return (*LOOPBACK_HOSTS, host, own, f"{own}.local", socket.getfqdn())
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _greeting(service: Service, host: str, port: int, *, is_local: bool) -> list[str]:

@@ -199,7 +199,8 @@ def _check_ranges(measurement: Measurement, origin: str) -> None:
         f"repetitions[{index}]": repetition.cached_before_load
         for index, repetition in enumerate(measurement.repetitions)
     }
-    shares["cold_start"] = measurement.cold_start and measurement.cold_start.cached_before_load
+    if measurement.cold_start is not None:
+        shares["cold_start"] = measurement.cold_start.cached_before_load
     for place, share in shares.items():
         if share is not None and share > 1:
             raise UsageError(f"{origin}: {place}.cached_before_load = {share}, expected at most 1")

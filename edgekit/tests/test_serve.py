@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 
 import edgekit
-from edgekit.errors import MissingDependencyError, ToolchainError, UsageError
+from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.runtime.generate import Sampling
 from edgekit.serve import (
     LOOPBACK_HOSTS,
     MAX_BODY_BYTES,
     Service,
+    _application,
     _greeting,
+    _names,
     _server_settings,
     app,
     serve,
@@ -585,6 +587,35 @@ def test_unknown_options_of_a_stream_are_named(http):
 def test_an_address_others_can_reach_must_be_wanted(tmp_path):
     with pytest.raises(UsageError, match=r"0\.0\.0\.0 can be reached from other machines"):
         serve(tmp_path, host="0.0.0.0")  # noqa: S104
+
+
+def test_others_need_a_key_unless_told_otherwise(tmp_path):
+    everywhere = "0.0.0.0"  # noqa: S104
+    for key in (None, ""):
+        with pytest.raises(UsageError, match="other machines could use the model") as refusal:
+            serve(tmp_path, host=everywhere, allow_remote=True, api_key=key)
+        assert "--no-key" in refusal.value.hint
+    with pytest.raises(UsageError, match="--no-key says that there is none"):
+        serve(tmp_path, host=everywhere, allow_remote=True, api_key="k", no_key=True)
+    for permission in ({"no_key": True}, {"api_key": "k"}):  # both get as far as the bundle
+        with pytest.raises(BundleError, match="not a bundle"):
+            serve(tmp_path, host=everywhere, port=0, allow_remote=True, **permission)
+
+
+def test_others_may_use_this_machines_names_and_any_address(runner):
+    names = {name.lower() for name in (*_names("Box.Lan", is_local=False), "api.example")}
+    service = Service(
+        runner=runner, sampling=Sampling(), api_key=None, hosts=names, takes_addresses=True
+    )
+    with served(_application(service)) as url:
+        statuses = {
+            host: HTTP.get(f"{url}/models", headers={"host": host}).status_code
+            for host in (
+                socket.gethostname(), "box.lan:80", "API.example", "192.168.1.7:8080",
+                "[fe80::1]:9", "localhost", "evil.example", "192.168.1.7.evil.example:80", "", "x@192.168.1.7",
+            )
+        }  # fmt: skip
+    assert list(statuses.values()) == [200] * 6 + [403] * 4
 
 
 def test_an_address_others_can_reach_is_said_aloud(runner):
