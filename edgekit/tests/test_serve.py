@@ -486,7 +486,10 @@ def test_connections_that_say_nothing_keep_nobody_out_and_are_dropped(url, monke
 def test_a_second_request_that_does_not_end_is_dropped_too(url, monkeypatch):
     monkeypatch.setattr(SERVE, "HEAD_S", 0.5)
     with raw(url, "GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n") as connection:
-        assert connection.recv(9999).startswith(b"HTTP/1.1 200")
+        said = b""
+        while not said.endswith(b"}"):
+            said += connection.recv(9999)
+        assert said.startswith(b"HTTP/1.1 200")
         connection.sendall(b"GET /v1/mo")
         assert was_dropped(connection)
 
@@ -508,34 +511,45 @@ def test_a_body_that_does_not_come_is_given_up(url, monkeypatch):
     assert b"the body did not come within 0.3 s" in said
 
 
+def eventually(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_full_line_is_said_and_places_in_it_are_given_back(slow, monkeypatch):
     monkeypatch.setattr(SERVE, "MAX_WAITING", 1)
-    body = {"model": MODEL, "prompt": "one two", "max_tokens": 400}
-    with served(app(slow)) as url:
-        for stream in (True, False, True):
+    service = Service(runner=slow, sampling=Sampling(), api_key=None, hosts=None)
+    body = {"model": MODEL, "prompt": "one two", "max_tokens": 50}
+    with served(_application(service)) as url:
+        for stream in (True, False):
             waiting = threading.Thread(
                 target=HTTP.post,
                 args=[f"{url}/completions"],
-                kwargs={"json": body | {"stream": stream, "max_tokens": 50}},
+                kwargs={"json": body | {"stream": stream}},
             )
             waiting.start()
-            time.sleep(0.2)
+            eventually(lambda: service.waiting == 1)
             refused = HTTP.post(f"{url}/completions", json=body)
             assert (refused.status_code, refused.json()["error"]["type"]) == (503, "server_error")
             assert HTTP.get(f"{url}/models").status_code == 200
             waiting.join()
-        invalid = [HTTP.post(f"{url}/completions", json=body | {"n": 2}) for _ in range(3)]
-        assert [response.status_code for response in invalid] == [400] * 3
+            eventually(lambda: service.waiting == 0)
+        assert HTTP.post(f"{url}/completions", json=body | {"n": 2}).status_code == 400
+        assert service.waiting == 0
 
 
-def test_bodies_on_their_way_take_only_so_much_together(url, monkeypatch):
+def test_bodies_on_their_way_take_only_so_much_together(runner, monkeypatch):
     monkeypatch.setattr(SERVE, "MAX_BODIES_BYTES", 1000)
-    body = {"model": MODEL, "prompt": "one two"}
-    with raw(url, head_of(950) + " " * 949):
-        time.sleep(0.2)
-        assert HTTP.post(f"{url}/completions", json=body | {"user": "x" * 99}).status_code == 503
-    time.sleep(0.2)
-    assert HTTP.post(f"{url}/completions", json=body | {"user": "x" * 99}).status_code == 200
+    service = Service(runner=runner, sampling=Sampling(), api_key=None, hosts=None)
+    body = {"model": MODEL, "prompt": "one two", "user": "x" * 99}
+    with served(_application(service)) as url:
+        with raw(url, head_of(950) + " " * 949):
+            eventually(lambda: service.bodies_bytes == 949)
+            assert HTTP.post(f"{url}/completions", json=body).status_code == 503
+        eventually(lambda: service.bodies_bytes == 0)
+        assert HTTP.post(f"{url}/completions", json=body).status_code == 200
 
 
 def test_a_client_that_left_before_its_text_was_read_costs_nothing(tmp_path, monkeypatch):
@@ -545,7 +559,8 @@ def test_a_client_that_left_before_its_text_was_read_costs_nothing(tmp_path, mon
 
     def read_slowly(text, prompt, **options):
         read.append(prompt)
-        time.sleep(0.6)
+        if prompt == "one":
+            time.sleep(1)
         return encode(text, prompt, **options)
 
     monkeypatch.setattr(type(runner.text), "encode", read_slowly)
@@ -612,7 +627,8 @@ def test_others_may_use_this_machines_names_and_any_address(runner):
             host: HTTP.get(f"{url}/models", headers={"host": host}).status_code
             for host in (
                 socket.gethostname(), "box.lan:80", "API.example", "192.168.1.7:8080",
-                "[fe80::1]:9", "localhost", "evil.example", "192.168.1.7.evil.example:80", "", "x@192.168.1.7",
+                "[fe80::1]:9", "localhost", "evil.example", "192.168.1.7.evil.example:80",
+                "", "x@192.168.1.7",
             )
         }  # fmt: skip
     assert list(statuses.values()) == [200] * 6 + [403] * 4
@@ -639,14 +655,16 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.toolchain
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_the_verb_serves_a_bundle_until_ctrl_c(tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_the_verb_serves_a_bundle_until_it_is_told_to_end(tmp_path, name, status):
     program = textwrap.dedent("""
         import signal, sys
         from pathlib import Path
-        from edgekit import formats
-        from edgekit.serve import serve
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # CI may run us with it ignored
+        from edgekit import cli, formats
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # CI may run us with them ignored
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         from edgekit.tests.witnesses.tiny_runner import runner_in
 
         directory = Path(sys.argv[1])
@@ -655,16 +673,17 @@ def test_the_verb_serves_a_bundle_until_ctrl_c(tmp_path):
         runner.load = lambda path, **_: runner.session
         formats.running = lambda name: runner
         try:
-            serve(directory, port=0, say=lambda line: print(line, flush=True))
-        except KeyboardInterrupt:
-            print("closed" if runner.session.is_closed else "open")
+            cli.main(["serve", str(directory), "--port", "0"])
+        finally:
+            print("closed" if runner.session.is_closed else "open", file=sys.stderr)
     """)
     command = [sys.executable, "-c", program, str(tmp_path)]
     root = Path(edgekit.__file__).parents[1]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
-        assert process.stdout
-        greeting = process.stdout.readline()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root) as process:
+        assert process.stderr
+        greeting = process.stderr.readline()
         url = greeting.split()[3].rstrip(";")
         assert HTTP.get(f"{url}/models").json()["data"][0]["id"] == MODEL
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=20)[0] == "closed\n"
+        process.send_signal(getattr(signal, name))
+        assert process.communicate(timeout=20)[1].split() == ["interrupted", "closed"]
+    assert process.returncode == status
