@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import json
 import os
@@ -550,6 +551,39 @@ def test_bodies_on_their_way_take_only_so_much_together(runner, monkeypatch):
             assert HTTP.post(f"{url}/completions", json=body).status_code == 503
         eventually(lambda: service.bodies_bytes == 0)
         assert HTTP.post(f"{url}/completions", json=body).status_code == 200
+
+
+def test_a_client_that_stops_reading_loses_its_turn(slow, monkeypatch):
+    monkeypatch.setattr(SERVE, "SEND_S", 0.2)
+    service = Service(runner=slow, sampling=Sampling(), api_key=None, hosts=None)
+    body = json.dumps({"model": MODEL, "prompt": "one two", "max_tokens": 400, "stream": True})
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    requests = [{"type": "http.request", "body": body.encode()}]
+    taken = []
+
+    async def receive():
+        return requests.pop() if requests else await asyncio.Event().wait()
+
+    async def send(message):
+        taken.append(message)
+        if len(taken) > 3:
+            await asyncio.Event().wait()  # as uvicorn's does while the client's buffer is full
+
+    async def ask():
+        await asyncio.wait_for(_application(service)(scope, receive, send), 10)
+
+    asyncio.run(ask())
+    assert len(taken) == 4
+    assert (service.waiting, service.turn.locked()) == (0, False)
+    assert len(slow.session.reads) < 50
 
 
 def test_a_client_that_left_before_its_text_was_read_costs_nothing(tmp_path, monkeypatch):
