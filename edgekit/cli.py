@@ -7,10 +7,12 @@ imported by the command that runs them, so that ``edgekit --help`` answers at on
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -648,20 +650,33 @@ def inspect_command(path: Path, tensors: bool, as_json: bool) -> None:
 @click.option("--port", type=int, default=8080, show_default=True)
 @click.option("--allow-remote", is_flag=True, help="Allow a --host that other machines can reach.")
 @click.option(
-    "--api-key", envvar="EDGEKIT_API_KEY", metavar="KEY", help="Key that clients must send."
+    "--host-name",
+    "host_names",
+    multiple=True,
+    metavar="NAME",
+    help="Another name by which they call this machine (may be repeated); others are refused.",
 )
+@click.option(
+    "--api-key",
+    envvar="EDGEKIT_API_KEY",
+    metavar="KEY",
+    help="Key that clients must send; needed with --allow-remote.",
+)
+@click.option("--no-key", is_flag=True, help="Let other machines use the model without a key.")
 @click.option("--threads", type=int, metavar="N", help=THREADS_HELP)
 @click.option("--context", "context_tokens", type=int, metavar="N", help=CONTEXT_HELP)
 @template_variables_option
 def serve_command(
-    bundle: Path, host: str, port: int, allow_remote: bool, api_key: str | None,
+    bundle: Path, host: str, port: int, allow_remote: bool, host_names: tuple[str, ...],
+    api_key: str | None, no_key: bool,
     threads: int | None, context_tokens: int | None, template_variables: dict[str, Any],
 ) -> None:  # fmt: skip
     """Serve BUNDLE over HTTP as OpenAI's clients expect it: /v1/chat/completions and more."""
     from edgekit.serve import serve
 
     serve(
-        bundle, host=host, port=port, allow_remote=allow_remote, api_key=api_key,
+        bundle, host=host, port=port, allow_remote=allow_remote, host_names=host_names,
+        api_key=api_key, no_key=no_key,
         threads=threads, context_tokens=context_tokens, template_variables=template_variables,
     )  # fmt: skip
 
@@ -820,8 +835,41 @@ class Terminal:
             yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
+class _Ended(SystemExit):
+    """SIGTERM or SIGHUP, as an exception that cleans up on its way and that nothing catches."""
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end what runs as Ctrl-C does; one that is ignored stays so (nohup)."""
+
+    def end(number: int, _: object) -> None:
+        for signal_number in former:
+            signal.signal(signal_number, signal.SIG_IGN)  # cleaning up is not ended twice
+        raise _Ended(128 + number)  # the status that shells expect
+
+    ending = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]  # Windows has one
+    former = {number: signal.getsignal(number) for number in ending if number is not None}
+    former = {number: before for number, before in former.items() if before == signal.SIG_DFL}
+    if threading.current_thread() is not threading.main_thread():
+        former = {}  # Python tells only the main thread
+    for number in former:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, before in former.items():
+            signal.signal(number, before)
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with the status of the refusal, if there was one."""
+    with _ending_on_signals():
+        _run(argv)
+    sys.exit(0)
+
+
+def _run(argv: Sequence[str] | None) -> None:
     try:
         cli.main(args=None if argv is None else list(argv), prog_name="edgekit",
                  standalone_mode=False)  # fmt: skip
@@ -834,10 +882,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
+    except _Ended:
+        with suppress(OSError):  # the terminal may be what went
+            click.echo("interrupted", err=True)
+        raise
     except BrokenPipeError:
         sys.stderr.close()  # whoever read has left; so do we
         sys.exit(141)
-    sys.exit(0)
 
 
 def print_refusal(error: EdgekitError) -> None:

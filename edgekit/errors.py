@@ -9,7 +9,7 @@ EdgekitError                 1
 ├── ToolchainError           7   a foreign tool failed; its last words are in ``log``
 └── DisagreementError        8   the artifact does not say what the checkpoint says
 
-Ctrl-C exits with 130, as shells expect.
+Ctrl-C exits with 130, SIGTERM with 143 and SIGHUP with 129, as shells expect.
 """
 
 

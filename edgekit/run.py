@@ -10,7 +10,13 @@ from edgekit import formats
 from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
 from edgekit.progress import Listener, Silent
-from edgekit.runtime.generate import FinishReason, Sampling, TokenStream, generate
+from edgekit.runtime.generate import (
+    FinishReason,
+    PromptTooLongError,
+    Sampling,
+    TokenStream,
+    generate,
+)
 from edgekit.runtime.session import Session
 from edgekit.text.template import Message
 from edgekit.text.tokenizer import Detokenizer, StopStrings, Text
@@ -212,7 +218,8 @@ class Runner:
         """
         self.text.check_variables(template_variables or {})
         variables = {**self.template_variables, **(template_variables or {})}
-        ids = self.text.encode_chat(messages, **variables)
+        text = self._within_context(self.text.render(messages, **variables))
+        ids = self.text.encode(text, adds_bos=False)
         return self._reply(
             ids, max_tokens=max_tokens, sampling=sampling, stop=stop, continues_prompt=False
         )
@@ -230,10 +237,25 @@ class Runner:
         Raises:
             UsageError: If the prompt is empty or longer than the context; nothing ran.
         """
-        ids = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            prompt = self.text.encode(self._within_context(prompt))
         return self._reply(
-            ids, max_tokens=max_tokens, sampling=sampling, stop=stop, continues_prompt=True
+            prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, continues_prompt=True
         )
+
+    def _within_context(self, text: str) -> str:
+        """Return the text, unless it is plain without tokenizing that the context cannot hold it.
+
+        Tokenizing takes seconds and hundreds of times the text's memory for some megabytes.
+        """
+        size = len(text.encode("utf-8", "surrogatepass"))
+        limit = self.session.context_tokens * self.text.longest_token_bytes
+        if size > limit:
+            raise PromptTooLongError(
+                f"the prompt has {size} bytes, the context holds {self.session.context_tokens} "
+                f"tokens, {limit} bytes at most"
+            )
+        return text
 
     def close(self) -> None:
         """Free the session's memory."""

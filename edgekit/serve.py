@@ -11,9 +11,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,18 +27,25 @@ from edgekit.server.openai_api import TEMPLATE_VARIABLES, ApiError, Ask, Fields,
 
 
 if TYPE_CHECKING:
+    import uvicorn
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
-    from starlette.types import Send
+    from starlette.types import Message, Receive, Scope, Send
 
     Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 
-MAX_BODY_BYTES = 8 << 20  # a context of a million tokens, escaped, fits
-MAX_WAITING = 64  # connections; more get status 503
+# What strangers may cost. How long a text may be follows from the context: `Runner.ask`.
+MAX_BODY_BYTES = 8 << 20  # of one request; a context of a million tokens, escaped, fits
+MAX_BODIES_BYTES = 64 << 20  # of all requests that are still being sent; more get status 503
+MAX_WAITING = 64  # requests that have come whole; more get status 503
+MAX_CONNECTIONS = 512  # silent ones included; half of the files a process may usually have open
+HEAD_S = 10.0  # for a request's first line and headers, counted from the first moment of silence
+BODY_S = 30.0  # for the rest of it: 8 MB at 2.3 Mbit/s
+SEND_S = 30.0  # for a client to take a piece of an answer, while the others wait for its end
 SHUTDOWN_S = 3  # how long Ctrl-C waits for answers under way
-LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")  # names, as a Host header writes them
 
 
 @dataclass(kw_only=True, eq=False)
@@ -47,10 +55,14 @@ class Service:
     runner: Runner
     sampling: Sampling
     api_key: str | None
-    hosts: Collection[str] | None
+    hosts: Collection[str] | None  # names in lower case; None: any
+    takes_addresses: bool = False  # whether any IP address will do for a name
     started: int = field(default_factory=lambda: int(time.time()))
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # held for one answer
     step: threading.Lock = field(default_factory=threading.Lock)  # held while the session works
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a text is tokenized
+    waiting: int = 0  # requests that have come whole and are not answered yet
+    bodies_bytes: int = 0  # of the requests that are being sent
 
     @property
     def model(self) -> str:
@@ -76,19 +88,63 @@ class Service:
         return await self._complete(request, Ask.text)
 
     async def _complete(self, request: "Request", read: Callable[..., Ask]) -> "Response":
-        from starlette.concurrency import run_in_threadpool
         from starlette.responses import JSONResponse
 
-        fields = Fields.parse(await _body(request))
-        self._check_model(fields.take("model"))
-        ask = read(fields, sampling=self.sampling)
-        reply = await run_in_threadpool(self._reply, ask)
-        digest = self.runner.bundle.model.sha256[:12]
-        wire = Wire(ask=ask, model=self.model, fingerprint=f"edgekit-{digest}")
-        if ask.streams:
-            return _event_stream(self._events(reply, wire))
-        answer = await self._whole(request, reply)
-        return _gone() if answer is None else JSONResponse(wire.whole(answer))
+        body = await self._body(request)
+        with ExitStack() as place:
+            place.enter_context(self._place())
+            fields = Fields.parse(body)
+            self._check_model(fields.take("model"))
+            ask = read(fields, sampling=self.sampling)
+            reply = await self._prepared(request, ask)
+            if reply is None:
+                return _gone()
+            digest = self.runner.bundle.model.sha256[:12]
+            wire = Wire(ask=ask, model=self.model, fingerprint=f"edgekit-{digest}")
+            if ask.streams:
+                return _event_stream(self._events(reply, wire), place.pop_all())
+            answer = await self._whole(request, reply)
+            return _gone() if answer is None else JSONResponse(wire.whole(answer))
+
+    async def _body(self, request: "Request") -> bytes:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # a form on any web page could send something else
+            raise ApiError(f"the body is {kind!r}, expected 'application/json'", status=415)
+        _check_size(int(request.headers.get("content-length", "0")))
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_S):
+                async for piece in request.stream():
+                    body += piece
+                    self.bodies_bytes += len(piece)
+                    _check_size(len(body))
+                    if self.bodies_bytes > MAX_BODIES_BYTES:
+                        raise _busy()
+        except TimeoutError:
+            raise ApiError(f"the body did not come within {BODY_S:g} s", status=408) from None
+        finally:
+            self.bodies_bytes -= len(body)
+        return bytes(body)
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """Hold a place in the line."""
+        if self.waiting >= MAX_WAITING:
+            raise _busy()
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+
+    async def _prepared(self, request: "Request", ask: Ask) -> Reply | None:
+        """Return what `_reply` does, None if the client has left before its turn to be read."""
+        from starlette.concurrency import run_in_threadpool
+
+        async with self.reading:  # one at a time: a long text takes memory while it is tokenized
+            if await request.is_disconnected():
+                return None
+            return await run_in_threadpool(self._reply, ask)
 
     def _reply(self, ask: Ask) -> Reply:
         """Prepare the answer: everything that can be refused is refused here."""
@@ -174,7 +230,11 @@ class Service:
     def _check_host(self, header: str) -> None:
         """Refuse a web page that has pointed its own name at this machine (DNS rebinding)."""
         name = header.rpartition(":")[0] if not header.endswith("]") and ":" in header else header
-        if self.hosts is not None and name.lower() not in self.hosts:
+        # A page can point its own name at this machine, but not an address.
+        is_known = name.lower() in (self.hosts or ()) or (
+            self.takes_addresses and _is_address(name)
+        )
+        if self.hosts is not None and not is_known:
             raise ApiError(f"this server does not serve the host name {name!r}", status=403)
 
     def _check_key(self, header: str) -> None:
@@ -204,31 +264,37 @@ def _gone() -> "Response":
     return Response(status_code=499)  # nginx's number for a client that did not wait
 
 
-async def _body(request: "Request") -> bytes:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # a form on any web page could send something else
-        raise ApiError(f"the body is {kind!r}, expected 'application/json'", status=415)
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(f"the body is larger than {MAX_BODY_BYTES} bytes", status=413)
-    return bytes(body)
+def _check_size(body_bytes: int) -> None:
+    if body_bytes > MAX_BODY_BYTES:
+        raise ApiError(f"the body is larger than {MAX_BODY_BYTES} bytes", status=413)
+
+
+def _busy() -> ApiError:
+    return ApiError("the server is busy; try again later", status=503)
 
 
 def _event(fields: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"
 
 
-def _event_stream(events: AsyncGenerator[str]) -> "Response":
+def _event_stream(events: AsyncGenerator[str], place: ExitStack) -> "Response":
     from starlette.responses import StreamingResponse
 
     class EventStream(StreamingResponse):
         """Server-sent events that end, and free the session, the moment the client is gone."""
 
+        async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+            with place:
+                await super().__call__(scope, receive, send)
+
         async def stream_response(self, send: "Send") -> None:
-            async with aclosing(events):
-                await super().stream_response(send)
+            async def send_in_time(message: "Message") -> None:
+                async with asyncio.timeout(SEND_S):
+                    await send(message)
+
+            with suppress(TimeoutError):  # it has stopped reading
+                async with aclosing(events):
+                    await super().stream_response(send_in_time)
 
     return EventStream(
         events, media_type="text/event-stream", headers={"cache-control": "no-store"}
@@ -278,7 +344,12 @@ def _application(service: Service) -> "Starlette":
             case _:
                 raise error
         # As ASCII: a refusal may quote what is not valid Unicode.
-        return Response(json.dumps(refusal.body), refusal.status, media_type="application/json")
+        return Response(
+            json.dumps(refusal.body),
+            refusal.status,
+            media_type="application/json",
+            headers={"connection": "close"} if refusal.status == HTTPStatus.REQUEST_TIMEOUT else {},
+        )
 
     routes = [
         Route("/v1/models", service.admits(service.models)),
@@ -306,6 +377,8 @@ def serve(  # noqa: PLR0913 - a request in full
     port: int = 8080,
     api_key: str | None = None,
     allow_remote: bool = False,
+    no_key: bool = False,
+    host_names: Collection[str] = (),
     context_tokens: int | None = None,
     threads: int | None = None,
     template_variables: Mapping[str, Any] | None = None,
@@ -320,6 +393,8 @@ def serve(  # noqa: PLR0913 - a request in full
         port: 0 takes a free one.
         api_key: What clients must send; None: nothing.
         allow_remote: Whether ``host`` may be one that other machines reach.
+        no_key: Whether they may do without a key.
+        host_names: Further names by which they call this machine: a proxy's, one of a DNS zone.
         context_tokens: How much the cache must hold; None: what the bundle was made for.
         threads: None leaves the choice to the runtime.
         template_variables: What the chat template reads, by name, where a request says nothing.
@@ -327,8 +402,9 @@ def serve(  # noqa: PLR0913 - a request in full
         listener: Who is told the address.
 
     Raises:
-        UsageError: If ``host`` is not this machine's own and ``allow_remote`` is not given, or
-            the port is taken, or the template does not read a variable.
+        UsageError: If ``host`` is not this machine's own and ``allow_remote``, or a key or
+            ``no_key``, is not given, or the port is taken, or the template does not read a
+            variable.
         MissingDependencyError: If the extra ``serve`` or the bundle's runtime is not installed.
     """
     check_installed()
@@ -338,6 +414,7 @@ def serve(  # noqa: PLR0913 - a request in full
             f"{host} can be reached from other machines",
             hint="add --allow-remote if that is intended",
         )
+    _check_key_policy(api_key, is_local=is_local, no_key=no_key)
     say = listener.say if listener else say or (lambda line: sys.stderr.write(f"{line}\n"))
     with (
         _listen(host, port) as listening,
@@ -351,12 +428,39 @@ def serve(  # noqa: PLR0913 - a request in full
         service = Service(
             runner=runner,
             sampling=Sampling(),
-            api_key=api_key,
-            hosts=LOOPBACK_HOSTS if is_local else None,
+            api_key=api_key or None,
+            hosts={name.lower() for name in (*_names(host, is_local=is_local), *host_names)},
+            takes_addresses=not is_local,
         )
         for line in _greeting(service, host, listening.getsockname()[1], is_local=is_local):
             say(line)
         _run_server(service, listening)
+
+
+def _check_key_policy(api_key: str | None, *, is_local: bool, no_key: bool) -> None:
+    if api_key and no_key:
+        raise UsageError("there is a key, and --no-key says that there is none", hint="drop one")
+    if not (is_local or api_key or no_key):
+        raise UsageError(
+            "other machines could use the model without a key",
+            hint="set one with --api-key or EDGEKIT_API_KEY; --no-key if anyone may use it",
+        )
+
+
+def _names(host: str, *, is_local: bool) -> tuple[str, ...]:
+    """Return the names under which a server listening there is known to be meant."""
+    if is_local:
+        return LOOPBACK_HOSTS
+    own = socket.gethostname()
+    return (*LOOPBACK_HOSTS, host, own, f"{own}.local", socket.getfqdn())
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _greeting(service: Service, host: str, port: int, *, is_local: bool) -> list[str]:
@@ -371,20 +475,62 @@ def _greeting(service: Service, host: str, port: int, *, is_local: bool) -> list
 def _run_server(service: Service, listening: socket.socket) -> None:
     import uvicorn
 
-    config = uvicorn.Config(
-        _application(service),
+    try:
+        uvicorn.Server(_server_settings(_application(service))).run(sockets=[listening])
+    finally:
+        service.step.acquire()  # the session is closed next, no step may follow
+
+
+def _server_settings(application: "Starlette") -> "uvicorn.Config":
+    import uvicorn
+
+    return uvicorn.Config(
+        application,
+        http=_punctual_protocol(),
         ws="none",
         lifespan="off",
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=MAX_WAITING,
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
-    try:
-        uvicorn.Server(config).run(sockets=[listening])
-    finally:
-        service.step.acquire()  # the session is closed next, no step may follow
+
+
+def _punctual_protocol() -> "type[asyncio.Protocol]":
+    """Return uvicorn's HTTP/1.1, which waits for ever for a request to begin, with a clock."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+    class PunctualProtocol(H11Protocol):
+        """Drops a connection that does not say in time what it wants."""
+
+        head_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._set_timer()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._set_timer()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._unset_timer()
+            super().connection_lost(exc)
+
+        def _set_timer(self) -> None:
+            cycle: RequestResponseCycle | None = self.cycle  # None before the first request
+            if cycle is not None and not cycle.response_complete:
+                self._unset_timer()  # a request has begun; `_body` looks after the rest of it
+            elif self.head_timer is None:
+                self.head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
+
+        def _unset_timer(self) -> None:
+            if self.head_timer is not None:
+                self.head_timer.cancel()
+                self.head_timer = None
+
+    return PunctualProtocol
 
 
 def _is_loopback(host: str) -> bool:

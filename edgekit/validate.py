@@ -107,7 +107,9 @@ def judge_document(
     """
     bundle, target = Bundle.load(bundle_directory), load_target(target)
     try:
-        measurement = Measurement.from_json(Path(document).read_text(encoding="utf-8"))
+        measurement = Measurement.from_json(
+            Path(document).read_text(encoding="utf-8"), origin=str(document)
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {document}: {error}") from error
     expected = measure.artifact_sha256(bundle.artifact)

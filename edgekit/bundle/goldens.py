@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from edgekit.encodings.json_files import parse
+from edgekit.encodings.json_files import read_object
+from edgekit.encodings.typed_json import FieldReader
 from edgekit.errors import BundleError
 
 
@@ -111,31 +112,6 @@ class Goldens:
         path = directory / GOLDENS
         if not path.is_file():
             raise BundleError(f"{directory} has no {GOLDENS}", hint="export it without --no-verify")
-        try:
-            return cls._of_json(parse(path.read_bytes()))
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(
-                f"{path} holds no goldens: {error!r}", hint="copy the bundle again"
-            ) from error
-
-    @classmethod
-    def _of_json(cls, fields: Any) -> Self:
-        return cls(
-            texts=tuple(TextGolden(text=t["text"], ids=tuple(t["ids"])) for t in fields["texts"]),
-            chats=tuple(
-                ChatGolden(
-                    messages=tuple(c["messages"]), rendered=c["rendered"], ids=tuple(c["ids"])
-                )
-                for c in fields["chats"]
-            ),
-            logits=tuple(
-                LogitGolden(
-                    ids=tuple(g["ids"]),
-                    top_ids=tuple(map(tuple, g["top_ids"])),
-                    top_log_probabilities=tuple(map(tuple, g["top_log_probabilities"])),
-                )
-                for g in fields["logits"]
-            ),
-            answer_prompt_ids=tuple(fields["answer_prompt_ids"]),
-            answer_ids=tuple(fields["answer_ids"]),
-        )
+        hint = "copy the bundle again"
+        fields = read_object(path, refusal=BundleError, hint=hint)
+        return FieldReader(origin=path, refusal=BundleError, hint=hint).read(cls, fields)

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 
 from edgekit.encodings.hashing import sha256_of
 from edgekit.encodings.json_files import read_object
+from edgekit.encodings.typed_json import FieldReader, check_version
 from edgekit.errors import BundleError, DisagreementError
 from edgekit.text.rules import TextRules
 
@@ -176,26 +177,11 @@ class Bundle:
 
     @classmethod
     def _from_manifest(cls, directory: Path, manifest: Mapping[str, Any]) -> Self:
-        try:
-            artifact = dict(manifest["artifact"])
-            artifact["files"] = {k: FileRecord(**v) for k, v in artifact["files"].items()}
-            artifact["substitutions"] = tuple(artifact["substitutions"])
-            text = dict(manifest["text"])
-            for name in ("stop_ids", "stop_strings", "content_parts"):
-                text[name] = tuple(text.get(name, ()))
-            return cls(
-                directory=directory,
-                model=ModelRecord(**manifest["model"]),
-                target=manifest["target"],
-                context_tokens=manifest["context_tokens"],
-                text=TextRules(**text),
-                artifact=Artifact(**artifact),
-                agreement=_agreement(manifest["agreement"]),
-                predicted=manifest["predicted"],
-                tools=manifest["tools"],
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleError(f"{directory / MANIFEST} is not a manifest: {error!r}") from error
+        reader = FieldReader(
+            origin=directory / MANIFEST, refusal=BundleError, hint="copy the bundle again"
+        )
+        fields = {name: value for name, value in manifest.items() if name != "schema_version"}
+        return reader.read(cls, fields, directory=directory)
 
     def check_files(self, *, check_hashes: bool = True) -> None:
         """Compare what lies in the directory with the manifest.
@@ -234,13 +220,6 @@ class Bundle:
         return replace(self, agreement=agreement)
 
 
-def _agreement(fields: Mapping[str, Any] | None) -> Agreement | None:
-    if fields is None:
-        return None
-    gates = tuple(Gate(**gate) for gate in fields["gates"])
-    return Agreement(**{**fields, "gates": gates})
-
-
 def _read_manifest(directory: Path) -> Mapping[str, Any]:
     path = directory / MANIFEST
     if not path.exists():
@@ -249,12 +228,8 @@ def _read_manifest(directory: Path) -> Mapping[str, Any]:
             hint="pass the directory that `edgekit export` printed",
         )
     manifest = read_object(path, refusal=BundleError)
-    version = manifest.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise BundleError(
-            f"{directory} has schema {version!r}, this edgekit reads {SCHEMA_VERSION}",
-            hint="export again, or install the edgekit that made it",
-        )
+    found = manifest.get("schema_version")
+    check_version(found, SCHEMA_VERSION, origin=directory, refusal=BundleError)
     return manifest
 
 

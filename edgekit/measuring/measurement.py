@@ -6,12 +6,12 @@ of a browser fills in the same document. So whatever only Linux knows may be nul
 
 import dataclasses
 import json
-import math
-import types
+import re
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Literal, TypeVar
 
 from edgekit.encodings.json_files import parse_object
+from edgekit.encodings.typed_json import FieldReader, check_version
 from edgekit.errors import UsageError
 
 
@@ -164,24 +164,49 @@ class Measurement:
         return json.dumps(fields, ensure_ascii=False, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> "Measurement":
+    def from_json(cls, text: str, *, origin: str = "the measurement") -> "Measurement":
         """Read a document, from this device or another.
+
+        Args:
+            text: The JSON.
+            origin: Where it came from, for messages.
 
         Raises:
             UsageError: If it is of another schema version, or a field is missing, unknown or of
                 the wrong type; the message names it.
         """
-        fields = _parse(text)
-        version = fields.pop("schema_version", None)
-        if version != SCHEMA_VERSION:
-            raise UsageError(
-                f"the measurement has schema {version!r}, this edgekit reads {SCHEMA_VERSION}"
-            )
-        return read_fields(cls, fields, of="measurement")
+        fields = parse_object(text, origin=origin)
+        check_version(fields.pop("schema_version", None), SCHEMA_VERSION, origin=origin)
+        measurement = read_fields(cls, fields, of=origin)
+        _check_ranges(measurement, origin)
+        return measurement
 
 
-def _parse(text: str) -> dict[str, Any]:
-    return parse_object(text, origin="the measurement")
+def _check_ranges(measurement: Measurement, origin: str) -> None:
+    """Check what the schema says beyond types and signs."""
+    workload = measurement.workload
+    counts = {
+        "prompt_lengths_tokens": min(workload.prompt_lengths_tokens, default=0),
+        "answer_tokens": workload.answer_tokens,
+        "context_tokens": workload.context_tokens,
+        "generations": workload.generations,
+        "threads": 1 if workload.threads is None else workload.threads,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            raise UsageError(f"{origin}: workload.{name} has {count}, expected at least 1")
+    shares = {
+        f"repetitions[{index}]": repetition.cached_before_load
+        for index, repetition in enumerate(measurement.repetitions)
+    }
+    if measurement.cold_start is not None:
+        shares["cold_start"] = measurement.cold_start.cached_before_load
+    for place, share in shares.items():
+        if share is not None and share > 1:
+            raise UsageError(f"{origin}: {place}.cached_before_load = {share}, expected at most 1")
+    if not re.fullmatch("[0-9a-f]{64}", measurement.artifact_sha256):
+        found = ascii(measurement.artifact_sha256)[:70]
+        raise UsageError(f"{origin}: artifact_sha256 = {found}, expected 64 hexadecimal digits")
 
 
 def read_fields(cls: type[T], value: object, *, of: str) -> T:
@@ -195,62 +220,8 @@ def read_fields(cls: type[T], value: object, *, of: str) -> T:
     Raises:
         UsageError: If a field is missing, unknown or of the wrong type.
     """
-    if not isinstance(value, dict):
-        raise _mismatch(of, value, "an object")
-    hints = get_type_hints(cls)
-    if unknown := sorted(value.keys() - hints.keys()):
-        raise UsageError(f"{of} has an unknown field {unknown[0]!r}")
-    required = {
-        field.name
-        for field in dataclasses.fields(cls)  # type: ignore[arg-type]  # T is a dataclass
-        if field.default is dataclasses.MISSING
-    }
-    if missing := sorted(required - value.keys()):
-        raise UsageError(f"{of} has no field {missing[0]!r}")
-    return cls(**{name: _read(hints[name], item, f"{of}.{name}") for name, item in value.items()})
+    return FieldReader(origin=of, is_signed=_is_temperature).read(cls, value)
 
 
-def _read(hint: Any, value: object, of: str) -> Any:
-    origin = get_origin(hint)
-    if dataclasses.is_dataclass(hint):
-        return read_fields(hint, value, of=of)  # type: ignore[arg-type]  # hint is a class
-    if origin in {types.UnionType, Union}:
-        return None if value is None else _read(get_args(hint)[0], value, of)
-    if origin is tuple:
-        return _read_tuple(get_args(hint)[0], value, of)
-    if origin is dict:
-        return _read_dict(*get_args(hint), value=value, of=of)
-    return _read_scalar(hint, value, of)
-
-
-def _read_tuple(item: Any, value: object, of: str) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise _mismatch(of, value, "a list")
-    return tuple(_read(item, entry, f"{of}[{index}]") for index, entry in enumerate(value))
-
-
-def _read_dict(key: Any, item: Any, *, value: object, of: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _mismatch(of, value, "an object")
-    known = get_args(key)  # of a Literal; nothing for plain strings
-    if known and (unknown := sorted(value.keys() - set(known))):
-        raise UsageError(f"{of} has an unknown field {unknown[0]!r}")
-    return {name: _read(item, entry, f"{of}.{name}") for name, entry in value.items()}
-
-
-def _read_scalar(hint: type, value: object, of: str) -> Any:
-    kinds = (int, float) if hint is float else hint
-    if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
-        raise _mismatch(of, value, {float: "a number", int: "an integer"}.get(hint, hint.__name__))
-    if isinstance(value, int | float) and not _is_possible(value, of):
-        raise _mismatch(of, value, "a finite number of at least 0")
-    return hint(value)
-
-
-def _is_possible(value: float, of: str) -> bool:
-    """Only a temperature may be negative."""
-    return math.isfinite(value) and (value >= 0 or of.endswith("_c"))
-
-
-def _mismatch(of: str, value: object, expected: str) -> UsageError:
-    return UsageError(f"{of} = {repr(value)[:60]}, expected {expected}")
+def _is_temperature(path: str, _: object) -> bool:
+    return path.endswith("_c")

@@ -7,6 +7,7 @@ knows HTTP; `edgekit.serve` does.
 import json
 import time
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -86,6 +87,8 @@ class Fields:
     """The fields of a request, each taken once, so that unknown ones can be refused."""
 
     values: dict[str, Any]
+    prefix: str = ""  # of every name, for messages
+    ignored: Collection[str] = _IGNORED  # names that nobody has to take
 
     @classmethod
     def parse(cls, body: bytes) -> "Fields":
@@ -117,7 +120,17 @@ class Fields:
         is_boolean = isinstance(value, bool)
         if value is None or (isinstance(value, kinds) and is_boolean == (kind is bool)):
             return value
+        name = self.prefix + name
         raise ApiError(f"{name} = {value!r} is not a {kind.__name__}", param=name)
+
+    def take_fields(self, name: str) -> "Fields":
+        """Return the fields of an object, none if it is absent.
+
+        Raises:
+            ApiError: If it is of another type.
+        """
+        values = self.take_as(name, dict) or {}
+        return Fields(values=dict(values), prefix=f"{self.prefix}{name}.", ignored=())
 
     def refuse_unsupported(self) -> None:
         """Refuse what would change the answer in a way edgekit does not do.
@@ -139,8 +152,9 @@ class Fields:
         Raises:
             ApiError: If there is such a field.
         """
-        for name in self.values.keys() - set(_IGNORED):
-            raise ApiError(f"no field named {name!r}", param=name, code="unknown_parameter")
+        for name in sorted(self.values.keys() - set(self.ignored)):
+            path = self.prefix + name
+            raise ApiError(f"no field named {path!r}", param=path, code="unknown_parameter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +205,7 @@ class Ask:
     @classmethod
     def _rest(cls, fields: Fields, sampling: Sampling, **known: Any) -> "Ask":
         streams = bool(fields.take_as("stream", bool))
-        options = Fields(values=dict(fields.take_as("stream_options", dict) or {}))
+        options = fields.take_fields("stream_options")
         ask = cls(
             **known,
             sampling=_sampling(fields, sampling),
@@ -199,6 +213,8 @@ class Ask:
             streams=streams,
             streams_usage=bool(options.take_as("include_usage", bool)),
         )
+        options.take_as("include_obfuscation", bool)  # padding, which a client may not rely on
+        options.refuse_rest()
         if ask.max_tokens is not None and ask.max_tokens < 1:
             raise ApiError(
                 f"max_tokens = {ask.max_tokens}, expected at least 1", param="max_tokens"

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -374,3 +375,43 @@ def test_a_plan_for_programs_keeps_the_keys_it_was_first_written_with(tmp_path, 
     assert {key for candidate in document["rejected"] for key in candidate} == {
         "format", "recipe", "context", "layout", "estimate", "misses", "sure_misses", "refusal",
     }  # fmt: skip
+
+
+# Signals
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize(
+    ("name", "is_ignored", "status", "said"),
+    [
+        ("SIGINT", False, 0, "a piece …\nthe chat goes on\n"),
+        ("SIGTERM", False, 143, "a piece"),
+        ("SIGHUP", False, 129, "a piece"),
+        ("SIGHUP", True, 0, "a piece and another\nthe chat goes on\n"),  # under nohup
+    ],
+)
+def test_a_chat_survives_ctrl_c_and_nothing_else(name, is_ignored, status, said):
+    program = textwrap.dedent("""
+        import os, signal, sys
+        from edgekit import cli
+
+        number, before = getattr(signal, sys.argv[1]), getattr(signal, sys.argv[2])
+        signal.signal(number, before)
+        class Reply:
+            def __iter__(self):
+                yield "a piece"
+                os.kill(os.getpid(), number)
+                yield " and another"
+            def close(self):
+                pass
+        @cli.cli.command("talk")
+        def talk():
+            cli.say(Reply())
+            print("the chat goes on")
+        cli.main(["talk"])
+    """)
+    before = "SIG_IGN" if is_ignored else "default_int_handler" if name == "SIGINT" else "SIG_DFL"
+    done = subprocess.run(
+        [sys.executable, "-c", program, name, before], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.rstrip("\n")) == (status, said.rstrip("\n")), done.stderr

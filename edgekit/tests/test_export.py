@@ -159,11 +159,15 @@ def _target_text(name):
     return target._files()[name].read_text()
 
 
-def test_ctrl_c_leaves_nothing(tiny_checkpoint, tmp_path):
-    """A real SIGINT to a real process, while it converts."""
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_that_ends_an_export_leaves_nothing(tiny_checkpoint, tmp_path, name, status):
+    """A real signal to a real process, while it converts."""
     program = (
         "import signal, sys, time, edgekit.formats.gguf.tensor_types as tensor_types\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a parent may ignore it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a parent may ignore them
+        "signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "from edgekit.cli import main\n"
         "slow = tensor_types.quantize_each\n"
         "def crawl(blocks, **kw):\n"
@@ -179,9 +183,10 @@ def test_ctrl_c_leaves_nothing(tiny_checkpoint, tmp_path):
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "block\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, name))
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
+    assert "interrupted" in said
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
 

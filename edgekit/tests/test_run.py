@@ -195,6 +195,18 @@ def test_a_full_context_ends_an_answer_in_good_order(tmp_path):
         answer(runner, QUESTION + " and so on")
 
 
+def test_a_text_fits_that_is_made_of_the_longest_token_alone(tmp_path):
+    runner = runner_in(tmp_path, tokenizer=sentencepiece_tokenizer(), context_tokens=40)
+    tokenizer = runner.text.tokenizer
+    longest = max(tokenizer.get_vocab(), key=lambda token: len(token.encode()))
+    assert runner.text.encode(longest * 40) == [tokenizer.token_to_id(longest)] * 40
+    assert runner.complete(longest * 40).answer.prompt_tokens == 40
+    with pytest.raises(
+        PromptTooLongError, match=r"has 481 bytes, the context holds 40 tokens, 480"
+    ):
+        runner.complete(longest * 40 + "x")
+
+
 # A bundle on disk
 
 

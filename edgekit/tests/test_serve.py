@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import json
 import os
@@ -14,9 +15,19 @@ from pathlib import Path
 import pytest
 
 import edgekit
-from edgekit.errors import MissingDependencyError, ToolchainError, UsageError
+from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.runtime.generate import Sampling
-from edgekit.serve import LOOPBACK_HOSTS, MAX_BODY_BYTES, Service, _greeting, app, serve
+from edgekit.serve import (
+    LOOPBACK_HOSTS,
+    MAX_BODY_BYTES,
+    Service,
+    _application,
+    _greeting,
+    _names,
+    _server_settings,
+    app,
+    serve,
+)
 from edgekit.server.openai_api import ApiError, Ask, Fields
 from edgekit.tests.witnesses.tiny_runner import CHATML, DIALOGUE, QUESTION, runner_in
 
@@ -30,13 +41,13 @@ HTTP = httpx.Client(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
 PARIS = DIALOGUE[1]["content"]
 ASK = list(DIALOGUE[:1])
 MODEL = "tiny/ngram"
+SERVE = sys.modules[app.__module__]  # the package has a function of that name
 
 
 @contextlib.contextmanager
 def served(application):
     """Run a real server on a free port and yield its address."""
-    config = uvicorn.Config(application, log_level="error", ws="none", lifespan="off")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(_server_settings(application))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -414,12 +425,247 @@ def test_a_runtime_that_fails_mid_answer_is_reported_in_the_stream(slow, monkeyp
     assert whole.json()["error"]["message"] == "the runtime gave up"
 
 
+# What strangers may cost
+
+
+def raw(url, head):
+    """Open a connection and say no more than this."""
+    port = int(url.split(":")[2].split("/")[0])
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection.sendall(head.encode())
+    return connection
+
+
+def was_dropped(connection):
+    """Wait for the end of a connection on which nothing more is said."""
+    try:
+        return connection.recv(9) == b""
+    except ConnectionResetError:
+        return True
+
+
+def head_of(length):
+    return (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "request_fields",
+    [{"prompt": "x" * 8_000_000}, {"prompt": "🙂" * 600_000}, {"prompt": " " * 999_999}],
+)
+def test_a_text_no_context_can_hold_is_refused_untokenized(
+    runner, url, monkeypatch, request_fields
+):
+    def never(*_args, **_options):
+        raise AssertionError("it was tokenized")
+
+    monkeypatch.setattr(type(runner.text), "encode", never)
+    response = HTTP.post(f"{url}/completions", json={"model": MODEL, **request_fields})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    chat = [{"role": "user", "content": request_fields["prompt"][:900_000]}]
+    response = HTTP.post(f"{url}/chat/completions", json={"model": MODEL, "messages": chat})
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_body_announced_too_large_is_refused_before_it_comes(url):
+    with raw(url, head_of(MAX_BODY_BYTES + 1)) as connection:
+        assert connection.recv(99).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize("head", ["", "POST /v1/comp", "GET /v1/models HTTP/1.1\r\nHost: a\r\nX: "])
+def test_connections_that_say_nothing_keep_nobody_out_and_are_dropped(url, monkeypatch, head):
+    monkeypatch.setattr(SERVE, "HEAD_S", 0.5)
+    with contextlib.ExitStack() as silent:
+        connections = [silent.enter_context(raw(url, head)) for _ in range(80)]
+        assert HTTP.get(f"{url}/models").status_code == 200
+        assert [was_dropped(connection) for connection in connections] == [True] * 80
+
+
+def test_a_second_request_that_does_not_end_is_dropped_too(url, monkeypatch):
+    monkeypatch.setattr(SERVE, "HEAD_S", 0.5)
+    with raw(url, "GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n") as connection:
+        said = b""
+        while not said.endswith(b"}"):
+            said += connection.recv(9999)
+        assert said.startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET /v1/mo")
+        assert was_dropped(connection)
+
+
+def test_an_answer_may_take_longer_than_its_request(slow, monkeypatch):
+    monkeypatch.setattr(SERVE, "HEAD_S", 0.2)
+    body = {"model": MODEL, "prompt": "one two", "max_tokens": 60}
+    with served(app(slow)) as url:
+        response = HTTP.post(f"{url}/completions", json=body)
+    assert response.elapsed.total_seconds() > 0.3
+    assert response.status_code == 200
+
+
+def test_a_body_that_does_not_come_is_given_up(url, monkeypatch):
+    monkeypatch.setattr(SERVE, "BODY_S", 0.3)
+    with raw(url, head_of(99) + '{"model"') as connection:
+        said = b"".join(iter(lambda: connection.recv(9999), b""))  # until it is dropped
+    assert said.startswith(b"HTTP/1.1 408")
+    assert b"the body did not come within 0.3 s" in said
+
+
+def eventually(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_full_line_is_said_and_places_in_it_are_given_back(slow, monkeypatch):
+    monkeypatch.setattr(SERVE, "MAX_WAITING", 1)
+    service = Service(runner=slow, sampling=Sampling(), api_key=None, hosts=None)
+    body = {"model": MODEL, "prompt": "one two", "max_tokens": 50}
+    with served(_application(service)) as url:
+        for stream in (True, False):
+            waiting = threading.Thread(
+                target=HTTP.post,
+                args=[f"{url}/completions"],
+                kwargs={"json": body | {"stream": stream}},
+            )
+            waiting.start()
+            eventually(lambda: service.waiting == 1)
+            refused = HTTP.post(f"{url}/completions", json=body)
+            assert (refused.status_code, refused.json()["error"]["type"]) == (503, "server_error")
+            assert HTTP.get(f"{url}/models").status_code == 200
+            waiting.join()
+            eventually(lambda: service.waiting == 0)
+        assert HTTP.post(f"{url}/completions", json=body | {"n": 2}).status_code == 400
+        assert service.waiting == 0
+
+
+def test_bodies_on_their_way_take_only_so_much_together(runner, monkeypatch):
+    monkeypatch.setattr(SERVE, "MAX_BODIES_BYTES", 1000)
+    service = Service(runner=runner, sampling=Sampling(), api_key=None, hosts=None)
+    body = {"model": MODEL, "prompt": "one two", "user": "x" * 99}
+    with served(_application(service)) as url:
+        with raw(url, head_of(950) + " " * 949):
+            eventually(lambda: service.bodies_bytes == 949)
+            assert HTTP.post(f"{url}/completions", json=body).status_code == 503
+        eventually(lambda: service.bodies_bytes == 0)
+        assert HTTP.post(f"{url}/completions", json=body).status_code == 200
+
+
+def test_a_client_that_stops_reading_loses_its_turn(slow, monkeypatch):
+    monkeypatch.setattr(SERVE, "SEND_S", 0.2)
+    service = Service(runner=slow, sampling=Sampling(), api_key=None, hosts=None)
+    body = json.dumps({"model": MODEL, "prompt": "one two", "max_tokens": 400, "stream": True})
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    requests = [{"type": "http.request", "body": body.encode()}]
+    taken = []
+
+    async def receive():
+        return requests.pop() if requests else await asyncio.Event().wait()
+
+    async def send(message):
+        taken.append(message)
+        if len(taken) > 3:
+            await asyncio.Event().wait()  # as uvicorn's does while the client's buffer is full
+
+    async def ask():
+        await asyncio.wait_for(_application(service)(scope, receive, send), 10)
+
+    asyncio.run(ask())
+    assert len(taken) == 4
+    assert (service.waiting, service.turn.locked()) == (0, False)
+    assert len(slow.session.reads) < 50
+
+
+def test_a_client_that_left_before_its_text_was_read_costs_nothing(tmp_path, monkeypatch):
+    runner = runner_in(tmp_path)
+    read = []
+    encode = type(runner.text).encode
+
+    def read_slowly(text, prompt, **options):
+        read.append(prompt)
+        if prompt == "one":
+            time.sleep(1)
+        return encode(text, prompt, **options)
+
+    monkeypatch.setattr(type(runner.text), "encode", read_slowly)
+    with served(app(runner)) as url:
+
+        def ask(prompt, timeout):
+            with contextlib.suppress(httpx.TimeoutException):
+                body = {"model": MODEL, "prompt": prompt, "max_tokens": 1}
+                HTTP.post(f"{url}/completions", json=body, timeout=timeout)
+
+        threads = [threading.Thread(target=ask, args=["one", 9])]
+        threads += [threading.Thread(target=ask, args=["two", 0.2]) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join()
+        ask("three", 9)
+    assert read == ["one", "three"]
+
+
+def test_unknown_options_of_a_stream_are_named(http):
+    body = {"model": MODEL, "messages": ASK, "stream": True}
+    known = {"include_usage": True, "include_obfuscation": False}
+    assert http.post("/chat/completions", json=body | {"stream_options": known}).status_code == 200
+    for options, name in (
+        ({"include_use": True}, "include_use"),
+        ({"include_usage": 1}, "include_usage"),
+    ):
+        response = http.post("/chat/completions", json=body | {"stream_options": options})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == f"stream_options.{name}"
+        assert f"stream_options.{name}" in response.json()["error"]["message"]
+
+
 # The verb
 
 
 def test_an_address_others_can_reach_must_be_wanted(tmp_path):
     with pytest.raises(UsageError, match=r"0\.0\.0\.0 can be reached from other machines"):
         serve(tmp_path, host="0.0.0.0")  # noqa: S104
+
+
+def test_others_need_a_key_unless_told_otherwise(tmp_path):
+    everywhere = "0.0.0.0"  # noqa: S104
+    for key in (None, ""):
+        with pytest.raises(UsageError, match="other machines could use the model") as refusal:
+            serve(tmp_path, host=everywhere, allow_remote=True, api_key=key)
+        assert "--no-key" in refusal.value.hint
+    with pytest.raises(UsageError, match="--no-key says that there is none"):
+        serve(tmp_path, host=everywhere, allow_remote=True, api_key="k", no_key=True)
+    for permission in ({"no_key": True}, {"api_key": "k"}):  # both get as far as the bundle
+        with pytest.raises(BundleError, match="not a bundle"):
+            serve(tmp_path, host=everywhere, port=0, allow_remote=True, **permission)
+
+
+def test_others_may_use_this_machines_names_and_any_address(runner):
+    names = {name.lower() for name in (*_names("Box.Lan", is_local=False), "api.example")}
+    service = Service(
+        runner=runner, sampling=Sampling(), api_key=None, hosts=names, takes_addresses=True
+    )
+    with served(_application(service)) as url:
+        statuses = {
+            host: HTTP.get(f"{url}/models", headers={"host": host}).status_code
+            for host in (
+                socket.gethostname(), "box.lan:80", "API.example", "192.168.1.7:8080",
+                "[fe80::1]:9", "localhost", "evil.example", "192.168.1.7.evil.example:80",
+                "", "x@192.168.1.7",
+            )
+        }  # fmt: skip
+    assert list(statuses.values()) == [200] * 6 + [403] * 4
 
 
 def test_an_address_others_can_reach_is_said_aloud(runner):
@@ -443,14 +689,16 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.toolchain
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_the_verb_serves_a_bundle_until_ctrl_c(tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_the_verb_serves_a_bundle_until_it_is_told_to_end(tmp_path, name, status):
     program = textwrap.dedent("""
         import signal, sys
         from pathlib import Path
-        from edgekit import formats
-        from edgekit.serve import serve
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # CI may run us with it ignored
+        from edgekit import cli, formats
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # CI may run us with them ignored
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         from edgekit.tests.witnesses.tiny_runner import runner_in
 
         directory = Path(sys.argv[1])
@@ -459,16 +707,17 @@ def test_the_verb_serves_a_bundle_until_ctrl_c(tmp_path):
         runner.load = lambda path, **_: runner.session
         formats.running = lambda name: runner
         try:
-            serve(directory, port=0, say=lambda line: print(line, flush=True))
-        except KeyboardInterrupt:
-            print("closed" if runner.session.is_closed else "open")
+            cli.main(["serve", str(directory), "--port", "0"])
+        finally:
+            print("closed" if runner.session.is_closed else "open", file=sys.stderr)
     """)
     command = [sys.executable, "-c", program, str(tmp_path)]
     root = Path(edgekit.__file__).parents[1]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
-        assert process.stdout
-        greeting = process.stdout.readline()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root) as process:
+        assert process.stderr
+        greeting = process.stderr.readline()
         url = greeting.split()[3].rstrip(";")
         assert HTTP.get(f"{url}/models").json()["data"][0]["id"] == MODEL
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=20)[0] == "closed\n"
+        process.send_signal(getattr(signal, name))
+        assert process.communicate(timeout=20)[1].split() == ["interrupted", "closed"]
+    assert process.returncode == status

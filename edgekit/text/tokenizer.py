@@ -176,6 +176,19 @@ class Text:
         return int(self.tokenizer.token_to_id(end))
 
     @functools.cached_property
+    def longest_token_bytes(self) -> int:
+        """The most bytes of text that one token can stand for.
+
+        Read off the vocabulary, without running it. A ▁ counts as its own three bytes, so this may
+        be more than the truth, never less, unless the tokenizer shortens text before it reads it.
+        """
+        added = {token.encode() for token in self._added_texts}
+        letters = self.tokenizer.get_vocab(with_added_tokens=False)
+        # Byte-level vocabularies write one letter for each byte.
+        sizes = map(len, letters if self._pieces.is_byte_level else map(str.encode, letters))
+        return max((*sizes, *map(len, added)), default=1)
+
+    @functools.cached_property
     def _added_texts(self) -> list[str]:
         return [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
 

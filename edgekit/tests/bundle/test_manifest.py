@@ -163,11 +163,12 @@ DAMAGES = {
         lambda d: edit_manifest(d, lambda m: m["model"].update(colour="red")), "colour",
     ),
     "a section of another kind": (
-        lambda d: edit_manifest(d, lambda m: m.update(artifact=["x"])), "is not a manifest",
+        lambda d: edit_manifest(d, lambda m: m.update(artifact=["x"])),
+        "manifest.json: artifact = ['x'], expected an object",
     ),
     "a record of another kind": (
         lambda d: edit_manifest(d, lambda m: m["artifact"]["files"].update({"model.gguf": 7})),
-        "is not a manifest",
+        "manifest.json: artifact.files.model.gguf = 7, expected an object",
     ),
     "a flipped byte": (flip_a_byte, "model.gguf is not what was exported: its SHA-256 differs"),
     "a truncated file": (truncate, "model.gguf has 50 bytes, the manifest says 104"),

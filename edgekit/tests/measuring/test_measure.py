@@ -188,7 +188,7 @@ def _broken(**change):
     ("document", "words"),
     [
         (_broken(schema_version=2), "schema 2, this edgekit reads 1"),
-        (_broken(device=7), "measurement.device = 7, expected str"),
+        (_broken(device=7), "the measurement: device = 7, expected text"),
         (_broken(battery=1), "unknown field 'battery'"),
         (_broken(workload={"answer_tokens": 1}), "workload has no field 'context_tokens'"),
         (_broken(repetitions="none"), "repetitions = 'none', expected a list"),

@@ -156,6 +156,16 @@ def test_a_tokenizer_that_would_cut_long_text_does_not(tmp_path):
     assert len(text_in(tmp_path, tokenizer).encode("x y z " * 20)) > 50
 
 
+def test_no_token_stands_for_more_bytes_than_the_longest(any_text):
+    tokenizer = any_text.tokenizer
+    sizes = [
+        len(tokenizer.decode([id], skip_special_tokens=False).encode())
+        for id in range(tokenizer.get_vocab_size())
+    ]
+    # A byte of a character decodes to U+FFFD, which takes three.
+    assert 3 < max(sizes) <= any_text.longest_token_bytes <= 3 * max(sizes)
+
+
 def test_half_a_surrogate_pair_is_refused(text):
     with pytest.raises(UsageError, match="not Unicode at character 1"):
         text.encode("a\ud83d")
