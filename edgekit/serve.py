@@ -321,14 +321,15 @@ def serve(  # noqa: PLR0913 - a request in full
         api_key: What clients must send; None: nothing.
         allow_remote: Whether ``host`` may be one that other machines reach.
         context_tokens: How much the cache must hold; None: what the bundle was made for.
-        threads: None leaves the choice to the runtime.
+        threads: From 1 to the number of cores; None: as many as there are fast ones.
         template_variables: What the chat template reads, by name, where a request says nothing.
         say: Is told the address, where there is no listener; None writes to stderr.
         listener: Who is told the address.
 
     Raises:
         UsageError: If ``host`` is not this machine's own and ``allow_remote`` is not given, or
-            the port is taken, or the template does not read a variable.
+            the port is taken, the machine cannot run that many threads, or the template does not
+            read a variable.
         MissingDependencyError: If the extra ``serve`` or the bundle's runtime is not installed.
     """
     check_installed()

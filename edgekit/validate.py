@@ -14,6 +14,7 @@ from edgekit.measuring.measurement import Environment, Measurement, Workload
 from edgekit.measuring.report import Result
 from edgekit.measuring.verdict import judge
 from edgekit.progress import Listener, Silent
+from edgekit.runtime.processors import check_threads
 from edgekit.target import Target
 from edgekit.target import load as load_target
 
@@ -44,13 +45,15 @@ def validate(  # noqa: PLR0913  # the options of the verb
         target: Whose budget is enforced: a name, a TOML file, or a `Target`.
         device: ``"this"`` or ``"ssh://user@host"``, see `edgekit.measuring.devices.connect`.
         repetitions: Fresh processes to start with.
-        threads: None takes the target's decode threads, or the device's cores if they are fewer.
+        threads: From 1 to the device's cores; None: the target's decode threads, or the device's
+            cores if they are fewer.
         progress: Called with the repetitions done and to do.
         listener: Who is told what happens.
 
     Raises:
         BundleError: If the bundle is damaged.
-        UsageError: If no program of edgekit's can start the bundle; it names the device that can.
+        UsageError: If no program of edgekit's can start the bundle (it names the device that can),
+            or the device cannot run that many threads.
         MissingDependencyError: If the device lacks the runtime.
         ToolchainError: If the device cannot be reached or the runtime fails.
     """
@@ -127,8 +130,10 @@ def plan_workload(
     """Return the workload that the budget names, as far as the bundle's context holds it.
 
     Raises:
-        UsageError: If not even the shortest prompt and its answer fit.
+        UsageError: If not even the shortest prompt and its answer fit, or the device cannot run
+            that many threads.
     """
+    check_threads(threads, cores=environment.cores)
     budget = target.budget
     longest = bundle.context_tokens - budget.answer_tokens
     lengths = tuple(
