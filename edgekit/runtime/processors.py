@@ -33,12 +33,14 @@ def check_threads(threads: int | None, *, cores: int | None = None) -> None:
     most = cores or usable_cores() or _MOST_WHERE_UNKNOWN
     if type(threads) is int and 1 <= threads <= most:
         return
-    is_long = isinstance(threads, int) and abs(threads) >= 10**9
     raise UsageError(
-        f"{'so many' if is_long else repr(threads)} threads are not possible on {most} "
-        f"core{'s' if most > 1 else ''}",
+        f"{_shown(threads)} threads are not possible on {most} core{'s' if most > 1 else ''}",
         hint=f"ask for {f'1 to {most}' if most > 1 else '1'}, or leave the number out",
     )
+
+
+def _shown(threads: object) -> str:
+    return "so many" if isinstance(threads, int) and abs(threads) >= 10**9 else repr(threads)
 
 
 def chosen_threads(threads: int | None) -> int:

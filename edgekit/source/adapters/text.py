@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from edgekit.bundle.workdir import new_directory
+from edgekit.bundle import kept
 from edgekit.cache import cache_directory
 from edgekit.encodings.hashing import sha256_of
 from edgekit.encodings.json_files import read_object, read_object_if_there
@@ -387,15 +387,10 @@ def _written(tokenizer: Path | bytes, small: Mapping[str, Mapping[str, Any]]) ->
     hashes = [sha256(own).hexdigest()]
     hashes += [f"{name} {sha256(text).hexdigest()}" for name, text in texts.items()]
     out = cache_directory() / "adapters" / sha256(" ".join(hashes).encode()).hexdigest()[:16]
-    if out.is_dir():
-        return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with new_directory(out) as work:
-            for name, text in texts.items():
-                (work / name).write_bytes(text)
-            (work / TOKENIZER).write_bytes(own)
-    except UsageError:
-        if not out.is_dir():  # else another process was faster
-            raise
-    return out
+
+    def write(work: Path) -> None:
+        for name, text in texts.items():
+            (work / name).write_bytes(text)
+        (work / TOKENIZER).write_bytes(own)
+
+    return kept.directory(out, write)
