@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast, get_args
 
+from edgekit.encodings.files import is_file, shown
 from edgekit.errors import UsageError
 from edgekit.units import (
     DIMENSIONS,
@@ -257,7 +258,7 @@ def load(name_or_path: str | Path | Target) -> Target:
     files = _files()
     if name not in files:
         raise UsageError(
-            f"no target named {name!r}",
+            f"no target named {shown(name)!r}",
             hint=f"{_near_names(name, sorted(files))}`edgekit targets` lists all; "
             "a file of your own ends in .toml",
         )
@@ -337,12 +338,12 @@ def _files() -> dict[str, Path]:
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not is_file(path):
         raise UsageError(
             f"there is no target file {path}", hint="`edgekit targets` lists the known ones"
-        ) from error
+        )
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

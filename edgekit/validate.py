@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 from edgekit import formats
 from edgekit.bundle.manifest import Bundle
+from edgekit.encodings.files import require_file
 from edgekit.errors import UsageError
 from edgekit.measuring import measure
 from edgekit.measuring.devices import connect
@@ -109,6 +110,7 @@ def judge_document(
         UsageError: If the document does not follow the schema, or measured another artifact.
     """
     bundle, target = Bundle.load(bundle_directory), load_target(target)
+    require_file(Path(document))
     try:
         measurement = Measurement.from_json(Path(document).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from edgekit import installed
 from edgekit.bundle import kept
 from edgekit.cache import cache_directory
+from edgekit.encodings.files import require_file
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.model.checkpoint_protocol import Calibration
 from edgekit.progress import Listener, Silent
@@ -121,6 +122,7 @@ def read_own_text(path: Path) -> str:
     Raises:
         UsageError: If there is no such file, or it holds no text.
     """
+    require_file(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

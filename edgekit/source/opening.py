@@ -9,6 +9,7 @@ from typing import Any
 
 from edgekit.bundle import kept
 from edgekit.cache import cache_directory
+from edgekit.encodings.files import is_directory, is_file
 from edgekit.encodings.hashing import sha256_of
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.model import chat_templates, template_fit
@@ -82,11 +83,11 @@ def adapter_directories(adapters: Sequence[str | Path]) -> tuple[Path, ...]:
 
 def _directory(model: str, listener: Listener) -> Path:
     path = Path(model)
-    if path.is_dir():
+    if is_directory(path):
         return path
     if model == DEMO:
         return _unpacked(_demo_file(), listener)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.suffix == ".gguf" and is_file(path):
         _refuse_parts(path)
         return _unpacked(path, listener)
     if path.exists():
@@ -192,7 +193,7 @@ def _chosen(files: TokenizerFiles, chosen: str | Path | None) -> TokenizerFiles:
         return _noting_others(files)
     if str(chosen) in files.templates:
         return replace(files, chat_template=files.templates[str(chosen)])
-    if not Path(chosen).is_file():
+    if not is_file(Path(chosen)):
         raise UsageError(
             f"there is no chat template named {str(chosen)!r}, and no such file",
             hint=f"the model has {names}" if names else "the model has none; name a file",

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 from edgekit import installed
 from edgekit.bundle import kept
 from edgekit.cache import cache_directory, remembered
+from edgekit.encodings.files import is_file
 from edgekit.encodings.hashing import sha256_of_all
 from edgekit.encodings.json_files import parse_object
 from edgekit.errors import MissingDependencyError, UsageError
@@ -129,7 +130,7 @@ def _as_transformers_reads(files: TokenizerFiles) -> TokenizerFiles:
 def _write(files: TokenizerFiles, work: Path) -> None:
     """Write the tokenizer.json that transformers makes, and what else it reads next to it."""
     for name in FILES[1:]:
-        if (files.tokenizer_json.parent / name).is_file():
+        if is_file(files.tokenizer_json.parent / name):
             shutil.copyfile(files.tokenizer_json.parent / name, work / name)
     try:
         _child(files.tokenizer_json, out=work / "tokenizer.json")
@@ -161,7 +162,7 @@ def _name() -> str:
 def _key(files: TokenizerFiles) -> str:
     """Return a hash over all that the answer depends on."""
     directory = files.tokenizer_json.parent
-    there = [name for name in FILES if (directory / name).is_file()]
+    there = [name for name in FILES if is_file(directory / name)]
     question = [_VERSION, installed.version("transformers"), installed.version("tokenizers"),
                 there, corpus.lines()]  # fmt: skip
     digest = sha256(json.dumps(question).encode()).hexdigest()

@@ -183,7 +183,7 @@ def test_a_measurement_of_another_artifact_is_refused(bundle, tmp_path):
 
 
 def test_a_measurement_that_is_not_there_is_refused(bundle, tmp_path):
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(UsageError, match="is missing"):
         judge_document(bundle.directory, pretend_format.make_target(), tmp_path / "none.json")
 
 

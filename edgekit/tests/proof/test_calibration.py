@@ -287,7 +287,7 @@ def test_what_is_no_text_is_refused(tmp_path, content, message):
     (tmp_path / "own.txt").write_bytes(content)
     with pytest.raises(UsageError, match=message):
         calibration.read_own_text(tmp_path / "own.txt")
-    with pytest.raises(UsageError, match="No such file"):
+    with pytest.raises(UsageError, match="is missing"):
         calibration.read_own_text(tmp_path / "other.txt")
 
 

@@ -109,7 +109,7 @@ def test_a_probe_says_nothing_of_a_good_model_and_tells_what_is_wrong_with_anoth
     load_probe.probe("onnx", path, context_tokens=32)
     with pytest.raises(ToolchainError, match="failed; it was given") as refusal:
         load_probe.probe("onnx", tmp_path / "absent.onnx", context_tokens=32)
-    assert "cannot be read" in refusal.value.log
+    assert "is missing" in refusal.value.log
 
 
 @pytest.mark.parametrize("recipe", ["F16_GPU", "UINT4_GPU"])
