@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast, get_args
 
-from edgekit.encodings.files import is_file, shown
+from edgekit.encodings.files import is_directory, is_file, shown
 from edgekit.errors import UsageError
 from edgekit.units import (
     DIMENSIONS,
@@ -326,7 +326,7 @@ def _files() -> dict[str, Path]:
     shipped = here / "_targets" if (here / "_targets").is_dir() else here.parent / "targets"
     directories = [shipped]
     if own := os.environ.get(DIRECTORY_VARIABLE):
-        if not Path(own).is_dir():
+        if not is_directory(Path(own)):
             raise UsageError(
                 f"{DIRECTORY_VARIABLE} = {own!r} is not a directory",
                 hint="let it name a folder of target files, or unset it",

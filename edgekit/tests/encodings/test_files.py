@@ -15,6 +15,7 @@ from edgekit.inspect import inspect
 from edgekit.proof.calibration import read_own_text
 from edgekit.source.opening import open_checkpoint
 from edgekit.source.writer import write_checkpoint
+from edgekit.target import DIRECTORY_VARIABLE
 from edgekit.target import load as load_target
 from edgekit.tests.tiny import adapters, pretend_format
 from edgekit.tests.tiny.random_checkpoints import random_checkpoint
@@ -200,6 +201,12 @@ def test_impossible_names_are_refused_in_a_short_sentence(model_directory, tmp_p
         said.append(len(str(caught.value)) + len(caught.value.hint))
     assert len(said) == len(asked)
     assert max(said) < 1_500
+
+
+def test_a_folder_of_targets_with_an_impossible_name_is_refused(monkeypatch):
+    monkeypatch.setenv(DIRECTORY_VARIABLE, "x" * 5_000)
+    with pytest.raises(UsageError, match="cannot be read: File name too long"):
+        load_target("raspberry-pi-5-8gb")
 
 
 def test_a_link_to_a_regular_file_is_that_file(model_directory, tmp_path):
