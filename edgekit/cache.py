@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,14 @@ def remembered(kind: str, key: str, make: Callable[[], dict[str, Any]]) -> dict[
         return _ANSWERS[kind, key]
     place = cache_directory() / kind / f"{key}.json"
     try:
-        answer = dict(json.loads(place.read_bytes()))
-    except (OSError, ValueError, TypeError):  # not there, or not written to the end
+        digest, _, text = place.read_bytes().partition(b"\n")
+        is_whole = digest == sha256(text).hexdigest().encode()
+        answer = dict(json.loads(text if is_whole else b""))
+    except (OSError, ValueError, TypeError):  # not there, or damaged
         answer = make()
         with suppress(OSError):  # a cache that cannot be written is no reason to stop
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(json.dumps(answer), encoding="utf-8")
+            text = json.dumps(answer).encode()
+            place.write_bytes(sha256(text).hexdigest().encode() + b"\n" + text)
     _ANSWERS[kind, key] = answer
     return answer

@@ -38,7 +38,7 @@ DIRECTORY = click.Path(path_type=Path)
 TARGET_HELP = "Device class: a name from `edgekit targets`, or a TOML file of your own."
 CONTEXT_HELP = "Context length in tokens; default: what the bundle was exported for."
 _TARGET_COLUMNS = (28, 10, 14, 30)  # widths: name, memory, context, formats
-THREADS_HELP = "Threads to compute with; default: the performance cores."
+THREADS_HELP = "Threads to compute with, at most one a core; default: the performance cores."
 
 
 class Command(click.Command):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from edgekit import formats
 from edgekit.bundle.manifest import Bundle
+from edgekit.encodings.files import is_directory, is_file
 from edgekit.errors import UsageError
 from edgekit.units import format_bytes
 
@@ -37,10 +38,10 @@ def inspect(path: str | Path) -> Inspection:
         UsageError: If it is neither.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_directory(path):
         bundle = Bundle.load(path)
         return _artifact(bundle.artifact_path, bundle.artifact.format, bundle)
-    if not path.is_file():
+    if not is_file(path):
         raise UsageError(f"{path} does not exist")
     name = formats.of_file(path)
     if name is None:

@@ -17,6 +17,7 @@ from edgekit.runtime.generate import (
     TokenStream,
     generate,
 )
+from edgekit.runtime.processors import check_threads
 from edgekit.runtime.session import Session
 from edgekit.text.template import Message
 from edgekit.text.tokenizer import Detokenizer, StopStrings, Text
@@ -163,16 +164,17 @@ class Runner:
         Args:
             directory: What `edgekit export` printed.
             context_tokens: How much the cache must hold; None: what the bundle was made for.
-            threads: None leaves the choice to the runtime.
+            threads: From 1 to the number of cores; None: as many as there are fast ones.
             check_hashes: False checks names and sizes only: faster, and blind to a changed byte.
             template_variables: What the chat template reads, by name, for every conversation.
 
         Raises:
             BundleError: If the bundle is damaged.
             MissingDependencyError: If its runtime is not installed.
-            UsageError: If the context would be longer than what the bundle was proven for, or the
-                template does not read a variable.
+            UsageError: If the context would be longer than what the bundle was proven for, the
+                machine cannot run that many threads, or the template does not read a variable.
         """
+        check_threads(threads)
         bundle = Bundle.load(directory, check_hashes=check_hashes)
         if context_tokens is not None and not 0 < context_tokens <= bundle.context_tokens:
             raise UsageError(

@@ -396,15 +396,15 @@ def serve(  # noqa: PLR0913 - a request in full
         no_key: Whether they may do without a key.
         host_names: Further names by which they call this machine: a proxy's, one of a DNS zone.
         context_tokens: How much the cache must hold; None: what the bundle was made for.
-        threads: None leaves the choice to the runtime.
+        threads: From 1 to the number of cores; None: as many as there are fast ones.
         template_variables: What the chat template reads, by name, where a request says nothing.
         say: Is told the address, where there is no listener; None writes to stderr.
         listener: Who is told the address.
 
     Raises:
         UsageError: If ``host`` is not this machine's own and ``allow_remote``, or a key or
-            ``no_key``, is not given, or the port is taken, or the template does not read a
-            variable.
+            ``no_key``, is not given, the port is taken, the machine cannot run that many threads,
+            or the template does not read a variable.
         MissingDependencyError: If the extra ``serve`` or the bundle's runtime is not installed.
     """
     check_installed()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast, get_args
 
+from edgekit.encodings.files import is_directory, is_file, shown
 from edgekit.errors import UsageError
 from edgekit.units import (
     DIMENSIONS,
@@ -257,7 +258,7 @@ def load(name_or_path: str | Path | Target) -> Target:
     files = _files()
     if name not in files:
         raise UsageError(
-            f"no target named {name!r}",
+            f"no target named {shown(name)!r}",
             hint=f"{_near_names(name, sorted(files))}`edgekit targets` lists all; "
             "a file of your own ends in .toml",
         )
@@ -325,7 +326,7 @@ def _files() -> dict[str, Path]:
     shipped = here / "_targets" if (here / "_targets").is_dir() else here.parent / "targets"
     directories = [shipped]
     if own := os.environ.get(DIRECTORY_VARIABLE):
-        if not Path(own).is_dir():
+        if not is_directory(Path(own)):
             raise UsageError(
                 f"{DIRECTORY_VARIABLE} = {own!r} is not a directory",
                 hint="let it name a folder of target files, or unset it",
@@ -337,12 +338,12 @@ def _files() -> dict[str, Path]:
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not is_file(path):
         raise UsageError(
             f"there is no target file {path}", hint="`edgekit targets` lists the known ones"
-        ) from error
+        )
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 from edgekit import formats
 from edgekit.bundle.manifest import Bundle
+from edgekit.encodings.files import require_file
 from edgekit.errors import UsageError
 from edgekit.measuring import measure
 from edgekit.measuring.devices import connect
@@ -14,6 +15,7 @@ from edgekit.measuring.measurement import Environment, Measurement, Workload
 from edgekit.measuring.report import Result
 from edgekit.measuring.verdict import judge
 from edgekit.progress import Listener, Silent
+from edgekit.runtime.processors import check_threads
 from edgekit.target import Target
 from edgekit.target import load as load_target
 
@@ -44,13 +46,15 @@ def validate(  # noqa: PLR0913  # the options of the verb
         target: Whose budget is enforced: a name, a TOML file, or a `Target`.
         device: ``"this"`` or ``"ssh://user@host"``, see `edgekit.measuring.devices.connect`.
         repetitions: Fresh processes to start with.
-        threads: None takes the target's decode threads, or the device's cores if they are fewer.
+        threads: From 1 to the device's cores; None: the target's decode threads, or the device's
+            cores if they are fewer.
         progress: Called with the repetitions done and to do.
         listener: Who is told what happens.
 
     Raises:
         BundleError: If the bundle is damaged.
-        UsageError: If no program of edgekit's can start the bundle; it names the device that can.
+        UsageError: If no program of edgekit's can start the bundle (it names the device that can),
+            or the device cannot run that many threads.
         MissingDependencyError: If the device lacks the runtime.
         ToolchainError: If the device cannot be reached or the runtime fails.
     """
@@ -106,6 +110,7 @@ def judge_document(
         UsageError: If the document does not follow the schema, or measured another artifact.
     """
     bundle, target = Bundle.load(bundle_directory), load_target(target)
+    require_file(Path(document))
     try:
         measurement = Measurement.from_json(
             Path(document).read_text(encoding="utf-8"), origin=str(document)
@@ -129,8 +134,10 @@ def plan_workload(
     """Return the workload that the budget names, as far as the bundle's context holds it.
 
     Raises:
-        UsageError: If not even the shortest prompt and its answer fit.
+        UsageError: If not even the shortest prompt and its answer fit, or the device cannot run
+            that many threads.
     """
+    check_threads(threads, cores=environment.cores)
     budget = target.budget
     longest = bundle.context_tokens - budget.answer_tokens
     lengths = tuple(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from edgekit.encodings.files import is_file
 from edgekit.encodings.json_files import read_object
 from edgekit.encodings.typed_json import FieldReader
 from edgekit.errors import BundleError
@@ -110,7 +111,7 @@ class Goldens:
                 damaged.
         """
         path = directory / GOLDENS
-        if not path.is_file():
+        if not is_file(path, refusal=BundleError):
             raise BundleError(f"{directory} has no {GOLDENS}", hint="export it without --no-verify")
         hint = "copy the bundle again"
         fields = read_object(path, refusal=BundleError, hint=hint)

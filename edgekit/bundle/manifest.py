@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, TypeVar
 
+from edgekit.encodings.files import is_file, require_file
 from edgekit.encodings.hashing import sha256_of
 from edgekit.encodings.json_files import read_object
 from edgekit.encodings.typed_json import FieldReader, check_version
@@ -222,7 +223,7 @@ class Bundle:
 
 def _read_manifest(directory: Path) -> Mapping[str, Any]:
     path = directory / MANIFEST
-    if not path.exists():
+    if not is_file(path, refusal=BundleError):
         raise BundleError(
             f"{directory} is not a bundle: it has no {MANIFEST}",
             hint="pass the directory that `edgekit export` printed",
@@ -254,6 +255,7 @@ def _check_file(path: Path, record: FileRecord, *, check_hash: bool) -> None:
 
 
 def _compare(path: Path, record: FileRecord, *, check_hash: bool) -> None:
+    require_file(path, refusal=BundleError, hint="copy the bundle again")
     size = path.stat().st_size
     if size != record.size_bytes:
         raise BundleError(
@@ -276,5 +278,5 @@ def _records(directory: Path) -> dict[str, FileRecord]:
 
 
 def _files(directory: Path) -> list[Path]:
-    found = (path for path in directory.rglob("*") if path.is_file() or path.is_symlink())
+    found = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(path for path in found if path != directory / MANIFEST)

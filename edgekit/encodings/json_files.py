@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from edgekit.encodings.files import is_file, require_file
 from edgekit.errors import BundleError, UsageError
 
 
@@ -69,10 +70,9 @@ def read_object(path: Path, *, refusal: Refusal = UsageError, hint: str = "") ->
     Raises:
         UsageError, BundleError: As ``refusal``, also if the file is missing or cannot be read.
     """
+    require_file(path, refusal=refusal, hint=hint)
     try:
         text = path.read_bytes()
-    except FileNotFoundError:
-        raise refusal(f"{path} is missing", hint=hint) from None
     except OSError as error:
         raise refusal(f"{path} cannot be read: {error.strerror}", hint=hint) from error
     return parse_object(text, origin=path, refusal=refusal, hint=hint)
@@ -84,4 +84,4 @@ def read_object_if_there(path: Path, *, refusal: Refusal = UsageError) -> dict[s
     Raises:
         UsageError, BundleError: As `read_object`.
     """
-    return read_object(path, refusal=refusal) if path.is_file() else {}
+    return read_object(path, refusal=refusal) if is_file(path, refusal=refusal) else {}

@@ -208,7 +208,8 @@ class Running(Protocol):
         Raises:
             MissingDependencyError: If the runtime is not installed.
             BundleError: If the runtime refuses the file.
-            UsageError: If the artifact is for a runtime that no program here can start.
+            UsageError: If the artifact is for a runtime that no program here can start, or the
+                machine cannot run that many threads.
         """
         ...
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edgekit.encodings.files import is_file
 from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.errors import UsageError
 
@@ -48,9 +49,16 @@ class SamplingDefaults:
 
 
 def read(directory: Path) -> ModelCard:
-    """Return what the model card of a directory says; no card says nothing."""
+    """Return what the model card of a directory says; no card says nothing.
+
+    Raises:
+        UsageError: If README.md is not a regular file.
+    """
+    path = directory / "README.md"
+    if not is_file(path):
+        return ModelCard()
     try:
-        with (directory / "README.md").open(encoding="utf-8", errors="replace") as file:
+        with path.open(encoding="utf-8", errors="replace") as file:
             fields = front_matter(file.read(_MAX_CHARACTERS))
     except OSError:
         return ModelCard()

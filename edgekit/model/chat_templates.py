@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from edgekit.encodings.files import is_file, require_file
 from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.errors import UsageError
 
@@ -83,13 +84,14 @@ def _sources(directory: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str
 
 
 def _files(directory: Path) -> Iterator[tuple[str, str]]:
-    if (directory / FILE).is_file():
+    if is_file(directory / FILE):
         yield DEFAULT, _text(directory / FILE)
     for path in sorted((directory / ADDITIONAL).glob("*.jinja")):
         yield path.name.removesuffix(".jinja"), _text(path)
 
 
 def _text(path: Path) -> str:
+    require_file(path)
     try:
         return path.read_text(encoding="utf-8")
     except ValueError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from edgekit import installed
+from edgekit.encodings.files import is_file
 from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.model import stops
@@ -48,7 +49,7 @@ class TokenizerFiles:
             UsageError: If there is no tokenizer.json, or a file is not JSON.
         """
         tokenizer_json = directory / "tokenizer.json"
-        if not tokenizer_json.is_file():
+        if not is_file(tokenizer_json):
             raise UsageError(
                 f"{directory} has no tokenizer.json",
                 hint="load it once with AutoTokenizer and save_pretrained() it into the model",
@@ -186,7 +187,7 @@ class TokenizerFiles:
             otherwise: The model's directory, for one that is not next to the tokenizer.
         """
         path = self.tokenizer_json.parent / name
-        return path if path.is_file() else otherwise / name
+        return path if is_file(path) else otherwise / name
 
     def copy_into(self, directory: Path) -> TextRules:
         """Write what the runner reads into a bundle, and return the rules that go with it."""
@@ -305,7 +306,7 @@ def _collect_template(step: Mapping[str, Any], before: list[int], after: list[in
 
 def _small_parts(tokenizer_json: Path) -> dict[str, Any]:
     """Return a tokenizer without its vocabulary, parsed once: that takes as long as a layer."""
-    if not tokenizer_json.is_file():
+    if not is_file(tokenizer_json):
         return {}
     return _parse_small_parts(tokenizer_json, tokenizer_json.stat().st_mtime_ns)
 

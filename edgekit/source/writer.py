@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from edgekit.bundle.workdir import new_directory, refuse_existing
+from edgekit.encodings.files import is_file
 from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.model import chat_templates
@@ -257,10 +258,10 @@ def _token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
 def _write_text(checkpoint: Checkpoint, directory: Path) -> None:
     source = checkpoint.text.tokenizer_json.parent
     for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
+        if is_file(source / name):
             shutil.copyfile(source / name, directory / name)
     settings = directory / "tokenizer_config.json"
-    if settings.is_file() and (common := common_settings(read := read_object(settings))) != read:
+    if is_file(settings) and (common := common_settings(read := read_object(settings))) != read:
         _write_json(settings, common)
     if checkpoint.text.template_source is not None:
         _write_template(checkpoint.text.template_source, directory)
@@ -286,7 +287,7 @@ def _write_template(template: str, directory: Path) -> None:
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
         return
     path = directory / "tokenizer_config.json"
-    settings = read_object(path) if path.is_file() else {}
+    settings = read_object(path) if is_file(path) else {}
     _write_json(path, settings | {"chat_template": template})
 
 
@@ -294,7 +295,7 @@ def _write_card(checkpoint: Checkpoint, directory: Path, *, name: str) -> None:
     """Write who made this from what, and carry the licence over."""
     for pattern in ("LICEN[CS]E*", "NOTICE*"):
         for path in checkpoint.directory.glob(pattern):
-            if path.is_file():
+            if is_file(path):
                 shutil.copyfile(path, directory / path.name)
     licence = f"license: {checkpoint.licence}\n" if checkpoint.licence else ""
     text = f"---\n{licence}base_model: {json.dumps(checkpoint.name)}\n---\n\n# {name}\n\n"

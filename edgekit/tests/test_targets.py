@@ -286,7 +286,7 @@ def test_a_missing_file_is_said_so(tmp_path):
 
 def test_a_directory_or_bytes_in_place_of_a_file_are_refused(tmp_path):
     (tmp_path / "folder.toml").mkdir()
-    assert "cannot read" in str(refusal(tmp_path / "folder.toml"))
+    assert "is a directory" in str(refusal(tmp_path / "folder.toml"))
     (tmp_path / "bytes.toml").write_bytes(b'title = "\xff"')
     assert "not UTF-8 text: byte 9" in str(refusal(tmp_path / "bytes.toml"))
 

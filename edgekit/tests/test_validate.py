@@ -114,7 +114,7 @@ def test_too_few_repetitions_are_topped_up(bundle, counted):
 
 
 @pytest.mark.parametrize(
-    ("cores", "asked", "threads"), [(2, None, 2), (8, None, 4), (None, None, 4), (2, 3, 3)]
+    ("cores", "asked", "threads"), [(2, None, 2), (8, None, 4), (None, None, 4), (3, 3, 3)]
 )
 def test_threads_are_the_targets_but_no_more_than_cores(bundle, cores, asked, threads):
     environment = dataclasses.replace(ENVIRONMENT, cores=cores)
@@ -124,6 +124,14 @@ def test_threads_are_the_targets_but_no_more_than_cores(bundle, cores, asked, th
     workload = plan_workload(bundle, target, environment, threads=asked)
 
     assert workload.threads == threads
+
+
+@pytest.mark.parametrize("asked", [-5, 0, 3, 100_000])
+def test_threads_beyond_the_devices_cores_are_refused(bundle, asked):
+    environment = dataclasses.replace(ENVIRONMENT, cores=2)
+
+    with pytest.raises(UsageError, match=f"^{asked} threads are not possible on 2 cores"):
+        plan_workload(bundle, pretend_format.make_target(), environment, threads=asked)
 
 
 def test_prompts_that_do_not_fit_the_context_are_left_out(bundle):
@@ -175,7 +183,7 @@ def test_a_measurement_of_another_artifact_is_refused(bundle, tmp_path):
 
 
 def test_a_measurement_that_is_not_there_is_refused(bundle, tmp_path):
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(UsageError, match="is missing"):
         judge_document(bundle.directory, pretend_format.make_target(), tmp_path / "none.json")
 
 

@@ -17,6 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
+from edgekit.encodings.files import is_file
 from edgekit.encodings.json_files import Refusal
 from edgekit.errors import BundleError, UsageError
 from edgekit.installed import missing_error
@@ -417,7 +418,7 @@ def _bytes_by_letter() -> dict[str, int]:
 
 
 def _template_source(path: Path, expected_sha256: str | None) -> str | None:
-    if not path.is_file():
+    if not is_file(path, refusal=BundleError):
         if expected_sha256 is not None:
             raise BundleError(f"{path} is missing", hint="copy the bundle again")
         return None
@@ -444,7 +445,7 @@ def open_tokenizer(path: Path, *, refusal: Refusal = BundleError) -> Any:
         import tokenizers
     except ModuleNotFoundError:
         raise missing_error("tokenizers", purpose="every model", extra="run-gguf") from None
-    if not path.is_file():
+    if not is_file(path, refusal=refusal):
         raise refusal(f"{path} is missing", hint=_HINTS[refusal])
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))

@@ -10,6 +10,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgekit.encodings.files import require_file
 from edgekit.encodings.flatbuffer import Buffer, Table, refuse
 from edgekit.errors import BundleError
 
@@ -49,6 +50,7 @@ def read(path: Path) -> Program:
     Raises:
         BundleError: If it cannot be read, is not a ``.pte`` file, is cut off, or is damaged.
     """
+    require_file(path, refusal=BundleError)
     try:
         with path.open("rb") as file, _mapped(file.fileno(), path) as buffer:
             return _Reader(path, buffer).program()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.formats.executorch import backends, memory, program, shim_build, stock_runtime
 from edgekit.runtime import reading
-from edgekit.runtime.processors import performance_cores
+from edgekit.runtime.processors import chosen_threads
 
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ def _missing(path: Path, kernels: list[str]) -> UsageError | BundleError:
 
 def _set_threads(shim: Any, threads: int | None) -> None:
     """Give the process's thread pool its size; XNNPACK keeps the pool while a program is open."""
-    has, wanted = shim.edgekit_threads(0), threads or performance_cores()
+    has, wanted = shim.edgekit_threads(0), chosen_threads(threads)
     if wanted == has:
         return
     if _open_sessions:

@@ -12,15 +12,16 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit import installed
+from edgekit.bundle import kept
 from edgekit.cache import cache_directory
-from edgekit.errors import MissingDependencyError, ToolchainError
+from edgekit.errors import MissingDependencyError, ToolchainError, UsageError
 
 
+_LIBRARY = "shim.so"
 SOURCE = Path(__file__).with_name("shim.cpp")
 INSTALL_WHEEL = "pip install 'edgekit[run-executorch]'"
 INSTALL_COMPILER = "apt install g++ (Debian), xcode-select --install (macOS)"
@@ -111,14 +112,12 @@ def load() -> ctypes.CDLL:
         ToolchainError: If the compiler fails; the log has its last words.
     """
     wheel = Wheel.find()
-    path = _cached(wheel)
-    if not path.is_file():
-        _compile(wheel, path)
+    path = _compiled(wheel)
     try:
         return _declared(ctypes.CDLL(str(path)))
     except (OSError, AttributeError):  # a file that another system left in a shared home
         path.unlink(missing_ok=True)
-        _compile(wheel, path)
+        path = _compiled(wheel)
     try:
         return _declared(ctypes.CDLL(str(path)))
     except OSError as error:
@@ -129,16 +128,24 @@ def load() -> ctypes.CDLL:
         ) from error
 
 
+def _compiled(wheel: Wheel) -> Path:
+    """Return the library, compiled if it is not kept whole and out of others' reach."""
+    try:
+        out = kept.directory(_cached(wheel), lambda work: _compile(wheel, work), is_code=True)
+    except UsageError as error:
+        raise ToolchainError(str(error), hint=error.hint) from error
+    return out / _LIBRARY
+
+
 def _cached(wheel: Wheel) -> Path:
-    """Return where the shim for this wheel, these flags and this kind of CPU is kept."""
+    """Return the directory for the shim of this wheel, these flags and this kind of CPU."""
     command = compile_command("", wheel.directory, Path())
     parts = [wheel.version, *command, platform.system(), platform.machine()]
     key = hashlib.sha256("\0".join(parts).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    return cache_directory() / "executorch" / f"shim-{wheel.version}-{platform.machine()}-{key}.so"
+    return cache_directory() / "executorch" / f"shim-{wheel.version}-{platform.machine()}-{key}"
 
 
-def _compile(wheel: Wheel, path: Path) -> None:
-    """Compile next to the place, then move: other processes see all of it or nothing."""
+def _compile(wheel: Wheel, directory: Path) -> None:
     command = compiler()
     if command is None:
         raise MissingDependencyError(
@@ -146,17 +153,7 @@ def _compile(wheel: Wheel, path: Path) -> None:
             f"{', '.join(COMPILERS)})",
             hint=INSTALL_COMPILER,
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="compile-") as directory:
-            output = Path(directory) / path.name
-            _run(compile_command(command, wheel.directory, output))
-            output.replace(path)
-    except OSError as error:
-        raise ToolchainError(
-            f"cannot write into {path.parent}: {error.strerror}",
-            hint="set EDGEKIT_CACHE to a directory that can be written",
-        ) from error
+    _run(compile_command(command, wheel.directory, directory / _LIBRARY))
 
 
 def _run(command: list[str]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
 
+from edgekit.encodings.files import require_file
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.model.spec import Shape
 from edgekit.quant.recipe import TensorType
@@ -326,6 +327,7 @@ def read(path: Path) -> GgufFile:
     Raises:
         UsageError: If it is not a GGUF file, or damaged; names the file, the field and the byte.
     """
+    require_file(path)
     try:
         with path.open("rb", buffering=2**16) as file:
             return _read(_Cursor(path, file))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError
 from edgekit.formats.gguf import split
 from edgekit.runtime import reading
-from edgekit.runtime.processors import performance_cores
+from edgekit.runtime.processors import chosen_threads
 
 
 if TYPE_CHECKING:
@@ -120,10 +120,10 @@ class GgufSession:
         has_exact_cache: bool = False,
     ) -> None:
         """Load a file; with an exact cache, attention keeps float32: slower, to prove weights."""
+        self._threads = chosen_threads(threads)
         self._has_exact_cache = has_exact_cache
         self._llama = library()
         self._model = open_model(path)
-        self._threads = threads or performance_cores()
         self.vocabulary_tokens = int(
             self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self._model))
         )

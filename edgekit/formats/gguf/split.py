@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from edgekit.encodings.files import is_file
 from edgekit.errors import BundleError, UsageError
 from edgekit.formats.gguf import layout
 from edgekit.formats.gguf.layout import TensorEntry, TensorInfo, Value, Writer
@@ -214,7 +215,7 @@ def paths(first: Path) -> list[Path]:
             f"{first} is part {int(match['part'])} of {count}", hint=f"open {found[0].name}"
         )
     for index, path in enumerate(found):
-        if not path.is_file():
+        if not is_file(path, refusal=BundleError):
             raise BundleError(
                 f"{path} is missing, part {index + 1} of {count}", hint="copy all parts again"
             )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgekit.encodings.files import is_file
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
 from edgekit.model.spec import Shape
@@ -167,7 +168,7 @@ def in_file_order(checkpoint: "CheckpointProtocol") -> list[Parameter]:
 
 def _index(path: Path) -> Mapping[str, str]:
     """Return which tensor is in which file; nothing if there is no index."""
-    if not path.is_file():
+    if not is_file(path):
         return {}
     places = read_object(path).get("weight_map")
     if not isinstance(places, dict):

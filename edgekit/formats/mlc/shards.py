@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from edgekit.encodings.files import is_file
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import BundleError
 from edgekit.formats.mlc.packing import Dtype, PackedTensor
@@ -158,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         BundleError: If the file is missing, or is something else.
     """
-    if path.is_file() and path.stat().st_size > _MAX_CACHE_BYTES:
+    if is_file(path, refusal=BundleError) and path.stat().st_size > _MAX_CACHE_BYTES:
         raise BundleError(f"{path} has {path.stat().st_size} bytes: it is none of MLC's")
     return read_object(path, refusal=BundleError, hint="copy the bundle again")
 
@@ -219,7 +220,7 @@ def check_files(directory: Path, shards: Sequence[Shard], *, hashes: bool) -> No
     """
     for shard in shards:
         path = directory / shard.file
-        if not path.is_file():
+        if not is_file(path, refusal=BundleError):
             raise BundleError(f"{path} is missing", hint="copy the bundle again")
         size = path.stat().st_size
         if size != shard.size_bytes:

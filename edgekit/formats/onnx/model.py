@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from edgekit.encodings.files import is_file, require_file
 from edgekit.encodings.protobuf import ProtobufMessage, integer, nested, real, text
 from edgekit.errors import BundleError
 from edgekit.model.spec import Shape
@@ -209,6 +210,7 @@ def read(path: Path) -> list[External]:
 
 
 def _read_bytes(path: Path) -> bytes:
+    require_file(path, refusal=BundleError)
     try:
         size_bytes = path.stat().st_size
         if size_bytes > MAX_BYTES:
@@ -270,7 +272,7 @@ def _refuse_misplaced(path: Path, tensor: External) -> None:
         )
     if data_file.is_symlink():
         raise BundleError(f"{data_file} is a link; weights are read from regular files only")
-    if not data_file.is_file():
+    if not is_file(data_file, refusal=BundleError):
         raise BundleError(f"{data_file} is missing", hint="copy every file of the bundle")
     size_bytes = data_file.stat().st_size
     if tensor.offset + tensor.size_bytes > size_bytes:

@@ -9,7 +9,7 @@ from edgekit.errors import BundleError, MissingDependencyError, ToolchainError
 from edgekit.formats.onnx import model
 from edgekit.formats.onnx.graph import FIRST_LOGIT, ROPE_BORDER, TEXT_TOKENS
 from edgekit.runtime import reading
-from edgekit.runtime.processors import performance_cores
+from edgekit.runtime.processors import chosen_threads
 
 
 if TYPE_CHECKING:
@@ -96,11 +96,12 @@ def open_model(path: Path, *, threads: int | None = None) -> Any:
 
     Raises:
         BundleError: If a file is damaged or missing, or ONNX Runtime refuses it.
+        UsageError: If the machine cannot run that many threads.
     """
     onnxruntime = library()
     model.read(path)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or performance_cores()
+    options.intra_op_num_threads = chosen_threads(threads)
     options.log_severity_level = _FATAL_ONLY
     # Memory goes back when a prompt has been read, instead of being kept for the next.
     options.enable_cpu_mem_arena = False

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekit.encodings.files import is_file
 from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.source import places
@@ -192,7 +193,7 @@ def read(directory: Path) -> AdapterSettings:
             that edgekit does not know.
     """
     path = directory / "adapter_config.json"
-    if not path.is_file():
+    if not is_file(path):
         raise UsageError(
             f"{directory} is not an adapter: it has no adapter_config.json",
             hint=places.hint_for_adapter(directory)

@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
+from edgekit.encodings.files import is_file
 from edgekit.encodings.hashing import sha256_of_all
 from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
@@ -113,7 +114,7 @@ def _open(base: Checkpoint, directory: Path) -> _Fit:
     settings = adapter_config.read(directory)
     base = _replicated(base, settings)
     path = directory / WEIGHTS
-    if not path.is_file():
+    if not is_file(path):
         raise UsageError(
             f"{directory} has no {WEIGHTS}",
             hint="edgekit never opens pickles: load it with PEFT and save_pretrained() it again"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekit.encodings.files import is_file
 from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor
@@ -55,7 +56,7 @@ def read(directory: Path) -> MlxAdapter:
             of another kind.
     """
     path = directory / _CONFIG
-    if not (directory / WEIGHTS).is_file():
+    if not is_file(directory / WEIGHTS):
         raise UsageError(
             f"{path} is of mlx-lm, and {directory} has no {WEIGHTS}",
             hint="pass the directory given to mlx_lm.lora as --adapter-path",

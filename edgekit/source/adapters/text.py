@@ -12,8 +12,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from edgekit.bundle.workdir import new_directory
+from edgekit.bundle import kept
 from edgekit.cache import cache_directory
+from edgekit.encodings.files import is_file, require_file
 from edgekit.encodings.hashing import sha256_of
 from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.encodings.protobuf import ProtobufMessage
@@ -69,14 +70,14 @@ class _Brought:
             or self.templates.by_name
             or self.has_tokenizer
             or self.has_generation
-            or (self.directory / _ADDED).is_file()
+            or is_file(self.directory / _ADDED)
             or brings_vocabulary(self.directory)
         )
 
 
 def brings_vocabulary(directory: Path) -> bool:
     """Tell whether an adapter's directory holds a tokenizer that opens without its base."""
-    return any((directory / name).is_file() for name in (TOKENIZER, *_VOCABULARIES))
+    return any(is_file(directory / name) for name in (TOKENIZER, *_VOCABULARIES))
 
 
 def merge(base: TokenizerFiles, adapter: Path, *, model: Path) -> AdapterText:
@@ -118,9 +119,9 @@ def _read(directory: Path) -> _Brought:
         directory=directory,
         settings=settings,
         templates=ChatTemplates.read(directory, own),
-        has_tokenizer=(directory / TOKENIZER).is_file(),
-        has_settings=(directory / SETTINGS).is_file(),
-        has_generation=(directory / GENERATION).is_file(),
+        has_tokenizer=is_file(directory / TOKENIZER),
+        has_settings=is_file(directory / SETTINGS),
+        has_generation=is_file(directory / GENERATION),
     )
 
 
@@ -292,7 +293,7 @@ def _refuse_other_vocabulary(
     """Check that the files of a slow tokenizer say what the base's tokenizer.json says."""
     for name in _VOCABULARIES:
         path, own = brought.directory / name, base.tokenizer_json.parent / name
-        if not path.is_file() or (own.is_file() and sha256_of(own) == sha256_of(path)):
+        if not is_file(path) or (is_file(own) and sha256_of(own) == sha256_of(path)):
             continue
         if name == "merges.txt":
             is_same = _merges_of(path) == _merges(fields)
@@ -323,6 +324,7 @@ def _is_vocabulary(
 
 
 def _merges_of(path: Path) -> list[str]:
+    require_file(path)
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     if lines[0].startswith("#version"):
         lines = lines[1:]
@@ -336,6 +338,7 @@ def _merges(fields: Mapping[str, Any]) -> list[str]:
 
 def _pieces(path: Path) -> dict[str, int]:
     """Return the pieces of a SentencePiece model; its scores order merges as its ids do."""
+    require_file(path)
     try:
         whole = ProtobufMessage.whole(path.read_bytes(), origin=str(path))
         return {piece.text(_PIECE): id for id, piece in enumerate(whole.messages(_PIECES))}
@@ -387,15 +390,10 @@ def _written(tokenizer: Path | bytes, small: Mapping[str, Mapping[str, Any]]) ->
     hashes = [sha256(own).hexdigest()]
     hashes += [f"{name} {sha256(text).hexdigest()}" for name, text in texts.items()]
     out = cache_directory() / "adapters" / sha256(" ".join(hashes).encode()).hexdigest()[:16]
-    if out.is_dir():
-        return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with new_directory(out) as work:
-            for name, text in texts.items():
-                (work / name).write_bytes(text)
-            (work / TOKENIZER).write_bytes(own)
-    except UsageError:
-        if not out.is_dir():  # else another process was faster
-            raise
-    return out
+
+    def write(work: Path) -> None:
+        for name, text in texts.items():
+            (work / name).write_bytes(text)
+        (work / TOKENIZER).write_bytes(own)
+
+    return kept.directory(out, write)

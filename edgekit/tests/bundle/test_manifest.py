@@ -151,7 +151,7 @@ DAMAGES = {
     "too deep": (lambda d: (d / MANIFEST).write_text("[" * 100_000), "is not JSON"),
     "an array": (lambda d: (d / MANIFEST).write_text("[1]"), "holds a list, expected an object"),
     "a directory": (
-        lambda d: ((d / MANIFEST).unlink(), (d / MANIFEST).mkdir()), "cannot be read",
+        lambda d: ((d / MANIFEST).unlink(), (d / MANIFEST).mkdir()), "is a directory",
     ),
     "another schema": (
         lambda d: edit_manifest(d, lambda m: m.update(schema_version=2)),
@@ -185,7 +185,7 @@ DAMAGES = {
     "a symlink more": (
         lambda d: (d / "link").symlink_to("/etc"), "link does not belong to the bundle",
     ),
-    "a symlink to nowhere": (point_to_nowhere, "model.gguf cannot be read: No such file"),
+    "a symlink to nowhere": (point_to_nowhere, "model.gguf is missing"),
     "an entry that is not a file": (
         lambda d: edit_manifest(d, lambda m: m["artifact"].update(entry="model.onnx")),
         "has no file 'model.onnx' to open",

@@ -14,11 +14,12 @@ from edgekit.bundle.goldens import Goldens
 from edgekit.bundle.manifest import Bundle
 from edgekit.errors import BundleError, DisagreementError, UsageError
 from edgekit.export import export
-from edgekit.formats.gguf import conversion, layout, parts, pretokenizers, running, runtime, writing
+from edgekit.formats.gguf import conversion, layout, parts, pretokenizers, running, writing
 from edgekit.model.spec import DecoderSpec
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.proof import transformers_logits
 from edgekit.quant.recipe import Rule
+from edgekit.runtime import processors
 from edgekit.source import opening
 from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
@@ -41,7 +42,7 @@ def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "performance_cores", lambda: 1)
+        patch.setattr(processors, "performance_cores", lambda: 1)
         yield
     torch.set_num_threads(before)
 

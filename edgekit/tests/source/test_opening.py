@@ -166,6 +166,19 @@ def test_a_template_that_never_ends_an_answer_adds_nothing(tiny):
 # A GGUF file
 
 
+def test_a_damaged_copy_of_a_gguf_file_is_decoded_again(tiny, tmp_path):
+    file = to_gguf(open_checkpoint(tiny), tmp_path / "gguf")
+    weights = open_checkpoint(file).directory / "model.safetensors"
+    sound = weights.read_bytes()
+    with weights.open("r+b") as stream:
+        stream.seek(len(sound) // 2)
+        stream.write(bytes(4_000))
+    assert weights.read_bytes() != sound
+
+    assert open_checkpoint(file).directory == weights.parent
+    assert weights.read_bytes() == sound
+
+
 def test_a_gguf_file_is_decoded_once(tiny, tmp_path, cache):
     gguf = to_gguf(open_checkpoint(tiny), tmp_path / "gguf")
     first, second = Witness(), Witness()

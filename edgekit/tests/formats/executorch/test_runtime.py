@@ -7,6 +7,7 @@ from importlib import metadata
 
 import pytest
 
+from edgekit.bundle import kept
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.export import export
 from edgekit.formats.executorch import app_kit, program, runtime, shim_build, tokenizer
@@ -241,11 +242,22 @@ def test_the_shim_is_compiled_once_for_a_wheel(own_cache, monkeypatch, tmp_path)
 
 
 def test_what_another_system_left_in_the_cache_is_replaced(own_cache):
-    kept = shim_build._cached(shim_build.Wheel.find())
-    kept.parent.mkdir(parents=True)
-    kept.write_bytes(b"\x7fELF of another machine")
+    out = shim_build._cached(shim_build.Wheel.find())
+    kept.directory(out, lambda work: (work / "shim.so").write_bytes(b"\x7fELF of another machine"))
     assert isinstance(shim_build.load(), ctypes.CDLL)
-    assert kept.stat().st_size > 10_000
+    assert (out / "shim.so").stat().st_size > 10_000
+
+
+def test_a_damaged_shim_is_compiled_again(own_cache):
+    shim_build.load()
+    library = shim_build._cached(shim_build.Wheel.find()) / "shim.so"
+    sound = library.read_bytes()
+    library.write_bytes(bytes(len(sound)))
+    shim_build.load.cache_clear()
+
+    assert shim_build._compiled(shim_build.Wheel.find()) == library
+    assert library.read_bytes()[:4] == b"\x7fELF"
+    assert library.stat().st_size == len(sound)
 
 
 def test_a_machine_without_a_compiler_is_told_the_package(own_cache, monkeypatch):

@@ -69,6 +69,12 @@ def test_a_context_of_nothing_is_refused_with_the_reason_alone(gguf):
     assert refusal.value.log.startswith("llama_init_from_model: ")
 
 
+@pytest.mark.parametrize("threads", [-5, 0, 100_000])
+def test_threads_that_would_end_the_process_are_refused(gguf, threads):
+    with pytest.raises(UsageError, match=f"{threads} threads are not possible"):
+        GgufSession(gguf, context_tokens=16, threads=threads)
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all" * 10])
 def test_a_file_that_is_none_is_refused_with_the_reason_of_llama_cpp(tmp_path, content):
     path = tmp_path / "garbage.gguf"

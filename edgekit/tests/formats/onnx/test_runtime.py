@@ -87,6 +87,12 @@ def test_processors_that_were_never_proven_are_told(available, told, monkeypatch
     assert runtime.processors() == told
 
 
+@pytest.mark.parametrize("threads", [-5, 0, 100_000])
+def test_impossible_numbers_of_threads_are_refused(path, threads):
+    with pytest.raises(UsageError, match=f"{threads} threads are not possible"):
+        OnnxSession(path, context_tokens=32, threads=threads)
+
+
 def test_the_cpu_is_asked_for_by_name(session):
     assert session._session.get_providers() == ["CPUExecutionProvider"]
 
@@ -103,7 +109,7 @@ def test_a_probe_says_nothing_of_a_good_model_and_tells_what_is_wrong_with_anoth
     load_probe.probe("onnx", path, context_tokens=32)
     with pytest.raises(ToolchainError, match="failed; it was given") as refusal:
         load_probe.probe("onnx", tmp_path / "absent.onnx", context_tokens=32)
-    assert "cannot be read" in refusal.value.log
+    assert "is missing" in refusal.value.log
 
 
 @pytest.mark.parametrize("recipe", ["F16_GPU", "UINT4_GPU"])
