@@ -15,7 +15,7 @@ from edgekit.tests.tiny import gguf_vocabularies
 from edgekit.text import corpus
 
 
-pytestmark = needs("transformers", "tokenizers")
+pytestmark = [needs("transformers", "tokenizers"), pytest.mark.toolchain]
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,6 @@ def test_the_file_counts_and_where_transformers_differs_is_said(make, tmp_path):
     assert "--tokenizer transformers takes its reading" in note
 
 
-@pytest.mark.toolchain
 @pytest.mark.parametrize("make", [llama2, distilled])
 def test_the_lines_that_differ_are_those_of_autotokenizer(make, tmp_path):
     files = make(tmp_path / "model")
@@ -75,7 +74,6 @@ def test_the_lines_that_differ_are_those_of_autotokenizer(make, tmp_path):
     assert repr(wrong[0]) in note
 
 
-@pytest.mark.toolchain
 @pytest.mark.parametrize("make", [llama2, distilled])
 def test_transformers_reading_is_a_tokenizer_json_that_says_the_same(make, tmp_path):
     read = taken(make(tmp_path / "model"), "transformers")
