@@ -251,6 +251,8 @@ class Runner:
         Tokenizing takes seconds and hundreds of times the text's memory for some megabytes.
         """
         size = len(text.encode("utf-8", "surrogatepass"))
+        if size <= self.session.context_tokens:  # as most are: the vocabulary need not be read
+            return text
         limit = self.session.context_tokens * self.text.longest_token_bytes
         if size > limit:
             raise PromptTooLongError(

@@ -55,7 +55,7 @@ class TokenizerFiles:
                 hint="load it once with AutoTokenizer and save_pretrained() it into the model",
             )
         settings = read_object_if_there(directory / "tokenizer_config.json")
-        special = special_tokens(_with_legacy_map(directory, settings))
+        special = special_tokens(with_legacy_map(directory, settings))
         generation = directory / "generation_config.json"
         generation_config = read_object_if_there(generation)
         found = ChatTemplates.read(directory, settings)
@@ -178,6 +178,12 @@ class TokenizerFiles:
         """The chat template as its author wrote it."""
         template = self.chat_template
         return None if template is None else template.removeprefix(self.template_call.preamble)
+
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        """The ids that end an answer as settings spell them: one id, a list, or nothing."""
+        ids = list(self.declared_stop_ids)
+        return ids[0] if len(ids) == 1 else ids or None
 
     def beside(self, name: str, *, otherwise: Path) -> Path:
         """Return where a file of settings is: next to the tokenizer, which an adapter may bring.
@@ -324,10 +330,15 @@ def _largest_merged_id(tokenizer_json: Path) -> int:
     return int(_small_parts(tokenizer_json).get(_LARGEST_MERGED_ID, -1))
 
 
-def _largest_id(fields: Mapping[str, Any]) -> int:
+def _vocabulary(fields: Mapping[str, Any]) -> Any:
+    """Return the vocabulary of a tokenizer.json: ids by token, or Unigram's pieces in order."""
     model = fields.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, list):  # Unigram's pieces, in the order of their ids
+    return model.get("vocab") if isinstance(model, dict) else None
+
+
+def _largest_id(fields: Mapping[str, Any]) -> int:
+    vocabulary = _vocabulary(fields)
+    if isinstance(vocabulary, list):
         return len(vocabulary) - 1
     if not isinstance(vocabulary, dict):
         return -1
@@ -337,8 +348,10 @@ def _largest_id(fields: Mapping[str, Any]) -> int:
                 if token not in contents and isinstance(id, int)), default=-1)  # fmt: skip
 
 
-def _with_legacy_map(directory: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Join ``special_tokens_map.json``, which counts where the settings list no added tokens.
+def with_legacy_map(directory: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a ``tokenizer_config.json`` with ``special_tokens_map.json`` joined to it.
+
+    That counts where the settings list no added tokens.
 
     Source: ``from_pretrained`` in tokenization_utils_base.py of transformers 5.24.
     """
@@ -393,8 +406,7 @@ class TokenIds:
 
     @functools.cached_property
     def _vocabulary(self) -> dict[str, int]:
-        model = read_object_if_there(self._path).get("model")
-        vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        if isinstance(vocabulary, list):  # Unigram's pieces, in the order of their ids
+        vocabulary = _vocabulary(read_object_if_there(self._path))
+        if isinstance(vocabulary, list):
             return {str(piece[0]): id for id, piece in enumerate(vocabulary) if piece}
         return vocabulary if isinstance(vocabulary, dict) else {}

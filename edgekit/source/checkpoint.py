@@ -44,6 +44,8 @@ _ITEM_BYTES = {
     "F8_E8M0": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 _STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.safetensors")
+_MOST_SHARDS = 1000
 _ADAPTERS = ("adapter_model", "adapters")  # as PEFT and MLX call their files
 
 
@@ -403,19 +405,16 @@ def _unindexed(directory: Path) -> list[Path]:
     files = sorted(directory.glob("*.safetensors"))
     files = [path for path in files if not path.stem.endswith(_ADAPTERS)]
     shards = {path: match for path in files if (match := _SHARD.fullmatch(path.name))}
-    for path, match in shards.items():
-        names = [f"{match[1]}{n:05}-of-{match[3]}.safetensors" for n in range(1, int(match[3]) + 1)]
-        for name in names[:_MOST_SHARDS]:
+    sets = {(match[1], match[3]): path for path, match in reversed(shards.items())}
+    for (beginning, count), first in sets.items():
+        for number in range(1, min(int(count), _MOST_SHARDS) + 1):
+            name = f"{beginning}{number:05}-of-{count}.safetensors"
             if not is_file(directory / name):
                 raise UsageError(
-                    f"{directory} holds {path.name} and not {name}",
+                    f"{directory} holds {first.name} and not {name}",
                     hint="copy every shard of the model",
                 )
     return list(shards) or files
-
-
-_SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.safetensors")
-_MOST_SHARDS = 1000
 
 
 def _shards(index: Path) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from edgekit.model.checkpoint_protocol import Tensor, row_chunks
 from edgekit.model.spec import DecoderSpec
 from edgekit.source import families, names
-from edgekit.source.made_tensors import Narrowed, stored_dtype
+from edgekit.source.made_tensors import narrow
 from edgekit.source.names import Naming
 
 
@@ -46,10 +46,8 @@ def find(
     Raises:
         UsageError: If only a part of the decoder is under the prefix that the rest has.
     """
-    family = families.get(architecture)
-    untied = replace(spec, is_tied=False)
-    head = family.source("output_head", untied).tensor
-    embedding = family.source("token_embedding", untied).tensor
+    family, untied = families.get(architecture), replace(spec, is_tied=False)
+    embedding, head = ends_of(architecture, spec)
     sources = (family.source(role, untied) for role, _ in untied.weights())
     inner = {name for source in sources for name in source.tensors} - {head}
     # A tied decoder may be stored with its head alone.
@@ -85,11 +83,21 @@ def find(
     )
 
 
+def ends_of(architecture: str, spec: DecoderSpec) -> tuple[str, str]:
+    """Return the tensors that token ids look up and that give the logits, tied or not."""
+    family, untied = families.get(architecture), replace(spec, is_tied=False)
+    embedding, head = (
+        family.source(role, untied).tensor for role in ("token_embedding", "output_head")
+    )
+    return embedding, head
+
+
 def _narrowed(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Read float64, which no format has, as float32."""
-    wide = {name: Narrowed(base=it) for name, it in tensors.items() if stored_dtype(it) == "F64"}
-    note = f"{len(wide)} tensors are stored in float64 and read as float32"
-    return tensors | wide, (note,) if wide else ()
+    """Read float64 as float32, and say so."""
+    read = {name: narrow(tensor) for name, tensor in tensors.items()}
+    count = sum(read[name] is not tensor for name, tensor in tensors.items())
+    note = f"{count} tensors are stored in float64 and read as float32"
+    return read, (note,) if count else ()
 
 
 def _beside(left_out: Collection[str], wrapper: str | None) -> Iterator[str]:

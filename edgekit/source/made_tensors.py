@@ -80,6 +80,11 @@ class Narrowed(MergedTensor):
         return self.base.read(first_row, rows)
 
 
+def narrow(tensor: Tensor) -> Tensor:
+    """Return a tensor as it is read: float64, which no format has, as float32."""
+    return Narrowed(base=tensor) if stored_dtype(tensor) == "F64" else tensor
+
+
 @dataclass(frozen=True)
 class Transposed:
     """A small matrix whose file has columns as rows."""

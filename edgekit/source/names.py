@@ -32,7 +32,8 @@ class Naming:
     stored_body: str = ""  # what those in the file begin with instead
     head: str = ""  # transformers' name of the output head
     stored_head: str = ""
-    wanted: frozenset[str] = field(default=frozenset(), repr=False)
+    # Which names the decoder has, where a stored one without a prefix may be another's; None: all.
+    wanted: frozenset[str] | None = field(default=None, repr=False)
 
     @property
     def is_usual(self) -> bool:
@@ -47,7 +48,14 @@ class Naming:
         if not name.startswith(self.stored_body):
             return None
         own = self.body + name.removeprefix(self.stored_body)
-        return own if self.stored_body or own in self.wanted else None
+        is_the_decoders = self.stored_body or self.wanted is None or own in self.wanted
+        return own if is_the_decoders else None
+
+    def stored(self, own: str) -> str:
+        """Return the stored name, without wrappers, of what transformers calls so."""
+        if own == self.head:
+            return self.stored_head
+        return self.stored_body + own.removeprefix(self.body)
 
     def patterns(self) -> dict[str, str]:
         """Return regular expressions that make transformers' names of the stored ones.

@@ -251,8 +251,7 @@ def _token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the ids a config must name, as transformers would assume others otherwise."""
     text = checkpoint.text
     bos = added_tokens(text.tokenizer_json).get(text.special_tokens.get("bos_token", ""))
-    stops = list(text.declared_stop_ids)
-    return {"bos_token_id": bos, "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
+    return {"bos_token_id": bos, "eos_token_id": text.eos_token_id}
 
 
 def _write_text(checkpoint: Checkpoint, directory: Path) -> None:
@@ -274,8 +273,8 @@ def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the generation settings with every id that ends an answer, the template's too."""
     path = checkpoint.text.beside("generation_config.json", otherwise=checkpoint.directory)
     fields = generation_settings(read_object_if_there(path))
-    stops = list(checkpoint.text.declared_stop_ids)
-    return fields | ({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {})
+    ends = checkpoint.text.eos_token_id
+    return fields if ends is None else fields | {"eos_token_id": ends}
 
 
 def _write_template(template: str, directory: Path) -> None:

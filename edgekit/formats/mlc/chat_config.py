@@ -103,8 +103,8 @@ def _token_ids(checkpoint: "CheckpointProtocol") -> dict[str, int | list[int]]:
     for fields in (checkpoint.config, read_object_if_there(generation)):
         said = {key: fields.get(key) for key in _DEFAULT_IDS}
         found |= {key: id for key, id in said.items() if isinstance(id, int) and 0 <= id < rows}
-    stops = list(checkpoint.text.declared_stop_ids)
-    return found | {"eos_token_id": stops[0] if len(stops) == 1 else stops}
+    ends = checkpoint.text.eos_token_id
+    return found | {"eos_token_id": [] if ends is None else ends}
 
 
 def model_config(

@@ -19,8 +19,8 @@ from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.source import places
 from edgekit.source.adapters import by_peft
-from edgekit.source.adapters.names import AS_IT_IS, Naming
 from edgekit.source.config import Config
+from edgekit.source.names import USUAL, Naming
 
 
 SUPPORTED = (
@@ -97,7 +97,7 @@ class AdapterSettings:
     start: str = ""  # pissa or olora, if that much of the base must be taken off
     kind: str = "LORA"  # as PEFT calls it
     is_of_mlx: bool = False  # a magnitude for each row of an embedding, and one layer if it is tied
-    naming: Naming = AS_IT_IS  # modules are matched by the names they had in training
+    naming: Naming = USUAL  # modules are matched by the names they had in training
 
     @property
     def is_merged_by_peft(self) -> bool:

@@ -23,15 +23,14 @@ from edgekit.source import families
 from edgekit.source.adapters import adapter_config, by_peft, mlx, names
 from edgekit.source.adapters import text as adapter_text
 from edgekit.source.adapters.adapter_config import AdapterSettings
-from edgekit.source.adapters.names import Naming
 from edgekit.source.adapters.text import AdapterText
 from edgekit.source.checkpoint import FLOATS, AdapterRecord, Checkpoint, read_safetensors
 from edgekit.source.config import Config
+from edgekit.source.decoder_tensors import ends_of
 from edgekit.source.made_tensors import (
     ColumnMagnitudes,
     EmbeddingUpdate,
     LowRankUpdate,
-    Narrowed,
     ReplacedRows,
     RowMagnitudes,
     Sum,
@@ -39,9 +38,10 @@ from edgekit.source.made_tensors import (
     WithoutFirstColumns,
     WithoutPrincipal,
     Zeros,
+    narrow,
     stored_dtype,
 )
-from edgekit.source.names import bare
+from edgekit.source.names import Naming, bare
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -121,7 +121,7 @@ def _open(base: Checkpoint, directory: Path) -> _Fit:
             if (directory / "adapter_model.bin").exists()
             else "pass the directory that PEFT's save_pretrained wrote",
         )
-    embedding, head = _ends_of(base)
+    embedding, head = ends_of(base.architecture, base.spec)
     if settings.is_merged_by_peft:
         return _open_for_peft(base, settings, path)
     stored = _read_file(path)
@@ -169,7 +169,7 @@ def _replicated(base: Checkpoint, settings: AdapterSettings) -> Checkpoint:
 def _open_for_peft(base: Checkpoint, settings: AdapterSettings, path: Path) -> _Fit:
     """Return an adapter of which edgekit reads whole weights, and PEFT the rest."""
     stored = _read_file(path, *_INDICES)
-    embedding, head = _ends_of(base)
+    embedding, head = ends_of(base.architecture, base.spec)
     modules = {name.rpartition(".")[0] for name in base.tensors} | {head.removesuffix(".weight")}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.items():
@@ -183,7 +183,7 @@ def _open_for_peft(base: Checkpoint, settings: AdapterSettings, path: Path) -> _
             )
         if module:
             kind = rest if rest in ("weight", "bias") else _OTHER
-            parts.setdefault(module, {})[kind] = _narrow(tensor)
+            parts.setdefault(module, {})[kind] = narrow(tensor)
     return _Fit(
         base=base,
         settings=settings,
@@ -206,7 +206,7 @@ def _longest_beginning(name: str, modules: set[str]) -> str:
 
 def _open_mlx(base: Checkpoint, directory: Path) -> _Fit:
     path, adapter = directory / mlx.WEIGHTS, mlx.read(directory)
-    embedding, head = _ends_of(base)
+    embedding, head = ends_of(base.architecture, base.spec)
     stored = _read_file(path)
     naming = _naming({mlx.split(key, path)[0] for key in stored}, base)
     parts: dict[str, dict[str, Tensor]] = {}
@@ -218,7 +218,7 @@ def _open_mlx(base: Checkpoint, directory: Path) -> _Fit:
             others.append(module)
             continue
         is_embedding = f"{own}.weight" == embedding
-        kind, it = mlx.in_peft_form(kind, _narrow(tensor), is_embedding=is_embedding)
+        kind, it = mlx.in_peft_form(kind, narrow(tensor), is_embedding=is_embedding)
         parts.setdefault(own, {})[kind] = it
     mlx.refuse_other_layers(adapter, list(parts), depth=len(base.spec.layers), path=path)
     return _Fit(
@@ -234,23 +234,10 @@ def _open_mlx(base: Checkpoint, directory: Path) -> _Fit:
     )
 
 
-def _ends_of(base: Checkpoint) -> tuple[str, str]:
-    """Return the tensors that token ids look up and that give the logits, tied or not."""
-    family, untied = families.get(base.architecture), replace(base.spec, is_tied=False)
-    embedding, head = (
-        family.source(it, untied).tensor for it in ("token_embedding", "output_head")
-    )
-    return embedding, head
-
-
 def _naming(modules: set[str], base: Checkpoint) -> Naming:
-    head = _ends_of(base)[1].removesuffix(".weight")
+    head = ends_of(base.architecture, base.spec)[1].removesuffix(".weight")
     inner = {name.rpartition(".")[0] for name in base.tensors} - {head}
     return names.find(modules, base=inner, head=head)
-
-
-def _narrow(tensor: Tensor) -> Tensor:
-    return Narrowed(base=tensor) if stored_dtype(tensor) == "F64" else tensor
 
 
 def _read_file(path: Path, *dtypes: str) -> dict[str, Tensor]:
@@ -281,7 +268,7 @@ def _parts(named: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tenso
         of_module = parts.setdefault(module, {})
         if kind in of_module:
             raise UsageError(f"{path} holds {kind} of {module} twice, the second time as {key}")
-        of_module[kind] = _narrow(tensor)
+        of_module[kind] = narrow(tensor)
     for module, of_module in parts.items():
         _join_copies(of_module, f"{path} holds two versions of {module}")
         for kind in of_module:

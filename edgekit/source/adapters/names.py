@@ -5,45 +5,8 @@ trained on a model that also sees has the decoder under a prefix. Neither change
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
-from edgekit.source.names import best_prefix, common_prefix
-
-
-@dataclass(frozen=True, kw_only=True)
-class Naming:
-    """What an adapter calls the modules of its base."""
-
-    body: str = ""  # what transformers' names of the decoder's inner modules begin with
-    stored_body: str = ""  # what they begin with in the adapter
-    head: str = ""
-    stored_head: str = ""
-
-    @property
-    def is_usual(self) -> bool:
-        """Tell whether the adapter has transformers' own names."""
-        return self.body == self.stored_body and self.head == self.stored_head
-
-    def own(self, stored: str) -> str | None:
-        """Return transformers' name of a module; None if it is of another part of a larger model.
-
-        Args:
-            stored: Its name in the adapter, `bare`.
-        """
-        if stored == self.stored_head:
-            return self.head
-        if not stored.startswith(self.stored_body):
-            return None
-        return self.body + stored.removeprefix(self.stored_body)
-
-    def stored(self, own: str) -> str:
-        """Return the adapter's name of a module."""
-        if own == self.head:
-            return self.stored_head
-        return self.stored_body + own.removeprefix(self.body)
-
-
-AS_IT_IS = Naming()
+from edgekit.source.names import Naming, best_prefix, common_prefix
 
 
 def find(modules: Collection[str], *, base: Collection[str], head: str) -> Naming:

@@ -21,13 +21,13 @@ from edgekit.encodings.protobuf import ProtobufMessage
 from edgekit.errors import BundleError, UsageError
 from edgekit.model import chat_templates
 from edgekit.model.chat_templates import ChatTemplates
-from edgekit.model.tokenizer_files import TokenizerFiles, special_tokens
+from edgekit.model.tokenizer_files import TokenizerFiles, special_tokens, with_legacy_map
 
 
 TOKENIZER, SETTINGS, GENERATION = (
     "tokenizer.json", "tokenizer_config.json", "generation_config.json",
 )  # fmt: skip
-_ADDED, _SPECIAL = "added_tokens.json", "special_tokens_map.json"
+_ADDED = "added_tokens.json"
 _SENTENCEPIECE = "tokenizer.model"
 # What tokenizers without a tokenizer.json read; the rest of them edgekit compares as bytes only.
 _VOCABULARIES = ("vocab.json", "merges.txt", _SENTENCEPIECE, "spiece.model", "vocab.txt",
@@ -112,12 +112,9 @@ def merge(base: TokenizerFiles, adapter: Path, *, model: Path) -> AdapterText:
 
 def _read(directory: Path) -> _Brought:
     own = read_object_if_there(directory / SETTINGS)
-    settings = dict(own)
-    if "added_tokens_decoder" not in own:  # as transformers reads it
-        settings |= read_object_if_there(directory / _SPECIAL)
     return _Brought(
         directory=directory,
-        settings=settings,
+        settings=with_legacy_map(directory, own),
         templates=ChatTemplates.read(directory, own),
         has_tokenizer=is_file(directory / TOKENIZER),
         has_settings=is_file(directory / SETTINGS),

@@ -92,6 +92,19 @@ def agreement(expected, said, rows, ids) -> Fidelity:
     return comparison.result()
 
 
+def found_in(path: Path, checkpoint: Checkpoint, ids: list[int], context_tokens: int) -> Fidelity:
+    """Read a text in steps, as apps do, and compare what is said with transformers."""
+    session = running.load(path, context_tokens=context_tokens, threads=1)
+    said, rows = [], []
+    for step in steps(ids):
+        several = len(step.ids) > 1
+        logits = session.prefill(step.ids) if several else session.decode(step.ids[0])
+        said.append(logits.copy())
+        rows.append(step.last)
+    session.close()
+    return agreement(expected_logits(checkpoint, ids), said, rows, ids)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Converted:
     """A tiny checkpoint, and the program made of it."""
@@ -129,17 +142,7 @@ def one_thread():
 def test_the_program_says_what_transformers_says(converted):
     checkpoint, positions = converted.checkpoint, 0
     for ids in texts(checkpoint):
-        session = running.load(
-            converted.path, context_tokens=checkpoint.spec.context_tokens, threads=1
-        )
-        said, rows = [], []
-        for step in steps(ids):
-            several = len(step.ids) > 1
-            logits = session.prefill(step.ids) if several else session.decode(step.ids[0])
-            said.append(logits.copy())
-            rows.append(step.last)
-        session.close()
-        found = agreement(expected_logits(checkpoint, ids), said, rows, ids)
+        found = found_in(converted.path, checkpoint, ids, checkpoint.spec.context_tokens)
         assert found.mean_kl_nats <= MAX_KL_NATS
         assert found.same_top_token == 1
         positions += found.positions
@@ -225,16 +228,7 @@ def test_programs_for_phones_say_it_past_every_window(name, layers_by_operator, 
         ),
     )
     assert path.stat().st_size == pytest.approx(layout.artifact_bytes, rel=0.01)
-    session = running.load(path, context_tokens=context, threads=1)
-    ids = texts(checkpoint)[0][:context]
-    said, rows = [], []
-    for step in steps(ids):
-        several = len(step.ids) > 1
-        logits = session.prefill(step.ids) if several else session.decode(step.ids[0])
-        said.append(logits.copy())
-        rows.append(step.last)
-    session.close()
-    found = agreement(expected_logits(checkpoint, ids), said, rows, ids)
+    found = found_in(path, checkpoint, texts(checkpoint)[0][:context], context)
     assert found.mean_kl_nats <= MAX_KL_NATS
     assert found.same_top_token == 1
 

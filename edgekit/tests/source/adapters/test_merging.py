@@ -22,11 +22,6 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return Checkpoint.open(tiny.write_base(tmp_path_factory.mktemp("adapter") / "base"))

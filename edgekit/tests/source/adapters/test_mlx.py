@@ -21,11 +21,6 @@ KINDS = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_v
          "lora_embedding_A": "lora_a", "lora_embedding_B": "lora_b"}  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return Checkpoint.open(tiny.write_base(tmp_path_factory.mktemp("mlx") / "base"))

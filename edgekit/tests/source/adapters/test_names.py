@@ -32,11 +32,6 @@ INFIXES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return Checkpoint.open(tiny.write_base(tmp_path_factory.mktemp("adapter") / "base"))

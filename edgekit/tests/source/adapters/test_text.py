@@ -17,11 +17,6 @@ CALL = "<call>x</call> and <call> y </call>"
 NEW = ("<call>", "</call>")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     return speak(tmp_path_factory.mktemp("qwen") / "base", "qwen2", temperature=0.7, top_p=0.8)
