@@ -50,11 +50,6 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
 QWEN2 = {"model_type": "qwen2", "tie_word_embeddings": True}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return Checkpoint.open(tiny.write_base(tmp_path_factory.mktemp("peft") / "base"))
-
-
 def settings_of(kind):
     name, asked = TRAINED[kind]
     return {

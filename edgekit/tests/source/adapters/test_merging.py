@@ -23,11 +23,6 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return Checkpoint.open(tiny.write_base(tmp_path_factory.mktemp("adapter") / "base"))
-
-
-@pytest.fixture(scope="module")
 def tied_base(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tied") / "base"
     return Checkpoint.open(tiny.write_base(directory, tie_word_embeddings=True))

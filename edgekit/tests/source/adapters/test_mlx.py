@@ -21,11 +21,6 @@ KINDS = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_v
          "lora_embedding_A": "lora_a", "lora_embedding_B": "lora_b"}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return Checkpoint.open(tiny.write_base(tmp_path_factory.mktemp("mlx") / "base"))
-
-
 def random(*shape, seed=5):
     return np.random.default_rng(seed).normal(0, 0.3, shape).astype(np.float32)
 

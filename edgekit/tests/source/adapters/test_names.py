@@ -32,11 +32,6 @@ INFIXES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return Checkpoint.open(tiny.write_base(tmp_path_factory.mktemp("adapter") / "base"))
-
-
 def notes_of(merged):
     assert merged.adapter is not None
     return merged.adapter.notes
