@@ -215,6 +215,15 @@ def size_bytes(text: str, *, of: str) -> int:
     return size
 
 
+def trusted_option(command: Decorated) -> Decorated:
+    """Add ``--trusted``."""
+    return click.option(
+        "--trusted", type=DIRECTORY, metavar="FILE",
+        help="Refuse BUNDLE unless one of these keys has signed it: a public key of OpenSSH, or a "
+             "list of allowed signers.",
+    )(command)  # fmt: skip
+
+
 def json_option(command: Decorated) -> Decorated:
     """Add ``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
@@ -241,6 +250,10 @@ def json_option(command: Decorated) -> Decorated:
 @click.option(
     "--no-verify", is_flag=True, help="Skip the proof; such a bundle never passes validate."
 )
+@click.option("--sign", type=DIRECTORY, metavar="KEY",
+              help="Sign the bundle with a private key of OpenSSH, or the public one of a key that "
+                   "an agent holds.",
+              )  # fmt: skip
 @json_option
 def export_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
@@ -248,12 +261,13 @@ def export_command(
     template_variables: dict[str, Any], trained_on: Path | None,
     split_bytes: int | None, variant: str | None, calibration: Path | None,
     no_calibration: bool, tokenizer: str, out: Path | None,
-    replace: bool, no_verify: bool, as_json: bool,
+    replace: bool, no_verify: bool, sign: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Export MODEL for a device, and prove that the artifact says what MODEL says.
 
     MODEL is a Hugging Face model directory, a GGUF file, or `demo`. The most faithful recipe that
-    fits the budget of the target is chosen, converted, run in its real runtime and compared.
+    fits the budget of the target is chosen, converted, run in its real runtime and compared. The
+    hashes in a bundle's manifest are a checksum, not a signature; --sign makes one.
 
     \b
     Examples:
@@ -261,6 +275,7 @@ def export_command(
       edgekit export ./my-model --adapter ./my-lora --target android-high --quant Q4_K_M
       edgekit export ./model.gguf --target ./my-board.toml -o out/my-board
       edgekit export demo --target raspberry-pi-5-8gb --split 512MB
+      edgekit export demo --target raspberry-pi-5-8gb --sign ~/.ssh/id_ed25519
     """
     from edgekit.export import export
 
@@ -269,7 +284,8 @@ def export_command(
         context_tokens=context_tokens, split_bytes=split_bytes, variant=variant,
         chat_template=chat_template, template_variables=template_variables,
         trained_on=trained_on, calibration=calibration, calibrate=not no_calibration,
-        tokenizer=tokenizer, out=out, replace=replace, verify=not no_verify, listener=Terminal(),
+        tokenizer=tokenizer, out=out, replace=replace, verify=not no_verify, sign=sign,
+        listener=Terminal(),
     )  # fmt: skip
     if as_json:
         print_json(bundle)
@@ -418,12 +434,13 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
 @template_variables_option
 @click.option("--context", "context_tokens", type=int, metavar="N", help=CONTEXT_HELP)
 @click.option("--threads", type=int, metavar="N", help=THREADS_HELP)
+@trusted_option
 @json_option
 def run_command(
     bundle: Path, prompt: str | None, system: str | None, max_tokens: int, temperature: float,
     top_k: int, top_p: float, min_p: float, repetition_penalty: float, seed: int | None,
     stop: tuple[str, ...], raw: bool, template_variables: dict[str, Any],
-    context_tokens: int | None, threads: int | None, as_json: bool,
+    context_tokens: int | None, threads: int | None, trusted: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Answer PROMPT with BUNDLE; without PROMPT, chat.
 
@@ -445,7 +462,7 @@ def run_command(
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
     with Runner.open(
-        bundle, context_tokens=context_tokens, threads=threads,
+        bundle, context_tokens=context_tokens, threads=threads, trusted=trusted,
         template_variables=template_variables,
     ) as runner:  # fmt: skip
         if prompt is None:
@@ -522,10 +539,12 @@ def say(reply: "Reply") -> None:
     "--html", type=DIRECTORY, metavar="FILE", help="Write a report with plots as one HTML page."
 )
 @click.option("--junit", type=DIRECTORY, metavar="FILE", help="Write a report as JUnit XML.")
+@trusted_option
 @json_option
 def validate_command(
     bundle: Path, target_name: str | None, device: str, repetitions: int, threads: int | None,
-    measurement: Path | None, html: Path | None, junit: Path | None, as_json: bool,
+    measurement: Path | None, html: Path | None, junit: Path | None, trusted: Path | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Measure BUNDLE on a device and compare it with the budget of its target.
 
@@ -542,14 +561,14 @@ def validate_command(
     from edgekit.validate import judge_document, validate
 
     terminal = Terminal()
-    target = load(target_name or Bundle.load(bundle, check_hashes=False).target)
+    target = load(target_name or Bundle.load(bundle, check_hashes=False, trusted=trusted).target)
     if measurement:
-        result = judge_document(bundle, target, measurement)
+        result = judge_document(bundle, target, measurement, trusted=trusted)
     else:
         with terminal.counted("measure") as progress:
             result = validate(
                 bundle, target, device=device, repetitions=repetitions, threads=threads,
-                progress=progress, listener=terminal,
+                trusted=trusted, progress=progress, listener=terminal,
             )  # fmt: skip
     click.echo(report.as_json(result) if as_json else report.as_text(result))
     for path, write in ((html, report.as_html), (junit, report.as_junit)):
@@ -576,6 +595,7 @@ def raise_outcome(outcome: str, bundle: Path, target: str) -> None:
 @adapter_option
 @chat_template_option
 @tokenizer_option
+@trusted_option
 @json_option
 def verify_command(
     bundle: Path,
@@ -583,6 +603,7 @@ def verify_command(
     adapters: tuple[Path, ...],
     chat_template: str | None,
     tokenizer: str,
+    trusted: Path | None,
     as_json: bool,
 ) -> None:
     """Prove again that BUNDLE says what MODEL says."""
@@ -595,6 +616,7 @@ def verify_command(
         adapters=adapters,
         chat_template=chat_template,
         tokenizer=tokenizer,
+        trusted=trusted,
         listener=Terminal(),
     )
     if as_json:
@@ -632,12 +654,13 @@ def merge_command(
 @cli.command("inspect")
 @click.argument("path", type=DIRECTORY)
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@trusted_option
 @json_option
-def inspect_command(path: Path, tensors: bool, as_json: bool) -> None:
-    """Print what a bundle or an artifact file really contains."""
+def inspect_command(path: Path, tensors: bool, trusted: Path | None, as_json: bool) -> None:
+    """Print what a bundle or an artifact file really contains, and who signed it."""
     from edgekit.inspect import inspect, lines
 
-    inspection = inspect(path)
+    inspection = inspect(path, trusted=trusted)
     if as_json:
         print_json(inspection)
     else:
@@ -666,10 +689,12 @@ def inspect_command(path: Path, tensors: bool, as_json: bool) -> None:
 @click.option("--threads", type=int, metavar="N", help=THREADS_HELP)
 @click.option("--context", "context_tokens", type=int, metavar="N", help=CONTEXT_HELP)
 @template_variables_option
+@trusted_option
 def serve_command(
     bundle: Path, host: str, port: int, allow_remote: bool, host_names: tuple[str, ...],
     api_key: str | None, no_key: bool,
     threads: int | None, context_tokens: int | None, template_variables: dict[str, Any],
+    trusted: Path | None,
 ) -> None:  # fmt: skip
     """Serve BUNDLE over HTTP as OpenAI's clients expect it: /v1/chat/completions and more."""
     from edgekit.serve import serve
@@ -678,6 +703,7 @@ def serve_command(
         bundle, host=host, port=port, allow_remote=allow_remote, host_names=host_names,
         api_key=api_key, no_key=no_key,
         threads=threads, context_tokens=context_tokens, template_variables=template_variables,
+        trusted=trusted,
     )  # fmt: skip
 
 

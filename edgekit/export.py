@@ -8,6 +8,7 @@ from typing import Any
 from edgekit import formats, installed, target
 from edgekit.bundle import workdir
 from edgekit.bundle.manifest import MANIFEST, Agreement, Artifact, Bundle, ModelRecord
+from edgekit.bundle.signature import require_signing
 from edgekit.errors import UsageError
 from edgekit.plan import FREE_CHOICE, Choice, Plan, remarks, substitutions
 from edgekit.plan import make as make_plan
@@ -37,6 +38,7 @@ class Request:
     tokenizer: str = "file"
     out: Path | None = None
     replaces: bool = False
+    key: Path | None = None
     is_verified: bool = True
 
 
@@ -59,6 +61,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
     out: str | Path | None = None,
     replace: bool = False,
     verify: bool = True,
+    sign: str | Path | None = None,
     listener: Listener | None = None,
 ) -> Bundle:
     """Export a model for a target and return the bundle on disk.
@@ -86,12 +89,15 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         out: The bundle directory to create; None names it after model, target and recipe.
         replace: Whether ``out`` may be a bundle already, which is then replaced at the very end.
         verify: False skips the proof; such a bundle never passes `validate`.
+        sign: The private key of OpenSSH that signs the bundle, or the public one of a key that an
+            agent holds; None leaves it unsigned.
         listener: Who is told what happens.
 
     Raises:
         BudgetError: If nothing fits, before anything slow has started.
         UsageError: If ``out`` exists, or an input is not what it should be.
         DisagreementError: If the artifact does not say what the checkpoint says.
+        MissingDependencyError: If a package is missing, or ssh-keygen for ``sign``.
     """
     request = Request(
         model=model,
@@ -113,6 +119,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         out=None if out is None else Path(out),
         replaces=replace,
         is_verified=verify,
+        key=None if sign is None else Path(sign),
     )
     return make(request, listener=listener or Silent())
 
@@ -122,6 +129,8 @@ def make(request: Request, *, listener: Listener) -> Bundle:
     replaces = MANIFEST if request.replaces else None
     if request.out:
         workdir.refuse_existing(request.out, replaces=replaces)
+    if request.key:
+        require_signing(request.key)
     own_text = _own_text(request)
     if request.is_verified:
         transformers_logits.require()
@@ -151,6 +160,8 @@ def make(request: Request, *, listener: Listener) -> Bundle:
     with workdir.new_directory(out, replaces=replaces) as work:
         bundle = _fill(work, checkpoint, chosen, request, listener)
         bundle.save()
+        if request.key:
+            bundle.sign(request.key)
     return Bundle.load(out, check_hashes=False)
 
 

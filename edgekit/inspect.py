@@ -1,11 +1,12 @@
 """What an artifact really contains, read from its own header and not from what we remember."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgekit import formats
 from edgekit.bundle.manifest import Bundle
+from edgekit.bundle.signature import Signature
 from edgekit.encodings.files import is_directory, is_file
 from edgekit.errors import UsageError
 from edgekit.units import format_bytes
@@ -20,6 +21,7 @@ class Inspection:
     size_bytes: int
     tensors: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, tensor type
     bundle: Bundle | None = None
+    signature: Signature | None = None  # of the bundle, where it has one
 
     @property
     def tensors_by_storage(self) -> Mapping[str, int]:
@@ -30,17 +32,26 @@ class Inspection:
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def inspect(path: str | Path) -> Inspection:
-    """Read a bundle, every hash included, or a single artifact file.
+def inspect(path: str | Path, *, trusted: str | Path | None = None) -> Inspection:
+    """Read a bundle, every hash and its signature included, or a single artifact file.
+
+    Args:
+        path: The directory or the file.
+        trusted: Public keys, or a list of allowed signers, one of whom must have signed the bundle
+            (see `Bundle.load`); None: anybody may have made it.
 
     Raises:
-        BundleError: If it is damaged; the message says where.
+        BundleError: If it is damaged, or not signed as it must be; the message says where.
         UsageError: If it is neither.
+        MissingDependencyError: If ``trusted`` is given, and ssh-keygen is not installed.
     """
     path = Path(path)
     if is_directory(path):
-        bundle = Bundle.load(path)
-        return _artifact(bundle.artifact_path, bundle.artifact.format, bundle)
+        bundle = Bundle.load(path, trusted=trusted)
+        inspection = _artifact(bundle.artifact_path, bundle.artifact.format)
+        return replace(inspection, bundle=bundle, signature=bundle.signed_by(trusted=trusted))
+    if trusted is not None:
+        raise UsageError(f"{path} is not a bundle, and only bundles are signed")
     if not is_file(path):
         raise UsageError(f"{path} does not exist")
     name = formats.of_file(path)
@@ -49,17 +60,16 @@ def inspect(path: str | Path) -> Inspection:
             f"{path} is not an artifact edgekit knows",
             hint=f"formats: {', '.join(formats.names())}",
         )
-    return _artifact(path, name, None)
+    return _artifact(path, name)
 
 
-def _artifact(path: Path, format: str, bundle: Bundle | None) -> Inspection:
+def _artifact(path: Path, format: str) -> Inspection:
     running = formats.running(format)
     return Inspection(
         path=path,
         format=format,
         size_bytes=sum(file.stat().st_size for file in running.files(path)),
         tensors=tuple(running.contents(path)),
-        bundle=bundle,
     )
 
 
@@ -70,6 +80,7 @@ def lines(inspection: Inspection, *, lists_tensors: bool = False) -> Iterator[st
     yield f"tensors: {len(inspection.tensors)} ({tensor_types})"
     if inspection.bundle:
         yield from _bundle_lines(inspection.bundle)
+        yield _signature_line(inspection.signature)
     if lists_tensors:
         for name, shape, tensor_type in inspection.tensors:
             yield f"  {name:<40} {'x'.join(map(str, shape)):<16} {tensor_type}"
@@ -98,3 +109,13 @@ def _bundle_lines(bundle: Bundle) -> Iterator[str]:
         for gate in bundle.agreement.gates:
             yield f"proof: {'ok  ' if gate.passed else 'FAIL'} {gate.name}: {gate.finding}"
     yield "made with " + ", ".join(f"{name} {version}" for name, version in bundle.tools.items())
+
+
+def _signature_line(signature: Signature | None) -> str:
+    if signature is None:
+        return "signature: none; the hashes are a checksum only"
+    if signature.key is None:
+        return "signature: not read, since ssh-keygen is not installed"
+    if not signature.is_trusted:
+        return f"signature: by {signature.key}; whose key that is, --trusted FILE asks"
+    return f"signature: trusted, by {signature.signer or 'the key'}, {signature.key}"

@@ -150,13 +150,14 @@ class Runner:
     _cached_ids: list[int] = field(default_factory=list, init=False)
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913 - what a bundle is loaded with
         cls,
         directory: str | Path,
         *,
         context_tokens: int | None = None,
         threads: int | None = None,
         check_hashes: bool = True,
+        trusted: str | Path | None = None,
         template_variables: Mapping[str, Any] | None = None,
     ) -> Self:
         """Load a bundle.
@@ -166,16 +167,18 @@ class Runner:
             context_tokens: How much the cache must hold; None: what the bundle was made for.
             threads: From 1 to the number of cores; None: as many as there are fast ones.
             check_hashes: False checks names and sizes only: faster, and blind to a changed byte.
+            trusted: Public keys, or a list of allowed signers, one of whom must have signed the
+                bundle (see `Bundle.load`); None: anybody may have made it.
             template_variables: What the chat template reads, by name, for every conversation.
 
         Raises:
-            BundleError: If the bundle is damaged.
+            BundleError: If the bundle is damaged, or not signed as it must be.
             MissingDependencyError: If its runtime is not installed.
             UsageError: If the context would be longer than what the bundle was proven for, the
                 machine cannot run that many threads, or the template does not read a variable.
         """
         check_threads(threads)
-        bundle = Bundle.load(directory, check_hashes=check_hashes)
+        bundle = Bundle.load(directory, check_hashes=check_hashes, trusted=trusted)
         if context_tokens is not None and not 0 < context_tokens <= bundle.context_tokens:
             raise UsageError(
                 f"a context of {context_tokens} tokens is not possible: {directory} was "
@@ -347,13 +350,16 @@ def run(  # noqa: PLR0913 - a request in full
     stop: Sequence[str] = (),
     raw: bool = False,
     template_variables: Mapping[str, Any] | None = None,
+    trusted: str | Path | None = None,
     listener: Listener | None = None,
 ) -> Generator[str]:
     """Load a bundle, yield the pieces of one answer, and close it; see `Runner.open`, `answer`.
 
     ``listener`` is told the notes: what a reader of the answer should know.
     """
-    with Runner.open(bundle_directory, template_variables=template_variables) as runner:
+    with Runner.open(
+        bundle_directory, template_variables=template_variables, trusted=trusted
+    ) as runner:
         reply = answer(
             runner,
             prompt,

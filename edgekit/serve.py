@@ -382,6 +382,7 @@ def serve(  # noqa: PLR0913 - a request in full
     context_tokens: int | None = None,
     threads: int | None = None,
     template_variables: Mapping[str, Any] | None = None,
+    trusted: str | Path | None = None,
     say: Callable[[str], object] | None = None,
     listener: Listener | None = None,
 ) -> None:
@@ -398,6 +399,8 @@ def serve(  # noqa: PLR0913 - a request in full
         context_tokens: How much the cache must hold; None: what the bundle was made for.
         threads: From 1 to the number of cores; None: as many as there are fast ones.
         template_variables: What the chat template reads, by name, where a request says nothing.
+        trusted: Public keys, or a list of allowed signers, one of whom must have signed the bundle
+            (see `Bundle.load`); None: anybody may have made it.
         say: Is told the address, where there is no listener; None writes to stderr.
         listener: Who is told the address.
 
@@ -405,6 +408,7 @@ def serve(  # noqa: PLR0913 - a request in full
         UsageError: If ``host`` is not this machine's own and ``allow_remote``, or a key or
             ``no_key``, is not given, the port is taken, the machine cannot run that many threads,
             or the template does not read a variable.
+        BundleError: If the bundle is damaged, or not signed as it must be.
         MissingDependencyError: If the extra ``serve`` or the bundle's runtime is not installed.
     """
     check_installed()
@@ -423,6 +427,7 @@ def serve(  # noqa: PLR0913 - a request in full
             context_tokens=context_tokens,
             threads=threads,
             template_variables=template_variables,
+            trusted=trusted,
         ) as runner,
     ):
         service = Service(

@@ -33,6 +33,7 @@ def validate(  # noqa: PLR0913  # the options of the verb
     device: str = "this",
     repetitions: int = DEFAULT_REPETITIONS,
     threads: int | None = None,
+    trusted: str | Path | None = None,
     progress: RepetitionProgress | None = None,
     listener: Listener | None = None,
 ) -> Result:
@@ -48,11 +49,13 @@ def validate(  # noqa: PLR0913  # the options of the verb
         repetitions: Fresh processes to start with.
         threads: From 1 to the device's cores; None: the target's decode threads, or the device's
             cores if they are fewer.
+        trusted: Public keys, or a list of allowed signers, one of whom must have signed the bundle
+            (see `Bundle.load`); None: anybody may have made it.
         progress: Called with the repetitions done and to do.
         listener: Who is told what happens.
 
     Raises:
-        BundleError: If the bundle is damaged.
+        BundleError: If the bundle is damaged, or not signed as it must be.
         UsageError: If no program of edgekit's can start the bundle (it names the device that can),
             or the device cannot run that many threads.
         MissingDependencyError: If the device lacks the runtime.
@@ -63,7 +66,7 @@ def validate(  # noqa: PLR0913  # the options of the verb
             f"{repetitions} repetitions are too few to measure anything", hint="use 5 or more"
         )
     target, listener = load_target(target), listener or Silent()
-    bundle = Bundle.load(bundle_directory)
+    bundle = Bundle.load(bundle_directory, trusted=trusted)
     _refuse_elsewhere(bundle, target)
     with connect(device) as place:
 
@@ -102,14 +105,25 @@ def _refuse_elsewhere(bundle: Bundle, target: Target) -> None:
 
 
 def judge_document(
-    bundle_directory: str | Path, target: str | Path | Target, document: str | Path
+    bundle_directory: str | Path,
+    target: str | Path | Target,
+    document: str | Path,
+    *,
+    trusted: str | Path | None = None,
 ) -> Result:
     """Return the verdict on a measurement that another runner wrote, a phone's or a browser's.
 
+    Args:
+        bundle_directory: The bundle that was measured.
+        target: Whose budget is enforced.
+        document: The measurement.
+        trusted: As of `validate`.
+
     Raises:
+        BundleError: If the bundle is damaged, or not signed as it must be.
         UsageError: If the document does not follow the schema, or measured another artifact.
     """
-    bundle, target = Bundle.load(bundle_directory), load_target(target)
+    bundle, target = Bundle.load(bundle_directory, trusted=trusted), load_target(target)
     require_file(Path(document))
     try:
         measurement = Measurement.from_json(

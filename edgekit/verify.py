@@ -22,6 +22,7 @@ def verify(  # noqa: PLR0913 - the request, spelled out for Python users
     adapters: Sequence[str | Path] = (),
     chat_template: str | Path | None = None,
     tokenizer: str = "file",
+    trusted: str | Path | None = None,
     listener: Listener | None = None,
 ) -> Agreement:
     """Repeat the proof of a bundle against its checkpoint.
@@ -33,13 +34,15 @@ def verify(  # noqa: PLR0913 - the request, spelled out for Python users
         chat_template: The template it was exported with, a name or a file; None: the default one.
             Variables of it that were fixed are read from the bundle.
         tokenizer: The reading it was exported with, ``"file"`` or ``"transformers"``.
+        trusted: Public keys, or a list of allowed signers, one of whom must have signed the bundle
+            (see `Bundle.load`); None: anybody may have made it.
         listener: Who is told what happens.
 
     Raises:
-        BundleError: If the bundle is damaged.
+        BundleError: If the bundle is damaged, or not signed as it must be.
         UsageError: If this is not the checkpoint the bundle was made from.
     """
-    bundle = Bundle.load(directory)
+    bundle = Bundle.load(directory, trusted=trusted)
     checkpoint = opening.open_checkpoint(
         model,
         adapters=adapters,

@@ -2,7 +2,8 @@
 
 ``manifest.json`` is written last and names every other file with its size and SHA-256: a directory
 without it is not a bundle, and a bundle with a changed byte is refused. A path in it never leaves
-the directory.
+the directory. That is a checksum: who made the bundle is said by a signature of the manifest, see
+`edgekit.bundle.signature`, the only other file that it does not name.
 """
 
 import json
@@ -12,9 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, TypeVar
 
+from edgekit.bundle import signature
 from edgekit.encodings.files import is_file, require_file
 from edgekit.encodings.hashing import sha256_of
-from edgekit.encodings.json_files import read_object
+from edgekit.encodings.json_files import parse_object
 from edgekit.encodings.typed_json import FieldReader, check_version
 from edgekit.errors import BundleError, DisagreementError
 from edgekit.text.rules import TextRules
@@ -159,20 +161,55 @@ class Bundle:
         temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(self.directory / MANIFEST)
 
+    def sign(self, key: Path) -> None:
+        """Sign ``manifest.json``; arguments and errors are those of `signature.require_signing`."""
+        signature.sign(self.directory / MANIFEST, key)
+
+    def signed_by(self, *, trusted: str | Path | None = None) -> signature.Signature | None:
+        """Return the signature of the manifest, None if there is none.
+
+        Args:
+            trusted: As of `load`; without it, a signature is not read where ssh-keygen is missing.
+
+        Raises:
+            BundleError: If there is a damaged one, one of something else, or not a trusted one.
+        """
+        path = self.directory / MANIFEST
+        if not is_file(signature.signature_path(path), refusal=BundleError):
+            return None
+        if trusted is None and not signature.is_installed():
+            return signature.Signature(key=None)
+        trusted = None if trusted is None else Path(trusted)
+        return signature.check(path, _read_manifest(self.directory), trusted=trusted)
+
     @classmethod
-    def load(cls, directory: str | Path, *, check_hashes: bool = True) -> Self:
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        check_hashes: bool = True,
+        trusted: str | Path | None = None,
+    ) -> Self:
         """Open a bundle and check that its files are the ones the manifest describes.
 
         Args:
             directory: The bundle.
             check_hashes: False checks names and sizes only, in a millisecond.
+            trusted: A file with public keys, or OpenSSH's list of allowed signers: one of them
+                must have signed the manifest, which is believed after that only. None: anybody
+                may have written it.
 
         Raises:
-            BundleError: If the manifest is missing, unreadable or of another schema, or a file is
-                missing, new, or changed; the message names it.
+            BundleError: If the manifest is missing, unreadable or of another schema, it is not
+                signed as it must be, or a file is missing, new, or changed; the message names it.
+            UsageError: If ``trusted`` holds no public key.
+            MissingDependencyError: If ssh-keygen is needed and not installed.
         """
         directory = Path(directory)
-        bundle = cls._from_manifest(directory, _read_manifest(directory))
+        content = _read_manifest(directory)
+        if trusted is not None:
+            signature.check(directory / MANIFEST, content, trusted=Path(trusted))
+        bundle = cls._from_manifest(directory, _parse_manifest(directory, content))
         bundle.check_files(check_hashes=check_hashes)
         return bundle
 
@@ -221,14 +258,21 @@ class Bundle:
         return replace(self, agreement=agreement)
 
 
-def _read_manifest(directory: Path) -> Mapping[str, Any]:
+def _read_manifest(directory: Path) -> bytes:
     path = directory / MANIFEST
     if not is_file(path, refusal=BundleError):
         raise BundleError(
             f"{directory} is not a bundle: it has no {MANIFEST}",
             hint="pass the directory that `edgekit export` printed",
         )
-    manifest = read_object(path, refusal=BundleError)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _parse_manifest(directory: Path, content: bytes) -> Mapping[str, Any]:
+    manifest = parse_object(content, origin=directory / MANIFEST, refusal=BundleError)
     found = manifest.get("schema_version")
     check_version(found, SCHEMA_VERSION, origin=directory, refusal=BundleError)
     return manifest
@@ -279,4 +323,5 @@ def _records(directory: Path) -> dict[str, FileRecord]:
 
 def _files(directory: Path) -> list[Path]:
     found = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(path for path in found if path != directory / MANIFEST)
+    manifest = directory / MANIFEST
+    return sorted(set(found) - {manifest, signature.signature_path(manifest)})

@@ -103,6 +103,44 @@ def test_two_exports_have_the_same_bytes(tiny_checkpoint, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.fixture
+def key(tmp_path):
+    if shutil.which("ssh-keygen") is None:
+        pytest.skip("ssh-keygen is not installed")
+    words = ["-q", "-t", "ed25519", "-N", "", "-C", "lab", "-f", str(tmp_path / "key")]
+    subprocess.run(["ssh-keygen", *words], check=True)
+    return tmp_path / "key"
+
+
+def test_a_signed_bundle_differs_by_its_signature_only(tiny_bundle, tiny_checkpoint, key, tmp_path):
+    public, out = key.with_suffix(".pub"), tmp_path / "out"
+    export(
+        tiny_checkpoint, "raspberry-pi-5-8gb", quant="F16", context_tokens=128, out=out, sign=key
+    )
+    assert Bundle.load(out, trusted=public).agreement is not None
+    assert verify(out, tiny_checkpoint, trusted=public).passed
+    with Runner.open(out, threads=1, trusted=public) as runner:
+        assert "".join(answer(runner, "hello", max_tokens=2))
+    (out / "manifest.json.sig").unlink()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in tiny_bundle.iterdir()
+    }
+
+
+def test_a_signature_that_fails_at_the_end_leaves_nothing(tiny_checkpoint, key, tmp_path):
+    class Thief(Lines):
+        def track(self, title, total):
+            key.unlink(missing_ok=True)
+            return super().track(title, total)
+
+    with pytest.raises(UsageError, match="key is missing"):
+        export(
+            tiny_checkpoint, "raspberry-pi-5-8gb", quant="F32", context_tokens=64, verify=False,
+            out=tmp_path / "out", sign=key, listener=Thief(),
+        )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["key.pub"]
+
+
 def test_an_out_that_exists_is_refused_before_the_model_is_even_opened(tmp_path):
     with pytest.raises(UsageError, match="exists"):
         export(tmp_path / "no-model", "raspberry-pi-5-8gb", out=tmp_path)

@@ -1,3 +1,6 @@
+import re
+import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -99,6 +102,31 @@ def test_a_bundle_shows_stop_strings_and_what_was_fixed_in_its_template(bundle):
 def test_an_unproven_bundle_says_so(bundle):
     replace(bundle, agreement=None).save()
     assert "proof: none; it was exported with --no-verify" in lines(inspect(bundle.directory))
+
+
+def test_a_bundle_shows_who_signed_it(bundle, tmp_path, monkeypatch):
+    if shutil.which("ssh-keygen") is None:
+        pytest.skip("ssh-keygen is not installed")
+    assert list(lines(inspect(bundle.directory)))[-1].startswith("signature: none")
+    words = ["-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "key")]
+    subprocess.run(["ssh-keygen", *words], check=True)
+    bundle.sign(tmp_path / "key")
+    allowed = tmp_path / "allowed"
+    allowed.write_text(f"lab@example.com {(tmp_path / 'key.pub').read_text()}")
+    shown = list(lines(inspect(bundle.directory)))
+    assert re.fullmatch(
+        r"signature: by ED25519 SHA256:\S+; whose key that is, --trusted FILE asks", shown[-1]
+    )
+    shown = list(lines(inspect(bundle.directory, trusted=allowed)))
+    assert shown[-1].startswith("signature: trusted, by lab@example.com, ED25519 SHA256:")
+    monkeypatch.setenv("PATH", "")
+    shown = list(lines(inspect(bundle.directory)))
+    assert shown[-1] == "signature: not read, since ssh-keygen is not installed"
+
+
+def test_a_signature_is_asked_of_a_bundle_only(gguf, tmp_path):
+    with pytest.raises(UsageError, match="only bundles are signed"):
+        inspect(gguf, trusted=tmp_path / "key.pub")
 
 
 def test_tensors_are_listed_when_asked_for(gguf):

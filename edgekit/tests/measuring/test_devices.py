@@ -138,6 +138,15 @@ def test_a_bundle_that_was_damaged_there_is_sent_again(remote, bundle, server):
 
 
 @pytest.mark.toolchain
+def test_a_signature_goes_along(remote, bundle, server, tmp_path):
+    key = ["-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "key")]
+    subprocess.run(["ssh-keygen", *key], check=True)
+    bundle.sign(tmp_path / "key")
+    there = server.home / remote.push(bundle.directory)
+    assert Bundle.load(there, trusted=tmp_path / "key.pub").artifact == bundle.artifact
+
+
+@pytest.mark.toolchain
 @pytest.mark.parametrize(
     ("signal", "status", "words"),
     [("KILL", 137, "memory"), ("ILL", 132, "processor"), ("SEGV", 139, "segmentation")],
