@@ -86,7 +86,7 @@ def test_a_path_may_be_a_text_in_every_verb(name):
         parameter
         for parameter in parameters_of(name).values()
         if parameter.name in PATHS or "Path" in str(parameter.annotation)
-        if not re.search(r"str \| (pathlib\.)?Path", str(parameter.annotation))
+        if not re.search(r"str \| (pathlib\.(_local\.)?)?Path", str(parameter.annotation))
     ]
     assert narrow == []
 
