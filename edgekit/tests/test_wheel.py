@@ -41,11 +41,14 @@ def build(kind, out):
 
 @pytest.fixture(scope="module")
 def device_python(wheel, tmp_path_factory):
-    """A fresh virtual environment with what devices run; pip's cache spares the compiler."""
+    """A fresh virtual environment with the locks of devices; pip's cache spares the compiler."""
     home = tmp_path_factory.mktemp("device") / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
     python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
-    install(python, f"{wheel}[run-gguf,run-onnx]")
+    names = [f"requirements/{name}.txt" for name in ("run-gguf", "run-onnx")]
+    install(python, "--no-deps", "--require-hashes", *(w for name in names for w in ("-r", name)))
+    install(python, "--no-deps", str(wheel))
+    subprocess.run([str(python), "-m", "pip", "check"], check=True)
     # Of what its wheel asks for, to make programs, nothing is used to run them.
     install(python, "--no-deps", f"executorch=={metadata.version('executorch')}")
     return python
@@ -54,7 +57,7 @@ def device_python(wheel, tmp_path_factory):
 def install(python, *words):
     subprocess.run(
         [str(python), "-m", "pip", "install", "-q", *words],
-        check=True, capture_output=True, text=True,
+        cwd=ROOT, check=True, capture_output=True, text=True,
     )  # fmt: skip
 
 
@@ -76,6 +79,14 @@ def test_the_wheel_has_targets_and_data_but_no_tests(wheel):
     assert "edgekit/formats/mlc/index.html" in names
     assert "optimum/commands/register/register_edgekit.py" in names
     assert not [name for name in names if "/tests/" in name]
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_two_builds_have_the_same_bytes(kind, request, tmp_path):
+    first = request.getfixturevalue(kind)
+    second = build(kind, tmp_path)
+    assert second.name == first.name
+    assert second.read_bytes() == first.read_bytes()
 
 
 def test_the_licence_is_in_the_wheel_and_in_the_source_distribution(wheel, sdist):
