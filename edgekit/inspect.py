@@ -117,5 +117,6 @@ def _signature_line(signature: Signature | None) -> str:
     if signature.key is None:
         return "signature: not read, since ssh-keygen is not installed"
     if not signature.is_trusted:
-        return f"signature: by {signature.key}; whose key that is, --trusted FILE asks"
-    return f"signature: trusted, by {signature.signer or 'the key'}, {signature.key}"
+        return f"signature: good, by the key {signature.key}; --trusted FILE checks whose that is"
+    of = f" of {signature.signer}" if signature.signer else ""
+    return f"signature: good, by the trusted key {signature.key}{of}"
