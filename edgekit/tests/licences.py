@@ -1,7 +1,7 @@
 """What licences the locked packages state, as a table in ``docs/licences.md``.
 
 ``python -m edgekit.tests.licences`` reads them from what is installed, at the versions of
-``requirements/ci.txt``, and writes the table; the text around it is left alone.
+``.ci/locks/ci.txt``, and writes the table; the text around it is left alone.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Locks: every package of an environment, with its version and the hashes of its files.
 
 ``python -m edgekit.tests.locks`` resolves `pyproject.toml` with uv (``pip install uv``), for every
-Python and system at once, and writes ``requirements/*.txt`` for ``pip --require-hashes``. What is
+Python and system at once, and writes ``.ci/locks/*.txt`` for ``pip --require-hashes``. What is
 locked already keeps its version while that satisfies `pyproject.toml`; ``--upgrade`` takes the
 newest of everything.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[2]
-DIRECTORY = ROOT / "requirements"
+DIRECTORY = ROOT / ".ci" / "locks"
 OLDEST_PYTHON = "3.11"
 EXTRAS = {  # by file, the extras of edgekit that are locked in it
     "ci": ("all", "dev"),
@@ -127,7 +127,7 @@ def _resolve(words: Sequence[str | Path], *, out: Path) -> None:
 def _store(name: str, packages: Iterable[Locked]) -> None:
     lines = [
         "# Made by `python -m edgekit.tests.locks`; install it with\n",
-        f"# pip install --no-deps --require-hashes -r requirements/{name}.txt\n\n",
+        f"# pip install --no-deps --require-hashes -r .ci/locks/{name}.txt\n\n",
         *(package.text for package in packages),
     ]
     (DIRECTORY / f"{name}.txt").write_text("".join(lines), encoding="utf-8")

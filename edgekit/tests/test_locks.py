@@ -102,6 +102,6 @@ def test_nothing_is_missing_that_a_locked_package_needs():
 def test_ci_installs_from_locks_that_exist():
     files = [locks.ROOT / ".ci" / "run", locks.ROOT / ".github" / "workflows" / "ci.yml"]
     for path in files:
-        named = re.findall(r"requirements/([\w-]+)\.txt", path.read_text(encoding="utf-8"))
+        named = re.findall(r"\.ci/locks/([\w-]+)\.txt", path.read_text(encoding="utf-8"))
         assert named
         assert set(named) <= set(NAMES)
