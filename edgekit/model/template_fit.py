@@ -23,13 +23,20 @@ _MARK = "edgekit-5c-mark"  # what no template says itself
 _ROLES = ("user", "system", "assistant")
 
 
-def fit(source: str, call: TemplateCall, special_tokens: Mapping[str, str]) -> TemplateCall:
+def fit(
+    source: str,
+    call: TemplateCall,
+    special_tokens: Mapping[str, str],
+    *,
+    origin: str = "the chat template",
+) -> TemplateCall:
     """Return how the template can be called, with as little help as it needs.
 
     Args:
         source: The template.
         call: What it gets in any case.
         special_tokens: What it may read: ``{"bos_token": "<s>"}``.
+        origin: What it is called in messages.
 
     Raises:
         UsageError: If the template is not Jinja, or cannot say one question however it is called;
@@ -40,7 +47,8 @@ def fit(source: str, call: TemplateCall, special_tokens: Mapping[str, str]) -> T
     refusals = []
     for empty_lists in _LISTS:
         asked = replace(call, empty_lists=empty_lists)
-        speaker = _Speaker(ChatTemplate.compile(asked.preamble + source), special_tokens)
+        template = ChatTemplate.compile(asked.preamble + source, origin=origin)
+        speaker = _Speaker(template, special_tokens)
         try:
             return replace(asked, content_parts=speaker.content_parts())
         except EndlessTemplateError:

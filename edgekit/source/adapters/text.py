@@ -104,7 +104,11 @@ def merge(base: TokenizerFiles, adapter: Path, *, model: Path) -> AdapterText:
     declared = base.stop_ids_by_file.get("config.json", ())
     files = TokenizerFiles.open(directory, config={"eos_token_id": list(declared)})
     return AdapterText(
-        files=replace(files, notes=(*base.notes, *brought.templates.notes)),
+        files=replace(
+            files,
+            notes=(*base.notes, *brought.templates.notes),
+            template_files={**base.template_files, **brought.templates.files},
+        ),
         has_tokens=brought.has_tokenizer or bool(new),
         notes=tuple(_notes(brought, new)),
     )
