@@ -911,6 +911,12 @@ def _run(argv: Sequence[str] | None) -> None:
     except BrokenPipeError:
         sys.stderr.close()  # whoever read has left; so do we
         sys.exit(141)
+    except BaseException as error:
+        # Code in Rust that panics, in what a tokenizer was not tried on before it was used.
+        if type(error).__name__ != "PanicException":
+            raise
+        print_refusal(ToolchainError(f"a library fails over this input: {error}"))
+        sys.exit(ToolchainError.exit_status)
 
 
 def print_refusal(error: EdgekitError) -> None:

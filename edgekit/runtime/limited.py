@@ -7,13 +7,11 @@ still holds (Windows), and macOS does not enforce the one on memory.
 
 import atexit
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -25,7 +23,10 @@ from edgekit.runtime.child import death_of, environment, shell_status
 _OUT_OF_MEMORY = 3  # the exit status of a child that was refused memory
 _CLOCK_PER_CPU = 5  # how much longer than its processor time a question may take on a busy machine
 _MAPPED_BYTES = 1 << 30  # of programs and libraries, over what they write to: address space only
-_SINGLE_THREADED = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+# Threads take memory each, and nobody reads a backtrace, which takes longer than many a question.
+_SETTINGS = {
+    "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "RUST_BACKTRACE": "0",
+}  # fmt: skip
 
 
 class OverLimitError(Exception):
@@ -88,7 +89,7 @@ class Worker:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", self._module],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env=environment() | _SINGLE_THREADED,
+            env=environment() | _SETTINGS,
         )  # fmt: skip
 
     def _close(self) -> None:
@@ -126,7 +127,7 @@ def _exchange(process: subprocess.Popen[bytes], line: bytes, clock_s: float) -> 
 
 
 def _cause(returncode: int, allowance: Allowance, *, is_late: bool) -> str:
-    if is_late or returncode == -getattr(signal, "SIGXCPU", 0):
+    if is_late or returncode == -getattr(signal, "SIGPROF", 0):
         return f"takes more than {allowance.cpu_s} s"
     memory = f"takes more than {allowance.memory_bytes >> 20} MiB of memory"
     if returncode == _OUT_OF_MEMORY:
@@ -155,7 +156,8 @@ def work(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 
 def _set_limits(allowance: Allowance) -> None:
-    _limit("RLIMIT_CPU", math.ceil(time.process_time()) + allowance.cpu_s)
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, allowance.cpu_s)  # SIGPROF ends it
     _limit("RLIMIT_DATA", allowance.memory_bytes)
     _limit("RLIMIT_AS", allowance.memory_bytes + _MAPPED_BYTES)  # where DATA counts no mappings
 

@@ -95,12 +95,15 @@ class ChatTemplate:
             origin: What it is called in messages: its file.
 
         Raises:
-            UsageError: If it is not Jinja, with the line.
+            UsageError: If it is not Jinja, with the line, is not Unicode, or is too long.
             EndlessTemplateError: If compiling it takes too much.
             MissingDependencyError: If jinja2 is not installed.
         """
         installed.require("jinja2", purpose="a chat template", extra="run-gguf")
-        size = len(source.encode("utf-8", "surrogatepass"))
+        try:
+            size = len(source.encode())
+        except UnicodeEncodeError as error:  # escaped in JSON
+            raise UsageError(f"{origin} is not Unicode at character {error.start}") from error
         if size > TEMPLATE_BYTES:
             raise too_large(origin, size, TEMPLATE_BYTES)
         found = _ask({"source": source}, origin)
