@@ -1,8 +1,9 @@
 """What a stranger's file may cost: every limit, with its reason, in one place.
 
-A file is asked for its size before it is read. What remains is bounded so that a refusal takes a
-quarter of a gigabyte at most, or three times the file, and five seconds. What clients of a server
-may cost stands at the top of `edgekit.serve`.
+A file is asked for its size before it is read, and JSON for the number of its parts before it is
+parsed, so that a refusal takes 256 MiB at most, or three times the file if that is more (a large
+vocabulary may take more), and five seconds. A GGUF header keeps its own account
+(`edgekit.formats.gguf.layout`); what clients of a server may cost stands in `edgekit.serve`.
 """
 
 from pathlib import Path
@@ -13,20 +14,20 @@ from edgekit.errors import BundleError, UsageError
 
 _KIB, _MIB = 1 << 10, 1 << 20
 
-# Bytes of a file. Python takes up to 25 times as much for JSON of nothing but brackets.
+# Bytes of a file.
 SETTINGS_BYTES = 8 * _MIB  # JSON and text; the largest of a small model, Gemma 3's, has 1.2 MB
 TOKENIZER_BYTES = 128 * _MIB  # tokenizer.json and other vocabularies; Gemma 3's has 33 MB
 HEADER_BYTES = 8 * _MIB  # of a safetensors file, in JSON; 100 bytes a tensor, so 80,000 of them
 TARGET_BYTES = 256 * _KIB  # of TOML; edgekit's own have 3 kB
 TEMPLATE_BYTES = 256 * _KIB  # of Jinja; the longest known, for tools and thoughts, have 30 kB
-CALIBRATION_BYTES = 64 * _MIB  # of text that a user names; some hundred kB of it are read
+CALIBRATION_BYTES = 8 * _MIB  # of text that a user names; 16,384 tokens of it are taken
 
 # In a file.
-INTEGER_DIGITS = 40  # transformers writes 10^30 for "no limit"; 4,300 are where Python stops
-VOCABULARY_BRACKETS = 4_000_000  # in a tokenizer.json; Gemma's merges are 600,000 lists of two
-SETTINGS_BRACKETS = 400_000  # in any other JSON
+INTEGER_DIGITS = 40  # transformers writes 10^30 for "no limit"; 309 are more than a float holds
+SETTINGS_PARTS = 600_000  # lists, objects and their fields in JSON, 200 bytes each in Python
+VOCABULARY_PARTS = 2_000_000  # in a tokenizer.json; Gemma's has 900,000
+TENSORS = 100_000  # of a model; one of 80 layers in 4 bits has 5,000
 TEXT_GROWTH = 16  # how many times as long a tokenizer may make a text; usual ones: at most 3
-ADDED_TOKENS = 100_000  # of a tokenizer; Gemma 3 has 6,400
 
 # Of a child process that tries a file (`edgekit.text.guarded`).
 TEMPLATE_CPU_S = 2  # a compile, or a rendering; a usual one takes a millisecond

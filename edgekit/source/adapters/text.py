@@ -17,6 +17,7 @@ from edgekit.cache import cache_directory
 from edgekit.encodings.files import is_file, require_file
 from edgekit.encodings.hashing import sha256_of
 from edgekit.encodings.json_files import read_object, read_object_if_there
+from edgekit.encodings.limits import TOKENIZER_BYTES, check_size
 from edgekit.encodings.protobuf import ProtobufMessage
 from edgekit.errors import BundleError, UsageError
 from edgekit.model import chat_templates
@@ -326,6 +327,7 @@ def _is_vocabulary(
 
 def _merges_of(path: Path) -> list[str]:
     require_file(path)
+    check_size(path, TOKENIZER_BYTES)
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     if lines[0].startswith("#version"):
         lines = lines[1:]
@@ -340,6 +342,7 @@ def _merges(fields: Mapping[str, Any]) -> list[str]:
 def _pieces(path: Path) -> dict[str, int]:
     """Return the pieces of a SentencePiece model; its scores order merges as its ids do."""
     require_file(path)
+    check_size(path, TOKENIZER_BYTES)
     try:
         whole = ProtobufMessage.whole(path.read_bytes(), origin=str(path))
         return {piece.text(_PIECE): id for id, piece in enumerate(whole.messages(_PIECES))}
