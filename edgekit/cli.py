@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from edgekit import versions
+from edgekit.encodings.files import shown
 from edgekit.encodings.visible import visible, visible_json, visible_lines
 from edgekit.errors import BudgetError, EdgekitError, ToolchainError, UnstableError, UsageError
 
@@ -39,6 +40,7 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 DIRECTORY = click.Path(path_type=Path)
 TARGET_HELP = "Device class: a name from `edgekit targets`, or a TOML file of your own."
 CONTEXT_HELP = "Context length in tokens; default: what the bundle was exported for."
+_MOST_CHARACTERS = 2000  # of a line of a refusal, which may quote what a file holds
 _TARGET_COLUMNS = (28, 10, 14, 30)  # widths: name, memory, context, formats
 THREADS_HELP = "Threads to compute with, at most one a core; default: the performance cores."
 
@@ -925,9 +927,10 @@ def print_refusal(error: EdgekitError) -> None:
     first, *rest = str(error).split("\n")
     # Further lines are indented, so that none can pass for another message.
     rest = [line if line.startswith(" ") else f"  {line}" for line in rest]
-    said = visible_lines("\n".join([f"error: {first}", *rest]))
+    lines = [shown(line, _MOST_CHARACTERS) for line in (f"error: {first}", *rest)]
+    said = visible_lines("\n".join(lines))
     click.secho(said, fg="red", err=True, color=False if is_plain else None)
     if isinstance(error, ToolchainError) and error.log:
         echo_lines(error.log, err=True)
     if error.hint:
-        echo(f"hint: {error.hint}", err=True)
+        echo(shown(f"hint: {error.hint}", _MOST_CHARACTERS), err=True)

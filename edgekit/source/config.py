@@ -98,22 +98,22 @@ class Config:
             return absent
         return None if self._fields[name] is None else self.integer(name)
 
-    def number(self, name: str, default: float | None = None) -> float:
+    def number(self, name: str, default: float | None = None, *, most: float = _LARGEST) -> float:
         """Return a positive number, or ``default`` where it is absent or null.
 
         Raises:
-            UsageError: If it is not a number with which float32 can compute, or absent without a
-                default.
+            UsageError: If it is not a number with which float32 can compute, more than ``most``, or
+                absent without a default.
         """
         self._read.add(name)
         value: Any = self._fields.get(name)
         if value is None:
             value = default
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 1 / _LARGEST <= value <= _LARGEST:
+        if not is_number or not 1 / _LARGEST <= value <= most:
             raise UsageError(
                 f"{self._origin}: {name} = {value!r}, expected a positive number"
-                + (f" from {1 / _LARGEST:g} to {_LARGEST:g}" if is_number and value > 0 else "")
+                + (f" from {1 / _LARGEST:g} to {most:g}" if is_number and value > 0 else "")
             )
         return float(value)
 

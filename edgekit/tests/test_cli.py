@@ -17,7 +17,7 @@ import pytest
 import edgekit
 from edgekit import cli as cli_module
 from edgekit.cli import cli, main
-from edgekit.errors import ToolchainError
+from edgekit.errors import ToolchainError, UsageError
 from edgekit.plan import Choice
 from edgekit.plan import make as make_plan
 from edgekit.tests.tiny.random_checkpoints import random_checkpoint
@@ -128,6 +128,16 @@ def test_a_refusal_of_several_lines_keeps_them_and_no_line_of_it_passes_for_anot
     assert capsys.readouterr().err.splitlines() == [
         "error: it failed", "  row: 1", "  error: no", "x", r"\x1b[1my", r"hint: a\nb"
     ]  # fmt: skip
+
+
+def test_a_refusal_that_quotes_a_file_at_length_is_cut_in_the_middle(capsys):
+    cli_module.print_refusal(
+        UsageError(f"x = {'y' * 10**6!r}, expected an integer", hint="z" * 10**6)
+    )
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: x = 'yyy")
+    assert error.endswith("y', expected an integer")
+    assert max(map(len, (error, hint))) == 2001
 
 
 def test_what_a_model_says_keeps_its_lines_and_does_not_act_on_the_terminal(capsys):
