@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from edgekit import versions
-from edgekit.encodings.files import shown
 from edgekit.encodings.visible import visible, visible_json, visible_lines
 from edgekit.errors import BudgetError, EdgekitError, ToolchainError, UnstableError, UsageError
 
@@ -923,6 +922,8 @@ def _run(argv: Sequence[str] | None) -> None:
 
 def print_refusal(error: EdgekitError) -> None:
     """Print what was found, what was expected, and the way out."""
+    from edgekit.encodings.files import shown
+
     is_plain = bool(os.environ.get("NO_COLOR"))  # https://no-color.org
     first, *rest = str(error).split("\n")
     # Further lines are indented, so that none can pass for another message.
