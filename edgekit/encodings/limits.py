@@ -25,6 +25,7 @@ CALIBRATION_BYTES = 8 * _MIB  # of text that a user names; 16,384 tokens of it a
 # In a file.
 SETTINGS_MEMORY_BYTES = 192 * _MIB  # of Python, for JSON; that of 80,000 tensors takes 130
 VOCABULARY_MEMORY_BYTES = 512 * _MIB  # for a tokenizer.json; Gemma's takes 340
+IDS_BEYOND = 65_536  # how far ids of added tokens may go beyond a model's rows; usual: some dozens
 TENSORS = 100_000  # of a model; one of 80 layers in 4 bits has 5,000
 TEXT_GROWTH = 16  # how many times as long a tokenizer may make a text; usual ones: at most 3
 

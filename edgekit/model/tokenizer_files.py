@@ -13,6 +13,7 @@ from typing import Any, Self
 from edgekit import installed
 from edgekit.encodings.files import is_file
 from edgekit.encodings.json_files import read_object_if_there
+from edgekit.encodings.limits import IDS_BEYOND
 from edgekit.errors import UsageError
 from edgekit.model import stops
 from edgekit.model.chat_templates import ChatTemplates
@@ -128,7 +129,8 @@ class TokenizerFiles:
         """Return the same files for an embedding of so many rows, without special tokens beyond.
 
         Raises:
-            UsageError: If text can become an id that has no row.
+            UsageError: If text can become an id that has no row, or an added token has an absurd
+                one, for which some formats would make a row.
         """
         largest = _largest_merged_id(self.tokenizer_json)
         if largest >= rows:
@@ -138,6 +140,13 @@ class TokenizerFiles:
                 hint="is this another model's tokenizer?",
             )
         ids = added_tokens(self.tokenizer_json)
+        lowest, highest = min(ids.values(), default=0), max(ids.values(), default=0)
+        if not 0 <= lowest <= highest < rows + IDS_BEYOND:
+            raise UsageError(
+                f"{self.tokenizer_json} has added tokens with ids from {lowest} to {highest}, the "
+                f"model has {rows} embeddings",
+                hint="is this another model's tokenizer?",
+            )
         beyond = {
             name: token for name, token in self.special_tokens.items() if ids.get(token, 0) >= rows
         }

@@ -103,6 +103,15 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(files):
         files.within(largest)
 
 
+@pytest.mark.parametrize("id", [-1, 10**7, 2**31, 2**40])
+def test_an_added_token_with_an_absurd_id_is_refused_before_a_format_makes_rows_for_it(files, id):
+    rows = 1 + max(gguf_vocabularies.token_ids(files).values())
+    added = json.loads(files.tokenizer_json.read_text(encoding="utf-8"))["added_tokens"]
+    files = change(files, added_tokens=[*added, added[0] | {"id": id, "content": "<far>"}])
+    with pytest.raises(UsageError, match=f"ids from .*{id}.*, the model has {rows} embeddings"):
+        files.within(rows)
+
+
 @pytest.mark.parametrize(
     ("decoder", "found"),
     [(None, "none"), ({"type": "WordPiece", "prefix": "##", "cleanup": True}, "WordPiece")],

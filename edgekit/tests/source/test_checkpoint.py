@@ -388,6 +388,13 @@ def test_a_header_larger_than_any_of_a_small_model_is_refused(model, monkeypatch
     assert f"has {length} bytes, expected at most {length - 1}" in refusal(model)
 
 
+def test_a_model_of_more_tensors_than_any_is_refused(model, monkeypatch):
+    monkeypatch.setattr("edgekit.source.checkpoint.TENSORS", len(SHAPES))
+    model.open()
+    monkeypatch.setattr("edgekit.source.checkpoint.TENSORS", len(SHAPES) - 1)
+    assert f"holds more than {len(SHAPES) - 1} tensors" in refusal(model)
+
+
 def split(model, *, names=("a.safetensors", "b.safetensors"), index=None):
     """Write the weights as two shards and their index."""
     first, second = dict(list(SHAPES.items())[:5]), dict(list(SHAPES.items())[5:])

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import MissingDependencyError
 from edgekit.formats.executorch import app_kit, tokenizer
 from edgekit.formats.executorch.tokenizer import RUNNER_COPY, Preparation
@@ -103,6 +104,15 @@ def test_a_missing_tokenizer_package_is_named(tmp_path, monkeypatch):
     with pytest.raises(MissingDependencyError, match="no such library") as refusal:
         tokenizer.runner_ids(tmp_path / "tokenizer.json", [])
     assert "edgekit[executorch]" in refusal.value.hint
+
+
+def test_a_tokenizer_over_which_the_runner_fails_has_no_copy(tmp_path):
+    path = _tiny_checkpoint(tmp_path).text.tokenizer_json
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    assert tokenizer.runner_ids(path, ["a!"]) == [[64, 0]]
+    fields["added_tokens"][0]["id"] = 0  # the id of "!"
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    assert tokenizer.runner_ids(path, ["a!"]) is None
 
 
 # What lies next to the program
