@@ -52,7 +52,7 @@ class RefusedError(Exception):
 class _Limits:
     seconds: float = math.inf
     characters: int = TEMPLATE_CHARACTERS
-    deadline: float = math.inf  # of time.monotonic()
+    deadline: float = math.inf  # of time.process_time()
 
 
 _limits: ContextVar[_Limits] = ContextVar("limits", default=_Limits())  # noqa: B039 - it is frozen
@@ -94,7 +94,7 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _within(seconds: float, characters: int) -> "Iterator[None]":
-    limits = _Limits(seconds=seconds, characters=characters, deadline=time.monotonic() + seconds)
+    limits = _Limits(seconds=seconds, characters=characters, deadline=time.process_time() + seconds)
     token = _limits.set(limits)
     try:
         yield
@@ -315,7 +315,7 @@ def _limiter() -> Any:
 
 def _check_time() -> None:
     limits = _limits.get()
-    if time.monotonic() > limits.deadline:
+    if time.process_time() > limits.deadline:
         raise EndlessError(f"takes more than {limits.seconds:g} s")
 
 

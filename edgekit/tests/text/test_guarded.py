@@ -44,7 +44,7 @@ def test_a_hostile_template_is_refused_with_its_reason(name):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        pytest.param("groupby", "takes more than 1 s", marks=pytest.mark.slow),
+        pytest.param("silent loops", "takes more than 1 s", marks=pytest.mark.slow),
         ("a million names", "takes more than 32 MiB of memory"),
     ],
 )
@@ -83,7 +83,8 @@ def test_what_json_cannot_hold_is_no_conversation():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", hostile_templates.TEMPLATES)
-def test_every_hostile_template_ends(name):
+def test_every_hostile_template_ends(name, monkeypatch):
+    monkeypatch.setattr("edgekit.text.template.MAX_SECONDS", 0.3)
     try:
         said = ChatTemplate.compile(hostile_templates.TEMPLATES[name]).render(ASKED, {})
     except UsageError as refusal:
