@@ -354,7 +354,8 @@ def _largest_id(fields: Mapping[str, Any]) -> int:
     if not isinstance(vocabulary, dict):
         return -1
     added = fields.get("added_tokens")
-    contents = {it.get("content") for it in added or [] if isinstance(it, dict)}
+    tokens = [it for it in added if isinstance(it, dict)] if isinstance(added, list) else []
+    contents = {str(it.get("content")) for it in tokens}  # whoever reads them refuses others
     return max((id for token, id in vocabulary.items()
                 if token not in contents and isinstance(id, int)), default=-1)  # fmt: skip
 

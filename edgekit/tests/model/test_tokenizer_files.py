@@ -74,6 +74,13 @@ def test_an_end_that_is_also_the_start_is_not_put_before_text(files):
     assert not both.rules().adds_bos
 
 
+@pytest.mark.parametrize("added", [-1, 1e308, True, "x", {"a": 1}, [1], [{"content": []}]])
+def test_malformed_added_tokens_are_named(files, added):
+    files = change(files, added_tokens=added)
+    with pytest.raises(UsageError, match=r"tokenizer\.json: added_tokens is not a list"):
+        files.within(100_000)
+
+
 def test_a_malformed_post_processor_is_named(files):
     broken = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<x>"}}]}
     with pytest.raises(UsageError, match="post_processor is malformed"):
