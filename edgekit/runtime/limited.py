@@ -51,12 +51,13 @@ class Worker:
     def __init__(self, module: str) -> None:
         self._module = module
         self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0  # the process that started it
         self._lock = threading.Lock()
 
     def start(self) -> None:
         """Start the child and do not wait for it, so that the first answer comes sooner."""
         with self._lock:
-            self._process = self._process or self._start()
+            self._running()
 
     def ask(self, question: Mapping[str, Any], allowance: Allowance) -> dict[str, Any]:
         """Return the child's answer.
@@ -71,7 +72,7 @@ class Worker:
         """
         line = json.dumps({"allowance": asdict(allowance), "question": question}).encode()
         with self._lock:
-            process = self._process = self._process or self._start()
+            process = self._running()
             answer, is_late = _exchange(process, line, allowance.cpu_s * _CLOCK_PER_CPU)
             if answer.endswith(b"\n"):
                 found: dict[str, Any] = json.loads(answer)
@@ -83,6 +84,12 @@ class Worker:
         """End the child; the next question starts another."""
         with self._lock:
             self._close()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        """Return this process's child: a fork of its parent has pipes to the same one."""
+        if self._process is None or self._owner != os.getpid():
+            self._process, self._owner = self._start(), os.getpid()
+        return self._process
 
     def _start(self) -> subprocess.Popen[bytes]:
         atexit.register(self.close)

@@ -122,6 +122,18 @@ def test_it_ends_with_its_parent_even_if_that_is_killed(worker):
     assert not _is_running(pid)
 
 
+def test_a_fork_has_a_child_of_its_own(worker):
+    ask = "import os; from edgekit.runtime.limited import *; w = Worker('child_of_a_test')"
+    ask += "; who = lambda: w.ask({'do': 'who'}, Allowance(cpu_s=2, memory_bytes=1 << 28))['pid']"
+    ask += "; who(); fork = os.fork(); print(who(), flush=True); fork and os.wait()"
+    ask += "; fork or os._exit(0)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ask],
+        capture_output=True, text=True, check=True, env=environment(), timeout=60,
+    )  # fmt: skip
+    assert len(set(done.stdout.split())) == 2
+
+
 def _is_running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
