@@ -5,30 +5,66 @@ and what a runtime reads could be two models. Therefore a repeated key is refuse
 """
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from edgekit.encodings.files import is_file, require_file
+from edgekit.encodings.limits import (
+    SETTINGS_BYTES,
+    SETTINGS_MEMORY_BYTES,
+    TOKENIZER_BYTES,
+    VOCABULARY_MEMORY_BYTES,
+    check_size,
+)
 from edgekit.errors import BundleError, UsageError
 
+
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "runner_tokenizer.json")
+_COSTS = {"{": 240, "[": 80, ":": 190, ",": 60}  # bytes: what each opens, or comes before or after
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole one
 
 Refusal = type[UsageError] | type[BundleError]  # of what a user brings, of what a bundle holds
 
 
-def parse(text: str | bytes) -> Any:
+def parse(text: str | bytes, *, memory_bytes: int = SETTINGS_MEMORY_BYTES) -> Any:
     """Return the value that JSON text stands for.
 
+    Args:
+        text: In UTF-8, if bytes.
+        memory_bytes: What its value may take.
+
     Raises:
-        ValueError: If it is not JSON in UTF-8, has a key twice in one object, or is nested too
-            deeply.
+        ValueError: If it is not JSON in UTF-8, has a key twice in one object, is nested too deeply,
+            would take more memory, or has an integer of more than 4,300 digits or half a surrogate
+            pair.
     """
     if isinstance(text, bytes):
         text = text.decode()  # json would guess at other encodings
+    if _memory_bytes(text) > memory_bytes:
+        raise ValueError(f"it takes more than {memory_bytes >> 20} MiB of memory")
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    if _HALF_PAIR.search(text):
+        _refuse_half_pairs(value)
+    return value
+
+
+def _memory_bytes(text: str) -> int:
+    """Return about what the text and its value take in Python, rather too much than too little."""
+    letter_bytes = 1 if text.isascii() else 4
+    return letter_bytes * len(text) + sum(cost * text.count(at) for at, cost in _COSTS.items())
+
+
+def _refuse_half_pairs(value: Any) -> None:
+    """Refuse text that no file in UTF-8 can hold and no tokenizer reads."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a surrogate pair, which is not Unicode") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -41,7 +77,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_object(
-    text: str | bytes, *, origin: str | Path, refusal: Refusal = UsageError, hint: str = ""
+    text: str | bytes,
+    *,
+    origin: str | Path,
+    refusal: Refusal = UsageError,
+    hint: str = "",
+    memory_bytes: int = SETTINGS_MEMORY_BYTES,
 ) -> dict[str, Any]:
     """Return the object that JSON text stands for.
 
@@ -50,13 +91,14 @@ def parse_object(
         origin: Where it came from, for messages.
         refusal: What is raised; a damaged bundle is not the fault of what a user brought.
         hint: The way out.
+        memory_bytes: What its value may take.
 
     Raises:
         UsageError, BundleError: As ``refusal``, if it is not JSON, has a key twice, or is not an
             object.
     """
     try:
-        fields = parse(text)
+        fields = parse(text, memory_bytes=memory_bytes)
     except ValueError as error:
         raise refusal(f"{origin} is not JSON: {error}", hint=hint) from error
     if not isinstance(fields, dict):
@@ -68,14 +110,19 @@ def read_object(path: Path, *, refusal: Refusal = UsageError, hint: str = "") ->
     """Return the object in a JSON file; arguments and errors are those of `parse_object`.
 
     Raises:
-        UsageError, BundleError: As ``refusal``, also if the file is missing or cannot be read.
+        UsageError, BundleError: As ``refusal``, also if the file is missing, cannot be read or is
+            larger than any of its kind.
     """
     require_file(path, refusal=refusal, hint=hint)
+    is_vocabulary = path.name in _VOCABULARIES
+    most_bytes = TOKENIZER_BYTES if is_vocabulary else SETTINGS_BYTES
+    check_size(path, most_bytes, refusal=refusal, hint=hint)
     try:
         text = path.read_bytes()
     except OSError as error:
         raise refusal(f"{path} cannot be read: {error.strerror}", hint=hint) from error
-    return parse_object(text, origin=path, refusal=refusal, hint=hint)
+    memory_bytes = VOCABULARY_MEMORY_BYTES if is_vocabulary else SETTINGS_MEMORY_BYTES
+    return parse_object(text, origin=path, refusal=refusal, hint=hint, memory_bytes=memory_bytes)
 
 
 def read_object_if_there(path: Path, *, refusal: Refusal = UsageError) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Self
 from edgekit import installed
 from edgekit.encodings.files import is_file
 from edgekit.encodings.json_files import read_object_if_there
+from edgekit.encodings.limits import IDS_BEYOND
 from edgekit.errors import UsageError
 from edgekit.model import stops
 from edgekit.model.chat_templates import ChatTemplates
@@ -38,6 +39,7 @@ class TokenizerFiles:
     stop_ids_by_file: dict[str, tuple[int, ...]]  # which file declared which, for the report
     stop_strings: tuple[str, ...] = ()  # texts that end an answer and are not part of it
     templates: Mapping[str, str] = field(default_factory=dict)  # all there are, by name
+    template_files: Mapping[str, Path] = field(default_factory=dict)  # where each is, for messages
     template_call: TemplateCall = AS_IT_IS  # what it gets; its preamble begins the template
     notes: tuple[str, ...] = ()  # what was decided where the files disagree, one sentence each
 
@@ -75,6 +77,7 @@ class TokenizerFiles:
             stop_ids_by_file=ends.by_file,
             stop_strings=stops.strings(generation_config, generation),
             templates=found.by_name,
+            template_files=found.files,
             notes=(*ends.notes, *found.notes),
         )
 
@@ -126,7 +129,8 @@ class TokenizerFiles:
         """Return the same files for an embedding of so many rows, without special tokens beyond.
 
         Raises:
-            UsageError: If text can become an id that has no row.
+            UsageError: If text can become an id that has no row, or an added token has an absurd
+                one, for which some formats would make a row.
         """
         largest = _largest_merged_id(self.tokenizer_json)
         if largest >= rows:
@@ -136,6 +140,13 @@ class TokenizerFiles:
                 hint="is this another model's tokenizer?",
             )
         ids = added_tokens(self.tokenizer_json)
+        lowest, highest = min(ids.values(), default=0), max(ids.values(), default=0)
+        if not 0 <= lowest <= highest < rows + IDS_BEYOND:
+            raise UsageError(
+                f"{self.tokenizer_json} has added tokens with ids from {lowest} to {highest}, the "
+                f"model has {rows} embeddings",
+                hint="is this another model's tokenizer?",
+            )
         beyond = {
             name: token for name, token in self.special_tokens.items() if ids.get(token, 0) >= rows
         }
@@ -343,7 +354,8 @@ def _largest_id(fields: Mapping[str, Any]) -> int:
     if not isinstance(vocabulary, dict):
         return -1
     added = fields.get("added_tokens")
-    contents = {it.get("content") for it in added or [] if isinstance(it, dict)}
+    tokens = [it for it in added if isinstance(it, dict)] if isinstance(added, list) else []
+    contents = {str(it.get("content")) for it in tokens}  # whoever reads them refuses others
     return max((id for token, id in vocabulary.items()
                 if token not in contents and isinstance(id, int)), default=-1)  # fmt: skip
 

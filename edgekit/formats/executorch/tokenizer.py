@@ -179,9 +179,9 @@ def main(tokenizer_json: str) -> dict[str, Any]:
         return {"missing": str(error)}
     try:
         tokenizer.load(tokenizer_json)
+        return {"ids": [list(tokenizer.encode(text)) for text in json.load(sys.stdin)]}
     except RuntimeError:  # Unigram, for one
         return {"ids": None}
-    return {"ids": [list(tokenizer.encode(text)) for text in json.load(sys.stdin)]}
 
 
 if __name__ == "__main__":

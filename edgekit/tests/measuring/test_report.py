@@ -15,7 +15,7 @@ from edgekit.tests.tiny.pretend_format import make_bundle, make_target
 from edgekit.tests.witnesses import javascript_clients
 
 
-HOSTILE = "</title><script>alert('ü & \x07')</script>"
+HOSTILE = "</title><script>alert('ü & \x07\u202e')</script>"
 
 
 @pytest.fixture
@@ -184,6 +184,7 @@ def test_names_are_escaped_wherever_they_appear(hostile):
 
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 6
+    assert not {"\x07", "\u202e"} & {*page, *report.as_text(hostile)}
     assert len(suite_of(hostile)) == 7
     json.loads(report.as_json(hostile))
 

@@ -74,6 +74,13 @@ def test_an_end_that_is_also_the_start_is_not_put_before_text(files):
     assert not both.rules().adds_bos
 
 
+@pytest.mark.parametrize("added", [-1, 1e308, True, "x", {"a": 1}, [1], [{"content": []}]])
+def test_malformed_added_tokens_are_named(files, added):
+    files = change(files, added_tokens=added)
+    with pytest.raises(UsageError, match=r"tokenizer\.json: added_tokens is not a list"):
+        files.within(100_000)
+
+
 def test_a_malformed_post_processor_is_named(files):
     broken = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<x>"}}]}
     with pytest.raises(UsageError, match="post_processor is malformed"):
@@ -101,6 +108,15 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(files):
     largest = max(gguf_vocabularies.token_ids(files).values())
     with pytest.raises(UsageError, match=f"has the token id {largest}, the model has {largest} "):
         files.within(largest)
+
+
+@pytest.mark.parametrize("id", [-1, 10**7, 2**31, 2**40])
+def test_an_added_token_with_an_absurd_id_is_refused_before_a_format_makes_rows_for_it(files, id):
+    rows = 1 + max(gguf_vocabularies.token_ids(files).values())
+    added = json.loads(files.tokenizer_json.read_text(encoding="utf-8"))["added_tokens"]
+    files = change(files, added_tokens=[*added, added[0] | {"id": id, "content": "<far>"}])
+    with pytest.raises(UsageError, match=f"ids from .*{id}.*, the model has {rows} embeddings"):
+        files.within(rows)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import MissingDependencyError
 from edgekit.formats.executorch import app_kit, tokenizer
 from edgekit.formats.executorch.tokenizer import RUNNER_COPY, Preparation
@@ -14,6 +15,7 @@ from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 from edgekit.tests.tiny.tokenizers import VOICES, train
 from edgekit.tests.witnesses.tiny_runner import sentencepiece_tokenizer
 from edgekit.text import corpus
+from edgekit.text.template import TemplateCall
 
 
 pytestmark = pytest.mark.toolchain
@@ -104,6 +106,15 @@ def test_a_missing_tokenizer_package_is_named(tmp_path, monkeypatch):
     assert "edgekit[executorch]" in refusal.value.hint
 
 
+def test_a_tokenizer_over_which_the_runner_fails_has_no_copy(tmp_path):
+    path = _tiny_checkpoint(tmp_path).text.tokenizer_json
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    assert tokenizer.runner_ids(path, ["a!"]) == [[64, 0]]
+    fields["added_tokens"][0]["id"] = 0  # the id of "!"
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    assert tokenizer.runner_ids(path, ["a!"]) is None
+
+
 # What lies next to the program
 
 
@@ -141,6 +152,17 @@ def test_the_lines_for_kotlin_and_swift_prepare_a_prompt_as_edgekit_does(checkpo
         re.findall(r'  of: "(.*)", with: "\$1"', readme)[0],
     ):
         assert re.sub(json.loads(f'"{pattern}"'), r"\1", text) == prepared
+
+
+def test_a_template_does_not_leave_its_place_in_the_readme(checkpoint, tmp_path):
+    hostile = '```\n````kotlin\n# ${evil()} \\(evil()) " \x1b\x0c '
+    source = "{{ before }}{{ messages[0].content }}<|end|>"
+    files = checkpoint.text.with_template(source, TemplateCall(variables={"before": hostile}))
+    readme = hand_over(replace(checkpoint, text=files), tmp_path)
+    block = readme.split("`````\n")[1]
+    assert block.startswith(hostile)
+    assert '"```\\n````kotlin\\n# \\${evil()} \\\\(evil()) \\" \\u001b\\u000c "' in readme
+    assert '"```\\n````kotlin\\n# ${evil()} \\\\(evil()) \\" \\u{1b}\\u{c} "' in readme
 
 
 def test_every_prompt_becomes_its_ids_in_the_runner(checkpoint, tmp_path):
