@@ -17,6 +17,7 @@ import pytest
 import edgekit
 from edgekit import cli as cli_module
 from edgekit.cli import cli, main
+from edgekit.encodings.visible import visible_lines
 from edgekit.errors import ToolchainError, UsageError
 from edgekit.plan import Choice
 from edgekit.plan import make as make_plan
@@ -285,7 +286,7 @@ def test_run_streams_an_answer_and_json_gives_the_numbers(tiny_bundle, capsys):
     assert answer["answer_tokens"] <= 5
     assert answer["prompt_tokens"] > 0
     _, text, _ = run(capsys, "run", tiny_bundle, "hello", "--max-tokens", 5, "--threads", 1)
-    assert text == answer["text"] + "\n"
+    assert text == visible_lines(answer["text"]) + "\n"
 
 
 @pytest.mark.toolchain
