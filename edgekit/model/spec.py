@@ -12,8 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "relu2", "xielu"]
 Shape = tuple[int, ...]
+
+# xIELU (Huang and Schlag 2024) has two learned slopes a layer, stored before their softplus:
+# x > 0: softplus(xielu_positive) x^2 + beta x
+# else: (beta + softplus(xielu_negative)) (expm1(min(x, epsilon)) - x) + beta x
+XIELU_BETA = 0.5
+XIELU_EPSILON = -1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +157,39 @@ class Rope:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueryGrowth:
+    """Queries that grow with their position, by a step at every multiple of a length.
+
+    A rotated query at position p is multiplied by ``1 + rate * ln(1 + floor(p / step_tokens))``:
+    nothing in the first ``step_tokens`` positions. Source: Llama 4, Ministral 3 in transformers 5.
+    """
+
+    rate: float
+    step_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multipliers:
+    """What muP multiplies with, folded into weights when a checkpoint reads them.
+
+    No format sees them: `Checkpoint.weight` returns the products. What multiplies scores is in the
+    queries (their norm, if they have one), on top of ``softmax_scale``.
+    """
+
+    embedding: float = 1.0
+    query: float = 1.0
+    residual: float = 1.0  # what attention and the MLP add
+    logits: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Grouped-query attention; the same in every layer."""
+    """Grouped-query attention; the same in every layer.
+
+    ``head_norms`` says how the norms of queries and keys see the heads: ``alike``, each head by
+    itself with one row of weights for all; ``apart``, each with a row of its own (StableLM 2 12B);
+    ``together``, one norm over the channels of all heads (OLMo 2).
+    """
 
     heads: int
     num_kv_heads: int
@@ -160,7 +197,9 @@ class Attention:
     softmax_scale: float  # multiplies q · k
     attn_logit_softcap: float | None = None  # Gemma 2: cap * tanh(score / cap)
     query_key_norm: Norm | None = None
-    has_norm_per_head: bool = False  # StableLM 2 12B: one weight row per head, not one for all
+    head_norms: Literal["alike", "apart", "together"] = "alike"
+    normalizes_after_rope: bool = False  # HunYuan: queries and keys, once they are rotated
+    query_growth: "QueryGrowth | None" = None  # Ministral 3
     has_qkv_bias: bool = False
     has_output_bias: bool = False
 
@@ -185,10 +224,11 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
-    """A decoder-only transformer with a gated MLP.
+    """A decoder-only transformer.
 
     ``serial`` residuals add attention before the MLP reads; ``parallel`` ones let both read the
-    same normalized input.
+    same normalized input. The MLP is ``down(activation(gate(x)) * up(x))``, or without a gate
+    ``down(activation(up(x)))``.
     """
 
     vocab_size: int
@@ -200,8 +240,12 @@ class DecoderSpec:
     norm: Norm
     activation: Activation = "silu"
     residual: Literal["serial", "parallel"] = "serial"
+    has_pre_norms: bool = True  # OLMo 2 has none before attention and before the MLP
     has_post_norms: bool = False  # Gemma 2: also after attention and after the MLP
+    is_gated: bool = True
     has_mlp_bias: bool = False
+    has_head_bias: bool = False
+    multipliers: Multipliers = Multipliers()  # already in the weights
     embedding_scale: float = 1.0
     final_logit_softcap: float | None = None
     is_tied: bool = False  # the output head is the token embedding
@@ -218,11 +262,17 @@ class DecoderSpec:
         yield from _norm_weights("final_norm", self.norm, (self.hidden_size,))
         if not self.is_tied:
             yield "output_head", (self.vocab_size, self.hidden_size)
+        if self.has_head_bias:
+            yield "output_head_bias", (self.vocab_size,)
 
     def within(self, context_tokens: int) -> Self:
-        """Return the decoder of texts this long at most: a window that none outgrows is none."""
+        """Return the decoder of texts this long at most: what none of them reaches is left out."""
+        growth = self.attention.query_growth
+        if growth and growth.step_tokens >= context_tokens:
+            growth = None
         return replace(
             self,
+            attention=replace(self.attention, query_growth=growth),
             layers=tuple(
                 replace(layer, window_tokens=None)
                 if layer.window_tokens is not None and layer.window_tokens >= context_tokens
@@ -255,18 +305,19 @@ class DecoderSpec:
 
     def _layer_weights(self) -> Iterator[tuple[str, Shape]]:
         hidden = (self.hidden_size,)
-        yield from _norm_weights("attention_norm", self.norm, hidden)
+        if self.has_pre_norms:
+            yield from _norm_weights("attention_norm", self.norm, hidden)
         yield from self._attention_weights()
         if self.has_post_norms:
             yield from _norm_weights("attention_post_norm", self.norm, hidden)
-        if self.residual == "serial":
+        if self.has_pre_norms and self.residual == "serial":
             yield from _norm_weights("mlp_norm", self.norm, hidden)
-        yield from _linear_weights(
-            "gate", self.intermediate_size, self.hidden_size, self.has_mlp_bias
-        )
-        yield from _linear_weights(
-            "up", self.intermediate_size, self.hidden_size, self.has_mlp_bias
-        )
+        for role in ("gate", "up") if self.is_gated else ("up",):
+            yield from _linear_weights(
+                role, self.intermediate_size, self.hidden_size, self.has_mlp_bias
+            )
+        if self.activation == "xielu":
+            yield from (("xielu_positive", (1,)), ("xielu_negative", (1,)))
         yield from _linear_weights(
             "down", self.hidden_size, self.intermediate_size, self.has_mlp_bias
         )
@@ -280,8 +331,12 @@ class DecoderSpec:
         yield from _linear_weights("value", a.key_value_width, hidden, a.has_qkv_bias)
         if a.query_key_norm:
             for role, heads in (("query_norm", a.heads), ("key_norm", a.num_kv_heads)):
-                shape = (heads, a.head_dim) if a.has_norm_per_head else (a.head_dim,)
-                yield from _norm_weights(role, a.query_key_norm, shape)
+                shapes = {
+                    "alike": (a.head_dim,),
+                    "apart": (heads, a.head_dim),
+                    "together": (heads * a.head_dim,),
+                }
+                yield from _norm_weights(role, a.query_key_norm, shapes[a.head_norms])
         yield from _linear_weights("attention_output", hidden, a.query_width, a.has_output_bias)
 
 
