@@ -287,6 +287,34 @@ class DecoderSpec:
         norm = self.attention.query_key_norm if part in {"query_norm", "key_norm"} else self.norm
         return part.endswith("norm") and norm is not None and norm.unit_offset
 
+    def multiplier(self, role: str) -> float:
+        """Return what a stored weight is multiplied with, so that nothing else need be.
+
+        What the layers add is scaled in the norms after attention and MLP where there are any;
+        scores in the norm of the queries; and logits in the last norm, which also takes back what
+        an embedding that is the head brings.
+        """
+        part, by = role.rpartition(".")[2].removesuffix("_bias"), self.multipliers
+        last = {"attention_post_norm", "mlp_post_norm"}
+        if part in (last if self.has_post_norms else {"attention_output", "down"}):
+            return by.residual
+        if part == ("query_norm" if self.attention.query_key_norm else "query"):
+            return by.query
+        if part == "token_embedding":
+            return by.embedding
+        if part == "final_norm":
+            return by.logits / by.embedding if self.is_tied else by.logits
+        return by.logits if role == "output_head_bias" else 1.0
+
+    def rotated_pairs(self, role: str) -> "Pairs | None":
+        """Return which of a weight's rows are rotated channels, None if none are."""
+        rope = next((layer.rope for layer in self.layers if layer.rope), None)
+        part = role.rpartition(".")[2].removesuffix("_bias")
+        if rope is None or part not in {"query", "key", "query_norm", "key_norm"}:
+            return None
+        is_apart = part.endswith("norm") and self.attention.head_norms == "apart"
+        return Pairs(self.attention.head_dim, rope.width, axis=1 if is_apart else 0)
+
     @property
     def original_max_position_embeddings(self) -> int | None:
         """The smallest border of its ropes."""
@@ -355,6 +383,15 @@ def _norm_weights(role: str, norm: Norm, shape: Shape) -> Iterator[tuple[str, Sh
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Channels of heads that are rotated two by two: the first ``rotated`` of each ``head_dim``."""
+
+    head_dim: int
+    rotated: int
+    axis: Literal[0, 1] = 0  # of the weight: the one that counts channels
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a weight lives in the checkpoint: a tensor, or some rows of a fused one.
 
@@ -366,6 +403,7 @@ class Source:
     first_row: int = 0
     rows: int | None = None  # None: all of them
     siblings: tuple[str, ...] = ()
+    neighbours: Pairs | None = None  # stored with the two channels of each pair side by side
 
     @property
     def tensors(self) -> tuple[str, ...]:

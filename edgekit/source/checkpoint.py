@@ -27,6 +27,7 @@ from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.quant.rounding import from_bfloat16
 from edgekit.source import bitsandbytes_tensors, decoder_tensors, families, places, wrapped
 from edgekit.source.config import Config
+from edgekit.source.made_tensors import PairOrder
 from edgekit.source.names import USUAL, Naming, listed
 
 
@@ -243,6 +244,9 @@ class Checkpoint:
     ) -> "npt.NDArray[np.float32]":
         """Return one weight of ``spec.weights()``, or some rows of it, in float32.
 
+        What the files keep is put in the order of `DecoderSpec` and multiplied with what the spec
+        has for it: no other part of edgekit knows of either.
+
         Raises:
             UsageError: If it holds NaN or infinity; the message names the tensor.
         """
@@ -257,7 +261,12 @@ class Checkpoint:
                 f"{source.tensor} in {self.directory} holds NaN or infinity",
                 hint="the training diverged, or the file was damaged; take an earlier checkpoint",
             )
-        return values
+        multiplier = np.float32(self.spec.multiplier(role))
+        if multiplier == 1:
+            return values
+        one = np.float32(self.spec.unit_offset(role))  # what a norm multiplies by is one more
+        scaled: npt.NDArray[np.float32] = (values + one) * multiplier - one
+        return scaled
 
     def blocks(
         self, role: str, *, row_multiple: int = 1
@@ -285,9 +294,12 @@ class Checkpoint:
         return dict(self.spec.weights())
 
     def _tensor(self, source: Source) -> Tensor:
+        tensor = self.tensors[source.tensor]
         if source.siblings:
-            return StackedTensors(tuple(self.tensors[name] for name in source.tensors))
-        return self.tensors[source.tensor]
+            tensor = StackedTensors(tuple(self.tensors[name] for name in source.tensors))
+        if source.neighbours is None:
+            return tensor
+        return PairOrder(base=tensor, pairs=source.neighbours, to="halves")
 
     def refuse_mismatch(self) -> None:
         """Check that every weight is there in its shape and every tensor is used.
