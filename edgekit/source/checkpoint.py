@@ -269,9 +269,9 @@ class Checkpoint:
         multiplier = np.float32(self.spec.multiplier(role))
         if multiplier == 1:
             return values
-        one = np.float32(self.spec.unit_offset(role))  # what a norm multiplies by is one more
-        scaled: npt.NDArray[np.float32] = (values + one) * multiplier - one
-        return scaled
+        if self.spec.unit_offset(role):  # what the norm multiplies with is one more
+            return (values + 1) * multiplier - 1
+        return values * multiplier
 
     def blocks(
         self, role: str, *, row_multiple: int = 1
