@@ -198,7 +198,7 @@ class Checkpoint:
             quantization=quantization,
             stored_names=decoder.naming,
             wrapper=text.wrapper,
-            notes=(*_family_notes(architecture), *unknown, *decoder.notes),
+            notes=(*_family_notes(architecture, spec, text.wrapper), *unknown, *decoder.notes),
         )
         checkpoint.refuse_mismatch()
         return checkpoint
@@ -382,11 +382,17 @@ def _architectures(
     return {"architectures": family.config(spec)["architectures"]} if text.wrapper else {}
 
 
-def _family_notes(architecture: str) -> Iterator[str]:
+def _family_notes(architecture: str, spec: DecoderSpec, wrapper: str | None) -> Iterator[str]:
     if maker := families.origin(architecture):
         yield (
             f"what models of type {architecture!r} compute is described by {maker}, which is not "
             "part of edgekit"
+        )
+    if wrapper and spec.multipliers.logits != 1:
+        yield (
+            f"logits are multiplied by {spec.multipliers.logits:g}, as the text model alone does; "
+            f"transformers 5.24 forgets that in some models that see, so that {wrapper} may sample "
+            "otherwise there"
         )
 
 
