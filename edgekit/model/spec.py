@@ -1,7 +1,7 @@
 """A decoder as data: everything in which small language models differ.
 
 A family reads a ``config.json`` into a `DecoderSpec`; a format turns a `DecoderSpec` into its own
-keys, graph or module. Neither knows the other, so seven families and four formats are eleven files.
+keys, graph or module. Neither knows the other.
 
 Weights carry format-neutral role names: ``token_embedding``, ``layers.3.query``, ``final_norm``.
 """
@@ -14,8 +14,14 @@ from typing import Literal, Self
 from edgekit.errors import UsageError
 
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "relu2", "xielu"]
 Shape = tuple[int, ...]
+
+# xIELU (Huang and Schlag 2024) has two learned slopes a layer, stored before their softplus:
+# x > 0: softplus(xielu_positive) x^2 + beta x
+# else: (beta + softplus(xielu_negative)) (expm1(min(x, epsilon)) - x) + beta x
+XIELU_BETA = 0.5
+XIELU_EPSILON = -1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +171,39 @@ class Rope:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueryGrowth:
+    """Queries that grow with their position, by a step at every multiple of a length.
+
+    A rotated query at position p is multiplied by ``1 + rate * ln(1 + floor(p / step_tokens))``:
+    nothing in the first ``step_tokens`` positions. Source: Llama 4, Ministral 3 in transformers 5.
+    """
+
+    rate: float
+    step_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multipliers:
+    """What muP multiplies with, folded into weights when a checkpoint reads them.
+
+    No format sees them: `Checkpoint.weight` returns the products. What multiplies scores is in the
+    queries (their norm, if they have one), on top of ``softmax_scale``.
+    """
+
+    embedding: float = 1.0
+    query: float = 1.0
+    residual: float = 1.0  # what attention and the MLP add
+    logits: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Grouped-query attention; the same in every layer."""
+    """Grouped-query attention; the same in every layer.
+
+    ``head_norms`` says how the norms of queries and keys see the heads: ``alike``, each head by
+    itself with one row of weights for all; ``apart``, each with a row of its own (StableLM 2 12B);
+    ``together``, one norm over the channels of all heads (OLMo 2).
+    """
 
     heads: int
     num_kv_heads: int
@@ -174,7 +211,9 @@ class Attention:
     softmax_scale: float  # multiplies q · k
     attn_logit_softcap: float | None = None  # Gemma 2: cap * tanh(score / cap)
     query_key_norm: Norm | None = None
-    has_norm_per_head: bool = False  # StableLM 2 12B: one weight row per head, not one for all
+    head_norms: Literal["alike", "apart", "together"] = "alike"
+    normalizes_after_rope: bool = False  # HunYuan: queries and keys, once they are rotated
+    query_growth: "QueryGrowth | None" = None  # Ministral 3
     has_qkv_bias: bool = False
     has_output_bias: bool = False
 
@@ -199,10 +238,11 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
-    """A decoder-only transformer with a gated MLP.
+    """A decoder-only transformer.
 
     ``serial`` residuals add attention before the MLP reads; ``parallel`` ones let both read the
-    same normalized input.
+    same normalized input. The MLP is ``down(activation(gate(x)) * up(x))``, or without a gate
+    ``down(activation(up(x)))``.
     """
 
     vocab_size: int
@@ -214,8 +254,12 @@ class DecoderSpec:
     norm: Norm
     activation: Activation = "silu"
     residual: Literal["serial", "parallel"] = "serial"
+    has_pre_norms: bool = True  # OLMo 2 has none before attention and before the MLP
     has_post_norms: bool = False  # Gemma 2: also after attention and after the MLP
+    is_gated: bool = True
     has_mlp_bias: bool = False
+    has_head_bias: bool = False
+    multipliers: Multipliers = Multipliers()  # already in the weights
     embedding_scale: float = 1.0
     final_logit_softcap: float | None = None
     is_tied: bool = False  # the output head is the token embedding
@@ -232,11 +276,17 @@ class DecoderSpec:
         yield from _norm_weights("final_norm", self.norm, (self.hidden_size,))
         if not self.is_tied:
             yield "output_head", (self.vocab_size, self.hidden_size)
+        if self.has_head_bias:
+            yield "output_head_bias", (self.vocab_size,)
 
     def within(self, context_tokens: int) -> Self:
-        """Return the decoder of texts this long at most: a window that none outgrows is none."""
+        """Return the decoder of texts this long at most: what none of them reaches is left out."""
+        growth = self.attention.query_growth
+        if growth and growth.step_tokens >= context_tokens:
+            growth = None
         return replace(
             self,
+            attention=replace(self.attention, query_growth=growth),
             layers=tuple(
                 replace(layer, window_tokens=None)
                 if layer.window_tokens is not None and layer.window_tokens >= context_tokens
@@ -250,6 +300,34 @@ class DecoderSpec:
         part = role.rpartition(".")[2]
         norm = self.attention.query_key_norm if part in {"query_norm", "key_norm"} else self.norm
         return part.endswith("norm") and norm is not None and norm.unit_offset
+
+    def multiplier(self, role: str) -> float:
+        """Return what a stored weight is multiplied with, so that nothing else need be.
+
+        What the layers add is scaled in the norms after attention and MLP where there are any;
+        scores in the norm of the queries; and logits in the last norm, which also takes back what
+        an embedding that is the head brings.
+        """
+        part, by = role.rpartition(".")[2].removesuffix("_bias"), self.multipliers
+        last = {"attention_post_norm", "mlp_post_norm"}
+        if part in (last if self.has_post_norms else {"attention_output", "down"}):
+            return by.residual
+        if part == ("query_norm" if self.attention.query_key_norm else "query"):
+            return by.query
+        if part == "token_embedding":
+            return by.embedding
+        if part == "final_norm":
+            return by.logits / by.embedding if self.is_tied else by.logits
+        return by.logits if role == "output_head_bias" else 1.0
+
+    def rotated_pairs(self, role: str) -> "Pairs | None":
+        """Return which of a weight's rows are rotated channels, None if none are."""
+        rope = next((layer.rope for layer in self.layers if layer.rope), None)
+        part = role.rpartition(".")[2].removesuffix("_bias")
+        if rope is None or part not in {"query", "key", "query_norm", "key_norm"}:
+            return None
+        is_apart = part.endswith("norm") and self.attention.head_norms == "apart"
+        return Pairs(self.attention.head_dim, rope.width, axis=1 if is_apart else 0)
 
     @property
     def original_max_position_embeddings(self) -> int | None:
@@ -269,18 +347,19 @@ class DecoderSpec:
 
     def _layer_weights(self) -> Iterator[tuple[str, Shape]]:
         hidden = (self.hidden_size,)
-        yield from _norm_weights("attention_norm", self.norm, hidden)
+        if self.has_pre_norms:
+            yield from _norm_weights("attention_norm", self.norm, hidden)
         yield from self._attention_weights()
         if self.has_post_norms:
             yield from _norm_weights("attention_post_norm", self.norm, hidden)
-        if self.residual == "serial":
+        if self.has_pre_norms and self.residual == "serial":
             yield from _norm_weights("mlp_norm", self.norm, hidden)
-        yield from _linear_weights(
-            "gate", self.intermediate_size, self.hidden_size, self.has_mlp_bias
-        )
-        yield from _linear_weights(
-            "up", self.intermediate_size, self.hidden_size, self.has_mlp_bias
-        )
+        for role in ("gate", "up") if self.is_gated else ("up",):
+            yield from _linear_weights(
+                role, self.intermediate_size, self.hidden_size, self.has_mlp_bias
+            )
+        if self.activation == "xielu":
+            yield from (("xielu_positive", (1,)), ("xielu_negative", (1,)))
         yield from _linear_weights(
             "down", self.hidden_size, self.intermediate_size, self.has_mlp_bias
         )
@@ -294,8 +373,12 @@ class DecoderSpec:
         yield from _linear_weights("value", a.key_value_width, hidden, a.has_qkv_bias)
         if a.query_key_norm:
             for role, heads in (("query_norm", a.heads), ("key_norm", a.num_kv_heads)):
-                shape = (heads, a.head_dim) if a.has_norm_per_head else (a.head_dim,)
-                yield from _norm_weights(role, a.query_key_norm, shape)
+                shapes = {
+                    "alike": (a.head_dim,),
+                    "apart": (heads, a.head_dim),
+                    "together": (heads * a.head_dim,),
+                }
+                yield from _norm_weights(role, a.query_key_norm, shapes[a.head_norms])
         yield from _linear_weights("attention_output", hidden, a.query_width, a.has_output_bias)
 
 
@@ -314,6 +397,15 @@ def _norm_weights(role: str, norm: Norm, shape: Shape) -> Iterator[tuple[str, Sh
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Channels of heads that are rotated two by two: the first ``rotated`` of each ``head_dim``."""
+
+    head_dim: int
+    rotated: int
+    axis: Literal[0, 1] = 0  # of the weight: the one that counts channels
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a weight lives in the checkpoint: a tensor, or some rows of a fused one.
 
@@ -325,6 +417,7 @@ class Source:
     first_row: int = 0
     rows: int | None = None  # None: all of them
     siblings: tuple[str, ...] = ()
+    neighbours: Pairs | None = None  # stored with the two channels of each pair side by side
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, TypeAlias, assert_never
 
 from edgekit.errors import UsageError
 from edgekit.formats import DecoderWeights
-from edgekit.model.spec import Activation, Attention, DecoderSpec, Layer, Norm, Rope
+from edgekit.model.spec import (
+    XIELU_BETA,
+    XIELU_EPSILON,
+    Activation,
+    Attention,
+    DecoderSpec,
+    Layer,
+    Norm,
+    QueryGrowth,
+    Rope,
+)
 from edgekit.progress import Advance
 from edgekit.runtime import reading
 
@@ -195,23 +205,25 @@ def apply_head(model: DecoderWeights, states: "torch.Tensor") -> "torch.Tensor":
         rows = min(block, spec.vocab_size - first)
         head = torch.from_numpy(model.weight(role, first, rows))
         torch.matmul(states, head.T, out=found[:, first : first + rows])
+    if spec.has_head_bias:
+        found += torch.from_numpy(model.weight("output_head_bias"))
     return found if spec.final_logit_softcap is None else _cap(found, spec.final_logit_softcap)
 
 
 def _apply_layer(
     spec: DecoderSpec, layer: Layer, weights: _Weights, x: "torch.Tensor"
 ) -> "torch.Tensor":
-    read = _normalize(spec.norm, weights, "attention_norm", x)
+    read = _normalize(spec.norm, weights, "attention_norm", x) if spec.has_pre_norms else x
     attended = _attend(spec.attention, layer, weights, read)
     if spec.has_post_norms:
         attended = _normalize(spec.norm, weights, "attention_post_norm", attended)
-    if spec.residual == "parallel":
-        return x + attended + _apply_mlp(spec, weights, read)
-    x = x + attended
-    changed = _apply_mlp(spec, weights, _normalize(spec.norm, weights, "mlp_norm", x))
+    if spec.residual == "serial":
+        x = x + attended
+        read = _normalize(spec.norm, weights, "mlp_norm", x) if spec.has_pre_norms else x
+    changed = _apply_mlp(spec, weights, read)
     if spec.has_post_norms:
         changed = _normalize(spec.norm, weights, "mlp_post_norm", changed)
-    return x + changed
+    return x + changed if spec.residual == "serial" else x + attended + changed
 
 
 def _normalize(norm: Norm, weights: _Weights, role: str, x: "torch.Tensor") -> "torch.Tensor":
@@ -225,13 +237,16 @@ def _normalize(norm: Norm, weights: _Weights, role: str, x: "torch.Tensor") -> "
 
 
 def _apply_mlp(spec: DecoderSpec, weights: _Weights, x: "torch.Tensor") -> "torch.Tensor":
-    gate = weights.project("gate", x, has_bias=spec.has_mlp_bias)
     up = weights.project("up", x, has_bias=spec.has_mlp_bias)
-    activated = _activate(spec.activation, gate) * up
+    if spec.is_gated:
+        gate = weights.project("gate", x, has_bias=spec.has_mlp_bias)
+        activated = _activate(spec.activation, weights, gate) * up
+    else:
+        activated = _activate(spec.activation, weights, up)
     return weights.project("down", activated, has_bias=spec.has_mlp_bias)
 
 
-def _activate(activation: Activation, x: "torch.Tensor") -> "torch.Tensor":
+def _activate(activation: Activation, weights: _Weights, x: "torch.Tensor") -> "torch.Tensor":
     from torch.nn import functional
 
     match activation:
@@ -239,16 +254,39 @@ def _activate(activation: Activation, x: "torch.Tensor") -> "torch.Tensor":
             return functional.silu(x)
         case "gelu_tanh":
             return functional.gelu(x, approximate="tanh")
+        case "relu2":
+            return x.relu().square()
+        case "xielu":
+            return _xielu(x, weights["xielu_positive"], weights["xielu_negative"])
         case _:
             assert_never(activation)
+
+
+def _xielu(x: "torch.Tensor", positive: "torch.Tensor", negative: "torch.Tensor") -> "torch.Tensor":
+    import torch
+    from torch.nn import functional
+
+    rising = functional.softplus(positive) * x.square()
+    below = x.clamp(max=XIELU_EPSILON).expm1() - x
+    falling = (XIELU_BETA + functional.softplus(negative)) * below
+    return torch.where(x > 0, rising, falling) + XIELU_BETA * x
 
 
 def _attend(
     attention: Attention, layer: Layer, weights: _Weights, x: "torch.Tensor"
 ) -> "torch.Tensor":
     query, key, value = _project(attention, weights, x)
+    norm, normalizes_last = attention.query_key_norm, attention.normalizes_after_rope
+    if norm and not normalizes_last:
+        query = _normalize_heads(attention, norm, weights, "query_norm", query)
+        key = _normalize_heads(attention, norm, weights, "key_norm", key)
     if layer.rope:
         query, key = _rotate(layer.rope, query), _rotate(layer.rope, key)
+    if norm and normalizes_last:
+        query = _normalize_heads(attention, norm, weights, "query_norm", query)
+        key = _normalize_heads(attention, norm, weights, "key_norm", key)
+    if attention.query_growth:
+        query = _grow(attention.query_growth, query)
     # (tokens, heads, width) -> (heads, tokens, width)
     query, key, value = (part.transpose(0, 1) for part in (query, key, value))
     shared_by = attention.heads // attention.num_kv_heads
@@ -272,11 +310,23 @@ def _project(
             ("value", attention.num_kv_heads),
         )
     )
-    norm = attention.query_key_norm
-    if norm:
-        query = _normalize(norm, weights, "query_norm", query)
-        key = _normalize(norm, weights, "key_norm", key)
     return query, key, value
+
+
+def _normalize_heads(
+    attention: Attention, norm: Norm, weights: _Weights, role: str, x: "torch.Tensor"
+) -> "torch.Tensor":
+    """Normalize ``(tokens, heads, head width)``: each head, or all channels of a token."""
+    if attention.head_norms == "together":
+        return _normalize(norm, weights, role, x.flatten(1)).view_as(x)
+    return _normalize(norm, weights, role, x)
+
+
+def _grow(growth: QueryGrowth, query: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    steps = torch.arange(len(query)) // growth.step_tokens
+    return query * (1 + growth.rate * steps.to(torch.float32).log1p())[:, None, None]
 
 
 def _rotate(rope: Rope, x: "torch.Tensor") -> "torch.Tensor":

@@ -26,8 +26,16 @@ from edgekit.model.checkpoint_protocol import BLOCK_WEIGHTS, Calibration, Tensor
 from edgekit.model.spec import DecoderSpec, Shape, Source
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.quant.rounding import from_bfloat16
-from edgekit.source import bitsandbytes_tensors, decoder_tensors, families, places, wrapped
+from edgekit.source import (
+    bitsandbytes_tensors,
+    decoder_tensors,
+    families,
+    places,
+    unsupported,
+    wrapped,
+)
 from edgekit.source.config import Config
+from edgekit.source.made_tensors import PairOrder
 from edgekit.source.names import USUAL, Naming, listed
 
 
@@ -64,14 +72,14 @@ class StoredTensor:
         return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
     def read(self, first_row: int = 0, rows: int | None = None) -> "npt.NDArray[np.float32]":
-        """Return some rows, or all, in float32.
+        """Return some rows, or all, in float32; a number without dimensions is one row.
 
         Raises:
             UsageError: If the file became shorter.
         """
         import numpy as np
 
-        rows = self.shape[0] - first_row if rows is None else rows
+        rows = math.prod(self.shape[:1]) - first_row if rows is None else rows
         row_items = math.prod(self.shape[1:])
         stored = np.dtype(_STORED[self.dtype])
         values = np.fromfile(
@@ -167,11 +175,9 @@ class Checkpoint:
         """
         path = directory / "config.json"
         text = wrapped.text_model(_read_config(directory), origin=str(path))
-        architecture = _architecture(directory, text.fields)
-        family = families.get(architecture)
-        config = Config(
-            text.fields, origin=f"{path}: {text.section}" if text.section else str(path)
-        )
+        origin = f"{path}: {text.section}" if text.section else str(path)
+        architecture = _architecture(text.fields, origin=origin)
+        family, config = families.get(architecture), Config(text.fields, origin=origin)
         is_four_bit = bitsandbytes_tensors.is_four_bit(text.fields, origin=config.origin)
         config.ignore(bitsandbytes_tensors.FIELD)  # each tensor says it again, and more
         spec = family.describe(config)
@@ -192,7 +198,7 @@ class Checkpoint:
             quantization=quantization,
             stored_names=decoder.naming,
             wrapper=text.wrapper,
-            notes=(*unknown, *decoder.notes),
+            notes=(*_family_notes(architecture, spec, text.wrapper), *unknown, *decoder.notes),
         )
         checkpoint.refuse_mismatch()
         return checkpoint
@@ -243,6 +249,9 @@ class Checkpoint:
     ) -> "npt.NDArray[np.float32]":
         """Return one weight of ``spec.weights()``, or some rows of it, in float32.
 
+        What the files keep is put in the order of `DecoderSpec` and multiplied with what the spec
+        has for it: no other part of edgekit knows of either.
+
         Raises:
             UsageError: If it holds NaN or infinity; the message names the tensor.
         """
@@ -257,7 +266,12 @@ class Checkpoint:
                 f"{source.tensor} in {self.directory} holds NaN or infinity",
                 hint="the training diverged, or the file was damaged; take an earlier checkpoint",
             )
-        return values
+        multiplier = np.float32(self.spec.multiplier(role))
+        if multiplier == 1:
+            return values
+        if self.spec.unit_offset(role):  # what the norm multiplies with is one more
+            return (values + 1) * multiplier - 1
+        return values * multiplier
 
     def blocks(
         self, role: str, *, row_multiple: int = 1
@@ -285,9 +299,12 @@ class Checkpoint:
         return dict(self.spec.weights())
 
     def _tensor(self, source: Source) -> Tensor:
+        tensor = self.tensors[source.tensor]
         if source.siblings:
-            return StackedTensors(tuple(self.tensors[name] for name in source.tensors))
-        return self.tensors[source.tensor]
+            tensor = StackedTensors(tuple(self.tensors[name] for name in source.tensors))
+        if source.neighbours is None:
+            return tensor
+        return PairOrder(base=tensor, pairs=source.neighbours, to="halves")
 
     def refuse_mismatch(self) -> None:
         """Check that every weight is there in its shape and every tensor is used.
@@ -365,13 +382,29 @@ def _architectures(
     return {"architectures": family.config(spec)["architectures"]} if text.wrapper else {}
 
 
-def _architecture(directory: Path, fields: Mapping[str, Any]) -> str:
+def _family_notes(architecture: str, spec: DecoderSpec, wrapper: str | None) -> Iterator[str]:
+    if maker := families.origin(architecture):
+        yield (
+            f"what models of type {architecture!r} compute is described by {maker}, which is not "
+            "part of edgekit"
+        )
+    if wrapper and spec.multipliers.logits != 1:
+        yield (
+            f"logits are multiplied by {spec.multipliers.logits:g}, as the text model alone does; "
+            f"transformers 5.24 forgets that in some models that see, so that {wrapper} may sample "
+            "otherwise there"
+        )
+
+
+def _architecture(fields: Mapping[str, Any], *, origin: str) -> str:
     architecture = fields.get("model_type")
     if not isinstance(architecture, str):
         raise UsageError(
-            f"{directory / 'config.json'}: model_type = {architecture!r}, expected a name",
+            f"{origin}: model_type = {architecture!r}, expected a name",
             hint=f"supported: {', '.join(families.names())}",
         )
+    if architecture not in families.names():
+        raise unsupported.refusal(architecture, fields, origin=origin)
     return architecture
 
 

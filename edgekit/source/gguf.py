@@ -4,11 +4,12 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.errors import UsageError
-from edgekit.formats.gguf import conversion, hyperparameters, layout, parts
+from edgekit.formats.gguf import hyperparameters, layout, parts
 from edgekit.formats.gguf.architectures import Architecture
 from edgekit.formats.gguf.hyperparameters import Facts
 from edgekit.formats.gguf.layout import GgufFile, TensorInfo
@@ -21,7 +22,8 @@ from edgekit.source import families
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.source.config import Config
 from edgekit.source.gguf_tokenizer import write_tokenizer
-from edgekit.source.writer import write_checkpoint
+from edgekit.source.made_tensors import PairOrder
+from edgekit.source.writer import write_checkpoint, written_bytes
 
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def write_from_gguf(file: Path, directory: Path, *, listener: Listener) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="edgekit-gguf-") as text_directory:
         checkpoint = _checkpoint(layout.read(file), directory.name, Path(text_directory))
-        total = 4 * sum(math.prod(shape) for _, shape in checkpoint.spec.weights())
+        total = written_bytes(checkpoint, "f32")
         with listener.track(f"decode {file.name}", total) as advance:
             write_checkpoint(checkpoint, directory, precision="f32", advance=advance)
 
@@ -82,9 +84,12 @@ def _facts(file: GgufFile) -> Facts:
 
 
 def _family_for(spec: DecoderSpec, preferred: str) -> str:
-    """Return the first family whose config can say exactly this decoder."""
-    names = sorted(families.names(), key=lambda name: (not name.startswith(preferred), name))
-    for name in names:
+    """Return the family whose config can say exactly this decoder; of several, by its name."""
+
+    def is_alike(name: str) -> float:
+        return 1.0 if name.startswith(preferred) else SequenceMatcher(a=preferred, b=name).ratio()
+
+    for name in sorted(families.names(), key=is_alike, reverse=True):
         family = families.get(name)
         try:
             config = Config(family.config(spec), origin="the GGUF file")
@@ -106,7 +111,6 @@ class RoleTensor:
     info: TensorInfo
     shape: Shape
     first_row: int  # where it starts in a fused tensor
-    group_rows: int  # rows that change places among themselves; 1: none do
     restore: Callable[["Rows"], "Rows"]
 
     @property
@@ -116,14 +120,11 @@ class RoleTensor:
 
     def read(self, first_row: int = 0, rows: int | None = None) -> "Rows":
         """Return some rows, or all, in float32."""
-        last = self.shape[0] if rows is None else first_row + rows
-        start = first_row // self.group_rows * self.group_rows
-        stop = min(self.shape[0], -(-last // self.group_rows) * self.group_rows)
+        rows = self.shape[0] - first_row if rows is None else rows
         stored = layout.read_tensor(
-            self.file, self.info, first_row=self.first_row + start, rows=stop - start
+            self.file, self.info, first_row=self.first_row + first_row, rows=rows
         )
-        restored = self.restore(stored.reshape(stop - start, *self.shape[1:]))
-        return restored[first_row - start : last - start]
+        return self.restore(stored.reshape(rows, *self.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,8 @@ def _tensors(
     for role, shape in spec.weights():
         tensor = _role_tensor(file, infos, role, shape, spec, graph)
         source = family.source(role, spec)
+        if source.neighbours:
+            tensor = PairOrder(base=tensor, pairs=source.neighbours, to="neighbours")
         if source.siblings:
             for row, name in enumerate(source.tensors):
                 pieces[name] = [(0, RowTensor(tensor, row))]
@@ -224,7 +227,7 @@ def _role_tensor(  # noqa: PLR0913, PLR0917 - the file, the weight, and the two 
     shape: Shape,
     spec: DecoderSpec,
     graph: Architecture,
-) -> RoleTensor:
+) -> Tensor:
     place = _place(infos, role, spec, graph)
     if place.name not in infos:
         raise UsageError(f"{file.path} lacks the tensor {place.name}")
@@ -233,14 +236,15 @@ def _role_tensor(  # noqa: PLR0913, PLR0917 - the file, the weight, and the two 
         raise UsageError(
             f"{file.path}: {place.name} has shape {list(info.shape)}, expected {list(expected)}"
         )
-    return RoleTensor(
+    tensor = RoleTensor(
         file=file,
         info=info,
         shape=shape,
         first_row=place.first_row,
-        group_rows=spec.attention.head_dim if _swaps(role, graph) else 1,
-        restore=_restore(role, spec, graph),
+        restore=_restore(role, graph),
     )
+    pairs = spec.rotated_pairs(role) if graph.rope_pairs == "neighbours" else None
+    return PairOrder(base=tensor, pairs=pairs, to="halves") if pairs else tensor
 
 
 @dataclass(frozen=True)
@@ -269,14 +273,7 @@ def _place(
     return _Place(name)
 
 
-def _swaps(role: str, graph: Architecture) -> bool:
-    is_rotated = split_role(role)[1] in {"query", "key", "query_bias", "key_bias"}
-    return is_rotated and graph.rope_pairs == "neighbours"
-
-
-def _restore(role: str, spec: DecoderSpec, graph: Architecture) -> Callable[["Rows"], "Rows"]:
-    if _swaps(role, graph):
-        return lambda rows: conversion.separate_halves(rows, spec.attention.head_dim)
+def _restore(role: str, graph: Architecture) -> Callable[["Rows"], "Rows"]:
     if split_role(role)[1].endswith("norm") and graph.norm_adds_one:
         return lambda rows: rows - 1
     return lambda rows: rows

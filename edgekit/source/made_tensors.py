@@ -7,11 +7,11 @@ whatever the files hold; whoever stores the result rounds it, once.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor, row_chunks
-from edgekit.model.spec import Shape
+from edgekit.model.spec import Pairs, Shape
 
 
 if TYPE_CHECKING:
@@ -83,6 +83,39 @@ class Narrowed(MergedTensor):
 def narrow(tensor: Tensor) -> Tensor:
     """Return a tensor as it is read: float64, which no format has, as float32."""
     return Narrowed(base=tensor) if stored_dtype(tensor) == "F64" else tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOrder(MergedTensor):
+    """``base`` with the channels of each head in another order.
+
+    Some models rotate neighbouring channels together, others the two halves of a head. Which of
+    the two makes no difference but to where a channel stands.
+    """
+
+    pairs: Pairs
+    to: Literal["halves", "neighbours"]
+
+    def _merged(self, first_row: int, rows: int) -> "Values":
+        import numpy as np
+
+        whole = self.pairs.head_dim if self.pairs.axis == 0 else 1  # rows that change places
+        start, end = first_row // whole * whole, first_row + rows
+        values = self.base.read(start, -(-end // whole) * whole - start)
+        channels = np.moveaxis(values, self.pairs.axis, -1)
+        by_head = channels.reshape(*channels.shape[:-1], -1, self.pairs.head_dim)[..., self._order]
+        ordered = np.moveaxis(by_head.reshape(channels.shape), -1, self.pairs.axis)
+        return np.ascontiguousarray(ordered[first_row - start : end - start])
+
+    @cached_property
+    def _order(self) -> "npt.NDArray[np.intp]":
+        """Where each channel of a head stands in the base."""
+        import numpy as np
+
+        order = np.arange(self.pairs.head_dim)
+        shape = (-1, 2) if self.to == "halves" else (2, -1)
+        order[: self.pairs.rotated] = order[: self.pairs.rotated].reshape(shape).T.ravel()
+        return order
 
 
 @dataclass(frozen=True)
@@ -303,3 +336,26 @@ class Zeros:
 
         rows = self.shape[0] - first_row if rows is None else rows
         return np.zeros((rows, *self.shape[1:]), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number, as a tensor without dimensions; reading gives one row."""
+
+    value: float
+
+    @property
+    def shape(self) -> Shape:
+        """None."""
+        return ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Nothing: it comes from no file."""
+        return 0
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "Values":
+        """Return it in float32, shape ``(1,)``."""
+        import numpy as np
+
+        return np.full(1, self.value, dtype=np.float32)[first_row:rows]

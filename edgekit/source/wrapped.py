@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgekit.errors import UsageError
-from edgekit.source import families
+from edgekit.source import families, unsupported
 
 
 # The section of each kind of config in transformers 5.24 that is a decoder of text.
@@ -18,11 +18,23 @@ _SECTIONS = ("text_config", "llm_config", "language_config")
 # What transformers 5.24 takes where the section does not say what it is: ``text_config`` in
 # configuration_<wrapper>.py.
 _TEXT_TYPES = {
-    "aya_vision": "cohere2", "gemma3": "gemma3_text", "internvl": "qwen2", "llava": "llama",
-    "llava_next": "llama", "llava_next_video": "llama", "llava_onevision": "qwen2",
-    "mistral3": "mistral", "paligemma": "gemma", "smolvlm": "llama", "video_llava": "llama",
+    "aya_vision": "cohere2",
+    "cohere2_vision": "cohere2",
+    "exaone4_5": "exaone4",
+    "gemma3": "gemma3_text",
+    "hyperclovax_vision_v2": "hyperclovax",
+    "internvl": "qwen2",
+    "llava": "llama",
+    "llava_next": "llama",
+    "llava_next_video": "llama",
+    "llava_onevision": "qwen2",
+    "mistral3": "mistral",
+    "smolvlm": "llama",
+    "video_llava": "llama",
     "vipllava": "llama",
-}  # fmt: skip
+}
+# Wrappers that change what their decoder does with text alone.
+_OTHER_ATTENTION = {"paligemma": "a prompt is read in both directions"}  # fmt: skip
 # Fields that a wrapper may keep for its decoder; one in the section counts before.
 _SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype",
            "torch_dtype", "quantization_config", "transformers_version")  # fmt: skip
@@ -49,13 +61,18 @@ def text_model(config: dict[str, Any], *, origin: str) -> TextModel:
     if section is None:
         return TextModel(fields=config)
     wrapper = str(config.get("model_type"))
+    if reason := _OTHER_ATTENTION.get(wrapper):
+        raise UsageError(f"{origin}: models of type {wrapper!r} are not supported: {reason}")
     own: Mapping[str, Any] = config[section]
     architecture = own.get("model_type") or _TEXT_TYPES.get(wrapper)
     if architecture not in families.names():
-        raise UsageError(
-            f"{origin} wraps a text model of type {architecture!r} in {wrapper!r}, "
-            "and text models of that type are not supported",
-            hint=f"supported: {', '.join(families.names())}",
+        if architecture is None:
+            raise UsageError(
+                f"{origin}: {section} does not say the model_type of its decoder, and nobody knows "
+                f"it of {wrapper!r}"
+            )
+        raise unsupported.refusal(
+            str(architecture), own, origin=f"{origin}: {section}, in a {wrapper!r}"
         )
     shared = {name: config[name] for name in _SHARED if config.get(name) is not None}
     said = {name: value for name, value in own.items() if value is not None or name not in shared}

@@ -80,10 +80,10 @@ class Architecture:
                 if norm:
                     yield "norms on queries and keys"
             case "per width":
-                if not norm or spec.attention.has_norm_per_head or norm.kind != "rms":
+                if not norm or spec.attention.head_norms != "alike" or norm.kind != "rms":
                     yield "no RMS norms shared by all heads on queries and keys"
             case "per head, optional":
-                if norm and (not spec.attention.has_norm_per_head or norm.has_bias):
+                if norm and (spec.attention.head_norms != "apart" or norm.has_bias):
                     yield "norms on queries and keys that all heads share"
         if norm and norm.epsilon != spec.norm.epsilon:
             yield "another epsilon in the norms of queries and keys"

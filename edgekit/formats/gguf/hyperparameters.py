@@ -256,7 +256,7 @@ def _read_attention(facts: Facts, *, head_dim: int, epsilon: float) -> Attention
         )
         if has_norms
         else None,
-        has_norm_per_head=has_norms and is_layer_norm,
+        head_norms="apart" if has_norms and is_layer_norm else "alike",
         has_qkv_bias=facts.has_tensor("attn_q.bias") or facts.has_tensor("attn_qkv.bias"),
         has_output_bias=facts.has_tensor("attn_output.bias"),
     )

@@ -353,7 +353,7 @@ class _Builder:
         if norm is None:
             return x
         x = self.op("Reshape", self.widened(x), self.constant(0, 0, heads, width))
-        if a.has_norm_per_head:  # a row of weights for each head, which the operator cannot
+        if a.head_norms == "apart":  # a row of weights for each head, which the operator cannot
             ones = self.constant(*(1,) * width, dtype="float32")
             plain = Norm(kind=norm.kind, epsilon=norm.epsilon)
             x = self.op("Mul", self._normalize(plain, role, x, weight=ones), role)

@@ -3,12 +3,12 @@
 A field that is absent has the value transformers gives it, which differs by family: `Defaults`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from edgekit.errors import UsageError
-from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope
+from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope, Source
 from edgekit.source.config import Config
 
 
@@ -96,6 +96,14 @@ def _read_heads(config: Config, defaults: Defaults) -> Attention:
     )
 
 
+def every_nth_full(config: Config, n: int | None) -> list[LayerKind]:
+    """Return the kinds of layers of which every n-th sees everything; None: all do."""
+    return [
+        "full_attention" if not n or (index + 1) % n == 0 else "sliding_attention"
+        for index in range(config.integer("num_hidden_layers", most=MOST_LAYERS))
+    ]
+
+
 def read_layer_kinds(config: Config, otherwise: Sequence[LayerKind]) -> list[LayerKind]:
     """Return each layer's kind: of ``layer_types`` where it is there, else ``otherwise``.
 
@@ -111,8 +119,9 @@ def read_layer_kinds(config: Config, otherwise: Sequence[LayerKind]) -> list[Lay
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise UsageError(
-                f"{config.origin}: a layer of type {kind!r} is not supported",
-                hint="full_attention, sliding_attention",
+                f"{config.origin}: layer_types has {kind!r}, and layers of that type are not "
+                "supported",
+                hint="supported: full_attention, sliding_attention",
             )
     return kinds
 
@@ -133,8 +142,15 @@ def with_windows(
     )
 
 
-def write_decoder(spec: DecoderSpec, *, model_type: str, architecture: str) -> dict[str, Any]:
-    """Return the fields that `read_decoder` reads.
+def without_full_ropes(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """Return the layers with positions only where there is a window (EXAONE 4, Command R7B)."""
+    return tuple(layer if layer.window_tokens else replace(layer, rope=None) for layer in layers)
+
+
+def write_decoder(
+    spec: DecoderSpec, *, model_type: str, architecture: str, epsilon: str = "rms_norm_eps"
+) -> dict[str, Any]:
+    """Return the fields that `read_decoder` reads; ``epsilon`` is the name of that of the norms.
 
     The special tokens are null until someone who has the tokenizer says otherwise: absent, they
     would be those of the family's first model.
@@ -153,7 +169,7 @@ def write_decoder(spec: DecoderSpec, *, model_type: str, architecture: str) -> d
         "num_key_value_heads": spec.attention.num_kv_heads,
         "head_dim": spec.attention.head_dim,
         "max_position_embeddings": spec.context_tokens,
-        "rms_norm_eps": spec.norm.epsilon,
+        epsilon: spec.norm.epsilon,
         "tie_word_embeddings": spec.is_tied,
     }
 
@@ -167,3 +183,27 @@ def write_layer_kinds(spec: DecoderSpec) -> dict[str, Any]:
             "full_attention" if window is None else "sliding_attention" for window in windows
         ],
     }
+
+
+def shortest(guess: float, is_right: Callable[[float], bool]) -> float:
+    """Return the shortest decimal near ``guess`` that is right; ``guess`` if none is.
+
+    A config says 0.015625 where a decoder has what that makes of a head's width.
+    """
+    candidates = (float(f"{guess:.{digits}g}") for digits in range(1, 18))
+    return next(filter(is_right, candidates), guess)
+
+
+def side_by_side(source: Source, role: str, spec: DecoderSpec) -> Source:
+    """Return a source of a family that rotates neighbouring channels together."""
+    return replace(source, neighbours=spec.rotated_pairs(role))
+
+
+def fused_mlp(role: str, spec: DecoderSpec, *, tensor: str) -> Source | None:
+    """Return where gate and up live if both are in one ``tensor`` of a layer, gate first."""
+    layer, _, part = role.rpartition(".")
+    width = spec.intermediate_size
+    first_rows = {"gate": 0, "up": width}
+    if part not in first_rows:
+        return None
+    return Source(f"model.{layer}.{tensor}.weight", first_rows[part], width)

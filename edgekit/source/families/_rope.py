@@ -5,6 +5,7 @@ without scaling, and ``rope_theta`` and ``partial_rotary_factor`` next to it.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgekit.errors import UsageError
@@ -21,13 +22,15 @@ from edgekit.model.spec import (
 from edgekit.source.config import Config
 
 
-def read_rope(
+def read_rope(  # noqa: PLR0913 - what families differ in
     config: Config,
     head_dim: int,
     *,
     theta: float = 10_000.0,
     rotated: float | None = None,
     original_context_tokens: int | None = None,
+    absent: Mapping[str, Any] | None = None,
+    ignored: Sequence[str] = (),
 ) -> Rope:
     """Read the rope that all layers share.
 
@@ -38,8 +41,11 @@ def read_rope(
         rotated: The fraction of a head that rotates where the config is silent; None where the
             family always rotates whole heads.
         original_context_tokens: What transformers takes where the config is silent.
+        absent: The object that transformers takes where the config has none.
+        ignored: Fields of the object that another part of the decoder reads, or none.
     """
-    fields = _section(config)
+    fields = section(config, absent=absent)
+    fields.ignore(*ignored)
     fraction = 1.0
     if rotated is None:
         config.expect(partial_rotary_factor=1.0)
@@ -60,10 +66,55 @@ def read_rope(
     return rope
 
 
-def _section(config: Config) -> Config:
+def section(config: Config, *, absent: Mapping[str, Any] | None = None) -> Config:
     """Return the rope's object; an older one counts where both are there, as in transformers 5."""
     newer = config.section("rope_parameters")
-    return config.section("rope_scaling") if config.get("rope_scaling", dict[str, Any]()) else newer
+    if config.get("rope_scaling", dict[str, Any]()):
+        return config.section("rope_scaling")
+    if absent and not config.get("rope_parameters", dict[str, Any]()):
+        config.expect(rope_theta=absent["rope_theta"])  # transformers 5 overlooks another
+        return Config(dict(absent), origin=f"{config.origin}: rope_parameters")
+    return newer
+
+
+def read_ropes_of_kinds(
+    config: Config, head_dim: int, *, full_theta: float, sliding_theta: float
+) -> tuple[Rope, Rope]:
+    """Read the rope of the layers that see everything, and of those with a window.
+
+    The older layout has a scaling for the first alone.
+
+    Args:
+        config: The whole config.
+        head_dim: Channels of a head, all of which rotate.
+        full_theta: Of the first, where their object does not say.
+        sliding_theta: Of the others.
+    """
+    both = config.section("rope_parameters")
+    full, sliding = both.section("full_attention"), both.section("sliding_attention")
+    if config.get("rope_scaling", dict[str, Any]()):
+        full = config.section("rope_scaling")
+    context = config.integer("max_position_embeddings")
+    ropes = []
+    for fields, theta in ((full, full_theta), (sliding, sliding_theta)):
+        # transformers 5 looks for it next to the kinds, where it is refused.
+        fields.expect(truncate=True)
+        ropes.append(read_fields(fields, width=head_dim, theta=theta, context_tokens=context))
+        fields.refuse_unread()
+    both.refuse_unread()
+    return ropes[0], ropes[1]
+
+
+def write_ropes_of_kinds(spec: DecoderSpec) -> dict[str, Any]:
+    """Return the fields that `read_ropes_of_kinds` reads."""
+    kinds = {
+        "sliding_attention" if layer.window_tokens else "full_attention": write_fields(rope)
+        for layer in spec.layers
+        if (rope := layer.rope)
+    }
+    for fields in kinds.values():
+        fields.pop("truncate", None)
+    return {"rope_parameters": kinds}
 
 
 def read_fields(
@@ -86,7 +137,7 @@ def read_fields(
     rope = Rope(width=width, theta=fields.number("rope_theta", theta))
     inner = fields.optional_integer("original_max_position_embeddings") or context_tokens
     original = original_context_tokens or inner
-    match _kind(fields):
+    match kind(fields):
         case "default":
             return rope
         case "linear":
@@ -108,7 +159,8 @@ def read_fields(
             )
 
 
-def _kind(fields: Config) -> str:
+def kind(fields: Config) -> str:
+    """Return the type of a rope object, under its newer or its older name."""
     older = fields.get("type", "default")
     return fields.get("rope_type", older)
 

@@ -31,7 +31,7 @@ def describe(config: Config) -> DecoderSpec:
         spec.attention,
         has_qkv_bias=config.get("use_qkv_bias", default=False),
         query_key_norm=Norm(kind="layer", epsilon=epsilon) if has_head_norms else None,
-        has_norm_per_head=has_head_norms,
+        head_norms="apart" if has_head_norms else "alike",
     )
     return replace(
         spec,

@@ -2,10 +2,12 @@ import pytest
 
 from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor, row_chunks
+from edgekit.model.spec import Pairs
 from edgekit.source.made_tensors import (
     ColumnMagnitudes,
     EmbeddingUpdate,
     LowRankUpdate,
+    PairOrder,
     ReplacedRows,
     RowMagnitudes,
     Sum,
@@ -79,3 +81,32 @@ def test_twins_that_differ_are_refused():
     other = Given(BASE.read() + np.eye(10, 6))
     with pytest.raises(UsageError, match="two versions"):
         Twin(base=BASE, other=other, complaint="two versions").read()
+
+
+PAIRS = {
+    "whole heads": ((12, 3), Pairs(6, 6)),
+    "parts of heads": ((12, 3), Pairs(6, 4)),
+    "a bias": ((12,), Pairs(6, 4)),
+    "norms that heads share": ((6,), Pairs(6, 4)),
+    "a norm for each head": ((2, 6), Pairs(6, 4, axis=1)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_are_reordered_alike_whichever_rows_are_read(name):
+    shape, pairs = PAIRS[name]
+    stored = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    halves = PairOrder(base=Given(stored), pairs=pairs, to="halves")
+    whole = halves.read()
+    again = PairOrder(base=Given(whole), pairs=pairs, to="neighbours")
+    assert not np.array_equal(whole, stored)
+    for first in range(shape[0]):
+        for count in range(1, shape[0] - first + 1):
+            assert np.array_equal(halves.read(first, count), whole[first : first + count])
+            assert np.array_equal(again.read(first, count), stored[first : first + count])
+
+
+def test_the_first_of_each_pair_come_first_and_what_is_not_rotated_stays():
+    stored = Given(np.array([0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15], np.float32))
+    halves = PairOrder(base=stored, pairs=Pairs(6, 4), to="halves").read()
+    assert halves.tolist() == [0, 2, 1, 3, 4, 5, 10, 12, 11, 13, 14, 15]
