@@ -263,7 +263,7 @@ def _place(
         queries, keys = spec.attention.query_width, spec.attention.key_value_width
         first_row = {"query": 0, "key": queries, "value": queries + keys}[kind]
         return _Place(fused, first_row, queries + 2 * keys)
-    if graph.fuses_projections and part in {"gate", "up"}:
+    if graph.fuses_mlp and part in {"gate", "up"}:
         first_row = 0 if part == "gate" else spec.intermediate_size
         return _Place(f"blk.{layer}.ffn_up.weight", first_row, 2 * spec.intermediate_size)
     return _Place(name)

@@ -28,7 +28,7 @@ from edgekit.formats.gguf.architectures import Architecture
 from edgekit.formats.gguf.layout import TensorEntry, Value
 from edgekit.formats.gguf.parts import FileTensor
 from edgekit.formats.gguf.split import FilesWriter, PlannedFile
-from edgekit.model.spec import DecoderSpec
+from edgekit.model.spec import DecoderSpec, Pairs
 from edgekit.progress import Advance
 from edgekit.quant.planned import calibration_sha256
 from edgekit.quant.recipe import Recipe, split_role
@@ -155,8 +155,20 @@ def metadata(
     keys |= provenance.write(checkpoint)
     keys |= importance.keys(checkpoint.calibration, found)
     keys |= hyperparameters.write(checkpoint.spec, architecture)
+    keys |= _weights_that_are_keys(checkpoint)
     keys |= _vocabulary(checkpoint.text, checkpoint.spec.vocab_size, pre)
     return keys
+
+
+def _weights_that_are_keys(checkpoint: "CheckpointProtocol") -> dict[str, Value]:
+    """Return arrays of one number for each layer, by their key."""
+    values: dict[str, list[float]] = {}
+    for role, _ in checkpoint.spec.weights():
+        key = parts.KEYS.get(split_role(role)[1])
+        if key is not None:
+            (_, (value,)) = next(iter(checkpoint.blocks(role)))
+            values.setdefault(key, []).append(float(value))
+    return {key: ("array[float32]", numbers) for key, numbers in values.items()}
 
 
 @functools.lru_cache(maxsize=1)
@@ -221,34 +233,31 @@ def _blocks(
     checkpoint: "CheckpointProtocol", part: FileTensor, architecture: Architecture
 ) -> Iterator["Rows"]:
     """Yield the rows of a part as llama.cpp wants them, some million weights at a time."""
-    width = checkpoint.spec.attention.head_dim
     for role in part.roles:
-        turns = re.fullmatch("(query|key)(_bias)?", split_role(role)[1])
-        if turns and architecture.rope_pairs == "neighbours":
-            for _, rows in checkpoint.blocks(role, row_multiple=width):
-                yield interleave_halves(rows, width)
-        else:
+        pairs = checkpoint.spec.rotated_pairs(role)
+        if pairs is None or architecture.rope_pairs == "halves":
             yield from (rows for _, rows in checkpoint.blocks(role))
+        else:
+            multiple = pairs.head_dim if pairs.axis == 0 else 1
+            for _, rows in checkpoint.blocks(role, row_multiple=multiple):
+                yield interleave_halves(rows, pairs)
 
 
-def interleave_halves(rows: "Rows", head_dim: int) -> "Rows":
-    """Reorder the rows of each head so that ggml rotates neighbours where others rotate halves.
+def interleave_halves(rows: "Rows", pairs: Pairs) -> "Rows":
+    """Reorder the channels of each head so that ggml rotates neighbours where others rotate halves.
 
     Args:
-        rows: float32, shape ``(heads * head_dim, …)``: in each head first the real halves of
-            all pairs, then the imaginary ones.
-        head_dim: Rows of one head.
+        rows: float32, whole heads along the axis of ``pairs``: in each head first the real halves
+            of all pairs, then the imaginary ones, then what is not rotated.
+        pairs: How wide a head is, and how much of it is rotated.
 
     Returns:
-        The same shape, each pair side by side.
+        The same shape, the two of each pair side by side.
     """
-    heads = rows.shape[0] // head_dim
-    pairs = rows.reshape(heads, 2, head_dim // 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
+    import numpy as np
 
-
-def separate_halves(rows: "Rows", head_dim: int) -> "Rows":
-    """Undo `interleave_halves`; shapes and types are the same."""
-    heads = rows.shape[0] // head_dim
-    pairs = rows.reshape(heads, head_dim // 2, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
+    order = np.arange(pairs.head_dim)
+    order[: pairs.rotated] = order[: pairs.rotated].reshape(2, -1).T.ravel()
+    heads = rows.shape[pairs.axis] // pairs.head_dim
+    starts = np.arange(heads)[:, None] * pairs.head_dim
+    return rows.take((starts + order).ravel(), axis=pairs.axis)

@@ -6,20 +6,24 @@ becomes a `DecoderSpec` again, and from that an ordinary checkpoint.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgekit.errors import UsageError
 from edgekit.formats.gguf import architectures
 from edgekit.formats.gguf.architectures import Architecture
 from edgekit.model.spec import (
+    XIELU_BETA,
+    XIELU_EPSILON,
     Attention,
     DecoderSpec,
     Layer,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    Multipliers,
     Norm,
+    QueryGrowth,
     Rope,
     RopeScaling,
     YarnScaling,
@@ -32,12 +36,12 @@ if TYPE_CHECKING:
 
 
 def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
-    """Return the keys of a decoder, typed."""
-    a, rope = spec.attention, first_rope(spec)
+    """Return the keys of a decoder, typed; without the weights that are `parts.KEYS`."""
+    a, rope = spec.attention, architectures.first_rope(spec)
     epsilon = "layer_norm_epsilon" if spec.norm.kind == "layer" else "layer_norm_rms_epsilon"
     keys: dict[str, Value] = {
         "vocab_size": ("uint32", spec.vocab_size),
-        "context_length": ("uint32", architectures.context_limit(spec).tokens),
+        "context_length": ("uint32", architectures.context_limit(spec, architecture).tokens),
         "embedding_length": ("uint32", spec.hidden_size),
         "block_count": ("uint32", len(spec.layers)),
         "feed_forward_length": ("uint32", spec.intermediate_size),
@@ -46,32 +50,42 @@ def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
         "attention.key_length": ("uint32", a.head_dim),
         "attention.value_length": ("uint32", a.head_dim),
         f"attention.{epsilon}": ("float32", spec.norm.epsilon),
-        "rope.dimension_count": ("uint32", rope.width),
-        "rope.freq_base": ("float32", rope.theta),
+        "rope.dimension_count": ("uint32", rope.width if rope else a.head_dim),
     }
-    keys |= _scaling_keys(rope.scaling)
-    if architecture.has_windows:
-        keys |= _window_keys(spec)
+    keys |= _rope_keys(rope, architecture)
+    if architecture.has_windows_at(len(spec.layers)):
+        keys |= _window_keys(spec, architecture)
+    if a.query_growth:
+        keys["attention.temperature_scale"] = ("float32", a.query_growth.rate)
+        keys["rope.scaling.original_context_length"] = ("uint32", a.query_growth.step_tokens)
     if a.attn_logit_softcap is not None:
         keys["attn_logit_softcapping"] = ("float32", a.attn_logit_softcap)
     if spec.final_logit_softcap is not None:
         keys["final_logit_softcapping"] = ("float32", spec.final_logit_softcap)
-    if architecture.can_be_parallel:
+    if architecture.multiplies != "never":  # it is in the weights, but the key must be there
+        keys["logit_scale"] = ("float32", 1.0)
+    if architecture.residual == "either":
         keys["use_parallel_residual"] = ("bool", spec.residual == "parallel")
-    return {f"{architecture.name}.{key}": value for key, value in keys.items()}
+    named = {f"{architecture.name}.{key}": value for key, value in keys.items()}
+    if spec.activation == "xielu":
+        for key, constant in _XIELU.items():
+            named[key] = ("array[float32]", [constant] * len(spec.layers))
+    return named
 
 
-def first_rope(spec: DecoderSpec) -> Rope:
-    """Return the rope of the layers without a window, or of the first that has one.
+_XIELU = {"xielu.beta": XIELU_BETA, "xielu.eps": XIELU_EPSILON}
 
-    Raises:
-        UsageError: If no layer has positions.
-    """
-    ropes = [layer.rope for layer in spec.layers if layer.rope and not layer.window_tokens]
-    ropes += [layer.rope for layer in spec.layers if layer.rope]
-    if not ropes:
-        raise UsageError("llama.cpp has no decoder without positions in every layer")
-    return ropes[0]
+
+def _rope_keys(rope: Rope | None, architecture: Architecture) -> dict[str, "Value"]:
+    if rope is None:
+        # What is true of every other file; Granite's graph takes it for "rotates". llama.cpp's
+        # converter says true of a Granite 4 without positions too.
+        return {"rope.scaling.finetuned": ("bool", False)}
+    keys = {"rope.freq_base": ("float32", rope.theta)} | _scaling_keys(rope.scaling)
+    if isinstance(rope.scaling, YarnScaling) and architecture.reads_yarn_ramp:
+        keys["rope.scaling.yarn_beta_fast"] = ("float32", rope.scaling.fast_turns)
+        keys["rope.scaling.yarn_beta_slow"] = ("float32", rope.scaling.slow_turns)
+    return keys
 
 
 def _scaling_keys(scaling: RopeScaling | None) -> dict[str, "Value"]:
@@ -105,7 +119,7 @@ def _scaling_keys(scaling: RopeScaling | None) -> dict[str, "Value"]:
             return {}
 
 
-def _window_keys(spec: DecoderSpec) -> dict[str, "Value"]:
+def _window_keys(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
     local = [layer for layer in spec.layers if layer.window_tokens]
     if not local:
         return {}
@@ -116,16 +130,17 @@ def _window_keys(spec: DecoderSpec) -> dict[str, "Value"]:
             [layer.window_tokens is not None for layer in spec.layers],
         ),
     }
-    if local[0].rope:
+    if local[0].rope and architecture.has_local_theta:
         keys["rope.freq_base_swa"] = ("float32", local[0].rope.theta)
     return keys
 
 
 def rope_tensors(spec: DecoderSpec) -> dict[str, Sequence[float]]:
     """Return the frequency divisors that llama.cpp reads as tensors, by tensor name."""
-    match first_rope(spec).scaling:
+    rope = architectures.first_rope(spec)
+    match rope.scaling if rope else None:
         case Llama3Scaling():
-            return {"rope_freqs.weight": first_rope(spec).divisors(spec.context_tokens)}
+            return {"rope_freqs.weight": rope.divisors(spec.context_tokens) if rope else ()}
         case LongRopeScaling() as scaling:
             return {
                 "rope_factors_long.weight": scaling.long_factors,
@@ -182,6 +197,21 @@ class Facts:
             )
         return value
 
+    def each_layer(self, key: str) -> list[float]:
+        """Return a number for each layer, of a key of no architecture; a file may give one for all.
+
+        Raises:
+            UsageError: If it is missing, or not as many numbers.
+        """
+        depth = self.count("block_count", most=len(self.tensors))
+        value = self.metadata.get(key)
+        values = value if isinstance(value, list) else [value] * depth
+        if len(values) < depth or not all(isinstance(each, int | float) for each in values):
+            raise UsageError(
+                f"{key} = {value!r} in the GGUF file, expected {depth} numbers"
+            )
+        return values[:depth]
+
     def has_tensor(self, part: str) -> bool:
         """Whether the first layer has such a tensor."""
         return f"blk.0.{part}" in self.tensors
@@ -207,6 +237,8 @@ def read(facts: Facts) -> DecoderSpec:
     epsilon = facts.number(
         f"attention.{'layer_norm_epsilon' if is_layer_norm else 'layer_norm_rms_epsilon'}"
     )
+    if architecture.activation == "xielu":
+        _refuse_other_xielu(facts)
     return DecoderSpec(
         vocab_size=facts.vocab_size,
         hidden_size=hidden,
@@ -217,15 +249,17 @@ def read(facts: Facts) -> DecoderSpec:
         norm=Norm(
             kind=architecture.norm,
             epsilon=epsilon,
-            has_bias=is_layer_norm,
+            has_bias=architecture.has_norm_bias,
             unit_offset=architecture.norm_adds_one,
         ),
         activation=architecture.activation,
-        residual="parallel"
-        if architecture.can_be_parallel and not facts.has_tensor("ffn_norm.weight")
-        else "serial",
+        residual=_read_residual(facts),
+        has_pre_norms=architecture.has_pre_norms,
         has_post_norms=architecture.has_post_norms,
+        is_gated=architecture.is_gated,
         has_mlp_bias=facts.has_tensor("ffn_down.bias"),
+        has_head_bias=architecture.has_head_bias,
+        multipliers=_read_multipliers(facts, head_dim),
         embedding_scale=math.sqrt(hidden) if architecture.scales_embedding else 1.0,
         final_logit_softcap=facts.number(
             "final_logit_softcapping", 30.0 if architecture.caps_logits == "always" else 0.0
@@ -235,14 +269,46 @@ def read(facts: Facts) -> DecoderSpec:
     )
 
 
+def _read_residual(facts: Facts) -> Literal["serial", "parallel"]:
+    known = facts.architecture.residual
+    if known != "either":
+        return known
+    return "serial" if facts.has_tensor("ffn_norm.weight") else "parallel"
+
+
+def _read_multipliers(facts: Facts, head_dim: int) -> Multipliers:
+    """Return what the graph multiplies with; 0 means that it does not."""
+    match facts.architecture.multiplies:
+        case "never":
+            return Multipliers()
+        case "logits":
+            return Multipliers(logits=facts.number("logit_scale", 0.0) or 1.0)
+        case "everything":
+            scores = facts.number("attention.scale", 0.0)
+            return Multipliers(
+                embedding=facts.number("embedding_scale", 0.0) or 1.0,
+                query=scores / head_dim**-0.5 if scores else 1.0,
+                residual=facts.number("residual_scale", 0.0) or 1.0,
+                logits=1 / (facts.number("logit_scale") or 1.0),
+            )
+
+
+def _refuse_other_xielu(facts: Facts) -> None:
+    """Check that the constants are those of every model; 16 bits round the second."""
+    for key, constant in _XIELU.items():
+        for value in facts.each_layer(key):
+            if not math.isclose(value, constant, rel_tol=0.01):
+                raise UsageError(f"{key} = {value:g} in the GGUF file, expected {constant:g}")
+
+
 def _read_attention(facts: Facts, *, head_dim: int, epsilon: float) -> Attention:
     architecture, heads = facts.architecture, facts.count("attention.head_count")
-    has_norms = facts.has_tensor("attn_q_norm.weight")
-    is_layer_norm = architecture.norm == "layer"
+    depth = facts.count("block_count")
+    has_norms = facts.has_tensor("attn_q_norm.weight") and architecture.has_head_norms_at(depth)
     cap = facts.number("attn_logit_softcapping", 50.0) if architecture.caps_scores else None
     scale_width = (
         facts.count("embedding_length") // heads
-        if facts.count("block_count") == architecture.scales_scores_by_hidden_at
+        if depth == architecture.scales_scores_by_hidden_at
         else head_dim
     )
     return Attention(
@@ -256,10 +322,22 @@ def _read_attention(facts: Facts, *, head_dim: int, epsilon: float) -> Attention
         )
         if has_norms
         else None,
-        head_norms="apart" if has_norms and is_layer_norm else "alike",
+        head_norms=architecture.head_norms
+        if has_norms and architecture.head_norms != "none"
+        else "alike",
+        normalizes_after_rope=has_norms and architecture.normalizes_after_rope,
+        query_growth=_read_growth(facts),
         has_qkv_bias=facts.has_tensor("attn_q.bias") or facts.has_tensor("attn_qkv.bias"),
         has_output_bias=facts.has_tensor("attn_output.bias"),
     )
+
+
+def _read_growth(facts: Facts) -> QueryGrowth | None:
+    rate = facts.number("attention.temperature_scale", 0.0)
+    if not facts.architecture.has_query_growth or rate == 0.0:
+        return None
+    steps = facts.count("rope.scaling.original_context_length", facts.count("context_length"))
+    return QueryGrowth(rate=rate, step_tokens=steps)
 
 
 def _read_layers(facts: Facts, head_dim: int) -> tuple[Layer, ...]:
@@ -271,42 +349,48 @@ def _read_layers(facts: Facts, head_dim: int) -> tuple[Layer, ...]:
         theta=float(facts.number("rope.freq_base", 10_000.0)),
         scaling=None,
     )
-    rope = Rope(width=rope.width, theta=rope.theta, scaling=_read_scaling(facts, rope))
-    skips = architecture.skips_rope_every
-    windows = _read_windows(facts, depth)
-    local_theta = float(
-        facts.number(
-            "rope.freq_base_swa", 10_000.0 if architecture.name == "gemma3" else rope.theta
-        )
+    rope = replace(rope, scaling=_read_scaling(facts, rope))
+    rotates = (
+        architecture.positions != "everywhere or nowhere"
+        or facts.value("rope.scaling.finetuned", True) is not False
     )
-    local_rope = Rope(
-        width=rope.width,
-        theta=local_theta,
+    local_rope = replace(
+        rope,
+        theta=_read_local_theta(facts, rope),
         scaling=rope.scaling if architecture.local_rope_scaling == "shared" else None,
     )
-    return tuple(
-        Layer(
-            rope=None if skips and (index + 1) % skips == 0 else local_rope if window else rope,
-            window_tokens=window,
+
+    def layer(index: int, window: int | None) -> Layer:
+        has_window = window is not None
+        has_positions = rotates and architecture.has_positions(
+            index, depth=depth, has_window=has_window
         )
-        for index, window in enumerate(windows)
-    )
+        own = local_rope if has_window else rope
+        return Layer(rope=own if has_positions else None, window_tokens=window)
+
+    return tuple(layer(*each) for each in enumerate(_read_windows(facts, depth)))
+
+
+def _read_local_theta(facts: Facts, rope: Rope) -> float:
+    if not facts.architecture.has_local_theta:
+        return rope.theta
+    default = facts.architecture.local_theta or rope.theta
+    return float(facts.number("rope.freq_base_swa", default))
 
 
 def _read_windows(facts: Facts, depth: int) -> list[int | None]:
     """Return each layer's window; without a pattern the graph's own default applies.
 
-    Source: ``load_swa_pattern`` and the calls to it: every second layer of Gemma 2 is global,
-    every sixth of Gemma 3.
+    Source: ``load_swa_pattern`` and the calls to it.
     """
-    if not facts.architecture.has_windows:
+    architecture = facts.architecture
+    if not architecture.has_windows_at(depth):
         return [None] * depth
-    default = 4096 if facts.architecture.name == "gemma2" else 0
-    window = facts.number("attention.sliding_window", default)
+    window = facts.number("attention.sliding_window", architecture.window_tokens)
     key = "attention.sliding_window_pattern"
     pattern = facts.value(key, None)
     if not isinstance(pattern, list):
-        period = facts.count(key, 2 if facts.architecture.name == "gemma2" else 6)
+        period = facts.count(key, architecture.window_period)
         pattern = [(index + 1) % period != 0 for index in range(depth)]
     if len(pattern) < depth:
         raise UsageError(f"the GGUF file's {key} has {len(pattern)} layers, expected {depth}")
@@ -336,16 +420,26 @@ def _read_scaling(facts: Facts, rope: Rope) -> RopeScaling | None:
 
 
 def _read_yarn(facts: Facts, factor: float) -> YarnScaling:
-    """Return what llama.cpp computes; keys of the ramp are for other graphs of its."""
-    share = facts.number("rope.scaling.attn_factor", 1.0)
+    """Return what llama.cpp computes: most graphs read no keys of the ramp.
+
+    Source: ``llama_context`` in llama-context.cpp, where ``yarn_log_multiplier`` divides.
+    """
+    fast, slow, weight = *architectures.YARN_TURNS, 0.0
+    if facts.architecture.reads_yarn_ramp:
+        fast = facts.number("rope.scaling.yarn_beta_fast", fast)
+        slow = facts.number("rope.scaling.yarn_beta_slow", slow)
+        weight = facts.number("rope.scaling.yarn_log_multiplier", weight)
+    share = facts.number("rope.scaling.attn_factor", 1.0) / yarn_attention_factor(factor, weight)
+    usual = yarn_attention_factor(factor)
     return YarnScaling(
         factor=factor,
-        fast_turns=32.0,
-        slow_turns=1.0,
+        fast_turns=fast,
+        slow_turns=slow,
         original_context_tokens=facts.count(
             "rope.scaling.original_context_length", facts.count("context_length")
         ),
-        attention_factor=share * yarn_attention_factor(factor),
+        # As many digits as the float32 of the file has
+        attention_factor=usual if share == 1.0 else float(f"{share * usual:.7g}"),
         is_truncated=True,
     )
 
