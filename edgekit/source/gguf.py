@@ -53,13 +53,13 @@ def write_from_gguf(file: Path, directory: Path, *, listener: Listener) -> None:
 def _checkpoint(file: GgufFile, name: str, text_directory: Path) -> Checkpoint:
     facts = _facts(file)
     spec = hyperparameters.read(facts)
-    architecture = _family_for(spec, facts.architecture.name)
+    architecture = _family_for(spec, facts.architecture)
     write_tokenizer(file.metadata, text_directory)
     return Checkpoint(
         directory=text_directory / name,  # has no files of its own
         architecture=architecture,
         spec=spec,
-        tensors=_tensors(file, spec, architecture, facts.architecture),
+        tensors=_tensors(file, facts, spec, architecture),
         text=TokenizerFiles.open(text_directory, config={}),
         licence=file.metadata.get("general.license"),
     )
@@ -82,10 +82,14 @@ def _facts(file: GgufFile) -> Facts:
     )
 
 
-def _family_for(spec: DecoderSpec, preferred: str) -> str:
-    """Return the first family whose config can say exactly this decoder."""
-    names = sorted(families.names(), key=lambda name: (not name.startswith(preferred), name))
-    for name in names:
+def _family_for(spec: DecoderSpec, graph: Architecture) -> str:
+    """Return the first family whose config can say exactly this decoder, those of the graph first.
+
+    Raises:
+        UsageError: If none can.
+    """
+    usual = [name for name in graph.model_types if name in families.names()]
+    for name in dict.fromkeys([*usual, *families.names()]):
         family = families.get(name)
         try:
             config = Config(family.config(spec), origin="the GGUF file")
@@ -94,7 +98,7 @@ def _family_for(spec: DecoderSpec, preferred: str) -> str:
         except UsageError:
             continue
     raise UsageError(
-        f"no family's config can say what this {preferred} file is",
+        f"no family's config can say what this {graph.name} file is",
         hint=f"families: {', '.join(families.names())}",
     )
 
@@ -177,16 +181,37 @@ class RowTensor:
         return whole[first_row:last]
 
 
+@dataclass(frozen=True)
+class KeyTensor:
+    """A weight of one number that a GGUF file has in its metadata."""
+
+    value: float
+    shape: Shape = (1,)
+    size_bytes: int = 4
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "Rows":
+        """Return the number, or nothing of it, in float32."""
+        import numpy as np
+
+        last = None if rows is None else first_row + rows
+        return np.array([self.value], np.float32)[first_row:last]
+
+
 def _tensors(
-    file: GgufFile, spec: DecoderSpec, family_name: str, graph: Architecture
+    file: GgufFile, facts: Facts, spec: DecoderSpec, family_name: str
 ) -> Mapping[str, Tensor]:
     """Return the file's weights under the names a checkpoint of that family gives them."""
-    infos = {info.name: info for info in file.tensors}
+    infos, graph = {info.name: info for info in file.tensors}, facts.architecture
     family = families.get(family_name)
     _refuse_unused(file, infos, spec, graph)
     pieces: dict[str, list[tuple[int, Tensor]]] = {}
     for role, shape in spec.weights():
-        tensor = _role_tensor(file, infos, role, shape, spec, graph)
+        layer, part = split_role(role)
+        tensor = (
+            KeyTensor(facts.each_layer(parts.KEYS[part])[layer])
+            if layer is not None and part in parts.KEYS
+            else _role_tensor(file, infos, role, shape, spec, graph)
+        )
         source = family.source(role, spec)
         if source.neighbours:
             tensor = PairOrder(base=tensor, pairs=source.neighbours, to="neighbours")
@@ -202,7 +227,11 @@ def _refuse_unused(
     file: GgufFile, infos: Mapping[str, TensorInfo], spec: DecoderSpec, graph: Architecture
 ) -> None:
     """Check that every tensor is one the decoder needs: what is left out would be missed."""
-    used = {_place(infos, role, spec, graph).name for role, _ in spec.weights()}
+    used = {
+        _place(infos, role, spec, graph).name
+        for role, _ in spec.weights()
+        if split_role(role)[1] not in parts.KEYS
+    }
     unused = sorted(name for name in infos.keys() - used if not name.endswith(_COMPUTED))
     if unused:
         raise UsageError(

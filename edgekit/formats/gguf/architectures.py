@@ -8,7 +8,7 @@ commit inside llama-cpp-python 0.3.36.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,7 @@ from edgekit.errors import UsageError
 from edgekit.formats import ContextLimit
 from edgekit.model.spec import (
     Activation,
+    Attention,
     DecoderSpec,
     LinearScaling,
     Llama3Scaling,
@@ -113,23 +114,24 @@ class Architecture:
             yield "norms after attention and MLP" if spec.has_post_norms else "no post norms"
 
     def _refuse_head_norms(self, spec: DecoderSpec) -> Iterator[str]:
-        a, depth = spec.attention, len(spec.layers)
-        norm = a.query_key_norm
-        if not self.has_head_norms_at(depth):
-            if norm:
-                deep = f" in fewer than {self.head_norms_from_depth} layers"
-                yield f"norms on queries and keys{deep if self.head_norms != 'none' else ''}"
-            return
+        norm = spec.attention.query_key_norm
         if norm is None:
-            if not self.head_norms_are_optional:
+            if self.has_head_norms_at(len(spec.layers)) and not self.head_norms_are_optional:
                 yield "no norms on queries and keys"
+            return
+        if norm.epsilon != spec.norm.epsilon:
+            yield "another epsilon in the norms of queries and keys"
+        yield from self._refuse_kind_of_head_norms(spec.attention, norm, len(spec.layers))
+
+    def _refuse_kind_of_head_norms(self, a: Attention, norm: Norm, depth: int) -> Iterator[str]:
+        if not self.has_head_norms_at(depth):
+            deep = f" in fewer than {self.head_norms_from_depth} layers"
+            yield f"norms on queries and keys{deep if self.head_norms != 'none' else ''}"
             return
         if a.head_norms != self.head_norms or norm.kind != self.norm or norm.has_bias:
             yield f"{norm.kind} norms {_HEAD_NORMS[a.head_norms]}"
         if a.normalizes_after_rope != self.normalizes_after_rope:
             yield f"these norms {'after' if a.normalizes_after_rope else 'before'} the rotation"
-        if norm.epsilon != spec.norm.epsilon:
-            yield "another epsilon in the norms of queries and keys"
 
     def _refuse_attention(self, spec: DecoderSpec) -> Iterator[str]:
         a = spec.attention
@@ -255,9 +257,7 @@ ARCHITECTURES = (  # of several that fit, the first is taken
         mlp_bias="optional",
         head_width_is_free=True,
     ),
-    Architecture(
-        name="qwen3", model_types=("qwen3",), head_norms="alike", head_width_is_free=True
-    ),
+    Architecture(name="qwen3", model_types=("qwen3",), head_norms="alike", head_width_is_free=True),
     Architecture(
         name="smollm3",
         model_types=("smollm3",),
@@ -506,17 +506,18 @@ def choose(spec: DecoderSpec, *, family: str = "") -> Architecture:
     """
     if len(spec.layers) > MAX_LAYERS:
         raise UsageError(f"{len(spec.layers)} layers are more than llama.cpp's {MAX_LAYERS}")
-    nearest: tuple[Sequence[str], str] | None = None
+    found = []
     for architecture in sorted(ARCHITECTURES, key=lambda graph: family not in graph.model_types):
         refusals = list(architecture.refusals(spec))
         if not refusals:
             return architecture
-        if nearest is None or len(refusals) < len(nearest[0]):
-            nearest = (refusals, architecture.name)
-    assert nearest is not None  # noqa: S101 - the table is not empty
+        found.append(
+            (family not in architecture.model_types, len(refusals), architecture, refusals)
+        )
+    *_, nearest, refusals = min(found, key=lambda it: it[:2])
     raise UsageError(
-        f"llama.cpp has no decoder like this: its nearest, {nearest[1]}, cannot compute "
-        f"{'; '.join(nearest[0])}",
+        f"llama.cpp has no decoder like this: its nearest, {nearest.name}, cannot compute "
+        f"{'; '.join(refusals)}",
         hint="another --format may; see `edgekit formats`",
     )
 

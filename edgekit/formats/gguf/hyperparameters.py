@@ -205,11 +205,9 @@ class Facts:
         """
         depth = self.count("block_count", most=len(self.tensors))
         value = self.metadata.get(key)
-        values = value if isinstance(value, list) else [value] * depth
+        values: list[Any] = value if isinstance(value, list) else [value] * depth
         if len(values) < depth or not all(isinstance(each, int | float) for each in values):
-            raise UsageError(
-                f"{key} = {value!r} in the GGUF file, expected {depth} numbers"
-            )
+            raise UsageError(f"{key} = {value!r} in the GGUF file, expected {depth} numbers")
         return values[:depth]
 
     def has_tensor(self, part: str) -> bool:
