@@ -204,6 +204,7 @@ def _tensors(
     infos, graph = {info.name: info for info in file.tensors}, facts.architecture
     family = families.get(family_name)
     _refuse_unused(file, infos, spec, graph)
+    _refuse_sinks(file, infos, graph, depth=len(spec.layers))
     pieces: dict[str, list[tuple[int, Tensor]]] = {}
     for role, shape in spec.weights():
         layer, part = split_role(role)
@@ -232,12 +233,28 @@ def _refuse_unused(
         for role, _ in spec.weights()
         if split_role(role)[1] not in parts.KEYS
     }
+    if graph.has_sinks:
+        used |= {hyperparameters.sinks_name(layer) for layer in range(len(spec.layers))}
     unused = sorted(name for name in infos.keys() - used if not name.endswith(_COMPUTED))
     if unused:
         raise UsageError(
             f"{file.path} holds {unused[0]}, which no {graph.name} decoder of edgekit uses",
             hint="a mixture of experts, or another kind of model under the same name?",
         )
+
+
+def _refuse_sinks(
+    file: GgufFile, infos: Mapping[str, TensorInfo], graph: Architecture, *, depth: int
+) -> None:
+    """Check that the scores that belong to no token draw nothing from the others."""
+    for layer in range(depth if graph.has_sinks else 0):
+        name = hyperparameters.sinks_name(layer)
+        if name not in infos:
+            raise UsageError(f"{file.path} lacks the tensor {name}")
+        if layout.read_tensor(file, infos[name]).max() > hyperparameters.NO_SINK / 2:
+            raise UsageError(
+                f"{file.path}: {name} holds attention sinks, which no decoder of edgekit has"
+            )
 
 
 def _joined(found: list[tuple[int, Tensor]]) -> Tensor:

@@ -44,7 +44,9 @@ class Architecture:
     scalings: tuple[type[RopeScaling], ...] = (LinearScaling, YarnScaling)
     reads_yarn_ramp: bool = False  # else its ends are constants
     has_partial_rope: bool = False
-    positions: Literal["everywhere", "in windows", "everywhere or nowhere"] = "everywhere"
+    positions: Literal["everywhere", "in windows", "everywhere or nowhere", "by layer"] = (
+        "everywhere"
+    )
     skips_rope_every: int | None = None  # every n-th layer has no positions
     has_query_growth: bool = False
     norm: Literal["rms", "layer"] = "rms"
@@ -62,6 +64,7 @@ class Architecture:
     has_head_bias: bool = False
     has_windows: bool = False
     windows_at_depth: int | None = None  # and there only
+    needs_window: bool = False  # in one layer at least
     window_tokens: int = 0  # where a file does not say
     window_period: int = 4  # and then every fourth layer is global
     has_local_theta: bool = False  # the layers with a window may have another
@@ -74,6 +77,7 @@ class Architecture:
     residual: Literal["serial", "parallel", "either"] = "serial"
     activation: Activation = "silu"
     is_gated: bool = True
+    has_sinks: bool = False  # a score for each head that belongs to no token
     scales_scores_by_hidden_at: int | None = None  # at this depth, 27B, the scale is another
     head_width_is_free: bool = False  # else heads x head width must be the hidden width
     fuses_attention: bool = False  # queries, keys and values in one tensor
@@ -182,7 +186,13 @@ class Architecture:
 
     def _refuse_positions(self, spec: DecoderSpec) -> Iterator[str]:
         depth, layers = len(spec.layers), spec.layers
-        if self.positions == "everywhere or nowhere" and not any(it.rope for it in layers):
+        is_nowhere = not any(layer.rope for layer in layers)
+        if self.positions == "by layer" or (
+            self.positions == "everywhere or nowhere" and is_nowhere
+        ):
+            return
+        if is_nowhere:
+            yield "no positions"
             return
         for index, layer in enumerate(layers):
             has_window = layer.window_tokens is not None
@@ -288,6 +298,7 @@ ARCHITECTURES = (  # of several that fit, the first is taken
         scalings=(LinearScaling,),
         norm_adds_one=True,
         has_windows=True,
+        needs_window=True,
         window_tokens=4096,
         window_period=2,
         has_local_theta=True,
@@ -487,6 +498,33 @@ ARCHITECTURES = (  # of several that fit, the first is taken
         is_gated=False,
         head_width_is_free=True,
         ties="never",
+    ),
+    Architecture(
+        name="jais2",
+        model_types=("jais2",),
+        norm="layer",
+        has_norm_bias=True,
+        output_bias="always",
+        mlp_bias="always",
+        activation="relu2",
+        is_gated=False,
+        head_width_is_free=True,
+    ),
+    # Granite's, with windows and positions as each layer has them. The youngest of all: programs
+    # with an older llama.cpp do not open it.
+    Architecture(
+        name="granite_swa",
+        rope_pairs="neighbours",
+        scalings=(LinearScaling, Llama3Scaling, YarnScaling),
+        positions="by layer",
+        output_bias="optional",
+        mlp_bias="optional",
+        has_windows=True,
+        needs_window=True,
+        local_rope_scaling="shared",
+        multiplies="everything",
+        has_sinks=True,
+        head_width_is_free=True,
     ),
 )
 

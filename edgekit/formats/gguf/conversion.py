@@ -73,9 +73,8 @@ def plan(checkpoint: "CheckpointProtocol", request: BuildRequest, *, pre: str) -
     architecture = architectures.choose(checkpoint.spec, family=checkpoint.architecture)
     found = tuple(parts.of(checkpoint.spec, request.recipe, architecture))
     keys = metadata(checkpoint, request.recipe, architecture, found, pre=pre)
-    files = split.plan_files(
-        STEM, keys, _entries(checkpoint, found), split_bytes=request.split_bytes
-    )
+    entries = _entries(checkpoint.spec, architecture, found)
+    files = split.plan_files(STEM, keys, entries, split_bytes=request.split_bytes)
     return GgufPlan(architecture=architecture, parts=found, files=tuple(files))
 
 
@@ -126,13 +125,14 @@ def _differences(text: "TokenizerFiles") -> tuple[str, ...]:
     )
 
 
-def _entries(checkpoint: "CheckpointProtocol", found: Sequence[FileTensor]) -> list[TensorEntry]:
-    ropes = hyperparameters.rope_tensors(checkpoint.spec)
-    factors = [
+def _entries(
+    spec: DecoderSpec, architecture: Architecture, found: Sequence[FileTensor]
+) -> list[TensorEntry]:
+    made = [
         TensorEntry(name=name, shape=(len(values),), tensor_type="F32")
-        for name, values in ropes.items()
+        for name, values in hyperparameters.made_tensors(spec, architecture).items()
     ]
-    return [*factors, *(part.entry for part in found)]
+    return [*made, *(part.entry for part in found)]
 
 
 def metadata(
@@ -202,7 +202,7 @@ def convert(
     planned = plan(checkpoint, request, pre=pre)
     weights = dict(importance.weights(checkpoint.calibration, planned.parts))
     with FilesWriter(directory, planned.files) as writer:
-        _write_ropes(writer, checkpoint.spec)
+        _write_made(writer, checkpoint.spec, planned.architecture)
         blocks = (
             (part.name, block, part.tensor_type)
             for part in planned.parts
@@ -222,10 +222,10 @@ def counted(blocks: "Iterator[Block]", progress: Advance) -> "Iterator[Block]":
         progress(block[1].size)
 
 
-def _write_ropes(writer: FilesWriter, spec: DecoderSpec) -> None:
+def _write_made(writer: FilesWriter, spec: DecoderSpec, architecture: Architecture) -> None:
     import numpy as np
 
-    for name, values in hyperparameters.rope_tensors(spec).items():
+    for name, values in hyperparameters.made_tensors(spec, architecture).items():
         writer.write(name, np.asarray(values, np.float32).tobytes())
 
 

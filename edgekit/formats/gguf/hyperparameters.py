@@ -55,6 +55,9 @@ def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
     keys |= _rope_keys(rope, architecture)
     if architecture.has_windows_at(len(spec.layers)):
         keys |= _window_keys(spec, architecture)
+    if architecture.positions == "by layer":
+        pattern = [layer.rope is not None for layer in spec.layers]
+        keys[_ROPE_PATTERN] = ("array[bool]", pattern)
     if a.query_growth:
         keys["attention.temperature_scale"] = ("float32", a.query_growth.rate)
         keys["rope.scaling.original_context_length"] = ("uint32", a.query_growth.step_tokens)
@@ -74,6 +77,9 @@ def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
 
 
 _XIELU = {"xielu.beta": XIELU_BETA, "xielu.eps": XIELU_EPSILON}
+
+
+_ROPE_PATTERN = "attention.rope_pattern"
 
 
 def _rope_keys(rope: Rope | None, architecture: Architecture) -> dict[str, "Value"]:
@@ -121,33 +127,53 @@ def _scaling_keys(scaling: RopeScaling | None) -> dict[str, "Value"]:
 
 def _window_keys(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
     local = [layer for layer in spec.layers if layer.window_tokens]
+    pattern = [layer.window_tokens is not None for layer in spec.layers]
+    window = local[0].window_tokens if local else None
     if not local:
-        return {}
+        if not architecture.needs_window:
+            return {}
+        pattern, window = _one_window(len(spec.layers)), spec.context_tokens
     keys: dict[str, Value] = {
-        "attention.sliding_window": ("uint32", local[0].window_tokens),
-        "attention.sliding_window_pattern": (
-            "array[bool]",
-            [layer.window_tokens is not None for layer in spec.layers],
-        ),
+        "attention.sliding_window": ("uint32", window),
+        "attention.sliding_window_pattern": ("array[bool]", pattern),
     }
-    if local[0].rope and architecture.has_local_theta:
+    if local and local[0].rope and architecture.has_local_theta:
         keys["rope.freq_base_swa"] = ("float32", local[0].rope.theta)
     return keys
 
 
-def rope_tensors(spec: DecoderSpec) -> dict[str, Sequence[float]]:
-    """Return the frequency divisors that llama.cpp reads as tensors, by tensor name."""
+def _one_window(depth: int) -> list[bool]:
+    """Return a pattern for a graph that needs a window: one as long as any text changes nothing."""
+    return [True] + [False] * (depth - 1)
+
+
+def made_tensors(spec: DecoderSpec, architecture: Architecture) -> dict[str, Sequence[float]]:
+    """Return the tensors that llama.cpp reads and no checkpoint has, by name.
+
+    They are the divisors of the rope's frequencies, and sinks that draw nothing from other scores.
+    """
     rope = architectures.first_rope(spec)
+    made: dict[str, Sequence[float]] = {}
     match rope.scaling if rope else None:
-        case Llama3Scaling():
-            return {"rope_freqs.weight": rope.divisors(spec.context_tokens) if rope else ()}
+        case Llama3Scaling() if rope:
+            made["rope_freqs.weight"] = rope.divisors(spec.context_tokens)
         case LongRopeScaling() as scaling:
-            return {
-                "rope_factors_long.weight": scaling.long_factors,
-                "rope_factors_short.weight": scaling.short_factors,
-            }
+            made["rope_factors_long.weight"] = scaling.long_factors
+            made["rope_factors_short.weight"] = scaling.short_factors
         case _:
-            return {}
+            pass
+    if architecture.has_sinks:
+        for index in range(len(spec.layers)):
+            made[sinks_name(index)] = [NO_SINK] * spec.attention.heads
+    return made
+
+
+NO_SINK = -1e30  # the exponential of a score this low is 0
+
+
+def sinks_name(layer: int) -> str:
+    """Return the name of the tensor with a layer's sinks."""
+    return f"blk.{layer}.attn_sinks.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +183,7 @@ class Facts:
     metadata: Mapping[str, Any]
     tensors: Collection[str]
     vocab_size: int
-    rope_factors: Mapping[str, Sequence[float]]  # the small tensors named by `rope_tensors`
+    rope_factors: Mapping[str, Sequence[float]]  # the small tensors named by `made_tensors`
 
     @property
     def architecture(self) -> Architecture:
@@ -348,10 +374,7 @@ def _read_layers(facts: Facts, head_dim: int) -> tuple[Layer, ...]:
         scaling=None,
     )
     rope = replace(rope, scaling=_read_scaling(facts, rope))
-    rotates = (
-        architecture.positions != "everywhere or nowhere"
-        or facts.value("rope.scaling.finetuned", True) is not False
-    )
+    rotates = _read_positions(facts, depth)
     local_rope = replace(
         rope,
         theta=_read_local_theta(facts, rope),
@@ -360,13 +383,29 @@ def _read_layers(facts: Facts, head_dim: int) -> tuple[Layer, ...]:
 
     def layer(index: int, window: int | None) -> Layer:
         has_window = window is not None
-        has_positions = rotates and architecture.has_positions(
+        has_positions = rotates[index] and architecture.has_positions(
             index, depth=depth, has_window=has_window
         )
         own = local_rope if has_window else rope
         return Layer(rope=own if has_positions else None, window_tokens=window)
 
     return tuple(layer(*each) for each in enumerate(_read_windows(facts, depth)))
+
+
+def _read_positions(facts: Facts, depth: int) -> list[bool]:
+    """Return where keys allow positions."""
+    match facts.architecture.positions:
+        case "everywhere or nowhere":
+            return [facts.value("rope.scaling.finetuned", True) is not False] * depth
+        case "by layer":
+            pattern = facts.value(_ROPE_PATTERN, [True] * depth)
+            if not isinstance(pattern, list) or len(pattern) < depth:
+                raise UsageError(
+                    f"the GGUF file's {_ROPE_PATTERN} = {pattern!r}, expected {depth} layers"
+                )
+            return [bool(rotates) for rotates in pattern]
+        case _:
+            return [True] * depth
 
 
 def _read_local_theta(facts: Facts, rope: Rope) -> float:
@@ -392,6 +431,8 @@ def _read_windows(facts: Facts, depth: int) -> list[int | None]:
         pattern = [(index + 1) % period != 0 for index in range(depth)]
     if len(pattern) < depth:
         raise UsageError(f"the GGUF file's {key} has {len(pattern)} layers, expected {depth}")
+    if pattern[:depth] == _one_window(depth) and window == facts.count("context_length"):
+        return [None] * depth
     return [window if window and is_local else None for is_local in pattern[:depth]]
 
 

@@ -257,7 +257,7 @@ def facts_of(spec):
     tensors = {parts.tensor_name(roles[-1]) for roles, _ in parts._stacked(spec, graph)}
     factors = {
         name: [to_float32(value) for value in values]
-        for name, values in hyperparameters.rope_tensors(spec).items()
+        for name, values in hyperparameters.made_tensors(spec, graph).items()
     }
     return Facts(
         metadata={"general.architecture": graph.name} | {
