@@ -27,6 +27,7 @@ from edgekit.model.spec import (
     RopeScaling,
     YarnScaling,
 )
+from edgekit.quant.recipe import split_role
 
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS in llama-hparams.h; more make it abort
@@ -98,6 +99,28 @@ class Architecture:
         """Whether queries and keys of a decoder this deep may have norms."""
         return self.head_norms != "none" and depth >= self.head_norms_from_depth
 
+    def score_scale(self, *, depth: int, head_dim: int, hidden_size: int, heads: int) -> float:
+        """Return what multiplies scores: graphs read no key for it."""
+        is_by_hidden = depth == self.scales_scores_by_hidden_at
+        return float((hidden_size // heads if is_by_hidden else head_dim) ** -0.5)
+
+    def multiplier(self, role: str, spec: DecoderSpec) -> float:
+        """Return what a weight is multiplied with in a file, for scores of another scale.
+
+        It is in the last that queries are multiplied with: the weights of their norm, if any.
+        """
+        a = spec.attention
+        part = split_role(role)[1].removesuffix("_bias")
+        if part != ("query_norm" if a.query_key_norm else "query"):
+            return 1.0
+        scale = self.score_scale(
+            depth=len(spec.layers),
+            head_dim=a.head_dim,
+            hidden_size=spec.hidden_size,
+            heads=a.heads,
+        )
+        return 1.0 if math.isclose(a.softmax_scale, scale) else a.softmax_scale / scale
+
     def refusals(self, spec: DecoderSpec) -> Iterator[str]:
         """Yield what this graph would compute otherwise than ``spec`` asks."""
         yield from self._refuse_norms(spec)
@@ -143,11 +166,11 @@ class Architecture:
             yield f"{a.heads} heads of width {a.head_dim} in {spec.hidden_size} columns"
         if self.needs_qkv_bias and not a.has_qkv_bias:
             yield "no bias on queries, keys and values"
-        yield from _refuse_bias(self.output_bias, has_bias=a.has_output_bias, where="attention")
-        if not math.isclose(a.softmax_scale, self._score_scale(spec), rel_tol=1e-6):
-            yield f"a score scale of {a.softmax_scale:g}"
-        if (a.attn_logit_softcap is not None) != self.caps_scores:
-            yield "a cap on the scores" if a.attn_logit_softcap else "no cap on the scores"
+        yield from _refuse_bias(
+            self.output_bias, has_bias=a.has_output_bias, where="after attention"
+        )
+        if a.attn_logit_softcap is not None and not self.caps_scores:
+            yield "a cap on the scores"
         windows = {layer.window_tokens for layer in spec.layers} - {None}
         if len(windows) > 1:
             yield "windows of several lengths"
@@ -163,11 +186,6 @@ class Architecture:
             and scaling.original_context_tokens != growth.step_tokens
         )
         return self.has_query_growth and not is_other
-
-    def _score_scale(self, spec: DecoderSpec) -> float:
-        if len(spec.layers) == self.scales_scores_by_hidden_at:
-            return float((spec.hidden_size // spec.attention.heads) ** -0.5)
-        return float(spec.attention.head_dim**-0.5)
 
     def _refuse_ropes(self, spec: DecoderSpec) -> Iterator[str]:
         yield from self._refuse_positions(spec)
@@ -232,7 +250,7 @@ class Architecture:
     def _refuse_mlp(self, spec: DecoderSpec) -> Iterator[str]:
         if (spec.activation, spec.is_gated) != (self.activation, self.is_gated):
             yield f"activation {spec.activation} {_with(spec.is_gated)} a gate"
-        yield from _refuse_bias(self.mlp_bias, has_bias=spec.has_mlp_bias, where="the MLP")
+        yield from _refuse_bias(self.mlp_bias, has_bias=spec.has_mlp_bias, where="in the MLP")
         if self.residual not in {spec.residual, "either"}:
             yield f"{spec.residual} residuals"
 
@@ -242,8 +260,6 @@ class Architecture:
             yield f"an embedding scale of {spec.embedding_scale:g}"
         if spec.final_logit_softcap is not None and self.caps_logits == "never":
             yield "a cap on the logits"
-        if spec.final_logit_softcap is None and self.caps_logits == "always":
-            yield "no cap on the logits"
         if self.ties == "always" and not spec.is_tied:
             yield "an output head of its own"
         if spec.has_head_bias != self.has_head_bias:
@@ -619,9 +635,9 @@ def _refuse_bias(
     known: Literal["never", "optional", "always"], *, has_bias: bool, where: str
 ) -> Iterator[str]:
     if has_bias and known == "never":
-        yield f"biases in {where}"
+        yield f"a bias {where}"
     if not has_bias and known == "always":
-        yield f"no biases in {where}"
+        yield f"no bias {where}"
 
 
 def _norm_name(norm: Norm) -> str:

@@ -233,14 +233,16 @@ def _blocks(
     checkpoint: "CheckpointProtocol", part: FileTensor, architecture: Architecture
 ) -> Iterator["Rows"]:
     """Yield the rows of a part as llama.cpp wants them, some million weights at a time."""
+    import numpy as np
+
+    spec = checkpoint.spec
     for role in part.roles:
-        pairs = checkpoint.spec.rotated_pairs(role)
-        if pairs is None or architecture.rope_pairs == "halves":
-            yield from (rows for _, rows in checkpoint.blocks(role))
-        else:
-            multiple = pairs.head_dim if pairs.axis == 0 else 1
-            for _, rows in checkpoint.blocks(role, row_multiple=multiple):
-                yield interleave_halves(rows, pairs)
+        pairs = spec.rotated_pairs(role) if architecture.rope_pairs == "neighbours" else None
+        multiplier = np.float32(architecture.multiplier(role, spec))
+        multiple = pairs.head_dim if pairs and pairs.axis == 0 else 1
+        for _, rows in checkpoint.blocks(role, row_multiple=multiple):
+            scaled = rows if multiplier == 1 else rows * multiplier
+            yield interleave_halves(scaled, pairs) if pairs else scaled
 
 
 def interleave_halves(rows: "Rows", pairs: Pairs) -> "Rows":

@@ -5,7 +5,7 @@ becomes a `DecoderSpec` again, and from that an ordinary checkpoint.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,10 +61,10 @@ def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
     if a.query_growth:
         keys["attention.temperature_scale"] = ("float32", a.query_growth.rate)
         keys["rope.scaling.original_context_length"] = ("uint32", a.query_growth.step_tokens)
-    if a.attn_logit_softcap is not None:
-        keys["attn_logit_softcapping"] = ("float32", a.attn_logit_softcap)
-    if spec.final_logit_softcap is not None:
-        keys["final_logit_softcapping"] = ("float32", spec.final_logit_softcap)
+    if architecture.caps_scores:
+        keys["attn_logit_softcapping"] = ("float32", a.attn_logit_softcap or NO_CAP)
+    if spec.final_logit_softcap is not None or architecture.caps_logits == "always":
+        keys["final_logit_softcapping"] = ("float32", spec.final_logit_softcap or NO_CAP)
     if architecture.multiplies != "never":  # it is in the weights, but the key must be there
         keys["logit_scale"] = ("float32", 1.0)
     if architecture.residual == "either":
@@ -79,6 +79,7 @@ def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
 _XIELU = {"xielu.beta": XIELU_BETA, "xielu.eps": XIELU_EPSILON}
 
 
+NO_CAP = 2.0**20  # for graphs that always cap: below 1,000 it changes no bit that counts
 _ROPE_PATTERN = "attention.rope_pattern"
 
 
@@ -285,10 +286,11 @@ def read(facts: Facts) -> DecoderSpec:
         has_head_bias=architecture.has_head_bias,
         multipliers=_read_multipliers(facts, head_dim),
         embedding_scale=math.sqrt(hidden) if architecture.scales_embedding else 1.0,
-        final_logit_softcap=facts.number(
-            "final_logit_softcapping", 30.0 if architecture.caps_logits == "always" else 0.0
-        )
-        or None,
+        final_logit_softcap=_read_cap(
+            facts,
+            "final_logit_softcapping",
+            30.0 if architecture.caps_logits == "always" else 0.0,
+        ),
         is_tied="output.weight" not in facts.tensors,
     )
 
@@ -329,17 +331,18 @@ def _read_attention(facts: Facts, *, head_dim: int, epsilon: float) -> Attention
     architecture, heads = facts.architecture, facts.count("attention.head_count")
     depth = facts.count("block_count")
     has_norms = facts.has_tensor("attn_q_norm.weight") and architecture.has_head_norms_at(depth)
-    cap = facts.number("attn_logit_softcapping", 50.0) if architecture.caps_scores else None
-    scale_width = (
-        facts.count("embedding_length") // heads
-        if depth == architecture.scales_scores_by_hidden_at
-        else head_dim
+    cap = _read_cap(facts, "attn_logit_softcapping", 50.0) if architecture.caps_scores else None
+    scale = architecture.score_scale(
+        depth=depth,
+        head_dim=head_dim,
+        hidden_size=facts.count("embedding_length"),
+        heads=heads,
     )
     return Attention(
         heads=heads,
         num_kv_heads=facts.count("attention.head_count_kv", heads),
         head_dim=head_dim,
-        softmax_scale=scale_width**-0.5,
+        softmax_scale=scale,
         attn_logit_softcap=cap,
         query_key_norm=Norm(
             kind=architecture.norm, epsilon=epsilon, unit_offset=architecture.norm_adds_one
@@ -354,6 +357,11 @@ def _read_attention(facts: Facts, *, head_dim: int, epsilon: float) -> Attention
         has_qkv_bias=facts.has_tensor("attn_q.bias") or facts.has_tensor("attn_qkv.bias"),
         has_output_bias=facts.has_tensor("attn_output.bias"),
     )
+
+
+def _read_cap(facts: Facts, key: str, default: float) -> float | None:
+    cap: float = facts.number(key, default)
+    return cap if 0 < cap < NO_CAP else None
 
 
 def _read_growth(facts: Facts) -> QueryGrowth | None:
@@ -486,19 +494,35 @@ def _read_yarn(facts: Facts, factor: float) -> YarnScaling:
 def _read_llama3(rope: Rope, factors: Sequence[float]) -> Llama3Scaling | None:
     """Recover Llama 3's parameters; the file has only the divisors they gave.
 
-    Every published model has the ramp from 1 to 4 turns over 8192 tokens.
+    Every published model has a ramp from 1 to 4 turns, and most have it over 8192 tokens; else a
+    frequency on the ramp tells.
+
+    Raises:
+        UsageError: If no such parameters give these divisors.
     """
     if all(factor == 1.0 for factor in factors):
         return None
-    scaling = Llama3Scaling(
-        factor=shortest(max(factors)),
+    factor = shortest(max(factors))
+    plain = Llama3Scaling(
+        factor=factor,
         low_frequency_factor=1.0,
         high_frequency_factor=4.0,
         original_context_tokens=8192,
     )
-    expected = Rope(width=rope.width, theta=rope.theta, scaling=scaling).divisors(0)
-    if len(factors) != len(expected) or not all(
-        math.isclose(a, b, rel_tol=1e-5) for a, b in zip(expected, factors, strict=True)
-    ):
-        raise UsageError("the GGUF file's rope_freqs are not those of a Llama 3 model")
-    return scaling
+    for tokens in (8192, *_original_contexts(rope, factors, factor)):
+        scaling = replace(plain, original_context_tokens=tokens)
+        expected = replace(rope, scaling=scaling).divisors(0)
+        if len(factors) == len(expected) and all(
+            math.isclose(a, b, rel_tol=1e-5) for a, b in zip(expected, factors, strict=True)
+        ):
+            return scaling
+    raise UsageError("the GGUF file's rope_freqs are not those of a Llama 3 model")
+
+
+def _original_contexts(rope: Rope, factors: Sequence[float], factor: float) -> Iterator[int]:
+    """Yield in what context each divisor of the ramp, from 1 to 4 turns, would have come about."""
+    for index, divisor in enumerate(factors):
+        if 1 < divisor < factor:
+            kept = (1 / divisor - 1 / factor) / (1 - 1 / factor)
+            wave_tokens = 2 * math.pi * rope.theta ** (2 * index / rope.width)
+            yield round((1 + 3 * kept) * wave_tokens)

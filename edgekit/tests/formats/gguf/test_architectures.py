@@ -12,7 +12,6 @@ from edgekit.formats.gguf import architectures, conversion, hyperparameters, mem
 from edgekit.formats.gguf.hyperparameters import Facts
 from edgekit.model.spec import (
     LinearScaling,
-    Llama3Scaling,
     LongRopeScaling,
     Multipliers,
     Norm,
@@ -33,7 +32,7 @@ GRAPHS = {  # of each family
     "olmo2": "olmo2", "olmo3": "olmo2", "phi3": "phi3", "qwen2": "qwen2", "qwen3": "qwen3",
     "smollm3": "smollm3", "stablelm": "stablelm",
 }  # fmt: skip
-HAVE_NO_GRAPH = {"gemma2-wide-heads": "a score scale of 0.25", "smollm3-pattern": "layer 0 without"}
+OTHER_GRAPHS = {"smollm3-pattern": "granite_swa"}
 LONG = {"original_max_position_embeddings": 4096, "max_position_embeddings": 131072}
 
 
@@ -69,11 +68,11 @@ def scale(rope):
 # The choice
 
 
-@pytest.mark.parametrize("name", TINY.keys() - HAVE_NO_GRAPH)
+@pytest.mark.parametrize("name", TINY)
 def test_a_family_goes_to_its_own_graph(name):
     spec, model_type = describe(name), TINY[name].model_type
     graph = architectures.choose(spec, family=model_type)
-    assert graph.name == GRAPHS[model_type]
+    assert graph.name == OTHER_GRAPHS.get(name, GRAPHS[model_type])
     assert list(graph.refusals(spec)) == []
     assert list(architectures.choose(spec).refusals(spec)) == []
     assert architectures.get(graph.name) is graph
@@ -89,13 +88,6 @@ def test_every_family_has_a_graph():
     assert GRAPHS.keys() == set(families.names())
 
 
-@pytest.mark.parametrize("name", HAVE_NO_GRAPH)
-def test_a_decoder_that_no_graph_computes_is_refused(name):
-    with pytest.raises(UsageError, match=HAVE_NO_GRAPH[name]) as refusal:
-        architectures.choose(describe(name))
-    assert "--format" in refusal.value.hint
-
-
 LLAMA = describe("llama")
 QWEN3 = describe("qwen3")
 GEMMA2, GEMMA3 = describe("gemma2"), describe("gemma3")
@@ -105,10 +97,6 @@ MADE_UP = {
     "a score cap on a Llama": (
         replace(LLAMA, attention=replace(LLAMA.attention, attn_logit_softcap=50.0)),
         "a cap on the scores",
-    ),
-    "another score scale": (
-        replace(LLAMA, attention=replace(LLAMA.attention, softmax_scale=0.1)),
-        "a score scale of 0.1",
     ),
     "a scaled embedding": (replace(LLAMA, embedding_scale=12.0), "an embedding scale of 12"),
     "another activation": (replace(LLAMA, activation="gelu_tanh"), "activation gelu_tanh"),
@@ -127,10 +115,7 @@ MADE_UP = {
             QWEN3.attention, query_key_norm=Norm(kind="rms", epsilon=0.5))),
         "another epsilon",
     ),
-    "no logit cap on a Gemma 2": (
-        replace(GEMMA2, final_logit_softcap=None), "no cap on the logits",
-    ),
-    "no positions at all": (change_layers(QWEN3, rope=None), "layer 0 without positions"),
+    "no positions at all": (change_layers(QWEN3, rope=None), "no positions"),
     "half a rope": (
         change_ropes(QWEN3, lambda rope: replace(rope, width=rope.width // 2)), "rope on 12 of 24",
     ),
@@ -151,7 +136,7 @@ MADE_UP = {
         "windows of several lengths",
     ),
     # Gemma 3's graph never scales the layers with a window, Gemma 2's scales all of them.
-    "Gemma 3 scaled everywhere": (change_ropes(GEMMA3, scale), "other rope scaling in the layers"),
+    "Gemma 3 scaled everywhere": (change_ropes(replace(GEMMA3, is_tied=False), scale), "other rope scaling in the layers"),
     "Gemma 2 scaled in some layers": (
         change_ropes(GEMMA2, scale, only_local=True), "other rope scaling in the layers",
     ),
@@ -176,10 +161,12 @@ def test_the_deepest_gemma_scales_its_scores_by_another_width():
     layer = replace(GEMMA2.layers[0], rope=Rope(width=32, theta=10_000.0))
     spec = replace(GEMMA2, layers=(layer,) * 46)
     wide = replace(spec.attention, head_dim=32, softmax_scale=16**-0.5)  # hidden 64 / 4 heads
-    assert architectures.choose(replace(spec, attention=wide)).name == "gemma2"
-    by_head = replace(wide, softmax_scale=32**-0.5)
-    with pytest.raises(UsageError, match="a score scale"):
-        architectures.choose(replace(spec, attention=by_head))
+    deep = replace(spec, attention=wide)
+    graph = architectures.choose(deep)
+    assert graph.multiplier("layers.0.query", deep) == 1
+    shallow = replace(deep, layers=(layer,) * 4)
+    assert graph.multiplier("layers.0.query", shallow) == pytest.approx(2**0.5)
+    assert graph.multiplier("layers.0.key", shallow) == 1
 
 
 def test_a_bias_decides_between_qwen_2_and_llama():
@@ -270,22 +257,11 @@ def facts_of(spec):
     )  # fmt: skip
 
 
-def as_published(spec):
-    """Return a decoder with the only original context that Llama 3 models have."""
-
-    def change(rope):
-        if not isinstance(rope.scaling, Llama3Scaling):
-            return rope
-        return replace(rope, scaling=replace(rope.scaling, original_context_tokens=8192))
-
-    return change_ropes(spec, change)
-
-
-def as_the_graph_sees_it(spec):
+def as_the_graph_sees_it(spec, graph=None):
     """Return a decoder without what is lost on purpose: ignored windows, and what lies beyond.
 
-    Multipliers are in the weights. A longrope's factors are computed, and come back as the shortest
-    decimals of their float32.
+    Multipliers and another scale of scores are in the weights. A longrope's factors are computed,
+    and come back as the shortest decimals of their float32.
     """
 
     def change(rope):
@@ -302,18 +278,23 @@ def as_the_graph_sees_it(spec):
             ),
         )
 
-    limit = architectures.context_limit(spec).tokens
-    if not architectures.choose(spec).has_windows:
+    graph = graph or architectures.choose(spec)
+    limit = architectures.context_limit(spec, graph).tokens
+    scale = spec.attention.softmax_scale / graph.multiplier("query", spec)
+    if spec.attention.query_key_norm:
+        scale = spec.attention.softmax_scale / graph.multiplier("query_norm", spec)
+    spec = replace(spec, attention=replace(spec.attention, softmax_scale=scale))
+    if not graph.has_windows:
         spec = change_layers(spec, window_tokens=None)
     plain = replace(spec, context_tokens=limit, multipliers=Multipliers())
     return change_ropes(plain, change)
 
 
-@pytest.mark.parametrize("name", TINY.keys() - HAVE_NO_GRAPH)
+@pytest.mark.parametrize("name", TINY)
 def test_what_is_written_is_read_as_the_same_decoder(name):
     pytest.importorskip("numpy")
     has_longrope = "original_max_position_embeddings" in TINY[name].fields
-    spec = as_published(describe(name, **(LONG if has_longrope else {})))
+    spec = describe(name, **(LONG if has_longrope else {}))
     assert hyperparameters.read(facts_of(spec)) == as_the_graph_sees_it(spec)
 
 
@@ -331,6 +312,12 @@ def test_what_is_written_is_read_as_the_same_decoder(name):
         change_layers(GEMMA3, window_tokens=None, rope=Rope(width=16, theta=5e5)),
         change_layers(GEMMA3, window_tokens=8, rope=Rope(width=16, theta=1e4)),
         replace(STABLELM, residual="serial"),
+        replace(
+            GEMMA2,
+            attention=replace(GEMMA2.attention, attn_logit_softcap=None),
+            final_logit_softcap=None,
+        ),
+        change_layers(GEMMA2, window_tokens=None),
     ],
 )
 def test_so_are_its_variants(spec):
