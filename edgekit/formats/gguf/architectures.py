@@ -216,10 +216,10 @@ class Architecture:
             has_window = layer.window_tokens is not None
             has_positions = self.has_positions(index, depth=depth, has_window=has_window)
             if (layer.rope is not None) != has_positions:
-                at = f" at other depths than {self.windows_at_depth}"
+                only = f" in {depth} layers, but only in {self.windows_at_depth}"
                 yield (
                     f"layer {index} {_with(layer.rope is not None)} positions"
-                    f"{at if self.windows_at_depth else ''}"
+                    f"{only if self.windows_at_depth else ''}"
                 )
                 return
 

@@ -20,7 +20,7 @@ from edgekit.proof.fidelity import Comparison, Fidelity
 from edgekit.proof.gates import max_logit_kl_nats
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
-from edgekit.tests.formats.gguf.test_architectures import as_the_graph_sees_it
+from edgekit.tests.formats.gguf.test_architectures import HAVE_NO_GRAPH, as_the_graph_sees_it
 from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import (
     CONTEXT_TOKENS,
@@ -50,7 +50,7 @@ class Case:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-HAS_NO_DECODER = ("phi3-longrope",)
+HAS_NO_DECODER = {*HAVE_NO_GRAPH, "phi3-longrope"}
 CASES = {
     **{name: Case(tiny=name) for name in TINY if name not in HAS_NO_DECODER},
     "llama-untied": Case(tiny="llama", fields={"tie_word_embeddings": False}),
@@ -63,6 +63,13 @@ CASES = {
         tiny="stablelm-1.6b", fields={"tie_word_embeddings": True, "use_qkv_bias": False}
     ),
     "gemma3-logit-cap": Case(tiny="gemma3", fields={"final_logit_softcapping": 6.0}),
+    "glm": Case(tiny="glm", fields={"head_dim": 16}),
+    "nemotron": Case(tiny="nemotron", fields={"head_dim": 16}),
+    "exaone4-windows": Case(tiny="exaone4-windows", fields={"num_hidden_layers": 64}),
+    "cohere-norms": Case(
+        tiny="cohere",
+        fields={"num_hidden_layers": 64, "max_position_embeddings": 64, "use_qk_norm": True},
+    ),
     "gemma2-without-caps": Case(
         tiny="gemma2", fields={"attn_logit_softcapping": None, "final_logit_softcapping": None}
     ),
