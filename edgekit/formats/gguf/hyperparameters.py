@@ -211,12 +211,14 @@ class Facts:
         return shortest(value) if isinstance(value, float) else value
 
     def count(self, key: str, default: int | None = None, *, most: int = 2**31 - 1) -> int:
-        """Return how many there are of something: at least one.
+        """Return how many there are of something: at least one, in every layer alike.
 
         Raises:
             UsageError: If it is missing, not an integer, or not between 1 and ``most``.
         """
-        value = self.number(key, default)
+        each = self.value(key, default)
+        is_alike = isinstance(each, list) and len(set(each)) == 1
+        value = each[0] if is_alike else self.number(key, default)
         if not isinstance(value, int) or not 0 < value <= most:
             raise UsageError(
                 f"{self.architecture.name}.{key} = {value!r} in the GGUF file, "

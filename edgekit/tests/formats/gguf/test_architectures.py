@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -348,6 +349,72 @@ def test_what_is_written_is_read_as_the_same_decoder(name):
 def test_so_are_its_variants(spec):
     pytest.importorskip("numpy")
     assert hyperparameters.read(facts_of(spec)) == spec
+
+
+# What llama.cpp's converter, at the commit above, wrote for these kinds, beside the sizes.
+CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite": ("granite", {
+        "attention.layer_norm_rms_epsilon": 1e-6, "rope.dimension_count": 16,
+        "attention.scale": 0.4, "embedding_scale": 3.0, "residual_scale": 0.6, "logit_scale": 6.0,
+    }),
+    "granite4": ("granite", {
+        "attention.head_count_kv": [2, 2, 2], "attention.layer_norm_rms_epsilon": 1e-6,
+        "expert_count": 0, "expert_used_count": 0, "rope.dimension_count": 16,
+        "attention.scale": 0.4, "embedding_scale": 3.0, "residual_scale": 0.6, "logit_scale": 6.0,
+        "expert_shared_feed_forward_length": 112, "ssm.conv_kernel": 4, "ssm.state_size": 256,
+        "ssm.group_count": 1, "ssm.inner_size": 128, "ssm.time_step_rank": 4,
+        "rope.scaling.finetuned": True,
+    }),
+    "cohere": ("command-r", {
+        "rope.freq_base": 500000.0, "attention.layer_norm_epsilon": 1e-5, "logit_scale": 0.3,
+        "rope.scaling.type": "none",
+    }),
+    "cohere2": ("cohere2", {
+        "block_count": 5, "attention.layer_norm_epsilon": 1e-5, "attention.key_length": 16,
+        "attention.value_length": 16, "logit_scale": 0.3, "attention.sliding_window": 16,
+        "rope.dimension_count": 16, "rope.scaling.type": "none",
+    }),
+    "ministral3": ("mistral3", {
+        "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 64, "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.key_length": 24, "attention.value_length": 24, "rope.dimension_count": 24,
+        "rope.scaling.yarn_log_multiplier": 1.0, "attention.temperature_scale": 0.3,
+    }),
+    "olmo3-yarn": ("olmo2", {
+        "block_count": 5, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 64, "rope.freq_base": 500000.0,
+        "rope.freq_base_swa": 500000.0, "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.sliding_window": 16,
+        "attention.sliding_window_pattern": [True, True, True, False, True],
+    }),
+    "glm4": ("glm4", {
+        "attention.layer_norm_rms_epsilon": 1.5625e-7, "attention.key_length": 16,
+        "attention.value_length": 16, "rope.dimension_count": 8,
+    }),
+    "starcoder2": ("starcoder2", {"attention.layer_norm_epsilon": 1e-5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_the_keys_of_llama_cpps_converter_say_what_the_config_said(name):
+    pytest.importorskip("numpy")
+    graph_name, own = CONVERTED[name]
+    spec, graph = describe(name), architectures.get(graph_name)
+    sizes = {
+        "block_count": 3, "context_length": 256, "embedding_length": 64, "feed_forward_length": 112,
+        "attention.head_count": 4, "attention.head_count_kv": 2, "rope.freq_base": 10000.0,
+    }  # fmt: skip
+    keys = {
+        f"{graph_name}.{key}": to_float32(value) if isinstance(value, float) else value
+        for key, value in (sizes | own).items()
+    }
+    facts = Facts(
+        metadata={"general.architecture": graph_name} | keys,
+        tensors=frozenset(parts.tensor_name(roles[-1]) for roles, _ in parts._stacked(spec, graph)),
+        vocab_size=spec.vocab_size,
+        rope_factors={},
+    )
+    assert hyperparameters.read(facts) == spec
 
 
 @pytest.mark.parametrize("value", [1e-5, 1e-6, 1 / 3, 500_000.0, 0.1])
