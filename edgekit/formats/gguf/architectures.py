@@ -84,6 +84,7 @@ class Architecture:
     fuses_attention: bool = False  # queries, keys and values in one tensor
     fuses_mlp: bool = False  # gate and up in one tensor
     ties: Literal["optional", "always", "never"] = "optional"
+    note: str | None = None  # what a user of the file should know
 
     def has_windows_at(self, depth: int) -> bool:
         """Whether layers of a decoder this deep may have a window."""
@@ -526,10 +527,10 @@ ARCHITECTURES = (  # of several that fit, the first is taken
         is_gated=False,
         head_width_is_free=True,
     ),
-    # Granite's, with windows and positions as each layer has them. The youngest of all: programs
-    # with an older llama.cpp do not open it.
-    Architecture(
+    Architecture(  # Granite's, with windows and positions as each layer has them
         name="granite_swa",
+        note="the file's architecture is granite_swa, the only one of llama.cpp with these windows "
+        "or layers without positions; programs with a llama.cpp older than it do not open it",
         rope_pairs="neighbours",
         scalings=(LinearScaling, Llama3Scaling, YarnScaling),
         positions="by layer",

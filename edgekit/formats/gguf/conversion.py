@@ -87,7 +87,11 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         placements=planned.parts,
         artifact_bytes=sum(file.size_bytes for file in planned.files),
         is_exact=True,
-        notes=(*([split_note] if count > 1 else []), *_differences(checkpoint.text)),
+        notes=(
+            *([split_note] if count > 1 else []),
+            *([planned.architecture.note] if planned.architecture.note else []),
+            *_differences(checkpoint.text),
+        ),
         calibration=calibration_sha256(checkpoint.calibration, planned.parts),
         kernel_kl_nats=_kernel_kl_nats(checkpoint.spec),
     )

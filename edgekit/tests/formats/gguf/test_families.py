@@ -1,6 +1,7 @@
 """Every family through a GGUF file in llama.cpp, against transformers in float32."""
 
 import json
+import struct
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,14 @@ import pytest
 from edgekit import formats
 from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest, ContextLimit
-from edgekit.formats.gguf import architectures, conversion, layout, running, runtime, writing
+from edgekit.formats.gguf import (
+    architectures,
+    conversion,
+    layout,
+    running,
+    runtime,
+    writing,
+)
 from edgekit.formats.gguf.parts import tensor_name
 from edgekit.formats.gguf.runtime import GgufSession
 from edgekit.proof import transformers_logits
@@ -331,11 +339,37 @@ def test_a_window_llama_cpp_ignores_and_long_factors_it_would_take_too_early_end
     assert writing.context_limit(gemma).tokens == CONTEXT_TOKENS
 
 
-@pytest.mark.parametrize("name", ["mistral-window", "phi3"])
+@pytest.mark.parametrize("name", ["mistral-window", "phi3", "starcoder2-window"])
 def test_past_an_ignored_window_llama_cpp_does_err(name, tmp_path):
     made = make(tmp_path, name)
     beyond = replace(made, limit=ContextLimit(tokens=made.limit.tokens + 32, reason=""))
     assert beyond.fidelity().mean_kl_nats > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "other"),
+    [
+        # What llama.cpp's converter writes, and the YaRN that llama.cpp then takes.
+        ("granite4-nope", "granite.rope.scaling.finetuned", struct.pack("<?", True)),
+        ("ministral3", "mistral3.rope.scaling.attn_factor", struct.pack("<f", 1.0)),
+    ],
+)
+def test_without_the_key_that_meets_a_trap_llama_cpp_errs(name, key, other, tmp_path):
+    made = make(tmp_path, name)
+    stored = bytearray(made.path.read_bytes())
+    start = stored.index(key.encode()) + len(key) + 4  # a type stands between
+    assert stored[start : start + len(other)] != other
+    stored[start : start + len(other)] = other
+    made.path.write_bytes(stored)
+    assert made.fidelity().mean_kl_nats > 1e-3
+
+
+def test_a_pattern_of_positions_of_its_own_takes_a_young_graph_and_a_plan_says_so(tmp_path):
+    smollm3 = open_tiny(tmp_path, "smollm3", no_rope_layers=[1, 1, 0, 1, 1])
+    (note,) = [note for note in writing.lay_out(smollm3, BuildRequest(recipe=F32)).notes
+               if "granite_swa" in note]  # fmt: skip
+    assert "older" in note
+    assert convert(smollm3, tmp_path).fidelity().mean_kl_nats <= 1e-6
 
 
 def test_in_a_larger_cache_llama_cpp_takes_long_rope_factors_for_a_short_text(tmp_path):
