@@ -30,11 +30,13 @@ from edgekit.verify import verify
 GGUF = formats.get("gguf")
 READS = {  # a module of transformers, and the role that stands for all weights it holds
     "q_proj": "query", "qkv_proj": "query", "o_proj": "attention_output",
-    "gate_proj": "gate", "gate_up_proj": "gate", "down_proj": "down",
+    "gate_proj": "gate", "gate_up_proj": "gate", "down_proj": "down", "c_fc": "up",
+    "c_proj": "down",
 }  # fmt: skip
 FAMILIES = [
     "llama", "llama-bias", "odd-head-width", "mistral-window", "qwen2", "qwen3", "phi3",
     "phi4-mini", "gemma2", "gemma3", "stablelm-1.6b", "stablelm-12b", "smollm3",
+    "starcoder2",
 ]  # fmt: skip
 
 
