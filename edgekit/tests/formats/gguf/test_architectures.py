@@ -22,6 +22,7 @@ from edgekit.model.spec import (
 from edgekit.source import families
 from edgekit.source.config import Config
 from edgekit.source.made_tensors import PairOrder
+from edgekit.tests.source.published_models import PUBLISHED
 from edgekit.tests.tiny import checkpoints
 from edgekit.tests.tiny.adapters import Given
 from edgekit.tests.tiny.checkpoints import TINY, find_case
@@ -108,6 +109,28 @@ def test_a_decoder_that_no_graph_computes_is_refused(name):
     with pytest.raises(UsageError, match=HAVE_NO_GRAPH[name]) as refusal:
         architectures.choose(describe(name), family=TINY[name].model_type)
     assert "--format" in refusal.value.hint
+
+
+def test_every_published_model_but_one_has_a_graph_and_its_whole_context():
+    refused, limits = [], {}
+    for name, model in PUBLISHED.items():
+        config = Config(dict(model.config), origin=name)
+        spec = families.get(model.model_type).describe(config)
+        try:
+            graph = architectures.choose(spec, family=model.model_type)
+        except UsageError:
+            refused.append(name)
+            continue
+        tokens = architectures.context_limit(spec, graph).tokens
+        if tokens != spec.context_tokens:
+            limits[name] = tokens
+    assert refused == ["google/vaultgemma-1b"]
+    assert limits == {
+        "mistralai/Mistral-7B-v0.1": 4096,
+        "microsoft/Phi-3-mini-4k-instruct": 2047,
+        "bigcode/starcoder2-3b": 4096,
+        "bigcode/starcoder2-7b": 4096,
+    }
 
 
 LLAMA = describe("llama")
