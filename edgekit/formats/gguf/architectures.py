@@ -225,11 +225,19 @@ class Architecture:
                 return
 
     def _refuse_yarn(self, scaling: YarnScaling) -> Iterator[str]:
-        turns = (scaling.fast_turns, scaling.slow_turns)
-        if turns != YARN_TURNS and not self.reads_yarn_ramp:
-            yield f"YaRN's ramp from {turns[0]:g} to {turns[1]:g} turns"
-        if not scaling.is_truncated:
-            yield "YaRN without truncation"
+        if self.takes_divisors(scaling) and Llama3Scaling not in self.scalings:
+            turns = f"{scaling.fast_turns:g} to {scaling.slow_turns:g} turns"
+            yield f"YaRN's ramp from {turns}{'' if scaling.is_truncated else ' without truncation'}"
+
+    def takes_divisors(self, scaling: RopeScaling | None) -> bool:
+        """Whether a rope is written as the divisors of its frequencies, which some graphs read.
+
+        They say what no keys say: Llama 3's scaling, and any ramp of YaRN.
+        """
+        if not isinstance(scaling, YarnScaling):
+            return isinstance(scaling, Llama3Scaling)
+        is_usual = (scaling.fast_turns, scaling.slow_turns) == YARN_TURNS
+        return not scaling.is_truncated or not (is_usual or self.reads_yarn_ramp)
 
     def _has_two_ropes(self, spec: DecoderSpec) -> bool:
         """Whether layers with a window may have one rope and the others another (Gemma 3)."""

@@ -88,14 +88,10 @@ def _rope_keys(rope: Rope | None, architecture: Architecture) -> dict[str, "Valu
         # What is true of every other file; Granite's graph takes it for "rotates". llama.cpp's
         # converter says true of a Granite 4 without positions too.
         return {"rope.scaling.finetuned": ("bool", False)}
-    keys = {"rope.freq_base": ("float32", rope.theta)} | _scaling_keys(rope.scaling)
-    if isinstance(rope.scaling, YarnScaling) and architecture.reads_yarn_ramp:
-        keys["rope.scaling.yarn_beta_fast"] = ("float32", rope.scaling.fast_turns)
-        keys["rope.scaling.yarn_beta_slow"] = ("float32", rope.scaling.slow_turns)
-    return keys
+    return {"rope.freq_base": ("float32", rope.theta)} | _scaling_keys(rope.scaling, architecture)
 
 
-def _scaling_keys(scaling: RopeScaling | None) -> dict[str, "Value"]:
+def _scaling_keys(scaling: RopeScaling | None, architecture: Architecture) -> dict[str, "Value"]:
     match scaling:
         case LinearScaling(factor=factor):
             return {
@@ -103,16 +99,7 @@ def _scaling_keys(scaling: RopeScaling | None) -> dict[str, "Value"]:
                 "rope.scaling.factor": ("float32", factor),
             }
         case YarnScaling() as yarn:
-            return {
-                "rope.scaling.type": ("string", "yarn"),
-                "rope.scaling.factor": ("float32", yarn.factor),
-                "rope.scaling.original_context_length": ("uint32", yarn.original_context_tokens),
-                # Multiplies what llama.cpp computes for this factor.
-                "rope.scaling.attn_factor": (
-                    "float32",
-                    yarn.attention_factor / yarn_attention_factor(yarn.factor),
-                ),
-            }
+            return _yarn_keys(yarn, architecture)
         case LongRopeScaling() as longrope:
             return {
                 "rope.scaling.type": ("string", "longrope"),
@@ -124,6 +111,28 @@ def _scaling_keys(scaling: RopeScaling | None) -> dict[str, "Value"]:
             }
         case Llama3Scaling() | None:  # Llama 3's factors are a tensor
             return {}
+
+
+def _yarn_keys(yarn: YarnScaling, architecture: Architecture) -> dict[str, "Value"]:
+    """Return what llama.cpp computes a YaRN from, or what one was that is written as divisors.
+
+    What it computes for a factor itself, ``attn_factor`` multiplies.
+    """
+    is_divided = architecture.takes_divisors(yarn)
+    computed = 1.0 if is_divided else yarn_attention_factor(yarn.factor)
+    keys: dict[str, Value] = {
+        "rope.scaling.type": ("string", "none" if is_divided else "yarn"),
+        "rope.scaling.factor": ("float32", yarn.factor),
+        "rope.scaling.original_context_length": ("uint32", yarn.original_context_tokens),
+        "rope.scaling.attn_factor": ("float32", yarn.attention_factor / computed),
+    }
+    if is_divided or architecture.reads_yarn_ramp:
+        keys[_FAST] = ("float32", yarn.fast_turns)
+        keys[_SLOW] = ("float32", yarn.slow_turns)
+    return keys
+
+
+_FAST, _SLOW = "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"
 
 
 def _window_keys(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
@@ -155,14 +164,11 @@ def made_tensors(spec: DecoderSpec, architecture: Architecture) -> dict[str, Seq
     """
     rope = architectures.first_rope(spec)
     made: dict[str, Sequence[float]] = {}
-    match rope.scaling if rope else None:
-        case Llama3Scaling() if rope:
-            made["rope_freqs.weight"] = rope.divisors(spec.context_tokens)
-        case LongRopeScaling() as scaling:
-            made["rope_factors_long.weight"] = scaling.long_factors
-            made["rope_factors_short.weight"] = scaling.short_factors
-        case _:
-            pass
+    if rope and architecture.takes_divisors(rope.scaling):
+        made["rope_freqs.weight"] = rope.divisors(spec.context_tokens)
+    if rope and isinstance(rope.scaling, LongRopeScaling):
+        made["rope_factors_long.weight"] = rope.scaling.long_factors
+        made["rope_factors_short.weight"] = rope.scaling.short_factors
     if architecture.has_sinks:
         for index in range(len(spec.layers)):
             made[sinks_name(index)] = [NO_SINK] * spec.attention.heads
@@ -457,7 +463,10 @@ def _read_scaling(facts: Facts, rope: Rope) -> RopeScaling | None:
             attention_factor=facts.number("rope.scaling.attn_factor", 1.0),
         )
     if "rope_freqs.weight" in facts.rope_factors:
-        return _read_llama3(rope, facts.rope_factors["rope_freqs.weight"])
+        divisors = facts.rope_factors["rope_freqs.weight"]
+        if kind == "none" and facts.value(_FAST, None) is not None:
+            return _read_divided_yarn(facts, rope, divisors)
+        return _read_llama3(rope, divisors)
     factor = facts.number("rope.scaling.factor", facts.number("rope.scale_linear", 0.0))
     if kind == "yarn" and factor != 0.0:
         return _read_yarn(facts, factor)
@@ -475,8 +484,7 @@ def _read_yarn(facts: Facts, factor: float) -> YarnScaling:
     """
     fast, slow, weight = *architectures.YARN_TURNS, 0.0
     if facts.architecture.reads_yarn_ramp:
-        fast = facts.number("rope.scaling.yarn_beta_fast", fast)
-        slow = facts.number("rope.scaling.yarn_beta_slow", slow)
+        fast, slow = facts.number(_FAST, fast), facts.number(_SLOW, slow)
         weight = facts.number("rope.scaling.yarn_log_multiplier", weight)
     share = facts.number("rope.scaling.attn_factor", 1.0) / yarn_attention_factor(factor, weight)
     usual = yarn_attention_factor(factor)
@@ -490,6 +498,32 @@ def _read_yarn(facts: Facts, factor: float) -> YarnScaling:
         # As many digits as the float32 of the file has
         attention_factor=usual if share == 1.0 else float(f"{share * usual:.7g}"),
         is_truncated=True,
+    )
+
+
+def _read_divided_yarn(facts: Facts, rope: Rope, divisors: Sequence[float]) -> YarnScaling:
+    """Return the YaRN that edgekit wrote as divisors.
+
+    Raises:
+        UsageError: If it has others.
+    """
+    truncated = YarnScaling(
+        factor=facts.number("rope.scaling.factor"),
+        fast_turns=facts.number(_FAST),
+        slow_turns=facts.number(_SLOW),
+        original_context_tokens=facts.count("rope.scaling.original_context_length"),
+        attention_factor=facts.number("rope.scaling.attn_factor", 1.0),
+        is_truncated=True,
+    )
+    for scaling in (truncated, replace(truncated, is_truncated=False)):
+        if _are_close(scaling.divisors(rope.width, rope.theta), divisors):
+            return scaling
+    raise UsageError("the GGUF file's rope_freqs are not those of its YaRN")
+
+
+def _are_close(expected: Sequence[float], found: Sequence[float]) -> bool:
+    return len(expected) == len(found) and all(
+        math.isclose(a, b, rel_tol=1e-5) for a, b in zip(expected, found, strict=True)
     )
 
 
@@ -513,10 +547,7 @@ def _read_llama3(rope: Rope, factors: Sequence[float]) -> Llama3Scaling | None:
     )
     for tokens in (8192, *_original_contexts(rope, factors, factor)):
         scaling = replace(plain, original_context_tokens=tokens)
-        expected = replace(rope, scaling=scaling).divisors(0)
-        if len(factors) == len(expected) and all(
-            math.isclose(a, b, rel_tol=1e-5) for a, b in zip(expected, factors, strict=True)
-        ):
+        if _are_close(replace(rope, scaling=scaling).divisors(0), factors):
             return scaling
     raise UsageError("the GGUF file's rope_freqs are not those of a Llama 3 model")
 

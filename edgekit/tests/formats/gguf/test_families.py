@@ -266,7 +266,9 @@ def test_read_back_the_file_is_a_checkpoint_of_the_same_weights_and_ids(
 
 @pytest.mark.parametrize(
     ("name", "fields"),
-    [("llama", {}), ("llama", {"attention_factor": 0.9}), ("qwen2", {}), ("qwen3", {}),
+    [("llama", {}), ("llama", {"attention_factor": 0.9}), ("llama", {"truncate": False}),
+     ("granite", {"beta_fast": 8, "beta_slow": 0.5}), ("ministral3", {"beta_fast": 8, "llama_4_scaling_beta": 0.3}),
+     ("qwen2", {}), ("qwen3", {}),
      ("smollm3", {}), ("stablelm-1.6b", {"partial_rotary_factor": 0.25})],
 )  # fmt: skip
 def test_yarn_is_computed_past_its_original_context_and_read_back(
@@ -313,7 +315,7 @@ def test_reading_token_by_token_past_the_window_says_what_reading_at_once_says(t
     [
         ("qwen3", {"attention_bias": True}, "a bias after attention"),
         ("phi3-longrope", {}, "made for 64"),
-        ("llama", {"rope_parameters": YARN | {"truncate": False}}, "YaRN without truncation"),
+        ("qwen3", {"rope_parameters": YARN | {"truncate": False}}, "turns without truncation"),
         ("qwen3", {"rope_parameters": YARN | {"beta_fast": 8}}, "YaRN's ramp from 8 to 1 turns"),
     ],
 )
