@@ -1,7 +1,8 @@
 """What llama.cpp's decoder graphs compute, as data; a `DecoderSpec` is matched against them.
 
-Nothing here knows a family: a decoder that a graph computes exactly can be stored under that
-graph's name, and one that no graph computes is refused with the difference.
+A decoder that a graph computes exactly can be stored under that graph's name, whatever its family,
+and one that no graph computes is refused with the difference. Model types only say which of several
+names is the usual one.
 
 Source: src/models/*.cpp, src/llama-arch.cpp and src/llama-model.cpp of llama.cpp 0c1e57098, the
 commit inside llama-cpp-python 0.3.36.

@@ -267,8 +267,8 @@ def test_read_back_the_file_is_a_checkpoint_of_the_same_weights_and_ids(
 @pytest.mark.parametrize(
     ("name", "fields"),
     [("llama", {}), ("llama", {"attention_factor": 0.9}), ("llama", {"truncate": False}),
-     ("granite", {"beta_fast": 8, "beta_slow": 0.5}), ("ministral3", {"beta_fast": 8, "llama_4_scaling_beta": 0.3}),
-     ("qwen2", {}), ("qwen3", {}),
+     ("granite", {"beta_fast": 8, "beta_slow": 0.5}),
+     ("ministral3", {"beta_fast": 8, "llama_4_scaling_beta": 0.3}), ("qwen2", {}), ("qwen3", {}),
      ("smollm3", {}), ("stablelm-1.6b", {"partial_rotary_factor": 0.25})],
 )  # fmt: skip
 def test_yarn_is_computed_past_its_original_context_and_read_back(
