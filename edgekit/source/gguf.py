@@ -4,7 +4,6 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,13 +53,13 @@ def write_from_gguf(file: Path, directory: Path, *, listener: Listener) -> None:
 def _checkpoint(file: GgufFile, name: str, text_directory: Path) -> Checkpoint:
     facts = _facts(file)
     spec = hyperparameters.read(facts)
-    architecture = _family_for(spec, facts.architecture.name)
+    architecture = _family_for(spec, facts.architecture)
     write_tokenizer(file.metadata, text_directory)
     return Checkpoint(
         directory=text_directory / name,  # has no files of its own
         architecture=architecture,
         spec=spec,
-        tensors=_tensors(file, spec, architecture, facts.architecture),
+        tensors=_tensors(file, facts, spec, architecture),
         text=TokenizerFiles.open(text_directory, config={}),
         licence=file.metadata.get("general.license"),
     )
@@ -83,13 +82,14 @@ def _facts(file: GgufFile) -> Facts:
     )
 
 
-def _family_for(spec: DecoderSpec, preferred: str) -> str:
-    """Return the family whose config can say exactly this decoder; of several, by its name."""
+def _family_for(spec: DecoderSpec, graph: Architecture) -> str:
+    """Return the first family whose config can say exactly this decoder, those of the graph first.
 
-    def is_alike(name: str) -> float:
-        return 1.0 if name.startswith(preferred) else SequenceMatcher(a=preferred, b=name).ratio()
-
-    for name in sorted(families.names(), key=is_alike, reverse=True):
+    Raises:
+        UsageError: If none can.
+    """
+    usual = [name for name in graph.model_types if name in families.names()]
+    for name in dict.fromkeys([*usual, *families.names()]):
         family = families.get(name)
         try:
             config = Config(family.config(spec), origin="the GGUF file")
@@ -98,7 +98,7 @@ def _family_for(spec: DecoderSpec, preferred: str) -> str:
         except UsageError:
             continue
     raise UsageError(
-        f"no family's config can say what this {preferred} file is",
+        f"no family's config can say what this {graph.name} file is",
         hint=f"families: {', '.join(families.names())}",
     )
 
@@ -181,16 +181,38 @@ class RowTensor:
         return whole[first_row:last]
 
 
+@dataclass(frozen=True)
+class KeyTensor:
+    """A weight of one number that a GGUF file has in its metadata."""
+
+    value: float
+    shape: Shape = (1,)
+    size_bytes: int = 4
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "Rows":
+        """Return the number, or nothing of it, in float32."""
+        import numpy as np
+
+        last = None if rows is None else first_row + rows
+        return np.array([self.value], np.float32)[first_row:last]
+
+
 def _tensors(
-    file: GgufFile, spec: DecoderSpec, family_name: str, graph: Architecture
+    file: GgufFile, facts: Facts, spec: DecoderSpec, family_name: str
 ) -> Mapping[str, Tensor]:
     """Return the file's weights under the names a checkpoint of that family gives them."""
-    infos = {info.name: info for info in file.tensors}
+    infos, graph = {info.name: info for info in file.tensors}, facts.architecture
     family = families.get(family_name)
     _refuse_unused(file, infos, spec, graph)
+    _refuse_sinks(file, infos, graph, depth=len(spec.layers))
     pieces: dict[str, list[tuple[int, Tensor]]] = {}
     for role, shape in spec.weights():
-        tensor = _role_tensor(file, infos, role, shape, spec, graph)
+        layer, part = split_role(role)
+        tensor = (
+            KeyTensor(facts.each_layer(parts.KEYS[part])[layer])
+            if layer is not None and part in parts.KEYS
+            else _role_tensor(file, infos, role, shape, spec, graph)
+        )
         source = family.source(role, spec)
         if source.neighbours:
             tensor = PairOrder(base=tensor, pairs=source.neighbours, to="neighbours")
@@ -206,13 +228,33 @@ def _refuse_unused(
     file: GgufFile, infos: Mapping[str, TensorInfo], spec: DecoderSpec, graph: Architecture
 ) -> None:
     """Check that every tensor is one the decoder needs: what is left out would be missed."""
-    used = {_place(infos, role, spec, graph).name for role, _ in spec.weights()}
+    used = {
+        _place(infos, role, spec, graph).name
+        for role, _ in spec.weights()
+        if split_role(role)[1] not in parts.KEYS
+    }
+    if graph.has_sinks:
+        used |= {hyperparameters.sinks_name(layer) for layer in range(len(spec.layers))}
     unused = sorted(name for name in infos.keys() - used if not name.endswith(_COMPUTED))
     if unused:
         raise UsageError(
             f"{file.path} holds {unused[0]}, which no {graph.name} decoder of edgekit uses",
             hint="a mixture of experts, or another kind of model under the same name?",
         )
+
+
+def _refuse_sinks(
+    file: GgufFile, infos: Mapping[str, TensorInfo], graph: Architecture, *, depth: int
+) -> None:
+    """Check that the scores that belong to no token draw nothing from the others."""
+    for layer in range(depth if graph.has_sinks else 0):
+        name = hyperparameters.sinks_name(layer)
+        if name not in infos:
+            raise UsageError(f"{file.path} lacks the tensor {name}")
+        if layout.read_tensor(file, infos[name]).max() > hyperparameters.NO_SINK / 2:
+            raise UsageError(
+                f"{file.path}: {name} holds attention sinks, which no decoder of edgekit has"
+            )
 
 
 def _joined(found: list[tuple[int, Tensor]]) -> Tensor:
@@ -267,7 +309,7 @@ def _place(
         queries, keys = spec.attention.query_width, spec.attention.key_value_width
         first_row = {"query": 0, "key": queries, "value": queries + keys}[kind]
         return _Place(fused, first_row, queries + 2 * keys)
-    if graph.fuses_projections and part in {"gate", "up"}:
+    if graph.fuses_mlp and part in {"gate", "up"}:
         first_row = 0 if part == "gate" else spec.intermediate_size
         return _Place(f"blk.{layer}.ffn_up.weight", first_row, 2 * spec.intermediate_size)
     return _Place(name)

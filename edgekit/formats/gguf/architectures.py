@@ -1,31 +1,38 @@
 """What llama.cpp's decoder graphs compute, as data; a `DecoderSpec` is matched against them.
 
-Nothing here knows a family: a decoder that a graph computes exactly can be stored under that
-graph's name, and one that no graph computes is refused with the difference.
+A decoder that a graph computes exactly can be stored under that graph's name, whatever its family,
+and one that no graph computes is refused with the difference. Model types only say which of several
+names is the usual one.
 
 Source: src/models/*.cpp, src/llama-arch.cpp and src/llama-model.cpp of llama.cpp 0c1e57098, the
 commit inside llama-cpp-python 0.3.36.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from edgekit.errors import UsageError
 from edgekit.formats import ContextLimit
 from edgekit.model.spec import (
+    Activation,
+    Attention,
     DecoderSpec,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
     Norm,
+    QueryGrowth,
+    Rope,
     RopeScaling,
     YarnScaling,
 )
+from edgekit.quant.recipe import split_role
 
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS in llama-hparams.h; more make it abort
+YARN_TURNS = (32.0, 1.0)  # where YaRN's ramp ends: llama_hparams in llama-hparams.h
 CONTEXT_PADDING_TOKENS = 256  # n_ctx is rounded up to this: llama_context in llama-context.cpp
 
 
@@ -34,59 +41,126 @@ class Architecture:
     """One graph of llama.cpp: what it computes, and what it cannot."""
 
     name: str
+    model_types: tuple[str, ...] = ()  # stored under this name by custom, the usual one first
     rope_pairs: Literal["neighbours", "halves"] = "halves"
-    scalings: tuple[type[RopeScaling], ...] = (LinearScaling,)
+    scalings: tuple[type[RopeScaling], ...] = (LinearScaling, YarnScaling)
+    reads_yarn_ramp: bool = False  # else its ends are constants
     has_partial_rope: bool = False
+    positions: Literal["everywhere", "in windows", "everywhere or nowhere", "by layer"] = (
+        "everywhere"
+    )
     skips_rope_every: int | None = None  # every n-th layer has no positions
+    has_query_growth: bool = False
     norm: Literal["rms", "layer"] = "rms"
+    has_norm_bias: bool = False
     norm_adds_one: bool = False  # Gemma: stored with the 1 already added
-    query_key_norm: Literal["none", "per width", "per head, optional"] = "none"
+    has_pre_norms: bool = True
+    has_post_norms: bool = False
+    head_norms: Literal["none", "alike", "together", "apart"] = "none"
+    head_norms_are_optional: bool = False
+    head_norms_from_depth: int = 0  # below, there are none
+    normalizes_after_rope: bool = False
     needs_qkv_bias: bool = False  # by custom; the graph does without, but then llama is the name
-    has_output_bias: bool = False
-    has_mlp_bias: bool = False
+    output_bias: Literal["never", "optional", "always"] = "never"
+    mlp_bias: Literal["never", "optional", "always"] = "never"
+    has_head_bias: bool = False
     has_windows: bool = False
+    windows_at_depth: int | None = None  # and there only
+    needs_window: bool = False  # in one layer at least
+    window_tokens: int = 0  # where a file does not say
+    window_period: int = 4  # and then every fourth layer is global
+    has_local_theta: bool = False  # the layers with a window may have another
+    local_theta: float | None = None  # where a file does not say; None: that of the others
     local_rope_scaling: Literal["none", "shared"] = "none"  # of the layers with a window
+    multiplies: Literal["never", "logits", "everything"] = "never"
     caps_scores: bool = False
     caps_logits: Literal["never", "optional", "always"] = "never"
-    has_post_norms: bool = False
     scales_embedding: bool = False
-    can_be_parallel: bool = False
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    residual: Literal["serial", "parallel", "either"] = "serial"
+    activation: Activation = "silu"
+    is_gated: bool = True
+    has_sinks: bool = False  # a score for each head that belongs to no token
     scales_scores_by_hidden_at: int | None = None  # at this depth, 27B, the scale is another
     head_width_is_free: bool = False  # else heads x head width must be the hidden width
-    fuses_projections: bool = False  # queries, keys and values in one tensor; gate and up too
+    fuses_attention: bool = False  # queries, keys and values in one tensor
+    fuses_mlp: bool = False  # gate and up in one tensor
     ties: Literal["optional", "always", "never"] = "optional"
+    note: str | None = None  # what a user of the file should know
+
+    def has_windows_at(self, depth: int) -> bool:
+        """Whether layers of a decoder this deep may have a window."""
+        return self.has_windows and self.windows_at_depth in {None, depth}
+
+    def has_positions(self, layer: int, *, depth: int, has_window: bool) -> bool:
+        """Whether a layer rotates queries and keys, as far as the graph and not a key decides."""
+        if self.skips_rope_every is not None:
+            return (layer + 1) % self.skips_rope_every != 0
+        return has_window or self.positions != "in windows" or not self.has_windows_at(depth)
+
+    def has_head_norms_at(self, depth: int) -> bool:
+        """Whether queries and keys of a decoder this deep may have norms."""
+        return self.head_norms != "none" and depth >= self.head_norms_from_depth
+
+    def score_scale(self, *, depth: int, head_dim: int, hidden_size: int, heads: int) -> float:
+        """Return what multiplies scores: graphs read no key for it."""
+        is_by_hidden = depth == self.scales_scores_by_hidden_at
+        return float((hidden_size // heads if is_by_hidden else head_dim) ** -0.5)
+
+    def multiplier(self, role: str, spec: DecoderSpec) -> float:
+        """Return what a weight is multiplied with in a file, for scores of another scale.
+
+        It is in the last that queries are multiplied with: the weights of their norm, if any.
+        """
+        a = spec.attention
+        part = split_role(role)[1].removesuffix("_bias")
+        if part != ("query_norm" if a.query_key_norm else "query"):
+            return 1.0
+        scale = self.score_scale(
+            depth=len(spec.layers),
+            head_dim=a.head_dim,
+            hidden_size=spec.hidden_size,
+            heads=a.heads,
+        )
+        return 1.0 if math.isclose(a.softmax_scale, scale) else a.softmax_scale / scale
 
     def refusals(self, spec: DecoderSpec) -> Iterator[str]:
         """Yield what this graph would compute otherwise than ``spec`` asks."""
         yield from self._refuse_norms(spec)
-        yield from self._refuse_query_key_norms(spec)
+        yield from self._refuse_head_norms(spec)
         yield from self._refuse_attention(spec)
         yield from self._refuse_ropes(spec)
-        yield from self._refuse_rest(spec)
+        yield from self._refuse_mlp(spec)
+        yield from self._refuse_ends(spec)
 
     def _refuse_norms(self, spec: DecoderSpec) -> Iterator[str]:
         if spec.norm.kind != self.norm or spec.norm.unit_offset != self.norm_adds_one:
             yield f"normalization {_norm_name(spec.norm)}"
-        if spec.norm.kind == "layer" and not spec.norm.has_bias:
-            yield "layer normalization without bias"
+        if spec.norm.has_bias != self.has_norm_bias:
+            yield f"{spec.norm.kind} normalization {_with(spec.norm.has_bias)} bias"
+        if spec.has_pre_norms != self.has_pre_norms:
+            yield f"{_no(spec.has_pre_norms)}norms before attention and MLP"
         if spec.has_post_norms != self.has_post_norms:
             yield "norms after attention and MLP" if spec.has_post_norms else "no post norms"
 
-    def _refuse_query_key_norms(self, spec: DecoderSpec) -> Iterator[str]:
+    def _refuse_head_norms(self, spec: DecoderSpec) -> Iterator[str]:
         norm = spec.attention.query_key_norm
-        match self.query_key_norm:
-            case "none":
-                if norm:
-                    yield "norms on queries and keys"
-            case "per width":
-                if not norm or spec.attention.head_norms != "alike" or norm.kind != "rms":
-                    yield "no RMS norms shared by all heads on queries and keys"
-            case "per head, optional":
-                if norm and (spec.attention.head_norms != "apart" or norm.has_bias):
-                    yield "norms on queries and keys that all heads share"
-        if norm and norm.epsilon != spec.norm.epsilon:
+        if norm is None:
+            if self.has_head_norms_at(len(spec.layers)) and not self.head_norms_are_optional:
+                yield "no norms on queries and keys"
+            return
+        if norm.epsilon != spec.norm.epsilon:
             yield "another epsilon in the norms of queries and keys"
+        yield from self._refuse_kind_of_head_norms(spec.attention, norm, len(spec.layers))
+
+    def _refuse_kind_of_head_norms(self, a: Attention, norm: Norm, depth: int) -> Iterator[str]:
+        if not self.has_head_norms_at(depth):
+            deep = f" in fewer than {self.head_norms_from_depth} layers"
+            yield f"norms on queries and keys{deep if self.head_norms != 'none' else ''}"
+            return
+        if a.head_norms != self.head_norms or norm.kind != self.norm or norm.has_bias:
+            yield f"{norm.kind} norms {_HEAD_NORMS[a.head_norms]}"
+        if a.normalizes_after_rope != self.normalizes_after_rope:
+            yield f"these norms {'after' if a.normalizes_after_rope else 'before'} the rotation"
 
     def _refuse_attention(self, spec: DecoderSpec) -> Iterator[str]:
         a = spec.attention
@@ -94,27 +168,29 @@ class Architecture:
             yield f"{a.heads} heads of width {a.head_dim} in {spec.hidden_size} columns"
         if self.needs_qkv_bias and not a.has_qkv_bias:
             yield "no bias on queries, keys and values"
-        if a.has_output_bias and not self.has_output_bias:
-            yield "a bias after attention"
-        if not math.isclose(a.softmax_scale, self._score_scale(spec), rel_tol=1e-6):
-            yield f"a score scale of {a.softmax_scale:g}"
-        if (a.attn_logit_softcap is not None) != self.caps_scores:
-            yield "a cap on the scores" if a.attn_logit_softcap else "no cap on the scores"
+        yield from _refuse_bias(
+            self.output_bias, has_bias=a.has_output_bias, where="after attention"
+        )
+        if a.attn_logit_softcap is not None and not self.caps_scores:
+            yield "a cap on the scores"
         windows = {layer.window_tokens for layer in spec.layers} - {None}
         if len(windows) > 1:
             yield "windows of several lengths"
+        if a.query_growth and not self._grows(spec, a.query_growth):
+            yield "queries that grow with their position"
 
-    def _score_scale(self, spec: DecoderSpec) -> float:
-        if len(spec.layers) == self.scales_scores_by_hidden_at:
-            return float((spec.hidden_size // spec.attention.heads) ** -0.5)
-        return float(spec.attention.head_dim**-0.5)
+    def _grows(self, spec: DecoderSpec, growth: QueryGrowth) -> bool:
+        """Whether queries grow as asked: in steps of YaRN's original context, if there is one."""
+        rope = first_rope(spec)
+        scaling = rope.scaling if rope else None
+        is_other = (
+            isinstance(scaling, YarnScaling)
+            and scaling.original_context_tokens != growth.step_tokens
+        )
+        return self.has_query_growth and not is_other
 
     def _refuse_ropes(self, spec: DecoderSpec) -> Iterator[str]:
-        for index, layer in enumerate(spec.layers):
-            skips = self.skips_rope_every is not None and (index + 1) % self.skips_rope_every == 0
-            if (layer.rope is None) != skips:
-                yield f"layer {index} {'without' if layer.rope is None else 'with'} positions"
-                return
+        yield from self._refuse_positions(spec)
         ropes = {layer.rope for layer in spec.layers if layer.rope}
         if len(ropes) > 1 and not self._has_two_ropes(spec):
             yield "ropes that differ between layers"
@@ -126,12 +202,53 @@ class Architecture:
             if rope.scaling is not None and not isinstance(rope.scaling, self.scalings):
                 yield f"rope with {_scaling_name(rope.scaling)} scaling"
             elif isinstance(rope.scaling, YarnScaling):
-                yield from _yarn_refusals(rope.scaling)
+                yield from self._refuse_yarn(rope.scaling)
+
+    def _refuse_positions(self, spec: DecoderSpec) -> Iterator[str]:
+        depth, layers = len(spec.layers), spec.layers
+        is_nowhere = not any(layer.rope for layer in layers)
+        if self.positions == "by layer" or (
+            self.positions == "everywhere or nowhere" and is_nowhere
+        ):
+            return
+        if is_nowhere:
+            yield "no positions"
+            return
+        for index, layer in enumerate(layers):
+            has_window = layer.window_tokens is not None
+            has_positions = self.has_positions(index, depth=depth, has_window=has_window)
+            if (layer.rope is not None) != has_positions:
+                only = f" in {depth} layers, but only in {self.windows_at_depth}"
+                yield (
+                    f"layer {index} {_with(layer.rope is not None)} positions"
+                    f"{only if self.windows_at_depth else ''}"
+                )
+                return
+
+    def _refuse_yarn(self, scaling: YarnScaling) -> Iterator[str]:
+        if self.takes_divisors(scaling) and Llama3Scaling not in self.scalings:
+            turns = f"{scaling.fast_turns:g} to {scaling.slow_turns:g} turns"
+            yield f"YaRN's ramp from {turns}{'' if scaling.is_truncated else ' without truncation'}"
+
+    def takes_divisors(self, scaling: RopeScaling | None) -> bool:
+        """Whether a rope is written as the divisors of its frequencies, which some graphs read.
+
+        They say what no keys say: Llama 3's scaling, and any ramp of YaRN.
+        """
+        if not isinstance(scaling, YarnScaling):
+            return isinstance(scaling, Llama3Scaling)
+        is_usual = (scaling.fast_turns, scaling.slow_turns) == YARN_TURNS
+        return not scaling.is_truncated or not (is_usual or self.reads_yarn_ramp)
 
     def _has_two_ropes(self, spec: DecoderSpec) -> bool:
         """Whether layers with a window may have one rope and the others another (Gemma 3)."""
         pairs = {(layer.window_tokens is not None, layer.rope) for layer in spec.layers}
-        return self.has_windows and len(pairs) == 2 == len({is_local for is_local, _ in pairs})
+        thetas = {rope.theta for _, rope in pairs if rope}
+        return (
+            self.has_windows_at(len(spec.layers))
+            and len(pairs) == 2 == len({is_local for is_local, _ in pairs})
+            and (len(thetas) == 1 or self.has_local_theta)
+        )
 
     def _scales_windows_alike(self, spec: DecoderSpec) -> bool:
         """Whether layers with a window are scaled as the graph fixes it: it has one key for all."""
@@ -140,57 +257,77 @@ class Architecture:
         local = {rope.scaling for rope, window in ropes if rope and window is not None}
         return len(scalings) <= 1 if self.local_rope_scaling == "shared" else local <= {None}
 
-    def _refuse_rest(self, spec: DecoderSpec) -> Iterator[str]:
+    def _refuse_mlp(self, spec: DecoderSpec) -> Iterator[str]:
+        if (spec.activation, spec.is_gated) != (self.activation, self.is_gated):
+            yield f"activation {spec.activation} {_with(spec.is_gated)} a gate"
+        yield from _refuse_bias(self.mlp_bias, has_bias=spec.has_mlp_bias, where="in the MLP")
+        if self.residual not in {spec.residual, "either"}:
+            yield f"{spec.residual} residuals"
+
+    def _refuse_ends(self, spec: DecoderSpec) -> Iterator[str]:
         scale = math.sqrt(spec.hidden_size) if self.scales_embedding else 1.0
         if not math.isclose(spec.embedding_scale, scale, rel_tol=1e-6):
             yield f"an embedding scale of {spec.embedding_scale:g}"
-        if spec.activation != self.activation:
-            yield f"activation {spec.activation}"
-        if spec.has_mlp_bias and not self.has_mlp_bias:
-            yield "biases in the MLP"
-        if spec.residual == "parallel" and not self.can_be_parallel:
-            yield "parallel residuals"
         if spec.final_logit_softcap is not None and self.caps_logits == "never":
             yield "a cap on the logits"
-        if spec.final_logit_softcap is None and self.caps_logits == "always":
-            yield "no cap on the logits"
         if self.ties == "always" and not spec.is_tied:
             yield "an output head of its own"
+        if spec.has_head_bias != self.has_head_bias:
+            yield f"an output head {_with(spec.has_head_bias)} bias"
 
+
+_HEAD_NORMS = {
+    "alike": "that the heads of queries and keys share",
+    "apart": "for each head of queries and keys",
+    "together": "over all heads of queries or keys",
+}
 
 ARCHITECTURES = (  # of several that fit, the first is taken
-    Architecture(name="qwen2", needs_qkv_bias=True, scalings=(LinearScaling, YarnScaling)),
+    Architecture(name="qwen2", model_types=("qwen2",), needs_qkv_bias=True),
     Architecture(
         name="llama",
+        model_types=("llama", "mistral"),
         rope_pairs="neighbours",
         scalings=(LinearScaling, Llama3Scaling, YarnScaling),
-        has_output_bias=True,
-        has_mlp_bias=True,
+        output_bias="optional",
+        mlp_bias="optional",
         head_width_is_free=True,
     ),
-    Architecture(
-        name="qwen3",
-        scalings=(LinearScaling, YarnScaling),
-        query_key_norm="per width",
-        head_width_is_free=True,
-    ),
+    Architecture(name="qwen3", model_types=("qwen3",), head_norms="alike", head_width_is_free=True),
     Architecture(
         name="smollm3",
+        model_types=("smollm3",),
         rope_pairs="neighbours",
-        scalings=(LinearScaling, YarnScaling),
         skips_rope_every=4,
         head_width_is_free=True,
     ),
     Architecture(
         name="phi3",
+        model_types=("phi3",),
         scalings=(LinearScaling, LongRopeScaling),
         has_partial_rope=True,
-        fuses_projections=True,
+        fuses_attention=True,
+        fuses_mlp=True,
+    ),
+    Architecture(
+        name="gemma",
+        model_types=("gemma",),
+        norm_adds_one=True,
+        scales_embedding=True,
+        activation="gelu_tanh",
+        head_width_is_free=True,
+        ties="always",
     ),
     Architecture(
         name="gemma2",
+        model_types=("gemma2",),
+        scalings=(LinearScaling,),
         norm_adds_one=True,
         has_windows=True,
+        needs_window=True,
+        window_tokens=4096,
+        window_period=2,
+        has_local_theta=True,
         local_rope_scaling="shared",
         caps_scores=True,
         caps_logits="always",
@@ -203,9 +340,14 @@ ARCHITECTURES = (  # of several that fit, the first is taken
     ),
     Architecture(
         name="gemma3",
+        model_types=("gemma3_text",),
+        scalings=(LinearScaling,),
         norm_adds_one=True,
-        query_key_norm="per width",
+        head_norms="alike",
         has_windows=True,
+        window_period=6,
+        has_local_theta=True,
+        local_theta=10_000.0,
         caps_logits="optional",
         has_post_norms=True,
         scales_embedding=True,
@@ -215,12 +357,200 @@ ARCHITECTURES = (  # of several that fit, the first is taken
     ),
     Architecture(
         name="stablelm",
-        scalings=(LinearScaling, YarnScaling),
+        model_types=("stablelm",),
         norm="layer",
+        has_norm_bias=True,
         has_partial_rope=True,
-        query_key_norm="per head, optional",
-        can_be_parallel=True,
+        head_norms="apart",
+        head_norms_are_optional=True,
+        residual="either",
         ties="never",
+    ),
+    Architecture(
+        name="granite",
+        model_types=("granite", "granitemoehybrid"),
+        rope_pairs="neighbours",
+        scalings=(LinearScaling, Llama3Scaling, YarnScaling),
+        positions="everywhere or nowhere",
+        output_bias="optional",
+        mlp_bias="optional",
+        multiplies="everything",
+        head_width_is_free=True,
+    ),
+    Architecture(
+        name="mistral3",
+        model_types=("ministral3",),
+        rope_pairs="neighbours",
+        scalings=(LinearScaling, Llama3Scaling, YarnScaling),
+        reads_yarn_ramp=True,
+        has_query_growth=True,
+        output_bias="optional",
+        mlp_bias="optional",
+        head_width_is_free=True,
+    ),
+    Architecture(
+        name="exaone",
+        model_types=("exaone",),
+        scalings=(LinearScaling, Llama3Scaling, YarnScaling),
+        head_width_is_free=True,
+    ),
+    Architecture(
+        name="exaone4",
+        model_types=("exaone4",),
+        scalings=(LinearScaling, Llama3Scaling, YarnScaling),
+        positions="in windows",
+        has_pre_norms=False,
+        has_post_norms=True,
+        head_norms="alike",
+        has_windows=True,
+        windows_at_depth=64,
+        window_tokens=4096,
+        local_rope_scaling="shared",
+    ),
+    Architecture(
+        name="olmo2",
+        model_types=("olmo2", "olmo3"),
+        has_pre_norms=False,
+        has_post_norms=True,
+        head_norms="together",
+        has_windows=True,
+        ties="never",
+    ),
+    Architecture(
+        name="hunyuan-dense",
+        model_types=("hunyuan_v1_dense",),
+        head_norms="alike",
+        normalizes_after_rope=True,
+        head_width_is_free=True,
+    ),
+    Architecture(
+        name="ernie4_5",
+        model_types=("ernie4_5",),
+        rope_pairs="neighbours",
+        head_width_is_free=True,
+    ),
+    Architecture(
+        name="chatglm",
+        model_types=("glm",),
+        rope_pairs="neighbours",
+        has_partial_rope=True,
+        fuses_mlp=True,
+    ),
+    Architecture(
+        name="glm4",
+        model_types=("glm4", "hyperclovax"),
+        rope_pairs="neighbours",
+        has_partial_rope=True,
+        has_post_norms=True,
+        fuses_mlp=True,
+        head_width_is_free=True,
+    ),
+    Architecture(
+        name="command-r",
+        model_types=("cohere",),
+        rope_pairs="neighbours",
+        norm="layer",
+        head_norms="apart",
+        head_norms_from_depth=64,
+        multiplies="logits",
+        residual="parallel",
+        ties="always",
+    ),
+    Architecture(
+        name="cohere2",
+        model_types=("cohere2",),
+        rope_pairs="neighbours",
+        positions="in windows",
+        norm="layer",
+        has_windows=True,
+        local_rope_scaling="shared",
+        multiplies="logits",
+        residual="parallel",
+        ties="always",
+    ),
+    Architecture(
+        name="starcoder2",
+        model_types=("starcoder2",),
+        norm="layer",
+        has_norm_bias=True,
+        output_bias="always",
+        mlp_bias="always",
+        activation="gelu_tanh",
+        is_gated=False,
+    ),
+    Architecture(
+        name="phi2",
+        model_types=("phi",),
+        norm="layer",
+        has_norm_bias=True,
+        has_partial_rope=True,
+        output_bias="always",
+        mlp_bias="always",
+        has_head_bias=True,
+        residual="parallel",
+        activation="gelu_tanh",
+        is_gated=False,
+        ties="never",
+    ),
+    Architecture(
+        name="nemotron",
+        model_types=("nemotron",),
+        norm="layer",
+        has_norm_bias=True,
+        norm_adds_one=True,
+        has_partial_rope=True,
+        output_bias="optional",
+        mlp_bias="optional",
+        activation="relu2",
+        is_gated=False,
+        ties="never",
+    ),
+    Architecture(
+        name="arcee",
+        model_types=("arcee",),
+        rope_pairs="neighbours",
+        scalings=(LinearScaling, Llama3Scaling, YarnScaling),
+        activation="relu2",
+        is_gated=False,
+        head_width_is_free=True,
+    ),
+    Architecture(
+        name="apertus",
+        model_types=("apertus",),
+        scalings=(LinearScaling, Llama3Scaling, YarnScaling),
+        head_norms="alike",
+        output_bias="optional",
+        activation="xielu",
+        is_gated=False,
+        head_width_is_free=True,
+        ties="never",
+    ),
+    Architecture(
+        name="jais2",
+        model_types=("jais2",),
+        norm="layer",
+        has_norm_bias=True,
+        output_bias="always",
+        mlp_bias="always",
+        activation="relu2",
+        is_gated=False,
+        head_width_is_free=True,
+    ),
+    Architecture(  # Granite's, with windows and positions as each layer has them
+        name="granite_swa",
+        note="the file's architecture is granite_swa, the only one of llama.cpp with these windows "
+        "or layers without positions; programs with a llama.cpp older than it do not open it",
+        rope_pairs="neighbours",
+        scalings=(LinearScaling, Llama3Scaling, YarnScaling),
+        positions="by layer",
+        output_bias="optional",
+        mlp_bias="optional",
+        has_windows=True,
+        needs_window=True,
+        local_rope_scaling="shared",
+        multiplies="everything",
+        has_sinks=True,
+        head_width_is_free=True,
     ),
 )
 
@@ -228,7 +558,8 @@ ARCHITECTURES = (  # of several that fit, the first is taken
 def choose(spec: DecoderSpec, *, family: str = "") -> Architecture:
     """Return the graph that computes a decoder: its family's own, else the first of all.
 
-    A Phi-3 without longrope is a Llama too, but then llama-quantize mixes it otherwise.
+    A Phi-3 without longrope is a Llama too, but then llama-quantize mixes it otherwise; and other
+    programs show a model by the name of its graph.
 
     Args:
         spec: The decoder.
@@ -239,17 +570,18 @@ def choose(spec: DecoderSpec, *, family: str = "") -> Architecture:
     """
     if len(spec.layers) > MAX_LAYERS:
         raise UsageError(f"{len(spec.layers)} layers are more than llama.cpp's {MAX_LAYERS}")
-    nearest: tuple[Sequence[str], str] | None = None
-    for architecture in sorted(ARCHITECTURES, key=lambda graph: graph.name != family):
+    found = []
+    for architecture in sorted(ARCHITECTURES, key=lambda graph: family not in graph.model_types):
         refusals = list(architecture.refusals(spec))
         if not refusals:
             return architecture
-        if nearest is None or len(refusals) < len(nearest[0]):
-            nearest = (refusals, architecture.name)
-    assert nearest is not None  # noqa: S101 - the table is not empty
+        found.append(
+            (family not in architecture.model_types, len(refusals), architecture, refusals)
+        )
+    *_, nearest, refusals = min(found, key=lambda it: it[:2])
     raise UsageError(
-        f"llama.cpp has no decoder like this: its nearest, {nearest[1]}, cannot compute "
-        f"{'; '.join(nearest[0])}",
+        f"llama.cpp has no decoder like this: its nearest, {nearest.name}, cannot compute "
+        f"{'; '.join(refusals)}",
         hint="another --format may; see `edgekit formats`",
     )
 
@@ -267,11 +599,13 @@ def get(name: str) -> Architecture:
     raise UsageError(f"GGUF files of architecture {name!r} are not read", hint=f"read: {known}")
 
 
-def context_limit(spec: DecoderSpec) -> ContextLimit:
-    """Return the longest context in which the chosen graph says what the checkpoint says."""
+def context_limit(spec: DecoderSpec, graph: Architecture | None = None) -> ContextLimit:
+    """Return the longest context in which a graph, or the first, says what the checkpoint says."""
+    graph = graph or choose(spec)
     limit = ContextLimit(tokens=spec.context_tokens, reason="the model was made for no more")
     windows = [layer.window_tokens for layer in spec.layers if layer.window_tokens]
-    if windows and not choose(spec).has_windows and min(windows) < limit.tokens:
+    has_windows = graph.has_windows_at(len(spec.layers))
+    if windows and not has_windows and min(windows) < limit.tokens:
         limit = ContextLimit(
             tokens=min(windows),
             reason="llama.cpp ignores this model's attention window, which changes longer texts",
@@ -280,6 +614,13 @@ def context_limit(spec: DecoderSpec) -> ContextLimit:
         if isinstance(scaling, LongRopeScaling):
             limit = _longrope_limit(scaling, limit)
     return limit
+
+
+def first_rope(spec: DecoderSpec) -> Rope | None:
+    """Return the rope of the layers without a window, or of the first that has one, or None."""
+    ropes = [layer.rope for layer in spec.layers if layer.rope and not layer.window_tokens]
+    ropes += [layer.rope for layer in spec.layers if layer.rope]
+    return ropes[0] if ropes else None
 
 
 def _longrope_limit(scaling: LongRopeScaling, limit: ContextLimit) -> ContextLimit:
@@ -300,16 +641,25 @@ def _longrope_limit(scaling: LongRopeScaling, limit: ContextLimit) -> ContextLim
     )
 
 
+def _refuse_bias(
+    known: Literal["never", "optional", "always"], *, has_bias: bool, where: str
+) -> Iterator[str]:
+    if has_bias and known == "never":
+        yield f"a bias {where}"
+    if not has_bias and known == "always":
+        yield f"no bias {where}"
+
+
 def _norm_name(norm: Norm) -> str:
     return f"{norm.kind}{' with 1 added' if norm.unit_offset else ''}"
 
 
-def _yarn_refusals(scaling: YarnScaling) -> Iterator[str]:
-    """Yield what these graphs do not read: the ramp's ends are constants of theirs."""
-    if (scaling.fast_turns, scaling.slow_turns) != (32, 1):
-        yield f"YaRN's ramp from {scaling.fast_turns:g} to {scaling.slow_turns:g} turns"
-    if not scaling.is_truncated:
-        yield "YaRN without truncation"
+def _with(has_it: bool) -> str:
+    return "with" if has_it else "without"
+
+
+def _no(has_it: bool) -> str:
+    return "" if has_it else "no "
 
 
 def _scaling_name(scaling: RopeScaling) -> str:

@@ -28,7 +28,7 @@ from edgekit.formats.gguf.architectures import Architecture
 from edgekit.formats.gguf.layout import TensorEntry, Value
 from edgekit.formats.gguf.parts import FileTensor
 from edgekit.formats.gguf.split import FilesWriter, PlannedFile
-from edgekit.model.spec import DecoderSpec
+from edgekit.model.spec import DecoderSpec, Pairs
 from edgekit.progress import Advance
 from edgekit.quant.planned import calibration_sha256
 from edgekit.quant.recipe import Recipe, split_role
@@ -73,9 +73,8 @@ def plan(checkpoint: "CheckpointProtocol", request: BuildRequest, *, pre: str) -
     architecture = architectures.choose(checkpoint.spec, family=checkpoint.architecture)
     found = tuple(parts.of(checkpoint.spec, request.recipe, architecture))
     keys = metadata(checkpoint, request.recipe, architecture, found, pre=pre)
-    files = split.plan_files(
-        STEM, keys, _entries(checkpoint, found), split_bytes=request.split_bytes
-    )
+    entries = _entries(checkpoint.spec, architecture, found)
+    files = split.plan_files(STEM, keys, entries, split_bytes=request.split_bytes)
     return GgufPlan(architecture=architecture, parts=found, files=tuple(files))
 
 
@@ -88,7 +87,11 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         placements=planned.parts,
         artifact_bytes=sum(file.size_bytes for file in planned.files),
         is_exact=True,
-        notes=(*([split_note] if count > 1 else []), *_differences(checkpoint.text)),
+        notes=(
+            *([split_note] if count > 1 else []),
+            *([planned.architecture.note] if planned.architecture.note else []),
+            *_differences(checkpoint.text),
+        ),
         calibration=calibration_sha256(checkpoint.calibration, planned.parts),
         kernel_kl_nats=_kernel_kl_nats(checkpoint.spec),
     )
@@ -126,13 +129,14 @@ def _differences(text: "TokenizerFiles") -> tuple[str, ...]:
     )
 
 
-def _entries(checkpoint: "CheckpointProtocol", found: Sequence[FileTensor]) -> list[TensorEntry]:
-    ropes = hyperparameters.rope_tensors(checkpoint.spec)
-    factors = [
+def _entries(
+    spec: DecoderSpec, architecture: Architecture, found: Sequence[FileTensor]
+) -> list[TensorEntry]:
+    made = [
         TensorEntry(name=name, shape=(len(values),), tensor_type="F32")
-        for name, values in ropes.items()
+        for name, values in hyperparameters.made_tensors(spec, architecture).items()
     ]
-    return [*factors, *(part.entry for part in found)]
+    return [*made, *(part.entry for part in found)]
 
 
 def metadata(
@@ -155,8 +159,20 @@ def metadata(
     keys |= provenance.write(checkpoint)
     keys |= importance.keys(checkpoint.calibration, found)
     keys |= hyperparameters.write(checkpoint.spec, architecture)
+    keys |= _weights_that_are_keys(checkpoint)
     keys |= _vocabulary(checkpoint.text, checkpoint.spec.vocab_size, pre)
     return keys
+
+
+def _weights_that_are_keys(checkpoint: "CheckpointProtocol") -> dict[str, Value]:
+    """Return arrays of one number for each layer, by their key."""
+    values: dict[str, list[float]] = {}
+    for role, _ in checkpoint.spec.weights():
+        key = parts.KEYS.get(split_role(role)[1])
+        if key is not None:
+            (_, (value,)) = next(iter(checkpoint.blocks(role)))
+            values.setdefault(key, []).append(float(value))
+    return {key: ("array[float32]", numbers) for key, numbers in values.items()}
 
 
 @functools.lru_cache(maxsize=1)
@@ -190,7 +206,7 @@ def convert(
     planned = plan(checkpoint, request, pre=pre)
     weights = dict(importance.weights(checkpoint.calibration, planned.parts))
     with FilesWriter(directory, planned.files) as writer:
-        _write_ropes(writer, checkpoint.spec)
+        _write_made(writer, checkpoint.spec, planned.architecture)
         blocks = (
             (part.name, block, part.tensor_type)
             for part in planned.parts
@@ -210,10 +226,10 @@ def counted(blocks: "Iterator[Block]", progress: Advance) -> "Iterator[Block]":
         progress(block[1].size)
 
 
-def _write_ropes(writer: FilesWriter, spec: DecoderSpec) -> None:
+def _write_made(writer: FilesWriter, spec: DecoderSpec, architecture: Architecture) -> None:
     import numpy as np
 
-    for name, values in hyperparameters.rope_tensors(spec).items():
+    for name, values in hyperparameters.made_tensors(spec, architecture).items():
         writer.write(name, np.asarray(values, np.float32).tobytes())
 
 
@@ -221,34 +237,33 @@ def _blocks(
     checkpoint: "CheckpointProtocol", part: FileTensor, architecture: Architecture
 ) -> Iterator["Rows"]:
     """Yield the rows of a part as llama.cpp wants them, some million weights at a time."""
-    width = checkpoint.spec.attention.head_dim
+    import numpy as np
+
+    spec = checkpoint.spec
     for role in part.roles:
-        turns = re.fullmatch("(query|key)(_bias)?", split_role(role)[1])
-        if turns and architecture.rope_pairs == "neighbours":
-            for _, rows in checkpoint.blocks(role, row_multiple=width):
-                yield interleave_halves(rows, width)
-        else:
-            yield from (rows for _, rows in checkpoint.blocks(role))
+        pairs = spec.rotated_pairs(role) if architecture.rope_pairs == "neighbours" else None
+        multiplier = np.float32(architecture.multiplier(role, spec))
+        multiple = pairs.head_dim if pairs and pairs.axis == 0 else 1
+        for _, rows in checkpoint.blocks(role, row_multiple=multiple):
+            scaled = rows if multiplier == 1 else rows * multiplier
+            yield interleave_halves(scaled, pairs) if pairs else scaled
 
 
-def interleave_halves(rows: "Rows", head_dim: int) -> "Rows":
-    """Reorder the rows of each head so that ggml rotates neighbours where others rotate halves.
+def interleave_halves(rows: "Rows", pairs: Pairs) -> "Rows":
+    """Reorder the channels of each head so that ggml rotates neighbours where others rotate halves.
 
     Args:
-        rows: float32, shape ``(heads * head_dim, …)``: in each head first the real halves of
-            all pairs, then the imaginary ones.
-        head_dim: Rows of one head.
+        rows: float32, whole heads along the axis of ``pairs``: in each head first the real halves
+            of all pairs, then the imaginary ones, then what is not rotated.
+        pairs: How wide a head is, and how much of it is rotated.
 
     Returns:
-        The same shape, each pair side by side.
+        The same shape, the two of each pair side by side.
     """
-    heads = rows.shape[0] // head_dim
-    pairs = rows.reshape(heads, 2, head_dim // 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
+    import numpy as np
 
-
-def separate_halves(rows: "Rows", head_dim: int) -> "Rows":
-    """Undo `interleave_halves`; shapes and types are the same."""
-    heads = rows.shape[0] // head_dim
-    pairs = rows.reshape(heads, head_dim // 2, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
+    order = np.arange(pairs.head_dim)
+    order[: pairs.rotated] = order[: pairs.rotated].reshape(2, -1).T.ravel()
+    heads = rows.shape[pairs.axis] // pairs.head_dim
+    starts = np.arange(heads)[:, None] * pairs.head_dim
+    return rows.take((starts + order).ravel(), axis=pairs.axis)

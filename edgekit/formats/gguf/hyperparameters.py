@@ -5,21 +5,25 @@ becomes a `DecoderSpec` again, and from that an ordinary checkpoint.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgekit.errors import UsageError
 from edgekit.formats.gguf import architectures
 from edgekit.formats.gguf.architectures import Architecture
 from edgekit.model.spec import (
+    XIELU_BETA,
+    XIELU_EPSILON,
     Attention,
     DecoderSpec,
     Layer,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    Multipliers,
     Norm,
+    QueryGrowth,
     Rope,
     RopeScaling,
     YarnScaling,
@@ -32,12 +36,12 @@ if TYPE_CHECKING:
 
 
 def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
-    """Return the keys of a decoder, typed."""
-    a, rope = spec.attention, first_rope(spec)
+    """Return the keys of a decoder, typed; without the weights that are `parts.KEYS`."""
+    a, rope = spec.attention, architectures.first_rope(spec)
     epsilon = "layer_norm_epsilon" if spec.norm.kind == "layer" else "layer_norm_rms_epsilon"
     keys: dict[str, Value] = {
         "vocab_size": ("uint32", spec.vocab_size),
-        "context_length": ("uint32", architectures.context_limit(spec).tokens),
+        "context_length": ("uint32", architectures.context_limit(spec, architecture).tokens),
         "embedding_length": ("uint32", spec.hidden_size),
         "block_count": ("uint32", len(spec.layers)),
         "feed_forward_length": ("uint32", spec.intermediate_size),
@@ -46,35 +50,48 @@ def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
         "attention.key_length": ("uint32", a.head_dim),
         "attention.value_length": ("uint32", a.head_dim),
         f"attention.{epsilon}": ("float32", spec.norm.epsilon),
-        "rope.dimension_count": ("uint32", rope.width),
-        "rope.freq_base": ("float32", rope.theta),
+        "rope.dimension_count": ("uint32", rope.width if rope else a.head_dim),
     }
-    keys |= _scaling_keys(rope.scaling)
-    if architecture.has_windows:
-        keys |= _window_keys(spec)
-    if a.attn_logit_softcap is not None:
-        keys["attn_logit_softcapping"] = ("float32", a.attn_logit_softcap)
-    if spec.final_logit_softcap is not None:
-        keys["final_logit_softcapping"] = ("float32", spec.final_logit_softcap)
-    if architecture.can_be_parallel:
+    keys |= _rope_keys(rope, architecture)
+    if architecture.has_windows_at(len(spec.layers)):
+        keys |= _window_keys(spec, architecture)
+    if architecture.positions == "by layer":
+        pattern = [layer.rope is not None for layer in spec.layers]
+        keys[_ROPE_PATTERN] = ("array[bool]", pattern)
+    if a.query_growth:
+        keys["attention.temperature_scale"] = ("float32", a.query_growth.rate)
+        keys["rope.scaling.original_context_length"] = ("uint32", a.query_growth.step_tokens)
+    if architecture.caps_scores:
+        keys["attn_logit_softcapping"] = ("float32", a.attn_logit_softcap or NO_CAP)
+    if spec.final_logit_softcap is not None or architecture.caps_logits == "always":
+        keys["final_logit_softcapping"] = ("float32", spec.final_logit_softcap or NO_CAP)
+    if architecture.multiplies != "never":  # it is in the weights, but the key must be there
+        keys["logit_scale"] = ("float32", 1.0)
+    if architecture.residual == "either":
         keys["use_parallel_residual"] = ("bool", spec.residual == "parallel")
-    return {f"{architecture.name}.{key}": value for key, value in keys.items()}
+    named = {f"{architecture.name}.{key}": value for key, value in keys.items()}
+    if spec.activation == "xielu":
+        for key, constant in _XIELU.items():
+            named[key] = ("array[float32]", [constant] * len(spec.layers))
+    return named
 
 
-def first_rope(spec: DecoderSpec) -> Rope:
-    """Return the rope of the layers without a window, or of the first that has one.
-
-    Raises:
-        UsageError: If no layer has positions.
-    """
-    ropes = [layer.rope for layer in spec.layers if layer.rope and not layer.window_tokens]
-    ropes += [layer.rope for layer in spec.layers if layer.rope]
-    if not ropes:
-        raise UsageError("llama.cpp has no decoder without positions in every layer")
-    return ropes[0]
+_XIELU = {"xielu.beta": XIELU_BETA, "xielu.eps": XIELU_EPSILON}
 
 
-def _scaling_keys(scaling: RopeScaling | None) -> dict[str, "Value"]:
+NO_CAP = 2.0**20  # for graphs that always cap: below 1,000 it changes no bit that counts
+_ROPE_PATTERN = "attention.rope_pattern"
+
+
+def _rope_keys(rope: Rope | None, architecture: Architecture) -> dict[str, "Value"]:
+    if rope is None:
+        # What is true of every other file; Granite's graph takes it for "rotates". llama.cpp's
+        # converter says true of a Granite 4 without positions too.
+        return {"rope.scaling.finetuned": ("bool", False)}
+    return {"rope.freq_base": ("float32", rope.theta)} | _scaling_keys(rope.scaling, architecture)
+
+
+def _scaling_keys(scaling: RopeScaling | None, architecture: Architecture) -> dict[str, "Value"]:
     match scaling:
         case LinearScaling(factor=factor):
             return {
@@ -82,16 +99,7 @@ def _scaling_keys(scaling: RopeScaling | None) -> dict[str, "Value"]:
                 "rope.scaling.factor": ("float32", factor),
             }
         case YarnScaling() as yarn:
-            return {
-                "rope.scaling.type": ("string", "yarn"),
-                "rope.scaling.factor": ("float32", yarn.factor),
-                "rope.scaling.original_context_length": ("uint32", yarn.original_context_tokens),
-                # Multiplies what llama.cpp computes for this factor.
-                "rope.scaling.attn_factor": (
-                    "float32",
-                    yarn.attention_factor / yarn_attention_factor(yarn.factor),
-                ),
-            }
+            return _yarn_keys(yarn, architecture)
         case LongRopeScaling() as longrope:
             return {
                 "rope.scaling.type": ("string", "longrope"),
@@ -105,34 +113,74 @@ def _scaling_keys(scaling: RopeScaling | None) -> dict[str, "Value"]:
             return {}
 
 
-def _window_keys(spec: DecoderSpec) -> dict[str, "Value"]:
-    local = [layer for layer in spec.layers if layer.window_tokens]
-    if not local:
-        return {}
+def _yarn_keys(yarn: YarnScaling, architecture: Architecture) -> dict[str, "Value"]:
+    """Return what llama.cpp computes a YaRN from, or what one was that is written as divisors.
+
+    What it computes for a factor itself, ``attn_factor`` multiplies.
+    """
+    is_divided = architecture.takes_divisors(yarn)
+    computed = 1.0 if is_divided else yarn_attention_factor(yarn.factor)
     keys: dict[str, Value] = {
-        "attention.sliding_window": ("uint32", local[0].window_tokens),
-        "attention.sliding_window_pattern": (
-            "array[bool]",
-            [layer.window_tokens is not None for layer in spec.layers],
-        ),
+        "rope.scaling.type": ("string", "none" if is_divided else "yarn"),
+        "rope.scaling.factor": ("float32", yarn.factor),
+        "rope.scaling.original_context_length": ("uint32", yarn.original_context_tokens),
+        "rope.scaling.attn_factor": ("float32", yarn.attention_factor / computed),
     }
-    if local[0].rope:
+    if is_divided or architecture.reads_yarn_ramp:
+        keys[_FAST] = ("float32", yarn.fast_turns)
+        keys[_SLOW] = ("float32", yarn.slow_turns)
+    return keys
+
+
+_FAST, _SLOW = "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"
+
+
+def _window_keys(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
+    local = [layer for layer in spec.layers if layer.window_tokens]
+    pattern = [layer.window_tokens is not None for layer in spec.layers]
+    window = local[0].window_tokens if local else None
+    if not local:
+        if not architecture.needs_window:
+            return {}
+        pattern, window = _one_window(len(spec.layers)), spec.context_tokens
+    keys: dict[str, Value] = {
+        "attention.sliding_window": ("uint32", window),
+        "attention.sliding_window_pattern": ("array[bool]", pattern),
+    }
+    if local and local[0].rope and architecture.has_local_theta:
         keys["rope.freq_base_swa"] = ("float32", local[0].rope.theta)
     return keys
 
 
-def rope_tensors(spec: DecoderSpec) -> dict[str, Sequence[float]]:
-    """Return the frequency divisors that llama.cpp reads as tensors, by tensor name."""
-    match first_rope(spec).scaling:
-        case Llama3Scaling():
-            return {"rope_freqs.weight": first_rope(spec).divisors(spec.context_tokens)}
-        case LongRopeScaling() as scaling:
-            return {
-                "rope_factors_long.weight": scaling.long_factors,
-                "rope_factors_short.weight": scaling.short_factors,
-            }
-        case _:
-            return {}
+def _one_window(depth: int) -> list[bool]:
+    """Return a pattern for a graph that needs a window: one as long as any text changes nothing."""
+    return [True] + [False] * (depth - 1)
+
+
+def made_tensors(spec: DecoderSpec, architecture: Architecture) -> dict[str, Sequence[float]]:
+    """Return the tensors that llama.cpp reads and no checkpoint has, by name.
+
+    They are the divisors of the rope's frequencies, and sinks that draw nothing from other scores.
+    """
+    rope = architectures.first_rope(spec)
+    made: dict[str, Sequence[float]] = {}
+    if rope and architecture.takes_divisors(rope.scaling):
+        made["rope_freqs.weight"] = rope.divisors(spec.context_tokens)
+    if rope and isinstance(rope.scaling, LongRopeScaling):
+        made["rope_factors_long.weight"] = rope.scaling.long_factors
+        made["rope_factors_short.weight"] = rope.scaling.short_factors
+    if architecture.has_sinks:
+        for index in range(len(spec.layers)):
+            made[sinks_name(index)] = [NO_SINK] * spec.attention.heads
+    return made
+
+
+NO_SINK = -1e30  # the exponential of a score this low is 0
+
+
+def sinks_name(layer: int) -> str:
+    """Return the name of the tensor with a layer's sinks."""
+    return f"blk.{layer}.attn_sinks.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +190,7 @@ class Facts:
     metadata: Mapping[str, Any]
     tensors: Collection[str]
     vocab_size: int
-    rope_factors: Mapping[str, Sequence[float]]  # the small tensors named by `rope_tensors`
+    rope_factors: Mapping[str, Sequence[float]]  # the small tensors named by `made_tensors`
 
     @property
     def architecture(self) -> Architecture:
@@ -169,18 +217,33 @@ class Facts:
         return shortest(value) if isinstance(value, float) else value
 
     def count(self, key: str, default: int | None = None, *, most: int = 2**31 - 1) -> int:
-        """Return how many there are of something: at least one.
+        """Return how many there are of something: at least one, in every layer alike.
 
         Raises:
             UsageError: If it is missing, not an integer, or not between 1 and ``most``.
         """
-        value = self.number(key, default)
+        each = self.value(key, default)
+        is_alike = isinstance(each, list) and len(set(each)) == 1
+        value = each[0] if is_alike else self.number(key, default)
         if not isinstance(value, int) or not 0 < value <= most:
             raise UsageError(
                 f"{self.architecture.name}.{key} = {value!r} in the GGUF file, "
                 f"expected a count up to {most}"
             )
         return value
+
+    def each_layer(self, key: str) -> list[float]:
+        """Return a number for each layer, of a key of no architecture; a file may give one for all.
+
+        Raises:
+            UsageError: If it is missing, or not as many numbers.
+        """
+        depth = self.count("block_count", most=len(self.tensors))
+        value = self.metadata.get(key)
+        values: list[Any] = value if isinstance(value, list) else [value] * depth
+        if len(values) < depth or not all(isinstance(each, int | float) for each in values):
+            raise UsageError(f"{key} = {value!r} in the GGUF file, expected {depth} numbers")
+        return values[:depth]
 
     def has_tensor(self, part: str) -> bool:
         """Whether the first layer has such a tensor."""
@@ -207,6 +270,8 @@ def read(facts: Facts) -> DecoderSpec:
     epsilon = facts.number(
         f"attention.{'layer_norm_epsilon' if is_layer_norm else 'layer_norm_rms_epsilon'}"
     )
+    if architecture.activation == "xielu":
+        _refuse_other_xielu(facts)
     return DecoderSpec(
         vocab_size=facts.vocab_size,
         hidden_size=hidden,
@@ -217,49 +282,102 @@ def read(facts: Facts) -> DecoderSpec:
         norm=Norm(
             kind=architecture.norm,
             epsilon=epsilon,
-            has_bias=is_layer_norm,
+            has_bias=architecture.has_norm_bias,
             unit_offset=architecture.norm_adds_one,
         ),
         activation=architecture.activation,
-        residual="parallel"
-        if architecture.can_be_parallel and not facts.has_tensor("ffn_norm.weight")
-        else "serial",
+        residual=_read_residual(facts),
+        has_pre_norms=architecture.has_pre_norms,
         has_post_norms=architecture.has_post_norms,
+        is_gated=architecture.is_gated,
         has_mlp_bias=facts.has_tensor("ffn_down.bias"),
+        has_head_bias=architecture.has_head_bias,
+        multipliers=_read_multipliers(facts, head_dim),
         embedding_scale=math.sqrt(hidden) if architecture.scales_embedding else 1.0,
-        final_logit_softcap=facts.number(
-            "final_logit_softcapping", 30.0 if architecture.caps_logits == "always" else 0.0
-        )
-        or None,
+        final_logit_softcap=_read_cap(
+            facts,
+            "final_logit_softcapping",
+            30.0 if architecture.caps_logits == "always" else 0.0,
+        ),
         is_tied="output.weight" not in facts.tensors,
     )
 
 
+def _read_residual(facts: Facts) -> Literal["serial", "parallel"]:
+    known = facts.architecture.residual
+    if known != "either":
+        return known
+    return "serial" if facts.has_tensor("ffn_norm.weight") else "parallel"
+
+
+def _read_multipliers(facts: Facts, head_dim: int) -> Multipliers:
+    """Return what the graph multiplies with; 0 means that it does not."""
+    match facts.architecture.multiplies:
+        case "never":
+            return Multipliers()
+        case "logits":
+            return Multipliers(logits=facts.number("logit_scale", 0.0) or 1.0)
+        case "everything":
+            scores = facts.number("attention.scale", 0.0)
+            return Multipliers(
+                embedding=facts.number("embedding_scale", 0.0) or 1.0,
+                query=scores / head_dim**-0.5 if scores else 1.0,
+                residual=facts.number("residual_scale", 0.0) or 1.0,
+                logits=1 / (facts.number("logit_scale") or 1.0),
+            )
+
+
+def _refuse_other_xielu(facts: Facts) -> None:
+    """Check that the constants are those of every model; 16 bits round the second."""
+    for key, constant in _XIELU.items():
+        for value in facts.each_layer(key):
+            if not math.isclose(value, constant, rel_tol=0.01):
+                raise UsageError(f"{key} = {value:g} in the GGUF file, expected {constant:g}")
+
+
 def _read_attention(facts: Facts, *, head_dim: int, epsilon: float) -> Attention:
     architecture, heads = facts.architecture, facts.count("attention.head_count")
-    has_norms = facts.has_tensor("attn_q_norm.weight")
-    is_layer_norm = architecture.norm == "layer"
-    cap = facts.number("attn_logit_softcapping", 50.0) if architecture.caps_scores else None
-    scale_width = (
-        facts.count("embedding_length") // heads
-        if facts.count("block_count") == architecture.scales_scores_by_hidden_at
-        else head_dim
+    depth = facts.count("block_count")
+    has_norms = facts.has_tensor("attn_q_norm.weight") and architecture.has_head_norms_at(depth)
+    cap = _read_cap(facts, "attn_logit_softcapping", 50.0) if architecture.caps_scores else None
+    scale = architecture.score_scale(
+        depth=depth,
+        head_dim=head_dim,
+        hidden_size=facts.count("embedding_length"),
+        heads=heads,
     )
     return Attention(
         heads=heads,
         num_kv_heads=facts.count("attention.head_count_kv", heads),
         head_dim=head_dim,
-        softmax_scale=scale_width**-0.5,
+        softmax_scale=scale,
         attn_logit_softcap=cap,
         query_key_norm=Norm(
             kind=architecture.norm, epsilon=epsilon, unit_offset=architecture.norm_adds_one
         )
         if has_norms
         else None,
-        head_norms="apart" if has_norms and is_layer_norm else "alike",
+        head_norms=architecture.head_norms
+        if has_norms and architecture.head_norms != "none"
+        else "alike",
+        normalizes_after_rope=has_norms and architecture.normalizes_after_rope,
+        query_growth=_read_growth(facts),
         has_qkv_bias=facts.has_tensor("attn_q.bias") or facts.has_tensor("attn_qkv.bias"),
         has_output_bias=facts.has_tensor("attn_output.bias"),
     )
+
+
+def _read_cap(facts: Facts, key: str, default: float) -> float | None:
+    cap: float = facts.number(key, default)
+    return cap if 0 < cap < NO_CAP else None
+
+
+def _read_growth(facts: Facts) -> QueryGrowth | None:
+    rate = facts.number("attention.temperature_scale", 0.0)
+    if not facts.architecture.has_query_growth or rate == 0.0:
+        return None
+    steps = facts.count("rope.scaling.original_context_length", facts.count("context_length"))
+    return QueryGrowth(rate=rate, step_tokens=steps)
 
 
 def _read_layers(facts: Facts, head_dim: int) -> tuple[Layer, ...]:
@@ -271,45 +389,66 @@ def _read_layers(facts: Facts, head_dim: int) -> tuple[Layer, ...]:
         theta=float(facts.number("rope.freq_base", 10_000.0)),
         scaling=None,
     )
-    rope = Rope(width=rope.width, theta=rope.theta, scaling=_read_scaling(facts, rope))
-    skips = architecture.skips_rope_every
-    windows = _read_windows(facts, depth)
-    local_theta = float(
-        facts.number(
-            "rope.freq_base_swa", 10_000.0 if architecture.name == "gemma3" else rope.theta
-        )
-    )
-    local_rope = Rope(
-        width=rope.width,
-        theta=local_theta,
+    rope = replace(rope, scaling=_read_scaling(facts, rope))
+    rotates = _read_positions(facts, depth)
+    local_rope = replace(
+        rope,
+        theta=_read_local_theta(facts, rope),
         scaling=rope.scaling if architecture.local_rope_scaling == "shared" else None,
     )
-    return tuple(
-        Layer(
-            rope=None if skips and (index + 1) % skips == 0 else local_rope if window else rope,
-            window_tokens=window,
+
+    def layer(index: int, window: int | None) -> Layer:
+        has_window = window is not None
+        has_positions = rotates[index] and architecture.has_positions(
+            index, depth=depth, has_window=has_window
         )
-        for index, window in enumerate(windows)
-    )
+        own = local_rope if has_window else rope
+        return Layer(rope=own if has_positions else None, window_tokens=window)
+
+    return tuple(layer(*each) for each in enumerate(_read_windows(facts, depth)))
+
+
+def _read_positions(facts: Facts, depth: int) -> list[bool]:
+    """Return where keys allow positions."""
+    match facts.architecture.positions:
+        case "everywhere or nowhere":
+            return [facts.value("rope.scaling.finetuned", True) is not False] * depth
+        case "by layer":
+            pattern = facts.value(_ROPE_PATTERN, [True] * depth)
+            if not isinstance(pattern, list) or len(pattern) < depth:
+                raise UsageError(
+                    f"the GGUF file's {_ROPE_PATTERN} = {pattern!r}, expected {depth} layers"
+                )
+            return [bool(rotates) for rotates in pattern]
+        case _:
+            return [True] * depth
+
+
+def _read_local_theta(facts: Facts, rope: Rope) -> float:
+    if not facts.architecture.has_local_theta:
+        return rope.theta
+    default = facts.architecture.local_theta or rope.theta
+    return float(facts.number("rope.freq_base_swa", default))
 
 
 def _read_windows(facts: Facts, depth: int) -> list[int | None]:
     """Return each layer's window; without a pattern the graph's own default applies.
 
-    Source: ``load_swa_pattern`` and the calls to it: every second layer of Gemma 2 is global,
-    every sixth of Gemma 3.
+    Source: ``load_swa_pattern`` and the calls to it.
     """
-    if not facts.architecture.has_windows:
+    architecture = facts.architecture
+    if not architecture.has_windows_at(depth):
         return [None] * depth
-    default = 4096 if facts.architecture.name == "gemma2" else 0
-    window = facts.number("attention.sliding_window", default)
+    window = facts.number("attention.sliding_window", architecture.window_tokens)
     key = "attention.sliding_window_pattern"
     pattern = facts.value(key, None)
     if not isinstance(pattern, list):
-        period = facts.count(key, 2 if facts.architecture.name == "gemma2" else 6)
+        period = facts.count(key, architecture.window_period)
         pattern = [(index + 1) % period != 0 for index in range(depth)]
     if len(pattern) < depth:
         raise UsageError(f"the GGUF file's {key} has {len(pattern)} layers, expected {depth}")
+    if pattern[:depth] == _one_window(depth) and window == facts.count("context_length"):
+        return [None] * depth
     return [window if window and is_local else None for is_local in pattern[:depth]]
 
 
@@ -324,7 +463,10 @@ def _read_scaling(facts: Facts, rope: Rope) -> RopeScaling | None:
             attention_factor=facts.number("rope.scaling.attn_factor", 1.0),
         )
     if "rope_freqs.weight" in facts.rope_factors:
-        return _read_llama3(rope, facts.rope_factors["rope_freqs.weight"])
+        divisors = facts.rope_factors["rope_freqs.weight"]
+        if kind == "none" and facts.value(_FAST, None) is not None:
+            return _read_divided_yarn(facts, rope, divisors)
+        return _read_llama3(rope, divisors)
     factor = facts.number("rope.scaling.factor", facts.number("rope.scale_linear", 0.0))
     if kind == "yarn" and factor != 0.0:
         return _read_yarn(facts, factor)
@@ -336,36 +478,84 @@ def _read_scaling(facts: Facts, rope: Rope) -> RopeScaling | None:
 
 
 def _read_yarn(facts: Facts, factor: float) -> YarnScaling:
-    """Return what llama.cpp computes; keys of the ramp are for other graphs of its."""
-    share = facts.number("rope.scaling.attn_factor", 1.0)
+    """Return what llama.cpp computes: most graphs read no keys of the ramp.
+
+    Source: ``llama_context`` in llama-context.cpp, where ``yarn_log_multiplier`` divides.
+    """
+    fast, slow, weight = *architectures.YARN_TURNS, 0.0
+    if facts.architecture.reads_yarn_ramp:
+        fast, slow = facts.number(_FAST, fast), facts.number(_SLOW, slow)
+        weight = facts.number("rope.scaling.yarn_log_multiplier", weight)
+    share = facts.number("rope.scaling.attn_factor", 1.0) / yarn_attention_factor(factor, weight)
+    usual = yarn_attention_factor(factor)
     return YarnScaling(
         factor=factor,
-        fast_turns=32.0,
-        slow_turns=1.0,
+        fast_turns=fast,
+        slow_turns=slow,
         original_context_tokens=facts.count(
             "rope.scaling.original_context_length", facts.count("context_length")
         ),
-        attention_factor=share * yarn_attention_factor(factor),
+        # As many digits as the float32 of the file has
+        attention_factor=usual if share == 1.0 else float(f"{share * usual:.7g}"),
         is_truncated=True,
+    )
+
+
+def _read_divided_yarn(facts: Facts, rope: Rope, divisors: Sequence[float]) -> YarnScaling:
+    """Return the YaRN that edgekit wrote as divisors.
+
+    Raises:
+        UsageError: If it has others.
+    """
+    truncated = YarnScaling(
+        factor=facts.number("rope.scaling.factor"),
+        fast_turns=facts.number(_FAST),
+        slow_turns=facts.number(_SLOW),
+        original_context_tokens=facts.count("rope.scaling.original_context_length"),
+        attention_factor=facts.number("rope.scaling.attn_factor", 1.0),
+        is_truncated=True,
+    )
+    for scaling in (truncated, replace(truncated, is_truncated=False)):
+        if _are_close(scaling.divisors(rope.width, rope.theta), divisors):
+            return scaling
+    raise UsageError("the GGUF file's rope_freqs are not those of its YaRN")
+
+
+def _are_close(expected: Sequence[float], found: Sequence[float]) -> bool:
+    return len(expected) == len(found) and all(
+        math.isclose(a, b, rel_tol=1e-5) for a, b in zip(expected, found, strict=True)
     )
 
 
 def _read_llama3(rope: Rope, factors: Sequence[float]) -> Llama3Scaling | None:
     """Recover Llama 3's parameters; the file has only the divisors they gave.
 
-    Every published model has the ramp from 1 to 4 turns over 8192 tokens.
+    Every published model has a ramp from 1 to 4 turns, and most have it over 8192 tokens; else a
+    frequency on the ramp tells.
+
+    Raises:
+        UsageError: If no such parameters give these divisors.
     """
     if all(factor == 1.0 for factor in factors):
         return None
-    scaling = Llama3Scaling(
-        factor=shortest(max(factors)),
+    factor = shortest(max(factors))
+    plain = Llama3Scaling(
+        factor=factor,
         low_frequency_factor=1.0,
         high_frequency_factor=4.0,
         original_context_tokens=8192,
     )
-    expected = Rope(width=rope.width, theta=rope.theta, scaling=scaling).divisors(0)
-    if len(factors) != len(expected) or not all(
-        math.isclose(a, b, rel_tol=1e-5) for a, b in zip(expected, factors, strict=True)
-    ):
-        raise UsageError("the GGUF file's rope_freqs are not those of a Llama 3 model")
-    return scaling
+    for tokens in (8192, *_original_contexts(rope, factors, factor)):
+        scaling = replace(plain, original_context_tokens=tokens)
+        if _are_close(replace(rope, scaling=scaling).divisors(0), factors):
+            return scaling
+    raise UsageError("the GGUF file's rope_freqs are not those of a Llama 3 model")
+
+
+def _original_contexts(rope: Rope, factors: Sequence[float], factor: float) -> Iterator[int]:
+    """Yield in what context each divisor of the ramp, from 1 to 4 turns, would have come about."""
+    for index, divisor in enumerate(factors):
+        if 1 < divisor < factor:
+            kept = (1 / divisor - 1 / factor) / (1 - 1 / factor)
+            wave_tokens = 2 * math.pi * rope.theta ** (2 * index / rope.width)
+            yield round((1 + 3 * kept) * wave_tokens)

@@ -49,6 +49,7 @@ def _padded(tokens: int) -> int:
 def compute_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     """Return the size of the buffer for one batch: activations, mask, and one row of logits."""
     batch = min(BATCH_TOKENS, context_tokens)
-    widest = max(2 * spec.intermediate_size + spec.hidden_size, 4 * spec.hidden_size)
+    mlp = (2 if spec.is_gated else 1) * spec.intermediate_size
+    widest = max(mlp + spec.hidden_size, 4 * spec.hidden_size)
     mask = _padded(context_tokens) * (4 + 2)  # float32, and its float16 copy for flash attention
     return batch * (4 * (widest + spec.hidden_size) + mask) + 4 * spec.vocab_size

@@ -16,6 +16,7 @@ TENSOR_NAMES = {
     "final_norm": "output_norm.weight",
     "final_norm_bias": "output_norm.bias",
     "output_head": "output.weight",
+    "output_head_bias": "output.bias",
 }
 LAYER_TENSOR_NAMES = {
     "attention_norm": "attn_norm.weight",
@@ -41,6 +42,8 @@ LAYER_TENSOR_NAMES = {
     "down_bias": "ffn_down.bias",
     "mlp_post_norm": "post_ffw_norm.weight",
 }
+# Weights that are no tensors but numbers in an array with one for each layer, by its key.
+KEYS = {"xielu_positive": "xielu.alpha_p", "xielu_negative": "xielu.alpha_n"}
 
 
 def tensor_name(role: str) -> str:
@@ -76,24 +79,26 @@ def _stacked(
 ) -> Iterator[tuple[tuple[str, ...], Shape]]:
     """Yield weights with their shape, where they share a tensor all of it together."""
     shapes = dict(spec.weights())
-    stacks = {stack[-1]: stack for stack in _STACKS if architecture.fuses_projections}
+    stacks = {stack[-1]: stack for stack in _stacks(architecture)}
     stacked = {part for stack in stacks.values() for part in stack}
     for role, shape in shapes.items():
         prefix, _, part = role.rpartition(".")
         if part in stacks:
             roles = tuple(f"{prefix}.{each}" for each in stacks[part])
             yield roles, (sum(shapes[each][0] for each in roles), *shape[1:])
-        elif part not in stacked:
+        elif part not in stacked and part not in KEYS:
             yield (role,), shape
 
 
-# What Phi's graph multiplies at once. llama-quantize takes the whole for values, or for up, which
-# are last here.
-_STACKS = (
-    ("query", "key", "value"),
-    ("query_bias", "key_bias", "value_bias"),
-    ("gate", "up"),
-)
+def _stacks(architecture: Architecture) -> Iterator[tuple[str, ...]]:
+    """Yield what a graph multiplies at once.
+
+    llama-quantize takes the whole for values, or for up, which are last here.
+    """
+    if architecture.fuses_attention:
+        yield from (("query", "key", "value"), ("query_bias", "key_bias", "value_bias"))
+    if architecture.fuses_mlp:
+        yield ("gate", "up")
 
 
 def qkv_name(layer: int | None, *, is_bias: bool = False) -> str:

@@ -26,7 +26,8 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
 
 def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
     """Return how far llama.cpp agrees with the checkpoint."""
-    return architectures.context_limit(checkpoint.spec)
+    graph = architectures.choose(checkpoint.spec, family=checkpoint.architecture)
+    return architectures.context_limit(checkpoint.spec, graph)
 
 
 def memory_use(

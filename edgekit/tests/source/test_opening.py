@@ -14,14 +14,16 @@ from edgekit.cache import cache_directory
 from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import EdgekitError, MissingDependencyError, UsageError
 from edgekit.formats import BuildRequest
-from edgekit.formats.gguf import conversion, pretokenizers
+from edgekit.formats.gguf import architectures, conversion, pretokenizers
 from edgekit.formats.gguf.layout import TensorEntry, Writer, read, read_tensor
+from edgekit.model.spec import Multipliers
 from edgekit.progress import Silent
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.source.gguf import write_from_gguf
 from edgekit.source.writer import write_checkpoint
 from edgekit.tests.formats.gguf.test_architectures import HAVE_NO_GRAPH, as_the_graph_sees_it
 from edgekit.tests.tiny.checkpoints import TINY, write_tiny_checkpoint
+from edgekit.tests.tiny.random_checkpoints import random_checkpoint
 
 
 F32 = formats.get("gguf").RECIPES["F32"]
@@ -210,12 +212,6 @@ def test_the_model_is_called_as_its_file_without_the_quantization(tiny, tmp_path
     assert open_checkpoint(gguf.rename(gguf.with_name(f"{file}.gguf"))).name == name
 
 
-ROUND_TRIP_FIELDS = {
-    "llama3-rope-tied": {"rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-    }},
-}  # fmt: skip
 STRETCHED = {"original_max_position_embeddings": 256, "max_position_embeddings": 512}
 
 
@@ -224,14 +220,15 @@ STRETCHED = {"original_max_position_embeddings": 256, "max_position_embeddings":
 def test_every_kind_of_model_comes_back_from_gguf_with_the_same_weights(name, tmp_path):
     np, _ = pytest.importorskip("numpy"), pytest.importorskip("torch")
     stretched = STRETCHED if "original_max_position_embeddings" in TINY[name].fields else {}
-    fields = ROUND_TRIP_FIELDS.get(name, stretched)
-    written = Checkpoint.open(write_tiny_checkpoint(tmp_path / name, name, **fields))
+    written = Checkpoint.open(write_tiny_checkpoint(tmp_path / name, name, **stretched))
     write_from_gguf(to_gguf(written, tmp_path / "gguf"), tmp_path / "back", listener=Witness())
     back = Checkpoint.open(tmp_path / "back")
-    assert back.spec == as_the_graph_sees_it(written.spec)
+    graph = architectures.choose(written.spec, family=written.architecture)
+    assert back.spec == as_the_graph_sees_it(written.spec, graph)
     assert dict(back.spec.weights()) == dict(written.spec.weights())
     for role, _ in written.spec.weights():
-        expected, found = written.weight(role), back.weight(role)
+        expected = written.weight(role) * graph.multiplier(role, written.spec)
+        found = back.weight(role)
         if written.spec.norm.unit_offset and role.endswith(
             "norm"
         ):  # stored as 1 + w, rounded there
@@ -254,13 +251,13 @@ def test_an_artifact_of_the_decoded_model_says_exactly_what_the_first_one_said(t
     assert np.array_equal(*answers)
 
 
-def rewrite(path, *, renames=(), drops=(), adds=(), reshapes=()):
-    """Write a file's tensors again, some under another name or shape."""
+def rewrite(path, *, renames=(), drops=(), adds=(), reshapes=(), keys=()):
+    """Write a file's tensors again, some under another name or shape, and with other keys."""
     file = read(path)
     kinds = {str: "string", bool: "bool", int: "uint32", float: "float32"}
     metadata = {
         key: (kinds[type(value)], value)
-        for key, value in file.metadata.items()
+        for key, value in {**file.metadata, **dict(keys)}.items()
         if type(value) in kinds
     }
     for key in ("tokens", "merges"):
@@ -286,6 +283,27 @@ def rewrite(path, *, renames=(), drops=(), adds=(), reshapes=()):
         for entry in extra:
             writer.write(entry.name, bytes(entry.size_bytes))
     return path.with_name("changed.gguf")
+
+
+def test_the_multipliers_of_a_granite_are_those_of_the_keys(tmp_path):
+    """As llama.cpp's converter writes them; edgekit folds them into the weights."""
+    np = pytest.importorskip("numpy")
+    multipliers = Multipliers(embedding=12.0, query=0.5, residual=0.22, logits=1 / 6)
+    granite = random_checkpoint(
+        tmp_path / "granite", "granite", is_tied=True, multipliers=multipliers
+    )
+    plain = replace(granite, spec=replace(granite.spec, multipliers=Multipliers()))
+    keys = {"embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 6.0,
+            "attention.scale": 0.5 * granite.spec.attention.softmax_scale}  # fmt: skip
+    path = rewrite(
+        to_gguf(plain, tmp_path / "gguf"),
+        keys={f"granite.{key}": value for key, value in keys.items()},
+    )
+    write_from_gguf(path, tmp_path / "back", listener=Witness())
+    back = Checkpoint.open(tmp_path / "back")
+    assert back.spec == granite.spec
+    for role, _ in granite.spec.weights():
+        assert np.array_equal(back.weight(role), granite.weight(role)), role
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {

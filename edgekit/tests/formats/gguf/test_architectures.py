@@ -4,25 +4,51 @@ import json
 import math
 import struct
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from edgekit.errors import UsageError
 from edgekit.formats.gguf import architectures, conversion, hyperparameters, memory, parts
 from edgekit.formats.gguf.hyperparameters import Facts
-from edgekit.model.spec import LinearScaling, Llama3Scaling, LongRopeScaling, Norm, Rope
+from edgekit.model.spec import (
+    LinearScaling,
+    LongRopeScaling,
+    Multipliers,
+    Norm,
+    Pairs,
+    Rope,
+)
 from edgekit.source import families
 from edgekit.source.config import Config
+from edgekit.source.made_tensors import PairOrder
+from edgekit.tests.source.published_models import PUBLISHED
 from edgekit.tests.tiny import checkpoints
+from edgekit.tests.tiny.adapters import Given
 from edgekit.tests.tiny.checkpoints import TINY, find_case
 
 
-GRAPHS = {  # of each family; a plain Phi-3 or Mistral computes what Llama's graph does
-    "gemma2": {"gemma2"}, "gemma3_text": {"gemma3"}, "llama": {"llama"}, "mistral": {"llama"},
-    "phi3": {"phi3", "llama"}, "qwen2": {"qwen2"}, "qwen3": {"qwen3"}, "smollm3": {"smollm3"},
-    "stablelm": {"stablelm"},
+GRAPHS = {  # of each family
+    "apertus": "apertus", "arcee": "arcee", "cohere": "command-r", "cohere2": "cohere2",
+    "ernie4_5": "ernie4_5", "exaone": "exaone", "exaone4": "exaone4", "gemma": "gemma",
+    "gemma2": "gemma2", "gemma3_text": "gemma3", "glm": "chatglm", "glm4": "glm4",
+    "granite": "granite", "granitemoehybrid": "granite", "helium": "llama",
+    "hunyuan_v1_dense": "hunyuan-dense", "hyperclovax": "glm4", "internlm3": "llama",
+    "jais2": "jais2", "llama": "llama", "ministral": "llama", "ministral3": "mistral3",
+    "mistral": "llama", "nemotron": "nemotron", "olmo2": "olmo2", "olmo3": "olmo2", "phi": "phi2",
+    "phi3": "phi3", "qwen2": "qwen2", "qwen3": "qwen3", "seed_oss": "llama", "smollm3": "smollm3",
+    "stablelm": "stablelm", "starcoder2": "starcoder2", "vaultgemma": "gemma",
 }  # fmt: skip
-HAVE_NO_GRAPH = {"gemma2-wide-heads": "a score scale of 0.25", "smollm3-pattern": "layer 0 without"}
+OTHER_GRAPHS = {
+    "smollm3-pattern": "granite_swa", "hyperclovax-pre-norms": "llama", "ernie4.5-bias": "llama",
+}  # fmt: skip
+HAVE_NO_GRAPH = {
+    "exaone4-windows": "layer 3 without positions in 5 layers, but only in 64",
+    "glm": "4 heads of width 24 in 64 columns",
+    "nemotron": "4 heads of width 24 in 64 columns",
+    "cohere-norms": "norms on queries and keys in fewer than 64 layers",
+    "vaultgemma": "no post norms",
+}
 LONG = {"original_max_position_embeddings": 4096, "max_position_embeddings": 131072}
 
 
@@ -59,11 +85,12 @@ def scale(rope):
 
 
 @pytest.mark.parametrize("name", TINY.keys() - HAVE_NO_GRAPH)
-def test_a_family_goes_to_the_graph_of_its_name(name):
-    spec = describe(name)
-    graph = architectures.choose(spec)
-    assert graph.name in GRAPHS[TINY[name].model_type]
+def test_a_family_goes_to_its_own_graph(name):
+    spec, model_type = describe(name), TINY[name].model_type
+    graph = architectures.choose(spec, family=model_type)
+    assert graph.name == OTHER_GRAPHS.get(name, GRAPHS[model_type])
     assert list(graph.refusals(spec)) == []
+    assert list(architectures.choose(spec).refusals(spec)) == []
     assert architectures.get(graph.name) is graph
 
 
@@ -73,18 +100,37 @@ def test_a_phi_that_is_a_llama_too_takes_the_graph_of_its_name():
     assert architectures.choose(spec, family="phi3").name == "phi3"
 
 
-def test_every_family_has_a_graph_and_every_graph_a_family():
+def test_every_family_has_a_graph():
     assert GRAPHS.keys() == set(families.names())
-    assert {name for names in GRAPHS.values() for name in names} == {
-        graph.name for graph in architectures.ARCHITECTURES
-    }
 
 
 @pytest.mark.parametrize("name", HAVE_NO_GRAPH)
 def test_a_decoder_that_no_graph_computes_is_refused(name):
     with pytest.raises(UsageError, match=HAVE_NO_GRAPH[name]) as refusal:
-        architectures.choose(describe(name))
+        architectures.choose(describe(name), family=TINY[name].model_type)
     assert "--format" in refusal.value.hint
+
+
+def test_every_published_model_but_one_has_a_graph_and_its_whole_context():
+    refused, limits = [], {}
+    for name, model in PUBLISHED.items():
+        config = Config(dict(model.config), origin=name)
+        spec = families.get(model.model_type).describe(config)
+        try:
+            graph = architectures.choose(spec, family=model.model_type)
+        except UsageError:
+            refused.append(name)
+            continue
+        tokens = architectures.context_limit(spec, graph).tokens
+        if tokens != spec.context_tokens:
+            limits[name] = tokens
+    assert refused == ["google/vaultgemma-1b"]
+    assert limits == {
+        "mistralai/Mistral-7B-v0.1": 4096,
+        "microsoft/Phi-3-mini-4k-instruct": 2047,
+        "bigcode/starcoder2-3b": 4096,
+        "bigcode/starcoder2-7b": 4096,
+    }
 
 
 LLAMA = describe("llama")
@@ -97,14 +143,10 @@ MADE_UP = {
         replace(LLAMA, attention=replace(LLAMA.attention, attn_logit_softcap=50.0)),
         "a cap on the scores",
     ),
-    "another score scale": (
-        replace(LLAMA, attention=replace(LLAMA.attention, softmax_scale=0.1)),
-        "a score scale of 0.1",
-    ),
     "a scaled embedding": (replace(LLAMA, embedding_scale=12.0), "an embedding scale of 12"),
     "another activation": (replace(LLAMA, activation="gelu_tanh"), "activation gelu_tanh"),
     "parallel residuals": (replace(LLAMA, residual="parallel"), "parallel residuals"),
-    "post norms": (replace(LLAMA, has_post_norms=True), "norms after attention and MLP"),
+    "post norms": (replace(STABLELM, has_post_norms=True), "norms after attention and MLP"),
     "a norm with one added": (
         replace(LLAMA, norm=replace(LLAMA.norm, unit_offset=True)),
         "normalization rms with 1 added",
@@ -118,10 +160,7 @@ MADE_UP = {
             QWEN3.attention, query_key_norm=Norm(kind="rms", epsilon=0.5))),
         "another epsilon",
     ),
-    "no logit cap on a Gemma 2": (
-        replace(GEMMA2, final_logit_softcap=None), "no cap on the logits",
-    ),
-    "no positions at all": (change_layers(LLAMA, rope=None), "layer 0 without positions"),
+    "no positions at all": (change_layers(QWEN3, rope=None), "no positions"),
     "half a rope": (
         change_ropes(QWEN3, lambda rope: replace(rope, width=rope.width // 2)), "rope on 12 of 24",
     ),
@@ -142,7 +181,9 @@ MADE_UP = {
         "windows of several lengths",
     ),
     # Gemma 3's graph never scales the layers with a window, Gemma 2's scales all of them.
-    "Gemma 3 scaled everywhere": (change_ropes(GEMMA3, scale), "other rope scaling in the layers"),
+    "Gemma 3 scaled everywhere": (
+        change_ropes(replace(GEMMA3, is_tied=False), scale), "other rope scaling in the layers",
+    ),
     "Gemma 2 scaled in some layers": (
         change_ropes(GEMMA2, scale, only_local=True), "other rope scaling in the layers",
     ),
@@ -167,10 +208,12 @@ def test_the_deepest_gemma_scales_its_scores_by_another_width():
     layer = replace(GEMMA2.layers[0], rope=Rope(width=32, theta=10_000.0))
     spec = replace(GEMMA2, layers=(layer,) * 46)
     wide = replace(spec.attention, head_dim=32, softmax_scale=16**-0.5)  # hidden 64 / 4 heads
-    assert architectures.choose(replace(spec, attention=wide)).name == "gemma2"
-    by_head = replace(wide, softmax_scale=32**-0.5)
-    with pytest.raises(UsageError, match="a score scale"):
-        architectures.choose(replace(spec, attention=by_head))
+    deep = replace(spec, attention=wide)
+    graph = architectures.choose(deep)
+    assert graph.multiplier("layers.0.query", deep) == 1
+    shallow = replace(deep, layers=(layer,) * 4)
+    assert graph.multiplier("layers.0.query", shallow) == pytest.approx(2**0.5)
+    assert graph.multiplier("layers.0.key", shallow) == 1
 
 
 def test_a_bias_decides_between_qwen_2_and_llama():
@@ -248,7 +291,7 @@ def facts_of(spec):
     tensors = {parts.tensor_name(roles[-1]) for roles, _ in parts._stacked(spec, graph)}
     factors = {
         name: [to_float32(value) for value in values]
-        for name, values in hyperparameters.rope_tensors(spec).items()
+        for name, values in hyperparameters.made_tensors(spec, graph).items()
     }
     return Facts(
         metadata={"general.architecture": graph.name} | {
@@ -261,27 +304,19 @@ def facts_of(spec):
     )  # fmt: skip
 
 
-def as_published(spec):
-    """Return a decoder with the only original context that Llama 3 models have."""
-
-    def change(rope):
-        if not isinstance(rope.scaling, Llama3Scaling):
-            return rope
-        return replace(rope, scaling=replace(rope.scaling, original_context_tokens=8192))
-
-    return change_ropes(spec, change)
-
-
-def as_the_graph_sees_it(spec):
+def as_the_graph_sees_it(spec, graph=None):
     """Return a decoder without what is lost on purpose: ignored windows, and what lies beyond.
 
-    A longrope's factors are computed, and come back as the shortest decimals of their float32.
+    Multipliers and another scale of scores are in the weights. A longrope's factors are computed,
+    and come back as the shortest decimals of their float32.
     """
 
+    shortest = hyperparameters.shortest
+
     def change(rope):
-        if not isinstance(rope.scaling, LongRopeScaling):
+        rope, scaling = replace(rope, theta=shortest(rope.theta)), rope.scaling
+        if not isinstance(scaling, LongRopeScaling):
             return rope
-        shortest, scaling = hyperparameters.shortest, rope.scaling
         return replace(
             rope,
             scaling=replace(
@@ -292,17 +327,23 @@ def as_the_graph_sees_it(spec):
             ),
         )
 
-    limit = architectures.context_limit(spec).tokens
-    if not architectures.choose(spec).has_windows:
+    graph = graph or architectures.choose(spec)
+    limit = architectures.context_limit(spec, graph).tokens
+    scale = spec.attention.softmax_scale / graph.multiplier("query", spec)
+    if spec.attention.query_key_norm:
+        scale = spec.attention.softmax_scale / graph.multiplier("query_norm", spec)
+    spec = replace(spec, attention=replace(spec.attention, softmax_scale=scale))
+    if not graph.has_windows:
         spec = change_layers(spec, window_tokens=None)
-    return change_ropes(replace(spec, context_tokens=limit), change)
+    plain = replace(spec, context_tokens=limit, multipliers=Multipliers())
+    return change_ropes(plain, change)
 
 
 @pytest.mark.parametrize("name", TINY.keys() - HAVE_NO_GRAPH)
 def test_what_is_written_is_read_as_the_same_decoder(name):
     pytest.importorskip("numpy")
     has_longrope = "original_max_position_embeddings" in TINY[name].fields
-    spec = as_published(describe(name, **(LONG if has_longrope else {})))
+    spec = describe(name, **(LONG if has_longrope else {}))
     assert hyperparameters.read(facts_of(spec)) == as_the_graph_sees_it(spec)
 
 
@@ -320,11 +361,83 @@ def test_what_is_written_is_read_as_the_same_decoder(name):
         change_layers(GEMMA3, window_tokens=None, rope=Rope(width=16, theta=5e5)),
         change_layers(GEMMA3, window_tokens=8, rope=Rope(width=16, theta=1e4)),
         replace(STABLELM, residual="serial"),
+        replace(
+            GEMMA2,
+            attention=replace(GEMMA2.attention, attn_logit_softcap=None),
+            final_logit_softcap=None,
+        ),
+        change_layers(GEMMA2, window_tokens=None),
     ],
 )
 def test_so_are_its_variants(spec):
     pytest.importorskip("numpy")
     assert hyperparameters.read(facts_of(spec)) == spec
+
+
+# What llama.cpp's converter, at the commit above, wrote for these kinds, beside the sizes.
+CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite": ("granite", {
+        "attention.layer_norm_rms_epsilon": 1e-6, "rope.dimension_count": 16,
+        "attention.scale": 0.4, "embedding_scale": 3.0, "residual_scale": 0.6, "logit_scale": 6.0,
+    }),
+    "granite4": ("granite", {
+        "attention.head_count_kv": [2, 2, 2], "attention.layer_norm_rms_epsilon": 1e-6,
+        "expert_count": 0, "expert_used_count": 0, "rope.dimension_count": 16,
+        "attention.scale": 0.4, "embedding_scale": 3.0, "residual_scale": 0.6, "logit_scale": 6.0,
+        "expert_shared_feed_forward_length": 112, "ssm.conv_kernel": 4, "ssm.state_size": 256,
+        "ssm.group_count": 1, "ssm.inner_size": 128, "ssm.time_step_rank": 4,
+        "rope.scaling.finetuned": True,
+    }),
+    "cohere": ("command-r", {
+        "rope.freq_base": 500000.0, "attention.layer_norm_epsilon": 1e-5, "logit_scale": 0.3,
+        "rope.scaling.type": "none",
+    }),
+    "cohere2": ("cohere2", {
+        "block_count": 5, "attention.layer_norm_epsilon": 1e-5, "attention.key_length": 16,
+        "attention.value_length": 16, "logit_scale": 0.3, "attention.sliding_window": 16,
+        "rope.dimension_count": 16, "rope.scaling.type": "none",
+    }),
+    "ministral3": ("mistral3", {
+        "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 64, "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.key_length": 24, "attention.value_length": 24, "rope.dimension_count": 24,
+        "rope.scaling.yarn_log_multiplier": 1.0, "attention.temperature_scale": 0.3,
+    }),
+    "olmo3-yarn": ("olmo2", {
+        "block_count": 5, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 64, "rope.freq_base": 500000.0,
+        "rope.freq_base_swa": 500000.0, "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.sliding_window": 16,
+        "attention.sliding_window_pattern": [True, True, True, False, True],
+    }),
+    "glm4": ("glm4", {
+        "attention.layer_norm_rms_epsilon": 1.5625e-7, "attention.key_length": 16,
+        "attention.value_length": 16, "rope.dimension_count": 8,
+    }),
+    "starcoder2": ("starcoder2", {"attention.layer_norm_epsilon": 1e-5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_the_keys_of_llama_cpps_converter_say_what_the_config_said(name):
+    pytest.importorskip("numpy")
+    graph_name, own = CONVERTED[name]
+    spec, graph = describe(name), architectures.get(graph_name)
+    sizes = {
+        "block_count": 3, "context_length": 256, "embedding_length": 64, "feed_forward_length": 112,
+        "attention.head_count": 4, "attention.head_count_kv": 2, "rope.freq_base": 10000.0,
+    }  # fmt: skip
+    keys = {
+        f"{graph_name}.{key}": to_float32(value) if isinstance(value, float) else value
+        for key, value in (sizes | own).items()
+    }
+    facts = Facts(
+        metadata={"general.architecture": graph_name} | keys,
+        tensors=frozenset(parts.tensor_name(roles[-1]) for roles, _ in parts._stacked(spec, graph)),
+        vocab_size=spec.vocab_size,
+        rope_factors={},
+    )
+    assert hyperparameters.read(facts) == spec
 
 
 @pytest.mark.parametrize("value", [1e-5, 1e-6, 1 / 3, 500_000.0, 0.1])
@@ -435,27 +548,29 @@ def test_a_layer_with_a_window_keeps_no_more_than_it_sees():
     assert memory.cache_bytes(GEMMA2, context_tokens=256) == 4 * 256 * token_bytes
 
 
-# Rows that change places
+# Channels that change places
 
 
-@pytest.mark.parametrize("shape", [(8, 3), (24,), (16, 2)])
-def test_halves_become_neighbours_and_back(shape):
+@pytest.mark.parametrize(
+    ("pairs", "shape"),
+    [(Pairs(8, 8), (8, 3)), (Pairs(8, 4), (24,)), (Pairs(8, 8, axis=1), (3, 16))],
+)
+def test_halves_become_the_neighbours_that_a_checkpoint_may_store(pairs, shape):
     np = pytest.importorskip("numpy")
     rows = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
-    pairs = conversion.interleave_halves(rows, 8)
-    assert pairs.shape == shape
-    assert not np.array_equal(pairs, rows)
-    assert np.array_equal(conversion.separate_halves(pairs, 8), rows)
-    assert np.array_equal(
-        conversion.interleave_halves(conversion.separate_halves(rows, 8), 8), rows
-    )
+    neighbours = conversion.interleave_halves(rows, pairs)
+    assert not np.array_equal(neighbours, rows)
+    stored = PairOrder(base=Given(neighbours), pairs=pairs, to="halves")
+    assert np.array_equal(stored.read(), rows)
 
 
-def test_a_pair_is_a_channel_and_the_one_half_a_head_on():
+def test_a_pair_is_a_channel_and_the_one_half_of_what_is_rotated_on():
     np = pytest.importorskip("numpy")
     rows = np.arange(12, dtype=np.float32)  # two heads of six
-    found = conversion.interleave_halves(rows, 6).tolist()
+    found = conversion.interleave_halves(rows, Pairs(6, 6)).tolist()
     assert found == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    found = conversion.interleave_halves(rows, Pairs(6, 4)).tolist()
+    assert found == [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Every family through a GGUF file in llama.cpp, against transformers in float32."""
 
 import json
+import struct
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,14 @@ import pytest
 from edgekit import formats
 from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest, ContextLimit
-from edgekit.formats.gguf import conversion, layout, running, runtime, writing
+from edgekit.formats.gguf import (
+    architectures,
+    conversion,
+    layout,
+    running,
+    runtime,
+    writing,
+)
 from edgekit.formats.gguf.parts import tensor_name
 from edgekit.formats.gguf.runtime import GgufSession
 from edgekit.proof import transformers_logits
@@ -20,6 +28,7 @@ from edgekit.proof.fidelity import Comparison, Fidelity
 from edgekit.proof.gates import max_logit_kl_nats
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
+from edgekit.tests.formats.gguf.test_architectures import HAVE_NO_GRAPH, as_the_graph_sees_it
 from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import (
     CONTEXT_TOKENS,
@@ -49,7 +58,7 @@ class Case:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-HAS_NO_DECODER = ("gemma2-wide-heads", "smollm3-pattern", "phi3-longrope")
+HAS_NO_DECODER = {*HAVE_NO_GRAPH, "phi3-longrope"}
 CASES = {
     **{name: Case(tiny=name) for name in TINY if name not in HAS_NO_DECODER},
     "llama-untied": Case(tiny="llama", fields={"tie_word_embeddings": False}),
@@ -62,6 +71,16 @@ CASES = {
         tiny="stablelm-1.6b", fields={"tie_word_embeddings": True, "use_qkv_bias": False}
     ),
     "gemma3-logit-cap": Case(tiny="gemma3", fields={"final_logit_softcapping": 6.0}),
+    "glm": Case(tiny="glm", fields={"head_dim": 16}),
+    "nemotron": Case(tiny="nemotron", fields={"head_dim": 16}),
+    "exaone4-windows": Case(tiny="exaone4-windows", fields={"num_hidden_layers": 64}),
+    "cohere-norms": Case(
+        tiny="cohere",
+        fields={"num_hidden_layers": 64, "max_position_embeddings": 64, "use_qk_norm": True},
+    ),
+    "gemma2-without-caps": Case(
+        tiny="gemma2", fields={"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    ),
     # The score's scale is not that of the head, and llama.cpp tells by the depth.
     "gemma2-27b": Case(
         tiny="gemma2-wide-heads",
@@ -226,17 +245,17 @@ def test_the_file_is_as_planned(made):
 def test_read_back_the_file_is_a_checkpoint_of_the_same_weights_and_ids(
     made, tmp_path, monkeypatch
 ):
-    if "rope_freqs.weight" in {name for name, _, _ in running.contents(made.path)}:
-        pytest.skip("a file keeps Llama 3's divisors only, and published models' are known")
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path))
     read, original = opening.open_checkpoint(made.path), made.checkpoint
-    assert read.spec.attention == original.spec.attention
-    assert read.spec.norm == original.spec.norm
-    assert read.spec.context_tokens == made.limit.tokens
+    graph = architectures.choose(original.spec, family=original.architecture)
+    assert replace(read.spec, is_tied=original.spec.is_tied) == as_the_graph_sees_it(
+        original.spec, graph
+    )
     for role, shape in original.spec.weights():
         stored = read.weight(role)
         assert stored.shape == shape
-        np.testing.assert_allclose(stored, original.weight(role), rtol=0, atol=1e-7)
+        expected = original.weight(role) * graph.multiplier(role, original.spec)
+        np.testing.assert_allclose(stored, expected, rtol=0, atol=1e-7)
     ours, theirs = transformers_logits.tokenizer(read), transformers_logits.tokenizer(original)
     assert all(
         transformers_logits.ids(ours, line) == transformers_logits.ids(theirs, line)
@@ -247,7 +266,9 @@ def test_read_back_the_file_is_a_checkpoint_of_the_same_weights_and_ids(
 
 @pytest.mark.parametrize(
     ("name", "fields"),
-    [("llama", {}), ("llama", {"attention_factor": 0.9}), ("qwen2", {}), ("qwen3", {}),
+    [("llama", {}), ("llama", {"attention_factor": 0.9}), ("llama", {"truncate": False}),
+     ("granite", {"beta_fast": 8, "beta_slow": 0.5}),
+     ("ministral3", {"beta_fast": 8, "llama_4_scaling_beta": 0.3}), ("qwen2", {}), ("qwen3", {}),
      ("smollm3", {}), ("stablelm-1.6b", {"partial_rotary_factor": 0.25})],
 )  # fmt: skip
 def test_yarn_is_computed_past_its_original_context_and_read_back(
@@ -292,14 +313,9 @@ def test_reading_token_by_token_past_the_window_says_what_reading_at_once_says(t
 @pytest.mark.parametrize(
     ("name", "fields", "reason"),
     [
-        ("smollm3-pattern", {}, "layer 0 without positions"),
-        ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1]}, "layer 2 without positions"),
-        ("gemma2-wide-heads", {}, "a score scale of 0.25"),
-        ("gemma2", {"attn_logit_softcapping": None}, "no cap on the scores"),
-        ("gemma2", {"final_logit_softcapping": None}, "no cap on the logits"),
         ("qwen3", {"attention_bias": True}, "a bias after attention"),
         ("phi3-longrope", {}, "made for 64"),
-        ("llama", {"rope_parameters": YARN | {"truncate": False}}, "YaRN without truncation"),
+        ("qwen3", {"rope_parameters": YARN | {"truncate": False}}, "turns without truncation"),
         ("qwen3", {"rope_parameters": YARN | {"beta_fast": 8}}, "YaRN's ramp from 8 to 1 turns"),
     ],
 )
@@ -325,11 +341,37 @@ def test_a_window_llama_cpp_ignores_and_long_factors_it_would_take_too_early_end
     assert writing.context_limit(gemma).tokens == CONTEXT_TOKENS
 
 
-@pytest.mark.parametrize("name", ["mistral-window", "phi3"])
+@pytest.mark.parametrize("name", ["mistral-window", "phi3", "starcoder2-window"])
 def test_past_an_ignored_window_llama_cpp_does_err(name, tmp_path):
     made = make(tmp_path, name)
     beyond = replace(made, limit=ContextLimit(tokens=made.limit.tokens + 32, reason=""))
     assert beyond.fidelity().mean_kl_nats > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "other"),
+    [
+        # What llama.cpp's converter writes, and the YaRN that llama.cpp then takes.
+        ("granite4-nope", "granite.rope.scaling.finetuned", struct.pack("<?", True)),
+        ("ministral3", "mistral3.rope.scaling.attn_factor", struct.pack("<f", 1.0)),
+    ],
+)
+def test_without_the_key_that_meets_a_trap_llama_cpp_errs(name, key, other, tmp_path):
+    made = make(tmp_path, name)
+    stored = bytearray(made.path.read_bytes())
+    start = stored.index(key.encode()) + len(key) + 4  # a type stands between
+    assert stored[start : start + len(other)] != other
+    stored[start : start + len(other)] = other
+    made.path.write_bytes(stored)
+    assert made.fidelity().mean_kl_nats > 1e-3
+
+
+def test_a_pattern_of_positions_of_its_own_takes_a_young_graph_and_a_plan_says_so(tmp_path):
+    smollm3 = open_tiny(tmp_path, "smollm3", no_rope_layers=[1, 1, 0, 1, 1])
+    (note,) = [note for note in writing.lay_out(smollm3, BuildRequest(recipe=F32)).notes
+               if "granite_swa" in note]  # fmt: skip
+    assert "older" in note
+    assert convert(smollm3, tmp_path).fidelity().mean_kl_nats <= 1e-6
 
 
 def test_in_a_larger_cache_llama_cpp_takes_long_rope_factors_for_a_short_text(tmp_path):
