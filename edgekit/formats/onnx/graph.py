@@ -22,7 +22,6 @@ from edgekit.formats.onnx.model import CONTRIB, Attribute, Constant, Dtype, Node
 from edgekit.formats.onnx.tensor_types import GraphBuild
 from edgekit.model.spec import (
     XIELU_BETA,
-    XIELU_EPSILON,
     DecoderSpec,
     Layer,
     Norm,
@@ -491,14 +490,17 @@ class _Builder:
                 return self.narrowed(self._xielu(prefix, self.widened(x)))
 
     def _xielu(self, prefix: str, x: str) -> str:
-        """Apply xIELU in float32; its slopes are computed at load. Elu is expm1 below zero."""
-        beta = self.scalar(XIELU_BETA)
+        """Apply xIELU in float32, with the slopes as they are at load.
+
+        Elu is expm1 below zero and x above, where its difference from x is none. Between the
+        epsilon of xIELU and zero that differs by a millionth at most.
+        """
         slopes = [self.op("Softplus", f"{prefix}xielu_{sign}") for sign in ("positive", "negative")]
-        above = self.op("Mul", self.op("Mul", x, x), slopes[0])
-        curve = self.op("Sub", self.op("Elu", self.op("Min", x, self.scalar(XIELU_EPSILON))), x)
+        beta, positive = self.scalar(XIELU_BETA), self.op("Relu", x)
+        above = self.op("Mul", self.op("Mul", positive, positive), slopes[0])
+        curve = self.op("Sub", self.op("Elu", x), x)
         below = self.op("Mul", curve, self.op("Add", slopes[1], beta))
-        chosen = self.op("Where", self.op("Greater", x, self.scalar(0)), above, below)
-        return self.op("Add", chosen, self.op("Mul", x, beta))
+        return self.op("Add", self.op("Add", above, below), self.op("Mul", x, beta))
 
     def _project(self, role: str, x: str, rows: int, columns: int, has_bias: bool) -> str:
         product = self._multiply(role, x, rows, columns)
