@@ -20,6 +20,7 @@ class Family(Protocol):
     """What a module in this package offers."""
 
     SIZES: Mapping[str, int]  # what transformers takes where a wrapper's section is silent
+    # There may be CONSTANTS: by the end of its name, the one number that a stored tensor must hold.
 
     def describe(self, config: Config) -> DecoderSpec:
         """Read the whole config; whoever calls then calls ``config.refuse_unread``."""
