@@ -51,6 +51,7 @@ def find(
     """
     family, untied = families.get(architecture), replace(spec, is_tied=False)
     embedding, head = ends_of(architecture, spec)
+    stored = {families.own_name(architecture, name): it for name, it in stored.items()}
     sources = (family.source(role, untied) for role, _ in untied.weights())
     inner = {name for source in sources for name in source.tensors} - {head}
     # A tied decoder may be stored with its head alone.
@@ -71,7 +72,7 @@ def find(
             beside.append(name)
         else:
             own[own_name or name] = tensor
-    own = _without_constants(own, getattr(family, "CONSTANTS", {}), directory)
+    own = _without_constants(own, families.constants(architecture, spec), directory)
     own, wide_notes = _narrowed(own)
     spec, own, tied_notes = _with_head(spec, own, embedding=embedding, head=head)
     return Decoder(
@@ -96,9 +97,9 @@ def _without_constants(
         UsageError: If one holds another number, not rounded to bfloat16 either.
     """
     rest = dict(tensors)
-    for name in [name for name in tensors if name.endswith(tuple(constants))]:
-        tensor = rest.pop(name)
-        expected = next(value for end, value in constants.items() if name.endswith(end))
+    for name, expected in constants.items():
+        if (tensor := rest.pop(name, None)) is None:
+            continue
         if math.prod(tensor.shape) != 1 or stored_dtype(tensor) not in _FLOATS:
             raise UsageError(
                 f"{name} in {directory} has shape {list(tensor.shape)} and dtype "

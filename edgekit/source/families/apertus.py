@@ -19,7 +19,6 @@ TENSORS = llama.TENSORS | {
     "xielu_positive": "mlp.act_fn.alpha_p",
     "xielu_negative": "mlp.act_fn.alpha_n",
 }
-CONSTANTS = {"mlp.act_fn.beta": XIELU_BETA, "mlp.act_fn.eps": XIELU_EPSILON}
 THETA = 12_000_000.0
 # What ApertusConfig of transformers 5 takes where the config has no rope.
 _ROPE = {
@@ -55,3 +54,13 @@ def source(role: str, spec: DecoderSpec) -> Source:
     """Return where a weight lives."""
     del spec  # nothing is fused
     return llama.locate(role, TENSORS)
+
+
+def constants(spec: DecoderSpec) -> dict[str, float]:
+    """Return the tensors of one number that are the same in every layer."""
+    numbers = {"beta": XIELU_BETA, "eps": XIELU_EPSILON}
+    return {
+        f"model.layers.{layer}.mlp.act_fn.{name}": value
+        for layer in range(len(spec.layers))
+        for name, value in numbers.items()
+    }
