@@ -311,11 +311,14 @@ def test_a_weight_that_no_model_has_is_refused_by_name():
 
 
 @pytest.mark.toolchain
-def test_the_model_that_is_read_back_says_what_the_checkpoint_says(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["stablelm_f32", "olmo2_f32", "phi_f32", "nemotron_f32", "starcoder2_tied_f32"]
+)
+def test_the_model_that_is_read_back_says_what_the_checkpoint_says(name, tmp_path):
     pytest.importorskip("torch")
     from edgekit.proof import interpreter
 
-    checkpoint = open_golden("stablelm_f32", tmp_path / "checkpoint")
+    checkpoint = open_golden(name, tmp_path / "checkpoint")
     (tmp_path / "out").mkdir()
     entry = writing.convert(
         checkpoint, BuildRequest(recipe=RECIPES["q0f16"]), tmp_path / "out", progress=quiet
