@@ -17,7 +17,7 @@ from edgekit.errors import MissingDependencyError
 from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter, mlx_adapters, transformers_model
 from edgekit.runtime.silence import silence
-from edgekit.source import transformers_tokenizer
+from edgekit.source import families, transformers_tokenizer
 from edgekit.source.adapters import by_peft
 from edgekit.source.adapters.text import brings_vocabulary
 from edgekit.source.checkpoint import AdapterRecord, Checkpoint
@@ -82,8 +82,19 @@ def logits(
 
 
 def holds(checkpoint: Checkpoint) -> bool:
-    """Tell whether transformers can hold a model in float32 in half of the memory that is free."""
+    """Tell whether transformers can hold a model in float32 in half of the memory that is free.
+
+    It cannot hold one whose family another package brought and it does not know.
+    """
+    if families.origin(checkpoint.architecture) and not _knows(checkpoint.architecture):
+        return False
     return 4 * checkpoint.parameters <= _free_memory_bytes() // 2
+
+
+def _knows(model_type: str) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
 
 
 def _free_memory_bytes() -> int:
