@@ -159,12 +159,14 @@ def _config(checkpoint: "CheckpointProtocol") -> Mapping[str, Any]:
     said, spec = checkpoint.config, checkpoint.spec
     if not said or checkpoint.architecture in _KNOWN_TYPES:
         return said
+    width = cache_width(spec)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **{field: said[field] for field in _ID_FIELDS if field in said},
-        "head_dim": spec.attention.head_dim,
-        "hidden_size": spec.hidden_size,
+        "head_dim": width,
+        # Of all heads together: Optimum divides it to know the cache.
+        "hidden_size": spec.attention.heads * width,
         "intermediate_size": spec.intermediate_size,
         "max_position_embeddings": spec.context_tokens,
         "num_attention_heads": spec.attention.heads,

@@ -164,6 +164,7 @@ def test_transformers_reads_that_llama_in_the_sizes_of_the_graph(tmp_path):
     read, attention = transformers.AutoConfig.from_pretrained(tmp_path), spec.attention
     assert (read.vocab_size, read.num_hidden_layers) == (spec.vocab_size, len(spec.layers))
     assert (read.num_key_value_heads, read.head_dim) == (attention.num_kv_heads, attention.head_dim)
+    assert read.hidden_size // read.num_attention_heads == read.head_dim  # as Optimum asks for it
 
 
 @pytest.mark.toolchain
