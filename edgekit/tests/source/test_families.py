@@ -3,10 +3,13 @@
 import copy
 import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import edgekit
 from edgekit.errors import UsageError
 from edgekit.model.spec import (
     LinearScaling,
@@ -309,6 +312,16 @@ def without(model_type, *names):
 def test_every_family_has_a_published_config_here(model_type):
     assert model_type in PUBLISHED
     published(model_type)
+
+
+def test_the_page_of_models_lists_every_family():
+    page = Path(edgekit.__file__).parents[1] / "docs" / "models.md"
+    if not page.is_file():
+        pytest.skip("edgekit is installed without its pages")
+    _, rest = page.read_text(encoding="utf-8").split("| `model_type` | models |")
+    rows = re.findall(r"^\| (`.+?) \|", rest.split("\n\n")[0], re.MULTILINE)
+    assert families.names()
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == families.names()
 
 
 @pytest.mark.parametrize("name", CASES)
