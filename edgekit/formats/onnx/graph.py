@@ -236,9 +236,12 @@ class _Builder:
         return indices, cosine, sine
 
     def _growth(self, growth: QueryGrowth) -> str:
-        steps = self.op("Div", self.position_ids, self.scalar(growth.step_tokens, dtype="int64"))
+        """Return what multiplies queries; half a token more, lest rounding choose the step."""
+        positions = self.op("Cast", self.position_ids, to=_FLOAT32)
+        positions = self.op("Add", positions, self.scalar(0.5))
+        steps = self.op("Floor", self.op("Mul", positions, self.scalar(1 / growth.step_tokens)))
         one = self.scalar(1)
-        log = self.op("Log", self.op("Add", self.op("Cast", steps, to=_FLOAT32), one))
+        log = self.op("Log", self.op("Add", steps, one))
         grown = self.op("Add", self.op("Mul", log, self.scalar(growth.rate)), one)
         return self.narrowed(self.op("Unsqueeze", grown, self.constant(-1)))
 
