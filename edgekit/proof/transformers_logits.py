@@ -127,20 +127,25 @@ def _model(checkpoint: Checkpoint) -> Any:
     if checkpoint.quantization:  # its own layers compute in the type of training, often bfloat16
         model = model.dequantize().to(torch.float32)
     if checkpoint.adapter:
-        model = _with_adapter(model, checkpoint.adapter, vocabulary=checkpoint.spec.vocab_size)
+        model = _with_adapter(
+            model,
+            checkpoint.adapter,
+            vocabulary=checkpoint.spec.vocab_size,
+            model_type=checkpoint.architecture,
+        )
     return model.eval()
 
 
-def _with_adapter(model: Any, adapter: AdapterRecord, *, vocabulary: int) -> Any:
+def _with_adapter(model: Any, adapter: AdapterRecord, *, vocabulary: int, model_type: str) -> Any:
     """Put an adapter next to a model; those that came before it are part of what it saw."""
     if adapter.earlier:
-        model = _with_adapter(model, adapter.earlier, vocabulary=vocabulary)
+        model = _with_adapter(model, adapter.earlier, vocabulary=vocabulary, model_type=model_type)
         is_hooked = adapter.earlier.is_of_mlx
         model = mlx_adapters.bake(model) if is_hooked else _merged_by_peft(model)
     if model.get_input_embeddings().weight.shape[0] != vocabulary:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     if adapter.is_of_mlx:
-        return mlx_adapters.put_next_to(model, adapter.directory)
+        return mlx_adapters.put_next_to(model, adapter.directory, model_type=model_type)
     return _with_peft(model, adapter)
 
 

@@ -130,3 +130,18 @@ def test_a_package_that_is_no_family_is_refused_by_name(install, acme, text, exp
     install("acme-models", f"acme_broken_{len(text)}", text)
     with pytest.raises(UsageError, match=expected):
         Checkpoint.open(acme[0])
+
+
+@pytest.mark.toolchain
+def test_a_model_that_transformers_does_not_know_is_proven_layer_by_layer(install, acme, tmp_path):
+    pytest.importorskip("transformers")
+    from edgekit.proof import transformers_logits
+
+    install("acme-models", "acme_models")
+    directory, llama = acme
+    plain = Checkpoint.open(write_checkpoint(llama, tmp_path / "llama"))
+    ids = [[5, 7, 11, 200, 13, 17]]
+    (expected,) = transformers_logits.logits(plain, ids, fits_in_memory=True)
+    (found,) = transformers_logits.logits(Checkpoint.open(directory), ids)
+    assert np.abs(found - 3 * expected).max() < 1e-4
+    assert np.abs(found).max() > 0.1
