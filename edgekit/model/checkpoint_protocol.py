@@ -149,6 +149,16 @@ class CheckpointProtocol(Protocol):
         """What the fit of quantized weights is weighted with; None: all columns count alike."""
         ...
 
+    def weight(
+        self, role: str, first_row: int = 0, rows: int | None = None
+    ) -> "npt.NDArray[np.float32]":
+        """Return one weight, or some rows of it, in float32; Gemma's norms without their one.
+
+        Raises:
+            UsageError: If it holds NaN or infinity; the message names the tensor.
+        """
+        ...
+
     def blocks(
         self, role: str, *, row_multiple: int = 1
     ) -> Iterator[tuple[int, "npt.NDArray[np.float32]"]]:

@@ -4,7 +4,7 @@ Source: mlc_llm/protocol/mlc_chat_config.py, interface/gen_config.py and the con
 each model in mlc-llm 79d603f085; fields in their order.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,19 +52,19 @@ def build(
     """
     spec, text = checkpoint.spec, checkpoint.text
     chunk_tokens = prefill_chunk_tokens(context_tokens)
-    is_mistral = checkpoint.architecture == "mistral"
+    name = decoders.model_type(checkpoint.architecture, spec)
     return {
         "version": VERSION,
-        "model_type": checkpoint.architecture,
+        "model_type": name,
         "quantization": scheme,
         "model_config": model_config(
-            checkpoint.architecture, spec, context_tokens=context_tokens, chunk_tokens=chunk_tokens
+            name, spec, context_tokens=context_tokens, chunk_tokens=chunk_tokens
         ),
         "vocab_size": spec.vocab_size,
         "context_window_size": context_tokens,
         "sliding_window_size": -1,
         "prefill_chunk_size": chunk_tokens,
-        "attention_sink_size": _MISTRAL_SINK_TOKENS if is_mistral else -1,
+        "attention_sink_size": _MISTRAL_SINK_TOKENS if name == "mistral" else -1,
         "tensor_parallel_shards": 1,
         "pipeline_parallel_stages": 1,
         "active_vocab_size": min(
@@ -108,205 +108,156 @@ def _token_ids(checkpoint: "CheckpointProtocol") -> dict[str, int | list[int]]:
 
 
 def model_config(
-    architecture: str, spec: DecoderSpec, *, context_tokens: int, chunk_tokens: int
+    name: str, spec: DecoderSpec, *, context_tokens: int, chunk_tokens: int
 ) -> dict[str, Any]:
     """Return what MLC's model definition is told, from which a library is compiled."""
-    sizes = {
+    known = {
+        **_shape(spec),
+        **_positions(spec, context_tokens=context_tokens),
+        **_CONSTANTS,
+        "model_type": name,
         "context_window_size": context_tokens,
         "prefill_chunk_size": chunk_tokens,
-        "tensor_parallel_shards": 1,
-        "max_batch_size": 1,
     }
-    return _MODEL_CONFIGS[architecture](spec, sizes)
+    return {field: known[field] for field in _FIELDS[name].split()}
 
 
-def _rope(spec: DecoderSpec) -> Rope:
-    rope = spec.layers[0].rope
-    assert rope is not None  # noqa: S101 - `decoders.refuse` was asked
-    return rope
-
-
-def _widths(spec: DecoderSpec) -> dict[str, Any]:
-    return {
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_attention_heads": spec.attention.heads,
-        "num_hidden_layers": len(spec.layers),
-    }
-
-
-def _llama(spec: DecoderSpec, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **_widths(spec),
-        "rms_norm_eps": spec.norm.epsilon,
-        "vocab_size": spec.vocab_size,
-        "tie_word_embeddings": spec.is_tied,
-        "position_embedding_base": _rope(spec).theta,
-        "rope_scaling": _llama3_scaling(_rope(spec)),
-        "context_window_size": sizes["context_window_size"],
-        "prefill_chunk_size": sizes["prefill_chunk_size"],
-        "num_key_value_heads": spec.attention.num_kv_heads,
-        "head_dim": spec.attention.head_dim,
-        "tensor_parallel_shards": 1,
-        "pipeline_parallel_stages": 1,
-        "max_batch_size": 1,
-        "disaggregation": False,
-    }
-
-
-def _llama3_scaling(rope: Rope) -> dict[str, Any] | None:
-    scaling = rope.scaling
-    if not isinstance(scaling, Llama3Scaling):
-        return None
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_frequency_factor,
-        "high_freq_factor": scaling.high_frequency_factor,
-        "original_max_position_embeddings": scaling.original_context_tokens,
-    }
-
-
-def _mistral(spec: DecoderSpec, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **_widths(spec),
-        "rms_norm_eps": spec.norm.epsilon,
-        "vocab_size": spec.vocab_size,
-        "position_embedding_base": _rope(spec).theta,
-        "num_key_value_heads": spec.attention.num_kv_heads,
-        "head_dim": spec.attention.head_dim,
-        "context_window_size": sizes["context_window_size"],
-        "sliding_window_size": -1,
-        "prefill_chunk_size": sizes["prefill_chunk_size"],
-        "attention_sink_size": _MISTRAL_SINK_TOKENS,
-        "tensor_parallel_shards": 1,
-        "max_batch_size": 1,
-    }
-
-
-def _qwen2(spec: DecoderSpec, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    return {"hidden_act": "silu", **_widths(spec), **_qwen_rest(spec, sizes)}
-
-
-def _qwen3(spec: DecoderSpec, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    widths = _widths(spec)
-    return {
-        "hidden_act": "silu",
-        "hidden_size": widths.pop("hidden_size"),
-        "intermediate_size": widths.pop("intermediate_size"),
-        "attention_bias": spec.attention.has_qkv_bias,
-        **widths,
-        **_qwen_rest(spec, sizes),
-        "weight_block_size": None,
-    }
-
-
-def _qwen_rest(spec: DecoderSpec, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "num_key_value_heads": spec.attention.num_kv_heads,
-        "rms_norm_eps": spec.norm.epsilon,
-        "rope_theta": _rope(spec).theta,
-        "vocab_size": spec.vocab_size,
-        "tie_word_embeddings": spec.is_tied,
-        "context_window_size": sizes["context_window_size"],
-        "prefill_chunk_size": sizes["prefill_chunk_size"],
-        "tensor_parallel_shards": 1,
-        "head_dim": spec.attention.head_dim,
-        "dtype": "float32",  # replaced by what the scheme computes in
-        "max_batch_size": 1,
-    }
-
-
-def _phi3(spec: DecoderSpec, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    rope, scaling = _rope(spec), _longrope_scaling(spec)
-    original = scaling["original_max_position_embeddings"] if scaling else spec.context_tokens
-    return {
-        "model_type": "phi3",
-        "hidden_size": spec.hidden_size,
-        "vocab_size": spec.vocab_size,
-        "num_hidden_layers": len(spec.layers),
-        "num_attention_heads": spec.attention.heads,
-        "intermediate_size": spec.intermediate_size,
-        "rms_norm_eps": spec.norm.epsilon,
-        "num_key_value_heads": spec.attention.num_kv_heads,
-        "max_position_embeddings": spec.context_tokens,
-        "position_embedding_base": rope.theta,
-        "rope_scaling": scaling,
-        "original_max_position_embeddings": original,
-        "context_window_size": sizes["context_window_size"],
-        "prefill_chunk_size": sizes["prefill_chunk_size"],
-        "head_dim": spec.attention.head_dim,
-        "tensor_parallel_shards": 1,
-        "max_batch_size": 1,
-        "tie_word_embeddings": spec.is_tied,
-        "partial_rotary_factor": rope.width / spec.attention.head_dim,
-    }
-
-
-def _longrope_scaling(spec: DecoderSpec) -> dict[str, Any] | None:
-    scaling = _rope(spec).scaling
-    if not isinstance(scaling, LongRopeScaling):
-        return None
-    return {
-        "type": "longrope",
-        "rope_type": "longrope",
-        "short_factor": list(scaling.short_factors),
-        "long_factor": list(scaling.long_factors),
-        "max_position_embeddings": spec.context_tokens,
-        "original_max_position_embeddings": scaling.original_context_tokens,
-    }
-
-
-def _gemma2(spec: DecoderSpec, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def _shape(spec: DecoderSpec) -> dict[str, Any]:
     attention = spec.attention
-    windows = [layer.window_tokens for layer in spec.layers if layer.window_tokens]
     return {
+        "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.intermediate_size,
-        "attention_bias": False,
+        "num_hidden_layers": len(spec.layers),
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.num_kv_heads,
         "head_dim": attention.head_dim,
-        "num_hidden_layers": len(spec.layers),
-        "rms_norm_eps": spec.norm.epsilon,
-        "vocab_size": spec.vocab_size,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "position_embedding_base": _rope(spec).theta,
-        **sizes,
+        "query_pre_attn_scalar": attention.head_dim,
         "attn_logit_softcapping": attention.attn_logit_softcap,
         "final_logit_softcapping": spec.final_logit_softcap,
-        "query_pre_attn_scalar": attention.head_dim,
-        # MLC takes it for the context, whatever else is said.
-        "sliding_window": min([sizes["context_window_size"], *windows]),
+        "tie_word_embeddings": spec.is_tied,
+        **dict.fromkeys(("attention_bias", "use_qkv_bias"), attention.has_qkv_bias),
+        **dict.fromkeys(("mlp_bias", "use_bias"), spec.has_mlp_bias),
+        **dict.fromkeys(
+            ("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon"), spec.norm.epsilon
+        ),
+        **dict.fromkeys(("hidden_act", "hidden_activation"), _ACTIVATIONS.get(spec.activation)),
     }
 
 
-def _stablelm(spec: DecoderSpec, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    rope = _rope(spec)
+_ACTIVATIONS: Mapping[str, str] = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def _positions(spec: DecoderSpec, *, context_tokens: int) -> dict[str, Any]:
+    rope = spec.layers[0].rope
+    assert rope is not None  # noqa: S101 - `decoders.refuse` was asked
+    scaling = _scaling(rope, spec)
+    original = scaling["original_max_position_embeddings"] if scaling else spec.context_tokens
+    windows = [layer.window_tokens for layer in spec.layers if layer.window_tokens]
     return {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.hidden_size,
-        "num_hidden_layers": len(spec.layers),
-        "num_attention_heads": spec.attention.heads,
-        "num_key_value_heads": spec.attention.num_kv_heads,
-        "layer_norm_eps": spec.norm.epsilon,
+        **dict.fromkeys(("position_embedding_base", "rope_theta"), rope.theta),
+        "rope_scaling": scaling,
+        "original_max_position_embeddings": original,
+        "max_position_embeddings": spec.context_tokens,
         "partial_rotary_factor": rope.width / spec.attention.head_dim,
-        "rope_theta": rope.theta,
-        "intermediate_size": spec.intermediate_size,
-        "use_qkv_bias": spec.attention.has_qkv_bias,
-        "head_dim": spec.attention.head_dim,
-        **sizes,
+        "sliding_window_size": -1,
+        # Gemma 2 in MLC takes it for the context, whatever else is said.
+        "sliding_window": min([context_tokens, *windows]),
     }
 
 
-_MODEL_CONFIGS: Mapping[str, Callable[[DecoderSpec, Mapping[str, Any]], dict[str, Any]]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "phi3": _phi3,
-    "gemma2": _gemma2,
-    "stablelm": _stablelm,
+def _scaling(rope: Rope, spec: DecoderSpec) -> dict[str, Any] | None:
+    match rope.scaling:
+        case Llama3Scaling() as scaling:
+            return {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_frequency_factor,
+                "high_freq_factor": scaling.high_frequency_factor,
+                "original_max_position_embeddings": scaling.original_context_tokens,
+            }
+        case LongRopeScaling() as scaling:
+            return {
+                "type": "longrope",
+                "rope_type": "longrope",
+                "short_factor": list(scaling.short_factors),
+                "long_factor": list(scaling.long_factors),
+                "max_position_embeddings": spec.context_tokens,
+                "original_max_position_embeddings": scaling.original_context_tokens,
+            }
+        case _:
+            return None
+
+
+_CONSTANTS: Mapping[str, Any] = {
+    "attention_sink_size": _MISTRAL_SINK_TOKENS,
+    "tensor_parallel_shards": 1,
+    "pipeline_parallel_stages": 1,
+    "max_batch_size": 1,
+    "disaggregation": False,
+    "dtype": "float32",  # replaced by what the scheme computes in
+    "weight_block_size": None,
+    "use_cache": True,
+    # Asked for and never used; those outside are.
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+# The fields of each definition's dataclass, in their order. That StarCoder 2 is tied is for
+# edgekit, which reads it back; MLC's has a head in any case.
+_FIELDS: Mapping[str, str] = {
+    "llama": """hidden_size intermediate_size num_attention_heads num_hidden_layers rms_norm_eps
+        vocab_size tie_word_embeddings position_embedding_base rope_scaling context_window_size
+        prefill_chunk_size num_key_value_heads head_dim tensor_parallel_shards
+        pipeline_parallel_stages max_batch_size disaggregation""",
+    "mistral": """hidden_size intermediate_size num_attention_heads num_hidden_layers rms_norm_eps
+        vocab_size position_embedding_base num_key_value_heads head_dim context_window_size
+        sliding_window_size prefill_chunk_size attention_sink_size tensor_parallel_shards
+        max_batch_size""",
+    "qwen2": """hidden_act hidden_size intermediate_size num_attention_heads num_hidden_layers
+        num_key_value_heads rms_norm_eps rope_theta vocab_size tie_word_embeddings
+        context_window_size prefill_chunk_size tensor_parallel_shards head_dim dtype
+        max_batch_size""",
+    "qwen3": """hidden_act hidden_size intermediate_size attention_bias num_attention_heads
+        num_hidden_layers num_key_value_heads rms_norm_eps rope_theta vocab_size
+        tie_word_embeddings context_window_size prefill_chunk_size tensor_parallel_shards head_dim
+        dtype max_batch_size weight_block_size""",
+    "phi3": """model_type hidden_size vocab_size num_hidden_layers num_attention_heads
+        intermediate_size rms_norm_eps num_key_value_heads max_position_embeddings
+        position_embedding_base rope_scaling original_max_position_embeddings context_window_size
+        prefill_chunk_size head_dim tensor_parallel_shards max_batch_size tie_word_embeddings
+        partial_rotary_factor""",
+    "gemma": (
+        _GEMMA := """hidden_size intermediate_size attention_bias num_attention_heads
+        num_key_value_heads head_dim num_hidden_layers rms_norm_eps vocab_size hidden_activation
+        position_embedding_base context_window_size prefill_chunk_size tensor_parallel_shards
+        max_batch_size"""
+    ),
+    "gemma2": f"""{_GEMMA} attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar
+        sliding_window""",
+    "olmo2": """vocab_size hidden_size num_attention_heads num_key_value_heads head_dim
+        position_embedding_base rope_scaling intermediate_size hidden_act num_hidden_layers
+        rms_norm_eps tie_word_embeddings context_window_size prefill_chunk_size
+        tensor_parallel_shards pipeline_parallel_stages max_batch_size""",
+    "stablelm": """vocab_size hidden_size num_hidden_layers num_attention_heads
+        num_key_value_heads layer_norm_eps partial_rotary_factor rope_theta intermediate_size
+        use_qkv_bias head_dim context_window_size prefill_chunk_size tensor_parallel_shards
+        max_batch_size""",
+    "phi": """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+        layer_norm_eps position_embedding_base partial_rotary_factor num_key_value_heads
+        context_window_size prefill_chunk_size head_dim tensor_parallel_shards max_batch_size""",
+    "nemotron": """vocab_size max_position_embeddings hidden_size intermediate_size
+        num_hidden_layers num_attention_heads num_key_value_heads rope_theta partial_rotary_factor
+        rope_scaling norm_eps head_dim tie_word_embeddings mlp_bias context_window_size
+        prefill_chunk_size tensor_parallel_shards pipeline_parallel_stages max_batch_size
+        disaggregation""",
+    "cohere": """model_type hidden_size vocab_size num_hidden_layers num_attention_heads
+        num_key_value_heads intermediate_size layer_norm_eps position_embedding_base
+        context_window_size prefill_chunk_size head_dim tensor_parallel_shards max_batch_size""",
+    "starcoder2": """vocab_size hidden_size num_hidden_layers num_attention_heads
+        num_key_value_heads hidden_act norm_epsilon intermediate_size rope_theta use_bias use_cache
+        bos_token_id eos_token_id context_window_size prefill_chunk_size tensor_parallel_shards
+        max_batch_size head_dim tie_word_embeddings""",
 }
 
 _KINDS: Mapping[str, tuple[type, ...]] = {
@@ -356,7 +307,7 @@ def read(path: Path) -> dict[str, Any]:
             raise BundleError(f"{path}: {name} is {value!r}, expected {expected}")
     for name, known in (
         ("version", (VERSION,)),
-        ("model_type", tuple(decoders.MODELS)),
+        ("model_type", tuple(_FIELDS)),
         ("quantization", tuple(packing.SCHEMES)),
     ):
         if fields[name] not in known:
@@ -387,7 +338,9 @@ def shapes(path: Path, config: Mapping[str, Any], tensors: Collection[str]) -> D
     def has(*endings: str) -> bool:
         return any(name.endswith(endings) for name in tensors)
 
-    norm = Norm(kind="rms", epsilon=1.0, has_bias=has("norm.bias"))
+    model = decoders.MODELS[config["model_type"]]
+    norm = Norm(kind=model.norm, epsilon=1.0, has_bias=model.has_norm_bias)
+    is_tied = not has("lm_head.weight", "lm_head.q_weight") if model.can_be_tied else False
     return DecoderSpec(
         vocab_size=size("vocab_size"),
         hidden_size=size("hidden_size"),
@@ -399,11 +352,19 @@ def shapes(path: Path, config: Mapping[str, Any], tensors: Collection[str]) -> D
             num_kv_heads=size("num_key_value_heads"),
             head_dim=size("head_dim"),
             softmax_scale=1.0,
-            query_key_norm=norm if has("q_norm.weight") else None,
-            has_qkv_bias=has("qkv_proj.bias", "c_attn.bias"),
-            has_output_bias=has("o_proj.bias"),
+            query_key_norm=norm if model.query_key_norm else None,
+            head_norms=model.query_key_norm or "alike",
+            has_qkv_bias=has("qkv_proj.bias", "c_attn.bias", "Wqkv.bias", "wqkv_pack.bias"),
+            has_output_bias=has("o_proj.bias", "out_proj.bias"),
         ),
         norm=norm,
-        has_post_norms=has("post_feedforward_layernorm.weight"),
-        is_tied=not has("lm_head.weight", "lm_head.q_weight"),
+        residual=model.residual,
+        has_pre_norms=model.has_pre_norms,
+        has_post_norms=model.has_post_norms,
+        is_gated=model.is_gated,
+        has_mlp_bias=has("fc1.bias", "c_fc.bias"),
+        has_head_bias=model.has_head_bias,
+        is_tied=config["model_config"].get("tie_word_embeddings") is True
+        if model.copies_head
+        else is_tied,
     )

@@ -5,7 +5,7 @@ writes the same and holds one block of rows at a time.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +41,7 @@ class MlcWeight:
     tensor_type: str
     tensors: tuple[PackedTensor, ...]
     is_transposed: bool
+    is_raw: bool  # MLC's model adds itself what the norms of the checkpoint add
     placements: Mapping[str, PlannedWeight]  # by role: several share a fused parameter
 
 
@@ -76,19 +77,33 @@ def scheme_of(recipe: Recipe) -> Scheme:
 def plan(checkpoint: "CheckpointProtocol", recipe: Recipe) -> MlcPlan:
     """Return the files of the weights, down to the place of every tensor."""
     scheme, spec = scheme_of(recipe), checkpoint.spec
+    name = decoders.model_type(checkpoint.architecture, spec)
+    adds_one = decoders.MODELS[name].adds_one
     weights = tuple(
-        _weight(parameter, recipe, scheme, spec) for parameter in names.in_file_order(checkpoint)
+        _weight(parameter, recipe, scheme, spec, adds_one=adds_one)
+        for parameter in names.in_file_order(checkpoint)
     )
-    by_role = {role: placed for weight in weights for role, placed in weight.placements.items()}
     return MlcPlan(
         weights=weights,
-        placements=tuple(by_role[role] for role, _ in spec.weights()),
+        placements=tuple(_placements(spec, weights)),
         shards=tuple(shards.place([tensor for weight in weights for tensor in weight.tensors])),
         parameters=_stored_parameters(checkpoint),
     )
 
 
-def _weight(parameter: Parameter, recipe: Recipe, scheme: Scheme, spec: "DecoderSpec") -> MlcWeight:
+def _placements(spec: "DecoderSpec", weights: Iterable[MlcWeight]) -> Iterator[PlannedWeight]:
+    """Yield how each weight is stored, the embedding perhaps twice."""
+    found: dict[str, list[PlannedWeight]] = {role: [] for role, _ in spec.weights()}
+    for weight in weights:
+        for role, placed in weight.placements.items():
+            found[role].append(placed)
+    for held in found.values():
+        yield replace(held[0], size_bytes=sum(placed.size_bytes for placed in held))
+
+
+def _weight(
+    parameter: Parameter, recipe: Recipe, scheme: Scheme, spec: "DecoderSpec", *, adds_one: bool
+) -> MlcWeight:
     tensor_type = recipe.tensor_type_for(parameter.roles[0], spec)
     tensors = tuple(packing.tensors(parameter, tensor_type, scheme))
     row_bytes = sum(tensor.size_bytes for tensor in tensors) // parameter.shape[0]
@@ -97,6 +112,7 @@ def _weight(parameter: Parameter, recipe: Recipe, scheme: Scheme, spec: "Decoder
         tensor_type=tensor_type,
         tensors=tensors,
         is_transposed=packing.is_transposed(parameter, tensor_type, scheme),
+        is_raw=adds_one and spec.unit_offset(parameter.roles[0]),
         placements={
             role: PlannedWeight(
                 role=role,
@@ -220,7 +236,8 @@ class _Writer:
                 whole.append(encoded)
             else:
                 self._write_rows(weight, first, encoded)
-            progress(values.size)
+            if not weight.parameter.is_copy:
+                progress(values.size)
         if whole:
             self._write_transposed(weight, whole)
 
@@ -257,5 +274,6 @@ def _blocks(
     """Yield some rows of a parameter, the number of the first, and how much its columns count."""
     for role, start, _ in weight.parameter.parts():
         importance = importance_of(checkpoint.calibration, weight.placements[role])
-        for first, values in checkpoint.blocks(role):
+        blocks = [(0, checkpoint.weight(role))] if weight.is_raw else checkpoint.blocks(role)
+        for first, values in blocks:
             yield start + first, values, importance

@@ -1,5 +1,8 @@
 """What MLC's models compute, and which decoders that is true of.
 
+A decoder needs no model of its own name: Granite and EXAONE are Llamas, once a checkpoint has
+folded what muP multiplies with into their weights. What counts is what is computed.
+
 Read in mlc_llm/model/*/*_model.py of mlc-llm 79d603f085 and in TVM 0.26
 (src/runtime/vm/paged_kv_cache.cc, python/tvm/relax/frontend/nn/llm/position_embedding.py).
 """
@@ -7,15 +10,18 @@ Read in mlc_llm/model/*/*_model.py of mlc-llm 79d603f085 and in TVM 0.26
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from edgekit.errors import UsageError
 from edgekit.formats import ContextLimit
 from edgekit.model.spec import (
+    Activation,
     Attention,
     DecoderSpec,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    Norm,
     Rope,
     RopeScaling,
     YarnScaling,
@@ -24,50 +30,93 @@ from edgekit.model.spec import (
 
 @dataclass(frozen=True, kw_only=True)
 class MlcModel:
-    """What one of MLC's model definitions can be told."""
+    """What one of MLC's model definitions computes, and can be told."""
 
     scaling: type[RopeScaling] | None = None  # of the rope, where one is known
     rotates_in_part: bool = False  # whether a part of a head may rotate
     can_be_tied: bool = True
     can_be_untied: bool = True
-    qkv_biases: bool | None = False  # None: either way
+    copies_head: bool = False  # a head that is the embedding is stored once more
+    norm: Literal["rms", "layer"] = "rms"
+    has_norm_bias: bool = False
+    adds_one: bool = False  # to the weights of its norms; other models are given the sum
+    has_pre_norms: bool = True
+    has_post_norms: bool = False
+    query_key_norm: Literal["alike", "together"] | None = None
+    activation: Activation = "silu"
+    is_gated: bool = True
+    residual: Literal["serial", "parallel"] = "serial"
+    scales_embedding: bool = False  # by the root of the hidden width
+    caps: bool = False  # logits, where it is told to; scores, it should
+    # None: either way, but all that are None in the same.
+    qkv_biases: bool | None = False
     output_bias: bool | None = False
+    mlp_biases: bool | None = False
+    has_head_bias: bool = False
     has_square_heads: bool = False  # all heads together are as wide as the hidden state
     is_bound_to_vocabulary: bool = True  # whether a compiled library has the number of rows in it
     # Whether memory for the logits of a whole chunk is planned: their width is known when compiled.
     plans_logits: bool = True
+    lacks: str = ""  # what it computes otherwise in any case
 
 
 _ANY_VOCABULARY = MlcModel(is_bound_to_vocabulary=False, plans_logits=False)
+_GEMMA = replace(
+    _ANY_VOCABULARY, can_be_untied=False, activation="gelu_tanh", scales_embedding=True
+)
 MODELS = {
     "llama": replace(_ANY_VOCABULARY, scaling=Llama3Scaling),
     "mistral": replace(_ANY_VOCABULARY, can_be_tied=False),
     "qwen2": MlcModel(qkv_biases=True, has_square_heads=True),
-    "qwen3": MlcModel(qkv_biases=None, output_bias=None),
+    "qwen3": MlcModel(qkv_biases=None, output_bias=None, query_key_norm="alike"),
     "phi3": MlcModel(scaling=LongRopeScaling, rotates_in_part=True, has_square_heads=True),
-    "gemma2": replace(_ANY_VOCABULARY, can_be_untied=False),
-    "stablelm": MlcModel(
-        rotates_in_part=True, can_be_tied=False, qkv_biases=None, has_square_heads=True
+    "gemma": _GEMMA,
+    "gemma2": replace(_GEMMA, has_post_norms=True, caps=True),
+    "gemma3_text": replace(
+        _GEMMA, has_post_norms=True, query_key_norm="alike",
+        lacks="has one rope for all layers in a browser, the checkpoint has two",
     ),
-}
-_ABSENT = {
-    "gemma3_text": "MLC's Gemma 3 has one rope for all layers in a browser, the checkpoint has two",
-    "smollm3": "MLC has no model with layers that have no positions, as SmolLM3's",
-}
+    "olmo2": MlcModel(
+        scaling=Llama3Scaling, has_pre_norms=False, has_post_norms=True, query_key_norm="together"
+    ),
+    "stablelm": MlcModel(
+        rotates_in_part=True, can_be_tied=False, norm="layer", has_norm_bias=True, qkv_biases=None,
+        has_square_heads=True,
+    ),
+    "phi": MlcModel(
+        rotates_in_part=True, can_be_tied=False, norm="layer", has_norm_bias=True,
+        activation="gelu_tanh", is_gated=False, residual="parallel", qkv_biases=True,
+        output_bias=True, mlp_biases=True, has_head_bias=True, has_square_heads=True,
+        plans_logits=False,
+    ),
+    "nemotron": replace(
+        _ANY_VOCABULARY, scaling=Llama3Scaling, rotates_in_part=True, norm="layer",
+        has_norm_bias=True, adds_one=True, activation="relu2", is_gated=False,
+        has_square_heads=True,
+    ),
+    "cohere": replace(
+        _ANY_VOCABULARY, can_be_untied=False, norm="layer", residual="parallel",
+        has_square_heads=True,
+    ),
+    "starcoder2": MlcModel(
+        copies_head=True, norm="layer", has_norm_bias=True, activation="gelu_tanh", is_gated=False,
+        qkv_biases=None, output_bias=None, mlp_biases=None, has_square_heads=True,
+    ),
+}  # fmt: skip
+_HINT = "another format has it: --format gguf"
 
 
-def model_of(architecture: str) -> MlcModel:
-    """Return what MLC's model of this type can be told.
+def model_type(architecture: str, spec: DecoderSpec) -> str:
+    """Return which of MLC's models a decoder becomes: its own, or another that computes it.
 
-    Raises:
-        UsageError: If there is none that computes it.
+    What none computes becomes the one that comes nearest; `refuse` says what that has otherwise.
     """
-    if architecture not in MODELS:
-        raise UsageError(
-            _ABSENT.get(architecture, f"MLC has no model of type {architecture!r}"),
-            hint="another format has it: --format gguf",
-        )
-    return MODELS[architecture]
+    is_known = architecture in MODELS
+    own = [architecture] if is_known else []
+    for name in (*own, *MODELS):
+        if not any(_problems(name, spec)):
+            return name
+    return architecture if is_known else min(MODELS, key=lambda name: len([*_problems(name, spec)]))
 
 
 def refuse(architecture: str, spec: DecoderSpec) -> None:
@@ -76,34 +125,99 @@ def refuse(architecture: str, spec: DecoderSpec) -> None:
     Raises:
         UsageError: If it does not; the message says what it would compute.
     """
-    for problem in _problems(model_of(architecture), architecture, spec):
-        raise UsageError(
-            f"MLC's {architecture} model {problem}", hint="another format has it: --format gguf"
-        )
+    for problem in _beyond_all(spec):
+        raise UsageError(f"MLC {problem}", hint=_HINT)
+    name = model_type(architecture, spec)
+    nearest = "" if name == architecture else f", the nearest to {architecture},"
+    for problem in _problems(name, spec):
+        raise UsageError(f"MLC's {name} model{nearest} {problem}", hint=_HINT)
 
 
-def _problems(model: MlcModel, architecture: str, spec: DecoderSpec) -> Iterator[str]:
+def _beyond_all(spec: DecoderSpec) -> Iterator[str]:
+    """Yield what no model of MLC's computes."""
     ropes = {layer.rope for layer in spec.layers}
-    rope, *others = ropes
-    if rope is None or others:
+    if None in ropes:
+        yield "has no model with layers that have no positions"
+    elif len(ropes) > 1:
+        yield f"has one rope for all layers in a browser, the checkpoint has {len(ropes)}"
+    if any(rope and isinstance(rope.scaling, YarnScaling) for rope in ropes):
+        # rope_freq_yarn counts the frequencies of the second half of a head on from the first.
+        yield "rotates the two halves of a head by different angles where YaRN stretches the rope"
+    if spec.activation == "xielu":
+        yield "has no model whose MLP computes xIELU"
+    if spec.attention.normalizes_after_rope:
+        yield "has no model that normalizes queries and keys after their rotation"
+
+
+def _problems(name: str, spec: DecoderSpec) -> Iterator[str]:
+    model, rope = MODELS[name], spec.layers[0].rope
+    if model.lacks:
+        yield model.lacks
+    if rope is None or any(layer.rope != rope for layer in spec.layers):
         yield "rotates every layer alike, the checkpoint does not"
         return
     yield from _rope_problems(model, spec, rope)
-    yield from _attention_problems(model, architecture, spec.attention)
-    if spec.is_tied and not model.can_be_tied:
-        yield "has an output head of its own, the checkpoint takes the embedding"
-    if not spec.is_tied and not model.can_be_untied:
-        yield "takes the embedding as output head, the checkpoint has one of its own"
-    if spec.has_mlp_bias:
-        yield "has no biases in the MLP, the checkpoint has"
-    if spec.residual == "parallel":
-        yield "adds attention before the MLP reads, the checkpoint runs both in parallel"
+    yield from _block_problems(model, spec)
+    yield from _mlp_problems(model, spec)
+    yield from _attention_problems(model, spec.attention)
+    yield from _bias_problems(model, spec)
+    yield from _end_problems(model, spec)
     width, heads = spec.attention.query_width, spec.attention.heads
     if (model.has_square_heads and width != spec.hidden_size) or spec.hidden_size % heads:
         yield (
             f"splits a hidden width of {spec.hidden_size} among {heads} heads, the checkpoint's "
             f"are {spec.attention.head_dim} wide"
         )
+
+
+def _block_problems(model: MlcModel, spec: DecoderSpec) -> Iterator[str]:
+    if spec.residual != model.residual:
+        how = {"serial": "adds attention before the MLP reads", "parallel": "runs both in parallel"}
+        yield f"{how[model.residual]}, the checkpoint {how[spec.residual]}"
+    theirs, norms = _norms(model.norm, has_bias=model.has_norm_bias), [spec.norm]
+    ours = _norms(spec.norm.kind, has_bias=spec.norm.has_bias)
+    if theirs != ours:
+        yield f"has {theirs}, the checkpoint {ours}"
+    if model.adds_one and not spec.norm.unit_offset:
+        yield "adds 1 to the weights of its norms, the checkpoint does not"
+    norms += [spec.attention.query_key_norm] if spec.attention.query_key_norm else []
+    if len({norm.epsilon for norm in norms}) > 1:
+        yield "has one epsilon for all norms, the checkpoint has two"
+    for what, has, may_have in (
+        ("read", spec.has_pre_norms, model.has_pre_norms),
+        ("add", spec.has_post_norms, model.has_post_norms),
+    ):
+        if has != may_have:
+            yield (
+                f"{'normalizes' if may_have else 'does not normalize'} what attention and the MLP "
+                f"{what}, the checkpoint is otherwise"
+            )
+
+
+def _norms(kind: str, *, has_bias: bool) -> str:
+    return f"{'RMS' if kind == 'rms' else 'layer'} norms with{'' if has_bias else 'out'} biases"
+
+
+def _mlp_problems(model: MlcModel, spec: DecoderSpec) -> Iterator[str]:
+    found, known = ((it.activation, it.is_gated) for it in (spec, model))
+    if found != known:
+        words = [
+            f"{name} {'with' if gated else 'without'} a gate" for name, gated in (known, found)
+        ]
+        yield f"computes {words[0]} in the MLP, the checkpoint {words[1]}"
+
+
+def _end_problems(model: MlcModel, spec: DecoderSpec) -> Iterator[str]:
+    if spec.is_tied and not model.can_be_tied:
+        yield "has an output head of its own, the checkpoint takes the embedding"
+    if not spec.is_tied and not model.can_be_untied:
+        yield "takes the embedding as output head, the checkpoint has one of its own"
+    scale = math.sqrt(spec.hidden_size) if model.scales_embedding else 1.0
+    if not math.isclose(spec.embedding_scale, scale, rel_tol=1e-6):
+        yield f"multiplies embeddings by {scale:.4f}, the checkpoint by {spec.embedding_scale:.4f}"
+    caps = (spec.final_logit_softcap, spec.attention.attn_logit_softcap)
+    if not model.caps and caps != (None, None):
+        yield "caps neither scores nor logits, the checkpoint does"
 
 
 def _rope_problems(model: MlcModel, spec: DecoderSpec, rope: Rope) -> Iterator[str]:
@@ -133,30 +247,46 @@ def _attention_factor(context_tokens: int, original_tokens: int) -> float:
     return math.sqrt(1 + math.log(stretch) / math.log(original_tokens)) if stretch > 1 else 1.0
 
 
-def _attention_problems(model: MlcModel, architecture: str, attention: Attention) -> Iterator[str]:
+def _bias_problems(model: MlcModel, spec: DecoderSpec) -> Iterator[str]:
+    attention, free = spec.attention, set()
     for name, has, may_have in (
         ("on queries, keys and values", attention.has_qkv_bias, model.qkv_biases),
         ("on the output of attention", attention.has_output_bias, model.output_bias),
+        ("in the MLP", spec.has_mlp_bias, model.mlp_biases),
+        ("on logits", spec.has_head_bias, model.has_head_bias),
     ):
-        if may_have is not None and has != may_have:
+        if may_have is None:
+            free.add(has)
+        elif has != may_have:
             yield f"has {'' if may_have else 'no '}biases {name}, the checkpoint is otherwise"
-    is_paired = model.qkv_biases is None and model.output_bias is None
-    if is_paired and attention.has_qkv_bias != attention.has_output_bias:
-        yield "has all biases of attention or none, the checkpoint some"
+    if len(free) > 1:
+        yield "has all of its biases or none, the checkpoint some"
+
+
+def _attention_problems(model: MlcModel, attention: Attention) -> Iterator[str]:
     scale = attention.head_dim**-0.5
     if not math.isclose(attention.softmax_scale, scale, rel_tol=1e-6):
-        yield (f"multiplies scores by {scale:.4f}, the checkpoint by {attention.softmax_scale:.4f}")
-    if (attention.query_key_norm is not None) != (architecture == "qwen3"):
+        yield f"multiplies scores by {scale:.4f}, the checkpoint by {attention.softmax_scale:.4f}"
+    norm = attention.query_key_norm
+    if _heads_of(norm, attention) != model.query_key_norm:
         yield "differs from the checkpoint in norms on queries and keys"
 
 
-def computed(spec: DecoderSpec) -> DecoderSpec:
-    """Return what MLC computes with the weights of an artifact.
+def _heads_of(norm: Norm | None, attention: Attention) -> str | None:
+    """Return how a norm of queries and keys sees the heads, if it is of the kind MLC has."""
+    if norm is None:
+        return None
+    return attention.head_norms if norm.kind == "rms" and not norm.has_bias else "otherwise"
+
+
+def computed(name: str, spec: DecoderSpec) -> DecoderSpec:
+    """Return what one of MLC's models computes with the weights of an artifact.
 
     A norm's weights are stored with the 1 that Gemma adds, and scores are not capped.
     """
-    plain = spec.without_unit_offsets()
-    return replace(plain, attention=replace(plain.attention, attn_logit_softcap=None))
+    plain = spec if MODELS[name].adds_one else spec.without_unit_offsets()
+    attention = replace(plain.attention, attn_logit_softcap=None, query_growth=None)
+    return replace(plain, attention=attention)
 
 
 def notes(spec: DecoderSpec) -> Iterator[str]:
@@ -170,24 +300,32 @@ def notes(spec: DecoderSpec) -> Iterator[str]:
 
 def context_limit(architecture: str, spec: DecoderSpec) -> ContextLimit:
     """Return how far MLC computes what the checkpoint says."""
-    limit = ContextLimit(tokens=spec.context_tokens, reason="the model was made for no more")
-    windows = [layer.window_tokens for layer in spec.layers if layer.window_tokens is not None]
-    if windows and min(windows) < limit.tokens:
-        limit = ContextLimit(
-            tokens=min(windows), reason=f"MLC's {architecture} model leaves the window out"
+    limits = [ContextLimit(tokens=spec.context_tokens, reason="the model was made for no more")]
+    name = model_type(architecture, spec)
+    limits += [
+        ContextLimit(tokens=layer.window_tokens, reason=f"MLC's {name} model leaves the window out")
+        for layer in spec.layers
+        if layer.window_tokens is not None
+    ]
+    if growth := spec.attention.query_growth:
+        limits.append(
+            ContextLimit(
+                tokens=growth.step_tokens, reason=f"MLC's {name} model lets no queries grow"
+            )
         )
-    rope = spec.layers[0].rope
-    scaling = rope.scaling if rope else None
-    if isinstance(scaling, LongRopeScaling) and scaling.original_context_tokens < limit.tokens:
-        limit = ContextLimit(
-            tokens=scaling.original_context_tokens,
-            reason="MLC takes the short factors of longrope for every text read in chunks",
+    border = spec.original_max_position_embeddings
+    if border is not None:
+        limits.append(
+            ContextLimit(
+                tokens=border,
+                reason="MLC takes the short factors of longrope for every text read in chunks",
+            )
         )
-    return limit
+    return min(limits, key=lambda limit: limit.tokens)
 
 
-def plans_logits(architecture: str, spec: DecoderSpec) -> bool:
+def plans_logits(name: str, spec: DecoderSpec) -> bool:
     """Tell whether a library keeps memory for the logits of a whole chunk."""
-    if architecture == "phi3":  # its embedding has a fixed size, its own head has not
+    if name == "phi3":  # its embedding has a fixed size, its own head has not
         return spec.is_tied
-    return MODELS[architecture].plans_logits
+    return MODELS[name].plans_logits

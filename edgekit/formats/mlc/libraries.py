@@ -49,7 +49,7 @@ class Shape:
     @classmethod
     def of(cls, architecture: str, spec: "DecoderSpec") -> Self:
         """Return the shape of a decoder."""
-        is_bound = decoders.model_of(architecture).is_bound_to_vocabulary
+        is_bound = decoders.MODELS[architecture].is_bound_to_vocabulary
         rope = spec.layers[0].rope
         return cls(
             architecture=architecture,
@@ -145,16 +145,21 @@ def _shape(entry: Mapping[str, Any]) -> Shape:
 
 def find(checkpoint: "CheckpointProtocol", scheme: str) -> Library | None:
     """Return the prebuilt library that runs a model as this scheme; None if there is none."""
-    shape = Shape.of(checkpoint.architecture, checkpoint.spec)
+    shape = _shape_of(checkpoint)
     fitting = (
         library for library in prebuilt() if (library.scheme, library.shape) == (scheme, shape)
     )
     return next(fitting, None)
 
 
+def _shape_of(checkpoint: "CheckpointProtocol") -> Shape:
+    spec = checkpoint.spec
+    return Shape.of(decoders.model_type(checkpoint.architecture, spec), spec)
+
+
 def missing(checkpoint: "CheckpointProtocol", scheme: str) -> str:
     """Return why no prebuilt library fits: what the nearest one has otherwise."""
-    shape = Shape.of(checkpoint.architecture, checkpoint.spec)
+    shape = _shape_of(checkpoint)
     same = [library for library in prebuilt() if library.shape == shape]
     if same:
         schemes = ", ".join(library.scheme for library in same)

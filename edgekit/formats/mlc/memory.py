@@ -36,11 +36,12 @@ def use(
 ) -> MemoryUse:
     """Return the parts; ``chunk_tokens`` of a prompt are read at once, by default as in WebLLM."""
     item_bytes = _HALF if layout.needs_shader_f16 else _FULL
+    name = decoders.model_type(architecture, spec)
     return MemoryUse(
         weights_bytes=weights_bytes(layout, item_bytes=item_bytes),
         cache_bytes=cache_bytes(spec, context_tokens=context_tokens, item_bytes=item_bytes),
         compute_bytes=compute_bytes(
-            architecture, spec, item_bytes=item_bytes,
+            name, spec, item_bytes=item_bytes,
             chunk_tokens=chunk_tokens or prefill_chunk_tokens(context_tokens),
         ),
         runtime_bytes=RUNTIME_BYTES,
@@ -78,9 +79,7 @@ def cache_bytes(spec: "DecoderSpec", *, context_tokens: int, item_bytes: int) ->
     return 2 * len(spec.layers) * spec.attention.key_value_width * item_bytes * tokens
 
 
-def compute_bytes(
-    architecture: str, spec: "DecoderSpec", *, chunk_tokens: int, item_bytes: int
-) -> int:
+def compute_bytes(name: str, spec: "DecoderSpec", *, chunk_tokens: int, item_bytes: int) -> int:
     """Return what TVM plans for activations while a chunk of a prompt is read.
 
     The factors are those that give WebLLM's published figures back, which are planned sizes: in
@@ -89,6 +88,6 @@ def compute_bytes(
     mlp, hidden = (5, 2) if item_bytes == _HALF else (4, 1)
     widths = mlp * spec.intermediate_size + hidden * spec.hidden_size
     total = chunk_tokens * widths * item_bytes
-    if decoders.plans_logits(architecture, spec):
+    if decoders.plans_logits(name, spec):
         total += chunk_tokens * spec.vocab_size * _FULL
     return total

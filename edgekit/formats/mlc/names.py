@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from edgekit.encodings.files import is_file
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
+from edgekit.formats.mlc.decoders import MODELS, model_type
 from edgekit.model.spec import Shape
 
 
@@ -46,34 +47,81 @@ _LAYER = {
     "up": "mlp.up_proj.weight",
     "down": "mlp.down_proj.weight",
 }
-_GEMMA = {
+_POST_NORMS = {
     "attention_post_norm": "post_attention_layernorm.weight",
-    "mlp_norm": "pre_feedforward_layernorm.weight",
     "mlp_post_norm": "post_feedforward_layernorm.weight",
 }
+_GEMMA = _POST_NORMS | {"mlp_norm": "pre_feedforward_layernorm.weight"}
+
+
+def _ungated(up: str, down: str) -> dict[str, str]:
+    """Return the names of an MLP without a gate, which has biases."""
+    return {
+        f"{part}{ending}": f"{module}.{kind}"
+        for part, module in (("up", up), ("down", down))
+        for ending, kind in (("", "weight"), ("_bias", "bias"))
+    }
+
+
 _PHI3 = {
     **dict.fromkeys(("query", "key", "value"), "self_attn.qkv_proj.weight"),
     **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj.weight"),
 }
 _OTHERWISE: dict[str, dict[str, str]] = {
-    "gemma2": _GEMMA, "gemma3_text": _GEMMA, "phi3": _PHI3,
-}  # fmt: skip
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "olmo2": _POST_NORMS,
+    "phi": _ungated("mlp.fc1", "mlp.fc2")
+    | {
+        "attention_output": "self_attn.dense.weight",
+        "attention_output_bias": "self_attn.dense.bias",
+    },
+    "phi3": _PHI3,
+    "starcoder2": _ungated("mlp.c_fc", "mlp.c_proj"),
+}
+_OTHERWISE_OUTER = {
+    "phi": {
+        "final_norm": "model.final_layernorm.weight",
+        "final_norm_bias": "model.final_layernorm.bias",
+        "output_head_bias": "lm_head.bias",
+    }
+}
 
 # Queries, keys and values are one tensor of this name; in a family that is absent they are three,
 # or one already.
 _QUERY_KEY_VALUE = {
-    "llama": "qkv_proj", "mistral": "qkv_proj", "stablelm": "qkv_proj", "gemma2": "qkv_proj",
-    "qwen2": "c_attn", "qwen3": "c_attn",
-}  # fmt: skip
+    **dict.fromkeys(
+        ("llama", "mistral", "stablelm", "gemma", "gemma2", "olmo2", "nemotron", "cohere"),
+        "qkv_proj",
+    ),
+    **dict.fromkeys(("qwen2", "qwen3"), "c_attn"),
+    "phi": "Wqkv",
+    "starcoder2": "wqkv_pack",
+}
+_SEPARATE_GATE = frozenset({"cohere", "nemotron"})  # from what the MLP multiplies it with, or none
 _PREFIX = {"gemma3_text": "language_model."}
-_PHI3_MODULES = (
+_PHI_MODULES = (
     ("model.embed_tokens", "transformer.embd"),
-    ("model.norm", "transformer.norm"),
     ("model.layers", "transformer.h"),
     ("input_layernorm", "ln"),
-    ("self_attn.o_proj", "mixer.out_proj"),
-    ("self_attn.qkv_proj", "mixer.qkv_proj"),
 )
+_MODULES = {
+    "cohere": (("self_attn.o_proj", "self_attn.out_proj"),),
+    "phi": (
+        *_PHI_MODULES,
+        ("self_attn.dense", "mixer.out_proj"),
+        ("self_attn.Wqkv", "mixer.Wqkv"),
+        ("lm_head", "lm_head.linear"),
+        ("model.final_layernorm", "lm_head.ln"),
+    ),
+    "phi3": (
+        *_PHI_MODULES,
+        ("model.norm", "transformer.norm"),
+        ("self_attn.o_proj", "mixer.out_proj"),
+        ("self_attn.qkv_proj", "mixer.qkv_proj"),
+    ),
+}
+_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +147,12 @@ class Parameter:
     @property
     def is_embedding(self) -> bool:
         """Whether it is looked up by row, which no scheme transposes."""
-        return self.roles == ("token_embedding",)
+        return self.roles == ("token_embedding",) and not self.is_copy
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is the embedding once more, for the output head."""
+        return self.roles == ("token_embedding",) and self.name == _HEAD
 
     def parts(self) -> Iterator[tuple[str, int, int]]:
         """Yield each role with its first row here and how many it has."""
@@ -113,8 +166,9 @@ def parameters(architecture: str, spec: "DecoderSpec") -> dict[str, Parameter]:
     """Return what MLC's model is made of, by name, in the decoder's own order."""
     roles: dict[str, list[tuple[str, Shape]]] = {}
     for role, shape in spec.weights():
-        name = _mlc_name(architecture, _tensor(architecture, role))
-        roles.setdefault(name, []).append((role, shape))
+        tensor = _tensor(architecture, role)
+        for name in _mlc_names(architecture, tensor, is_tied=spec.is_tied):
+            roles.setdefault(name, []).append((role, shape))
     return {name: _parameter(name, weights) for name, weights in roles.items()}
 
 
@@ -125,7 +179,8 @@ def _tensor(architecture: str, role: str) -> str:
         UsageError: If MLC's model of this type has no such weight.
     """
     layer, _, part = role.rpartition(".")
-    known = (_LAYER | _OTHERWISE.get(architecture, {})) if layer else _OUTER
+    known, otherwise = (_LAYER, _OTHERWISE) if layer else (_OUTER, _OTHERWISE_OUTER)
+    known = known | otherwise.get(architecture, {})
     if part not in known:
         raise UsageError(f"MLC's {architecture} model has no {part.replace('_', ' ')}")
     return f"model.{layer}.{known[part]}" if layer else known[part]
@@ -141,13 +196,19 @@ def _parameter(name: str, weights: list[tuple[str, Shape]]) -> Parameter:
     )
 
 
+def _mlc_names(architecture: str, tensor: str, *, is_tied: bool) -> list[str]:
+    """Return the parameters that a tensor of the checkpoint becomes, or becomes part of."""
+    is_head = is_tied and tensor == _OUTER["token_embedding"] and MODELS[architecture].copies_head
+    return [*[_HEAD] * is_head, _mlc_name(architecture, tensor)]
+
+
 def _mlc_name(architecture: str, tensor: str) -> str:
-    """Return the name of the parameter that a tensor of the checkpoint becomes part of."""
     fused = _QUERY_KEY_VALUE.get(architecture)
     if fused:
         tensor = re.sub(r"self_attn\.[qkv]_proj\.", f"self_attn.{fused}.", tensor)
-    tensor = re.sub(r"mlp\.(gate|up)_proj\.", "mlp.gate_up_proj.", tensor)
-    for theirs, ours in _PHI3_MODULES if architecture == "phi3" else ():
+    if architecture not in _SEPARATE_GATE:
+        tensor = re.sub(r"mlp\.(gate|up)_proj\.", "mlp.gate_up_proj.", tensor)
+    for theirs, ours in _MODULES.get(architecture, ()):
         tensor = tensor.replace(theirs, ours)
     return _PREFIX.get(architecture, "") + tensor
 
@@ -157,12 +218,17 @@ def in_file_order(checkpoint: "CheckpointProtocol") -> list[Parameter]:
 
     That is the order of its index, or of the names where it has none.
     """
-    spec, architecture = checkpoint.spec, checkpoint.architecture
+    spec = checkpoint.spec
+    architecture = model_type(checkpoint.architecture, spec)
     found = parameters(architecture, spec)
     tensors = {_tensor(architecture, role) for role, _ in spec.weights()}
     index = _index(checkpoint.directory / "model.safetensors.index.json")
     order = [name for name in index if name in tensors] if tensors <= index.keys() else None
-    names = (_mlc_name(architecture, tensor) for tensor in order or sorted(tensors))
+    names = (
+        name
+        for tensor in order or sorted(tensors)
+        for name in _mlc_names(architecture, tensor, is_tied=spec.is_tied)
+    )
     return [found[name] for name in dict.fromkeys(names)]
 
 

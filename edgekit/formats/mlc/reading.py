@@ -70,12 +70,13 @@ def open_weights(path: Path, spec: DecoderSpec) -> MlcWeights:
     config = chat_config.read(path.with_name(chat_config.NAME))
     found = shards.read(path)
     shards.check_files(path.parent, found, hashes=True)
-    parameters = names.parameters(config["model_type"], spec)
+    name = config["model_type"]
+    parameters = names.parameters(name, spec)
     held: dict[str, tuple[StoredParameter, int, int]] = {}
     for where in _find(path, parameters.values(), found, packing.SCHEMES[config["quantization"]]):
         for role, first, rows in where.parameter.parts():
             held[role] = (where, first, rows)
-    return MlcWeights(directory=path.parent, spec=decoders.computed(spec), held=held)
+    return MlcWeights(directory=path.parent, spec=decoders.computed(name, spec), held=held)
 
 
 def contents(path: Path) -> list[tuple[str, Shape, str]]:
@@ -97,6 +98,7 @@ def contents(path: Path) -> list[tuple[str, Shape, str]]:
             path, parameters.values(), found, packing.SCHEMES[config["quantization"]]
         )
         for role, _, rows in where.parameter.parts()
+        if not where.parameter.is_copy
     ]
 
 

@@ -34,6 +34,13 @@ _KNOWN_BORDER_TOKENS = 4096
 
 
 _ID_FIELDS = ("bos_token_id", "pad_token_id")
+# Whose config.json all clients read for what it is. transformers.js 4.3 and Optimum lack some of
+# the other types, and others are more than a decoder to them (granitemoehybrid has states of
+# Mamba). What they run is the graph, whose inputs and outputs are a Llama's: so that is what they
+# are told.
+_KNOWN_TYPES = frozenset(
+    {"gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3", "stablelm"}
+)
 _IN_COMMON_WORDS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "tokenizer_config.json": common_settings,
     "generation_config.json": generation_settings,
@@ -135,7 +142,7 @@ def transformers_files(
     found = {}
     for name, changed in changes.items():
         path = checkpoint.text.beside(name, otherwise=checkpoint.directory)
-        said = checkpoint.config if name == "config.json" else read_object_if_there(path)
+        said = _config(checkpoint) if name == "config.json" else read_object_if_there(path)
         if said:
             fields = {**said, **changed}
             fields = _IN_COMMON_WORDS.get(name, dict)(fields)
@@ -145,6 +152,27 @@ def transformers_files(
                 if value is not None and not (key in _ID_FIELDS and _is_beyond(value, checkpoint))
             }
     return found
+
+
+def _config(checkpoint: "CheckpointProtocol") -> Mapping[str, Any]:
+    """Return a config.json that all clients know, or none where the checkpoint has none."""
+    said, spec = checkpoint.config, checkpoint.spec
+    if not said or checkpoint.architecture in _KNOWN_TYPES:
+        return said
+    width = cache_width(spec)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{field: said[field] for field in _ID_FIELDS if field in said},
+        "head_dim": width,
+        # Of all heads together: Optimum divides it to know the cache.
+        "hidden_size": spec.attention.heads * width,
+        "intermediate_size": spec.intermediate_size,
+        "max_position_embeddings": spec.context_tokens,
+        "num_attention_heads": spec.attention.heads,
+        "num_key_value_heads": spec.attention.num_kv_heads,
+        "tie_word_embeddings": spec.is_tied,
+    }
 
 
 def _is_beyond(id: Any, checkpoint: "CheckpointProtocol") -> bool:

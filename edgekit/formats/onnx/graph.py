@@ -20,7 +20,14 @@ from dataclasses import dataclass, field
 from edgekit.formats.onnx import tensor_types
 from edgekit.formats.onnx.model import CONTRIB, Attribute, Constant, Dtype, Node, OnnxGraph, Port
 from edgekit.formats.onnx.tensor_types import GraphBuild
-from edgekit.model.spec import DecoderSpec, Layer, Norm, Rope
+from edgekit.model.spec import (
+    XIELU_BETA,
+    DecoderSpec,
+    Layer,
+    Norm,
+    QueryGrowth,
+    Rope,
+)
 
 
 # Inputs with a value of their own: a client that knows nothing of them may leave them out.
@@ -107,6 +114,7 @@ class _Builder:
     rotations: dict[Rope, tuple[str, str, str]] = field(
         default_factory=dict
     )  # indices, cosine, sine
+    query_growth: str = ""  # (batch, tokens, 1): what multiplies the queries of each token
     input_ids: str = ""  # int64 (batch, tokens): each row from its first token on
     position_ids: str = ""  # the same
     rows_back: str = ""  # int64 (batch, tokens): where each token of the input went, of all rows
@@ -158,6 +166,9 @@ class _Builder:
         self.all_tokens = self.op("Cast", total, to=_INT32)
         for number, rope in enumerate(ropes(self.spec)):
             self.rotations[rope] = self._rotation(rope, self._frequencies(number, rope, total))
+        growth = self.spec.attention.query_growth
+        if growth:
+            self.query_growth = self._growth(growth)
 
     def _turn_rows(self) -> None:
         """Let each row begin with its first token, wherever the mask says that this is."""
@@ -223,6 +234,16 @@ class _Builder:
         indices = self.op("Range", zero, count, one)
         indices = self.op("Reshape", indices, self.op("Shape", self.position_ids))
         return indices, cosine, sine
+
+    def _growth(self, growth: QueryGrowth) -> str:
+        """Return what multiplies queries; half a token more, lest rounding choose the step."""
+        positions = self.op("Cast", self.position_ids, to=_FLOAT32)
+        positions = self.op("Add", positions, self.scalar(0.5))
+        steps = self.op("Floor", self.op("Mul", positions, self.scalar(1 / growth.step_tokens)))
+        one = self.scalar(1)
+        log = self.op("Log", self.op("Add", steps, one))
+        grown = self.op("Add", self.op("Mul", log, self.scalar(growth.rate)), one)
+        return self.narrowed(self.op("Unsqueeze", grown, self.constant(-1)))
 
     def _waves(self, angles: str) -> list[str]:
         """Return cosine and sine of angles, from the series of both for half of each angle.
@@ -296,20 +317,27 @@ class _Builder:
         return self.op("Cast", self.op("Reshape", packed, shape), to=_FLOAT32)
 
     def apply_layer(self, x: str, index: int, layer: Layer) -> str:
-        spec, prefix = self.spec, f"layers.{index}."
-        read = self.narrowed(self._normalize(spec.norm, prefix + "attention_norm", x))
-        attended = self.widened(self._attend(read, index, layer))
-        if spec.has_post_norms:
-            attended = self._normalize(spec.norm, prefix + "attention_post_norm", attended)
-        if spec.residual == "parallel":
-            changed = self.widened(self._apply_mlp(prefix, read))
+        prefix = f"layers.{index}."
+        read = self._read(prefix + "attention_norm", x)
+        attended = self._added(prefix + "attention_post_norm", self._attend(read, index, layer))
+        if self.spec.residual == "parallel":
+            changed = self._added(prefix + "mlp_post_norm", self._apply_mlp(prefix, read))
             return self.op("Add", self.op("Add", x, attended), changed)
         x = self.op("Add", x, attended)
-        read = self.narrowed(self._normalize(spec.norm, prefix + "mlp_norm", x))
-        changed = self.widened(self._apply_mlp(prefix, read))
-        if spec.has_post_norms:
-            changed = self._normalize(spec.norm, prefix + "mlp_post_norm", changed)
+        read = self._read(prefix + "mlp_norm", x)
+        changed = self._added(prefix + "mlp_post_norm", self._apply_mlp(prefix, read))
         return self.op("Add", x, changed)
+
+    def _read(self, role: str, x: str) -> str:
+        """Return what attention or the MLP reads of the sum over all layers."""
+        return self.narrowed(
+            self._normalize(self.spec.norm, role, x) if self.spec.has_pre_norms else x
+        )
+
+    def _added(self, role: str, x: str) -> str:
+        """Return what is added to that sum of what they make."""
+        x = self.widened(x)
+        return self._normalize(self.spec.norm, role, x) if self.spec.has_post_norms else x
 
     def make_logits(self, x: str) -> str:
         spec = self.spec
@@ -324,6 +352,10 @@ class _Builder:
         port = Port(name="logits", dtype="float32", shape=shape)
         self.outputs.insert(0, port)
         logits = self.widened(self._multiply(role, x, spec.vocab_size, spec.hidden_size))
+        if spec.has_head_bias:
+            role = "output_head_bias"
+            bias = self._exact(role, tensor_types.FLOATS[self.tensor_types[role]])
+            logits = self.op("Add", logits, bias)
         if spec.final_logit_softcap is not None:
             cap = self.scalar(spec.final_logit_softcap)
             logits = self.op("Mul", self.op("Tanh", self.op("Div", logits, cap)), cap)
@@ -352,6 +384,8 @@ class _Builder:
         norm, width = a.query_key_norm, a.head_dim
         if norm is None:
             return x
+        if a.head_norms == "together":
+            return self.narrowed(self._normalize(norm, role, self.widened(x)))
         x = self.op("Reshape", self.widened(x), self.constant(0, 0, heads, width))
         if a.head_norms == "apart":  # a row of weights for each head, which the operator cannot
             ones = self.constant(*(1,) * width, dtype="float32")
@@ -367,15 +401,24 @@ class _Builder:
         query = self._project(prefix + "query", x, a.query_width, hidden, a.has_qkv_bias)
         key = self._project(prefix + "key", x, a.key_value_width, hidden, a.has_qkv_bias)
         value = self._project(prefix + "value", x, a.key_value_width, hidden, a.has_qkv_bias)
-        query = self._normalize_heads(prefix + "query_norm", query, a.heads)
-        key = self._normalize_heads(prefix + "key_norm", key, a.num_kv_heads)
+        if not a.normalizes_after_rope:
+            query, key = self._normalize_both(prefix, query, key)
         if layer.rope:
             query = self._rotate(layer.rope, query, a.heads)
             key = self._rotate(layer.rope, key, a.num_kv_heads)
+        if a.normalizes_after_rope:
+            query, key = self._normalize_both(prefix, query, key)
+        if self.query_growth:
+            query = self.op("Mul", query, self.query_growth)
         mixed = self._mix(query, key, value, index, layer)
         return self._project(
             prefix + "attention_output", mixed, hidden, a.query_width, a.has_output_bias
         )
+
+    def _normalize_both(self, prefix: str, query: str, key: str) -> tuple[str, str]:
+        a = self.spec.attention
+        query = self._normalize_heads(prefix + "query_norm", query, a.heads)
+        return query, self._normalize_heads(prefix + "key_norm", key, a.num_kv_heads)
 
     def _rotate(self, rope: Rope, x: str, heads: int) -> str:
         indices, cosine, sine = self.rotations[rope]
@@ -428,13 +471,39 @@ class _Builder:
     def _apply_mlp(self, prefix: str, x: str) -> str:
         spec = self.spec
         wide, narrow, has_bias = spec.intermediate_size, spec.hidden_size, spec.has_mlp_bias
-        gate = self._project(prefix + "gate", x, wide, narrow, has_bias)
-        up = self._project(prefix + "up", x, wide, narrow, has_bias)
-        if spec.activation == "silu":
-            gate = self.op("Mul", gate, self.op("Sigmoid", gate))
+        if spec.is_gated:
+            gate = self._project(prefix + "gate", x, wide, narrow, has_bias)
+            up = self._project(prefix + "up", x, wide, narrow, has_bias)
+            inner = self.op("Mul", self._activate(prefix, gate), up)
         else:
-            gate = self.op("Gelu", gate, approximate="tanh")
-        return self._project(prefix + "down", self.op("Mul", gate, up), narrow, wide, has_bias)
+            up = self._project(prefix + "up", x, wide, narrow, has_bias)
+            inner = self._activate(prefix, up)
+        return self._project(prefix + "down", inner, narrow, wide, has_bias)
+
+    def _activate(self, prefix: str, x: str) -> str:
+        match self.spec.activation:
+            case "silu":
+                return self.op("Mul", x, self.op("Sigmoid", x))
+            case "gelu_tanh":
+                return self.op("Gelu", x, approximate="tanh")
+            case "relu2":
+                positive = self.op("Relu", x)
+                return self.op("Mul", positive, positive)
+            case "xielu":
+                return self.narrowed(self._xielu(prefix, self.widened(x)))
+
+    def _xielu(self, prefix: str, x: str) -> str:
+        """Apply xIELU in float32, with the slopes as they are at load.
+
+        Elu is expm1 below zero and x above, where its difference from x is none. Between the
+        epsilon of xIELU and zero that differs by a millionth at most.
+        """
+        slopes = [self.op("Softplus", f"{prefix}xielu_{sign}") for sign in ("positive", "negative")]
+        beta, positive = self.scalar(XIELU_BETA), self.op("Relu", x)
+        above = self.op("Mul", self.op("Mul", positive, positive), slopes[0])
+        curve = self.op("Sub", self.op("Elu", x), x)
+        below = self.op("Mul", curve, self.op("Add", slopes[1], beta))
+        return self.op("Add", self.op("Add", above, below), self.op("Mul", x, beta))
 
     def _project(self, role: str, x: str, rows: int, columns: int, has_bias: bool) -> str:
         product = self._multiply(role, x, rows, columns)

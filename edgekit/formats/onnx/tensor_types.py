@@ -146,8 +146,8 @@ class GraphBuild:
         return f"model{_SUFFIXES[self.dtype]}.onnx"
 
 
-# Norms are small, and are computed in float32 always.
-_NORMS = Rule(pattern=".*norm(_bias)?", tensor_type="F32")
+# Small, and computed in float32 always.
+_NORMS = Rule(pattern=".*norm(_bias)?|xielu_(positive|negative)", tensor_type="F32")
 _BIASES = Rule(pattern=".*bias", tensor_type="F32")
 _HALF_BIASES = Rule(pattern=".*bias", tensor_type="F16")
 

@@ -92,7 +92,8 @@ def run_node(script: str, request: Any = None, *, timeout_s: float = 120) -> Any
             raise ClientError(f"{script} took longer than {timeout_s} s: {said}") from error
     if done.returncode != 0:
         raise ClientError(f"{script} exited with {done.returncode}: {done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    # JSON leaves in texts what Python splits lines at, such as U+0085.
+    return json.loads(done.stdout.removesuffix("\n").rpartition("\n")[2])
 
 
 def run_page(script: str, request: Any = None, *, directory: Path, timeout_s: float = 120) -> Visit:

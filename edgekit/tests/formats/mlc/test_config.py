@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from edgekit.model.spec import (
     Llama3Scaling,
     LongRopeScaling,
     Norm,
+    QueryGrowth,
     Rope,
     YarnScaling,
 )
@@ -148,28 +150,78 @@ def test_a_model_definition_is_told_what_the_decoder_is(architecture, spec, fiel
 # What MLC computes
 
 
+RMS = Norm(kind="rms", epsilon=1e-6)
+LAYER = Norm(kind="layer", epsilon=1e-6, has_bias=True)
+PLUS_ONE = replace(RMS, unit_offset=True)
+GEMMA: dict[str, Any] = {
+    "norm": PLUS_ONE, "activation": "gelu_tanh", "embedding_scale": 8.0, "is_tied": True,
+}  # fmt: skip
+UNGATED: dict[str, Any] = {"is_gated": False, "activation": "gelu_tanh", "norm": LAYER}
+PART = with_rope(width=8).layers
+# A decoder that each of MLC's models computes.
+COMPUTED = {
+    "llama": tiny_spec(),
+    "mistral": tiny_spec(layers=(Layer(rope=Rope(width=16, theta=1e4), window_tokens=8),)),
+    "qwen2": with_attention(has_qkv_bias=True),
+    "qwen3": with_attention(query_key_norm=RMS),
+    "phi3": with_rope(scaling=LONG),
+    "gemma": tiny_spec(**GEMMA),
+    "gemma2": replace(
+        with_attention(attn_logit_softcap=50.0), has_post_norms=True, final_logit_softcap=30.0,
+        **GEMMA,
+    ),
+    "olmo2": replace(
+        with_attention(query_key_norm=RMS, head_norms="together"), has_pre_norms=False,
+        has_post_norms=True,
+    ),
+    "stablelm": replace(with_rope(width=4), norm=LAYER),
+    "phi": replace(
+        with_attention(has_qkv_bias=True, has_output_bias=True), layers=PART, residual="parallel",
+        has_mlp_bias=True, has_head_bias=True, **UNGATED,
+    ),
+    "nemotron": tiny_spec(
+        layers=PART, is_gated=False, activation="relu2", norm=replace(LAYER, unit_offset=True)
+    ),
+    "cohere": tiny_spec(residual="parallel", norm=replace(LAYER, has_bias=False), is_tied=True),
+    "starcoder2": replace(
+        with_attention(has_qkv_bias=True, has_output_bias=True), has_mlp_bias=True, is_tied=True,
+        **UNGATED,
+    ),
+}  # fmt: skip
+
+
+def test_every_model_is_told_of():
+    assert COMPUTED.keys() == decoders.MODELS.keys() - {"gemma3_text"}  # which is never taken
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_what_mlc_computes_is_taken_under_its_own_name(name):
+    decoders.refuse(name, COMPUTED[name])
+    assert decoders.model_type(name, COMPUTED[name]) == name
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_what_mlc_computes_is_taken_under_any_other_name(name):
+    decoders.refuse("acme", COMPUTED[name])
+    assert decoders.model_type("acme", COMPUTED[name]) == {"mistral": "llama"}.get(name, name)
+
+
 @pytest.mark.parametrize(
-    ("architecture", "spec"),
+    ("architecture", "spec", "name"),
     [
-        ("llama", tiny_spec()),
-        ("llama", with_attention(head_dim=24, softmax_scale=24**-0.5)),
-        ("mistral", tiny_spec(layers=(Layer(rope=Rope(width=16, theta=1e4), window_tokens=8),))),
-        ("qwen2", with_attention(has_qkv_bias=True)),
-        ("qwen3", with_attention(query_key_norm=Norm(kind="rms", epsilon=1e-6))),
-        ("phi3", with_rope(scaling=LONG, width=16)),
-        ("stablelm", with_rope(width=4)),
-        (
-            "gemma2",
-            replace(
-                with_attention(attn_logit_softcap=50.0), is_tied=True, final_logit_softcap=30.0
-            ),
-        ),
+        ("llama", with_attention(has_qkv_bias=True), "qwen2"),
+        ("qwen2", tiny_spec(), "llama"),
+        ("mistral", tiny_spec(is_tied=True), "llama"),
+        ("glm", with_rope(width=8), "phi3"),
+        ("llama", with_attention(head_dim=24, softmax_scale=24**-0.5), "llama"),
+        ("olmo2", tiny_spec(), "llama"),
     ],
-)
-def test_what_mlc_computes_is_taken(architecture, spec):
-    if architecture == "llama" and spec.attention.head_dim == 24:
+)  # fmt: skip
+def test_a_decoder_becomes_the_model_that_computes_it(architecture, spec, name):
+    if spec.attention.head_dim == 24:
         spec = replace(spec, layers=(Layer(rope=Rope(width=24, theta=1e4)),) * 2)
     decoders.refuse(architecture, spec)
+    assert decoders.model_type(architecture, spec) == name
 
 
 YARN = YarnScaling(
@@ -177,39 +229,60 @@ YARN = YarnScaling(
     is_truncated=True,
 )  # fmt: skip
 LINEAR = LinearScaling(factor=4.0)
+LLAMA3 = Llama3Scaling(
+    factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_context_tokens=64
+)
+TWO_ROPES = (Layer(rope=Rope(width=16, theta=1e4)), Layer(rope=Rope(width=16, theta=1e6)))
+
+
+def changed(name, **changes):
+    """Return a decoder that a model computes but for what changes, of its attention too."""
+    spec = COMPUTED[name]
+    fields = {key: value for key, value in changes.items() if hasattr(spec.attention, key)}
+    rest = {key: value for key, value in changes.items() if key not in fields}
+    return replace(spec, attention=replace(spec.attention, **fields), **rest)
 
 
 @pytest.mark.parametrize(
     ("architecture", "spec", "words"),
     [
-        ("smollm3", tiny_spec(), "no model with layers that have no positions"),
-        ("gemma3_text", tiny_spec(), "one rope for all layers in a browser"),
-        ("gpt2", tiny_spec(), "no model of type 'gpt2'"),
-        ("llama", with_rope(scaling=LINEAR), "has no linear rope"),
-        ("qwen2", replace(with_attention(has_qkv_bias=True), layers=with_rope(
-            scaling=Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0,
-                                  original_context_tokens=64)).layers), "has no llama3 rope"),
-        ("llama", with_rope(scaling=LONG), "has no longrope rope"),
-        ("qwen2", with_rope(scaling=YARN), "has no YaRN rope"),
-        ("llama", with_rope(width=8), "rotates whole heads, the checkpoint 8 channels"),
-        ("llama", tiny_spec(layers=(Layer(rope=Rope(width=16, theta=1e4)), Layer(rope=None))),
-         "rotates every layer alike"),
+        ("smollm3", tiny_spec(layers=(Layer(rope=Rope(width=16, theta=1e4)), Layer(rope=None))),
+         "MLC has no model with layers that have no positions"),
+        ("gemma3_text", changed("gemma", layers=TWO_ROPES), "one rope for all layers in a browser"),
+        ("gemma3_text", changed("gemma2", query_key_norm=PLUS_ONE), "gemma3_text model has one r"),
+        ("ministral3", with_rope(scaling=YARN), "two halves of a head by different angles"),
+        ("apertus", changed("nemotron", activation="xielu"), "no model whose MLP computes xIELU"),
+        ("hunyuan_v1_dense", changed("qwen3", normalizes_after_rope=True), "after their rotation"),
+        ("gpt2", changed("phi", residual="serial"), "MLC's phi model, the nearest to gpt2, runs"),
+        ("llama", with_rope(scaling=LINEAR), "MLC's llama model has no linear rope"),
+        ("qwen2", changed("qwen2", layers=with_rope(scaling=LLAMA3).layers), "has no llama3 rope"),
+        ("qwen2", changed("qwen2", layers=with_rope(scaling=LONG).layers), "has no longrope rope"),
+        ("qwen2", changed("qwen2", layers=PART), "rotates whole heads, the checkpoint 8 channels"),
         ("phi3", with_rope(scaling=replace(LONG, attention_factor=1.5)),
          "attention factor of 1.1339, the checkpoint 1.5000"),
-        ("llama", with_attention(has_qkv_bias=True), "no biases on queries, keys and values"),
-        ("qwen2", tiny_spec(), "has biases on queries, keys and values"),
         ("llama", with_attention(has_output_bias=True), "no biases on the output of attention"),
-        ("qwen3", with_attention(has_qkv_bias=True), "all biases of attention or none"),
+        ("qwen3", changed("qwen3", has_qkv_bias=True), "all of its biases or none"),
+        ("starcoder2", changed("starcoder2", has_mlp_bias=False), "all of its biases or none"),
         ("llama", tiny_spec(has_mlp_bias=True), "no biases in the MLP"),
-        ("stablelm", tiny_spec(residual="parallel"), "runs both in parallel"),
-        ("stablelm", with_attention(query_key_norm=Norm(kind="layer", epsilon=1e-5)),
-         "norms on queries and keys"),
-        ("mistral", tiny_spec(is_tied=True), "an output head of its own"),
-        ("gemma2", tiny_spec(), "the embedding as output head"),
-        ("gemma2", replace(with_attention(softmax_scale=1 / 12), is_tied=True),
+        ("phi", changed("phi", has_head_bias=False), "has biases on logits"),
+        ("stablelm", changed("stablelm", residual="parallel"), "runs both in parallel"),
+        ("stablelm", changed("stablelm", query_key_norm=LAYER), "norms on queries and keys"),
+        ("olmo2", changed("olmo2", head_norms="alike"), "norms on queries and keys"),
+        ("qwen3", changed("qwen3", query_key_norm=replace(RMS, epsilon=1e-5)), "has two"),
+        ("phi", changed("phi", is_tied=True), "an output head of its own"),
+        ("gemma2", changed("gemma2", is_tied=False), "the embedding as output head"),
+        ("gemma2", changed("gemma2", softmax_scale=1 / 12),
          "multiplies scores by 0.2500, the checkpoint by 0.0833"),
-        ("phi3", with_attention(heads=2, softmax_scale=0.25),
+        ("phi3", changed("phi3", layers=PART, heads=2),
          "splits a hidden width of 64 among 2"),
+        ("hyperclovax", tiny_spec(has_post_norms=True), "does not normalize what attention"),
+        ("exaone4", changed("olmo2", query_key_norm=None), "norms on queries and keys"),
+        ("llama", tiny_spec(norm=LAYER, activation="relu2"), "has RMS norms without biases, the"),
+        ("llama", tiny_spec(activation="gelu_tanh"), "computes silu with a gate in the MLP"),
+        ("arcee", tiny_spec(activation="relu2", is_gated=False), "relu2 without a gate"),
+        ("nemotron", changed("nemotron", norm=LAYER), "adds 1 to the weights of its norms"),
+        ("gemma", changed("gemma", embedding_scale=1.0), "multiplies embeddings by 8.0000"),
+        ("vaultgemma", changed("gemma", attn_logit_softcap=50.0), "caps neither scores nor logits"),
     ],
 )  # fmt: skip
 def test_what_mlc_computes_otherwise_is_refused_in_one_sentence(architecture, spec, words):
@@ -232,7 +305,7 @@ def test_a_layout_refuses_too_before_anything_is_written(tmp_path):
 
 def test_a_cap_on_scores_is_left_out_told_and_counted():
     spec = with_attention(attn_logit_softcap=50.0)
-    assert decoders.computed(spec).attention.attn_logit_softcap is None
+    assert decoders.computed("gemma2", spec).attention.attn_logit_softcap is None
     (note,) = decoders.notes(spec)
     assert "leaves out the cap of 50 on attention scores" in note
     assert list(decoders.notes(tiny_spec())) == []
@@ -249,11 +322,18 @@ def test_the_context_is_the_models_own_where_mlc_computes_all_of_it():
 def test_a_window_ends_the_context_since_mlc_leaves_it_out():
     rope = Rope(width=16, theta=1e4)
     spec = tiny_spec(layers=(Layer(rope=rope), Layer(rope=rope, window_tokens=100)))
-    limit = decoders.context_limit("gemma2", spec)
+    limit = decoders.context_limit("llama", spec)
     assert limit.tokens == 100
     assert "leaves the window out" in limit.reason
     wide = tiny_spec(layers=(Layer(rope=rope, window_tokens=4096),))
     assert decoders.context_limit("phi3", wide).tokens == 512
+
+
+def test_queries_that_grow_end_the_context_where_they_begin_to():
+    spec = with_attention(query_growth=QueryGrowth(rate=0.1, step_tokens=128))
+    limit = decoders.context_limit("ministral3", spec)
+    assert (limit.tokens, limit.reason) == (128, "MLC's llama model lets no queries grow")
+    assert decoders.computed("llama", spec) == tiny_spec()
 
 
 def test_longrope_ends_where_the_long_factors_would_begin():

@@ -62,6 +62,50 @@ SMOLLM = replace(  # SmolLM2-360M
     attention=Attention(heads=15, num_kv_heads=5, head_dim=64, softmax_scale=0.125),
 )
 
+GEMMA = DecoderSpec(  # Gemma 2B
+    vocab_size=256000,
+    hidden_size=2048,
+    intermediate_size=16384,
+    context_tokens=8192,
+    layers=(Layer(rope=Rope(width=256, theta=10_000.0)),) * 18,
+    attention=Attention(heads=8, num_kv_heads=1, head_dim=256, softmax_scale=1 / 16),
+    norm=Norm(kind="rms", epsilon=1e-6, unit_offset=True),
+    activation="gelu_tanh",
+    embedding_scale=2048**0.5,
+    is_tied=True,
+)
+OLMO = DecoderSpec(  # OLMo-2-0425-1B
+    vocab_size=100352,
+    hidden_size=2048,
+    intermediate_size=8192,
+    context_tokens=4096,
+    layers=(Layer(rope=Rope(width=128, theta=500_000.0)),) * 16,
+    attention=Attention(
+        heads=16, num_kv_heads=16, head_dim=128, softmax_scale=128**-0.5,
+        query_key_norm=Norm(kind="rms", epsilon=1e-6), head_norms="together",
+    ),
+    norm=Norm(kind="rms", epsilon=1e-6),
+    has_pre_norms=False,
+    has_post_norms=True,
+)  # fmt: skip
+PHI = DecoderSpec(  # Phi-2
+    vocab_size=51200,
+    hidden_size=2560,
+    intermediate_size=10240,
+    context_tokens=2048,
+    layers=(Layer(rope=Rope(width=32, theta=10_000.0)),) * 32,
+    attention=Attention(
+        heads=32, num_kv_heads=32, head_dim=80, softmax_scale=80**-0.5, has_qkv_bias=True,
+        has_output_bias=True,
+    ),
+    norm=Norm(kind="layer", epsilon=1e-5, has_bias=True),
+    activation="gelu_tanh",
+    residual="parallel",
+    is_gated=False,
+    has_mlp_bias=True,
+    has_head_bias=True,
+)  # fmt: skip
+
 
 def found_for(checkpoint, scheme):
     """Return the library for a model, which there must be."""
@@ -88,6 +132,10 @@ def checkpoint(tmp_path):
         ("qwen2", QWEN, "q0f32", "Qwen2-0.5B-Instruct-q0f32_cs1k-webgpu.wasm"),
         ("llama", LLAMA, "q4f32_1", "Llama-3.2-1B-Instruct-q4f32_1_cs1k-webgpu.wasm"),
         ("llama", SMOLLM, "q4f16_1", "SmolLM2-360M-Instruct-q4f16_1_cs1k-webgpu.wasm"),
+        ("gemma", GEMMA, "q4f16_1", "gemma-2b-it-q4f16_1_cs1k-webgpu.wasm"),
+        ("olmo2", OLMO, "q4f32_1", "OLMo-2-0425-1B-Instruct-q4f32_1_cs1k-webgpu.wasm"),
+        ("phi", PHI, "q4f16_1", "phi-2-q4f16_1_cs1k-webgpu.wasm"),
+        ("exaone", LLAMA, "q4f16_1", "Llama-3.2-1B-Instruct-q4f16_1_cs1k-webgpu.wasm"),
     ],
 )
 def test_a_fine_tune_takes_the_library_of_its_base(checkpoint, architecture, spec, scheme, name):

@@ -39,6 +39,12 @@ READ_OTHERWISE = {
     "mistral": (26, "cuts text before it merges"),
     "phi3": (26, "cuts text before it merges"),
 }
+# Types that clients know for what they are, and of those that are Llamas to them some whose graphs
+# have operators of their own. ONNX Runtime GenAI and transformers.js opened all kinds once.
+LLAMAS = ("apertus", "exaone4-windows", "granite4", "hunyuan", "ministral3", "olmo2", "phi")
+KINDS = [
+    name for name, case in TINY.items() if case.model_type in clients._KNOWN_TYPES or name in LLAMAS
+]
 OPTIMUM_INPUTS = ["input_ids", "attention_mask", "position_ids"]
 CUT_VOICES = [voice for voice, (_, cause) in READ_OTHERWISE.items() if cause.startswith("cuts")]
 
@@ -140,6 +146,33 @@ def test_the_settings_of_the_checkpoint_are_those_of_the_artifact(tmp_path):
     assert found["tokenizer_config.json"]["chat_template"] == checkpoint.text.chat_template
 
 
+UNKNOWN = {"model_type": "acme", "n_layer": 2, "bos_token_id": 7, "pad_token_id": -1}
+
+
+def settings_of_unknown(directory):
+    checkpoint = replace(_tiny_checkpoint(directory), architecture="acme", config=UNKNOWN)
+    found = clients.transformers_files(checkpoint, tensor_types.RECIPES["F32"], data_files=1)
+    return checkpoint.spec, found["config.json"]
+
+
+def test_a_decoder_that_clients_do_not_know_is_a_llama_to_them(tmp_path):
+    _, config = settings_of_unknown(tmp_path)
+    assert (config["model_type"], config["bos_token_id"]) == ("llama", 7)
+    assert config.keys().isdisjoint({"n_layer", "pad_token_id"})  # which is none of the model's
+    assert config["transformers.js_config"]["dtype"] == "fp32"
+
+
+@pytest.mark.toolchain
+def test_transformers_reads_that_llama_in_the_sizes_of_the_graph(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    spec, config = settings_of_unknown(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read, attention = transformers.AutoConfig.from_pretrained(tmp_path), spec.attention
+    assert (read.vocab_size, read.num_hidden_layers) == (spec.vocab_size, len(spec.layers))
+    assert (read.num_key_value_heads, read.head_dim) == (attention.num_kv_heads, attention.head_dim)
+    assert read.hidden_size // read.num_attention_heads == read.head_dim  # as Optimum asks for it
+
+
 @pytest.mark.toolchain
 def test_transformers_reads_a_bundles_text_as_its_tokenizer_json_says(tmp_path):
     """For the class that Llama 2's files name, it would put the tokenizer together anew."""
@@ -193,7 +226,7 @@ def test_a_tokenizer_that_transformers_5_saved_is_named_as_4_knows_it(tmp_path):
 @pytest.mark.toolchain
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    [*((name, "F32") for name in TINY),
+    [*((name, "F32") for name in KINDS),
      *(("llama", recipe) for recipe in ("INT8", "UINT4", "F16_GPU", "UINT4_GPU"))],
 )  # fmt: skip
 def test_onnx_runtime_genai_writes_the_same_answer(name, recipe, genai, checkpoints, tmp_path):
@@ -379,9 +412,13 @@ def positions_of(mask):
 
 @pytest.mark.toolchain
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["llama", "odd-head-width", "gemma2", "phi4-mini"])
+@pytest.mark.parametrize(
+    ("name", "longest"),
+    [("llama", 40), ("odd-head-width", 40), ("gemma2", 40), ("phi4-mini", 40),
+     ("exaone4-windows", 40), ("ministral3", 90)],
+)  # fmt: skip
 def test_each_text_of_a_batch_is_read_as_alone_wherever_it_is_filled_up(
-    name, side, checkpoints, tmp_path
+    name, longest, side, checkpoints, tmp_path
 ):
     onnxruntime = pytest.importorskip("onnxruntime")
     transformers_logits = pytest.importorskip("edgekit.proof.transformers_logits")
@@ -390,7 +427,7 @@ def test_each_text_of_a_batch_is_read_as_alone_wherever_it_is_filled_up(
     path, _ = export(checkpoint, tmp_path)
     graph = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     random = np.random.default_rng(3)
-    texts = [random.integers(0, 300, tokens).tolist() for tokens in (40, 7, 23)]
+    texts = [random.integers(0, 300, tokens).tolist() for tokens in (longest, 7, 23)]
     expected = list(transformers_logits.logits(checkpoint, texts))
     assert len(expected) == len(texts)
     # All but the last three are read at once, those one by one.

@@ -199,8 +199,8 @@ def test_the_onnx_package_reads_what_was_written(made):
     assert proto.SerializeToString() != b""
     for weight in proto.graph.initializer:
         values = onnx.numpy_helper.to_array(weight)
-        if weight.name == "layers.1.gate":
-            np.testing.assert_array_equal(values, made.checkpoint.weight("layers.1.gate"))
+        if weight.name == "layers.1.up":
+            np.testing.assert_array_equal(values, made.checkpoint.weight("layers.1.up"))
             return
     pytest.fail("the gate of layer 1 is not there")
 
@@ -274,6 +274,20 @@ def test_yarn_is_computed_past_its_original_context(fields, tmp_path):
     made = make(tmp_path, "qwen3", rope_parameters=YARN | fields)
     ids = next(made.chunks())
     assert len(ids) > YARN["original_max_position_embeddings"]
+    (expected,) = transformers_logits.logits(made.checkpoint, [ids])
+    session = made.open()
+    assert compare(expected, session.all_logits(ids), ids).mean_kl_nats <= MAX_KL_NATS
+    session.close()
+
+
+def test_queries_grow_at_every_multiple_of_a_length_that_no_number_of_digits_holds(tmp_path):
+    """A seventh of the context: its inverse is rounded."""
+    original = {"original_max_position_embeddings": 7, "llama_4_scaling_beta": 0.5}
+    made = make(tmp_path, "ministral3", rope_parameters=YARN | original)
+    growth = made.checkpoint.spec.attention.query_growth
+    assert growth is not None
+    assert growth.step_tokens == 7
+    ids = next(made.chunks())
     (expected,) = transformers_logits.logits(made.checkpoint, [ids])
     session = made.open()
     assert compare(expected, session.all_logits(ids), ids).mean_kl_nats <= MAX_KL_NATS

@@ -16,6 +16,7 @@ from edgekit.formats import BuildRequest
 from edgekit.formats.onnx import model, running, writing
 from edgekit.runtime.generate import Sampling, generate
 from edgekit.source import opening
+from edgekit.tests.formats.onnx.test_clients import KINDS
 from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import TINY, write_tiny_checkpoint
 from edgekit.tests.tiny.tokenizers import VOICES
@@ -38,7 +39,7 @@ TIMEOUT_S = 400  # where many share the processor
 
 WIDE = "llama-wide"  # whose rows fill every block, so that a recipe is what it says
 SIZES = {WIDE: {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}}
-CASES = [*((kind, "F32") for kind in TINY), *((WIDE, recipe) for recipe in ONNX.RECIPES)]
+CASES = [*((kind, "F32") for kind in KINDS), *((WIDE, recipe) for recipe in ONNX.RECIPES)]
 DEMO_RECIPE = "UINT4"
 
 
@@ -193,7 +194,7 @@ def test_transformers_js_continues_in_node_as_edgekit_does(kind, recipe, in_node
     assert in_node[bundle.directory.name]["continuation"] == continuation(bundle)
 
 
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kind", KINDS)
 def test_transformers_js_continues_texts_together_as_alone(kind, in_node, exports):
     """But for what it writes past the end of one, until the last has ended."""
     said = in_node[exports.bundle(kind).directory.name]
@@ -220,7 +221,7 @@ def test_transformers_js_continues_in_a_browser_as_the_unrounded_graph(
 
 @pytest.mark.parametrize("voice", VOICES)
 def test_transformers_js_reads_and_writes_text_as_edgekit_does(voice, client, exports):
-    kind = next(name for name, case in TINY.items() if case.voice == voice)
+    kind = next(name for name in KINDS if TINY[name].voice == voice)
     bundle = exports.bundle(kind)
     found, text = client[bundle.directory.name], text_of(bundle)
     assert found["prompts"] == [text.render(conversation) for conversation in sayable(bundle)]
@@ -313,7 +314,8 @@ def test_the_demo_answers_in_a_browser(demo):
 
 
 KINDS_ON_WEBGPU = (
-    "llama", "qwen3", "phi4-mini", "gemma3", "stablelm-12b", "smollm3-pattern",
+    "llama", "qwen3", "phi4-mini", "gemma3", "stablelm-12b", "smollm3-pattern", "olmo2", "phi",
+    "apertus", "ministral3",
 )  # fmt: skip
 CAPPED = ("gemma2", "gemma2-wide-heads")  # attention with capped scores
 ON_WEBGPU = [
