@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from edgekit.formats.executorch.arithmetic import RELU2_OPERATORS, XIELU_OPERATORS
+from edgekit.formats.executorch.backends.vulkan.decoder import query_factor
 from edgekit.formats.executorch.tensor_types import ALIGNMENT, Part, has_pairs
 from edgekit.model.spec import DecoderSpec
 
@@ -30,8 +32,14 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part]) -> int:
 
 def operators(spec: DecoderSpec) -> int:
     """Return how many operators Vulkan gets, as `decoder` has them, the head's once."""
-    rms = {"serial": 2, "parallel": 1}[spec.residual] + 2 * spec.has_post_norms
-    layer = rms + 7 + 4 + 1 + (2 if spec.attention.query_key_norm else 0)
-    layer += 2 + (2 if spec.activation == "silu" else 1) + 1  # residuals, the MLP's products
+    a = spec.attention
+    norms = {"serial": 2, "parallel": 1}[spec.residual] * spec.has_pre_norms
+    norms += 2 * spec.has_post_norms
+    if a.query_key_norm:
+        norms += 2 * (3 if a.head_norms == "together" else 1)  # joined, and split again
+    bent = {"silu": 2, "gelu_tanh": 1, "relu2": RELU2_OPERATORS, "xielu": XIELU_OPERATORS}
+    scales = sum(it is not None for it in (a.query_growth, query_factor(spec)))
+    layer = norms + 4 + scales + 4 + 1  # attention's matrices, its views, attention itself
+    layer += 2 + bent[spec.activation] + (4 if spec.is_gated else 2)  # residuals, the MLP
     turned = sum(layer.rope is not None for layer in spec.layers)
     return len(spec.layers) * layer + turned + 4  # positions, the last token, its norm, the head

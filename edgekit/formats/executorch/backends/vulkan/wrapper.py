@@ -84,7 +84,9 @@ class VulkanDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
             for rope in decoder.ropes(self.spec)
             for wave in waves[rope]
         )
-        (logits,) = self.inner(rows[None], *both, positions)
+        growth = self.positions.growth(positions)
+        grown = () if growth is None else (growth[None],)
+        (logits,) = self.inner(rows[None], *both, *grown, positions)
         return logits
 
     def _within(self, input_pos: Tensor) -> Tensor:
