@@ -53,6 +53,7 @@ class Config:
         self._fields = fields
         self._origin = origin
         self._read = set(NEUTRAL)
+        self._older: dict[str, str] = {}
 
     @property
     def origin(self) -> str:
@@ -62,13 +63,35 @@ class Config:
     def __contains__(self, name: str) -> bool:
         return name in self._fields
 
+    def accept(self, **older: str) -> None:
+        """Name what fields were called before: the older name counts where the newer is absent.
+
+        Raises:
+            UsageError: If both are there and disagree.
+        """
+        for name, before in older.items():
+            if name in self and before in self and self._fields[name] != self._fields[before]:
+                raise UsageError(
+                    f"{self._origin}: {name} = {self._fields[name]!r} and {before} = "
+                    f"{self._fields[before]!r} are the same field and differ"
+                )
+            self._read.add(before)
+        self._older |= older
+
+    def _spelled(self, name: str) -> str:
+        """Return the name that a field has here, and take it for read."""
+        before = self._older.get(name, name)
+        found = before if name not in self._fields and before in self._fields else name
+        self._read.add(found)
+        return found
+
     def get(self, name: str, default: T) -> T:
         """Return a field, or ``default`` where it is absent or null.
 
         Raises:
             UsageError: If the field has another type than ``default``.
         """
-        self._read.add(name)
+        name = self._spelled(name)
         value: Any = self._fields.get(name)
         if value is None:
             return default
@@ -83,7 +106,7 @@ class Config:
         Raises:
             UsageError: If it is absent, no integer, or not between 1 and ``most``.
         """
-        self._read.add(name)
+        name = self._spelled(name)
         value = self._fields.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
             raise UsageError(
@@ -93,7 +116,7 @@ class Config:
 
     def optional_integer(self, name: str, *, absent: int | None = None) -> int | None:
         """Return a positive integer, None where it is null, ``absent`` where it is not there."""
-        self._read.add(name)
+        name = self._spelled(name)
         if name not in self._fields:
             return absent
         return None if self._fields[name] is None else self.integer(name)
@@ -104,7 +127,7 @@ class Config:
         Raises:
             UsageError: If it is not a finite number above zero, or absent without a default.
         """
-        self._read.add(name)
+        name = self._spelled(name)
         value: Any = self._fields.get(name)
         if value is None:
             value = default
@@ -115,7 +138,7 @@ class Config:
 
     def optional_number(self, name: str, *, absent: float | None = None) -> float | None:
         """Return a positive number, None where it is null, ``absent`` where it is not there."""
-        self._read.add(name)
+        name = self._spelled(name)
         if name not in self._fields:
             return absent
         return None if self._fields[name] is None else self.number(name)
@@ -135,7 +158,7 @@ class Config:
             UsageError: If one is present with another value.
         """
         for name, only in fields.items():
-            self._read.add(name)
+            name = self._spelled(name)  # noqa: PLW2901 - the same field
             value = self._fields.get(name)
             if value is not None and value != only:
                 raise UsageError(

@@ -3,12 +3,12 @@
 A field that is absent has the value transformers gives it, which differs by family: `Defaults`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from edgekit.errors import UsageError
-from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope
+from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope, Source
 from edgekit.source.config import Config
 
 
@@ -111,8 +111,9 @@ def read_layer_kinds(config: Config, otherwise: Sequence[LayerKind]) -> list[Lay
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise UsageError(
-                f"{config.origin}: a layer of type {kind!r} is not supported",
-                hint="full_attention, sliding_attention",
+                f"{config.origin}: layer_types has {kind!r}, and layers of that type are not "
+                "supported",
+                hint="supported: full_attention, sliding_attention",
             )
     return kinds
 
@@ -167,3 +168,27 @@ def write_layer_kinds(spec: DecoderSpec) -> dict[str, Any]:
             "full_attention" if window is None else "sliding_attention" for window in windows
         ],
     }
+
+
+def shortest(guess: float, is_right: Callable[[float], bool]) -> float:
+    """Return the shortest decimal near ``guess`` that is right; ``guess`` if none is.
+
+    A config says 0.015625 where a decoder has what that makes of a head's width.
+    """
+    candidates = (float(f"{guess:.{digits}g}") for digits in range(1, 18))
+    return next(filter(is_right, candidates), guess)
+
+
+def side_by_side(source: Source, role: str, spec: DecoderSpec) -> Source:
+    """Return a source of a family that rotates neighbouring channels together."""
+    return replace(source, neighbours=spec.rotated_pairs(role))
+
+
+def fused_mlp(role: str, spec: DecoderSpec, *, tensor: str) -> Source | None:
+    """Return where gate and up live if both are in one ``tensor`` of a layer, gate first."""
+    layer, _, part = role.rpartition(".")
+    width = spec.intermediate_size
+    first_rows = {"gate": 0, "up": width}
+    if part not in first_rows:
+        return None
+    return Source(f"model.{layer}.{tensor}.weight", first_rows[part], width)

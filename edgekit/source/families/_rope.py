@@ -66,6 +66,46 @@ def _section(config: Config) -> Config:
     return config.section("rope_scaling") if config.get("rope_scaling", dict[str, Any]()) else newer
 
 
+def read_ropes_of_kinds(
+    config: Config, head_dim: int, *, full_theta: float, sliding_theta: float
+) -> tuple[Rope, Rope]:
+    """Read the rope of the layers that see everything, and of those with a window.
+
+    The older layout has a scaling for the first alone.
+
+    Args:
+        config: The whole config.
+        head_dim: Channels of a head, all of which rotate.
+        full_theta: Of the first, where their object does not say.
+        sliding_theta: Of the others.
+    """
+    both = config.section("rope_parameters")
+    full, sliding = both.section("full_attention"), both.section("sliding_attention")
+    if config.get("rope_scaling", dict[str, Any]()):
+        full = config.section("rope_scaling")
+    context = config.integer("max_position_embeddings")
+    ropes = []
+    for fields, theta in ((full, full_theta), (sliding, sliding_theta)):
+        # transformers 5 looks for it next to the kinds, where it is refused.
+        fields.expect(truncate=True)
+        ropes.append(read_fields(fields, width=head_dim, theta=theta, context_tokens=context))
+        fields.refuse_unread()
+    both.refuse_unread()
+    return ropes[0], ropes[1]
+
+
+def write_ropes_of_kinds(spec: DecoderSpec) -> dict[str, Any]:
+    """Return the fields that `read_ropes_of_kinds` reads."""
+    kinds = {
+        "sliding_attention" if layer.window_tokens else "full_attention": write_fields(rope)
+        for layer in spec.layers
+        if (rope := layer.rope)
+    }
+    for fields in kinds.values():
+        fields.pop("truncate", None)
+    return {"rope_parameters": kinds}
+
+
 def read_fields(
     fields: Config,
     *,

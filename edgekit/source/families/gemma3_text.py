@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from edgekit.model.spec import DecoderSpec, Layer, Rope
+from edgekit.model.spec import DecoderSpec, Layer
 from edgekit.source.config import Config
 from edgekit.source.families import _common, _rope, gemma2
 
@@ -37,37 +37,20 @@ def _read_layers(config: Config, spec: DecoderSpec) -> tuple[Layer, ...]:
         "sliding_attention" if (index + 1) % pattern else "full_attention"
         for index in range(len(spec.layers))
     ]
-    slow, fast = _read_ropes(config, spec.attention.head_dim)
+    slow, fast = _rope.read_ropes_of_kinds(
+        config,
+        spec.attention.head_dim,
+        full_theta=config.number("rope_theta", GLOBAL_THETA),
+        sliding_theta=config.number("rope_local_base_freq", LOCAL_THETA),
+    )
     return tuple(
         replace(layer, rope=slow if layer.window_tokens is None else fast)
         for layer in gemma2.read_windows(config, spec, kinds)
     )
 
 
-def _read_ropes(config: Config, head_dim: int) -> tuple[Rope, Rope]:
-    """Return the rope of the layers without a window, and of those with one."""
-    both = config.section("rope_parameters")
-    slow, fast = both.section("full_attention"), both.section("sliding_attention")
-    if config.get("rope_scaling", dict[str, Any]()):
-        slow = config.section("rope_scaling")
-    context = config.integer("max_position_embeddings")
-    global_theta = config.number("rope_theta", GLOBAL_THETA)
-    local_theta = config.number("rope_local_base_freq", LOCAL_THETA)
-    ropes = (
-        _rope.read_fields(slow, width=head_dim, theta=global_theta, context_tokens=context),
-        _rope.read_fields(fast, width=head_dim, theta=local_theta, context_tokens=context),
-    )
-    for fields in (slow, fast, both):
-        fields.refuse_unread()
-    return ropes
-
-
 def config(spec: DecoderSpec) -> dict[str, Any]:
     """Return the Gemma 3 text config of a decoder."""
     fields = gemma2.write(spec, model_type="gemma3_text", architecture="Gemma3ForCausalLM")
-    ropes = {
-        "sliding_attention" if layer.window_tokens else "full_attention": _rope.write_fields(rope)
-        for layer in spec.layers
-        if (rope := layer.rope)
-    }
-    return fields | {"rope_parameters": ropes, "final_logit_softcapping": spec.final_logit_softcap}
+    cap = {"final_logit_softcapping": spec.final_logit_softcap}
+    return fields | _rope.write_ropes_of_kinds(spec) | cap

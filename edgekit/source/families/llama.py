@@ -1,5 +1,6 @@
 """Llama: Llama 2 and 3.x, TinyLlama, SmolLM and SmolLM2."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +18,15 @@ SIZES = _common.sizes(
 
 def describe(config: Config) -> DecoderSpec:
     """Read a Llama config."""
+    return read_biased(config, DEFAULTS)
+
+
+def read_biased(
+    config: Config, defaults: _common.Defaults, *, rope_theta: float = 10_000.0
+) -> DecoderSpec:
+    """Read a Llama with biases where the config says so."""
     has_bias = config.get("attention_bias", default=False)
-    spec = read(config, DEFAULTS)
+    spec = read(config, defaults, rope_theta=rope_theta)
     return replace(
         spec,
         attention=replace(spec.attention, has_qkv_bias=has_bias, has_output_bias=has_bias),
@@ -75,6 +83,7 @@ OUTER_TENSORS = {
     "final_norm": "model.norm.weight",
     "final_norm_bias": "model.norm.bias",
     "output_head": "lm_head.weight",
+    "output_head_bias": "lm_head.bias",
 }
 
 
@@ -84,9 +93,22 @@ def source(role: str, spec: DecoderSpec) -> Source:
     return locate(role, TENSORS)
 
 
-def locate(role: str, tensors: dict[str, str]) -> Source:
-    """Return the whole tensor of a role, by the names that ``tensors`` gives a layer's parts."""
-    if role in OUTER_TENSORS:
-        return Source(OUTER_TENSORS[role])
+def locate(
+    role: str,
+    tensors: Mapping[str, str],
+    *,
+    outer: Mapping[str, str] = OUTER_TENSORS,
+    layers: str = "model.layers",
+) -> Source:
+    """Return the whole tensor of a role.
+
+    Args:
+        role: Of `DecoderSpec.weights`.
+        tensors: The names of a layer's parts.
+        outer: Those of what no layer has.
+        layers: What holds the layers.
+    """
+    if role in outer:
+        return Source(outer[role])
     _, layer, part = role.split(".")
-    return Source(f"model.layers.{layer}.{tensors[part]}")
+    return Source(f"{layers}.{layer}.{tensors[part]}")

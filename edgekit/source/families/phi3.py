@@ -49,7 +49,7 @@ def config(spec: DecoderSpec) -> dict[str, Any]:
 def source(role: str, spec: DecoderSpec) -> Source:
     """Return where a weight lives: queries, keys and values share a tensor, gate and up another."""
     layer, _, part = role.rpartition(".")
-    attention, mlp = f"model.{layer}.self_attn.qkv_proj.weight", f"model.{layer}.mlp.gate_up_proj"
+    attention = f"model.{layer}.self_attn.qkv_proj.weight"
     wide, narrow = spec.attention.query_width, spec.attention.key_value_width
     match part:
         case "query":
@@ -58,9 +58,6 @@ def source(role: str, spec: DecoderSpec) -> Source:
             return Source(attention, wide, narrow)
         case "value":
             return Source(attention, wide + narrow, narrow)
-        case "gate":
-            return Source(f"{mlp}.weight", 0, spec.intermediate_size)
-        case "up":
-            return Source(f"{mlp}.weight", spec.intermediate_size, spec.intermediate_size)
         case _:
-            return llama.source(role, spec)
+            fused = _common.fused_mlp(role, spec, tensor="mlp.gate_up_proj")
+            return fused or llama.source(role, spec)

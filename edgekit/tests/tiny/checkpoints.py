@@ -59,6 +59,14 @@ _TIED = {"tie_word_embeddings": True}
 _STRETCHED = {"max_position_embeddings": 512, "original_max_position_embeddings": 256}
 _GEMMA = _TIED | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW_TOKENS}
 
+_MUP = {
+    "embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.6,
+}  # fmt: skip
+_DENSE_GRANITE4 = _MUP | {
+    "logits_scaling": 6.0, "shared_intermediate_size": 112, "num_local_experts": 0,
+    "num_experts_per_tok": 0, "layer_types": ["full_attention"] * 3, "mamba_n_heads": 4,
+}  # fmt: skip
+
 TINY: dict[str, TinyCase] = {
     "llama": TinyCase(model_type="llama", voice="smollm", fields=_TIED),
     "llama3-rope-tied": TinyCase(
@@ -142,6 +150,44 @@ TINY: dict[str, TinyCase] = {
     ),
     "smollm3-pattern": TinyCase(
         model_type="smollm3", voice="smollm3", fields=_TIED | {"no_rope_layers": [0, 1, 1]}
+    ),
+    "gemma-2b": TinyCase(
+        model_type="gemma", voice="gemma",
+        fields=_TIED | {"head_dim": 24, "num_key_value_heads": 1, "hidden_act": "gelu"},
+    ),
+    "gemma-7b": TinyCase(
+        model_type="gemma", voice="gemma", fields=_TIED | {"head_dim": 16, "num_key_value_heads": 4}
+    ),
+    "granite": TinyCase(
+        model_type="granite", voice="smollm",
+        fields=_MUP | {"logits_scaling": 6.0, "attention_bias": True, "mlp_bias": True},
+    ),
+    "granite-tied": TinyCase(
+        model_type="granite", voice="smollm",
+        fields=_TIED | _MUP | {"logits_scaling": 6.0, "hidden_size": 72},
+    ),
+    "granite4": TinyCase(
+        model_type="granitemoehybrid", voice="llama3",
+        fields=_TIED | _DENSE_GRANITE4 | {"position_embedding_type": "rope"},
+    ),
+    "granite4-nope": TinyCase(
+        model_type="granitemoehybrid", voice="llama3",
+        fields=_DENSE_GRANITE4 | {"position_embedding_type": "nope"},
+    ),
+    "exaone": TinyCase(
+        model_type="exaone", voice="llama3", fields={"rope_parameters": _LLAMA3_ROPE}
+    ),
+    "olmo2": TinyCase(model_type="olmo2", voice="llama3"),
+    "olmo3": TinyCase(
+        model_type="olmo3", voice="llama3",
+        fields={"num_hidden_layers": 4, "sliding_window": WINDOW_TOKENS, "num_key_value_heads": 4},
+    ),
+    "olmo3-yarn": TinyCase(
+        model_type="olmo3", voice="llama3",
+        fields={"num_hidden_layers": 5, "sliding_window": WINDOW_TOKENS, "rope_parameters": {
+            "full_attention": YARN | {"rope_theta": 500_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500_000.0},
+        }},
     ),
 }  # fmt: skip
 
