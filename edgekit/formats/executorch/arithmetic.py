@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Generic, Literal, TypeVar, assert_never
 
-from edgekit.model.spec import XIELU_BETA, DecoderSpec, Norm
+from edgekit.model.spec import XIELU_BETA, DecoderSpec, Norm, Rope
 
 
 V = TypeVar("V")  # what stands for a tensor
@@ -26,6 +26,11 @@ def bias_of(role: str) -> str:
     ('layers.3.down_bias', 'output_head_bias')
     """
     return f"{'output_head' if role == 'token_embedding' else role}_bias"
+
+
+def ropes(spec: DecoderSpec) -> tuple[Rope, ...]:
+    """Return the rotations of a decoder, each once, in the order of its layers."""
+    return tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
 
 
 class Arithmetic(ABC, Generic[V]):

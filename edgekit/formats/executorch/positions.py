@@ -4,6 +4,7 @@
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
+from edgekit.formats.executorch.arithmetic import ropes
 from edgekit.model.spec import DecoderSpec, Rope
 
 
@@ -13,7 +14,7 @@ class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.query_growth = spec.attention.query_growth
-        self.ropes = list(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
+        self.ropes = ropes(spec)
         for number, rope in enumerate(self.ropes):
             self._keep(f"frequencies_{number}", frequencies(rope, text_tokens=1))
             border = rope.original_max_position_embeddings

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgekit.formats.executorch import tensor_types
-from edgekit.formats.executorch.arithmetic import SQUARES, Arithmetic, bias_of
+from edgekit.formats.executorch.arithmetic import SQUARES, Arithmetic, bias_of, ropes
 from edgekit.formats.executorch.backends.coreml.mil import Blob, FunctionWriter, Value
-from edgekit.model.spec import DecoderSpec, Norm, QueryGrowth, Rope, Shape
+from edgekit.model.spec import DecoderSpec, Norm, QueryGrowth, Shape
 
 
 if TYPE_CHECKING:
@@ -62,11 +62,6 @@ def caches(spec: DecoderSpec) -> tuple[str, ...]:
 def cache_shape(spec: DecoderSpec, context_tokens: int) -> Shape:
     """Return the shape of keys, and of values; new ones go to the second axis."""
     return spec.attention.num_kv_heads, context_tokens, spec.attention.head_dim
-
-
-def ropes(spec: DecoderSpec) -> tuple[Rope, ...]:
-    """Return the rotations of a decoder, each once, in the order of their tables."""
-    return tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
 
 
 def tables(spec: DecoderSpec) -> "Iterator[tuple[str, npt.NDArray[np.float32]]]":

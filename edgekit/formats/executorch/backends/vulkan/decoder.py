@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgekit.formats.executorch import tensor_types
-from edgekit.formats.executorch.arithmetic import Arithmetic, bias_of
+from edgekit.formats.executorch.arithmetic import Arithmetic, bias_of, ropes
 from edgekit.formats.executorch.assembly import Slice
 from edgekit.formats.executorch.backends.vulkan import limits
 from edgekit.formats.executorch.backends.vulkan.graph import ITEM_BYTES, Dtype, Value, VulkanGraph
@@ -36,11 +36,6 @@ class Delegate:
 def slice_key(key: str, first_row: int) -> str:
     """Return the key of the rows of a weight, or of its scales, that begin with this one."""
     return f"{key}@{first_row}"
-
-
-def ropes(spec: DecoderSpec) -> tuple[Rope, ...]:
-    """Return the ropes whose cosines and sines a delegate is given, in this order."""
-    return tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
 
 
 def query_factor(spec: DecoderSpec) -> float | None:

@@ -7,7 +7,7 @@ and on SmolLM2-135M. It is 0.4 % of that model's file, and known within a tenth.
 
 from collections.abc import Sequence
 
-from edgekit.formats.executorch.arithmetic import RELU2_OPERATORS, XIELU_OPERATORS
+from edgekit.formats.executorch.arithmetic import RELU2_OPERATORS, XIELU_OPERATORS, ropes
 from edgekit.formats.executorch.backends.xnnpack.attention import mixed_here
 from edgekit.formats.executorch.tensor_types import ALIGNMENT, SCALE, Part, has_pairs
 from edgekit.model.spec import DecoderSpec, Norm
@@ -15,7 +15,9 @@ from edgekit.model.spec import DecoderSpec, Norm
 
 _DELEGATE_BYTES, _OPERATOR_BYTES, _NAME_BYTES = 312, 107, 86
 _SCALES_BYTES = 42  # what a delegate says of a weight's
-_HEAD_BYTES, _LAYER_BYTES, _PART_BYTES = 9_100, 1_650, 44
+_HEAD_BYTES, _LAYER_BYTES, _PART_BYTES = 6_808, 1_650, 44
+_TURN_BYTES, _ROPE_BYTES = 1_012, 1_280  # of rotations: what they share, and each
+_GROWTH_BYTES = 1_850  # of queries
 _BORDER_BYTES = 2_100  # a choice between two rotations
 _PAIRED_BYTES = 750  # what pairs of an embedding of four bits
 _LLM_BYTES = -1_100  # fewer operators between the delegates, where they compute every layer
@@ -36,6 +38,9 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: 
         + _SCALES_BYTES * scaled
     )
     head_bytes = _HEAD_BYTES + _LAYER_BYTES * depth + _PART_BYTES * len(parts)
+    turns = len(ropes(spec))
+    head_bytes += (_TURN_BYTES if turns else 0) + _ROPE_BYTES * turns
+    head_bytes += _GROWTH_BYTES if spec.attention.query_growth else 0
     head_bytes += _BORDER_BYTES if spec.original_max_position_embeddings is not None else 0
     head_bytes += _PAIRED_BYTES if has_pairs(spec, parts) else 0
     # Fewer where some layers go without the operator, and none of them where all do.
