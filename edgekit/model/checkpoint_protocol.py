@@ -30,8 +30,9 @@ def row_chunks(
         row_multiple: What the number of rows of each chunk but the last is a multiple of.
     """
     step = max(1, weights // max(1, math.prod(shape[1:])) // row_multiple) * row_multiple
-    for first in range(0, shape[0], step):
-        yield first, min(step, shape[0] - first)
+    count = math.prod(shape[:1])  # a number without dimensions is one row
+    for first in range(0, count, step):
+        yield first, min(step, count - first)
 
 
 class Tensor(Protocol):

@@ -65,14 +65,14 @@ class StoredTensor:
         return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
     def read(self, first_row: int = 0, rows: int | None = None) -> "npt.NDArray[np.float32]":
-        """Return some rows, or all, in float32.
+        """Return some rows, or all, in float32; a number without dimensions is one row.
 
         Raises:
             UsageError: If the file became shorter.
         """
         import numpy as np
 
-        rows = self.shape[0] - first_row if rows is None else rows
+        rows = math.prod(self.shape[:1]) - first_row if rows is None else rows
         row_items = math.prod(self.shape[1:])
         stored = np.dtype(_STORED[self.dtype])
         values = np.fromfile(

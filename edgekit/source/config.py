@@ -143,6 +143,11 @@ class Config:
             return absent
         return None if self._fields[name] is None else self.number(name)
 
+    def text(self, name: str) -> str | None:
+        """Return a string, None where the field is absent, null or something else."""
+        value = self._fields.get(name)
+        return value if isinstance(value, str) else None
+
     def section(self, name: str) -> Self:
         """Return the object in a field, empty where it is absent or null.
 

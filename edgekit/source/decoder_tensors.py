@@ -1,18 +1,21 @@
 """A decoder among the tensors of a checkpoint: under which names, and with which head."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor, row_chunks
 from edgekit.model.spec import DecoderSpec
 from edgekit.source import families, names
-from edgekit.source.made_tensors import narrow
+from edgekit.source.made_tensors import narrow, stored_dtype
 from edgekit.source.names import Naming
 
 
 # Tables that older transformers stored next to the weights; they are computed, never read.
 _COMPUTED_TENSORS = ("rotary_emb.inv_freq", "self_attn.bias", "self_attn.masked_bias")
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 _EXTRA_HEADS = "mtp."  # multi-token prediction: a second, small decoder that drafts
 
 
@@ -48,6 +51,7 @@ def find(
     """
     family, untied = families.get(architecture), replace(spec, is_tied=False)
     embedding, head = ends_of(architecture, spec)
+    stored = {families.own_name(architecture, name): it for name, it in stored.items()}
     sources = (family.source(role, untied) for role, _ in untied.weights())
     inner = {name for source in sources for name in source.tensors} - {head}
     # A tied decoder may be stored with its head alone.
@@ -68,6 +72,7 @@ def find(
             beside.append(name)
         else:
             own[own_name or name] = tensor
+    own = _without_constants(own, families.constants(architecture, spec), directory)
     own, wide_notes = _narrowed(own)
     spec, own, tied_notes = _with_head(spec, own, embedding=embedding, head=head)
     return Decoder(
@@ -81,6 +86,28 @@ def find(
             *tied_notes,
         ),
     )
+
+
+def _without_constants(
+    tensors: Mapping[str, Tensor], constants: Mapping[str, float], directory: Path
+) -> dict[str, Tensor]:
+    """Take away tensors of one number that the family's decoders have built in.
+
+    Raises:
+        UsageError: If one holds another number, not rounded to bfloat16 either.
+    """
+    rest = dict(tensors)
+    for name, expected in constants.items():
+        if (tensor := rest.pop(name, None)) is None:
+            continue
+        if math.prod(tensor.shape) != 1 or stored_dtype(tensor) not in _FLOATS:
+            raise UsageError(
+                f"{name} in {directory} has shape {list(tensor.shape)} and dtype "
+                f"{stored_dtype(tensor)}, expected one number"
+            )
+        if not math.isclose(found := tensor.read().item(), expected, rel_tol=2**-8):
+            raise UsageError(f"{name} in {directory} holds {found:g}, expected {expected:g}")
+    return rest
 
 
 def ends_of(architecture: str, spec: DecoderSpec) -> tuple[str, str]:

@@ -4,6 +4,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,9 +84,12 @@ def _facts(file: GgufFile) -> Facts:
 
 
 def _family_for(spec: DecoderSpec, preferred: str) -> str:
-    """Return the first family whose config can say exactly this decoder."""
-    names = sorted(families.names(), key=lambda name: (not name.startswith(preferred), name))
-    for name in names:
+    """Return the family whose config can say exactly this decoder; of several, by its name."""
+
+    def is_alike(name: str) -> float:
+        return 1.0 if name.startswith(preferred) else SequenceMatcher(a=preferred, b=name).ratio()
+
+    for name in sorted(families.names(), key=is_alike, reverse=True):
         family = families.get(name)
         try:
             config = Config(family.config(spec), origin="the GGUF file")

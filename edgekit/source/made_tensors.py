@@ -336,3 +336,26 @@ class Zeros:
 
         rows = self.shape[0] - first_row if rows is None else rows
         return np.zeros((rows, *self.shape[1:]), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number, as a tensor without dimensions; reading gives one row."""
+
+    value: float
+
+    @property
+    def shape(self) -> Shape:
+        """None."""
+        return ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Nothing: it comes from no file."""
+        return 0
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "Values":
+        """Return it in float32, shape ``(1,)``."""
+        import numpy as np
+
+        return np.full(1, self.value, dtype=np.float32)[first_row:rows]

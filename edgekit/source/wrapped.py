@@ -18,11 +18,23 @@ _SECTIONS = ("text_config", "llm_config", "language_config")
 # What transformers 5.24 takes where the section does not say what it is: ``text_config`` in
 # configuration_<wrapper>.py.
 _TEXT_TYPES = {
-    "aya_vision": "cohere2", "gemma3": "gemma3_text", "internvl": "qwen2", "llava": "llama",
-    "llava_next": "llama", "llava_next_video": "llama", "llava_onevision": "qwen2",
-    "mistral3": "mistral", "paligemma": "gemma", "smolvlm": "llama", "video_llava": "llama",
+    "aya_vision": "cohere2",
+    "cohere2_vision": "cohere2",
+    "exaone4_5": "exaone4",
+    "gemma3": "gemma3_text",
+    "hyperclovax_vision_v2": "hyperclovax",
+    "internvl": "qwen2",
+    "llava": "llama",
+    "llava_next": "llama",
+    "llava_next_video": "llama",
+    "llava_onevision": "qwen2",
+    "mistral3": "mistral",
+    "smolvlm": "llama",
+    "video_llava": "llama",
     "vipllava": "llama",
-}  # fmt: skip
+}
+# Wrappers that change what their decoder does with text alone.
+_OTHER_ATTENTION = {"paligemma": "a prompt is read in both directions"}  # fmt: skip
 # Fields that a wrapper may keep for its decoder; one in the section counts before.
 _SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype",
            "torch_dtype", "quantization_config", "transformers_version")  # fmt: skip
@@ -49,6 +61,8 @@ def text_model(config: dict[str, Any], *, origin: str) -> TextModel:
     if section is None:
         return TextModel(fields=config)
     wrapper = str(config.get("model_type"))
+    if reason := _OTHER_ATTENTION.get(wrapper):
+        raise UsageError(f"{origin}: models of type {wrapper!r} are not supported: {reason}")
     own: Mapping[str, Any] = config[section]
     architecture = own.get("model_type") or _TEXT_TYPES.get(wrapper)
     if architecture not in families.names():

@@ -25,7 +25,7 @@ from edgekit.quant.rounding import bfloat16
 from edgekit.source import families
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.source.config import Config
-from edgekit.source.made_tensors import stored_dtype
+from edgekit.source.made_tensors import Number, stored_dtype
 
 
 if TYPE_CHECKING:
@@ -101,14 +101,17 @@ def _entries(checkpoint: Checkpoint, precision: StoredPrecision | None) -> list[
     names = dict.fromkeys(
         name for role, _ in spec.weights() for name in family.source(role, spec).tensors
     )
-    return [
+    entries = [
         _Entry(
-            name=name,
+            name=families.stored_name(checkpoint.architecture, name),
             tensor=checkpoint.tensors[name],
             dtype=precision.upper() if precision else stored_dtype(checkpoint.tensors[name]),
         )
         for name in names
     ]
+    dtype = _main_dtype(entries)
+    constants = families.constants(checkpoint.architecture, spec).items()
+    return entries + [_Entry(name=name, tensor=Number(it), dtype=dtype) for name, it in constants]
 
 
 def _main_dtype(entries: Sequence[_Entry]) -> str:

@@ -126,7 +126,7 @@ def _open(base: Checkpoint, directory: Path) -> _Fit:
         return _open_for_peft(base, settings, path)
     stored = _read_file(path)
     naming = _naming({_parse(key, path)[0] for key in stored}, base)
-    keys = {key: _own_key(key, path, naming) for key in stored}
+    keys = {key: _own_key(key, path, naming, base.architecture) for key in stored}
     named = {own: stored[key] for key, own in keys.items() if own is not None}
     if len(named) < sum(own is not None for own in keys.values()):
         raise UsageError(f"{path} holds a tensor twice, with and without a wrapper in its name")
@@ -213,7 +213,7 @@ def _open_mlx(base: Checkpoint, directory: Path) -> _Fit:
     others = []
     for key, tensor in stored.items():
         module, kind = mlx.split(key, path)
-        own = naming.own(module)
+        own = naming.own(families.own_name(base.architecture, module))
         if own is None:
             others.append(module)
             continue
@@ -237,7 +237,8 @@ def _open_mlx(base: Checkpoint, directory: Path) -> _Fit:
 def _naming(modules: set[str], base: Checkpoint) -> Naming:
     head = ends_of(base.architecture, base.spec)[1].removesuffix(".weight")
     inner = {name.rpartition(".")[0] for name in base.tensors} - {head}
-    return names.find(modules, base=inner, head=head)
+    own = {families.own_name(base.architecture, module) for module in modules}
+    return names.find(own, base=inner, head=head)
 
 
 def _read_file(path: Path, *dtypes: str) -> dict[str, Tensor]:
@@ -254,10 +255,10 @@ def _read_file(path: Path, *dtypes: str) -> dict[str, Tensor]:
     return stored
 
 
-def _own_key(key: str, path: Path, naming: Naming) -> str | None:
+def _own_key(key: str, path: Path, naming: Naming, architecture: str) -> str | None:
     """Return PEFT's own name of a tensor; None if it is not the decoder's."""
     module, _ = _parse(key, path)
-    own = naming.own(module)
+    own = naming.own(families.own_name(architecture, module))
     return None if own is None else PREFIX + own + bare(key).removeprefix(module)
 
 

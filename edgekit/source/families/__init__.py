@@ -20,6 +20,7 @@ class Family(Protocol):
     """What a module in this package offers."""
 
     SIZES: Mapping[str, int]  # what transformers takes where a wrapper's section is silent
+    # A module may also have STORED_NAMES, see `own_name`, and `constants`, see there.
 
     def describe(self, config: Config) -> DecoderSpec:
         """Read the whole config; whoever calls then calls ``config.refuse_unread``."""
@@ -57,3 +58,32 @@ def get(model_type: str) -> Family:
             hint=f"supported: {', '.join(names())}",
         )
     return cast("Family", importlib.import_module(f"{__name__}.{model_type}"))
+
+
+def own_name(model_type: str, stored: str) -> str:
+    """Return what transformers calls a stored tensor, or a module, of a family.
+
+    They differ where a family has ``STORED_NAMES``: parts of names in memory, and in files.
+    """
+    name = f"{stored}."
+    for own, other in getattr(get(model_type), "STORED_NAMES", {}).items():
+        name = name.replace(other, own)
+    return name.removesuffix(".")
+
+
+def stored_name(model_type: str, own: str) -> str:
+    """Undo `own_name`."""
+    name = f"{own}."
+    for part, other in getattr(get(model_type), "STORED_NAMES", {}).items():
+        name = name.replace(part, other)
+    return name.removesuffix(".")
+
+
+def constants(model_type: str, spec: DecoderSpec) -> Mapping[str, float]:
+    """Return the stored tensors of one number that edgekit has built in, and that number.
+
+    transformers leaves them to chance where a file lacks them, so who writes one writes them.
+    """
+    of_family = getattr(get(model_type), "constants", None)
+    found: Mapping[str, float] = of_family(spec) if of_family else {}
+    return found

@@ -96,6 +96,14 @@ def _read_heads(config: Config, defaults: Defaults) -> Attention:
     )
 
 
+def every_nth_full(config: Config, n: int | None) -> list[LayerKind]:
+    """Return the kinds of layers of which every n-th sees everything; None: all do."""
+    return [
+        "full_attention" if not n or (index + 1) % n == 0 else "sliding_attention"
+        for index in range(config.integer("num_hidden_layers", most=MOST_LAYERS))
+    ]
+
+
 def read_layer_kinds(config: Config, otherwise: Sequence[LayerKind]) -> list[LayerKind]:
     """Return each layer's kind: of ``layer_types`` where it is there, else ``otherwise``.
 
@@ -134,8 +142,15 @@ def with_windows(
     )
 
 
-def write_decoder(spec: DecoderSpec, *, model_type: str, architecture: str) -> dict[str, Any]:
-    """Return the fields that `read_decoder` reads.
+def without_full_ropes(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """Return the layers with positions only where there is a window (EXAONE 4, Command R7B)."""
+    return tuple(layer if layer.window_tokens else replace(layer, rope=None) for layer in layers)
+
+
+def write_decoder(
+    spec: DecoderSpec, *, model_type: str, architecture: str, epsilon: str = "rms_norm_eps"
+) -> dict[str, Any]:
+    """Return the fields that `read_decoder` reads; ``epsilon`` is the name of that of the norms.
 
     The special tokens are null until someone who has the tokenizer says otherwise: absent, they
     would be those of the family's first model.
@@ -154,7 +169,7 @@ def write_decoder(spec: DecoderSpec, *, model_type: str, architecture: str) -> d
         "num_key_value_heads": spec.attention.num_kv_heads,
         "head_dim": spec.attention.head_dim,
         "max_position_embeddings": spec.context_tokens,
-        "rms_norm_eps": spec.norm.epsilon,
+        epsilon: spec.norm.epsilon,
         "tie_word_embeddings": spec.is_tied,
     }
 

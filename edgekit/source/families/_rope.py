@@ -5,6 +5,7 @@ without scaling, and ``rope_theta`` and ``partial_rotary_factor`` next to it.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgekit.errors import UsageError
@@ -21,13 +22,15 @@ from edgekit.model.spec import (
 from edgekit.source.config import Config
 
 
-def read_rope(
+def read_rope(  # noqa: PLR0913 - what families differ in
     config: Config,
     head_dim: int,
     *,
     theta: float = 10_000.0,
     rotated: float | None = None,
     original_context_tokens: int | None = None,
+    absent: Mapping[str, Any] | None = None,
+    ignored: Sequence[str] = (),
 ) -> Rope:
     """Read the rope that all layers share.
 
@@ -38,8 +41,11 @@ def read_rope(
         rotated: The fraction of a head that rotates where the config is silent; None where the
             family always rotates whole heads.
         original_context_tokens: What transformers takes where the config is silent.
+        absent: The object that transformers takes where the config has none.
+        ignored: Fields of the object that another part of the decoder reads, or none.
     """
-    fields = _section(config)
+    fields = section(config, absent=absent)
+    fields.ignore(*ignored)
     fraction = 1.0
     if rotated is None:
         config.expect(partial_rotary_factor=1.0)
@@ -60,10 +66,14 @@ def read_rope(
     return rope
 
 
-def _section(config: Config) -> Config:
+def section(config: Config, *, absent: Mapping[str, Any] | None = None) -> Config:
     """Return the rope's object; an older one counts where both are there, as in transformers 5."""
     newer = config.section("rope_parameters")
-    return config.section("rope_scaling") if config.get("rope_scaling", dict[str, Any]()) else newer
+    if config.get("rope_scaling", dict[str, Any]()):
+        return config.section("rope_scaling")
+    if absent and not config.get("rope_parameters", dict[str, Any]()):
+        return Config(dict(absent), origin=f"{config.origin}: rope_parameters")
+    return newer
 
 
 def read_ropes_of_kinds(
@@ -126,7 +136,7 @@ def read_fields(
     rope = Rope(width=width, theta=fields.number("rope_theta", theta))
     inner = fields.optional_integer("original_max_position_embeddings") or context_tokens
     original = original_context_tokens or inner
-    match _kind(fields):
+    match kind(fields):
         case "default":
             return rope
         case "linear":
@@ -148,7 +158,8 @@ def read_fields(
             )
 
 
-def _kind(fields: Config) -> str:
+def kind(fields: Config) -> str:
+    """Return the type of a rope object, under its newer or its older name."""
     older = fields.get("type", "default")
     return fields.get("rope_type", older)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from edgekit.model.spec import DecoderSpec, Source
+from edgekit.model.spec import DecoderSpec
 from edgekit.source.config import Config
 from edgekit.source.families import _common, llama
 
@@ -13,29 +13,22 @@ SIZES = _common.sizes(
     context_tokens=4096,
 )  # fmt: skip
 THETA = 500_000.0  # ExaoneConfig.default_theta, transformers 5
-TENSORS = {
-    "attention_norm": "ln_1.weight",
-    "query": "attn.attention.q_proj.weight",
-    "key": "attn.attention.k_proj.weight",
-    "value": "attn.attention.v_proj.weight",
-    "attention_output": "attn.attention.out_proj.weight",
-    "query_bias": "attn.attention.q_proj.bias",
-    "key_bias": "attn.attention.k_proj.bias",
-    "value_bias": "attn.attention.v_proj.bias",
-    "attention_output_bias": "attn.attention.out_proj.bias",
-    "mlp_norm": "ln_2.weight",
-    "gate": "mlp.c_fc_0.weight",
-    "up": "mlp.c_fc_1.weight",
-    "down": "mlp.c_proj.weight",
-    "gate_bias": "mlp.c_fc_0.bias",
-    "up_bias": "mlp.c_fc_1.bias",
-    "down_bias": "mlp.c_proj.bias",
+# transformers 5 saves these names, those of the code next to the first checkpoints, and has a
+# Llama's in memory, which adapters that were trained there have.
+STORED_NAMES = {
+    "model.embed_tokens.": "transformer.wte.",
+    "model.layers.": "transformer.h.",
+    "model.norm.": "transformer.ln_f.",
+    ".self_attn.o_proj.": ".attn.attention.out_proj.",
+    ".self_attn.": ".attn.attention.",
+    ".input_layernorm.": ".ln_1.",
+    ".post_attention_layernorm.": ".ln_2.",
+    ".mlp.gate_proj.": ".mlp.c_fc_0.",
+    ".mlp.up_proj.": ".mlp.c_fc_1.",
+    ".mlp.down_proj.": ".mlp.c_proj.",
 }
-OUTER_TENSORS = {
-    "token_embedding": "transformer.wte.weight",
-    "final_norm": "transformer.ln_f.weight",
-    "output_head": "lm_head.weight",
-}
+
+source = llama.source
 
 
 def describe(config: Config) -> DecoderSpec:
@@ -52,9 +45,3 @@ def describe(config: Config) -> DecoderSpec:
 def config(spec: DecoderSpec) -> dict[str, Any]:
     """Return the EXAONE config of a decoder, as transformers 5 saves it: its class is Llama's."""
     return llama.config(spec) | {"model_type": "exaone"}
-
-
-def source(role: str, spec: DecoderSpec) -> Source:
-    """Return where a weight lives."""
-    del spec  # nothing is fused
-    return llama.locate(role, TENSORS, outer=OUTER_TENSORS, layers="transformer.h")

@@ -33,10 +33,7 @@ def describe(config: Config) -> DecoderSpec:
 def _read_layers(config: Config, spec: DecoderSpec) -> tuple[Layer, ...]:
     private = config.optional_integer("_sliding_window_pattern")
     pattern = config.optional_integer("sliding_window_pattern") or private or 6
-    kinds: list[_common.LayerKind] = [
-        "sliding_attention" if (index + 1) % pattern else "full_attention"
-        for index in range(len(spec.layers))
-    ]
+    kinds = _common.every_nth_full(config, pattern)
     slow, fast = _rope.read_ropes_of_kinds(
         config,
         spec.attention.head_dim,

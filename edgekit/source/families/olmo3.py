@@ -23,14 +23,10 @@ def describe(config: Config) -> DecoderSpec:
         full_theta=config.number("rope_theta", THETA),
         sliding_theta=THETA,  # the field beside the object is taken once, for the other kind
     )
-    kinds: list[_common.LayerKind] = [
-        "sliding_attention" if (index + 1) % 4 else "full_attention"
-        for index in range(len(spec.layers))
-    ]
     layers = _common.with_windows(
         config,
         spec.layers,
-        _common.read_layer_kinds(config, kinds),
+        _common.read_layer_kinds(config, _common.every_nth_full(config, 4)),
         config.optional_integer("sliding_window", absent=4096),
     )
     return replace(

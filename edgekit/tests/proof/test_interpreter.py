@@ -8,7 +8,7 @@ import pytest
 
 from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor
-from edgekit.model.spec import LinearScaling
+from edgekit.model.spec import DecoderSpec, Layer, LinearScaling, Rope
 from edgekit.proof import interpreter
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.tiny.checkpoints import (
@@ -154,7 +154,39 @@ MISTAKES = {
         lambda spec: replace(spec, norm=replace(spec.norm, has_bias=False))
     ),
     ("llama-linear-rope", "another factor"): lambda spec: _rescaled(spec, 2.0),
+    ("granite-tied", "no embedding multiplier"): lambda spec: _multiplied(spec, embedding=1.0),
+    ("granite-tied", "no query multiplier"): lambda spec: _multiplied(spec, query=1.0),
+    ("granite-tied", "no residual multiplier"): lambda spec: _multiplied(spec, residual=1.0),
+    ("granite-tied", "no logits multiplier"): lambda spec: _multiplied(spec, logits=1.0),
+    ("granite", "no embedding multiplier"): lambda spec: _multiplied(spec, embedding=1.0),
+    ("hyperclovax", "no residual multiplier"): lambda spec: _multiplied(spec, residual=1.0),
+    ("hyperclovax", "no norms after attention and MLP"): (
+        lambda spec: replace(spec, has_post_norms=False)
+    ),
+    ("granite4-nope", "positions"): (
+        lambda spec: replace(spec, layers=(Layer(rope=Rope(width=16, theta=1e4)),) * 3)
+    ),
+    ("hunyuan", "norms before the rope"): lambda spec: _attention(
+        spec, normalizes_after_rope=False
+    ),
+    ("hunyuan", "theta without alpha"): (
+        lambda spec: replace(spec, layers=(Layer(rope=Rope(width=24, theta=1e4)),) * 3)
+    ),
+    ("ministral3", "queries that do not grow"): lambda spec: _attention(spec, query_growth=None),
+    ("olmo3-yarn", "no rope scaling"): _without_scaling,
+    ("exaone4-windows", "positions in every layer"): _with_rope_everywhere,
+    ("cohere2", "positions in every layer"): _with_rope_everywhere,
+    ("phi", "no bias of the head"): lambda spec: replace(spec, has_head_bias=False),
+    ("nemotron", "norms without the one"): (
+        lambda spec: replace(spec, norm=replace(spec.norm, unit_offset=False))
+    ),
+    ("apertus", "another activation"): lambda spec: replace(spec, activation="relu2"),
+    ("arcee", "another activation"): lambda spec: replace(spec, activation="silu"),
 }
+
+
+def _multiplied(spec, **changes):
+    return replace(spec, multipliers=replace(spec.multipliers, **changes))
 
 
 def _rescaled(spec, factor):
@@ -170,6 +202,19 @@ def test_a_trait_left_out_shows_in_the_logits(name, mistake, tmp_path):
     texts = random_texts(checkpoint.spec.vocab_size, lengths=(100,))
     right = list(interpreter.logits(checkpoint, texts))
     divergence, _ = compare(right, list(interpreter.logits(wrong, texts)))
+    assert divergence > 1e-4
+
+
+NEIGHBOURS = ["ernie4.5", "ernie4.5-bias", "glm", "glm4", "cohere-norms", "helium"]
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_pairs_that_are_not_put_in_halves_show_in_the_logits(name, tmp_path, monkeypatch):
+    checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path, name))
+    texts = random_texts(checkpoint.spec.vocab_size, lengths=(100,))
+    right = list(interpreter.logits(checkpoint, texts))
+    monkeypatch.setattr(DecoderSpec, "rotated_pairs", lambda _spec, _role: None)
+    divergence, _ = compare(right, list(interpreter.logits(checkpoint, texts)))
     assert divergence > 1e-4
 
 

@@ -129,6 +129,127 @@ PUBLISHED: dict[str, dict[str, Any]] = {
                          "rope_type": "yarn"},
         "rope_theta": 500000, "sliding_window": 8, "tie_word_embeddings": False,
     },
+    "hyperclovax": SIZES | {
+        "attention_bias": False, "attention_multiplier": 0.0078125, "embedding_multiplier": 10.0,
+        "head_dim": 8, "hidden_act": "silu", "logits_scaling": 0.125, "mlp_bias": False,
+        "model_type": "hyperclovax", "residual_multiplier": 1.0, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 100000000, "tie_word_embeddings": False,
+        "use_post_norm": True,
+    },
+    "exaone4": SIZES | {
+        "head_dim": 8, "hidden_act": "silu", "layer_types": ["sliding_attention"] * 3
+        + ["full_attention"] + ["sliding_attention"] * 2, "model_type": "exaone4",
+        "rms_norm_eps": 1e-05, "rope_theta": 1000000, "sliding_window": 8,
+        "rope_scaling": {"factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 16, "rope_type": "llama3"},
+        "sliding_window_pattern": "LLLG", "tie_word_embeddings": False,
+    },
+    "hunyuan_v1_dense": SIZES | {
+        "attention_bias": False, "eod_token_id": 3, "head_dim": 16, "hidden_act": "silu",
+        "mlp_bias": False, "model_type": "hunyuan_v1_dense", "rms_norm_eps": 1e-05,
+        "rope_scaling": {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0,
+                         "mscale": 1.0, "mscale_all_dim": 1.0, "type": "dynamic"},
+        "rope_theta": 10000.0, "tie_word_embeddings": True, "use_cla": False, "use_qk_norm": True,
+    },
+    "ernie4_5": SIZES | {
+        "head_dim": 16, "hidden_act": "silu", "model_type": "ernie4_5", "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": True, "use_bias": False,
+    },
+    "glm": SIZES | {
+        "attention_bias": True, "head_dim": 16, "hidden_act": "silu", "model_type": "glm",
+        "partial_rotary_factor": 0.5, "rms_norm_eps": 1.5625e-07, "rope_theta": 10000.0,
+    },
+    "glm4": SIZES | {
+        "attention_bias": True, "head_dim": 16, "hidden_act": "silu", "model_type": "glm4",
+        "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+    },
+    "cohere": SIZES | {
+        "attention_bias": False, "hidden_act": "silu", "layer_norm_eps": 1e-05,
+        "logit_scale": 0.0625, "model_type": "cohere", "rope_theta": 8000000.0,
+        "use_qk_norm": False,
+    },
+    "cohere2": SIZES | {
+        "attention_bias": False, "cache_implementation": "hybrid", "head_dim": 8,
+        "hidden_act": "silu", "layer_norm_eps": 1e-05, "layer_switch": 4, "logit_scale": 0.25,
+        "model_type": "cohere2", "order_of_interleaved_layers": "local_attn_first",
+        "position_embedding_type": "rope_gptj", "rope_scaling": None, "rope_theta": 50000,
+        "rotary_pct": 1.0, "sliding_window": 8, "sliding_window_pattern": 4,
+        "use_embedding_sharing": True, "use_gated_activation": True, "use_parallel_block": True,
+        "use_parallel_embedding": False,
+    },
+    "phi": SIZES | {
+        "embd_pdrop": 0.0, "hidden_act": "gelu_new", "layer_norm_eps": 1e-05, "model_type": "phi",
+        "partial_rotary_factor": 0.5, "qk_layernorm": False, "resid_pdrop": 0.1,
+        "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    },
+    "starcoder2": SIZES | {
+        "activation_function": "gelu", "attention_softmax_in_fp32": True, "embedding_dropout": 0.1,
+        "hidden_act": "gelu_pytorch_tanh", "layer_norm_epsilon": 1e-05, "mlp_type": "default",
+        "model_type": "starcoder2", "norm_epsilon": 1e-05, "norm_type": "layer_norm",
+        "residual_dropout": 0.1, "rope_theta": 999999.4420358813,
+        "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True, "sliding_window": 8,
+        "use_bias": True,
+    },
+    "nemotron": SIZES | {
+        "attention_bias": False, "head_dim": 16, "hidden_act": "relu2", "mlp_bias": False,
+        "model_type": "nemotron", "norm_eps": 1e-05, "partial_rotary_factor": 0.5,
+        "rope_theta": 10000.0, "tie_word_embeddings": False,
+    },
+    "jais2": SIZES | {
+        "attention_bias": True, "hidden_act": "relu2", "layer_norm_eps": 1e-05, "mlp_bias": True,
+        "model_type": "jais2", "rope_theta": 500000.0, "tie_word_embeddings": False,
+    },
+    "arcee": SIZES | {
+        "attention_bias": False, "head_dim": 8, "hidden_act": "relu2", "mlp_bias": False,
+        "model_type": "arcee", "rms_norm_eps": 1e-05, "rope_scaling": {
+            "beta_fast": 32.0, "beta_slow": 1.0, "factor": 20.0, "mscale": 1.0,
+            "original_max_position_embeddings": 16, "rope_type": "yarn", "type": "yarn",
+        },
+        "rope_theta": 10000.0, "tie_word_embeddings": False,
+    },
+    "apertus": SIZES | {
+        "attention_bias": False, "hidden_act": "xielu", "mlp_bias": False, "model_type": "apertus",
+        "post_norm": False, "qk_norm": True, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 16, "rope_type": "llama3"},
+        "rope_theta": 12000000, "tie_word_embeddings": False,
+    },
+    "helium": SIZES | {
+        "attention_bias": False, "head_dim": 8, "hidden_act": "silu", "mlp_bias": False,
+        "model_type": "helium", "rms_norm_eps": 1e-08, "rope_theta": 20000.0,
+        "tie_word_embeddings": False,
+    },
+    "ministral3": SIZES | {
+        "head_dim": 16, "hidden_act": "silu", "model_type": "ministral3", "rms_norm_eps": 1e-05,
+        "rope_parameters": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0,
+                            "llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0,
+                            "original_max_position_embeddings": 16, "rope_theta": 1000000.0,
+                            "rope_type": "yarn", "type": "yarn"},
+        "sliding_window": None, "tie_word_embeddings": True,
+    },
+    "ministral": SIZES | {
+        "head_dim": 16, "hidden_act": "silu", "model_type": "ministral", "rms_norm_eps": 1e-05,
+        "layer_types": ["full_attention"] + ["sliding_attention"] * 5,
+        "rope_theta": 100000000.0, "sliding_window": 16, "tie_word_embeddings": False,
+    },
+    "internlm3": SIZES | {
+        "bias": False, "head_dim": 16, "hidden_act": "silu", "model_type": "internlm3",
+        "qkv_bias": False, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"}, "rope_theta": 50000000,
+        "tie_word_embeddings": False,
+    },
+    "seed_oss": SIZES | {
+        "attention_bias": True, "attention_dropout": 0.1, "attention_out_bias": False,
+        "head_dim": 16, "hidden_act": "silu", "mlp_bias": False, "model_type": "seed_oss",
+        "residual_dropout": 0.1, "rms_norm_eps": 1e-06, "rope_scaling": {"rope_type": "default"},
+        "rope_theta": 10000000.0, "tie_word_embeddings": False,
+    },
+    "vaultgemma": SIZES | {
+        "attention_bias": False, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+        "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh", "model_type": "vaultgemma",
+        "layer_types": ["sliding_attention", "full_attention"] * 3, "query_pre_attn_scalar": 16,
+        "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 8,
+    },
 }  # fmt: skip
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -151,6 +272,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm-1.6b": ("stablelm", {
         "qk_layernorm": False, "use_parallel_residual": False, "use_qkv_bias": True,
     }),
+    "granite4-nope": ("granitemoehybrid", {"position_embedding_type": "nope"}),
+    "hyperclovax-pre-norms": ("hyperclovax", {"use_post_norm": False}),
+    "exaone4-no-window": ("exaone4", {"layer_types": None, "sliding_window": None}),
+    "cohere-norms": ("cohere", {"attention_bias": True, "use_qk_norm": True}),
+    "phi-2": ("phi", {"partial_rotary_factor": 0.25}),
+    "apertus-no-rope": ("apertus", {"rope_scaling": None}),
+    "ministral3-no-rope": ("ministral3", {"rope_parameters": None}),
+    "ernie4.5-bias": ("ernie4_5", {"use_bias": True}),
     "smollm3-windows": ("smollm3", {
         "use_sliding_window": True, "sliding_window": 8, "layer_types": None,
     }),

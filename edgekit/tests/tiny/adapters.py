@@ -52,7 +52,7 @@ def write_safetensors(path, tensors: Mapping[str, Any], *, dtype="F32"):
         stored = (bfloat16(values) if dtype == "BF16" else values).tobytes()
         header[name] = {
             "dtype": dtype,
-            "shape": list(values.shape),
+            "shape": list(np.shape(given)),
             "data_offsets": [len(data), len(data) + len(stored)],
         }
         data += stored
@@ -91,9 +91,12 @@ def write_base(directory: Path, *, seed=0, dtype="F32", **config: Any) -> Path:
         rows = shapes[source.tensor][0] if source.tensor in shapes else 0
         shapes[source.tensor] = (rows + shape[0], *shape[1:])
     tensors = {
-        name: random.normal(1.0 if "norm" in name else 0.0, 0.3, shape)
+        families.stored_name(fields["model_type"], name): random.normal(
+            1.0 if "norm" in name else 0.0, 0.3, shape
+        )
         for name, shape in shapes.items()
     }
+    tensors |= families.constants(fields["model_type"], spec)
     write_safetensors(directory / "model.safetensors", tensors, dtype=dtype)
     (directory / "config.json").write_text(json.dumps(fields))
     write_tokenizer(directory)

@@ -189,6 +189,81 @@ TINY: dict[str, TinyCase] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 500_000.0},
         }},
     ),
+    "hyperclovax": TinyCase(
+        model_type="hyperclovax", voice="llama3", fields=_MUP | {"logits_scaling": 0.4}
+    ),
+    "hyperclovax-pre-norms": TinyCase(
+        model_type="hyperclovax", voice="llama3",
+        fields=_TIED | _MUP | {"logits_scaling": 0.4, "use_post_norm": False},
+    ),
+    "exaone4": TinyCase(
+        model_type="exaone4", voice="llama3",
+        fields=_TIED | {"sliding_window": None, "layer_types": ["full_attention"] * 3,
+                        "rope_parameters": _LLAMA3_ROPE},
+    ),
+    "exaone4-windows": TinyCase(
+        model_type="exaone4", voice="llama3",
+        fields={"num_hidden_layers": 5, "sliding_window": WINDOW_TOKENS},
+    ),
+    "hunyuan": TinyCase(
+        model_type="hunyuan_v1_dense", voice="llama3",
+        fields=_TIED | {"head_dim": 24, "rope_parameters": {
+            "rope_type": "dynamic", "rope_theta": 10_000.0, "alpha": 50.0, "factor": 1.0,
+        }},
+    ),
+    "ernie4.5": TinyCase(model_type="ernie4_5", voice="tinyllama", fields={"head_dim": 24}),
+    "ernie4.5-bias": TinyCase(
+        model_type="ernie4_5", voice="tinyllama", fields=_TIED | {"head_dim": 16, "use_bias": True}
+    ),
+    "glm": TinyCase(model_type="glm", voice="llama3", fields={"head_dim": 24}),
+    "glm-edge": TinyCase(
+        model_type="glm", voice="llama3",
+        fields=_TIED | {"head_dim": 16, "partial_rotary_factor": 1.0, "attention_bias": False},
+    ),
+    "glm4": TinyCase(model_type="glm4", voice="llama3", fields={"head_dim": 16}),
+    "cohere": TinyCase(model_type="cohere", voice="smollm", fields=_TIED | {"logit_scale": 0.3}),
+    "cohere-norms": TinyCase(
+        model_type="cohere", voice="smollm",
+        fields={"logit_scale": 0.3, "use_qk_norm": True, "attention_bias": True},
+    ),
+    "cohere2": TinyCase(
+        model_type="cohere2", voice="smollm",
+        fields=_TIED | {"num_hidden_layers": 5, "logit_scale": 0.3,
+                        "sliding_window": WINDOW_TOKENS},
+    ),
+    "phi": TinyCase(model_type="phi", voice="smollm", fields={"num_key_value_heads": 4}),
+    "starcoder2": TinyCase(model_type="starcoder2", voice="smollm", fields=_TIED),
+    "starcoder2-window": TinyCase(
+        model_type="starcoder2", voice="smollm", fields={"sliding_window": WINDOW_TOKENS}
+    ),
+    "nemotron": TinyCase(model_type="nemotron", voice="tinyllama", fields={"head_dim": 24}),
+    "jais2": TinyCase(model_type="jais2", voice="smollm"),
+    "arcee": TinyCase(model_type="arcee", voice="llama3", fields={"rope_parameters": YARN}),
+    "apertus": TinyCase(
+        model_type="apertus", voice="mistral",
+        fields={"rope_parameters": _LLAMA3_ROPE | {"rope_theta": 12_000_000.0}},
+    ),
+    "helium": TinyCase(model_type="helium", voice="tinyllama", fields={"head_dim": 16}),
+    "ministral3": TinyCase(
+        model_type="ministral3", voice="mistral",
+        fields=_TIED | {"head_dim": 24, "rope_parameters": YARN | {
+            "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3,
+        }},
+    ),
+    "ministral": TinyCase(
+        model_type="ministral", voice="mistral",
+        fields={"head_dim": 24, "sliding_window": WINDOW_TOKENS,
+                "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+    ),
+    "internlm3": TinyCase(
+        model_type="internlm3", voice="tinyllama",
+        fields={"head_dim": 16, "attention_bias": True, "mlp_bias": True},
+    ),
+    "seed-oss": TinyCase(model_type="seed_oss", voice="llama3", fields={"head_dim": 24}),
+    "vaultgemma": TinyCase(
+        model_type="vaultgemma", voice="gemma",
+        fields=_GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0},
+    ),
 }  # fmt: skip
 
 
@@ -250,7 +325,8 @@ def _build(case: TinyCase, *, seed: int, stops: list[int], overrides: Mapping[st
     fields = sizes | unset | special | dict(case.fields) | dict(overrides)
     config = AutoConfig.for_model(case.model_type, **json.loads(json.dumps(fields)))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _randomize(model, seed=seed, neutral=0.0 if case.model_type.startswith("gemma") else 1.0)
+    adds_one = case.model_type.startswith(("gemma", "vaultgemma", "nemotron"))
+    _randomize(model, seed=seed, neutral=0.0 if adds_one else 1.0)
     model.generation_config = GenerationConfig(**(special | {"eos_token_id": stops}))
     return model.eval()
 

@@ -549,6 +549,29 @@ GEMMA2 = {
     "tie_word_embeddings": True, "query_pre_attn_scalar": 8, "sliding_window": 32,
 }  # fmt: skip
 PHI3 = {"model_type": "phi3", "pad_token_id": 0, "bos_token_id": 1}
+MUP = {
+    "embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.6,
+    "logits_scaling": 2.0,
+}  # fmt: skip
+# What a family does to the numbers or names of its weights on their way to a decoder.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "multipliers": {"model_type": "granite", **MUP},
+    "multipliers, tied": {"model_type": "granite", **MUP, **TIED},
+    "a shared expert": {
+        "model_type": "granitemoehybrid", **MUP, "shared_intermediate_size": 24,
+        "num_local_experts": 0, "num_experts_per_tok": 0, "layer_types": ["full_attention"] * 2,
+        "mamba_n_heads": 1, "position_embedding_type": "rope",
+    },
+    "neighbours": {"model_type": "ernie4_5", "head_dim": 6, "use_bias": True},
+    "neighbours in part, fused": {"model_type": "glm4", "head_dim": 8, "pad_token_id": 0},
+    "neighbours, norms of heads": {
+        "model_type": "cohere", "use_qk_norm": True, "logit_scale": 0.3, "bos_token_id": 1,
+    },
+    "other names": {"model_type": "exaone"},
+    "xIELU": {"model_type": "apertus", "pad_token_id": 0},
+    "one norm for all heads": {"model_type": "olmo2"},
+    "a bias of the head": {"model_type": "phi", "num_key_value_heads": 2},
+}  # fmt: skip
 # name: (base, what PEFT is asked for, whether the result is tied)
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "all projections": (UNTIED, {"target_modules": ALL}, False),
@@ -771,6 +794,12 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
 }
 
 
+SHAPES |= {
+    f"all-linear, {name}": (base, {"target_modules": "all-linear"}, "tie_word_embeddings" in base)
+    for name, base in FAMILIES.items()
+}
+
+
 @pytest.mark.toolchain
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_merged_checkpoint_says_what_peft_says_unmerged(shape, tmp_path):
@@ -828,3 +857,19 @@ def test_repeated_layers_are_proven_where_the_config_lists_each_ones_kind(tmp_pa
     assert np.abs(found - side_by_side).max() <= 1e-4
     assert len(merged.spec.layers) == 3
     assert record(merged).notes == ("the adapter repeats layers of the base: the model has 3",)
+
+
+def test_an_exaone_adapter_has_the_names_of_memory_or_of_the_file(tmp_path):
+    base = Checkpoint.open(tiny.write_base(tmp_path / "base", model_type="exaone"))
+    updates = tiny.q_proj_updates()
+    stored = {
+        name.replace("model.layers.", "transformer.h.").replace("self_attn", "attn.attention"): it
+        for name, it in updates.items()
+    }
+    assert stored.keys() != updates.keys()
+    found = [
+        merging.merge(base, tiny.write_adapter(tmp_path / name, given)).weight("layers.1.query")
+        for name, given in (("memory", updates), ("file", stored))
+    ]
+    assert np.array_equal(*found)
+    assert not np.array_equal(found[0], base.weight("layers.1.query"))
