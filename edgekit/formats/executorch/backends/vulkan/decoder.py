@@ -273,11 +273,20 @@ class _Decoder(Arithmetic[Value]):
     # The operators of `Arithmetic`
 
     def _normalize(self, norm: Norm, role: str, x: Value) -> Value:
-        graph, width = self._graph, self._shapes[role][-1]
-        weight, epsilon = self._vector(role), graph.scalar(norm.epsilon)
+        *apart, width = self._shapes[role]
+        if apart:  # the operators have one row for all heads
+            alike = self._normalize_by(norm, self._graph.vector([1.0] * width), None, x)
+            made = self._multiply(alike, self._vector(role))
+            return self._add(made, self._vector(f"{role}_bias")) if norm.has_bias else made
+        bias = f"{role}_bias" if norm.has_bias else None
+        return self._normalize_by(norm, self._vector(role), bias, x)
+
+    def _normalize_by(self, norm: Norm, weight: Value, bias_role: str | None, x: Value) -> Value:
+        graph, (width,) = self._graph, self._graph.shape(weight)
+        epsilon = graph.scalar(norm.epsilon)
         if norm.kind == "rms":
             return graph.call("et_vk.rms_norm.default", x, weight, epsilon, self._like(x))
-        bias = self._vector(f"{role}_bias") if norm.has_bias else graph.vector([0.0] * width)
+        bias = self._vector(bias_role) if bias_role else graph.vector([0.0] * width)
         made, (*rows, _) = self._like(x), graph.shape(x)
         beside = [graph.tensor((*rows, 1), is_buffer=graph.is_buffer(x)) for _ in range(2)]
         graph.call(

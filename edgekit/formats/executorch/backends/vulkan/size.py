@@ -9,7 +9,7 @@ from edgekit.model.spec import DecoderSpec, Norm
 
 
 _HEAD_BYTES, _OPERATOR_BYTES, _PART_BYTES = 4_614, 132, 189
-_LAYER_NORM_BYTES, _NO_BIAS_BYTES = 175, 170  # beyond an RMS norm's, and for zeros as its bias
+_LAYER_NORM_BYTES, _ZEROS_BYTES = 175, 170  # beyond an RMS norm's, and for zeros as its bias
 # Kernels around its delegate; what rotations share, each adds and a border adds to them; those of
 # growing queries, and those that take pairs apart.
 _KERNELS, _KERNEL_BYTES = 10, 177
@@ -28,7 +28,7 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part]) -> int:
     kernels += _GROWTH_KERNELS if spec.attention.query_growth else 0
     kernels += _PAIR_KERNELS if has_pairs(spec, parts) else 0
     norms_bytes = sum(
-        _LAYER_NORM_BYTES + (0 if norm.has_bias else _NO_BIAS_BYTES)
+        _LAYER_NORM_BYTES + (0 if norm.has_bias else _ZEROS_BYTES)
         for norm in _norms(spec)
         if norm.kind == "layer"
     )
@@ -52,6 +52,8 @@ def operators(spec: DecoderSpec) -> int:
     layer += 2 + bent[spec.activation] + (4 if spec.is_gated else 2)  # residuals, the MLP
     turned = sum(layer.rope is not None for layer in spec.layers)
     norms = sum(1 for _ in _norms(spec))
+    if a.query_key_norm and a.head_norms == "apart":  # the weights of each head by themselves
+        layer += 2 * (1 + a.query_key_norm.has_bias)
     return len(spec.layers) * layer + norms + turned + 3  # positions, the last token, the head
 
 
