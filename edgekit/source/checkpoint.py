@@ -25,7 +25,14 @@ from edgekit.model.checkpoint_protocol import BLOCK_WEIGHTS, Calibration, Tensor
 from edgekit.model.spec import DecoderSpec, Shape, Source
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.quant.rounding import from_bfloat16
-from edgekit.source import bitsandbytes_tensors, decoder_tensors, families, places, wrapped
+from edgekit.source import (
+    bitsandbytes_tensors,
+    decoder_tensors,
+    families,
+    places,
+    unsupported,
+    wrapped,
+)
 from edgekit.source.config import Config
 from edgekit.source.made_tensors import PairOrder
 from edgekit.source.names import USUAL, Naming, listed
@@ -168,11 +175,9 @@ class Checkpoint:
         """
         path = directory / "config.json"
         text = wrapped.text_model(_read_config(directory), origin=str(path))
-        architecture = _architecture(directory, text.fields)
-        family = families.get(architecture)
-        config = Config(
-            text.fields, origin=f"{path}: {text.section}" if text.section else str(path)
-        )
+        origin = f"{path}: {text.section}" if text.section else str(path)
+        architecture = _architecture(text.fields, origin=origin)
+        family, config = families.get(architecture), Config(text.fields, origin=origin)
         is_four_bit = bitsandbytes_tensors.is_four_bit(text.fields, origin=config.origin)
         config.ignore(bitsandbytes_tensors.FIELD)  # each tensor says it again, and more
         spec = family.describe(config)
@@ -377,13 +382,15 @@ def _architectures(
     return {"architectures": family.config(spec)["architectures"]} if text.wrapper else {}
 
 
-def _architecture(directory: Path, fields: Mapping[str, Any]) -> str:
+def _architecture(fields: Mapping[str, Any], *, origin: str) -> str:
     architecture = fields.get("model_type")
     if not isinstance(architecture, str):
         raise UsageError(
-            f"{directory / 'config.json'}: model_type = {architecture!r}, expected a name",
+            f"{origin}: model_type = {architecture!r}, expected a name",
             hint=f"supported: {', '.join(families.names())}",
         )
+    if architecture not in families.names():
+        raise unsupported.refusal(architecture, fields, origin=origin)
     return architecture
 
 

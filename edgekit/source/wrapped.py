@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgekit.errors import UsageError
-from edgekit.source import families
+from edgekit.source import families, unsupported
 
 
 # The section of each kind of config in transformers 5.24 that is a decoder of text.
@@ -66,10 +66,13 @@ def text_model(config: dict[str, Any], *, origin: str) -> TextModel:
     own: Mapping[str, Any] = config[section]
     architecture = own.get("model_type") or _TEXT_TYPES.get(wrapper)
     if architecture not in families.names():
-        raise UsageError(
-            f"{origin} wraps a text model of type {architecture!r} in {wrapper!r}, "
-            "and text models of that type are not supported",
-            hint=f"supported: {', '.join(families.names())}",
+        if architecture is None:
+            raise UsageError(
+                f"{origin}: {section} does not say the model_type of its decoder, and nobody knows "
+                f"it of {wrapper!r}"
+            )
+        raise unsupported.refusal(
+            str(architecture), own, origin=f"{origin}: {section}, in a {wrapper!r}"
         )
     shared = {name: config[name] for name in _SHARED if config.get(name) is not None}
     said = {name: value for name, value in own.items() if value is not None or name not in shared}

@@ -19,6 +19,7 @@ def describe(config: Config) -> DecoderSpec:
     pattern = config.optional_integer("sliding_window_pattern", absent=4)
     config.expect(layer_switch=pattern)
     spec = cohere.read(config, rope_theta=10_000.0)
+    config.expect(head_dim=spec.hidden_size // spec.attention.heads)  # what transformers takes
     layers = _common.with_windows(
         config,
         spec.layers,

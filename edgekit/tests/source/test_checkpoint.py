@@ -283,7 +283,7 @@ def test_heads_that_draft_further_tokens_are_left_out(model):
 
 def test_a_wrapped_text_model_of_an_unknown_kind_is_named(model):
     model.write_config(model_type="seer", text_config={"model_type": "owl"})
-    assert "wraps a text model of type 'owl' in 'seer'" in refusal(model)
+    assert "text_config, in a 'seer': models of type 'owl' are not supported" in refusal(model)
 
 
 def test_a_model_in_the_hubs_cache_has_its_own_name(tmp_path):

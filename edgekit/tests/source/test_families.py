@@ -381,10 +381,62 @@ def test_whatever_a_field_holds_is_read_or_refused(name):
             assert len(list(spec.weights())) > len(spec.layers), (changed, value)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"])
+@pytest.mark.parametrize("model_type", families.names())
 def test_an_unknown_activation_is_refused(model_type):
-    with pytest.raises(UsageError, match="hidden_act = 'relu2'"):
-        published(model_type, hidden_act="relu2")
+    names = {"hidden_act", "hidden_activation", "activation_function"}
+    (name, *_) = sorted(names & PUBLISHED[model_type].keys(), reverse=True)
+    with pytest.raises(UsageError, match=f"{name} = 'mish'"):
+        published(model_type, **{name: "mish"})
+
+
+# What would change the result and is not computed, in fields of one family.
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a clip": ("olmo2", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
+    "norms of heads": ("phi", {"qk_layernorm": True}, "qk_layernorm = True"),
+    "another norm": ("starcoder2", {"norm_type": "rms"}, "norm_type = 'rms'"),
+    "biases on some": ("internlm3", {"bias": True}, "qkv_bias = False and bias = True"),
+    "narrow heads": ("helium", {"head_dim": 6}, "head_dim = 6 are not hidden_size = 48"),
+    "wide heads": ("cohere2", {"head_dim": 16}, "head_dim = 16"),
+    "serial blocks": ("cohere", {"use_parallel_block": False}, "use_parallel_block = False"),
+    "two numbers of layers": ("exaone", {"num_hidden_layers": 5}, "num_layers = 6 are the same"),
+    "two activations": ("exaone", {"hidden_act": "relu"}, "activation_function = 'silu' are the"),
+    "experts": ("granitemoehybrid", {"num_local_experts": 62}, "num_local_experts = 62"),
+    "experts by default": ("granitemoehybrid", {"num_local_experts": None}, "experts = 8"),
+    "Mamba": (
+        "granitemoehybrid", {"layer_types": ["mamba"] * 5 + ["attention"]}, "'mamba' in 5 of 6"
+    ),
+    "Mamba by default": ("granitemoehybrid", {"layer_types": None}, "'mamba' in 6 of 6"),
+    "learned positions": (
+        "granitemoehybrid", {"position_embedding_type": "learned"}, "embedding_type = 'learned'"
+    ),
+    "another pattern": ("exaone4", {"sliding_window_pattern": "LXG"}, "pattern = 'LXG'"),
+    "windows of no length": ("olmo3", {"sliding_window": None}, "there is no window"),
+    "a growth from nowhere": (
+        "ministral3",
+        {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
+        "original_max_position_embeddings = None",
+    ),
+    "an alpha of another rope": (
+        "hunyuan_v1_dense", {"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 9.0}},
+        "alpha",
+    ),
+    "a ramp that transformers overlooks": (
+        "olmo3", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+        "truncate = False",
+    ),
+    "no gate": ("cohere2", {"use_gated_activation": False}, "use_gated_activation = False"),
+    "another beginning": ("cohere2", {"layer_switch": 3}, "layer_switch = 3"),
+    "nothing to divide by": ("granite", {"logits_scaling": 0}, "logits_scaling = 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_family_does_not_compute_is_refused_by_field_and_value(name):
+    model_type, fields, expected = REFUSED[name]
+    with pytest.raises(UsageError) as refusal:
+        published(model_type, **fields)
+    assert expected in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 def test_an_unsupported_model_type_names_the_supported_ones():

@@ -179,6 +179,33 @@ def test_licence_and_origin_are_carried_over(base, tmp_path):
     assert 'base_model: "base"' in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_number_that_the_decoder_has_built_in_may_be_stored_and_no_other(tmp_path):
+    weights = tiny.write_base(tmp_path / "a", model_type="apertus") / "model.safetensors"
+    beta, epsilon = (
+        dict(read_safetensors(weights))[f"model.layers.1.mlp.act_fn.{name}"]
+        for name in ("beta", "eps")
+    )
+    assert len(Checkpoint.open(tmp_path / "a").spec.layers) == 2
+    with weights.open("r+b") as file:
+        file.seek(epsilon.offset)
+        file.write(np.float32(-9.98e-7).tobytes())  # as bfloat16 has it
+        assert "layers.1.xielu_positive" in dict(Checkpoint.open(tmp_path / "a").spec.weights())
+        file.seek(beta.offset)
+        file.write(np.float32(0.7).tobytes())
+    with pytest.raises(
+        UsageError, match=r"layers\.1\.mlp\.act_fn\.beta in .* holds 0\.7, expected"
+    ):
+        Checkpoint.open(tmp_path / "a")
+
+
+def test_what_is_written_has_the_names_and_numbers_of_its_family(tmp_path):
+    for model_type in ("exaone", "apertus"):
+        given = tiny.write_base(tmp_path / model_type, model_type=model_type)
+        out = write_checkpoint(Checkpoint.open(given), tmp_path / f"{model_type} again")
+        names = [dict(read_safetensors(at / "model.safetensors")).keys() for at in (given, out)]
+        assert names[0] == names[1]
+
+
 @pytest.mark.toolchain
 @pytest.mark.parametrize("shard_bytes", [4_000_000_000, 6000])
 def test_transformers_loads_what_was_written(base, tmp_path, shard_bytes):
