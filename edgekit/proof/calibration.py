@@ -45,11 +45,12 @@ MAX_OWN_TOKENS = 16384  # of a user's text: some minutes for a model of a billio
 _FILE = "importance.npz"
 VERSION = 1  # counts up when the same text would give other numbers
 
-# Weights that read the same, by the first of them.
+# Weights that read the same, by the first of them that a decoder has.
 _SHARING = {
     "query": ("query", "key", "value"),
     "attention_output": ("attention_output",),
     "gate": ("gate", "up"),
+    "up": ("up",),  # without a gate
     "down": ("down",),
 }
 
@@ -186,9 +187,10 @@ def _measure(
     """Return the means, those that several weights share under the role of the first."""
     tokens = sum(map(len, texts))
     sums: dict[str, torch.Tensor] = {}
+    measured = _SHARING.keys() - ({"up"} if checkpoint.spec.is_gated else {"gate"})
 
     def observe(role: str, x: "torch.Tensor") -> None:
-        if split_role(role)[1] in _SHARING:
+        if split_role(role)[1] in measured:
             squares = x.square().sum(0).double()
             sums[role] = sums[role] + squares if role in sums else squares
 

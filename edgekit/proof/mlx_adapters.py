@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.encodings.json_files import read_object
+from edgekit.source import families
 from edgekit.source.adapters.mlx import WEIGHTS
 
 
@@ -28,7 +29,7 @@ class _Update:
         return replace(self, a=self.b.T, b=self.a.T)
 
 
-def put_next_to(model: Any, directory: Path) -> Any:
+def put_next_to(model: Any, directory: Path, *, model_type: str) -> Any:
     """Let a model's modules answer as they do with an adapter; return the model."""
     from safetensors.torch import load_file
 
@@ -38,7 +39,8 @@ def put_next_to(model: Any, directory: Path) -> Any:
     modules = dict(model.named_modules())
     for key, value in stored.items():
         name, _, kind = key.rpartition(".")
-        module = modules.get(name) or modules[_without_prefix(name, modules)]
+        own = families.own_name(model_type, name)
+        module = modules.get(own) or modules[_without_prefix(own, modules)]
         if kind in ("weight", "bias"):  # fine_tune_type: full
             getattr(module, kind).data = value
         elif kind == "lora_a":

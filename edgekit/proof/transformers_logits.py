@@ -17,7 +17,7 @@ from edgekit.errors import MissingDependencyError
 from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter, mlx_adapters, transformers_model
 from edgekit.runtime.silence import silence
-from edgekit.source import transformers_tokenizer
+from edgekit.source import families, transformers_tokenizer
 from edgekit.source.adapters import by_peft
 from edgekit.source.adapters.text import brings_vocabulary
 from edgekit.source.checkpoint import AdapterRecord, Checkpoint
@@ -82,8 +82,19 @@ def logits(
 
 
 def holds(checkpoint: Checkpoint) -> bool:
-    """Tell whether transformers can hold a model in float32 in half of the memory that is free."""
+    """Tell whether transformers can hold a model in float32 in half of the memory that is free.
+
+    It cannot hold one whose family another package brought and it does not know.
+    """
+    if families.origin(checkpoint.architecture) and not _knows(checkpoint.architecture):
+        return False
     return 4 * checkpoint.parameters <= _free_memory_bytes() // 2
+
+
+def _knows(model_type: str) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
 
 
 def _free_memory_bytes() -> int:
@@ -116,20 +127,25 @@ def _model(checkpoint: Checkpoint) -> Any:
     if checkpoint.quantization:  # its own layers compute in the type of training, often bfloat16
         model = model.dequantize().to(torch.float32)
     if checkpoint.adapter:
-        model = _with_adapter(model, checkpoint.adapter, vocabulary=checkpoint.spec.vocab_size)
+        model = _with_adapter(
+            model,
+            checkpoint.adapter,
+            vocabulary=checkpoint.spec.vocab_size,
+            model_type=checkpoint.architecture,
+        )
     return model.eval()
 
 
-def _with_adapter(model: Any, adapter: AdapterRecord, *, vocabulary: int) -> Any:
+def _with_adapter(model: Any, adapter: AdapterRecord, *, vocabulary: int, model_type: str) -> Any:
     """Put an adapter next to a model; those that came before it are part of what it saw."""
     if adapter.earlier:
-        model = _with_adapter(model, adapter.earlier, vocabulary=vocabulary)
+        model = _with_adapter(model, adapter.earlier, vocabulary=vocabulary, model_type=model_type)
         is_hooked = adapter.earlier.is_of_mlx
         model = mlx_adapters.bake(model) if is_hooked else _merged_by_peft(model)
     if model.get_input_embeddings().weight.shape[0] != vocabulary:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     if adapter.is_of_mlx:
-        return mlx_adapters.put_next_to(model, adapter.directory)
+        return mlx_adapters.put_next_to(model, adapter.directory, model_type=model_type)
     return _with_peft(model, adapter)
 
 

@@ -198,7 +198,7 @@ class Checkpoint:
             quantization=quantization,
             stored_names=decoder.naming,
             wrapper=text.wrapper,
-            notes=(*unknown, *decoder.notes),
+            notes=(*_family_notes(architecture), *unknown, *decoder.notes),
         )
         checkpoint.refuse_mismatch()
         return checkpoint
@@ -380,6 +380,14 @@ def _architectures(
 ) -> dict[str, Any]:
     """Return the class of transformers that a wrapped decoder alone is."""
     return {"architectures": family.config(spec)["architectures"]} if text.wrapper else {}
+
+
+def _family_notes(architecture: str) -> Iterator[str]:
+    if maker := families.origin(architecture):
+        yield (
+            f"what models of type {architecture!r} compute is described by {maker}, which is not "
+            "part of edgekit"
+        )
 
 
 def _architecture(fields: Mapping[str, Any], *, origin: str) -> str:

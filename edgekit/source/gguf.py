@@ -23,7 +23,7 @@ from edgekit.source.checkpoint import Checkpoint
 from edgekit.source.config import Config
 from edgekit.source.gguf_tokenizer import write_tokenizer
 from edgekit.source.made_tensors import PairOrder
-from edgekit.source.writer import write_checkpoint
+from edgekit.source.writer import write_checkpoint, written_bytes
 
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def write_from_gguf(file: Path, directory: Path, *, listener: Listener) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="edgekit-gguf-") as text_directory:
         checkpoint = _checkpoint(layout.read(file), directory.name, Path(text_directory))
-        total = 4 * sum(math.prod(shape) for _, shape in checkpoint.spec.weights())
+        total = written_bytes(checkpoint, "f32")
         with listener.track(f"decode {file.name}", total) as advance:
             write_checkpoint(checkpoint, directory, precision="f32", advance=advance)
 

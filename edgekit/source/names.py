@@ -65,7 +65,9 @@ class Naming:
         found = _within(self.wrappers)
         if self.head != self.stored_head:
             found[f"^{re.escape(self.stored_head)}$"] = self.head
-        if self.body != self.stored_body:
+        if self.stored_body.endswith(f".{self.body}"):  # around whatever name the body has
+            found[f"^{re.escape(self.stored_body.removesuffix(self.body))}"] = ""
+        elif self.body != self.stored_body:
             found[f"^{re.escape(self.stored_body)}"] = self.body
         return found
 

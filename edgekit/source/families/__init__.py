@@ -3,12 +3,17 @@
 The module's name is the ``model_type`` of ``config.json``: put ``mamba.py`` here and every format
 has it, or refuses it in one sentence. A family that is another one plus a difference calls it;
 modules with an underscore are what families share.
+
+A package of somebody else adds its own by an entry point of the group `GROUP`, whose name is the
+``model_type`` and whose object is such a module.
 """
 
 import functools
 import importlib
+import importlib.metadata
 import pkgutil
 from collections.abc import Mapping
+from importlib.metadata import EntryPoint
 from typing import Any, Protocol, cast
 
 from edgekit.errors import UsageError
@@ -39,10 +44,34 @@ class Family(Protocol):
         ...
 
 
+GROUP = "edgekit.families"
+_PARTS = ("SIZES", "config", "describe", "source")
+
+
 def names() -> list[str]:
     """Return every supported ``model_type``."""
+    return sorted(_own().union(entry.name for entry in _from_outside()))
+
+
+@functools.cache
+def _own() -> frozenset[str]:
     modules = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in modules if not name.startswith("_"))
+    return frozenset(name for name in modules if not name.startswith("_"))
+
+
+@functools.cache
+def _from_outside() -> tuple[EntryPoint, ...]:
+    return tuple(importlib.metadata.entry_points(group=GROUP))
+
+
+def origin(model_type: str) -> str | None:
+    """Return which distribution brought a family, None if it is one of edgekit's own."""
+    entries = [entry for entry in _from_outside() if entry.name == model_type]
+    return _distribution(entries[0]) if entries else None
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
 
 
 @functools.cache  # asked for every weight
@@ -50,14 +79,39 @@ def get(model_type: str) -> Family:
     """Import one family.
 
     Raises:
-        UsageError: If there is no such family.
+        UsageError: If there is no such family, more than one, or one that is none.
     """
-    if model_type not in names():
+    entries = [entry for entry in _from_outside() if entry.name == model_type]
+    makers = ["edgekit"] * (model_type in _own()) + [_distribution(entry) for entry in entries]
+    if len(makers) > 1:
+        raise UsageError(
+            f"models of type {model_type!r} are described by {' and by '.join(makers)}",
+            hint="uninstall all but one",
+        )
+    if entries:
+        return _load(entries[0])
+    if not makers:
         raise UsageError(
             f"models of type {model_type!r} are not supported",
             hint=f"supported: {', '.join(names())}",
         )
     return cast("Family", importlib.import_module(f"{__name__}.{model_type}"))
+
+
+def _load(entry: EntryPoint) -> Family:
+    try:
+        module = entry.load()
+    except Exception as error:
+        raise UsageError(
+            f"{_distribution(entry)}, which describes models of type {entry.name!r}, cannot be "
+            f"loaded: {type(error).__name__}: {error}",
+        ) from error
+    if missing := [part for part in _PARTS if not hasattr(module, part)]:
+        raise UsageError(
+            f"{entry.value} of {_distribution(entry)} has no {', '.join(missing)}, which a family "
+            "needs"
+        )
+    return cast("Family", module)
 
 
 def own_name(model_type: str, stored: str) -> str:

@@ -72,6 +72,7 @@ def section(config: Config, *, absent: Mapping[str, Any] | None = None) -> Confi
     if config.get("rope_scaling", dict[str, Any]()):
         return config.section("rope_scaling")
     if absent and not config.get("rope_parameters", dict[str, Any]()):
+        config.expect(rope_theta=absent["rope_theta"])  # transformers 5 overlooks another
         return Config(dict(absent), origin=f"{config.origin}: rope_parameters")
     return newer
 

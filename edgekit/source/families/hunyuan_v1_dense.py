@@ -18,15 +18,25 @@ TENSORS = llama.TENSORS | {
     "key_norm": "self_attn.key_layernorm.weight",
 }
 
+# Of the larger models that this one is cut from; transformers reads none of them. Layers share keys
+# by ``cla_share_factor`` only with ``use_cla``.
+_NEUTRAL = (
+    "cla_share_factor", "class_num", "dense_list", "eod_token_id", "im_end_id", "im_newline_id",
+    "im_start_id", "mask_init_id", "num_media_embeds", "org_vocab_size", "pad_id", "pool_type",
+    "skip_cls_token", "text_end_id", "text_start_id", "video_end_id", "video_start_id",
+)  # fmt: skip
+
 
 def describe(config: Config) -> DecoderSpec:
     """Read a HunYuan config."""
-    config.ignore("eod_token_id")
+    config.ignore(*_NEUTRAL)
     config.expect(
-        hidden_act="silu", mlp_bias=False, use_qk_norm=True, use_cla=False, cla_share_factor=1
-    )
+        add_classification_head=False, hidden_act="silu", mlp_bias=False, norm_type="rms",
+        use_cla=False, use_qk_norm=True, use_rotary_pos_emb=True,
+    )  # fmt: skip
     has_bias = config.get("attention_bias", default=False)
     head_dim = _common.read_head_width(config, DEFAULTS)
+    config.expect(attention_head_dim=head_dim)
     spec = _common.read_decoder(config, DEFAULTS, rope=_read_rope(config, head_dim))
     attention = replace(
         spec.attention,

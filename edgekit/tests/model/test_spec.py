@@ -4,7 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from edgekit.model.spec import Attention, DecoderSpec, Layer, LongRopeScaling, Norm, Rope
+from edgekit.model.spec import (
+    Attention,
+    DecoderSpec,
+    Layer,
+    LongRopeScaling,
+    Multipliers,
+    Norm,
+    Rope,
+)
 
 
 def long_rope(border):
@@ -44,3 +52,35 @@ def test_a_norm_that_adds_one_is_known_by_its_role(role, unit_offset):
     spec = replace(SPEC, attention=attention, norm=replace(SPEC.norm, unit_offset=True))
     assert spec.unit_offset(role) is unit_offset
     assert not spec.without_unit_offsets().unit_offset(role)
+
+
+MUP = Multipliers(embedding=12.0, query=0.5, residual=0.25, logits=0.125)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"token_embedding": 12.0, "query": 0.5, "attention_output": 0.25, "down": 0.25,
+              "final_norm": 0.125}),
+        ({"is_tied": True}, {"token_embedding": 12.0, "query": 0.5, "attention_output": 0.25,
+                             "down": 0.25, "final_norm": 0.125 / 12}),
+        ({"has_post_norms": True}, {"token_embedding": 12.0, "query": 0.5,
+                                    "attention_post_norm": 0.25, "mlp_post_norm": 0.25,
+                                    "final_norm": 0.125}),
+        ({"query_key_norm": SPEC.norm}, {"token_embedding": 12.0, "query_norm": 0.5,
+                                   "attention_output": 0.25, "down": 0.25, "final_norm": 0.125}),
+        ({"has_qkv_bias": True, "has_output_bias": True, "has_mlp_bias": True,
+          "has_head_bias": True},
+         {"token_embedding": 12.0, "query": 0.5, "query_bias": 0.5, "attention_output": 0.25,
+          "attention_output_bias": 0.25, "down": 0.25, "down_bias": 0.25, "final_norm": 0.125,
+          "output_head_bias": 0.125}),
+    ],
+)  # fmt: skip
+def test_each_multiplier_is_in_one_weight_of_its_path(changes, expected):
+    """Scores, what a layer adds, and logits are each multiplied once, whatever stands there."""
+    names = {"query_key_norm", "has_qkv_bias", "has_output_bias"} & changes.keys()
+    attention = replace(SPEC.attention, **{name: changes[name] for name in names})
+    rest = {name: value for name, value in changes.items() if name not in names}
+    spec = replace(SPEC, attention=attention, multipliers=MUP, **rest)
+    found = {role.rpartition(".")[2]: spec.multiplier(role) for role, _ in spec.weights()}
+    assert {role: by for role, by in found.items() if by != 1} == expected

@@ -31,10 +31,12 @@ GGUF = formats.get("gguf")
 READS = {  # a module of transformers, and the role that stands for all weights it holds
     "q_proj": "query", "qkv_proj": "query", "o_proj": "attention_output",
     "gate_proj": "gate", "gate_up_proj": "gate", "down_proj": "down",
+    "dense": "attention_output", "fc1": "up", "fc2": "down",  # of Phi
 }  # fmt: skip
 FAMILIES = [
     "llama", "llama-bias", "odd-head-width", "mistral-window", "qwen2", "qwen3", "phi3",
     "phi4-mini", "gemma2", "gemma3", "stablelm-1.6b", "stablelm-12b", "smollm3",
+    "phi", "olmo2", "glm",
 ]  # fmt: skip
 
 
@@ -118,8 +120,9 @@ def test_it_finds_what_hooks_on_transformers_find(name, tmp_path):
 
 @pytest.mark.toolchain
 @pytest.mark.usefixtures("_short_text")
-def test_every_matrix_that_is_multiplied_has_its_columns(tmp_path):
-    checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path / "mistral", "mistral"))
+@pytest.mark.parametrize("name", ["mistral", "arcee"])
+def test_every_matrix_that_is_multiplied_has_its_columns(name, tmp_path):
+    checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path / name, name))
     found = calibration.importance(checkpoint)
     matrices = {role: shape for role, shape in checkpoint.spec.weights() if len(shape) == 2}
     assert matrices.keys() - found.keys() == {"token_embedding"}  # rows are picked from it

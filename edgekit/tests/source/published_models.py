@@ -76,7 +76,10 @@ _GEMMA3 = _GEMMA | _TANH | {
     "sliding_window_pattern": 6,
 }  # fmt: skip
 _HUNYUAN = _TIED | {
-    "attention_bias": False, "eod_token_id": 3, "head_dim": 128, "mlp_bias": False,
+    "add_classification_head": False, "attention_bias": False, "attention_head_dim": 128,
+    "cla_share_factor": 2, "class_num": 0, "head_dim": 128, "im_end_id": 5, "im_newline_id": 11,
+    "im_start_id": 4, "mask_init_id": 12, "mlp_bias": False, "norm_type": "rms",
+    "pool_type": "last", "text_end_id": 7, "text_start_id": 6, "use_rotary_pos_emb": True,
     "rope_scaling": {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0,
                      "mscale_all_dim": 1.0, "type": "dynamic"},
     "use_cla": False, "use_qk_norm": True,

@@ -126,6 +126,16 @@ def test_a_prefix_changes_nothing_that_is_said(plain, copy, name):
     assert len(checkpoint.notes) >= 1
 
 
+@pytest.mark.parametrize("name", ["data parallelism", "PEFT", "both"])
+def test_a_prefix_is_left_out_where_names_differ_in_memory_too(tmp_path, name):
+    directory = write_tiny_checkpoint(tmp_path / "exaone", "exaone")
+    expected = reference(Checkpoint.open(directory))
+    rename(directory / "model.safetensors", PREFIXES[name])
+    checkpoint = Checkpoint.open(directory)
+    assert distance(own(checkpoint), expected) < 1e-4
+    assert distance(reference(checkpoint), expected) == 0
+
+
 def test_float64_is_read_as_float32(plain, tmp_path):
     import torch
 

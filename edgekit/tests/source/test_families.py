@@ -3,10 +3,13 @@
 import copy
 import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import edgekit
 from edgekit.errors import UsageError
 from edgekit.model.spec import (
     LinearScaling,
@@ -145,8 +148,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": "LLLG", "tie_word_embeddings": False,
     },
     "hunyuan_v1_dense": SIZES | {
-        "attention_bias": False, "eod_token_id": 3, "head_dim": 16, "hidden_act": "silu",
-        "mlp_bias": False, "model_type": "hunyuan_v1_dense", "rms_norm_eps": 1e-05,
+        "add_classification_head": False, "attention_bias": False, "attention_head_dim": 16,
+        "cla_share_factor": 2, "class_num": 0, "dense_list": [48, 0], "head_dim": 16,
+        "hidden_act": "silu", "im_end_id": 5, "im_newline_id": 11, "im_start_id": 4,
+        "mask_init_id": 12, "mlp_bias": False, "norm_type": "rms", "org_vocab_size": 96,
+        "pad_id": 9, "pool_type": "last", "text_end_id": 7, "text_start_id": 6,
+        "use_rotary_pos_emb": True, "model_type": "hunyuan_v1_dense", "rms_norm_eps": 1e-05,
         "rope_scaling": {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0,
                          "mscale": 1.0, "mscale_all_dim": 1.0, "type": "dynamic"},
         "rope_theta": 10000.0, "tie_word_embeddings": True, "use_cla": False, "use_qk_norm": True,
@@ -277,7 +284,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4-no-window": ("exaone4", {"layer_types": None, "sliding_window": None}),
     "cohere-norms": ("cohere", {"attention_bias": True, "use_qk_norm": True}),
     "phi-2": ("phi", {"partial_rotary_factor": 0.25}),
-    "apertus-no-rope": ("apertus", {"rope_scaling": None}),
+    "apertus-no-rope": ("apertus", {"rope_scaling": None, "rope_theta": None}),
     "ministral3-no-rope": ("ministral3", {"rope_parameters": None}),
     "ernie4.5-bias": ("ernie4_5", {"use_bias": True}),
     "smollm3-windows": ("smollm3", {
@@ -309,6 +316,16 @@ def without(model_type, *names):
 def test_every_family_has_a_published_config_here(model_type):
     assert model_type in PUBLISHED
     published(model_type)
+
+
+def test_the_page_of_models_lists_every_family():
+    page = Path(edgekit.__file__).parents[1] / "docs" / "models.md"
+    if not page.is_file():
+        pytest.skip("edgekit is installed without its pages")
+    _, rest = page.read_text(encoding="utf-8").split("| `model_type` | models |")
+    rows = re.findall(r"^\| (`.+?) \|", rest.split("\n\n")[0], re.MULTILINE)
+    assert families.names()
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == families.names()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -423,6 +440,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a ramp that transformers overlooks": (
         "olmo3", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
         "truncate = False",
+    ),
+    "a theta that transformers overlooks": (
+        "apertus", {"rope_scaling": None, "rope_theta": 500000}, "rope_theta = 500000"
+    ),
+    "shared keys": ("hunyuan_v1_dense", {"use_cla": True}, "use_cla = True"),
+    "two widths of a head": (
+        "hunyuan_v1_dense", {"attention_head_dim": 8}, "attention_head_dim = 8"
     ),
     "no gate": ("cohere2", {"use_gated_activation": False}, "use_gated_activation = False"),
     "another beginning": ("cohere2", {"layer_switch": 3}, "layer_switch = 3"),

