@@ -94,7 +94,7 @@ def _without_constants(
     """Take away tensors of one number that the family's decoders have built in.
 
     Raises:
-        UsageError: If one holds another number, not rounded to bfloat16 either.
+        UsageError: If one holds another number, not rounded to bfloat16 or float16 either.
     """
     rest = dict(tensors)
     for name, expected in constants.items():
@@ -105,7 +105,7 @@ def _without_constants(
                 f"{name} in {directory} has shape {list(tensor.shape)} and dtype "
                 f"{stored_dtype(tensor)}, expected one number"
             )
-        if not math.isclose(found := tensor.read().item(), expected, rel_tol=2**-8):
+        if not math.isclose(found := tensor.read().item(), expected, rel_tol=2**-8, abs_tol=2**-25):
             raise UsageError(f"{name} in {directory} holds {found:g}, expected {expected:g}")
     return rest
 

@@ -55,7 +55,11 @@ def batch_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     Twice: as a text grows, scores move to a larger place.
     """
     batch = min(BATCH_TOKENS, context_tokens)
-    widths = (
-        spec.attention.heads * context_tokens + 3 * spec.intermediate_size + 2 * spec.hidden_size
-    )
+    widths = spec.attention.heads * context_tokens + mlp_channels(spec) + 2 * spec.hidden_size
     return 2 * 4 * batch * widths
+
+
+def mlp_channels(spec: DecoderSpec) -> int:
+    """Return how many channels an MLP has at once: its products, and what they become."""
+    bent = {"silu": 2, "gelu_tanh": 2, "relu2": 2, "xielu": 4}[spec.activation]
+    return (bent + spec.is_gated) * spec.intermediate_size

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from edgekit.errors import UsageError
-from edgekit.formats.executorch import tensor_types
+from edgekit.formats.executorch import slopes, tensor_types
 from edgekit.model.spec import Shape
 from edgekit.progress import Advance
 from edgekit.quant.planned import PlannedWeight, importance_of
@@ -67,9 +67,9 @@ class Job:
         return {weight.role: weight.tensor_type for weight in self.weights}
 
     def blocks(self, weight: ProgramWeight) -> "Iterator[tuple[int, Rows]]":
-        """Yield first rows and float32 ``(rows, …)``, as `Checkpoint.blocks`; tell the progress."""
+        """Yield first rows and float32 ``(rows, …)`` as programs hold them; tell the progress."""
         for first, rows in self.checkpoint.blocks(weight.role):
-            yield first, rows
+            yield first, slopes.to_slopes(weight.role, rows)
             self.progress(rows.size)
 
     def encoded(

@@ -1,18 +1,20 @@
-"""How positions rotate queries and keys, as a module of torch."""
+"""What positions do to queries and keys, as a module of torch."""
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
+from edgekit.formats.executorch.arithmetic import ropes
 from edgekit.model.spec import DecoderSpec, Rope
 
 
 class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
-    """How queries and keys rotate with the positions of their tokens, once for all layers."""
+    """How queries and keys rotate, and queries grow, with their positions: once for all layers."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
-        self.ropes = list(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
+        self.query_growth = spec.attention.query_growth
+        self.ropes = ropes(spec)
         for number, rope in enumerate(self.ropes):
             self._keep(f"frequencies_{number}", frequencies(rope, text_tokens=1))
             border = rope.original_max_position_embeddings
@@ -39,6 +41,14 @@ class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
             cosine, sine = (wave * rope.attention_factor for wave in waves)
             found[rope] = cosine, sine
         return found
+
+    def growth(self, input_pos: Tensor) -> Tensor | None:
+        """Return what queries are multiplied with, of shape ``(tokens, 1, 1)``; None: nothing."""
+        grown = self.query_growth
+        if grown is None:
+            return None
+        steps = torch.div(input_pos, grown.step_tokens, rounding_mode="floor")
+        return 1 + grown.rate * torch.log(1 + steps.to(torch.float32))[:, None, None]
 
     def _frequencies(self, number: int, rope: Rope, input_pos: Tensor) -> Tensor:
         usual = self.get_buffer(f"frequencies_{number}")

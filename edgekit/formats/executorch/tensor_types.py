@@ -51,7 +51,8 @@ COARSE = frozenset(name for name in TENSOR_TYPES if name.startswith(("INT4", "Q4
 ACROSS = {f"INT4_G{group}": f"Q4GSW_G{group}" for group in (32, 64, 128)}
 FOUR_BITS, VULKAN_FOUR_BITS = frozenset(ACROSS), frozenset(ACROSS.values())
 
-_EXACT = Rule(pattern=".*(norm|bias)", tensor_type="F32")  # small, and XNNPACK wants them so
+# Small, and XNNPACK wants them so.
+_EXACT = Rule(pattern=".*(norm|bias)|xielu_.*", tensor_type="F32")
 _EIGHT_BIT_EMBEDDING = Rule(pattern="token_embedding|output_head", tensor_type="INT8")
 
 # What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.

@@ -78,5 +78,7 @@ def test_executorch_sets_a_whole_context_aside_and_packs_while_the_file_is_there
     reading = 2 * 4 * 100 * (4 * 100 + 3 * 128 + 2 * 64)
     assert found.compute_bytes == between + reading
     assert found.runtime_bytes == 40 * 2**20 + 2 * 2**19 + 500 * 1000
+    ungated = executorch.use(replace(SPEC, is_gated=False), layout(5000), context_tokens=100)
+    assert found.compute_bytes - ungated.compute_bytes == 2 * 4 * 100 * 128
     packing = executorch.use(SPEC, layout(5000, reading + 1), context_tokens=100)
     assert packing.compute_bytes == between + reading + 1

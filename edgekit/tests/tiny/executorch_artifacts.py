@@ -18,6 +18,21 @@ from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 
 CONTEXT_TOKENS = 192
 IDS = [1, 87, 85, 303, 201, 57, 74, 272, 447, 271, 2, 201]  # of the tokenizer, in no language
+# Kinds that each ask something of a back-end that none before them does. The others differ from
+# these in names, in voices and in sizes; the support matrix has them all.
+KINDS = (
+    "llama", "llama3-rope-tied", "llama-linear-rope", "llama-bias", "odd-head-width", "odd-sizes",
+    "one-kv-head", "mistral-window", "qwen2-window", "qwen3", "phi3", "phi3-longrope",
+    "phi3.5-longrope", "phi4-mini", "gemma2", "gemma2-wide-heads", "gemma3", "stablelm-1.6b",
+    "stablelm-12b", "smollm3",
+    "olmo3-yarn",  # norms after only, one norm for all heads, ropes that differ
+    "hunyuan",  # a norm after the rotation
+    "phi",  # no gate, one norm for both, a head with a bias
+    "nemotron",  # squares, a LayerNorm that adds one
+    "apertus",  # xIELU
+    "cohere2",  # a LayerNorm without bias, layers without a rope beside windows
+    "ministral3",  # queries that grow
+)  # fmt: skip
 # Refuses torch as a device without it does.
 WITHOUT_TORCH = """
 import sys

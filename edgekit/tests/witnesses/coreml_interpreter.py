@@ -140,8 +140,10 @@ def _gelu(x, mode):
 
 
 _OPERATORS: dict[str, Callable[..., Any]] = {
+    "abs": lambda x: np.abs(x),  # noqa: PLW0108 - by name
     "add": lambda x, y: x + y,
     "cast": lambda x, dtype: x.astype(np.float64),
+    "exp": lambda x: np.exp(x),  # noqa: PLW0108 - by name
     "floor_div": lambda x, y: x // y,
     "gather": _gather,
     "gelu": _gelu,
@@ -151,10 +153,13 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "linear": lambda x, weight, bias: x @ weight.T + bias,
     "logical_or": lambda x, y: x | y,
     "matmul": _matmul,
+    "maximum": lambda x, y: np.maximum(x, y),  # noqa: PLW0108 - by name
     "mul": lambda x, y: x * y,
     "range_1d": lambda start, end, step: np.arange(start, end, step),  # noqa: PLW0108 - by name
     "real_div": lambda x, y: x / y,
+    "reduce_max": lambda x, axes, keep_dims: x.max(tuple(axes), keepdims=bool(keep_dims)),
     "reduce_mean": lambda x, axes, keep_dims: x.mean(tuple(axes), keepdims=bool(keep_dims)),
+    "relu": lambda x: np.maximum(x, 0),
     "reshape": lambda x, shape: x.reshape(shape),
     "rsqrt": lambda x, epsilon: 1 / np.sqrt(x + epsilon),
     "silu": lambda x: x / (1 + np.exp(-x)),

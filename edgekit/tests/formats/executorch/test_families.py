@@ -10,8 +10,9 @@ import pytest
 
 from edgekit import formats
 from edgekit.formats import BuildRequest
-from edgekit.formats.executorch import conversion, running, tensor_types, writing
+from edgekit.formats.executorch import conversion, running, slopes, tensor_types, writing
 from edgekit.formats.executorch.backends import xnnpack
+from edgekit.formats.executorch.backends.xnnpack import size
 from edgekit.proof import transformers_logits
 from edgekit.proof.fidelity import Comparison, Fidelity
 from edgekit.source import opening
@@ -24,6 +25,7 @@ from edgekit.tests.tiny.checkpoints import (
     YARN,
     write_tiny_checkpoint,
 )
+from edgekit.tests.tiny.executorch_artifacts import KINDS
 
 
 if TYPE_CHECKING:
@@ -113,7 +115,7 @@ class Converted:
     path: Path
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=KINDS)
 def converted(request, tmp_path_factory) -> Converted:
     directory = tmp_path_factory.mktemp("executorch")
     checkpoint = opening.open_checkpoint(write_tiny_checkpoint(directory / "model", request.param))
@@ -157,14 +159,26 @@ def test_the_file_holds_every_weight_as_planned(converted):
 
 def test_the_size_is_predicted_within_one_percent(converted):
     layout = writing.lay_out(converted.checkpoint, BuildRequest(recipe=tensor_types.RECIPES["F32"]))
-    size = converted.path.stat().st_size
-    assert size == pytest.approx(layout.artifact_bytes, rel=0.01)
+    found = converted.path.stat().st_size
+    assert found == pytest.approx(layout.artifact_bytes, rel=0.01)
+
+
+def test_every_operator_is_counted_and_every_matrix_in_the_backend(converted):
+    report = json.loads((converted.path.parent / conversion.COVERAGE).read_text())
+    spec = converted.checkpoint.spec
+    assert report["matrices_outside"] == []
+    assert report["operators_in_backend"] == size.operators(
+        spec, uses_llm_operators=False, is_rounded=False
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("gemma2", "INT4_G32"), ("phi3", "INT4_G32"), ("odd-sizes", "INT8")],  # 72 fill no group
-)
+    [
+        ("gemma2", "INT4_G32"), ("phi3", "INT4_G32"), ("odd-sizes", "INT8"),  # 72 fill no group
+        ("phi", "INT4_G32"),
+    ],
+)  # fmt: skip
 def test_four_bits_everywhere_say_nearly_what_transformers_says(name, words, tmp_path):
     checkpoint = opening.open_checkpoint(write_tiny_checkpoint(tmp_path / "model", name))
     ids, recipe = texts(checkpoint)[0][:64], tensor_types.RECIPES["8da4w_all"]
@@ -214,7 +228,7 @@ def layers_that_call_it(path: Path) -> int:
 
 @pytest.mark.parametrize(
     ("name", "layers_by_operator"),
-    [("gemma3", 1), ("gemma2", 0), ("qwen2-window", 1)],
+    [("gemma3", 1), ("gemma2", 0), ("qwen2-window", 1), ("ministral3", 3)],
 )
 def test_programs_for_phones_say_it_past_every_window(name, layers_by_operator, tmp_path):
     checkpoint = opening.open_checkpoint(write_tiny_checkpoint(tmp_path / "model", name))
@@ -257,8 +271,8 @@ def eager(checkpoint: Checkpoint) -> "XnnpackDecoder":
     spec = checkpoint.spec
 
     def weight(role: str):
-        values = torch.from_numpy(checkpoint.weight(role))
-        return values + 1 if spec.unit_offset(role) else values
+        values = np.concatenate([rows for _, rows in checkpoint.blocks(role)])
+        return torch.from_numpy(slopes.to_slopes(role, values))
 
     segments = []
     for index, shape in enumerate(decoder.segment_shapes(spec, uses_llm_operators=False)):

@@ -44,13 +44,15 @@ MAX_KL_NATS = 1e-10
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 REFUSED = {
     "gemma2": "attention with a cap on scores", "odd-sizes": "rope over 18 channels",
-    "stablelm-1.6b": "rope over 4 channels", "stablelm-12b": "norm with weights of its own",
+    "stablelm-1.6b": "rope over 4 channels", "vaultgemma": "attention with a cap on scores",
 }  # fmt: skip
 FAR = {"sliding_window": 256}  # further than the context
 COMPUTED = [
     ("llama", {}), ("llama3-rope-tied", {}), ("llama-bias", {}), ("odd-head-width", {}),
     ("one-kv-head", {}), ("qwen3", {}), ("smollm3", {}), ("phi3", FAR), ("phi3.5-longrope", {}),
-    ("gemma3", FAR), ("stablelm-1.6b", {"hidden_size": 128}),
+    ("gemma3", FAR), ("stablelm-1.6b", {"hidden_size": 128}), ("olmo3-yarn", FAR), ("hunyuan", {}),
+    ("phi", {}), ("nemotron", {"head_dim": 16}), ("apertus", {}), ("ministral3", {}),
+    ("cohere-norms", {}), ("cohere2", FAR),
 ]  # fmt: skip
 
 
@@ -134,7 +136,7 @@ def agreement(expected, rows, found, ids):
     return comparison.result()
 
 
-def random_ids(spec, count=60):
+def random_ids(spec, count=80):
     return np.random.default_rng(3).integers(0, spec.vocab_size, count).tolist()
 
 
@@ -161,16 +163,18 @@ def test_the_delegates_operators_say_what_transformers_says(kind, fields, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("recipe", "fields"),
+    ("kind", "recipe", "fields"),
     [
-        ("F16", {}), ("8da4w", {}), ("8da4w_g64", {}), ("8da4w_all", {}),
-        ("8da4w", {"vocab_size": 9001}),  # more rows than an int8 texture may have
+        ("llama", "F16", {}), ("llama", "8da4w", {}), ("llama", "8da4w_g64", {}),
+        ("llama", "8da4w_all", {}), ("apertus", "F16", {}),
+        ("llama", "8da4w", {"vocab_size": 9001}),  # more rows than an int8 texture may have
+        ("phi", "8da4w", {}),  # a head of int8 with a bias
     ],
 )  # fmt: skip
 def test_the_weights_read_back_are_those_that_the_delegate_multiplies_with(
-    recipe, fields, tmp_path
+    kind, recipe, fields, tmp_path
 ):
-    checkpoint = opened(tmp_path, **WIDE, **fields)
+    checkpoint = opened(tmp_path, kind, **WIDE, **fields)
     path, ids = convert(checkpoint, recipe, tmp_path), random_ids(checkpoint.spec)
     read = running.read_back(path, checkpoint.spec)
     rows, found = said(path, checkpoint.spec, ids, read)

@@ -9,11 +9,12 @@ device promises an exact cosine of a large angle.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING
 
 from edgekit.formats.executorch import tensor_types
+from edgekit.formats.executorch.arithmetic import SQUARES, Arithmetic, bias_of, ropes
 from edgekit.formats.executorch.backends.coreml.mil import Blob, FunctionWriter, Value
-from edgekit.model.spec import DecoderSpec, Norm, Rope, Shape
+from edgekit.model.spec import DecoderSpec, Norm, QueryGrowth, Shape
 
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ HIDDEN = -1e9  # added to the score of a key that is not to be seen
 TOKENS, POSITION, LOGITS = "tokens", "input_pos", "logits"
 STEP = 256  # tokens; a position is so many steps and a rest, each with a table of its rotations
 ZEROS = "zeros."  # what the keys of tables without content begin with
+GROWTH = "growth.steps"  # the key of a table, of what queries are multiplied with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +64,12 @@ def cache_shape(spec: DecoderSpec, context_tokens: int) -> Shape:
     return spec.attention.num_kv_heads, context_tokens, spec.attention.head_dim
 
 
-def ropes(spec: DecoderSpec) -> tuple[Rope, ...]:
-    """Return the rotations of a decoder, each once, in the order of their tables."""
-    return tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
-
-
 def tables(spec: DecoderSpec) -> "Iterator[tuple[str, npt.NDArray[np.float32]]]":
-    """Yield the key and the content of each table that is not all zeros: cosines and sines.
+    """Yield the key and the content of each table that is not all zeros.
 
-    The content is float32, shape ``(rows, rope width)``, for all positions of the model, so that a
-    plan need not know how many a program holds.
+    The content is float32: cosines and sines of shape ``(rows, half the rope's width)``, how
+    queries grow of shape ``(rows, 1)``. For all positions of the model, so that a plan need not
+    know how many a program holds.
     """
     import numpy as np
 
@@ -85,6 +83,14 @@ def tables(spec: DecoderSpec) -> "Iterator[tuple[str, npt.NDArray[np.float32]]]"
             angles = np.arange(rows)[:, None] * stride * frequencies.astype(np.float64)
             yield f"cosine.{name}", (np.cos(angles) * factor).astype(np.float32)
             yield f"sine.{name}", (np.sin(angles) * factor).astype(np.float32)
+    growth = spec.attention.query_growth
+    if growth:
+        steps = np.arange(_growth_steps(spec, growth))[:, None]
+        yield GROWTH, (1 + growth.rate * np.log1p(steps)).astype(np.float32)
+
+
+def _growth_steps(spec: DecoderSpec, growth: QueryGrowth) -> int:
+    return -(-spec.context_tokens // growth.step_tokens)
 
 
 def _turn_tables(spec: DecoderSpec, index: int) -> tuple[tuple[str, int, int], ...]:
@@ -101,11 +107,11 @@ class _Rotation:
     sine: Value
 
 
-class _Decoder:
+class _Decoder(Arithmetic[Value]):
     def __init__(
         self, spec: DecoderSpec, tensor_types: Mapping[str, str], context_tokens: int
     ) -> None:
-        self._spec, self._tensor_types, self._context_tokens = spec, tensor_types, context_tokens
+        self.spec, self._tensor_types, self._context_tokens = spec, tensor_types, context_tokens
         self._shapes = dict(spec.weights())
         self._writer = FunctionWriter()
         self._token = Value(name=TOKENS, kind="int32", shape=(1, 1))
@@ -115,16 +121,18 @@ class _Decoder:
             for name in caches(spec)
         }
         self._added: list[Value] = []  # to the caches, in their order
+        self._growth: Value | None = None  # what queries are multiplied with: ``(1, 1)``
 
     def program(self) -> CoreMLProgram:
         x = self._embed()
         where = self._steps_and_rest()
         rotations = {
-            rope: self._rotation(index, *where) for index, rope in enumerate(ropes(self._spec))
+            rope: self._rotation(index, *where) for index, rope in enumerate(ropes(self.spec))
         }
-        windows = dict.fromkeys(layer.window_tokens for layer in self._spec.layers)
+        self._growth = self._grown()
+        windows = dict.fromkeys(layer.window_tokens for layer in self.spec.layers)
         masks = {window: self._mask(window) for window in windows}
-        for index, layer in enumerate(self._spec.layers):
+        for index, layer in enumerate(self.spec.layers):
             rotation = rotations[layer.rope] if layer.rope else None
             x = self._layer(index, x, rotation, masks[layer.window_tokens])
         inputs = (self._token, self._position, *self._caches.values())
@@ -142,7 +150,7 @@ class _Decoder:
         """Return the residual stream: ``(1, hidden width)``, float32."""
         token = self._reshape(self._token, (1,))
         x = self._float32(self._row(self._matrix("token_embedding"), token))
-        return x if self._spec.embedding_scale == 1 else self._mul(x, self._spec.embedding_scale)
+        return x if self.spec.embedding_scale == 1 else self._multiply(x, self.spec.embedding_scale)
 
     def _row(self, table: Value, index: Value) -> Value:
         return self._writer.apply(
@@ -155,16 +163,16 @@ class _Decoder:
         (cosine, sine), (cosine_of_rest, sine_of_rest) = (
             self._waves(index, table, row) for table, row in enumerate((steps, rest))
         )
-        both = self._mul(cosine, cosine_of_rest), self._mul(sine, sine_of_rest)
-        mixed = self._mul(sine, cosine_of_rest), self._mul(cosine, sine_of_rest)
-        cosine, sine = self._sub(*both), self._add(*mixed)
+        both = self._multiply(cosine, cosine_of_rest), self._multiply(sine, sine_of_rest)
+        mixed = self._multiply(sine, cosine_of_rest), self._multiply(cosine, sine_of_rest)
+        cosine, sine = self._subtract(*both), self._add(*mixed)
         return _Rotation(
-            cosine=self._join(cosine, cosine), sine=self._join(self._mul(sine, -1.0), sine)
+            cosine=self._join(cosine, cosine), sine=self._join(self._multiply(sine, -1.0), sine)
         )
 
     def _waves(self, index: int, table: int, row: Value) -> tuple[Value, Value]:
-        name, rows, _ = _turn_tables(self._spec, index)[table]
-        shape = (rows, ropes(self._spec)[index].width // 2)
+        name, rows, _ = _turn_tables(self.spec, index)[table]
+        shape = (rows, ropes(self.spec)[index].width // 2)
         cosine, sine = (
             self._row(self._writer.stored(f"{wave}.{name}", "fp32", shape), row)
             for wave in ("cosine", "sine")
@@ -174,7 +182,15 @@ class _Decoder:
     def _steps_and_rest(self) -> tuple[Value, Value]:
         apply, position = self._writer.apply, self._position
         steps = apply("floor_div", (1,), x=position, y=STEP)
-        return steps, self._sub(position, apply("mul", (1,), x=steps, y=STEP))
+        return steps, self._subtract(position, apply("mul", (1,), x=steps, y=STEP))
+
+    def _grown(self) -> Value | None:
+        growth = self.spec.attention.query_growth
+        if growth is None:
+            return None
+        step = self._writer.apply("floor_div", (1,), x=self._position, y=growth.step_tokens)
+        table = self._writer.stored(GROWTH, "fp32", (_growth_steps(self.spec, growth), 1))
+        return self._row(table, step)
 
     def _mask(self, window_tokens: int | None) -> Value:
         """Return what is added to the scores of the cache: ``(1, 1, context)``, float32."""
@@ -184,28 +200,26 @@ class _Decoder:
         places, here = self._reshape(row, shape), self._reshape(self._position, (1, 1, 1))
         hidden = apply("greater_equal", shape, kind="bool", x=places, y=here)
         if window_tokens is not None:
-            last = self._sub(here, window_tokens)
+            last = self._subtract(here, window_tokens)
             gone = apply("less_equal", shape, kind="bool", x=places, y=last)
             hidden = apply("logical_or", shape, x=hidden, y=gone)
-        return self._mul(self._float32(hidden), HIDDEN)
+        return self._multiply(self._float32(hidden), HIDDEN)
 
     def _layer(self, index: int, x: Value, rotation: _Rotation | None, mask: Value) -> Value:
-        spec, prefix = self._spec, f"layers.{index}."
-        read = self._float16(self._normalize(spec.norm, f"{prefix}attention_norm", x))
+        prefix = f"layers.{index}."
+        read = self._float16(self._before(f"{prefix}attention_norm", x))
         attended = self._attend(index, read, rotation, mask)
-        if spec.has_post_norms:
-            attended = self._normalize(spec.norm, f"{prefix}attention_post_norm", attended)
-        x = self._add(x, attended)
-        if spec.residual == "serial":
-            read = self._float16(self._normalize(spec.norm, f"{prefix}mlp_norm", x))
-        changed = self._mlp(prefix, read)
-        if spec.has_post_norms:
-            changed = self._normalize(spec.norm, f"{prefix}mlp_post_norm", changed)
-        return self._add(x, changed)
+        x = self._add(x, self._after(f"{prefix}attention_post_norm", attended))
+        if self.spec.residual == "serial":
+            read = self._float16(self._before(f"{prefix}mlp_norm", x))
+        return self._add(x, self._after(f"{prefix}mlp_post_norm", self._mlp(prefix, read)))
 
     def _attend(self, index: int, read: Value, rotation: _Rotation | None, mask: Value) -> Value:
-        a, prefix = self._spec.attention, f"layers.{index}."
-        query = self._mul(self._rotated_heads(prefix, "query", read, rotation), a.softmax_scale)
+        a, prefix = self.spec.attention, f"layers.{index}."
+        query = self._multiply(
+            self._rotated_heads(prefix, "query", read, rotation), a.softmax_scale
+        )
+        query = query if self._growth is None else self._multiply(query, self._growth)
         grouped = (a.num_kv_heads, a.heads // a.num_kv_heads, a.head_dim)
         query = self._reshape(self._float16(query), grouped)
         key = self._remember(f"keys_{index}", self._rotated_heads(prefix, "key", read, rotation))
@@ -226,7 +240,7 @@ class _Decoder:
     def _scores(self, query: Value, keys: Value) -> Value:
         shape = (*query.shape[:2], keys.shape[1])
         scores = self._float32(self._matmul(query, keys, shape, transposes=True))
-        cap = self._spec.attention.attn_logit_softcap
+        cap = self.spec.attention.attn_logit_softcap
         return scores if cap is None else self._cap(scores, cap)
 
     def _mix(self, shares: Value, values: Value, value: Value) -> Value:
@@ -241,25 +255,31 @@ class _Decoder:
         self, prefix: str, name: str, read: Value, rotation: _Rotation | None
     ) -> Value:
         """Return queries or keys: ``(heads, head width)``, float32."""
-        a = self._spec.attention
+        a = self.spec.attention
         heads = a.heads if name == "query" else a.num_kv_heads
         x = self._linear(f"{prefix}{name}", read, has_bias=a.has_qkv_bias)
-        x = self._reshape(x, (heads, a.head_dim))
-        if a.query_key_norm:
-            x = self._normalize(a.query_key_norm, f"{prefix}{name}_norm", x)
-        return self._rotated(x, rotation) if rotation else x
+        x = self._split_heads(x, heads)
+        for step in self._steps_of_heads(rotates=rotation is not None):
+            if step == "rotate":
+                assert rotation is not None  # noqa: S101 - else it is no step
+                x = self._rotated(x, rotation)
+            else:
+                x = self._normalize_heads(f"{prefix}{name}_norm", x, heads)
+        return x
 
     def _rotated(self, x: Value, rotation: _Rotation) -> Value:
         whole, width = x.shape[-1], rotation.cosine.shape[-1]
         halves = (self._slice(x, width // 2, width), self._slice(x, 0, width // 2))
         swapped = self._join(*halves)
         first = x if width == whole else self._slice(x, 0, width)
-        rotated = self._add(self._mul(first, rotation.cosine), self._mul(swapped, rotation.sine))
+        rotated = self._add(
+            self._multiply(first, rotation.cosine), self._multiply(swapped, rotation.sine)
+        )
         return rotated if width == whole else self._join(rotated, self._slice(x, width, whole))
 
     def _remember(self, name: str, x: Value) -> Value:
         """Hand out what to add to a cache: ``(key heads, 1, head width)``."""
-        a = self._spec.attention
+        a = self.spec.attention
         shape = (a.num_kv_heads, 1, a.head_dim)
         made = self._writer.apply(
             "reshape", shape, name=f"new_{name}", x=self._float16(x), shape=[*shape]
@@ -268,53 +288,48 @@ class _Decoder:
         return made
 
     def _mlp(self, prefix: str, read: Value) -> Value:
-        has_bias = self._spec.has_mlp_bias
-        gate = self._activate(self._linear(f"{prefix}gate", read, has_bias=has_bias))
-        up = self._linear(f"{prefix}up", read, has_bias=has_bias)
-        made = self._float16(self._mul(gate, up))
-        return self._linear(f"{prefix}down", made, has_bias=has_bias)
+        has_bias = self.spec.has_mlp_bias
+        first = "gate" if self.spec.is_gated else "up"
+        bent = self._activate(prefix, self._linear(f"{prefix}{first}", read, has_bias=has_bias))
+        if self.spec.is_gated:
+            bent = self._multiply(bent, self._linear(f"{prefix}up", read, has_bias=has_bias))
+        if self.spec.activation not in SQUARES:
+            return self._linear(f"{prefix}down", self._float16(bent), has_bias=has_bias)
+        largest = self._largest(bent)
+        bent = self._float16(self._writer.apply("real_div", bent.shape, x=bent, y=largest))
+        return self._linear(f"{prefix}down", bent, has_bias=has_bias, times=largest)
 
-    def _activate(self, x: Value) -> Value:
-        match self._spec.activation:
-            case "silu":
-                return self._writer.apply("silu", x.shape, x=x)
-            case "gelu_tanh":
-                return self._writer.apply("gelu", x.shape, x=x, mode="TANH_APPROXIMATION")
-            case _:
-                assert_never(self._spec.activation)
+    def _largest(self, x: Value) -> Value:
+        """Return what a row is divided by so that squares fit into float16: its largest, or one."""
+        apply, shape = self._writer.apply, (x.shape[0], 1)
+        size = apply("abs", x.shape, x=x)
+        largest = apply("reduce_max", shape, x=size, axes=[-1], keep_dims=True)
+        return apply("maximum", shape, x=largest, y=1.0)
 
     def _head(self, x: Value) -> Value:
-        role = "token_embedding" if self._spec.is_tied else "output_head"
-        read = self._float16(self._normalize(self._spec.norm, "final_norm", x))
-        logits = self._linear(role, read, has_bias=False)
-        if self._spec.final_logit_softcap is not None:
-            logits = self._cap(logits, self._spec.final_logit_softcap)
+        role = "token_embedding" if self.spec.is_tied else "output_head"
+        read = self._float16(self._normalize(self.spec.norm, "final_norm", x))
+        logits = self._linear(role, read, has_bias=self.spec.has_head_bias)
+        if self.spec.final_logit_softcap is not None:
+            logits = self._cap(logits, self.spec.final_logit_softcap)
         return self._writer.apply("identity", logits.shape, name=LOGITS, x=logits)
-
-    def _normalize(self, norm: Norm, role: str, x: Value) -> Value:
-        """Normalize the last axis; Gemma's ones are in its weights already."""
-        if norm.kind == "layer":
-            x = self._sub(x, self._mean(x))
-        mean = self._mean(self._mul(x, x))
-        inverse = self._writer.apply("rsqrt", mean.shape, x=mean, epsilon=norm.epsilon)
-        x = self._mul(self._mul(x, inverse), self._vector(role))
-        return self._add(x, self._vector(f"{role}_bias")) if norm.has_bias else x
 
     def _mean(self, x: Value) -> Value:
         return self._writer.apply("reduce_mean", (x.shape[0], 1), x=x, axes=[-1], keep_dims=True)
 
     def _cap(self, x: Value, cap: float) -> Value:
         share = self._writer.apply("real_div", x.shape, x=x, y=cap)
-        return self._mul(self._writer.apply("tanh", x.shape, x=share), cap)
+        return self._multiply(self._writer.apply("tanh", x.shape, x=share), cap)
 
-    def _linear(self, role: str, x: Value, *, has_bias: bool) -> Value:
-        """Multiply in float16, add what is added in float32."""
+    def _linear(self, role: str, x: Value, *, has_bias: bool, times: Value | None = None) -> Value:
+        """Multiply in float16, and by ``times`` and add what is added in float32."""
         weight = self._matrix(role)
         rows = weight.shape[0]
         zeros = self._writer.stored(f"{ZEROS}{rows}", "fp16", (rows,))
         made = self._writer.apply("linear", (1, rows), x=x, weight=weight, bias=zeros)
         made = self._float32(made)
-        return self._add(made, self._vector(f"{role}_bias")) if has_bias else made
+        made = made if times is None else self._multiply(made, times)
+        return self._add(made, self._vector(bias_of(role))) if has_bias else made
 
     def _matrix(self, role: str) -> Value:
         shape, stored = self._shapes[role], self._tensor_types[role]
@@ -328,23 +343,11 @@ class _Decoder:
             role, "int4", shape, scales=role + tensor_types.SCALE, groups=groups
         )
 
-    def _vector(self, role: str) -> Value:
-        return self._writer.stored(role, "fp32", self._shapes[role])
-
     def _float16(self, x: Value) -> Value:
         return self._writer.apply("cast", x.shape, kind="fp16", x=x, dtype="fp16")
 
     def _float32(self, x: Value) -> Value:
         return self._writer.apply("cast", x.shape, kind="fp32", x=x, dtype="fp32")
-
-    def _add(self, x: Value, y: Value) -> Value:
-        return self._writer.apply("add", x.shape, x=x, y=y)
-
-    def _sub(self, x: Value, y: Value | int) -> Value:
-        return self._writer.apply("sub", x.shape, x=x, y=y)
-
-    def _mul(self, x: Value, y: Value | float) -> Value:
-        return self._writer.apply("mul", x.shape, x=x, y=y)
 
     def _matmul(self, x: Value, y: Value, shape: Shape, *, transposes: bool) -> Value:
         """Multiply head by head, with ``y`` or with what it is transposed."""
@@ -369,3 +372,43 @@ class _Decoder:
         return self._writer.apply(
             "concat", (*rows, length), kind=parts[0].kind, values=parts, axis=-1, interleave=False
         )
+
+    # The operators of `Arithmetic`
+
+    def _normalize(self, norm: Norm, role: str, x: Value) -> Value:
+        if norm.kind == "layer":
+            x = self._subtract(x, self._mean(x))
+        mean = self._mean(self._multiply(x, x))
+        inverse = self._writer.apply("rsqrt", mean.shape, x=mean, epsilon=norm.epsilon)
+        x = self._multiply(self._multiply(x, inverse), self._vector(role))
+        return self._add(x, self._vector(f"{role}_bias")) if norm.has_bias else x
+
+    def _split_heads(self, x: Value, heads: int) -> Value:
+        return self._reshape(x, (heads, self.spec.attention.head_dim))
+
+    def _join_heads(self, x: Value, heads: int) -> Value:
+        return self._reshape(x, (1, heads * self.spec.attention.head_dim))
+
+    def _vector(self, role: str) -> Value:
+        return self._writer.stored(role, "fp32", self._shapes[role])
+
+    def _add(self, x: Value, y: Value | float) -> Value:
+        return self._writer.apply("add", x.shape, x=x, y=y)
+
+    def _subtract(self, x: Value, y: Value | int) -> Value:
+        return self._writer.apply("sub", x.shape, x=x, y=y)
+
+    def _multiply(self, x: Value, y: Value | float) -> Value:
+        return self._writer.apply("mul", x.shape, x=x, y=y)
+
+    def _relu(self, x: Value) -> Value:
+        return self._writer.apply("relu", x.shape, x=x)
+
+    def _exponential(self, x: Value) -> Value:
+        return self._writer.apply("exp", x.shape, x=x)
+
+    def _silu(self, x: Value) -> Value:
+        return self._writer.apply("silu", x.shape, x=x)
+
+    def _gelu_tanh(self, x: Value) -> Value:
+        return self._writer.apply("gelu", x.shape, x=x, mode="TANH_APPROXIMATION")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from edgekit.encodings.protobuf import ProtobufMessage
 from edgekit.errors import BundleError
-from edgekit.formats.executorch import program
+from edgekit.formats.executorch import program, slopes
 from edgekit.formats.executorch.backends import coreml
 from edgekit.formats.executorch.backends.coreml import mil, package
 from edgekit.formats.executorch.backends.coreml.mil import Blob, Kind
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _MAX_MODEL_BYTES = 1 << 28  # 30 layers take 0.4 MB
 _KINDS: Mapping[int, Kind] = {number: kind for kind, number in mil.KINDS.items()}
 _TENSOR_TYPES: Mapping[Kind, str] = {"fp32": "F32", "fp16": "F16", "int8": "INT8"}
-_TABLE = re.compile("(cosine|sine|zeros)_.*")
+_TABLE = re.compile("(cosine|sine|zeros|growth)_.*")
 _OF_LAYER = re.compile("layers_([0-9]+)_(.*)")
 
 
@@ -76,7 +76,7 @@ class CoreMLWeights:
         with self.path.open("rb") as file:
             values = _read_rows(file, held.values, first_row, rows)
             if held.scales is None:
-                return values
+                return slopes.from_slopes(role, values)
             scales = _read_rows(file, held.scales, first_row, rows)
         found: Rows = values * scales.repeat(values.shape[1] // scales.shape[1], axis=1)
         return found

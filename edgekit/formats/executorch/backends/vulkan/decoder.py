@@ -9,9 +9,9 @@ for Vulkan, as backends/vulkan/runtime/graph/ops/impl of executorch 1.5 has them
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import assert_never
 
 from edgekit.formats.executorch import tensor_types
+from edgekit.formats.executorch.arithmetic import Arithmetic, bias_of, ropes
 from edgekit.formats.executorch.assembly import Slice
 from edgekit.formats.executorch.backends.vulkan import limits
 from edgekit.formats.executorch.backends.vulkan.graph import ITEM_BYTES, Dtype, Value, VulkanGraph
@@ -38,9 +38,10 @@ def slice_key(key: str, first_row: int) -> str:
     return f"{key}@{first_row}"
 
 
-def ropes(spec: DecoderSpec) -> tuple[Rope, ...]:
-    """Return the ropes whose cosines and sines a delegate is given, in this order."""
-    return tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
+def query_factor(spec: DecoderSpec) -> float | None:
+    """Return what the scale of scores asks for beyond attention's own, None if nothing."""
+    factor = spec.attention.softmax_scale * math.sqrt(spec.attention.head_dim)
+    return None if math.isclose(factor, 1) else factor
 
 
 def delegate(
@@ -57,7 +58,7 @@ def delegate(
     return _Decoder(spec, tensor_types, context_tokens, batch_tokens).delegate()
 
 
-class _Decoder:
+class _Decoder(Arithmetic[Value]):
     def __init__(
         self,
         spec: DecoderSpec,
@@ -65,7 +66,7 @@ class _Decoder:
         context_tokens: int,
         batch_tokens: int,
     ) -> None:
-        self._spec, self._tensor_types = spec, tensor_types
+        self.spec, self._tensor_types = spec, tensor_types
         self._shapes = dict(spec.weights())
         self._context_tokens, self._tokens = context_tokens, batch_tokens
         self._graph = VulkanGraph(floats=_FLOATS[tensor_types["final_norm"]])
@@ -74,13 +75,17 @@ class _Decoder:
         # A cache is as deep as its context, and all that meets it must be of its kind.
         self._is_buffer = context_tokens > limits.TEXTURE_DEPTH
         self._caches: list[Value] = []
+        self._growth: Value | None = None  # what queries are multiplied with, token by token
 
     def delegate(self) -> Delegate:
-        spec, graph = self._spec, self._graph
+        spec, graph = self.spec, self._graph
         x = self._input((1, self._tokens, spec.hidden_size))
         waves = {rope: (self._wave(rope), self._wave(rope)) for rope in ropes(spec)}
+        if spec.attention.query_growth:
+            self._growth = self._input((1, self._tokens, 1, 1))
         positions = graph.tensor((self._tokens,), is_buffer=True, dtype="INT32")
-        inputs = [x, *(wave for pair in waves.values() for wave in pair), positions]
+        inputs = [x, *(wave for pair in waves.values() for wave in pair)]
+        inputs += [*([] if self._growth is None else [self._growth]), positions]
         first = graph.call(
             "et_vk.select_as_symint.default",
             positions, graph.scalar(0), graph.scalar(0), graph.size(),
@@ -106,38 +111,30 @@ class _Decoder:
     def _layer(
         self, index: int, x: Value, waves: tuple[Value, Value] | None, first: Value
     ) -> Value:
-        spec, prefix = self._spec, f"layers.{index}."
-        read = self._normalize(spec.norm, prefix + "attention_norm", x)
+        prefix = f"layers.{index}."
+        read = self._before(prefix + "attention_norm", x)
         attended = self._attend(prefix, read, waves, first)
-        if spec.has_post_norms:
-            attended = self._normalize(spec.norm, prefix + "attention_post_norm", attended)
-        if spec.residual == "parallel":
-            return self._add(self._add(x, attended), self._mlp(prefix, read))
-        x = self._add(x, attended)
-        changed = self._mlp(prefix, self._normalize(spec.norm, prefix + "mlp_norm", x))
-        if spec.has_post_norms:
-            changed = self._normalize(spec.norm, prefix + "mlp_post_norm", changed)
-        return self._add(x, changed)
+        x = self._add(x, self._after(prefix + "attention_post_norm", attended))
+        if self.spec.residual == "serial":
+            read = self._before(prefix + "mlp_norm", x)
+        return self._add(x, self._after(prefix + "mlp_post_norm", self._mlp(prefix, read)))
 
     def _attend(
         self, prefix: str, read: Value, waves: tuple[Value, Value] | None, first: Value
     ) -> Value:
-        a = self._spec.attention
-        query = self._heads(prefix + "query", read, a.heads)
-        key = self._heads(prefix + "key", read, a.num_kv_heads)
-        value = self._heads(prefix + "value", read, a.num_kv_heads)
-        if a.query_key_norm:
-            query = self._normalize(a.query_key_norm, prefix + "query_norm", query)
-            key = self._normalize(a.query_key_norm, prefix + "key_norm", key)
-        if waves:
-            query, key = self._rotation(query, key, waves)
+        a = self.spec.attention
+        query = self._split_heads(self._linear(prefix + "query", read), a.heads)
+        key = self._split_heads(self._linear(prefix + "key", read), a.num_kv_heads)
+        value = self._split_heads(self._linear(prefix + "value", read), a.num_kv_heads)
+        for step in self._steps_of_heads(rotates=waves is not None):
+            if step == "rotate":
+                assert waves is not None  # noqa: S101 - else it is no step
+                query, key = self._rotation(query, key, waves)
+            else:
+                query = self._normalize_heads(prefix + "query_norm", query, a.heads)
+                key = self._normalize_heads(prefix + "key_norm", key, a.num_kv_heads)
         mixed = self._mix(self._scaled(query), key, value, first)
-        flat = self._view(mixed, (1, self._tokens, a.query_width))
-        return self._linear(prefix + "attention_output", flat)
-
-    def _heads(self, role: str, read: Value, heads: int) -> Value:
-        shape = (1, self._tokens, heads, self._spec.attention.head_dim)
-        return self._view(self._linear(role, read), shape)
+        return self._linear(prefix + "attention_output", self._join_heads(mixed, a.heads))
 
     def _rotation(
         self, query: Value, key: Value, waves: tuple[Value, Value]
@@ -151,18 +148,15 @@ class _Decoder:
         return rotated
 
     def _scaled(self, query: Value) -> Value:
-        """Return queries times what makes attention's own scale the decoder's."""
-        a = self._spec.attention
-        factor = a.softmax_scale * math.sqrt(a.head_dim)
-        if math.isclose(factor, 1):
-            return query
-        return self._graph.call(
-            "aten.mul.Tensor", query, self._graph.vector([factor]), self._like(query)
-        )
+        """Return queries times what makes attention's own scale the decoder's, and as grown."""
+        factor = query_factor(self.spec)
+        if factor is not None:
+            query = self._multiply(query, factor)
+        return query if self._growth is None else self._multiply(query, self._growth)
 
     def _mix(self, query: Value, key: Value, value: Value, first: Value) -> Value:
         """Return what attention gathers; the operator has caches of its own, of the shape given."""
-        a, graph = self._spec.attention, self._graph
+        a, graph = self.spec.attention, self._graph
         shape = (1, self._context_tokens, a.num_kv_heads, a.head_dim)
         caches = [graph.tensor(shape, is_buffer=self._is_buffer) for _ in range(2)]
         self._caches += caches
@@ -174,24 +168,15 @@ class _Decoder:
         )  # fmt: skip
 
     def _mlp(self, prefix: str, read: Value) -> Value:
-        gate = self._activate(self._linear(prefix + "gate", read))
-        both = self._multiply(gate, self._linear(prefix + "up", read))
-        return self._linear(prefix + "down", both)
-
-    def _activate(self, x: Value) -> Value:
-        graph = self._graph
-        match self._spec.activation:
-            case "silu":
-                shares = graph.call("aten.sigmoid.default", x, self._like(x))
-                return self._multiply(x, shares)
-            case "gelu_tanh":
-                return graph.call("aten.gelu.default", x, graph.scalar("tanh"), self._like(x))
-            case _:
-                assert_never(self._spec.activation)
+        first = "gate" if self.spec.is_gated else "up"
+        bent = self._activate(prefix, self._linear(prefix + first, read))
+        if self.spec.is_gated:
+            bent = self._multiply(bent, self._linear(prefix + "up", read))
+        return self._linear(prefix + "down", bent)
 
     def _head(self, x: Value) -> Value:
         """Return the logits of the last token, ``(1, vocabulary)``."""
-        spec, graph = self._spec, self._graph
+        spec, graph = self.spec, self._graph
         last = graph.call(
             "aten.select_copy.int", x, graph.scalar(1), graph.scalar(_LAST),
             graph.tensor((1, spec.hidden_size), is_buffer=self._is_buffer),
@@ -203,24 +188,15 @@ class _Decoder:
         role = "token_embedding" if spec.is_tied else "output_head"
         return self._linear(role, last, staging="FLOAT32")
 
-    def _normalize(self, norm: Norm, role: str, x: Value) -> Value:
-        graph, width = self._graph, self._shapes[role][-1]
-        weight, epsilon = self._vector(role), graph.scalar(norm.epsilon)
-        if norm.kind == "rms":
-            return graph.call("et_vk.rms_norm.default", x, weight, epsilon, self._like(x))
-        bias = self._vector(f"{role}_bias") if norm.has_bias else graph.vector([0.0] * width)
-        made, (*rows, _) = self._like(x), graph.shape(x)
-        beside = [graph.tensor((*rows, 1), is_buffer=graph.is_buffer(x)) for _ in range(2)]
-        graph.call(
-            "aten.native_layer_norm.default",
-            x, graph.integers([width]), weight, bias, epsilon, graph.several([made, *beside]),
-        )  # fmt: skip
-        return made
-
     def _linear(self, role: str, x: Value, *, staging: Dtype | None = None) -> Value:
         graph, (rows, columns) = self._graph, self._shapes[role]
         self._used.add(role)
         stored = self._tensor_types[role]
+        if stored == "INT8" and bias_of(role) in self._shapes:  # its operator adds none
+            product = self._products(role, x, self._rows_of(x, rows))
+            made = self._rows_of(x, rows, staging=staging)
+            bias = self._bias(role)
+            return graph.call("aten.add.Tensor", product, bias, graph.scalar(1), made)
         made = self._rows_of(x, rows, staging=staging)
         if stored in tensor_types.VULKAN_FOUR_BITS:
             group = tensor_types.TENSOR_TYPES[stored].block_weights
@@ -230,7 +206,12 @@ class _Decoder:
                 "et_vk.linear_q4gsw.default",
                 x, codes, scales, graph.scalar(group), self._bias(role), made,
             )  # fmt: skip
-        most = self._most_rows(stored, columns)
+        return self._products(role, x, made)
+
+    def _products(self, role: str, x: Value, made: Value) -> Value:
+        """Return x times a matrix, some rows of it at a time where they are too many."""
+        graph, (rows, columns) = self._graph, self._shapes[role]
+        most = self._most_rows(self._tensor_types[role], columns)
         if rows <= most:
             return self._product(role, x, made, first=0, count=rows)
         pieces = []
@@ -243,7 +224,7 @@ class _Decoder:
         """Return x times some rows of a matrix, or all."""
         graph, (_, columns) = self._graph, self._shapes[role]
         stored = self._tensor_types[role]
-        if stored == "INT8":  # which no matrix with a bias is
+        if stored == "INT8":
             codes = self._rows(role, first, (count, columns), "INT8")
             scales = self._rows(role + tensor_types.SCALE, first, (count,), "FLOAT32")
             return graph.call("aten._weight_int8pack_mm.default", x, codes, scales, made)
@@ -252,7 +233,7 @@ class _Decoder:
         return graph.call("aten.linear.default", x, weight, bias, made)
 
     def _bias(self, role: str, first: int = 0, count: int | None = None) -> Value:
-        name = f"{role}_bias"
+        name = bias_of(role)
         if name not in self._shapes:
             return self._graph.scalar(None)
         self._used.add(name)
@@ -280,21 +261,74 @@ class _Decoder:
         shape = (*graph.shape(x)[:-1], width)
         return graph.tensor(shape, is_buffer=graph.is_buffer(x), staging=staging)
 
-    def _vector(self, role: str) -> Value:
-        self._used.add(role)
-        return self._graph.constant(role, self._shapes[role], _FLOATS[self._tensor_types[role]])
-
     def _view(self, x: Value, shape: Shape) -> Value:
         """Return it in another shape, whose second axis is as long as a call has tokens."""
         graph = self._graph
         made = graph.tensor(shape, is_buffer=self._is_buffer)
         return graph.call("aten.view_copy.default", x, graph.integers([1, -1, *shape[2:]]), made)
 
-    def _add(self, x: Value, y: Value) -> Value:
-        return self._graph.call("aten.add.Tensor", x, y, self._graph.scalar(1), self._like(x))
-
-    def _multiply(self, x: Value, y: Value) -> Value:
-        return self._graph.call("aten.mul.Tensor", x, y, self._like(x))
-
     def _like(self, x: Value) -> Value:
         return self._graph.tensor(self._graph.shape(x), is_buffer=self._graph.is_buffer(x))
+
+    # The operators of `Arithmetic`
+
+    def _normalize(self, norm: Norm, role: str, x: Value) -> Value:
+        *apart, width = self._shapes[role]
+        if apart:  # the operators have one row for all heads
+            alike = self._normalize_by(norm, self._graph.vector([1.0] * width), None, x)
+            made = self._multiply(alike, self._vector(role))
+            return self._add(made, self._vector(f"{role}_bias")) if norm.has_bias else made
+        bias = f"{role}_bias" if norm.has_bias else None
+        return self._normalize_by(norm, self._vector(role), bias, x)
+
+    def _normalize_by(self, norm: Norm, weight: Value, bias_role: str | None, x: Value) -> Value:
+        graph, (width,) = self._graph, self._graph.shape(weight)
+        epsilon = graph.scalar(norm.epsilon)
+        if norm.kind == "rms":
+            return graph.call("et_vk.rms_norm.default", x, weight, epsilon, self._like(x))
+        bias = self._vector(bias_role) if bias_role else graph.vector([0.0] * width)
+        made, (*rows, _) = self._like(x), graph.shape(x)
+        beside = [graph.tensor((*rows, 1), is_buffer=graph.is_buffer(x)) for _ in range(2)]
+        graph.call(
+            "aten.native_layer_norm.default",
+            x, graph.integers([width]), weight, bias, epsilon, graph.several([made, *beside]),
+        )  # fmt: skip
+        return made
+
+    def _split_heads(self, x: Value, heads: int) -> Value:
+        return self._view(x, (1, self._tokens, heads, self.spec.attention.head_dim))
+
+    def _join_heads(self, x: Value, heads: int) -> Value:
+        return self._view(x, (1, self._tokens, heads * self.spec.attention.head_dim))
+
+    def _vector(self, role: str) -> Value:
+        self._used.add(role)
+        return self._graph.constant(role, self._shapes[role], _FLOATS[self._tensor_types[role]])
+
+    def _add(self, x: Value, y: Value | float) -> Value:
+        return self._like_first("aten.add.Tensor", x, self._operand(y), self._graph.scalar(1))
+
+    def _subtract(self, x: Value, y: Value) -> Value:
+        return self._like_first("aten.sub.Tensor", x, y, self._graph.scalar(1))
+
+    def _multiply(self, x: Value, y: Value | float) -> Value:
+        return self._like_first("aten.mul.Tensor", x, self._operand(y))
+
+    def _operand(self, y: Value | float) -> Value:
+        return self._graph.vector([y]) if isinstance(y, float) else y
+
+    def _like_first(self, operator: str, *arguments: Value) -> Value:
+        """Call an operator whose result is like its first argument."""
+        return self._graph.call(operator, *arguments, self._like(arguments[0]))
+
+    def _relu(self, x: Value) -> Value:
+        return self._like_first("aten.relu.default", x)
+
+    def _exponential(self, x: Value) -> Value:
+        return self._like_first("aten.exp.default", x)
+
+    def _silu(self, x: Value) -> Value:
+        return self._multiply(x, self._like_first("aten.sigmoid.default", x))
+
+    def _gelu_tanh(self, x: Value) -> Value:
+        return self._like_first("aten.gelu.default", x, self._graph.scalar("tanh"))

@@ -1,7 +1,11 @@
 """What a phone holds while Vulkan computes; estimated, not measured on one."""
 
 from edgekit.formats import Layout, MemoryUse
-from edgekit.formats.executorch.memory import RUNTIME_BYTES, VOCABULARY_ENTRY_BYTES
+from edgekit.formats.executorch.memory import (
+    RUNTIME_BYTES,
+    VOCABULARY_ENTRY_BYTES,
+    mlp_channels,
+)
 from edgekit.model.spec import DecoderSpec
 
 
@@ -14,12 +18,7 @@ def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int, batch_tokens:
     a, item_bytes = spec.attention, 2 if layout.is_half else 4
     sizes = [placement.size_bytes for placement in layout.placements]
     scores = 2 * a.heads * batch_tokens * context_tokens
-    widths = (
-        3 * spec.intermediate_size
-        + 4 * spec.hidden_size
-        + 2 * a.query_width
-        + 4 * a.key_value_width
-    )
+    widths = mlp_channels(spec) + 4 * spec.hidden_size + 2 * a.query_width + 4 * a.key_value_width
     passing = item_bytes * (scores + batch_tokens * widths + spec.vocab_size)
     return MemoryUse(
         weights_bytes=sum(sizes),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgekit.encodings.flatbuffer import refuse
 from edgekit.errors import BundleError
-from edgekit.formats.executorch import program, tensor_types
+from edgekit.formats.executorch import program, slopes, tensor_types
 from edgekit.formats.executorch.contents import CONSTANT, NamedWeight, delegate_graph, named_weights
 from edgekit.model.spec import DecoderSpec, Shape
 
@@ -102,7 +102,8 @@ class VulkanWeights:
                 whole.reshape(-1, shape[0]).T if part.is_across else whole.reshape(shape[0], -1)
             )
             read.append(by_row[first_row : first_row + count])
-        return tensor_types.decode(read, stored).reshape(count, *shape[1:])
+        values = tensor_types.decode(read, stored).reshape(count, *shape[1:])
+        return slopes.from_slopes(role, values)
 
 
 def contents(path: Path, head: program.Program) -> list[tuple[str, Shape, str]]:

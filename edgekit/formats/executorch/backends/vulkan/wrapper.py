@@ -7,7 +7,7 @@ from typing import Any
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
-from edgekit.formats.executorch import embeddings, lowering
+from edgekit.formats.executorch import arithmetic, embeddings, lowering
 from edgekit.formats.executorch.assembly import Lowered
 from edgekit.formats.executorch.backends import vulkan
 from edgekit.formats.executorch.backends.vulkan import decoder
@@ -81,10 +81,12 @@ class VulkanDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         waves = self.positions.waves(positions)
         both = (
             torch.cat((wave, wave), -1).squeeze(1)
-            for rope in decoder.ropes(self.spec)
+            for rope in arithmetic.ropes(self.spec)
             for wave in waves[rope]
         )
-        (logits,) = self.inner(rows[None], *both, positions)
+        growth = self.positions.growth(positions)
+        grown = () if growth is None else (growth[None],)
+        (logits,) = self.inner(rows[None], *both, *grown, positions)
         return logits
 
     def _within(self, input_pos: Tensor) -> Tensor:

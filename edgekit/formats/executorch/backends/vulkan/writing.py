@@ -111,8 +111,6 @@ def _lacks(spec: "DecoderSpec") -> Iterator[str]:
         yield "attention with a cap on scores"
     if spec.final_logit_softcap is not None:
         yield "cap on logits"
-    if a.head_norms == "apart":
-        yield "norm with weights of its own for each head"
     widths = {layer.rope.width for layer in spec.layers if layer.rope}
     if any(width % _ROTARY_LANES for width in widths):
         yield f"rope over {min(widths)} channels: they must be a multiple of {_ROTARY_LANES}"

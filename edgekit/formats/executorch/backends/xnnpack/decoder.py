@@ -15,16 +15,16 @@ is a product with a vector of 1 / n, and tanh(x) is 2 sigmoid(2 x) - 1.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import assert_never
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 from torch.nn import functional  # noqa: TID253
 
+from edgekit.formats.executorch.arithmetic import Arithmetic
 from edgekit.formats.executorch.backends.xnnpack.attention import mixed_here
 from edgekit.formats.executorch.positions import Positions
-from edgekit.model.spec import Attention, DecoderSpec, Norm, Rope
+from edgekit.model.spec import XIELU_BETA, Attention, DecoderSpec, Norm, Rope
 
 
 _GELU = 2 * math.sqrt(2 / math.pi)  # GELU's tanh is of half of _GELU x + _GELU_CUBE x^3
@@ -43,7 +43,7 @@ class SegmentShape:
 
     reads_cache: bool  # has the second half of a layer
     fills_cache: bool  # has the first half of a layer; else the output head
-    rotates: bool  # the first half has a rope
+    rope_width: int | None  # of the first half; None: it has none
     mixes: bool  # the second half computes attention; else a custom operator did
     feeds_mix: bool  # the next segment computes that of the first half; else a custom operator
     window_tokens: int | None  # of that attention
@@ -55,10 +55,11 @@ def segment_shapes(spec: DecoderSpec, *, uses_llm_operators: bool) -> Iterator[S
     depth = len(spec.layers)
     mixes = mixed_here(spec, uses_llm_operators=uses_llm_operators)
     for index in range(depth + 1):
+        rope = spec.layers[index].rope if index < depth else None
         yield SegmentShape(
             reads_cache=index > 0,
             fills_cache=index < depth,
-            rotates=index < depth and spec.layers[index].rope is not None,
+            rope_width=rope.width if rope else None,
             mixes=index > 0 and mixes[index - 1],
             feeds_mix=index < depth and mixes[index],
             window_tokens=spec.layers[index - 1].window_tokens if index > 0 else None,
@@ -83,12 +84,12 @@ def segment_roles(spec: DecoderSpec, index: int) -> dict[str, str]:
 def _is_first_half(spec: DecoderSpec, part: str) -> bool:
     """Tell whether a weight of a layer is used before its cache is."""
     name = part.removesuffix("_bias")
-    if name in {"gate", "up", "down"}:
+    if name in {"gate", "up", "down", "xielu_positive", "xielu_negative", "mlp_post_norm"}:
         return spec.residual == "parallel"
     return name in {"attention_norm", "query", "key", "value", "query_norm", "key_norm"}
 
 
-class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
+class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any here
     """What is computed between two caches; every tensor has a row for each token."""
 
     def __init__(self, spec: DecoderSpec, shape: SegmentShape, weights: LayerTensors) -> None:
@@ -97,11 +98,11 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
         self.shape = shape
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-        for width in (spec.hidden_size, spec.attention.head_dim):
+        for width in _normalized_widths(spec):
             mean = torch.full((1, width), 1 / width)
             self.register_buffer(f"mean_{width}", mean, persistent=False)
         self._numbers: dict[float, str] = {}
-        for value in _numbers(spec, shape):
+        for value in dict.fromkeys(_numbers(spec, shape)):
             self._numbers[value] = f"number_{len(self._numbers)}"
             self.register_buffer(self._numbers[value], torch.tensor([value]), persistent=False)
 
@@ -116,7 +117,7 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
             x: ``(tokens, hidden width)``.
             inputs: Query, keys, values and the positions of queries and keys, or what attention
                 made of them, where the cache is read; cosine and sine where queries and keys are
-                rotated.
+                rotated; the factor of queries where it grows.
         """
         left = list(inputs)
         if self.shape.reads_cache:
@@ -126,21 +127,24 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
             return (self._head(x),)
         return self._begin_layer(x, *left)
 
-    def _begin_layer(self, x: Tensor, *rotation: Tensor) -> tuple[Tensor, ...]:
+    def _begin_layer(self, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         """Return x, queries, keys and values, each as the cache or attention wants them."""
-        read = self._normalize(self.spec.norm, "attention_norm", x)
+        read = self._before("attention_norm", x)
         a = self.spec.attention
         query = self._project_heads("query", read, a.heads)
         key = self._project_heads("key", read, a.num_kv_heads)
         value = self._project_heads("value", read, a.num_kv_heads)
-        if a.query_key_norm:
-            query = self._normalize(a.query_key_norm, "query_norm", query)
-            key = self._normalize(a.query_key_norm, "key_norm", key)
-        if self.shape.rotates:
-            query, key = _rotation(query, *rotation), _rotation(key, *rotation)
+        for step in self._steps_of_heads(rotates=self.shape.rope_width is not None):
+            if step == "rotate":
+                query, key = (_rotation(them, *given[:2]) for them in (query, key))
+            else:
+                query = self._normalize_heads("query_norm", query, a.heads)
+                key = self._normalize_heads("key_norm", key, a.num_kv_heads)
         if self.spec.residual == "parallel":
-            x = x + self._mlp(read)
+            x = x + self._after("mlp_post_norm", self._mlp(read))
         query = query * self._number(a.softmax_scale)
+        if a.query_growth:
+            query = query * given[-1]
         made = (query, key, value)
         if self.shape.feeds_mix:
             made = _grouped(a, query), key.permute(1, 2, 0), value.permute(1, 0, 2)
@@ -176,36 +180,23 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
     def _finish_layer(self, x: Tensor, mixed: Tensor) -> Tensor:
         a = self.spec.attention
         attended = self._linear("attention_output", mixed, has_bias=a.has_output_bias)
-        if self.spec.has_post_norms:
-            attended = self._normalize(self.spec.norm, "attention_post_norm", attended)
-        x = x + attended
+        x = x + self._after("attention_post_norm", attended)
         if self.spec.residual == "parallel":
             return x
-        changed = self._mlp(self._normalize(self.spec.norm, "mlp_norm", x))
-        if self.spec.has_post_norms:
-            changed = self._normalize(self.spec.norm, "mlp_post_norm", changed)
-        return x + changed
+        return x + self._after("mlp_post_norm", self._mlp(self._before("mlp_norm", x)))
 
     def _mlp(self, x: Tensor) -> Tensor:
         has_bias = self.spec.has_mlp_bias
+        if not self.spec.is_gated:
+            bent = self._activate("", self._linear("up", x, has_bias=has_bias))
+            return self._linear("down", bent, has_bias=has_bias)
         gate = self._linear("gate", x, has_bias=has_bias)
         up = self._linear("up", x, has_bias=has_bias)
-        return self._linear("down", self._activate(gate) * up, has_bias=has_bias)
-
-    def _activate(self, x: Tensor) -> Tensor:
-        match self.spec.activation:
-            case "silu":
-                return x * torch.sigmoid(x)
-            case "gelu_tanh":  # x (1 + tanh z) / 2 = x sigmoid(2 z)
-                scaled = self._number(_GELU) + self._number(_GELU_CUBE) * (x * x)
-                return x * torch.sigmoid(x * scaled)
-            case _:
-                assert_never(self.spec.activation)
+        return self._linear("down", self._activate("", gate) * up, has_bias=has_bias)
 
     def _head(self, x: Tensor) -> Tensor:
-        logits = self._linear(
-            "output_head", self._normalize(self.spec.norm, "final_norm", x), has_bias=False
-        )
+        read = self._normalize(self.spec.norm, "final_norm", x)
+        logits = self._linear("output_head", read, has_bias=self.spec.has_head_bias)
         return (
             logits
             if self.spec.final_logit_softcap is None
@@ -221,17 +212,61 @@ class Segment(nn.Module):  # type: ignore[misc]  # it is Any here
         return functional.linear(x, self.get_parameter(name), bias)
 
     def _project_heads(self, name: str, x: Tensor, heads: int) -> Tensor:
-        rows = self._linear(name, x, has_bias=self.spec.attention.has_qkv_bias)
-        return rows.view(-1, heads, self.spec.attention.head_dim)
+        return self._split_heads(
+            self._linear(name, x, has_bias=self.spec.attention.has_qkv_bias), heads
+        )
 
-    def _normalize(self, norm: Norm, name: str, x: Tensor) -> Tensor:
-        """Normalize the last axis; Gemma's ones are in its weights already."""
+    # The operators of `Arithmetic`
+
+    def _normalize(self, norm: Norm, role: str, x: Tensor) -> Tensor:
         mean = self.get_buffer(f"mean_{x.shape[-1]}")
         if norm.kind == "layer":
             x = x - functional.linear(x, mean)
         x = x * torch.rsqrt(functional.linear(x * x, mean) + self._number(norm.epsilon))
-        x = x * self.get_parameter(name)
-        return x + self.get_parameter(f"{name}_bias") if norm.has_bias else x
+        x = x * self._vector(role)
+        return x + self._vector(f"{role}_bias") if norm.has_bias else x
+
+    def _split_heads(self, x: Tensor, heads: int) -> Tensor:
+        return x.view(-1, heads, self.spec.attention.head_dim)
+
+    def _join_heads(self, x: Tensor, heads: int) -> Tensor:
+        return x.view(-1, heads * self.spec.attention.head_dim)
+
+    def _vector(self, role: str) -> Tensor:
+        return self.get_parameter(role)
+
+    def _add(self, x: Tensor, y: Tensor | float) -> Tensor:
+        return x + self._operand(y)
+
+    def _subtract(self, x: Tensor, y: Tensor) -> Tensor:
+        return x - y
+
+    def _multiply(self, x: Tensor, y: Tensor | float) -> Tensor:
+        return x * self._operand(y)
+
+    def _operand(self, y: Tensor | float) -> Tensor:
+        return y if isinstance(y, Tensor) else self._number(y)
+
+    def _relu(self, x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+    def _exponential(self, x: Tensor) -> Tensor:
+        return torch.exp(x)
+
+    def _silu(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+    def _gelu_tanh(self, x: Tensor) -> Tensor:  # x (1 + tanh z) / 2 = x sigmoid(2 z)
+        scaled = self._number(_GELU) + self._number(_GELU_CUBE) * (x * x)
+        return x * torch.sigmoid(x * scaled)
+
+
+def _normalized_widths(spec: DecoderSpec) -> tuple[int, ...]:
+    """Return how many channels are normalized at once, here and there."""
+    a = spec.attention
+    if a.query_key_norm and a.head_norms == "together":
+        return spec.hidden_size, a.query_width, a.key_value_width
+    return spec.hidden_size, a.head_dim
 
 
 def _numbers(spec: DecoderSpec, shape: SegmentShape) -> Iterator[float]:
@@ -248,6 +283,8 @@ def _numbers(spec: DecoderSpec, shape: SegmentShape) -> Iterator[float]:
         yield from (2 / cap, 2 * cap, cap)
     if spec.activation == "gelu_tanh":
         yield from (_GELU, _GELU_CUBE)
+    if spec.activation == "xielu":
+        yield from (1.0, XIELU_BETA)
 
 
 def _rotation(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -305,8 +342,9 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
             input_pos: ``(tokens,)``, int64, without gaps: what was read before is in the cache.
         """
         rotations = self.positions.rotations(input_pos)
+        growth = self.positions.growth(input_pos)
         x = self._embed(tokens)
-        *changed, query, keys, values = self.segments[0](x, *self._rotation(rotations, 0))
+        *changed, query, keys, values = self.segments[0](x, *self._where(0, rotations, growth))
         x = changed[0] if changed else x
         here = self._attend_here(input_pos) if True in self.mixed_here else None
         there = self._attend_there(input_pos) if False in self.mixed_here else None
@@ -314,7 +352,7 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
             attend = here if is_here else there
             assert attend is not None  # noqa: S101 - see above
             x, *mixed = attend(index, x, query, keys, values)
-            made = self.segments[index + 1](x, *mixed, *self._rotation(rotations, index + 1))
+            made = self.segments[index + 1](x, *mixed, *self._where(index + 1, rotations, growth))
             if len(made) == 1:
                 return made[0]
             x, query, keys, values = made
@@ -376,12 +414,14 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         scale = self.spec.embedding_scale
         return rows if scale == 1 else rows * scale
 
-    def _rotation(
-        self, rotations: Mapping[Rope, tuple[Tensor, Tensor]], index: int
+    def _where(
+        self, index: int, rotations: Mapping[Rope, tuple[Tensor, Tensor]], growth: Tensor | None
     ) -> tuple[Tensor, ...]:
-        layers = self.spec.layers
-        rope = layers[index].rope if index < len(layers) else None
-        return () if rope is None else rotations[rope]
+        """Return what a layer is told of positions; the head, nothing."""
+        if index == len(self.spec.layers):
+            return ()
+        rope = self.spec.layers[index].rope
+        return (*(rotations[rope] if rope else ()), *(() if growth is None else (growth,)))
 
     def _cache(
         self, index: int, keys: Tensor, values: Tensor, input_pos: Tensor, filled: int

@@ -28,10 +28,12 @@ _NAMES = {
     aten.add.Tensor: "aten.add.Tensor",
     aten.bmm.default: "aten.bmm.default",
     aten.cat.default: "aten.cat.default",
+    aten.exp.default: "aten.exp.default",
     aten.linear.default: "aten.linear.default",
     aten.minimum.default: "aten.minimum.default",
     aten.mul.Tensor: "aten.mul.Tensor",
     aten.permute.default: "aten.permute_copy.default",
+    aten.relu.default: "aten.relu.default",
     aten.reshape.default: "aten.view_copy.default",
     aten.rsqrt.default: "aten.rsqrt.default",
     aten.sigmoid.default: "aten.sigmoid.default",
@@ -217,9 +219,10 @@ def _example(
         ]
     elif shape.reads_cache:
         given.append(((count, a.query_width), rows))
-    if shape.rotates:
-        width = next(layer.rope.width for layer in spec.layers if layer.rope)
-        given += [((count, 1, width), rows)] * 2
+    if shape.rope_width is not None:
+        given += [((count, 1, shape.rope_width), rows)] * 2
+    if shape.fills_cache and a.query_growth:
+        given.append(((count, 1, 1), rows))
     return [torch.zeros(size) for size, _ in given], [axes for _, axes in given]
 
 

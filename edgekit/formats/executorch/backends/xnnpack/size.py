@@ -7,6 +7,7 @@ and on SmolLM2-135M. It is 0.4 % of that model's file, and known within a tenth.
 
 from collections.abc import Sequence
 
+from edgekit.formats.executorch.arithmetic import RELU2_OPERATORS, XIELU_OPERATORS, ropes
 from edgekit.formats.executorch.backends.xnnpack.attention import mixed_here
 from edgekit.formats.executorch.tensor_types import ALIGNMENT, SCALE, Part, has_pairs
 from edgekit.model.spec import DecoderSpec, Norm
@@ -14,7 +15,9 @@ from edgekit.model.spec import DecoderSpec, Norm
 
 _DELEGATE_BYTES, _OPERATOR_BYTES, _NAME_BYTES = 312, 107, 86
 _SCALES_BYTES = 42  # what a delegate says of a weight's
-_HEAD_BYTES, _LAYER_BYTES, _PART_BYTES = 9_100, 1_650, 44
+_HEAD_BYTES, _LAYER_BYTES, _PART_BYTES = 6_808, 1_650, 44
+_TURN_BYTES, _ROPE_BYTES = 1_012, 1_280  # of rotations: what they share, and each
+_GROWTH_BYTES = 1_850  # of queries
 _BORDER_BYTES = 2_100  # a choice between two rotations
 _PAIRED_BYTES = 750  # what pairs of an embedding of four bits
 _LLM_BYTES = -1_100  # fewer operators between the delegates, where they compute every layer
@@ -35,6 +38,9 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: 
         + _SCALES_BYTES * scaled
     )
     head_bytes = _HEAD_BYTES + _LAYER_BYTES * depth + _PART_BYTES * len(parts)
+    turns = len(ropes(spec))
+    head_bytes += (_TURN_BYTES if turns else 0) + _ROPE_BYTES * turns
+    head_bytes += _GROWTH_BYTES if spec.attention.query_growth else 0
     head_bytes += _BORDER_BYTES if spec.original_max_position_embeddings is not None else 0
     head_bytes += _PAIRED_BYTES if has_pairs(spec, parts) else 0
     # Fewer where some layers go without the operator, and none of them where all do.
@@ -74,12 +80,13 @@ def _segment_operators(
 
 def _first_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
     a, rope = spec.attention, spec.layers[index].rope
-    count = _norm(spec.norm) + 3 + 3 + 1 + (5 if mixes else 0)
+    count = 3 + 3 + 1 + (5 if mixes else 0) + (1 if a.query_growth else 0)
+    count += _norm(spec.norm) if spec.has_pre_norms else 0
     if a.query_key_norm:
-        count += 2 * _norm(a.query_key_norm)
+        count += 2 * (_norm(a.query_key_norm) + (2 if a.head_norms == "together" else 0))
     if rope:
         count += 2 * (6 if rope.width == a.head_dim else 9)
-    return count + (_mlp(spec) + 1 if spec.residual == "parallel" else 0)
+    return count + (_mlp(spec) if spec.residual == "parallel" else 0)
 
 
 def _second_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
@@ -87,9 +94,10 @@ def _second_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
     if mixes:
         count += 9 + (4 if spec.attention.attn_logit_softcap is not None else 0)
         count += 0 if spec.layers[index].window_tokens is None else 4
+    count += _norm(spec.norm) if spec.has_post_norms else 0
     if spec.residual == "serial":
-        count += _norm(spec.norm) + _mlp(spec) + 1
-    return count + (2 * _norm(spec.norm) if spec.has_post_norms else 0)
+        count += _mlp(spec) + (_norm(spec.norm) if spec.has_pre_norms else 0)
+    return count
 
 
 def _norm(norm: Norm) -> int:
@@ -97,4 +105,7 @@ def _norm(norm: Norm) -> int:
 
 
 def _mlp(spec: DecoderSpec) -> int:
-    return 6 if spec.activation == "silu" else 10
+    """Count the operators of the MLP, the norm after it and the residual."""
+    bent = {"silu": 2, "gelu_tanh": 6, "relu2": RELU2_OPERATORS, "xielu": XIELU_OPERATORS}
+    count = bent[spec.activation] + (4 if spec.is_gated else 2) + 1
+    return count + (_norm(spec.norm) if spec.has_post_norms else 0)
