@@ -1,0 +1,100 @@
+"""Artifacts of every format, damaged one file at a time."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+from edgekit import formats, installed
+from edgekit.inspect import inspect, lines
+from edgekit.runtime.child import environment
+from edgekit.source.gguf import write_from_gguf
+from edgekit.progress import Silent
+from edgekit.tests.attack import samples
+from edgekit.tests.attack.attack import DamagedFiles
+
+
+class _Artifacts(DamagedFiles):
+    format: ClassVar[str]
+
+    @property
+    def running(self) -> formats.Running:
+        return formats.running(self.format)
+
+    def prepare(self) -> None:
+        for recipe in (None, list(formats.get(self.format).RECIPES)[-1]):
+            samples.artifact(self.whole / (recipe or "plain"), self.format, recipe)
+
+    def entry(self, directory: Path) -> Path:
+        return next(directory.rglob(f"*{formats.get(self.format).ENDING}"))
+
+    def read(self, directory: Path) -> object:
+        entry = self.entry(directory)
+        return list(lines(inspect(entry), lists_tensors=True)), self.running.own_template(entry)
+
+
+class GgufArtifacts(_Artifacts):
+    """GGUF artifacts"""
+
+    format = "gguf"
+    damaged = "*.gguf"
+    share = 3.0
+
+
+class OnnxArtifacts(_Artifacts):
+    """ONNX artifacts"""
+
+    format = "onnx"
+    damaged = "onnx/*"
+    share = 3.0
+
+
+class MlcArtifacts(_Artifacts):
+    """MLC artifacts"""
+
+    format = "mlc"
+    damaged = "tensor-cache.json"
+
+
+class ExecutorchArtifacts(_Artifacts):
+    """ExecuTorch artifacts"""
+
+    format = "executorch"
+    damaged = "*.pte"
+    share = 2.0
+
+    def prepare(self) -> None:
+        installed.require("executorch", purpose="programs to damage", extra="executorch")
+        for variant in ("portable", "vulkan", "coreml"):
+            subprocess.run(
+                [sys.executable, "-c", _EXPORT, str(self.whole / variant), variant],
+                env=environment(), check=variant == "portable",
+            )  # fmt: skip
+
+
+_EXPORT = """
+import shutil, sys
+from edgekit.tests.tiny.executorch_artifacts import tiny
+shutil.copytree(tiny(sys.argv[2]), sys.argv[1])
+"""
+
+
+class GgufModels(DamagedFiles):
+    """GGUF models"""
+
+    damaged = "*.gguf"
+    share = 2.0
+
+    def prepare(self) -> None:
+        installed.require("gguf", purpose="GGUF models", extra="gguf")
+        samples.artifact(self.whole / "model", "gguf")
+
+    def read(self, directory: Path) -> object:
+        out = self.place / "temporary" / "decoded"
+        try:
+            return write_from_gguf(directory / "model.gguf", out, listener=Silent())
+        finally:
+            if out.exists():
+                import shutil
+
+                shutil.rmtree(out)
