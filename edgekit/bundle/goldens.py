@@ -65,6 +65,13 @@ class LogitGolden:
             ),
         )
 
+    @property
+    def is_rectangular(self) -> bool:
+        """Whether every one of the ids has the same number of top tokens, each with its number."""
+        rows = {len(self.ids), len(self.top_ids), len(self.top_log_probabilities)}
+        columns = {len(row) for row in (*self.top_ids, *self.top_log_probabilities)}
+        return len(rows) == len(columns) == 1
+
     def mean_kl_nats(self, logits: "Logits") -> float:
         """Return how far a device's logits are from these, all other tokens taken as one.
 
@@ -115,4 +122,12 @@ class Goldens:
             raise BundleError(f"{directory} has no {GOLDENS}", hint="export it without --no-verify")
         hint = "copy the bundle again"
         fields = read_object(path, refusal=BundleError, hint=hint)
-        return FieldReader(origin=path, refusal=BundleError, hint=hint).read(cls, fields)
+        goldens = FieldReader(origin=path, refusal=BundleError, hint=hint).read(cls, fields)
+        for index, golden in enumerate(goldens.logits):
+            if not golden.is_rectangular:
+                raise BundleError(
+                    f"{path}: logits[{index}] has lists of different lengths, expected as many "
+                    "top_ids and top_log_probabilities for each of its ids",
+                    hint=hint,
+                )
+        return goldens

@@ -5,6 +5,7 @@ and what a runtime reads could be two models. Therefore a repeated key is refuse
 """
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from edgekit.encodings.files import is_file, require_file
 from edgekit.errors import BundleError, UsageError
 
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape of one, paired or not
 Refusal = type[UsageError] | type[BundleError]  # of what a user brings, of what a bundle holds
 
 
@@ -20,15 +22,26 @@ def parse(text: str | bytes) -> Any:
     """Return the value that JSON text stands for.
 
     Raises:
-        ValueError: If it is not JSON in UTF-8, has a key twice in one object, or is nested too
-            deeply.
+        ValueError: If it is not JSON in UTF-8, has a key twice in one object or half a character,
+            or is nested too deeply.
     """
     if isinstance(text, bytes):
         text = text.decode()  # json would guess at other encodings
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    if _SURROGATE.search(text):
+        _refuse_halves(value)
+    return value
+
+
+def _refuse_halves(value: Any) -> None:
+    """Refuse half of a pair of escapes: it is no Unicode, and nothing could write it again."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a text in it is not Unicode: it holds half a surrogate pair") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ OLDEST_PYTHON = (3, 11)
 _REMOTE_CACHE = ".cache/edgekit"  # relative to the home directory, where ssh starts
 _STATUS = re.compile(r"\n?__RC=(\d+)\s*$")
 _CONNECT_TIMEOUT_S = 10
+_SOCKET = "s"  # short, because the path of a socket may have 108 bytes at most
 
 # What OpenSSH prints on stderr, and what to do about it; the first match counts.
 _REFUSALS = (
@@ -182,9 +183,8 @@ class SshDevice(_Closing):
         self.host = host
         self.label = host if port is None else f"{host}:{port}"
         self.python = python
-        # Short, because the path of a socket may have 108 bytes at most.
         self._sockets = Path(tempfile.mkdtemp(prefix="edgekit-"))
-        self._options = _ssh_options(self._sockets / "s", port=port, config=config)
+        self._options = _ssh_options(self._sockets / _SOCKET, port=port, config=config)
         self._address = host if port is None else f"-p {port} {host}"  # as one types it
         self._pushed: dict[Path, str] = {}
         self._library: str | None = None
@@ -196,12 +196,12 @@ class SshDevice(_Closing):
         Raises:
             UsageError: If the address has no host, an impossible port or an unknown option.
         """
-        parts, options = urlsplit(url), parse_qs(urlsplit(url).query)
-        python = options.pop("python", ["python3"])[-1]
         try:
+            parts, options = urlsplit(url), parse_qs(urlsplit(url).query)
             host, port = parts.hostname, parts.port
-        except ValueError as error:
-            raise UsageError(f"{url!r}: {error}") from error
+        except ValueError as error:  # [::1 without its end, a port of letters
+            raise UsageError(f"{url!r}: {error}", hint="write ssh://user@host:port") from error
+        python = options.pop("python", ["python3"])[-1]
         # A leading dash would be read as an option by ssh.
         if not host or host.startswith("-") or (parts.username or "").startswith("-"):
             raise UsageError(f"{url!r} has no host", hint="write ssh://user@host")
@@ -329,8 +329,9 @@ class SshDevice(_Closing):
 
     def close(self) -> None:
         """End the shared connection."""
-        with suppress(OSError):
-            _run_here(["ssh", *self._options, "-O", "exit", "--", self.host])
+        if (self._sockets / _SOCKET).exists():
+            with suppress(OSError):
+                _run_here(["ssh", *self._options, "-O", "exit", "--", self.host])
         shutil.rmtree(self._sockets, ignore_errors=True)
 
 

@@ -102,18 +102,19 @@ def _named(value: Any, path: Path) -> dict[str, str]:
     """Return the templates of a JSON file: one text, or several as a list or an object."""
     if value is None:
         return {}
-    named: Any = {DEFAULT: value} if isinstance(value, str) else value
-    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-        named = {entry.get("name"): entry.get("template") for entry in value}
-    is_named = isinstance(named, dict) and all(
-        isinstance(name, str) and isinstance(template, str) for name, template in named.items()
-    )
-    if not is_named:
+    pairs: list[tuple[Any, Any]] = [(None, None)]
+    if isinstance(value, str):
+        pairs = [(DEFAULT, value)]
+    elif isinstance(value, dict):
+        pairs = list(value.items())
+    elif isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        pairs = [(entry.get("name"), entry.get("template")) for entry in value]
+    if not all(isinstance(name, str) and isinstance(template, str) for name, template in pairs):
         raise UsageError(
             f"{path}: chat_template is neither text nor a list of templates with name and template",
             hint="repair the field, or remove it",
         )
-    return dict(named)
+    return dict(pairs)
 
 
 def write_others(by_name: Mapping[str, str], directory: Path) -> None:

@@ -14,10 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekit.encodings.json_files import read_object
+from edgekit.encodings.files import is_file
 from edgekit.errors import UsageError
 from edgekit.formats.gguf.layout import Value
 from edgekit.model.tokenizer_files import TokenizerFiles, put_around
+from edgekit.text.tokenizer_json import read as read_tokenizer
 
 
 # enum llama_token_type in include/llama.h
@@ -69,14 +70,14 @@ class TokenizerSource:
             UsageError: If it is not a JSON object, not of a kind that GGUF can hold, or malformed.
         """
         path = tokenizer.tokenizer_json
-        return cls._parsed(tokenizer, path.stat().st_mtime_ns if path.is_file() else 0)
+        return cls._parsed(tokenizer, path.stat().st_mtime_ns if is_file(path) else 0)
 
     @classmethod
     @functools.lru_cache(maxsize=1)  # every recipe of a plan asks, and it takes half a second
     def _parsed(cls, tokenizer: TokenizerFiles, changed_ns: int) -> "TokenizerSource":
         del changed_ns  # a file that was changed is parsed again
         path = tokenizer.tokenizer_json
-        fields = read_object(path)
+        fields = read_tokenizer(path)
         model = _model(fields, path)
         return cls(
             files=tokenizer,

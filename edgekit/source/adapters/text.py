@@ -22,6 +22,7 @@ from edgekit.errors import BundleError, UsageError
 from edgekit.model import chat_templates
 from edgekit.model.chat_templates import ChatTemplates
 from edgekit.model.tokenizer_files import TokenizerFiles, special_tokens, with_legacy_map
+from edgekit.text.tokenizer_json import read as read_tokenizer
 
 
 TOKENIZER, SETTINGS, GENERATION = (
@@ -151,7 +152,7 @@ def _tokenizer(base: TokenizerFiles, brought: _Brought) -> tuple[Path | bytes, l
     names = special_tokens(brought.settings)
     if not (is_whole or tokens or names):
         return base.tokenizer_json, []
-    fields = read_object(base.tokenizer_json)
+    fields = read_tokenizer(base.tokenizer_json)
     ids = _ids_of(fields, base.tokenizer_json)
     _refuse_other_vocabulary(base, brought, fields, ids)
     has_all = is_whole and "added_tokens_decoder" in brought.settings
@@ -181,7 +182,7 @@ def token_ids(tokenizer_json: Path) -> set[int]:
     Raises:
         UsageError: If it is not a tokenizer.
     """
-    return set(_ids_of(read_object(tokenizer_json), tokenizer_json).values())
+    return set(_ids_of(read_tokenizer(tokenizer_json), tokenizer_json).values())
 
 
 def _ids_of(fields: Mapping[str, Any], path: Path) -> dict[str, int]:

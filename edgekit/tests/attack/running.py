@@ -24,7 +24,7 @@ from edgekit.tests.attack.trying import Fault, Outcome, try_cases
 
 FAULTS = ("traceback", "crash", "hang", "memory", "left behind", "breach")
 _OPENING_S = 120
-_MOST_CASES = 10**9
+EVERY = 10**9  # more cases than there is time for
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Count:
         return sum(fault.kind == kind for fault in self.faults)
 
 
-def run(attack: Attack, *, seed: int, seconds: float, numbers: range = range(_MOST_CASES)) -> Count:
+def run(attack: Attack, *, seed: int, seconds: float, numbers: range = range(EVERY)) -> Count:
     """Try cases for so many seconds, one at least.
 
     Args:
@@ -71,6 +71,8 @@ def run(attack: Attack, *, seed: int, seconds: float, numbers: range = range(_MO
         numbers = numbers[tried:]
         if ended.fault is None or (time.monotonic() > until and suspect is None):
             break
+    count.faults.sort(key=lambda fault: fault.number)
+    assert count.tried == count.refused + count.accepted + len(count.faults)
     return count
 
 

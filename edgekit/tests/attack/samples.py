@@ -61,9 +61,7 @@ def artifact(directory: Path, format: str, recipe: str | None = None) -> Path:
     fmt = formats.get(format)
     directory.mkdir(parents=True)
     request = BuildRequest(recipe=fmt.RECIPES[recipe or next(iter(fmt.RECIPES))])
-    entry = formats.writing(format).convert(
-        source, request, directory, progress=lambda _: None
-    )
+    entry = formats.writing(format).convert(source, request, directory, progress=lambda _: None)
     return directory / entry
 
 

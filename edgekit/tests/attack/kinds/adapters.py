@@ -45,9 +45,9 @@ class MlxAdapters(Adapters):
             ' "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0}}'
         )
         tensors = {
-            name.replace(".lora_A.weight", ".lora_a").replace(".lora_B.weight", ".lora_b"): np.array(
-                values
-            ).T
+            name.replace(".lora_A.weight", ".lora_a").replace(
+                ".lora_B.weight", ".lora_b"
+            ): np.array(values).T
             for name, values in q_proj_updates().items()
         }
         write_safetensors(directory / "adapters.safetensors", tensors)

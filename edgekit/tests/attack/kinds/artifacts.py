@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from edgekit import formats, installed
 from edgekit.inspect import inspect, lines
+from edgekit.progress import Silent
 from edgekit.runtime.child import environment
 from edgekit.source.gguf import write_from_gguf
-from edgekit.progress import Silent
 from edgekit.tests.attack import samples
 from edgekit.tests.attack.attack import DamagedFiles
 

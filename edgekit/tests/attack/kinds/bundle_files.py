@@ -60,11 +60,7 @@ class GoldenFiles(DamagedFiles):
         ).save(directory)  # fmt: skip
 
     def read(self, directory: Path) -> object:
-        import numpy as np
-
-        goldens = Goldens.load(directory)
-        logits = np.zeros((2, 8), np.float32)
-        return [golden.mean_kl_nats(logits) for golden in goldens.logits if len(golden.ids) == 2]
+        return Goldens.load(directory)
 
 
 class Measurements(DamagedFiles):

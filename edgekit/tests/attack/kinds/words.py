@@ -42,7 +42,7 @@ class Addresses(DamagedFiles):
         self.whole.mkdir()
         for number, url in enumerate(
             ("ssh://pi@raspberrypi.local", "ssh://pi@[fe80::1]:22", "ssh://a:b@host:2222",
-             "ssh://pi@pi5?python=/opt/venv/bin/python", "this")
+             "ssh://pi@pi5?python=/opt/venv/bin/python")
         ):  # fmt: skip
             (self.whole / str(number)).mkdir()
             (self.whole / str(number) / "url.txt").write_text(url)
@@ -88,7 +88,9 @@ class CommandLines(Attack):
         words = random.choice(_LINES).split()
         for _ in range(random.choice((0, 1, 1, 2))):
             index = random.randrange(1, len(words))
-            damaged = mutated(words[index].encode(), "", random, other=random.choice(words).encode())
+            damaged = mutated(
+                words[index].encode(), "", random, other=random.choice(words).encode()
+            )
             words[index] = damaged[:9000].decode("utf-8", "surrogateescape").replace("\0", "")
         if random.random() < 0.3:
             words.insert(random.randrange(1, len(words)), random.choice(words))
