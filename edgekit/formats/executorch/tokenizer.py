@@ -12,13 +12,13 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekit import scratch
 from edgekit.encodings.files import is_file
 from edgekit.encodings.typed_json import FieldReader
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError
@@ -85,8 +85,8 @@ def runner_copy(tokenizer_json: Path, prompts: Sequence[str] = ()) -> bytes | No
     ).encode()
     texts = [*corpus.lines(), *_texts_with(exact), *prompts]
     expected = [exact.encode(text, add_special_tokens=False).ids for text in texts]
-    with tempfile.TemporaryDirectory(prefix="edgekit-tokenizer-") as directory:
-        path = Path(directory) / RUNNER_COPY
+    with scratch.directory("tokenizer") as directory:
+        path = directory / RUNNER_COPY
         path.write_bytes(content)
         found = runner_ids(path, list(map(prepare, texts)))
     return content if found == expected else None

@@ -1,14 +1,18 @@
 """Attack edgekit for so many seconds, print what it did, and fail if it did anything wrong."""
 
 import argparse
+import importlib
+import inspect
 import os
+import pkgutil
 import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from edgekit.tests.attack.attack import Attack, found
+from edgekit.tests.attack import kinds
+from edgekit.tests.attack.attack import Attack
 from edgekit.tests.attack.running import EVERY, FAULTS, Count, run
 
 
@@ -40,6 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(_row(count), *_faults(count, options.seed))
     _say("", *_table(counts))
     return int(not counts or any(count.faults for count in counts))
+
+
+def found() -> Iterator[type[Attack]]:
+    """Yield every attack there is, in order of its module."""
+    for module in pkgutil.iter_modules(kinds.__path__, f"{kinds.__name__}."):
+        for _, attack in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+            is_own = attack.__module__ == module.name and not attack.__name__.startswith("_")
+            if issubclass(attack, Attack) and is_own:
+                yield attack
 
 
 def _counts(attacks: Sequence[type[Attack]], options: argparse.Namespace) -> Iterator[Count]:

@@ -1,15 +1,10 @@
 """What an attack is: a place prepared once, and cases that are drawn from a seed."""
 
-import importlib
-import inspect
-import pkgutil
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import ClassVar
 
-from edgekit.tests.attack import kinds
 from edgekit.tests.attack.mutations import mutated
 
 
@@ -96,12 +91,3 @@ class DamagedFiles(Attack):
     def read(self, directory: Path) -> object:
         """Have one input read by edgekit."""
         raise NotImplementedError
-
-
-def found() -> Iterator[type[Attack]]:
-    """Yield every attack there is, in order of its module."""
-    for module in pkgutil.iter_modules(kinds.__path__, f"{kinds.__name__}."):
-        for _, attack in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
-            is_own = attack.__module__ == module.name and not attack.__name__.startswith("_")
-            if issubclass(attack, Attack) and is_own:
-                yield attack

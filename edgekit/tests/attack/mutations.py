@@ -21,8 +21,8 @@ VALUES: tuple[Any, ...] = (
 _NUMBERS = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**62,
             2**63 - 1, 2**63, 2**64 - 1)  # fmt: skip
 _PIECES = (b"\0", b"\xff", b"\xff\xfe", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"{", b"}", b"[" * 200,
-           b'"', b"\\", b"\\ud800", b",", b":", b"\r\n", b"'" * 3, b"= ", b"[[", b"# ", b"{{", b"{%",
-           b"-", b"9" * 5000, b"1e999", b"\x1b]0;x\x07", b"NaN", b"null", b" " * 5000)  # fmt: skip
+           b'"', b"\\", b"\\ud800", b",", b":", b"\r\n", b"'" * 3, b"= ", b"[[", b"# ", b"{{",
+           b"{%", b"-", b"9" * 5000, b"1e999", b"\x1b]0;x\x07", b"NaN", b"null", b" " * 5000)  # fmt: skip
 _HEAD_BYTES = 4096  # where most files say what they are
 
 
@@ -99,29 +99,27 @@ def _header_as_json(content: bytes, random: Random) -> bytes:
 def _as_bytes(content: bytes, random: Random, other: bytes) -> bytes:
     first = _place(content, random)
     last = min(len(content), first + random.choice((1, 4, 8, 64, 4096)))
-    match random.randrange(9):
-        case 0:
-            return content[:first]
-        case 1:
-            return content[:first] + content[last:]
-        case 2:
-            return content[:first] + bytes(last - first) + content[last:]
-        case 3:
-            return content[:first] + random.choice(_PIECES) + content[first:]
-        case 4:
-            return content[:first] + content[first:last] * 2 + content[last:]
-        case 5:
-            start = _place(other, random)
-            return content[:first] + other[start : start + last - first] + content[last:]
-        case 6 if content:
-            flipped = bytearray(content)
-            flipped[min(first, len(content) - 1)] ^= 1 << random.randrange(8)
-            return bytes(flipped)
-        case _:
-            number = random.choice(_NUMBERS)
-            width = random.choice([it for it in (1, 2, 4, 8) if number < 1 << 8 * it])
-            word = number.to_bytes(width, random.choice(("little", "little", "big")))
-            return content[:first] + word + content[first + width :]
+    start = _place(other, random)
+    flipped = bytes([content[first] ^ 1 << random.randrange(8)]) if first < len(content) else b""
+    before, within, after = content[:first], content[first:last], content[last:]
+    return random.choice((
+        before,
+        before + after,
+        before + bytes(len(within)) + after,
+        before + random.choice(_PIECES) + within + after,
+        before + within * 2 + after,
+        before + other[start : start + len(within)] + after,
+        before + flipped + content[first + 1 :],
+        _with_number(content, first, random),
+        _with_number(content, first, random),
+    ))  # fmt: skip
+
+
+def _with_number(content: bytes, first: int, random: Random) -> bytes:
+    number = random.choice(_NUMBERS)
+    width = random.choice([it for it in (1, 2, 4, 8) if number < 1 << 8 * it])
+    word = number.to_bytes(width, random.choice(("little", "little", "big")))
+    return content[:first] + word + content[first + width :]
 
 
 def _place(content: bytes, random: Random) -> int:

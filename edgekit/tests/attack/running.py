@@ -6,6 +6,7 @@ the next process goes on with the case after it.
 """
 
 import contextlib
+import faulthandler
 import json
 import mmap
 import os
@@ -24,6 +25,7 @@ from edgekit.tests.attack.trying import Fault, Outcome, try_cases
 
 FAULTS = ("traceback", "crash", "hang", "memory", "left behind", "breach")
 _OPENING_S = 120
+_SAYING_S = 0.2
 EVERY = 10**9  # more cases than there is time for
 
 
@@ -107,6 +109,7 @@ def _start(work: Callable[[], None], words: Path) -> int:
         ):
             os.dup2(os.open(path, flags), descriptor)
         os.dup2(1, 2)
+        faulthandler.register(signal.SIGUSR1)
         work()
         status = 0
     except BaseException:  # noqa: BLE001 - the parent reads it
@@ -147,7 +150,7 @@ class _Process:
             lines = self._log.read_text().splitlines()
             self.faults = [Fault(*json.loads(line)) for line in lines]
         if status is None:
-            self.fault = Fault(self.number, "hang", f"over {self._attack.limit_s} s")
+            self.fault = Fault(self.number, "hang", f"over {self._attack.limit_s} s", said)
         elif status:
             self.fault = Fault(self.number, "crash", f"the process ended with {status}", said)
         return self
@@ -161,6 +164,8 @@ class _Process:
                 return os.waitstatus_to_exitcode(status)
             *_, since = self._BOARD.unpack_from(self._page)
             if time.monotonic() - since > self._attack.limit_s:
+                os.kill(pid, signal.SIGUSR1)  # it says where it is
+                time.sleep(_SAYING_S)
                 os.killpg(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 return None

@@ -1,7 +1,7 @@
 """Whole inputs, small and made without torch, for attacks to damage."""
 
 import json
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from edgekit import formats
@@ -46,13 +46,11 @@ def checkpoint(directory: Path, family: str = "llama", *, shard_bytes: int = 1 <
     return directory
 
 
-def checkpoints(directory: Path) -> Iterator[Path]:
+def checkpoints(directory: Path) -> None:
     """Write a model directory of each family whose config can say a plain decoder."""
     for family in families.names():
-        try:
-            yield checkpoint(directory / family, family)
-        except UsageError:
-            continue
+        with suppress(UsageError):
+            checkpoint(directory / family, family)
 
 
 def artifact(directory: Path, format: str, recipe: str | None = None) -> Path:

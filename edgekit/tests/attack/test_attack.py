@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,10 +45,10 @@ def _lose(_):
     raise LeftBehindError("x.part")
 
 
-ENDINGS = (
+ENDINGS: tuple[Callable[[Path], object], ...] = (
     _refuse,
     lambda _: None,
-    lambda _: {}["key"],
+    lambda _: [][0],
     lambda _: os.abort(),
     _refuse,
     lambda _: time.sleep(60),

@@ -56,9 +56,9 @@ def try_cases(
             outcome = _try(attack, seed, number)
             if memory.has_grown():
                 outcome = Fault(number, "memory", f"over {attack.memory_bytes} bytes")
-        left = os.listdir(temporary)
-        if left:
-            outcome = Fault(number, "left behind", f"in the temporary directory: {left[0][:12]}…")
+        left = next(temporary.iterdir(), None)
+        if left is not None:
+            outcome = Fault(number, "left behind", f"in the temporary directory: {left.name[:12]}…")
             shutil.rmtree(temporary)
             temporary.mkdir()
         ended(outcome)

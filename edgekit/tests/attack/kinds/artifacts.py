@@ -1,5 +1,6 @@
 """Artifacts of every format, damaged one file at a time."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,9 +93,6 @@ class GgufModels(DamagedFiles):
     def read(self, directory: Path) -> object:
         out = self.place / "temporary" / "decoded"
         try:
-            return write_from_gguf(directory / "model.gguf", out, listener=Silent())
+            write_from_gguf(directory / "model.gguf", out, listener=Silent())
         finally:
-            if out.exists():
-                import shutil
-
-                shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)

@@ -86,6 +86,8 @@ def rehash(directory: Path) -> None:
     """Let a manifest say the sizes and hashes of the files that there are."""
     manifest = json.loads((directory / MANIFEST).read_text())
     for name, record in manifest["artifact"]["files"].items():
+        if not (directory / name).is_file():
+            continue
         content = (directory / name).read_bytes()
         record |= {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (directory / MANIFEST).write_text(json.dumps(manifest))

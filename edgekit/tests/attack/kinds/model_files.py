@@ -30,8 +30,7 @@ class Configs(DamagedFiles):
     share = 3.0
 
     def prepare(self) -> None:
-        plain = list(samples.checkpoints(self.whole))[0]
-        assert plain.name
+        samples.checkpoints(self.whole)
         for name, rope in _ROPES.items():
             directory = shutil.copytree(self.whole / "llama", self.whole / f"llama-{name}")
             samples.edit(directory / "config.json", rope_parameters=rope)

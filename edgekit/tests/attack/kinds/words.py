@@ -1,16 +1,14 @@
 """Targets, addresses of devices and words of the command line."""
 
-import contextlib
-import io
 import shutil
 from pathlib import Path
 from random import Random
 
 from edgekit import cli, target
-from edgekit.errors import UsageError
 from edgekit.measuring.devices import SshDevice
 from edgekit.tests.attack import samples
-from edgekit.tests.attack.attack import Attack, BreachError, DamagedFiles
+from edgekit.tests.attack.attack import Attack, DamagedFiles
+from edgekit.tests.attack.commands import call
 from edgekit.tests.attack.mutations import mutated
 
 
@@ -21,9 +19,6 @@ class Targets(DamagedFiles):
     share = 2.0
 
     def prepare(self) -> None:
-        for name in target.names():
-            path = target.load(name)
-            assert path
         for name, path in target._files().items():
             (self.whole / name).mkdir(parents=True)
             shutil.copy(path, self.whole / name / "target.toml")
@@ -89,7 +84,10 @@ class CommandLines(Attack):
         for _ in range(random.choice((0, 1, 1, 2))):
             index = random.randrange(1, len(words))
             damaged = mutated(
-                words[index].encode(), "", random, other=random.choice(words).encode()
+                words[index].encode(errors="surrogateescape"),
+                "",
+                random,
+                other=random.choice(words).encode(errors="surrogateescape"),
             )
             words[index] = damaged[:9000].decode("utf-8", "surrogateescape").replace("\0", "")
         if random.random() < 0.3:
@@ -98,19 +96,6 @@ class CommandLines(Attack):
         words = [str(self.place / places[word]) if word in places else word for word in words]
         words = [word.replace("OUT/", f"{self.out}/") for word in words]
         try:
-            self._call(words)
+            call(*words)
         finally:
             shutil.rmtree(self.out, ignore_errors=True)
-
-    @staticmethod
-    def _call(words: list[str]) -> None:
-        said = io.StringIO()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            try:
-                cli.main(words)
-            except SystemExit as ended:
-                status = ended.code
-        if status not in range(9):
-            raise BreachError(f"status {status}")
-        if status:
-            raise UsageError("refused")
