@@ -22,7 +22,8 @@ _NUMBERS = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 -
             2**63 - 1, 2**63, 2**64 - 1)  # fmt: skip
 _PIECES = (b"\0", b"\xff", b"\xff\xfe", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"{", b"}", b"[" * 200,
            b'"', b"\\", b"\\ud800", b",", b":", b"\r\n", b"'" * 3, b"= ", b"[[", b"# ", b"{{",
-           b"{%", b"-", b"9" * 5000, b"1e999", b"\x1b]0;x\x07", b"NaN", b"null", b" " * 5000)  # fmt: skip
+           b"{%", b"-", b"9" * 5000, b"1e999", b"\x1b]0;x\x07", b"NaN", b"null",
+           b" " * 5000)  # fmt: skip
 _HEAD_BYTES = 4096  # where most files say what they are
 
 

@@ -13,8 +13,8 @@ from edgekit.tests.attack.mutations import mutated
 
 
 _SPARSE_BYTES = 80 << 20
-_NAMES = ("x" * 255, "\x1b[31m.json", "\u202e.safetensors", "-rf", "a b", "\udcff.json", "README.md ",
-          "pytorch_model.bin", "model-00001-of-00002.safetensors", "adapter_model.bin", "..x",
+_NAMES = ("x" * 255, "\x1b[31m.json", "\u202e.safetensors", "-rf", "a b", "\udcff.json",
+          "README.md ", "pytorch_model.bin", "model-00001-of-00002.safetensors", "adapter_model.bin", "..x",
           "consolidated.pth", "tokenizer.model", "processor_config.json")  # fmt: skip
 
 

@@ -90,7 +90,7 @@ class GgufModels(DamagedFiles):
         installed.require("gguf", purpose="GGUF models", extra="gguf")
         samples.artifact(self.whole / "model", "gguf")
 
-    def read(self, directory: Path) -> object:
+    def read(self, directory: Path) -> None:
         out = self.place / "temporary" / "decoded"
         try:
             write_from_gguf(directory / "model.gguf", out, listener=Silent())

@@ -106,8 +106,8 @@ class HostileTemplates(Attack):
         ),
         "{{% macro m(a) %}}{{{{ m(a) }}}}{{{{ {0} }}}}{{% endmacro %}}{{{{ m(1) }}}}",
         (
-            "{{% set ns = namespace(x='ab') %}}{{% for i in range(60) %}}{{% set ns.x = ns.x ~ ns.x %}}"
-            "{{% endfor %}}{{{{ {0} }}}}"
+            "{{% set ns = namespace(x='ab') %}}{{% for i in range(60) %}}"
+            "{{% set ns.x = ns.x ~ ns.x %}}{{% endfor %}}{{{{ {0} }}}}"
         ),
         "{{% filter upper %}}{{{{ {0} }}}}{{% endfilter %}}",
         "{{% call raise_exception({0}) %}}{{% endcall %}}",
