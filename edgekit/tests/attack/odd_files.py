@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import stat
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -13,9 +14,11 @@ from edgekit.tests.attack.mutations import mutated
 
 
 _SPARSE_BYTES = 80 << 20
-_NAMES = ("x" * 255, "\x1b[31m.json", "\u202e.safetensors", "-rf", "a b", "\udcff.json",
-          "README.md ", "pytorch_model.bin", "model-00001-of-00002.safetensors", "adapter_model.bin", "..x",
-          "consolidated.pth", "tokenizer.model", "processor_config.json")  # fmt: skip
+_NAMES = (
+    "x" * 255, "\x1b[31m.json", "\u202e.safetensors", "-rf", "a b", "\udcff.json", "README.md ",
+    "pytorch_model.bin", "model-00001-of-00002.safetensors", "adapter_model.bin", "..x",
+    "consolidated.pth", "tokenizer.model", "processor_config.json",
+)  # fmt: skip
 
 
 def put(path: Path, random: Random) -> None:
@@ -75,7 +78,7 @@ def _chain(path: Path, content: bytes, _random: Random) -> None:
 def _mutated(path: Path, content: bytes, random: Random) -> None:
     try:
         path.write_bytes(mutated(content, path.suffix, random, other=content[::-1]))
-    except ValueError:  # what is to be mutated as JSON is none
+    except (ValueError, struct.error):  # what is to be mutated as JSON is none
         path.write_bytes(mutated(content, "", random, other=content[::-1]))
 
 

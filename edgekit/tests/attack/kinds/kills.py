@@ -69,14 +69,15 @@ class Kills(Attack):
         """Start a command, and end it by a signal unless it is done before."""
         process = subprocess.Popen(
             [sys.executable, "-m", "edgekit", *map(str, words)], env=environment(),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
         try:
             process.wait(after_s)
         except subprocess.TimeoutExpired:
             process.send_signal(number)
-        if (status := process.wait()) not in {0, 3, 4, -9, -15, -1, 143, 129}:
-            raise BreachError(f"status {status}")
+        _, said = process.communicate()
+        if process.returncode not in {0, 3, 4, -9, -15, -1, 143, 129}:
+            raise BreachError(f"status {process.returncode} of {words[0]}: {said[-200:]!r}")
 
 
 class Streams(Attack):
