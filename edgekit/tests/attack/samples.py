@@ -4,7 +4,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from edgekit import formats
+from edgekit import formats, target
 from edgekit.errors import UsageError
 from edgekit.export import export
 from edgekit.formats import BuildRequest
@@ -71,6 +71,14 @@ def bundle(directory: Path) -> Path:
         out=directory,
     )  # fmt: skip
     return directory
+
+
+def small_target(path: Path) -> None:
+    """Write a target whose budget is for prompts and answers that the bundle's context holds."""
+    text = target._files()[TARGET].read_text(encoding="utf-8")
+    for known, small in ((4096, CONTEXT_TOKENS), (512, 16), (128, 8)):
+        text = text.replace(f'"{known} tokens"', f'"{small} tokens"')
+    path.write_text(text, encoding="utf-8")
 
 
 def edit(path: Path, **fields: object) -> None:

@@ -1,6 +1,8 @@
 """The attack finds what it looks for, and edgekit withstands a short one."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 
 from edgekit.errors import UsageError
-from edgekit.tests.attack.__main__ import main
+from edgekit.runtime.child import environment
 from edgekit.tests.attack.attack import Attack, LeftBehindError
 from edgekit.tests.attack.running import run
 
@@ -73,9 +75,24 @@ def test_every_ending_of_a_case_is_counted(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="it asks Linux")
-def test_damaged_files_are_accepted_or_refused(capsys):
+def test_damaged_files_are_accepted_or_refused():
     pytest.importorskip("tokenizers")
-    status = main(["--seconds", "2", "--only", "^(config|manifest|safetensors|target)", "--files"])
-    said = capsys.readouterr().out
-    assert status == 0, said
-    assert "| mutated files together |" in said
+    done = subprocess.run(
+        [sys.executable, "-m", "edgekit.tests.attack", "--seconds", "2", "--files", "--only",
+         "^(addr|config|goldens|manifest|safetensors|setti|shards)"],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| mutated files together |" in done.stdout
+
+
+@pytest.mark.toolchain
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="it asks Linux")
+def test_every_attack_is_withstood_for_a_moment():
+    done = subprocess.run(
+        [sys.executable, "-m", "edgekit.tests.attack", "--seconds", "20"],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| together |" in done.stdout

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from edgekit.bundle.goldens import GOLDENS, TOP_TOKENS, ChatGolden, Goldens, LogitGolden, TextGolden
@@ -54,6 +56,18 @@ def test_damaged_goldens_are_refused(tmp_path, text):
     (tmp_path / GOLDENS).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(BundleError, match=r"goldens\.json"):
         Goldens.load(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["ids", "top_ids", "top_log_probabilities"])
+def test_goldens_whose_lists_do_not_fit_together_are_refused(field, goldens, tmp_path):
+    goldens.save(tmp_path)
+    fields = json.loads((tmp_path / GOLDENS).read_text())
+    whole = fields["logits"][0][field]
+    for bent in (whole[1:], [], [whole[0][1:], *whole[1:]] if isinstance(whole[0], list) else []):
+        fields["logits"][0][field] = bent
+        (tmp_path / GOLDENS).write_text(json.dumps(fields))
+        with pytest.raises(BundleError, match=r"logits\[0\] has lists of different lengths"):
+            Goldens.load(tmp_path)
 
 
 def test_the_likeliest_tokens_are_kept_best_first():

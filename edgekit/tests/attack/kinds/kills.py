@@ -36,6 +36,7 @@ class Kills(Attack):
     def prepare(self) -> None:
         samples.checkpoint(self.place / "model")
         samples.bundle(self.place / "bundle")
+        samples.small_target(self.place / "small.toml")
 
     def open(self) -> None:
         self.out = self.place / "out" / "bundle"
@@ -58,7 +59,8 @@ class Kills(Attack):
     def _commands(self) -> tuple[Sequence[object], ...]:
         export = ("export", self.place / "model", "--target", samples.TARGET, "--no-verify")
         run = ("run", self.place / "bundle", "hello", "--max-tokens", 40, "--threads", 1)
-        validate = ("validate", self.place / "bundle", "--repetitions", 1, "--threads", 1)
+        validate = ("validate", self.place / "bundle", "--target", self.place / "small.toml",
+                    "--repetitions", 1, "--threads", 1)  # fmt: skip
         return (*((*export, "--quant", quant, "-o", self.out) for quant in ("F16", "Q8_0")),
                 (*export, "--format", "onnx", "-o", self.out), run, validate)  # fmt: skip
 
