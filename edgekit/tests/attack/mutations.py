@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -100,20 +101,28 @@ def _header_as_json(content: bytes, random: Random) -> bytes:
 def _as_bytes(content: bytes, random: Random, other: bytes) -> bytes:
     first = _place(content, random)
     last = min(len(content), first + random.choice((1, 4, 8, 64, 4096)))
-    start = _place(other, random)
-    flipped = bytes([content[first] ^ 1 << random.randrange(8)]) if first < len(content) else b""
     before, within, after = content[:first], content[first:last], content[last:]
-    return random.choice((
-        before,
-        before + after,
-        before + bytes(len(within)) + after,
-        before + random.choice(_PIECES) + within + after,
-        before + within * 2 + after,
-        before + other[start : start + len(within)] + after,
-        before + flipped + content[first + 1 :],
-        _with_number(content, first, random),
-        _with_number(content, first, random),
-    ))  # fmt: skip
+    ways: tuple[Callable[[], bytes], ...] = (
+        lambda: before,
+        lambda: before + after,
+        lambda: before + bytes(len(within)) + after,
+        lambda: before + random.choice(_PIECES) + within + after,
+        lambda: before + within * 2 + after,
+        lambda: before + _part(other, len(within), random) + after,
+        lambda: before + _flipped(within, random) + after,
+        lambda: _with_number(content, first, random),
+        lambda: _with_number(content, first, random),
+    )
+    return random.choice(ways)()
+
+
+def _part(content: bytes, size: int, random: Random) -> bytes:
+    first = _place(content, random)
+    return content[first : first + size]
+
+
+def _flipped(content: bytes, random: Random) -> bytes:
+    return bytes([*(byte ^ 1 << random.randrange(8) for byte in content[:1]), *content[1:]])
 
 
 def _with_number(content: bytes, first: int, random: Random) -> bytes:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from edgekit import formats, installed
-from edgekit.inspect import inspect, lines
 from edgekit.progress import Silent
 from edgekit.runtime.child import environment
 from edgekit.source.gguf import write_from_gguf
@@ -18,20 +17,27 @@ from edgekit.tests.attack.attack import DamagedFiles
 class _Artifacts(DamagedFiles):
     format: ClassVar[str]
 
-    @property
-    def running(self) -> formats.Running:
-        return formats.running(self.format)
+    def open(self) -> None:
+        self.running, ending = formats.running(self.format), formats.get(self.format).ENDING
+        inputs = (self.place / "work" / path.name for path in self.whole.glob("[!.]*"))
+        copies = {path: self.whole / path.name for path in inputs}
+        self.entries = {
+            path: path / next(whole.rglob(f"*{ending}")).relative_to(whole)
+            for path, whole in copies.items()
+        }
+        super().open()
 
     def prepare(self) -> None:
         for recipe in (None, list(formats.get(self.format).RECIPES)[-1]):
             samples.artifact(self.whole / (recipe or "plain"), self.format, recipe)
 
     def entry(self, directory: Path) -> Path:
-        return next(directory.rglob(f"*{formats.get(self.format).ENDING}"))
+        return self.entries[directory]
 
     def read(self, directory: Path) -> object:
         entry = self.entry(directory)
-        return list(lines(inspect(entry), lists_tensors=True)), self.running.own_template(entry)
+        found = self.running.contents(entry), self.running.own_template(entry)
+        return found, [path.stat().st_size for path in self.running.files(entry)]
 
 
 class GgufArtifacts(_Artifacts):
