@@ -2,9 +2,11 @@
 
 import json
 import struct
-from collections.abc import Callable
 from random import Random
-from typing import Any
+from typing import Any, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 _DIGITS = "@digits@"  # becomes a number that Python refuses to write
