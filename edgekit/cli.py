@@ -4,6 +4,7 @@ The result goes to stdout, so that it can be piped; everything else goes to stde
 imported by the command that runs them, so that ``edgekit --help`` answers at once.
 """
 
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from edgekit import versions
+from edgekit.encodings.files import shown
+from edgekit.encodings.visible import visible, visible_json, visible_lines
 from edgekit.errors import BudgetError, EdgekitError, ToolchainError, UnstableError, UsageError
 
 
@@ -37,6 +40,7 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 DIRECTORY = click.Path(path_type=Path)
 TARGET_HELP = "Device class: a name from `edgekit targets`, or a TOML file of your own."
 CONTEXT_HELP = "Context length in tokens; default: what the bundle was exported for."
+_MOST_CHARACTERS = 2000  # of a line of a refusal, which may quote what a file holds
 _TARGET_COLUMNS = (28, 10, 14, 30)  # widths: name, memory, context, formats
 THREADS_HELP = "Threads to compute with, at most one a core; default: the performance cores."
 
@@ -274,7 +278,7 @@ def export_command(
     if as_json:
         print_json(bundle)
     else:
-        click.echo(bundle.directory)
+        echo(bundle.directory)
 
 
 @cli.command("plan")
@@ -307,7 +311,7 @@ def plan_command(
         print_json(plan_document(made))
         return
     for line in plan_lines(made, target):
-        click.echo(line)
+        echo(line)
 
 
 def plan_document(made: "Plan") -> dict[str, Any]:
@@ -456,7 +460,7 @@ def run_command(
             raw=raw,
         )  # fmt: skip
         for note in reply.notes:
-            click.echo(f"note: {note}", err=True)
+            echo(f"note: {note}", err=True)
         if as_json:
             "".join(reply)
             print_json(reply.answer)
@@ -464,12 +468,12 @@ def run_command(
             print_stream(reply)
 
 
-def print_stream(reply: "Reply") -> None:
+def print_stream(reply: Iterable[str]) -> None:
     """Print an answer as it comes."""
     for piece in reply:
-        click.echo(piece, nl=False)
+        click.echo(visible_lines(piece), nl=False)
         sys.stdout.flush()
-    click.echo()
+    echo()
 
 
 def chat(
@@ -482,14 +486,12 @@ def chat(
     talk = Chat(
         runner=runner, system=system, max_tokens=max_tokens, sampling=sampling, stop=tuple(stop)
     )
-    click.echo(
-        f"{runner.bundle.model.name}; /clear forgets the conversation, Ctrl-D leaves", err=True
-    )
+    echo(f"{runner.bundle.model.name}; /clear forgets the conversation, Ctrl-D leaves", err=True)
     while True:
         try:
             said = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
-            click.echo(err=True)
+            echo(err=True)
             return
         if said == "/clear":
             talk.clear()
@@ -503,7 +505,7 @@ def say(reply: "Reply") -> None:
         print_stream(reply)
     except KeyboardInterrupt:
         reply.close()
-        click.echo(" …")
+        echo(" …")
 
 
 @cli.command("validate")
@@ -551,11 +553,14 @@ def validate_command(
                 bundle, target, device=device, repetitions=repetitions, threads=threads,
                 progress=progress, listener=terminal,
             )  # fmt: skip
-    click.echo(report.as_json(result) if as_json else report.as_text(result))
+    if as_json:
+        echo_json(report.as_json(result))
+    else:
+        echo_lines(report.as_text(result))
     for path, write in ((html, report.as_html), (junit, report.as_junit)):
         if path:
             path.write_text(write(result), encoding="utf-8")
-            click.echo(path, err=True)
+            echo(path, err=True)
     raise_outcome(result.verdict.outcome, bundle, target.name)
 
 
@@ -601,7 +606,7 @@ def verify_command(
         print_json(agreement)
     else:
         for gate in agreement.gates:
-            click.echo(gate.line)
+            echo(gate.line)
     if not agreement.passed:
         raise DisagreementError(f"{bundle} does not say what {model} says")
 
@@ -626,7 +631,7 @@ def merge_command(
         model, adapters, out, precision=precision, trained_on=trained_on,
         chat_template=chat_template, tokenizer=tokenizer, listener=Terminal(),
     )  # fmt: skip
-    click.echo(made)
+    echo(made)
 
 
 @cli.command("inspect")
@@ -641,7 +646,8 @@ def inspect_command(path: Path, tensors: bool, as_json: bool) -> None:
     if as_json:
         print_json(inspection)
     else:
-        click.echo("\n".join(lines(inspection, lists_tensors=tensors)))
+        for line in lines(inspection, lists_tensors=tensors):
+            echo(line)
 
 
 @cli.command("serve")
@@ -695,12 +701,12 @@ def targets_command(name: str | None, schema: bool, as_json: bool) -> None:
         print_json(target.titles())
     elif name is None:
         for line in target_table():
-            click.echo(line)
+            echo(line)
     elif as_json:
         print_json(target.load(name))
     else:
         for line in target_lines(target.load(name)):
-            click.echo(line)
+            echo(line)
 
 
 def target_table() -> Iterator[str]:
@@ -752,7 +758,7 @@ def formats_command(as_json: bool) -> None:
         print_json(recipes_by_format)
     else:
         for name, recipes in recipes_by_format.items():
-            click.echo(f"{name:<12}{', '.join(recipes)}{_variants(name)}")
+            echo(f"{name:<12}{', '.join(recipes)}{_variants(name)}")
 
 
 def _variants(name: str) -> str:
@@ -778,14 +784,29 @@ def doctor_command(as_json: bool) -> None:
         print_json(findings)
         return
     for finding in findings:
-        click.echo(f"{finding.state:<8}{finding.name:<24}{finding.found}")
+        echo(f"{finding.state:<8}{finding.name:<24}{finding.found}")
         if finding.way_out:
-            click.echo(f"{'':<32}{finding.way_out}")
+            echo(f"{'':<32}{finding.way_out}")
+
+
+def echo(line: object = "", *, err: bool = False) -> None:
+    """Print one line; everything that may come from a file or a model is printed by `echo*`."""
+    click.echo(visible(str(line)), err=err)
+
+
+def echo_lines(text: str, *, err: bool = False) -> None:
+    """Print text whose lines are its own."""
+    click.echo(visible_lines(text), err=err)
+
+
+def echo_json(document: str) -> None:
+    """Print a JSON document."""
+    click.echo(visible_json(document))
 
 
 def print_json(value: Any) -> None:
     """Print one JSON document."""
-    click.echo(json.dumps(plain(value), indent=2, ensure_ascii=False))
+    echo_json(json.dumps(plain(value), indent=2, ensure_ascii=False))
 
 
 def plain(value: Any) -> Any:
@@ -804,7 +825,7 @@ class Terminal:
 
     def say(self, line: str) -> None:
         """Print one line on stderr."""
-        click.echo(line, err=True)
+        echo(line, err=True)
 
     @contextmanager
     def track(self, title: str, total: int) -> "Iterator[Advance]":
@@ -812,10 +833,11 @@ class Terminal:
         started = time.monotonic()
         if sys.stderr.isatty():
             from rich.console import Console
+            from rich.markup import escape
             from rich.progress import Progress
 
             with Progress(console=Console(stderr=True), transient=True) as bars:
-                task = bars.add_task(title, total=total)
+                task = bars.add_task(escape(visible(title)), total=total)
                 yield lambda done: bars.advance(task, done)
         else:
             yield lambda _: None
@@ -877,25 +899,38 @@ def _run(argv: Sequence[str] | None) -> None:
         print_refusal(error)
         sys.exit(error.exit_status)
     except click.ClickException as error:
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        echo_lines(said.getvalue().rstrip("\n"), err=True)
         sys.exit(UsageError.exit_status)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+        echo("interrupted", err=True)
         sys.exit(130)
     except _Ended:
         with suppress(OSError):  # the terminal may be what went
-            click.echo("interrupted", err=True)
+            echo("interrupted", err=True)
         raise
     except BrokenPipeError:
         sys.stderr.close()  # whoever read has left; so do we
         sys.exit(141)
+    except BaseException as error:
+        # Code in Rust that panics, in what a tokenizer was not tried on before it was used.
+        if type(error).__name__ != "PanicException":
+            raise
+        print_refusal(ToolchainError(f"a library fails over this input: {error}"))
+        sys.exit(ToolchainError.exit_status)
 
 
 def print_refusal(error: EdgekitError) -> None:
     """Print what was found, what was expected, and the way out."""
     is_plain = bool(os.environ.get("NO_COLOR"))  # https://no-color.org
-    click.secho(f"error: {error}", fg="red", err=True, color=False if is_plain else None)
+    first, *rest = str(error).split("\n")
+    # Further lines are indented, so that none can pass for another message.
+    rest = [line if line.startswith(" ") else f"  {line}" for line in rest]
+    lines = [shown(line, _MOST_CHARACTERS) for line in (f"error: {first}", *rest)]
+    said = visible_lines("\n".join(lines))
+    click.secho(said, fg="red", err=True, color=False if is_plain else None)
     if isinstance(error, ToolchainError) and error.log:
-        click.echo(error.log, err=True)
+        echo_lines(error.log, err=True)
     if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
+        echo(shown(f"hint: {error.hint}", _MOST_CHARACTERS), err=True)

@@ -19,6 +19,7 @@ from edgekit.runtime.generate import (
 )
 from edgekit.runtime.processors import check_threads
 from edgekit.runtime.session import Session
+from edgekit.text import guarded
 from edgekit.text.template import Message
 from edgekit.text.tokenizer import Detokenizer, StopStrings, Text
 
@@ -175,6 +176,7 @@ class Runner:
                 machine cannot run that many threads, or the template does not read a variable.
         """
         check_threads(threads)
+        guarded.start()
         bundle = Bundle.load(directory, check_hashes=check_hashes)
         if context_tokens is not None and not 0 < context_tokens <= bundle.context_tokens:
             raise UsageError(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgekit import installed
+from edgekit.encodings.visible import visible
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.progress import Listener
 from edgekit.run import Answer, Reply, Runner
@@ -415,7 +416,7 @@ def serve(  # noqa: PLR0913 - a request in full
             hint="add --allow-remote if that is intended",
         )
     _check_key_policy(api_key, is_local=is_local, no_key=no_key)
-    say = listener.say if listener else say or (lambda line: sys.stderr.write(f"{line}\n"))
+    say = listener.say if listener else say or (lambda line: sys.stderr.write(f"{visible(line)}\n"))
     with (
         _listen(host, port) as listening,
         Runner.open(

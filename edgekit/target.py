@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast, get_args
 
 from edgekit.encodings.files import is_directory, is_file, shown
+from edgekit.encodings.limits import TARGET_BYTES, check_size
 from edgekit.errors import UsageError
 from edgekit.units import (
     DIMENSIONS,
@@ -342,14 +343,17 @@ def _parse(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"there is no target file {path}", hint="`edgekit targets` lists the known ones"
         )
+    check_size(path, TARGET_BYTES)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text: byte {error.start}") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, and integers of thousands of digits
         raise UsageError(f"{path} is not TOML: {error}") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is not TOML: it is nested too deeply") from error
 
 
 def _numbers(table: "_Table") -> dict[str, Any]:

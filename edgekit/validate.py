@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 from edgekit import formats
 from edgekit.bundle.manifest import Bundle
 from edgekit.encodings.files import require_file
+from edgekit.encodings.limits import SETTINGS_BYTES, check_size
 from edgekit.errors import UsageError
 from edgekit.measuring import measure
 from edgekit.measuring.devices import connect
@@ -111,6 +112,7 @@ def judge_document(
     """
     bundle, target = Bundle.load(bundle_directory), load_target(target)
     require_file(Path(document))
+    check_size(Path(document), SETTINGS_BYTES)
     try:
         measurement = Measurement.from_json(
             Path(document).read_text(encoding="utf-8"), origin=str(document)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 GOLDENS = "goldens.json"
+_ROUNDED = 1e-4  # how far above 0 a logarithm of a probability may have been rounded
 TOP_TOKENS = 16  # of every distribution; the rest is one remainder
 
 
@@ -66,18 +67,30 @@ class LogitGolden:
         )
 
     @property
-    def is_rectangular(self) -> bool:
-        """Whether every one of the ids has the same number of top tokens, each with its number."""
-        rows = {len(self.ids), len(self.top_ids), len(self.top_log_probabilities)}
-        columns = {len(row) for row in (*self.top_ids, *self.top_log_probabilities)}
-        return len(rows) == len(columns) == 1
+    def problem(self) -> str:
+        """What is wrong with the lengths of its rows; nothing where they are those of one text."""
+        rows = len(self.top_ids), len(self.top_log_probabilities)
+        if not self.ids or set(rows) != {len(self.ids)}:
+            return f"has {len(self.ids)} ids, {rows[0]} rows of top ids and {rows[1]} of logarithms"
+        lengths = {*map(len, self.top_ids), *map(len, self.top_log_probabilities)}
+        if len(lengths) > 1 or not 0 < min(lengths) <= TOP_TOKENS:
+            return f"has rows of {sorted(lengths)} tokens, expected one length up to {TOP_TOKENS}"
+        if max(map(max, self.top_log_probabilities)) > _ROUNDED:
+            return "has the logarithm of a probability above 1"
+        return ""
 
     def mean_kl_nats(self, logits: "Logits") -> float:
         """Return how far a device's logits are from these, all other tokens taken as one.
 
         Joining tokens never makes a divergence larger, so this is a lower bound of the full one.
+
+        Raises:
+            BundleError: If a token is beyond the device's vocabulary.
         """
         import numpy as np
+
+        if max(map(max, self.top_ids)) >= logits.shape[1]:
+            raise BundleError(f"{GOLDENS} has a token beyond the vocabulary of {logits.shape[1]}")
 
         log_p = np.array(self.top_log_probabilities)
         log_q = np.take_along_axis(_log_softmax(logits), np.array(self.top_ids), axis=1)
@@ -124,10 +137,6 @@ class Goldens:
         fields = read_object(path, refusal=BundleError, hint=hint)
         goldens = FieldReader(origin=path, refusal=BundleError, hint=hint).read(cls, fields)
         for index, golden in enumerate(goldens.logits):
-            if not golden.is_rectangular:
-                raise BundleError(
-                    f"{path}: logits[{index}] has lists of different lengths, expected as many "
-                    "top_ids and top_log_probabilities for each of its ids",
-                    hint=hint,
-                )
+            if problem := golden.problem:
+                raise BundleError(f"{path}: logits[{index}] {problem}", hint=hint)
         return goldens

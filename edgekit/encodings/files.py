@@ -64,11 +64,11 @@ def is_directory(path: Path) -> bool:
     return _kind(path, refusal=UsageError, hint="") == stat.S_IFDIR
 
 
-def shown(path: str | Path) -> str:
-    """Return a path or a name for a message, the middle of a long one left out."""
-    text = str(path)
-    half = _MOST_CHARACTERS // 2
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[:half]}…{text[-half:]}"
+def shown(text: str | Path, most_characters: int = _MOST_CHARACTERS) -> str:
+    """Return a path, a name or a line for a message, the middle of a long one left out."""
+    text = str(text)
+    half = most_characters // 2
+    return text if len(text) <= most_characters else f"{text[:half]}…{text[-half:]}"
 
 
 def _kind(path: Path, *, refusal: type[UsageError] | type[BundleError], hint: str) -> int | None:

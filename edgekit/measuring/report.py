@@ -5,12 +5,12 @@ people's models, so every text is escaped.
 """
 
 import dataclasses
+import html
 import json
 import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -18,6 +18,7 @@ from xml.etree import ElementTree as ET
 
 from edgekit import versions
 from edgekit.bundle.manifest import Bundle
+from edgekit.encodings.visible import visible, visible_lines
 from edgekit.measuring import plot
 from edgekit.measuring.measurement import SCHEMA_VERSION as MEASUREMENT_VERSION
 from edgekit.measuring.measurement import Generation, Measurement
@@ -72,7 +73,8 @@ def as_text(result: Result) -> str:
     lines += [f"{check.name}: {check.basis}" for check in unclear]
     lines += [f"doubt: {doubt}" for doubt in result.verdict.doubts]
     lines += [f"note: {note}" for note in result.verdict.notes]
-    return "\n".join([*lines, "", f"{result.verdict.outcome.upper()}: {summarize(result)}"])
+    lines += ["", f"{result.verdict.outcome.upper()}: {summarize(result)}"]
+    return "\n".join(map(visible, lines))
 
 
 def as_json(result: Result) -> str:
@@ -239,6 +241,11 @@ def _found(check: Check) -> str:
     if check.measured is not None:
         return f"median {format_value(check.measured, check.unit)}"
     return "nothing measured"
+
+
+def escape(text: str) -> str:
+    """Return text for the page: no tags, and nothing that turns the order of letters around."""
+    return html.escape(visible_lines(text))
 
 
 def _add_failure(case: ET.Element, outcome: CheckOutcome, message: str) -> None:

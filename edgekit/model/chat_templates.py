@@ -6,12 +6,13 @@ tokenizer, ``chat_template.json`` or ``processor_config.json``.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from edgekit.encodings.files import is_file, require_file
 from edgekit.encodings.json_files import read_object, read_object_if_there
+from edgekit.encodings.limits import TEMPLATE_BYTES, check_size
 from edgekit.errors import UsageError
 
 
@@ -28,6 +29,7 @@ class ChatTemplates:
 
     by_name: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)  # which each comes from, for messages
 
     @classmethod
     def read(cls, directory: Path, settings: Mapping[str, Any]) -> Self:
@@ -49,16 +51,18 @@ class ChatTemplates:
         if not sources:
             return cls(by_name={}, notes=tuple(notes))
         origin, by_name = sources[0]
+        files = {name: _file(directory, origin, name) for name in by_name}
         for other, found in sources[1:]:
             if DEFAULT not in by_name and DEFAULT in found:
                 by_name = {**by_name, DEFAULT: found[DEFAULT]}
+                files[DEFAULT] = directory / other
                 notes.append(
                     f"{origin} has no default chat template, so the one of {other} counts; "
                     "transformers does not look there"
                 )
             elif any(by_name.get(name) != template for name, template in found.items()):
                 notes.append(f"the chat template of {other} is not taken: {origin} has another")
-        return cls(by_name=by_name, notes=tuple(notes))
+        return cls(by_name=by_name, notes=tuple(notes), files=files)
 
     @property
     def default(self) -> str | None:
@@ -83,6 +87,12 @@ def _sources(directory: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str
         yield name, _named(fields.get("chat_template"), directory / name)
 
 
+def _file(directory: Path, origin: str, name: str) -> Path:
+    """Return the file of a template: its own, or one that holds several."""
+    own = origin in {FILE, ADDITIONAL} and name != DEFAULT
+    return directory / ADDITIONAL / f"{name}.jinja" if own else directory / origin
+
+
 def _files(directory: Path) -> Iterator[tuple[str, str]]:
     if is_file(directory / FILE):
         yield DEFAULT, _text(directory / FILE)
@@ -92,6 +102,7 @@ def _files(directory: Path) -> Iterator[tuple[str, str]]:
 
 def _text(path: Path) -> str:
     require_file(path)
+    check_size(path, TEMPLATE_BYTES)
     try:
         return path.read_text(encoding="utf-8")
     except ValueError as error:

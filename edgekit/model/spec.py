@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
+from edgekit.errors import UsageError
+
 
 Activation = Literal["silu", "gelu_tanh"]
 Shape = tuple[int, ...]
@@ -27,6 +29,18 @@ class Norm:
     epsilon: float
     has_bias: bool = False
     unit_offset: bool = False  # Gemma stores w and multiplies by 1 + w
+
+    def __post_init__(self) -> None:
+        """Refuse an epsilon that is larger than what it is added to.
+
+        Raises:
+            UsageError: If it is above 1, or below 0.
+        """
+        if not 0 <= self.epsilon <= 1:
+            raise UsageError(
+                f"the epsilon of a norm is {self.epsilon:g}, expected a number from 0 to 1",
+                hint="1e-5 and 1e-6 are usual",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,14 @@ A template was written for one program, and some fail elsewhere: those for tool 
 tools, those of vision models the content of a message as a list of parts.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from edgekit.errors import UsageError
 from edgekit.text.template import (
+    MAX_SECONDS,
     ChatTemplate,
     EndlessTemplateError,
     Message,
@@ -23,13 +25,20 @@ _MARK = "edgekit-5c-mark"  # what no template says itself
 _ROLES = ("user", "system", "assistant")
 
 
-def fit(source: str, call: TemplateCall, special_tokens: Mapping[str, str]) -> TemplateCall:
+def fit(
+    source: str,
+    call: TemplateCall,
+    special_tokens: Mapping[str, str],
+    *,
+    origin: str = "the chat template",
+) -> TemplateCall:
     """Return how the template can be called, with as little help as it needs.
 
     Args:
         source: The template.
         call: What it gets in any case.
         special_tokens: What it may read: ``{"bos_token": "<s>"}``.
+        origin: What it is called in messages.
 
     Raises:
         UsageError: If the template is not Jinja, or cannot say one question however it is called;
@@ -38,9 +47,11 @@ def fit(source: str, call: TemplateCall, special_tokens: Mapping[str, str]) -> T
         MissingDependencyError: If jinja2 is not installed.
     """
     refusals = []
+    ends = time.monotonic() + MAX_SECONDS
     for empty_lists in _LISTS:
         asked = replace(call, empty_lists=empty_lists)
-        speaker = _Speaker(ChatTemplate.compile(asked.preamble + source), special_tokens)
+        template = ChatTemplate.compile(asked.preamble + source, origin=origin)
+        speaker = _Speaker(template, special_tokens, ends=ends)
         try:
             return replace(asked, content_parts=speaker.content_parts())
         except EndlessTemplateError:
@@ -53,8 +64,11 @@ def fit(source: str, call: TemplateCall, special_tokens: Mapping[str, str]) -> T
 class _Speaker:
     """A template that says conversations, with the content of some roles as parts."""
 
-    def __init__(self, template: ChatTemplate, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self, template: ChatTemplate, special_tokens: Mapping[str, str], *, ends: float
+    ) -> None:
         self._template = template
+        self._ends = ends  # by time.monotonic()
         self._variables: dict[str, Any] = {
             "tools": None, "documents": None, "add_generation_prompt": True, **special_tokens,
         }  # fmt: skip
@@ -83,6 +97,11 @@ class _Speaker:
             return False
 
     def _render(self, messages: Sequence[Message], parts: Sequence[str]) -> str:
+        if time.monotonic() > self._ends:  # each conversation alone may be within the limit
+            raise EndlessTemplateError(
+                f"{self._template.origin} takes more than {MAX_SECONDS:g} s for a few short "
+                "conversations"
+            )
         return self._template.render(as_parts(messages, parts), self._variables)
 
 

@@ -39,6 +39,7 @@ class TokenizerFiles:
     stop_ids_by_file: dict[str, tuple[int, ...]]  # which file declared which, for the report
     stop_strings: tuple[str, ...] = ()  # texts that end an answer and are not part of it
     templates: Mapping[str, str] = field(default_factory=dict)  # all there are, by name
+    template_files: Mapping[str, Path] = field(default_factory=dict)  # where each is, for messages
     template_call: TemplateCall = AS_IT_IS  # what it gets; its preamble begins the template
     notes: tuple[str, ...] = ()  # what was decided where the files disagree, one sentence each
 
@@ -76,6 +77,7 @@ class TokenizerFiles:
             stop_ids_by_file=ends.by_file,
             stop_strings=stops.strings(generation_config, generation),
             templates=found.by_name,
+            template_files=found.files,
             notes=(*ends.notes, *found.notes),
         )
 

@@ -20,6 +20,7 @@ from edgekit import installed
 from edgekit.bundle import kept
 from edgekit.cache import cache_directory
 from edgekit.encodings.files import require_file
+from edgekit.encodings.limits import CALIBRATION_BYTES, check_size
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.model.checkpoint_protocol import Calibration
 from edgekit.progress import Listener, Silent
@@ -123,6 +124,9 @@ def read_own_text(path: Path) -> str:
         UsageError: If there is no such file, or it holds no text.
     """
     require_file(path)
+    check_size(
+        path, CALIBRATION_BYTES, hint=f"pass a part of it: {MAX_OWN_TOKENS} tokens are taken"
+    )
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from edgekit.encodings.files import is_file, require_file
 from edgekit.encodings.hashing import sha256_of_all
 from edgekit.encodings.json_files import parse, read_object
+from edgekit.encodings.limits import HEADER_BYTES, TENSORS, too_large
 from edgekit.errors import UsageError
 from edgekit.model import card as model_card
 from edgekit.model.card import ModelCard, SamplingDefaults
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reference implementation
 FLOATS = ("F32", "F16", "BF16")
 # Every type of safetensors 0.8 of whole bytes. A decoder is read in FLOATS; what lies beside it,
 # a mask or a vision tower's table of positions, may be anything.
@@ -445,6 +445,8 @@ def _read_headers(directory: Path, *, is_four_bit: bool) -> tuple[Mapping[str, T
             if name in tensors:
                 raise UsageError(f"{directory} holds the tensor {name} twice")
             tensors[name] = tensor
+        if len(tensors) > TENSORS:
+            raise UsageError(f"{directory} holds more than {TENSORS} tensors")
     if is_four_bit:
         return bitsandbytes_tensors.dequantized(tensors, origin=directory)
     return tensors, None
@@ -493,7 +495,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
         file_bytes = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(MAX_HEADER_BYTES, file_bytes - 8):
+            if HEADER_BYTES < length <= file_bytes - 8:
+                raise too_large(f"the header of {path}", length, HEADER_BYTES)
+            if length > file_bytes - 8:
                 raise UsageError(
                     f"{path}: the header claims {length} bytes, the file has {file_bytes}",
                     hint="the file is truncated or damaged; download it again",

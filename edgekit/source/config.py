@@ -5,13 +5,13 @@ bias. So a family reads every field through `Config`, names the ones that cannot
 and `Config.refuse_unread` stops at the rest.
 """
 
-import sys
 from typing import Any, Self, TypeVar
 
 from edgekit.errors import UsageError
 
 
 T = TypeVar("T")
+_LARGEST = 1e18  # its square, and that of its inverse, fit float32
 
 # Written by transformers models, training tools and old versions, and without effect on the logits
 # of a decoder at inference. The second block are generation settings that version 4 kept here, the
@@ -98,19 +98,23 @@ class Config:
             return absent
         return None if self._fields[name] is None else self.integer(name)
 
-    def number(self, name: str, default: float | None = None) -> float:
+    def number(self, name: str, default: float | None = None, *, most: float = _LARGEST) -> float:
         """Return a positive number, or ``default`` where it is absent or null.
 
         Raises:
-            UsageError: If it is not a finite number above zero, or absent without a default.
+            UsageError: If it is not a number with which float32 can compute, more than ``most``, or
+                absent without a default.
         """
         self._read.add(name)
         value: Any = self._fields.get(name)
         if value is None:
             value = default
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 < value < sys.float_info.max:
-            raise UsageError(f"{self._origin}: {name} = {value!r}, expected a positive number")
+        if not is_number or not 1 / _LARGEST <= value <= most:
+            raise UsageError(
+                f"{self._origin}: {name} = {value!r}, expected a positive number"
+                + (f" from {1 / _LARGEST:g} to {most:g}" if is_number and value > 0 else "")
+            )
         return float(value)
 
     def optional_number(self, name: str, *, absent: float | None = None) -> float | None:

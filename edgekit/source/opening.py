@@ -17,6 +17,7 @@ from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.progress import Listener, Silent
 from edgekit.source import transformers_tokenizer
 from edgekit.source.checkpoint import Checkpoint
+from edgekit.text import guarded
 from edgekit.text.rules import TextRules
 from edgekit.text.template import ChatTemplate, TemplateCall
 from edgekit.text.tokenizer import Text, open_tokenizer
@@ -56,6 +57,7 @@ def open_checkpoint(  # noqa: PLR0913 - the request, spelled out for Python user
         MissingDependencyError: If ``demo`` is not installed, or a GGUF file cannot be decoded here.
     """
     listener = listener or Silent()
+    guarded.start()
     checkpoint = Checkpoint.open(_directory(str(model), listener))
     for adapter in adapter_directories(adapters):
         from edgekit.source.adapters.merging import merge
@@ -162,14 +164,14 @@ def with_template(
         MissingDependencyError: If there are variables, and nothing here reads templates.
     """
     files = _chosen(files, chosen)
-    source = files.chat_template
+    source, origin = files.chat_template, _origin(files, chosen)
     try:
         tokenizer = open_tokenizer(files.tokenizer_json, refusal=UsageError)
         if source is None:
             _check_variables(files, None, variables or {})
             return files
-        _check_variables(files, ChatTemplate.compile(source), variables or {})
-        call = _call(files, source, variables or {})
+        _check_variables(files, ChatTemplate.compile(source, origin=origin), variables or {})
+        call = _call(files, source, variables or {}, origin)
         files = replace(files, notes=(*files.notes, *_notes(call))).with_template(source, call)
         template = ChatTemplate.compile(call.preamble + source)
     except MissingDependencyError:
@@ -199,6 +201,14 @@ def _chosen(files: TokenizerFiles, chosen: str | Path | None) -> TokenizerFiles:
             hint=f"the model has {names}" if names else "the model has none; name a file",
         )
     return replace(files, chat_template=chat_templates.of_file(Path(chosen)))
+
+
+def _origin(files: TokenizerFiles, chosen: str | Path | None) -> str:
+    """Return what the template is called in messages: its file's, or the one a user names."""
+    taken = (name for name, source in files.templates.items() if source == files.chat_template)
+    name = next(taken, None) if chosen is None else str(chosen)
+    path = files.template_files.get(name or "", chosen)
+    return f"the chat template of {path}" if path else "the chat template"
 
 
 def _noting_others(files: TokenizerFiles) -> TokenizerFiles:
@@ -233,12 +243,15 @@ def _check_variables(
     Text(tokenizer=None, template=template, rules=_rules(files)).check_variables(variables)
 
 
-def _call(files: TokenizerFiles, source: str, variables: Mapping[str, Any]) -> TemplateCall:
+def _call(
+    files: TokenizerFiles, source: str, variables: Mapping[str, Any], origin: str
+) -> TemplateCall:
+    asked = TemplateCall(variables=variables)
     try:
-        return template_fit.fit(source, TemplateCall(variables=variables), files.special_tokens)
+        return template_fit.fit(source, asked, files.special_tokens, origin=origin)
     except UsageError as error:
         raise UsageError(
-            f"{files.tokenizer_json.parent}: {error}",
+            str(error),
             hint="take another template with --chat-template NAME|FILE, give it what it lacks with "
             "--template-var NAME=VALUE, or repair it",
         ) from error

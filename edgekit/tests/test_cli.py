@@ -17,6 +17,7 @@ import pytest
 import edgekit
 from edgekit import cli as cli_module
 from edgekit.cli import cli, main
+from edgekit.errors import ToolchainError, UsageError
 from edgekit.plan import Choice
 from edgekit.plan import make as make_plan
 from edgekit.tests.tiny.random_checkpoints import random_checkpoint
@@ -97,6 +98,57 @@ def test_what_may_be_repeated_may_be_repeated():
     words = ["demo", "--target=x", "--adapter=a", "--adapter=b", "--json", "--json"]
     with cli.commands["plan"].make_context("plan", words) as context:
         assert [path.name for path in context.params["adapters"]] == ["a", "b"]
+
+
+HOSTILE = "a\x1b[2J\x9b1mb\n\rhint: c\u202ed"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", HOSTILE, "--target", "raspberry-pi-5-8gb"],
+        ["plan", "demo", "--target", HOSTILE],
+        ["inspect", HOSTILE],
+        ["targets", HOSTILE],
+        [HOSTILE],  # which click refuses itself
+        ["run", "absent", f"--{HOSTILE}"],
+    ],
+)
+def test_no_refusal_acts_on_the_terminal(words, capsys):
+    status, out, err = run(capsys, *words)
+    assert (status, out) == (2, "")
+    assert r"\x1b[2J" in err
+    assert err.replace("\n", "").isprintable()
+    assert not any(line.startswith("hint: c") for line in err.splitlines())
+
+
+def test_a_refusal_of_several_lines_keeps_them_and_no_line_of_it_passes_for_another(capsys):
+    refusal = ToolchainError("it failed\n  row: 1\nerror: no", hint="a\nb", log="x\n\x1b[1my")
+    cli_module.print_refusal(refusal)
+    assert capsys.readouterr().err.splitlines() == [
+        "error: it failed", "  row: 1", "  error: no", "x", r"\x1b[1my", r"hint: a\nb"
+    ]  # fmt: skip
+
+
+def test_a_refusal_that_quotes_a_file_at_length_is_cut_in_the_middle(capsys):
+    cli_module.print_refusal(
+        UsageError(f"x = {'y' * 10**6!r}, expected an integer", hint="z" * 10**6)
+    )
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: x = 'yyy")
+    assert error.endswith("y', expected an integer")
+    assert max(map(len, (error, hint))) == 2001
+
+
+def test_what_a_model_says_keeps_its_lines_and_does_not_act_on_the_terminal(capsys):
+    cli_module.print_stream(iter(["one\n\ttwo", "\x1b]0;title\x07", "日本語 👩🏽‍🚀"]))
+    assert capsys.readouterr().out == "one\n\ttwo\\x1b]0;title\\x07日本語 👩🏽‍🚀\n"
+
+
+def test_progress_does_not_act_on_the_terminal(capsys):
+    with cli_module.Terminal().track(HOSTILE, 1) as advance:
+        advance(1)
+    assert capsys.readouterr().err.startswith(r"a\x1b[2J\x9b1mb\n\rhint: c\u202ed: 0.")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -135,6 +136,33 @@ def test_what_is_no_artifact_is_refused(tmp_path):
     assert "gguf" in refusal.value.hint
     with pytest.raises(BundleError, match="not a bundle"):
         inspect(tmp_path)
+
+
+HOSTILE = "a\x1b[2J\x9b1mb\n\rok   \u202ec\u2028"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_no_name_of_a_bundle_acts_on_the_terminal(bundle, options):
+    model = replace(bundle.model, name=HOSTILE, licence=HOSTILE, adapter=HOSTILE)
+    replace(bundle, model=model, tools={HOSTILE: HOSTILE}).save()
+    printed = CliRunner().invoke(cli, ["inspect", str(bundle.directory), "--tensors", *options])
+    assert printed.exit_code == 0
+    assert printed.stdout.replace("\n", "").isprintable()
+    if options:
+        assert json.loads(printed.stdout)["bundle"]["model"]["licence"] == HOSTILE
+    else:
+        assert r"adapter: a\x1b[2J\x9b1mb\n\rok   \u202ec\u2028" in printed.stdout.splitlines()
+
+
+def test_no_name_of_a_tensor_acts_on_the_terminal(tmp_path):
+    path = tmp_path / "names.gguf"
+    tensor = TensorEntry(name=HOSTILE, shape=(32,), tensor_type="F32")
+    with Writer(path, {"general.architecture": ("string", "llama")}, (tensor,)) as writer:
+        writer.write(tensor.name, bytes(tensor.size_bytes))
+    printed = CliRunner().invoke(cli, ["inspect", str(path), "--tensors"])
+    assert printed.exit_code == 0
+    assert printed.stdout.replace("\n", "").isprintable()
+    assert r"a\x1b[2J\x9b1mb\n\rok" in printed.stdout
 
 
 def test_the_command_prints_the_same(gguf):

@@ -8,21 +8,30 @@ import codecs
 import difflib
 import functools
 import json
+import math
 import re
+import string
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
+from edgekit import installed
+from edgekit.cache import remembered
 from edgekit.encodings.files import is_file
+from edgekit.encodings.hashing import sha256_of_all
 from edgekit.encodings.json_files import Refusal
+from edgekit.encodings.limits import TEMPLATE_BYTES, TEXT_GROWTH, TOKENIZER_BYTES, check_size
 from edgekit.errors import BundleError, UsageError
 from edgekit.installed import missing_error
+from edgekit.runtime.limited import OverLimitError
+from edgekit.text import corpus, guarded
 from edgekit.text.rules import TextRules
-from edgekit.text.template import ChatTemplate, Message, as_parts
+from edgekit.text.template import ChatTemplate, Clock, Message, as_parts
 
 
 TOKENIZER = "tokenizer.json"
@@ -31,6 +40,9 @@ _HINTS: Mapping[Refusal, str] = {
     UsageError: "save it again with AutoTokenizer and save_pretrained()",
 }
 CHAT_TEMPLATE = "chat_template.jinja"
+_TRIAL_VERSION = 1  # counts up when a tokenizer is tried otherwise, so that all are tried again
+_ODD_TEXTS = (string.printable, "a" * 300, "9" * 300, " " * 300, "the cat sat on a mat " * 20,
+              "a" * 300 + "!")  # fmt: skip
 _QUESTION = "edgekit 4c1e"
 _ANSWERS = ("edgekit 7f3a", "edgekit 7f3z")  # two that differ to their last letter
 _TODAY = "edgekit 9b2d"
@@ -44,7 +56,7 @@ class Text:
     tokenizer: Any  # tokenizers.Tokenizer
     template: ChatTemplate | None
     rules: TextRules
-    variables: Mapping[str, Any] = field(default_factory=dict)  # of every conversation
+    clock: Clock | None = None  # what the template is told of the time; None: the machine's
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
@@ -59,7 +71,11 @@ class Text:
         source = _template_source(directory / CHAT_TEMPLATE, rules.chat_template_sha256)
         return cls(
             tokenizer=open_tokenizer(directory / TOKENIZER),
-            template=None if source is None else ChatTemplate.compile(source),
+            template=None
+            if source is None
+            else ChatTemplate.compile(
+                source, origin=f"the chat template of {directory / CHAT_TEMPLATE}"
+            ),
             rules=rules,
         )
 
@@ -74,7 +90,7 @@ class Text:
             adds_bos: None does what the model's tokenizer does. There is never a second one.
 
         Raises:
-            UsageError: If the text holds half a surrogate pair.
+            UsageError: If the text holds half a surrogate pair, or the tokenizer fails over it.
         """
         ids = self._ids(text, parses_special=parses_special)
         if not (self.rules.adds_bos if adds_bos is None else adds_bos):
@@ -90,26 +106,41 @@ class Text:
         Raises:
             UsageError: If there is no template or no message, or the template refuses or fails.
         """
+        return self._render(
+            messages, None, add_generation_prompt=add_generation_prompt, **variables
+        )
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        clock: Clock | None,
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
         if self.template is None:
             raise UsageError("the model has no chat template", hint="pass it plain text")
         if not messages:
             raise UsageError("the conversation is empty")
         known: dict[str, Any] = {"tools": None, "documents": None, **self.rules.special_tokens}
         known |= {"add_generation_prompt": add_generation_prompt}
-        variables = {**known, **self.variables, **variables}
-        return self.template.render(as_parts(messages, self.rules.content_parts), variables)
+        return self.template.render(
+            as_parts(messages, self.rules.content_parts),
+            {**known, **variables},
+            clock=self.clock if clock is None else clock,
+        )
 
     def writes_today(self, messages: Sequence[Message]) -> bool:
         """Tell whether the prompt of a conversation is another one every day."""
         try:
-            rendered = self.render(messages, strftime_now=lambda _pattern: _TODAY)
+            rendered = self._render(messages, _TODAY)
         except UsageError:  # it refuses a system message, or wants one
             return False
         return _TODAY in rendered
 
     def on(self, day: date) -> Self:
         """Return the same, for whom it is always that day."""
-        return replace(self, variables={**self.variables, "strftime_now": day.strftime})
+        return replace(self, clock=day)
 
     def check_variables(self, variables: Mapping[str, Any]) -> None:
         """Refuse variables that would change nothing.
@@ -212,7 +243,8 @@ class Text:
             raise UsageError(f"the text is not Unicode at character {error.start}") from error
         with self._lock:  # the switch belongs to the tokenizer, not to the call
             self.tokenizer.encode_special_tokens = not parses_special
-            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+            with _reading():
+                return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def _unread(name: str, known: Collection[str]) -> UsageError:
@@ -319,7 +351,7 @@ class _Pieces:
         # The state of a decoder is its part of tokenizer.json; the whole file can be 17 MB.
         decoder = tokenizer.decoder and json.loads(tokenizer.decoder.__getstate__())
         refuse_unknown_decoder(decoder)
-        steps = list(_decoder_steps(decoder))
+        steps = list(_steps(decoder))
         kinds = [step["type"] for step in steps]
         spaces = [step for step in steps if step["type"] == "Metaspace"]
         added = tokenizer.get_added_tokens_decoder()
@@ -354,12 +386,13 @@ class _Pieces:
         return token.encode()
 
 
-def _decoder_steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    waiting = [] if decoder is None else [decoder]
+def _steps(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """Yield the steps of a decoder or a normalizer, or itself if it is no sequence."""
+    waiting = [] if part is None else [part]
     while waiting:
         step = waiting.pop(0)
         if step["type"] == "Sequence":
-            waiting = step["decoders"] + waiting
+            waiting = [*(step.get("decoders") or step.get("normalizers") or []), *waiting]
         else:
             yield step
 
@@ -377,7 +410,7 @@ def refuse_unknown_decoder(
         BundleError, UsageError: As ``refusal``, if the decoder is of a kind no small decoder model
             uses (WordPiece, CTC …).
     """
-    steps = list(_decoder_steps(decoder))
+    steps = list(_steps(decoder))
     kinds = [step["type"] for step in steps]
     unknown = set(kinds) - {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Strip", "Fuse"}
     for step in steps:
@@ -422,6 +455,7 @@ def _template_source(path: Path, expected_sha256: str | None) -> str | None:
         if expected_sha256 is not None:
             raise BundleError(f"{path} is missing", hint="copy the bundle again")
         return None
+    check_size(path, TEMPLATE_BYTES, refusal=BundleError)
     content = path.read_bytes()
     if sha256(content).hexdigest() != expected_sha256:
         raise BundleError(
@@ -437,8 +471,12 @@ def _template_source(path: Path, expected_sha256: str | None) -> str | None:
 def open_tokenizer(path: Path, *, refusal: Refusal = BundleError) -> Any:
     """Load a ``tokenizer.json`` as it is, without its truncation and padding.
 
+    A file that was never opened here is tried in a child process first: some make the library end
+    the process, or multiply what they read.
+
     Raises:
-        BundleError, UsageError: As ``refusal``, if it is missing or not a tokenizer.
+        BundleError, UsageError: As ``refusal``, if it is missing, is too large, is not a tokenizer,
+            or costs more than a tokenizer may.
         MissingDependencyError: If tokenizers is not installed.
     """
     try:
@@ -447,6 +485,8 @@ def open_tokenizer(path: Path, *, refusal: Refusal = BundleError) -> Any:
         raise missing_error("tokenizers", purpose="every model", extra="run-gguf") from None
     if not is_file(path, refusal=refusal):
         raise refusal(f"{path} is missing", hint=_HINTS[refusal])
+    check_size(path, TOKENIZER_BYTES, refusal=refusal, hint=_HINTS[refusal])
+    _try(path, refusal)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:
@@ -455,4 +495,60 @@ def open_tokenizer(path: Path, *, refusal: Refusal = BundleError) -> Any:
         raise refusal(f"{path} is not a tokenizer: {error}", hint=_HINTS[refusal]) from error
     tokenizer.no_truncation()  # the file may say otherwise; a prompt is never cut in silence
     tokenizer.no_padding()
+    _refuse_growth(tokenizer, path, refusal)
     return tokenizer
+
+
+def _try(path: Path, refusal: Refusal) -> None:
+    """Have a child process open a tokenizer and use it once, unless that went well before."""
+    version = f"{installed.version('tokenizers')} {_TRIAL_VERSION}"
+    key = sha256_of_all([path], after=sha256(version.encode()).hexdigest())
+
+    def tried() -> dict[str, Any]:
+        wrong = guarded.try_tokenizer(path, [*corpus.lines(), *_ODD_TEXTS])
+        if wrong is not None:
+            raise refusal(f"{path} is not a tokenizer: {wrong}", hint=_HINTS[refusal])
+        return {}
+
+    try:
+        remembered("tokenizers-tried", key, tried)
+    except OverLimitError as error:
+        raise refusal(f"{path} {error}", hint=_HINTS[refusal]) from error
+
+
+def _refuse_growth(tokenizer: Any, path: Path, refusal: Refusal) -> None:
+    """Refuse what makes a text, or a token, many times as long: in a letter nobody has tried."""
+    for name, part in (("normalizer", tokenizer.normalizer), ("decoder", tokenizer.decoder)):
+        fields = json.loads(part.__getstate__()) if part else None
+        growth = math.prod(map(_growth, _steps(fields)))
+        if growth > TEXT_GROWTH:
+            raise refusal(
+                f"{path}: its {name} can make a text {_times(growth)} as long, expected at most "
+                f"{TEXT_GROWTH} times",
+                hint=_HINTS[refusal],
+            )
+
+
+def _times(growth: float) -> str:
+    return f"{growth:.0f} times" if growth < 10**6 else "millions of times"
+
+
+def _growth(step: Mapping[str, Any]) -> float:
+    """Return how many times as long a Replace makes a text at most."""
+    if step["type"] != "Replace":
+        return 1  # NFKD's 18 letters for one included: they come once
+    replaced = step["pattern"].get("String")
+    content = len(step["content"])
+    # A pattern may match nothing, before every letter.
+    return max(1, content / len(replaced)) if replaced else 1 + content
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Refuse a text over which the tokenizers library fails or panics."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and not guarded.is_panic(error):
+            raise
+        raise UsageError(f"the tokenizer fails over this text: {error}") from error

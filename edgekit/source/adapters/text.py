@@ -17,6 +17,7 @@ from edgekit.cache import cache_directory
 from edgekit.encodings.files import is_file, require_file
 from edgekit.encodings.hashing import sha256_of
 from edgekit.encodings.json_files import read_object, read_object_if_there
+from edgekit.encodings.limits import TOKENIZER_BYTES, check_size
 from edgekit.encodings.protobuf import ProtobufMessage
 from edgekit.errors import BundleError, UsageError
 from edgekit.model import chat_templates
@@ -105,7 +106,11 @@ def merge(base: TokenizerFiles, adapter: Path, *, model: Path) -> AdapterText:
     declared = base.stop_ids_by_file.get("config.json", ())
     files = TokenizerFiles.open(directory, config={"eos_token_id": list(declared)})
     return AdapterText(
-        files=replace(files, notes=(*base.notes, *brought.templates.notes)),
+        files=replace(
+            files,
+            notes=(*base.notes, *brought.templates.notes),
+            template_files={**base.template_files, **brought.templates.files},
+        ),
         has_tokens=brought.has_tokenizer or bool(new),
         notes=tuple(_notes(brought, new)),
     )
@@ -323,6 +328,7 @@ def _is_vocabulary(
 
 def _merges_of(path: Path) -> list[str]:
     require_file(path)
+    check_size(path, TOKENIZER_BYTES)
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     if lines[0].startswith("#version"):
         lines = lines[1:]
@@ -337,6 +343,7 @@ def _merges(fields: Mapping[str, Any]) -> list[str]:
 def _pieces(path: Path) -> dict[str, int]:
     """Return the pieces of a SentencePiece model; its scores order merges as its ids do."""
     require_file(path)
+    check_size(path, TOKENIZER_BYTES)
     try:
         whole = ProtobufMessage.whole(path.read_bytes(), origin=str(path))
         return {piece.text(_PIECE): id for id, piece in enumerate(whole.messages(_PIECES))}

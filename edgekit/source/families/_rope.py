@@ -46,7 +46,7 @@ def read_rope(
         fields.expect(partial_rotary_factor=1.0)
     else:
         outer = config.number("partial_rotary_factor", rotated)
-        fraction = fields.number("partial_rotary_factor", outer)
+        fraction = fields.number("partial_rotary_factor", outer, most=1.0)
     # The one next to the object wins, as in standardize_rope_params of transformers 5.
     original = config.optional_integer("original_max_position_embeddings")
     rope = read_fields(
@@ -151,7 +151,7 @@ def _read_yarn(
 ) -> YarnScaling:
     if theta <= 1:
         raise UsageError(f"{fields.origin}: a theta of {theta:g} leaves YaRN no frequencies")
-    factor = fields.number("factor", context_tokens / original_context_tokens)
+    factor = fields.number("factor", context_tokens / original_context_tokens, most=1e6)
     fast, slow = fields.number("beta_fast", 32.0), fields.number("beta_slow", 1.0)
     fields.get("finetuned", False)  # of the first YaRN models; it says how they were made
     over, under = fields.optional_number("mscale"), fields.optional_number("mscale_all_dim")

@@ -58,16 +58,35 @@ def test_damaged_goldens_are_refused(tmp_path, text):
         Goldens.load(tmp_path)
 
 
-@pytest.mark.parametrize("field", ["ids", "top_ids", "top_log_probabilities"])
-def test_goldens_whose_lists_do_not_fit_together_are_refused(field, goldens, tmp_path):
-    goldens.save(tmp_path)
-    fields = json.loads((tmp_path / GOLDENS).read_text())
-    whole = fields["logits"][0][field]
-    for bent in (whole[1:], [], [whole[0][1:], *whole[1:]] if isinstance(whole[0], list) else []):
-        fields["logits"][0][field] = bent
-        (tmp_path / GOLDENS).write_text(json.dumps(fields))
-        with pytest.raises(BundleError, match=r"logits\[0\] has lists of different lengths"):
-            Goldens.load(tmp_path)
+def edit(goldens, directory, change):
+    goldens.save(directory)
+    fields = json.loads((directory / GOLDENS).read_text(encoding="utf-8"))
+    change(fields["logits"][0])
+    (directory / GOLDENS).write_text(json.dumps(fields), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda row: row["ids"].pop(), "has 5 ids, 6 rows of top ids and 6 of logarithms"),
+        (lambda row: row["top_ids"].pop(), "has 6 ids, 5 rows"),
+        (lambda row: row["top_log_probabilities"].append([]), "and 7 of logarithms"),
+        (lambda row: row["top_ids"][2].pop(), r"has rows of \[15, 16\] tokens"),
+        (lambda row: row["top_log_probabilities"][5].append(0), r"has rows of \[16, 17\] tokens"),
+        (lambda row: row.update({name: [] for name in row}), "has 0 ids"),
+        (lambda row: row["top_log_probabilities"][0].__setitem__(0, 1e308), "above 1"),
+    ],
+)
+def test_rows_of_other_lengths_are_refused(goldens, tmp_path, change, reason):
+    edit(goldens, tmp_path, change)
+    with pytest.raises(BundleError, match=rf"goldens\.json: logits\[0\] .*{reason}"):
+        Goldens.load(tmp_path)
+
+
+def test_a_token_beyond_the_vocabulary_is_refused():
+    golden = LogitGolden.of(range(6), logits())
+    with pytest.raises(BundleError, match="beyond the vocabulary of 20"):
+        golden.mean_kl_nats(logits(vocabulary=20))
 
 
 def test_the_likeliest_tokens_are_kept_best_first():

@@ -35,6 +35,7 @@ ELSEWHERE = {
     "measuring/measure.py",  # from a child of our own
     "measuring/report.py",  # what it wrote itself
     "model/card.py",  # a quoted string of YAML
+    "runtime/limited.py",  # to and from a child of our own
     "text/tokenizer.py",  # the state of a decoder of tokenizers
 }
 

@@ -380,12 +380,12 @@ def test_a_header_entry_that_is_no_object_is_refused(model, entry):
     assert "model.norm.weight" in refusal(model)
 
 
-def test_a_header_beyond_what_safetensors_itself_reads_is_refused(model, monkeypatch):
+def test_a_header_larger_than_any_of_a_small_model_is_refused(model, monkeypatch):
     length = struct.unpack("<Q", model.weights.read_bytes()[:8])[0]
-    monkeypatch.setattr("edgekit.source.checkpoint.MAX_HEADER_BYTES", length)
+    monkeypatch.setattr("edgekit.source.checkpoint.HEADER_BYTES", length)
     model.open()
-    monkeypatch.setattr("edgekit.source.checkpoint.MAX_HEADER_BYTES", length - 1)
-    assert f"claims {length} bytes" in refusal(model)
+    monkeypatch.setattr("edgekit.source.checkpoint.HEADER_BYTES", length - 1)
+    assert f"has {length} bytes, expected at most {length - 1}" in refusal(model)
 
 
 def split(model, *, names=("a.safetensors", "b.safetensors"), index=None):

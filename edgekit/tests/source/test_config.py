@@ -42,6 +42,18 @@ def test_a_number_is_positive_and_finite(value):
         config(epsilon=value).number("epsilon")
 
 
+@pytest.mark.parametrize("value", [1e308, 1e-308, 1e30, 1e-30, 10**30])
+def test_a_number_is_one_that_float32_can_square(value):
+    with pytest.raises(UsageError, match=r"theta = .*, expected a positive number from 1e-18 to"):
+        config(theta=value).number("theta")
+
+
+def test_a_number_may_have_a_lower_limit_than_the_usual():
+    assert config(share=1.0).number("share", most=1.0) == 1.0
+    with pytest.raises(UsageError, match=r"from 1e-18 to 1$"):
+        config(share=1.5).number("share", most=1.0)
+
+
 def test_a_whole_number_is_a_number():
     assert config(theta=10000).number("theta") == 10000.0
 

@@ -193,6 +193,20 @@ def test_an_absurd_size_is_refused_by_the_name_of_its_field(model_type, name, va
     assert name.removeprefix("num_").split("_")[0] in str(refusal.value)
 
 
+@pytest.mark.parametrize("model_type", PUBLISHED)
+@pytest.mark.parametrize("value", [1e17, 1e3, 1.5])
+def test_an_epsilon_that_drowns_what_it_is_added_to_is_refused(model_type, value):
+    name = "layer_norm_eps" if model_type == "stablelm" else "rms_norm_eps"
+    with pytest.raises(UsageError, match=r"the epsilon of a norm is .*, expected a number from 0"):
+        published(model_type, **{name: value})
+
+
+@pytest.mark.parametrize("value", [1.0001, 1e17, 2**31 - 1])
+def test_no_more_of_a_head_rotates_than_there_is(value):
+    with pytest.raises(UsageError, match=r"partial_rotary_factor = .* to 1$"):
+        published("stablelm", partial_rotary_factor=value)
+
+
 ODD_VALUES = [None, True, 0, -1, 1, 3, 2**40, 10**400, 0.5, math.nan, math.inf, "", "x", [], {},
               [None], ["x"], [1] * 6, {"x": 1}, {"rope_type": "longrope"}, {"rope_type": 3},
               {"full_attention": 1}]  # fmt: skip
