@@ -8,6 +8,9 @@ from typing import ClassVar
 from edgekit.tests.attack.mutations import mutated
 
 
+OTHER_PROGRAMS_S = 60.0  # a limit for cases that start transformers, llama.cpp or edgekit itself
+
+
 class LeftBehindError(Exception):
     """Something is there after a refusal, a kill or a full disk that must not be."""
 

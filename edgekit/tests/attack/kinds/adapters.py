@@ -12,7 +12,7 @@ class Adapters(DamagedFiles):
     """adapters of PEFT"""
 
     damaged = "adapter_*"
-    share = 3.0
+    share = 6.0
 
     def prepare(self) -> None:
         write_base(self.place / "base")

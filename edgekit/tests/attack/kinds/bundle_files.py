@@ -10,7 +10,7 @@ from edgekit.inspect import inspect, lines
 from edgekit.measuring import measure
 from edgekit.measuring.report import as_html, as_json, as_junit, as_text
 from edgekit.tests.attack import samples
-from edgekit.tests.attack.attack import DamagedFiles
+from edgekit.tests.attack.attack import OTHER_PROGRAMS_S, DamagedFiles
 from edgekit.tests.tiny.measurements import make_measurement
 from edgekit.text.tokenizer import Text
 from edgekit.validate import judge_document
@@ -20,7 +20,7 @@ class Manifests(DamagedFiles):
     """manifest.json"""
 
     damaged = MANIFEST
-    share = 3.0
+    share = 6.0
 
     def prepare(self) -> None:
         samples.bundle(self.whole / "bundle")
@@ -32,6 +32,8 @@ class Manifests(DamagedFiles):
 class RehashedFiles(DamagedFiles):
     """template and tokenizer of a bundle, hashes made to match"""
 
+    share = 1.0
+    limit_s = OTHER_PROGRAMS_S
     damaged = "[ct]*"
 
     def prepare(self) -> None:

@@ -9,7 +9,7 @@ from edgekit.bundle.manifest import MANIFEST
 from edgekit.run import Chat, Runner
 from edgekit.runtime.generate import Sampling
 from edgekit.tests.attack import mutations, odd_files, samples
-from edgekit.tests.attack.attack import Attack, LeftBehindError
+from edgekit.tests.attack.attack import OTHER_PROGRAMS_S, Attack, LeftBehindError
 from edgekit.tests.attack.commands import call
 from edgekit.tests.attack.kinds.bundle_files import rehash
 
@@ -17,7 +17,8 @@ from edgekit.tests.attack.kinds.bundle_files import rehash
 class HostileBundles(Attack):
     """hostile bundles"""
 
-    share = 4.0
+    share = 2.0
+    limit_s = OTHER_PROGRAMS_S
 
     def prepare(self) -> None:
         samples.bundle(self.place / "bundle")
@@ -68,7 +69,7 @@ def _try_to_rehash(bundle: Path) -> None:
 class Turns(Attack):
     """turns of a chat"""
 
-    share = 2.0
+    share = 1.0
 
     def prepare(self) -> None:
         installed.require("llama_cpp", purpose="a chat", extra="run-gguf")

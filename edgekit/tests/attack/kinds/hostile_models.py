@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from edgekit.source.opening import open_checkpoint
 from edgekit.tests.attack import odd_files, samples
-from edgekit.tests.attack.attack import Attack, BreachError, LeftBehindError
+from edgekit.tests.attack.attack import OTHER_PROGRAMS_S, Attack, BreachError, LeftBehindError
 from edgekit.tests.attack.commands import call
 from edgekit.tests.tiny.adapters import q_proj_updates, write_adapter
 
@@ -19,7 +19,8 @@ _PICKLE = b"cposix\nsystem\n(S'touch {canary}'\ntR."
 class HostileDirectories(Attack):
     """hostile model directories"""
 
-    share = 4.0
+    share = 8.0
+    limit_s = OTHER_PROGRAMS_S
 
     def prepare(self) -> None:
         samples.checkpoint(self.place / "model")
@@ -118,7 +119,8 @@ class HostileTemplates(Attack):
         "{{% set x %}}{{{{ {0} }}}}{{% endset %}}{{% set y %}}{{{{ x }}}}{{{{ x }}}}{{% endset %}}",
     )
 
-    share = 2.0
+    share = 4.0
+    limit_s = OTHER_PROGRAMS_S
 
     def prepare(self) -> None:
         samples.checkpoint(self.place / "model")

@@ -14,7 +14,7 @@ from edgekit.bundle.manifest import Bundle
 from edgekit.errors import MissingDependencyError
 from edgekit.runtime.child import environment
 from edgekit.tests.attack import samples
-from edgekit.tests.attack.attack import Attack, BreachError, LeftBehindError
+from edgekit.tests.attack.attack import OTHER_PROGRAMS_S, Attack, BreachError, LeftBehindError
 from edgekit.tests.attack.commands import RefusedError, call
 
 
@@ -30,8 +30,8 @@ _ANSWERS_AT_ONCE = (
 class Kills(Attack):
     """kill -9"""
 
-    share = 6.0
-    limit_s = 60.0
+    share = 5.0
+    limit_s = OTHER_PROGRAMS_S
 
     def prepare(self) -> None:
         samples.checkpoint(self.place / "model")
@@ -85,7 +85,8 @@ class Kills(Attack):
 class Streams(Attack):
     """closed and full streams"""
 
-    limit_s = 20.0
+    share = 1.0
+    limit_s = OTHER_PROGRAMS_S
 
     def prepare(self) -> None:
         samples.checkpoint(self.place / "model")
@@ -112,7 +113,7 @@ class FullDisks(Attack):
     """full and read-only disks"""
 
     share = 2.0
-    limit_s = 60.0
+    limit_s = OTHER_PROGRAMS_S
 
     def prepare(self) -> None:
         self._own_mounts()

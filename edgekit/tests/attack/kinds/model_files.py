@@ -9,7 +9,7 @@ from edgekit.model import card
 from edgekit.source.checkpoint import Checkpoint, weight_files
 from edgekit.source.opening import open_checkpoint
 from edgekit.tests.attack import samples
-from edgekit.tests.attack.attack import DamagedFiles
+from edgekit.tests.attack.attack import OTHER_PROGRAMS_S, DamagedFiles
 from edgekit.tests.tiny.adapters import write_base
 
 
@@ -27,7 +27,7 @@ class Configs(DamagedFiles):
     """config.json"""
 
     damaged = "config.json"
-    share = 3.0
+    share = 6.0
 
     def prepare(self) -> None:
         samples.checkpoints(self.whole)
@@ -70,7 +70,7 @@ class SafetensorsFiles(DamagedFiles):
     """safetensors"""
 
     damaged = "model.safetensors"
-    share = 3.0
+    share = 4.0
 
     def prepare(self) -> None:
         samples.checkpoint(self.whole / "model")
@@ -160,6 +160,7 @@ class OpenedTokenizers(DamagedFiles):
 
     damaged = "tokenizer.json"
     share = 2.0
+    limit_s = OTHER_PROGRAMS_S
 
     def prepare(self) -> None:
         samples.checkpoint(self.whole / "model")
@@ -186,6 +187,7 @@ class TemplateFiles(DamagedFiles):
 
     damaged = "chat_template.jinja"
     share = 2.0
+    limit_s = OTHER_PROGRAMS_S
 
     def prepare(self) -> None:
         directory = samples.checkpoint(self.whole / "model")

@@ -7,7 +7,7 @@ from random import Random
 from edgekit import cli, target
 from edgekit.measuring.devices import SshDevice
 from edgekit.tests.attack import samples
-from edgekit.tests.attack.attack import Attack, DamagedFiles
+from edgekit.tests.attack.attack import OTHER_PROGRAMS_S, Attack, DamagedFiles
 from edgekit.tests.attack.commands import call
 from edgekit.tests.attack.mutations import mutated
 
@@ -16,7 +16,7 @@ class Targets(DamagedFiles):
     """target files"""
 
     damaged = "*.toml"
-    share = 2.0
+    share = 4.0
 
     def prepare(self) -> None:
         for name, path in target._files().items():
@@ -69,8 +69,8 @@ _LINES = (
 class CommandLines(Attack):
     """command lines"""
 
-    share = 2.0
-    limit_s = 20.0  # some of them convert a model
+    share = 1.0
+    limit_s = OTHER_PROGRAMS_S
 
     def prepare(self) -> None:
         samples.checkpoint(self.place / "model")
