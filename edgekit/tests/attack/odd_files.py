@@ -14,6 +14,7 @@ from edgekit.tests.attack.mutations import mutated
 
 
 _SPARSE_BYTES = 80 << 20
+_MOST_BYTES = 1 << 20
 _NAMES = (
     "x" * 255, "\x1b[31m.json", "\u202e.safetensors", "-rf", "a b", "\udcff.json", "README.md ",
     "pytorch_model.bin", "model-00001-of-00002.safetensors", "adapter_model.bin", "..x",
@@ -23,7 +24,10 @@ _NAMES = (
 
 def put(path: Path, random: Random) -> None:
     """Replace a file, or put one where none is."""
-    content = path.read_bytes() if stat.S_ISREG(_mode(path)) else b"{}"
+    content = b"{}"
+    if stat.S_ISREG(_mode(path)):
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES)  # it may be one of ours
     if stat.S_ISDIR(_mode(path)):
         shutil.rmtree(path)
     path.unlink(missing_ok=True)

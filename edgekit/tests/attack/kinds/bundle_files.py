@@ -1,11 +1,11 @@
 """What a bundle says about itself, and what a device said about it."""
 
-import hashlib
 import json
 from pathlib import Path
 
 from edgekit.bundle.goldens import ChatGolden, Goldens, LogitGolden, TextGolden
 from edgekit.bundle.manifest import MANIFEST, Bundle
+from edgekit.encodings.hashing import sha256_of
 from edgekit.inspect import inspect, lines
 from edgekit.measuring import measure
 from edgekit.measuring.report import as_html, as_json, as_junit, as_text
@@ -90,6 +90,6 @@ def rehash(directory: Path) -> None:
     for name, record in manifest["artifact"]["files"].items():
         if not (directory / name).is_file():
             continue
-        content = (directory / name).read_bytes()
-        record |= {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        path = directory / name
+        record |= {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
     (directory / MANIFEST).write_text(json.dumps(manifest))

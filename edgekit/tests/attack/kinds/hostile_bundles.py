@@ -62,7 +62,7 @@ def _try_to_rehash(bundle: Path) -> None:
     try:
         if (bundle / MANIFEST).is_file():
             rehash(bundle)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return  # nothing that could be read
 
 
