@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from edgekit import versions
-from edgekit.encodings.files import shown
 from edgekit.encodings.visible import visible, visible_json, visible_lines
 from edgekit.errors import BudgetError, EdgekitError, ToolchainError, UnstableError, UsageError
 
@@ -981,6 +980,8 @@ def print_refusal(error: EdgekitError) -> None:
 
 
 def _print_refusal(error: EdgekitError) -> None:
+    from edgekit.encodings.files import shown
+
     is_plain = bool(os.environ.get("NO_COLOR"))  # https://no-color.org
     first, *rest = str(error).split("\n")
     # Further lines are indented, so that none can pass for another message.

@@ -12,39 +12,40 @@ from typing import Any
 
 from edgekit.encodings.files import is_file, require_file
 from edgekit.encodings.limits import (
-    INTEGER_DIGITS,
     SETTINGS_BYTES,
-    SETTINGS_PARTS,
+    SETTINGS_MEMORY_BYTES,
     TOKENIZER_BYTES,
-    VOCABULARY_PARTS,
+    VOCABULARY_MEMORY_BYTES,
     check_size,
 )
 from edgekit.errors import BundleError, UsageError
 
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "runner_tokenizer.json")
+_COSTS = {"{": 240, "[": 80, ":": 190, ",": 60}  # bytes: what each opens, or comes before or after
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole one
 
 Refusal = type[UsageError] | type[BundleError]  # of what a user brings, of what a bundle holds
 
 
-def parse(text: str | bytes, *, most_parts: int = SETTINGS_PARTS) -> Any:
+def parse(text: str | bytes, *, memory_bytes: int = SETTINGS_MEMORY_BYTES) -> Any:
     """Return the value that JSON text stands for.
 
     Args:
         text: In UTF-8, if bytes.
-        most_parts: How many lists, objects and fields it may have.
+        memory_bytes: What its value may take.
 
     Raises:
         ValueError: If it is not JSON in UTF-8, has a key twice in one object, is nested too deeply,
-            has more parts or longer integers than anything known, or half a surrogate pair.
+            would take more memory, or has an integer of more than 4,300 digits or half a surrogate
+            pair.
     """
     if isinstance(text, bytes):
         text = text.decode()  # json would guess at other encodings
-    if sum(map(text.count, "[{:")) > most_parts:
-        raise ValueError(f"it has more than {most_parts} lists, objects and fields")
+    if _memory_bytes(text) > memory_bytes:
+        raise ValueError(f"it takes more than {memory_bytes >> 20} MiB of memory")
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+        value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if _HALF_PAIR.search(text):
@@ -52,10 +53,10 @@ def parse(text: str | bytes, *, most_parts: int = SETTINGS_PARTS) -> Any:
     return value
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > INTEGER_DIGITS:
-        raise ValueError(f"an integer has {len(digits)} digits, more than {INTEGER_DIGITS}")
-    return int(digits)
+def _memory_bytes(text: str) -> int:
+    """Return about what the text and its value take in Python, rather too much than too little."""
+    letter_bytes = 1 if text.isascii() else 4
+    return letter_bytes * len(text) + sum(cost * text.count(at) for at, cost in _COSTS.items())
 
 
 def _refuse_half_pairs(value: Any) -> None:
@@ -81,7 +82,7 @@ def parse_object(
     origin: str | Path,
     refusal: Refusal = UsageError,
     hint: str = "",
-    most_parts: int = SETTINGS_PARTS,
+    memory_bytes: int = SETTINGS_MEMORY_BYTES,
 ) -> dict[str, Any]:
     """Return the object that JSON text stands for.
 
@@ -90,14 +91,14 @@ def parse_object(
         origin: Where it came from, for messages.
         refusal: What is raised; a damaged bundle is not the fault of what a user brought.
         hint: The way out.
-        most_parts: How many lists, objects and fields it may have.
+        memory_bytes: What its value may take.
 
     Raises:
         UsageError, BundleError: As ``refusal``, if it is not JSON, has a key twice, or is not an
             object.
     """
     try:
-        fields = parse(text, most_parts=most_parts)
+        fields = parse(text, memory_bytes=memory_bytes)
     except ValueError as error:
         raise refusal(f"{origin} is not JSON: {error}", hint=hint) from error
     if not isinstance(fields, dict):
@@ -120,8 +121,8 @@ def read_object(path: Path, *, refusal: Refusal = UsageError, hint: str = "") ->
         text = path.read_bytes()
     except OSError as error:
         raise refusal(f"{path} cannot be read: {error.strerror}", hint=hint) from error
-    most_parts = VOCABULARY_PARTS if is_vocabulary else SETTINGS_PARTS
-    return parse_object(text, origin=path, refusal=refusal, hint=hint, most_parts=most_parts)
+    memory_bytes = VOCABULARY_MEMORY_BYTES if is_vocabulary else SETTINGS_MEMORY_BYTES
+    return parse_object(text, origin=path, refusal=refusal, hint=hint, memory_bytes=memory_bytes)
 
 
 def read_object_if_there(path: Path, *, refusal: Refusal = UsageError) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """What a stranger's file may cost: every limit, with its reason, in one place.
 
-A file is asked for its size before it is read, and JSON for the number of its parts before it is
-parsed, so that a refusal takes 256 MiB at most, or three times the file if that is more (a large
-vocabulary may take more), and five seconds. A GGUF header keeps its own account
-(`edgekit.formats.gguf.layout`); what clients of a server may cost stands in `edgekit.serve`.
+A file is asked for its size before it is read, and JSON is weighed before it is parsed, so that a
+refusal takes 256 MiB at most, or three times the file if that is more (a large vocabulary may take
+more), and five seconds. A GGUF header keeps its own account (`edgekit.formats.gguf.layout`); what
+clients of a server may cost stands in `edgekit.serve`.
 """
 
 from pathlib import Path
@@ -23,9 +23,8 @@ TEMPLATE_BYTES = 256 * _KIB  # of Jinja; the longest known, for tools and though
 CALIBRATION_BYTES = 8 * _MIB  # of text that a user names; 16,384 tokens of it are taken
 
 # In a file.
-INTEGER_DIGITS = 40  # transformers writes 10^30 for "no limit"; 309 are more than a float holds
-SETTINGS_PARTS = 600_000  # lists, objects and their fields in JSON, 200 bytes each in Python
-VOCABULARY_PARTS = 2_000_000  # in a tokenizer.json; Gemma's has 900,000
+SETTINGS_MEMORY_BYTES = 192 * _MIB  # of Python, for JSON; that of 80,000 tensors takes 130
+VOCABULARY_MEMORY_BYTES = 512 * _MIB  # for a tokenizer.json; Gemma's takes 340
 TENSORS = 100_000  # of a model; one of 80 layers in 4 bits has 5,000
 TEXT_GROWTH = 16  # how many times as long a tokenizer may make a text; usual ones: at most 3
 
@@ -36,6 +35,11 @@ TOKENIZER_CPU_S = 4  # a file of a megabyte takes 0.1 s to open
 TOKENIZER_BYTES_PER_CPU_S = 4 * _MIB  # which a large file has on top; Gemma's takes 2 s
 CHILD_MEMORY_BYTES = 192 * _MIB  # Python and Jinja take 15, a long conversation 50
 TOKENIZER_MEMORY_PER_BYTE = 16  # which a large file has on top; measured: 11
+
+# Of a child process in which transformers reads a tokenizer (`edgekit.source`): it takes 2 s and
+# 300 MiB to import.
+TRANSFORMERS_CPU_S = 60
+TRANSFORMERS_MEMORY_BYTES = 4096 * _MIB
 
 
 def check_size(

@@ -146,7 +146,7 @@ def work(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     for line in sys.stdin.buffer:
         try:
             asked = json.loads(line)
-            _set_limits(Allowance(**asked["allowance"]))
+            set_limits(Allowance(**asked["allowance"]))
             said = json.dumps(answer(asked["question"])).encode()
             sys.stdout.buffer.write(said + b"\n")
             sys.stdout.buffer.flush()
@@ -155,7 +155,8 @@ def work(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     os._exit(0)  # at once: there is nothing to put away
 
 
-def _set_limits(allowance: Allowance) -> None:
+def set_limits(allowance: Allowance) -> None:
+    """Let the system end this process when it has taken so much from now on."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, allowance.cpu_s)  # SIGPROF ends it
     _limit("RLIMIT_DATA", allowance.memory_bytes)

@@ -25,9 +25,11 @@ from edgekit.cache import cache_directory, remembered
 from edgekit.encodings.files import is_file
 from edgekit.encodings.hashing import sha256_of_all
 from edgekit.encodings.json_files import parse_object
+from edgekit.encodings.limits import TRANSFORMERS_CPU_S, TRANSFORMERS_MEMORY_BYTES
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.runtime.child import death_of, environment, shell_status
+from edgekit.runtime.limited import Allowance, set_limits
 from edgekit.text import corpus
 from edgekit.text.tokenizer import open_tokenizer
 
@@ -39,7 +41,8 @@ FILES = (
     "vocab.json", "merges.txt", "tokenizer.model", "config.json", "generation_config.json",
 )  # fmt: skip
 _VERSION = 1  # counts up when the question changes, so that cached answers are not taken
-_TIMEOUT_S = 300
+_ALLOWANCE = Allowance(cpu_s=TRANSFORMERS_CPU_S, memory_bytes=TRANSFORMERS_MEMORY_BYTES)
+_TIMEOUT_S = 2 * TRANSFORMERS_CPU_S
 _SHOWN_IDS = 4
 
 
@@ -255,4 +258,5 @@ def _compare(
 
 
 if __name__ == "__main__":
+    set_limits(_ALLOWANCE)
     print(json.dumps(asdict(main(*map(Path, sys.argv[1:])))))  # noqa: T201 - to the parent

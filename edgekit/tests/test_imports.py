@@ -73,7 +73,8 @@ def test_help_comes_without_the_verbs(arguments):
     )
     assert packages(found) & HEAVY == {"click"}
     assert {name for name in found if name.startswith("edgekit.")} == {
-        "edgekit.cli", "edgekit.errors", "edgekit.versions",
+        "edgekit.cli", "edgekit.encodings", "edgekit.encodings.visible", "edgekit.errors",
+        "edgekit.versions",
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ tested.
 
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -192,14 +193,16 @@ def _spelt_stops(app_kit: AppKit) -> str:
 def _prompt_format(app_kit: AppKit) -> str:
     if app_kit.text.template is None:
         return "## Prompt\n\nThe model has no chat template: it continues text.\n"
+    prompt = "".join(_around(app_kit.text))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", prompt)), default=0))
     return f"""\
 ## Prompt
 
 The runners know no chat template: an app writes the prompt. One message in it:
 
-```
-{"".join(_around(app_kit.text))}
-```
+{fence}
+{prompt}
+{fence}
 
 {_dated(app_kit.text)}More turns, and a system message if the model takes one, are in `{PROMPTS}`.
 """
@@ -264,7 +267,16 @@ module.generate(prompt, config, object : LlmCallback {{
 
 
 def _kotlin_string(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).replace("$", "\\$")
+    return _literal(text, "\\u{:04x}").replace("$", "\\$")
+
+
+def _literal(text: str, control: str) -> str:
+    """Return a string literal of Kotlin or Swift, which differ in how a control character looks."""
+    letters = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    return '"' + "".join(
+        letters.get(letter) or (letter if letter >= " " else control.format(ord(letter)))
+        for letter in text
+    ) + '"'  # fmt: skip
 
 
 def _kotlin_preparation(prepare: Preparation) -> str:
@@ -327,7 +339,7 @@ try runner.generate(prompt, Config {{
 
 
 def _swift_string(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return _literal(text, "\\u{{{:x}}}")
 
 
 def _swift_strings(texts: Sequence[str]) -> str:

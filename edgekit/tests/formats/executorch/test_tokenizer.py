@@ -14,6 +14,7 @@ from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 from edgekit.tests.tiny.tokenizers import VOICES, train
 from edgekit.tests.witnesses.tiny_runner import sentencepiece_tokenizer
 from edgekit.text import corpus
+from edgekit.text.template import TemplateCall
 
 
 pytestmark = pytest.mark.toolchain
@@ -141,6 +142,17 @@ def test_the_lines_for_kotlin_and_swift_prepare_a_prompt_as_edgekit_does(checkpo
         re.findall(r'  of: "(.*)", with: "\$1"', readme)[0],
     ):
         assert re.sub(json.loads(f'"{pattern}"'), r"\1", text) == prepared
+
+
+def test_a_template_does_not_leave_its_place_in_the_readme(checkpoint, tmp_path):
+    hostile = '```\n````kotlin\n# ${evil()} \\(evil()) " \x1b\x0c '
+    source = "{{ before }}{{ messages[0].content }}<|end|>"
+    files = checkpoint.text.with_template(source, TemplateCall(variables={"before": hostile}))
+    readme = hand_over(replace(checkpoint, text=files), tmp_path)
+    block = readme.split("`````\n")[1]
+    assert block.startswith(hostile)
+    assert '"```\\n````kotlin\\n# \\${evil()} \\\\(evil()) \\" \\u001b\\u000c "' in readme
+    assert '"```\\n````kotlin\\n# ${evil()} \\\\(evil()) \\" \\u{1b}\\u{c} "' in readme
 
 
 def test_every_prompt_becomes_its_ids_in_the_runner(checkpoint, tmp_path):
