@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from edgekit.encodings.files import is_file, require_file
+from edgekit.encodings.files import is_file, readable, require_file
 from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.encodings.limits import TEMPLATE_BYTES, check_size
 from edgekit.errors import UsageError
@@ -104,7 +104,8 @@ def _text(path: Path) -> str:
     require_file(path)
     check_size(path, TEMPLATE_BYTES)
     try:
-        return path.read_text(encoding="utf-8")
+        with readable(path):
+            return path.read_text(encoding="utf-8")
     except ValueError as error:
         raise UsageError(f"{path} is not UTF-8: {error}") from error
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from edgekit.bundle import kept
 from edgekit.cache import cache_directory
-from edgekit.encodings.files import is_file, require_file
+from edgekit.encodings.files import is_file, readable, require_file
 from edgekit.encodings.hashing import sha256_of
 from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.encodings.limits import TOKENIZER_BYTES, check_size
@@ -329,7 +329,8 @@ def _is_vocabulary(
 def _merges_of(path: Path) -> list[str]:
     require_file(path)
     check_size(path, TOKENIZER_BYTES)
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    with readable(path):
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     if lines[0].startswith("#version"):
         lines = lines[1:]
     return [line.rstrip("\r") for line in lines if line.strip()]
@@ -345,7 +346,9 @@ def _pieces(path: Path) -> dict[str, int]:
     require_file(path)
     check_size(path, TOKENIZER_BYTES)
     try:
-        whole = ProtobufMessage.whole(path.read_bytes(), origin=str(path))
+        with readable(path):
+            content = path.read_bytes()
+        whole = ProtobufMessage.whole(content, origin=str(path))
         return {piece.text(_PIECE): id for id, piece in enumerate(whole.messages(_PIECES))}
     except BundleError as error:
         raise UsageError(str(error)) from error

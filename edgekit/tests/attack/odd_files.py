@@ -31,6 +31,8 @@ def put(path: Path, random: Random) -> None:
     if stat.S_ISDIR(_mode(path)):
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
+    for link in path.parent.glob("link*"):
+        link.unlink()
     random.choice(_ODD)(path, content, random)
 
 
@@ -71,12 +73,11 @@ def _linked(to: str) -> Callable[[Path, bytes, Random], None]:
 
 
 def _chain(path: Path, content: bytes, _random: Random) -> None:
-    path.write_bytes(content)
-    for number in range(45):  # more links than the system follows
-        target = path.with_name(f"link{number}")
-        path.rename(target)
-        path.symlink_to(target.name)
-        path = path if number % 2 else target
+    """Lead to the file over more links than the system follows."""
+    path.with_name("link0").write_bytes(content)
+    for number in range(1, 46):
+        path.with_name(f"link{number}").symlink_to(f"link{number - 1}")
+    path.symlink_to("link45")
 
 
 def _mutated(path: Path, content: bytes, random: Random) -> None:

@@ -103,6 +103,24 @@ def test_odd_files_in_a_model_are_refused(model_directory, tmp_path, name, put):
         _ = open_checkpoint(tmp_path / "model").card
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="only Linux has it")
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
+)
+def test_a_regular_file_that_cannot_be_read_is_refused(model_directory, tmp_path, name):
+    shutil.copytree(model_directory, tmp_path / "model")
+    (tmp_path / "model" / name).unlink(missing_ok=True)
+    (tmp_path / "model" / name).symlink_to("/proc/self/mem")  # regular, and an error to read
+    with pytest.raises(UsageError, match=f"{name} cannot be read: "):
+        open_checkpoint(tmp_path / "model")
+
+
+def test_a_gguf_model_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "model.gguf").symlink_to("/proc/self/mem")
+    with pytest.raises(UsageError, match=r"model\.gguf cannot be read: "):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
 @odd
 @pytest.mark.parametrize(
     "name", ["model.safetensors.index.json", "model-00001-of-00001.safetensors"]

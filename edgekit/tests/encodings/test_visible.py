@@ -45,7 +45,7 @@ def test_a_json_document_means_the_same():
 
 
 PRINTS = {
-    "cli.py": ["echo", "echo_json", "echo_lines", "print_refusal", "print_stream"],
+    "cli.py": ["_print_refusal", "echo", "echo_json", "echo_lines", "print_stream"],
     "serve.py": ["serve"],
 }
 TO_A_PARENT = {  # children of edgekit, which answer in JSON through a pipe
