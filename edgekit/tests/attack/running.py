@@ -109,7 +109,8 @@ def _start(work: Callable[[], None], words: Path) -> int:
         ):
             os.dup2(os.open(path, flags), descriptor)
         os.dup2(1, 2)
-        faulthandler.register(signal.SIGUSR1)
+        faulthandler.enable(2)
+        faulthandler.register(signal.SIGUSR1, 2)
         work()
         status = 0
     except BaseException:  # noqa: BLE001 - the parent reads it
