@@ -31,8 +31,7 @@ def put(path: Path, random: Random) -> None:
     if stat.S_ISDIR(_mode(path)):
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
-    for link in path.parent.glob("link*"):
-        link.unlink()
+    shutil.rmtree(path.parent / "links", ignore_errors=True)
     random.choice(_ODD)(path, content, random)
 
 
@@ -74,10 +73,12 @@ def _linked(to: str) -> Callable[[Path, bytes, Random], None]:
 
 def _chain(path: Path, content: bytes, _random: Random) -> None:
     """Lead to the file over more links than the system follows."""
-    path.with_name("link0").write_bytes(content)
-    for number in range(1, 46):
-        path.with_name(f"link{number}").symlink_to(f"link{number - 1}")
-    path.symlink_to("link45")
+    (path.parent / "links").mkdir(exist_ok=True)
+    links = [path.parent / "links" / str(number) for number in range(46)]
+    links[0].write_bytes(content)
+    for link, target in zip(links[1:], links, strict=False):
+        link.symlink_to(target.name)
+    path.symlink_to(f"links/{links[-1].name}")
 
 
 def _mutated(path: Path, content: bytes, random: Random) -> None:

@@ -19,7 +19,7 @@ from edgekit.tests.attack.running import run
 class _Every(Attack):
     """every ending"""
 
-    limit_s = 2.0
+    limit_s = 1.0
     memory_bytes = 32 << 20
 
     def case(self, random):
