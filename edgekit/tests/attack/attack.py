@@ -62,7 +62,6 @@ class DamagedFiles(Attack):
 
     is_file_mutation = True
     damaged: ClassVar[str] = "*"  # a glob: what is mutated
-    most_read_bytes: ClassVar[int] = 1 << 20  # of one file; larger ones only waste time
 
     @property
     def whole(self) -> Path:

@@ -89,9 +89,10 @@ def test_damaged_files_are_accepted_or_refused():
 @pytest.mark.toolchain
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="it asks Linux")
-def test_every_attack_is_withstood_for_a_moment():
+def test_hostile_input_kills_and_full_disks_are_withstood():
     done = subprocess.run(
-        [sys.executable, "-m", "edgekit.tests.attack", "--seconds", "20"],
+        [sys.executable, "-m", "edgekit.tests.attack", "--seconds", "20", "--only",
+         "^(hostile|turns|requests|kill|closed|full|command)"],
         env=environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

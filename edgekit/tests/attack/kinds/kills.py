@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from random import Random
 
@@ -165,7 +164,6 @@ class FullDisks(Attack):
         finally:
             os.environ.update(kept)
             shutil.rmtree(self.place / "elsewhere", ignore_errors=True)
-        time.sleep(0)
 
     @staticmethod
     def _run(*words: object) -> None:

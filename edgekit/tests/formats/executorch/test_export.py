@@ -369,7 +369,7 @@ def test_what_is_set_aside_grows_with_the_context_and_no_faster(checkpoint, floa
 # Damage
 
 
-@pytest.mark.parametrize("field", range(9))
+@pytest.mark.parametrize("field", range(8))
 def test_a_program_without_one_of_its_lists_is_read_or_refused(float_path, tmp_path, field):
     content = bytearray(float_path.read_bytes())
     (root,) = struct.unpack_from("<I", content)
