@@ -403,6 +403,22 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
     yield from remarks(made)
 
 
+def piped_prompt() -> str:
+    """Return what standard input holds, which may be endless, or no text."""
+    from edgekit.encodings.limits import PROMPT_CHARACTERS
+
+    try:
+        text = sys.stdin.read(PROMPT_CHARACTERS + 1)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not text in UTF-8: {error.reason}") from error
+    if len(text) > PROMPT_CHARACTERS:
+        raise UsageError(
+            f"standard input has more than {PROMPT_CHARACTERS} characters",
+            hint="no context holds as much; pass a part of it",
+        )
+    return text.strip()
+
+
 @cli.command("run")
 @click.argument("bundle", type=DIRECTORY)
 @click.argument("prompt", required=False)
@@ -449,7 +465,7 @@ def run_command(
     if raw and template_variables:
         raise UsageError("--raw and --template-var exclude each other")
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip()
+        prompt = piped_prompt()
     with Runner.open(
         bundle, context_tokens=context_tokens, threads=threads,
         template_variables=template_variables,

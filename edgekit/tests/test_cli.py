@@ -286,6 +286,20 @@ def test_what_cannot_be_written_is_said_in_a_sentence():
     assert (done.returncode, done.stdout) == (2, "")
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("head -c 9000000 /dev/zero", "has more than 8388608 characters"),
+     (r"printf '\377'", "is not text in UTF-8"), ("cat /dev/zero", "has more than 8388608")],
+)  # fmt: skip
+def test_a_prompt_that_is_endless_or_no_text_is_refused(source, said, tmp_path):
+    done = subprocess.run(
+        ["sh", "-c", f'{source} | exec "$0" -m edgekit run {tmp_path}', sys.executable],
+        env=environment() | {"PYTHONUTF8": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: standard input {said}")
+
+
 def test_a_report_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"cannot write .*nowhere.*: No such file"):
         write_report(tmp_path / "nowhere" / "report.html", "text")

@@ -19,6 +19,7 @@ from edgekit.tests.attack.attack import Attack, BreachError
 
 
 _START_S = 60
+_MOST_BYTES = 20_000_000
 _CHAT: dict[str, Any] = {
     "model": "model", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2,
     "temperature": 0.5, "top_p": 0.9, "stop": ["x"], "seed": 1, "stream": False,
@@ -82,7 +83,7 @@ class Requests(Attack):
         if random.random() < 0.9:
             content = mutations.mutated(content, ".json", random, other=content)
         if random.random() < 0.05:
-            content = content * 50_000
+            content = (content * 50_000)[:_MOST_BYTES]
         headers = {"Content-Type": "application/json"}
         if random.random() < 0.2:
             headers[random.choice(_HEADERS)] = random.choice(_HEADER_VALUES)
@@ -91,7 +92,7 @@ class Requests(Attack):
         return random.choice(("POST", "POST", "POST", "GET", "PUT")), path, content, headers
 
     def _status(self, method: str, path: str, content: bytes, headers: dict[str, str]) -> int:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.limit_s - 1)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.limit_s / 4)
         try:
             connection.request(method, path, content, headers)
             answer = connection.getresponse()
