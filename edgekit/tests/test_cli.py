@@ -294,7 +294,8 @@ def test_what_cannot_be_written_is_said_in_a_sentence():
 def test_a_prompt_that_is_endless_or_no_text_is_refused(source, said, tmp_path):
     done = subprocess.run(
         ["sh", "-c", f'{source} | exec "$0" -m edgekit run {tmp_path}', sys.executable],
-        env=environment() | {"PYTHONIOENCODING": "utf-8:strict"}, capture_output=True, text=True, check=False,
+        env=environment() | {"PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: standard input {said}")
