@@ -83,7 +83,7 @@ class Requests(Attack):
         if random.random() < 0.9:
             content = mutations.mutated(content, ".json", random, other=content)
         if random.random() < 0.05:
-            content = (content * 50_000)[:_MOST_BYTES]
+            content = content * (_MOST_BYTES // len(content or b" "))
         headers = {"Content-Type": "application/json"}
         if random.random() < 0.2:
             headers[random.choice(_HEADERS)] = random.choice(_HEADER_VALUES)
