@@ -4,11 +4,13 @@ The result goes to stdout, so that it can be piped; everything else goes to stde
 imported by the command that runs them, so that ``edgekit --help`` answers at once.
 """
 
+import errno
 import io
 import json
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 import time
@@ -40,6 +42,7 @@ DIRECTORY = click.Path(path_type=Path)
 TARGET_HELP = "Device class: a name from `edgekit targets`, or a TOML file of your own."
 CONTEXT_HELP = "Context length in tokens; default: what the bundle was exported for."
 _MOST_CHARACTERS = 2000  # of a line of a refusal, which may quote what a file holds
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _TARGET_COLUMNS = (28, 10, 14, 30)  # widths: name, memory, context, formats
 THREADS_HELP = "Threads to compute with, at most one a core; default: the performance cores."
 
@@ -416,6 +419,22 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
     yield from remarks(made)
 
 
+def piped_prompt() -> str:
+    """Return what standard input holds, which may be endless, or no text."""
+    from edgekit.encodings.limits import PROMPT_CHARACTERS
+
+    try:
+        text = sys.stdin.read(PROMPT_CHARACTERS + 1)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not text in UTF-8: {error.reason}") from error
+    if len(text) > PROMPT_CHARACTERS:
+        raise UsageError(
+            f"standard input has more than {PROMPT_CHARACTERS} characters",
+            hint="no context holds as much; pass a part of it",
+        )
+    return text.strip()
+
+
 @cli.command("run")
 @click.argument("bundle", type=DIRECTORY)
 @click.argument("prompt", required=False)
@@ -463,7 +482,7 @@ def run_command(
     if raw and template_variables:
         raise UsageError("--raw and --template-var exclude each other")
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip()
+        prompt = piped_prompt()
     with Runner.open(
         bundle, context_tokens=context_tokens, threads=threads, trusted=trusted,
         template_variables=template_variables,
@@ -577,9 +596,22 @@ def validate_command(
         echo_lines(report.as_text(result))
     for path, write in ((html, report.as_html), (junit, report.as_junit)):
         if path:
-            path.write_text(write(result), encoding="utf-8")
+            write_report(path, write(result))
             echo(path, err=True)
     raise_outcome(result.verdict.outcome, bundle, target.name)
+
+
+def write_report(path: Path, text: str) -> None:
+    """Write a report, whole or not at all."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        with suppress(OSError):
+            if stat.S_ISREG(path.lstat().st_mode):
+                path.unlink()  # half of it
+        raise UsageError(
+            f"cannot write {path}: {error.strerror}", hint="choose another place for it"
+        ) from error
 
 
 def raise_outcome(outcome: str, bundle: Path, target: str) -> None:
@@ -911,15 +943,50 @@ def _ending_on_signals() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with the status of the refusal, if there was one."""
+    _open_streams()
     with _ending_on_signals():
         _run(argv)
     sys.exit(0)
 
 
+def _open_streams() -> None:
+    """Lead streams that are closed nowhere: a file opened next would get what is printed."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            mode = "w" if descriptor else "r"
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+@contextmanager
+def _refusing_full_streams() -> Iterator[None]:
+    """Say it in a sentence where the result cannot be written, to the last line of it."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        _drop_output()
+        raise EdgekitError(
+            f"cannot write: {error.strerror}", hint="free some space, or write it elsewhere"
+        ) from error
+
+
+def _drop_output() -> None:
+    """Lead what is still to be written nowhere, so that the end does not fail over it again."""
+    with suppress(OSError):  # of a stream that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _run(argv: Sequence[str] | None) -> None:
     try:
-        cli.main(args=None if argv is None else list(argv), prog_name="edgekit",
-                 standalone_mode=False)  # fmt: skip
+        with _refusing_full_streams():
+            cli.main(args=None if argv is None else list(argv), prog_name="edgekit",
+                     standalone_mode=False)  # fmt: skip
     except EdgekitError as error:
         print_refusal(error)
         sys.exit(error.exit_status)
@@ -929,13 +996,15 @@ def _run(argv: Sequence[str] | None) -> None:
         echo_lines(said.getvalue().rstrip("\n"), err=True)
         sys.exit(UsageError.exit_status)
     except (click.Abort, KeyboardInterrupt):
-        echo("interrupted", err=True)
+        with suppress(OSError):
+            echo("interrupted", err=True)
         sys.exit(130)
     except _Ended:
         with suppress(OSError):  # the terminal may be what went
             echo("interrupted", err=True)
         raise
     except BrokenPipeError:
+        _drop_output()
         sys.stderr.close()  # whoever read has left; so do we
         sys.exit(141)
     except BaseException as error:
@@ -947,7 +1016,12 @@ def _run(argv: Sequence[str] | None) -> None:
 
 
 def print_refusal(error: EdgekitError) -> None:
-    """Print what was found, what was expected, and the way out."""
+    """Print what was found, what was expected, and the way out, if it can be printed."""
+    with suppress(OSError):  # the status says it too
+        _print_refusal(error)
+
+
+def _print_refusal(error: EdgekitError) -> None:
     from edgekit.encodings.files import shown
 
     is_plain = bool(os.environ.get("NO_COLOR"))  # https://no-color.org

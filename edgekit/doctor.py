@@ -3,13 +3,12 @@
 import json
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from edgekit import formats, installed
+from edgekit import formats, installed, scratch
 from edgekit.errors import EdgekitError, MissingDependencyError
 from edgekit.formats import BuildRequest
 from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope, Shape
@@ -86,8 +85,8 @@ def _packages() -> Iterator[Finding]:
 def _backend(name: str) -> Finding:
     """Convert a tiny model, load it and ask it for a token."""
     try:
-        with tempfile.TemporaryDirectory(prefix="edgekit-doctor-") as directory:
-            answer = _try_out(name, Path(directory))
+        with scratch.directory("doctor") as directory:
+            answer = _try_out(name, directory)
     except MissingDependencyError as error:
         return Finding(
             name=f"{name} back-end", state="missing", found=str(error), way_out=error.hint

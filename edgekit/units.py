@@ -9,6 +9,7 @@ import re
 from decimal import Decimal
 from typing import Literal, get_args
 
+from edgekit.encodings.files import shown
 from edgekit.errors import UsageError
 
 
@@ -41,6 +42,9 @@ _RATES: dict[Dimension, str] = {
 _NUMBER = r"\d+(?:\.\d+)?"
 
 
+_TOO_LARGE = 1 << 63  # as in the JSON that goes out
+
+
 def units(dimension: Dimension | None = None) -> tuple[str, ...]:
     """Return the units that `parse_quantity` knows, of one dimension or of all."""
     dimensions = DIMENSIONS if dimension is None else (dimension,)
@@ -67,20 +71,26 @@ def parse_quantity(text: str, *, of: str, dimension: Dimension | None = None) ->
         dimension: What must be meant; None accepts any.
 
     Raises:
-        UsageError: If the unit is missing, unknown or of another dimension; never guessed.
+        UsageError: If the unit is missing, unknown or of another dimension; never guessed. If the
+            quantity does not fit 63 bits.
     """
     match = re.fullmatch(rf"({_NUMBER}) (\S+)", text, flags=re.ASCII)
     allowed = units(dimension)
     if match is None:
         raise UsageError(
-            f"{of} = {text!r} is not a number, a space and a unit",
+            f"{of} = {shown(text)!r} is not a number, a space and a unit",
             hint=f"units: {', '.join(allowed)}",
         )
     number, unit = match.groups()
     if unit not in allowed:
-        raise UsageError(f"{of} = {text!r} has no unit that fits", hint=_nearest(unit, allowed))
+        raise UsageError(
+            f"{of} = {shown(text)!r} has no unit that fits", hint=_nearest(unit, allowed)
+        )
     factor = next(known[unit] for known in _UNITS.values() if unit in known)
-    return float(Decimal(number) * factor)
+    value = Decimal(number) * factor
+    if value >= _TOO_LARGE:
+        raise UsageError(f"{of} = {shown(text)!r} is too large", hint="the most are 63 bits")
+    return float(value)
 
 
 def _nearest(unit: str, allowed: tuple[str, ...]) -> str:

@@ -5,6 +5,8 @@ be longer than a system allows: where a file is expected, it is a regular one or
 """
 
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from edgekit.errors import BundleError, UsageError
@@ -53,6 +55,22 @@ def require_file(
     """
     if not is_file(path, refusal=refusal, hint=hint):
         raise refusal(f"{shown(path)} is missing", hint=hint)
+
+
+@contextmanager
+def readable(
+    path: Path, *, refusal: type[UsageError] | type[BundleError] = UsageError, hint: str = ""
+) -> Iterator[None]:
+    """Refuse a file that turns out unreadable in the block: no right to it, a disk that fails.
+
+    Raises:
+        UsageError, BundleError: As ``refusal``.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise refusal(f"{shown(path)} cannot be read: {reason}", hint=hint) from error
 
 
 def is_directory(path: Path) -> bool:

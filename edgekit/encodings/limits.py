@@ -20,6 +20,7 @@ TOKENIZER_BYTES = 128 * _MIB  # tokenizer.json and other vocabularies; Gemma 3's
 HEADER_BYTES = 8 * _MIB  # of a safetensors file, in JSON; 100 bytes a tensor, so 80,000 of them
 TARGET_BYTES = 256 * _KIB  # of TOML; edgekit's own have 3 kB
 TEMPLATE_BYTES = 256 * _KIB  # of Jinja; the longest known, for tools and thoughts, have 30 kB
+PROMPT_CHARACTERS = 8 << 20  # of standard input: the longest contexts hold an eighth of that
 CALIBRATION_BYTES = 8 * _MIB  # of text that a user names; 16,384 tokens of it are taken
 
 # In a file.

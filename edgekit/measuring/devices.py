@@ -16,16 +16,16 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 from urllib.parse import parse_qs, urlsplit
 
+from edgekit import scratch
 from edgekit.bundle.manifest import MANIFEST
 from edgekit.encodings.hashing import sha256_of
 from edgekit.errors import EdgekitError, MissingDependencyError, ToolchainError, UsageError
@@ -38,6 +38,8 @@ OLDEST_PYTHON = (3, 11)
 _REMOTE_CACHE = ".cache/edgekit"  # relative to the home directory, where ssh starts
 _STATUS = re.compile(r"\n?__RC=(\d+)\s*$")
 _CONNECT_TIMEOUT_S = 10
+_OLD_PART_MIN = 24 * 60  # no copy takes a day
+_SOCKET = "s"  # short, because the path of a socket may have 108 bytes at most
 
 # What OpenSSH prints on stderr, and what to do about it; the first match counts.
 _REFUSALS = (
@@ -182,9 +184,9 @@ class SshDevice(_Closing):
         self.host = host
         self.label = host if port is None else f"{host}:{port}"
         self.python = python
-        # Short, because the path of a socket may have 108 bytes at most.
-        self._sockets = Path(tempfile.mkdtemp(prefix="edgekit-"))
-        self._options = _ssh_options(self._sockets / "s", port=port, config=config)
+        self._scratch = ExitStack()
+        self._sockets = self._scratch.enter_context(scratch.directory("ssh"))
+        self._options = _ssh_options(self._sockets / _SOCKET, port=port, config=config)
         self._address = host if port is None else f"-p {port} {host}"  # as one types it
         self._pushed: dict[Path, str] = {}
         self._library: str | None = None
@@ -196,12 +198,12 @@ class SshDevice(_Closing):
         Raises:
             UsageError: If the address has no host, an impossible port or an unknown option.
         """
-        parts, options = urlsplit(url), parse_qs(urlsplit(url).query)
-        python = options.pop("python", ["python3"])[-1]
         try:
+            parts, options = urlsplit(url), parse_qs(urlsplit(url).query)
             host, port = parts.hostname, parts.port
-        except ValueError as error:
-            raise UsageError(f"{url!r}: {error}") from error
+        except ValueError as error:  # [::1 without its end, a port of letters
+            raise UsageError(f"{url!r}: {error}", hint="write ssh://user@host:port") from error
+        python = options.pop("python", ["python3"])[-1]
         # A leading dash would be read as an option by ssh.
         if not host or host.startswith("-") or (parts.username or "").startswith("-"):
             raise UsageError(f"{url!r} has no host", hint="write ssh://user@host")
@@ -244,15 +246,27 @@ class SshDevice(_Closing):
         return self._pushed[bundle]
 
     def _upload(self, bundle: Path, place: str) -> None:
-        part = f"{place}.part"
-        self._must(f"rm -rf {place} {part} && mkdir -p {_REMOTE_CACHE}/bundles")
-        self._copy(bundle, part)
-        self._must(f"mv {part} {place}")
+        self._must(f"rm -rf {place} && mkdir -p {_REMOTE_CACHE}/bundles")
+        self._bring(bundle, place)
         if not self._is_whole(place):
             raise ToolchainError(
                 f"the bundle was damaged on the way to {self.label}",
                 hint=f"look at the storage of the device: {place}",
             )
+
+    def _bring(self, source: Path, place: str) -> None:
+        """Copy a file or a directory under another name, then give it its own; or leave nothing."""
+        part = f"{place}.part"
+        # What was being copied when this machine, or the line to it, died: nobody else removes it.
+        old = f"find {_REMOTE_CACHE} -name '*.part' -mmin +{_OLD_PART_MIN} -exec rm -rf {{}} +"
+        self._must(f"rm -rf {part}; {old} 2>/dev/null; true")
+        try:
+            self._copy(source, part)
+            self._must(f"mv {part} {place}")
+        except BaseException:  # SIGTERM too: the device's storage is small
+            with suppress(EdgekitError):
+                self.run_shell(f"rm -rf {part}")
+            raise
 
     def _is_whole(self, place: str) -> bool:
         if self.run_shell(f"test -f {place}/{MANIFEST}").status != 0:
@@ -273,11 +287,9 @@ class SshDevice(_Closing):
             place = f"{_REMOTE_CACHE}/lib/{hashlib.sha256(content).hexdigest()}.zip"
             if self.run_shell(f"test -f {place}").status != 0:
                 self._must(f"mkdir -p {_REMOTE_CACHE}/lib")
-                with tempfile.TemporaryDirectory() as directory:
-                    local = Path(directory) / "edgekit.zip"
-                    local.write_bytes(content)
-                    self._copy(local, f"{place}.part")
-                self._must(f"mv {place}.part {place}")
+                local = self._sockets / "edgekit.zip"
+                local.write_bytes(content)
+                self._bring(local, place)
             self._library = place
         return self._library
 
@@ -329,9 +341,10 @@ class SshDevice(_Closing):
 
     def close(self) -> None:
         """End the shared connection."""
-        with suppress(OSError):
-            _run_here(["ssh", *self._options, "-O", "exit", "--", self.host])
-        shutil.rmtree(self._sockets, ignore_errors=True)
+        if (self._sockets / _SOCKET).exists():
+            with suppress(OSError):
+                _run_here(["ssh", *self._options, "-O", "exit", "--", self.host])
+        self._scratch.close()
 
 
 def library_zip() -> bytes:

@@ -5,7 +5,6 @@ reader of its own: a model card is a stranger's file, and a Raspberry Pi has no 
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -213,9 +212,9 @@ def _number(fields: Mapping[str, Any], name: str, path: Path) -> float | None:
         return None
     low, high = _LIMITS[name]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
+    if not is_number or not low <= value <= high:  # NaN is not, and integers may be of any size
         raise UsageError(
-            f"{path}: {name} = {value!r}, expected a number from {low:g} to {high:g}",
+            f"{path}: {name} = {ascii(value)[:60]}, expected a number from {low:g} to {high:g}",
             hint="remove the field, or repair it",
         )
     return float(value)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from edgekit.encodings.files import is_file, require_file
+from edgekit.encodings.files import is_file, readable, require_file
 from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.encodings.limits import TEMPLATE_BYTES, check_size
 from edgekit.errors import UsageError
@@ -104,7 +104,8 @@ def _text(path: Path) -> str:
     require_file(path)
     check_size(path, TEMPLATE_BYTES)
     try:
-        return path.read_text(encoding="utf-8")
+        with readable(path):
+            return path.read_text(encoding="utf-8")
     except ValueError as error:
         raise UsageError(f"{path} is not UTF-8: {error}") from error
 
@@ -113,18 +114,19 @@ def _named(value: Any, path: Path) -> dict[str, str]:
     """Return the templates of a JSON file: one text, or several as a list or an object."""
     if value is None:
         return {}
-    named: Any = {DEFAULT: value} if isinstance(value, str) else value
-    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-        named = {entry.get("name"): entry.get("template") for entry in value}
-    is_named = isinstance(named, dict) and all(
-        isinstance(name, str) and isinstance(template, str) for name, template in named.items()
-    )
-    if not is_named:
+    pairs: list[tuple[Any, Any]] = [(None, None)]
+    if isinstance(value, str):
+        pairs = [(DEFAULT, value)]
+    elif isinstance(value, dict):
+        pairs = list(value.items())
+    elif isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        pairs = [(entry.get("name"), entry.get("template")) for entry in value]
+    if not all(isinstance(name, str) and isinstance(template, str) for name, template in pairs):
         raise UsageError(
             f"{path}: chat_template is neither text nor a list of templates with name and template",
             hint="repair the field, or remove it",
         )
-    return dict(named)
+    return dict(pairs)
 
 
 def write_others(by_name: Mapping[str, str], directory: Path) -> None:

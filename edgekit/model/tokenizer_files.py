@@ -21,6 +21,7 @@ from edgekit.text import corpus
 from edgekit.text.rules import TextRules
 from edgekit.text.template import AS_IT_IS, ChatTemplate, TemplateCall
 from edgekit.text.tokenizer import Text, open_tokenizer, refuse_unknown_decoder
+from edgekit.text.tokenizer_json import read as read_tokenizer
 
 
 _LARGEST_MERGED_ID = "largest merged id"  # not a field of tokenizer.json
@@ -331,7 +332,7 @@ def _small_parts(tokenizer_json: Path) -> dict[str, Any]:
 @functools.lru_cache(maxsize=4)
 def _parse_small_parts(tokenizer_json: Path, changed_ns: int) -> dict[str, Any]:
     del changed_ns  # a file that was changed is parsed again
-    fields = read_object_if_there(tokenizer_json)
+    fields = read_tokenizer(tokenizer_json)
     small = {key: value for key, value in fields.items() if key != "model"}
     return small | {_LARGEST_MERGED_ID: _largest_id(fields)}
 
@@ -418,7 +419,7 @@ class TokenIds:
 
     @functools.cached_property
     def _vocabulary(self) -> dict[str, int]:
-        vocabulary = _vocabulary(read_object_if_there(self._path))
+        vocabulary = _vocabulary(read_tokenizer(self._path))
         if isinstance(vocabulary, list):
             return {str(piece[0]): id for id, piece in enumerate(vocabulary) if piece}
         return vocabulary if isinstance(vocabulary, dict) else {}

@@ -6,10 +6,12 @@ much else is measured here, on a small text and with the weights streamed.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from edgekit import installed
+from edgekit.encodings.files import is_file
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.progress import Advance, Listener
@@ -63,8 +65,9 @@ def _named_base(adapters: Sequence[Path]) -> Path | None:
     for directory in adapters:
         base = adapter_config.base_model_of(directory)
         path = Path(base) / "config.json"
-        if base and path.is_file() and bitsandbytes_tensors.FIELD in read_object(path):
-            return path.parent
+        with suppress(UsageError):  # something odd has that name: nobody asked for it
+            if base and is_file(path) and bitsandbytes_tensors.FIELD in read_object(path):
+                return path.parent
     return None
 
 

@@ -6,13 +6,12 @@ makes artifacts.
 
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit import installed
+from edgekit import installed, scratch
 from edgekit.errors import MissingDependencyError
 from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter, mlx_adapters, transformers_model
@@ -176,12 +175,12 @@ def _with_peft(model: Any, adapter: AdapterRecord) -> Any:
         raise MissingDependencyError(
             f"proving an adapter needs peft ({error})", hint="pip install 'edgekit[gguf]'"
         ) from error
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as place:
+    with warnings.catch_warnings(), scratch.directory("peft") as place:
         # peft 0.19 asks models for a name that transformers 5 deprecates.
         warnings.simplefilter("ignore", FutureWarning)
         directory = adapter.directory
         if adapter.renamed is not None or adapter.changes is not None:
-            directory, changes = Path(place), adapter.changes or {}
+            directory, changes = place, adapter.changes or {}
             renamed = adapter.renamed or {}
             by_peft.write_as_peft_would(
                 adapter.directory, directory, renamed=renamed, changes=changes

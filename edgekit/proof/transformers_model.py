@@ -6,12 +6,13 @@ model that also sees the decoder is taken.
 """
 
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from edgekit import scratch
+from edgekit.encodings.files import is_file
 from edgekit.errors import UsageError
 from edgekit.source import names
 from edgekit.source.checkpoint import Checkpoint, read_safetensors, weight_files
@@ -85,11 +86,10 @@ def _directory(checkpoint: Checkpoint) -> Iterator[Path]:
     """Give a directory that transformers opens: shards without an index, linked next to one."""
     files = weight_files(checkpoint.directory)
     index = checkpoint.directory / "model.safetensors.index.json"
-    if index.is_file() or files == [checkpoint.directory / "model.safetensors"]:
+    if is_file(index) or files == [checkpoint.directory / "model.safetensors"]:
         yield checkpoint.directory
         return
-    with tempfile.TemporaryDirectory() as place:
-        directory = Path(place)
+    with scratch.directory("shards") as directory:
         for path in (checkpoint.directory / "config.json", *files):
             (directory / path.name).symlink_to(path.resolve())
         places = {

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from edgekit.encodings.files import is_file, require_file
+from edgekit.encodings.files import is_file, readable, require_file
 from edgekit.encodings.hashing import sha256_of_all
 from edgekit.encodings.json_files import parse, read_object
 from edgekit.encodings.limits import HEADER_BYTES, TENSORS, too_large
@@ -82,12 +82,13 @@ class StoredTensor:
         rows = math.prod(self.shape[:1]) - first_row if rows is None else rows
         row_items = math.prod(self.shape[1:])
         stored = np.dtype(_STORED[self.dtype])
-        values = np.fromfile(
-            self.path,
-            dtype=stored,
-            count=rows * row_items,
-            offset=self.offset + first_row * row_items * stored.itemsize,
-        )
+        with readable(self.path):
+            values = np.fromfile(
+                self.path,
+                dtype=stored,
+                count=rows * row_items,
+                offset=self.offset + first_row * row_items * stored.itemsize,
+            )
         if values.size != rows * row_items:
             raise UsageError(f"{self.path} became shorter while edgekit read it")
         if self.dtype == "BF16":
@@ -103,7 +104,8 @@ class StoredTensor:
         import numpy as np
 
         count = self.size_bytes - first if count is None else count
-        stored = np.fromfile(self.path, dtype=np.uint8, count=count, offset=self.offset + first)
+        with readable(self.path):
+            stored = np.fromfile(self.path, dtype=np.uint8, count=count, offset=self.offset + first)
         if stored.size != count:
             raise UsageError(f"{self.path} became shorter while edgekit read it")
         return stored
@@ -526,7 +528,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     require_file(path, hint="copy every shard of the model")
     try:
         file_bytes = path.stat().st_size
-        with path.open("rb") as file:
+        with readable(path), path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if HEADER_BYTES < length <= file_bytes - 8:
                 raise too_large(f"the header of {path}", length, HEADER_BYTES)

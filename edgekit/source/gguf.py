@@ -1,12 +1,12 @@
 """A GGUF file as an ordinary checkpoint, so that a model found as GGUF can go to every format."""
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgekit import scratch
 from edgekit.errors import UsageError
 from edgekit.formats.gguf import hyperparameters, layout, parts
 from edgekit.formats.gguf.architectures import Architecture
@@ -43,8 +43,8 @@ def write_from_gguf(file: Path, directory: Path, *, listener: Listener) -> None:
         UsageError: If the file is damaged, or of an architecture or tokenizer edgekit does not
             know; nothing is written then.
     """
-    with tempfile.TemporaryDirectory(prefix="edgekit-gguf-") as text_directory:
-        checkpoint = _checkpoint(layout.read(file), directory.name, Path(text_directory))
+    with scratch.directory("gguf") as text_directory:
+        checkpoint = _checkpoint(layout.read(file), directory.name, text_directory)
         total = written_bytes(checkpoint, "f32")
         with listener.track(f"decode {file.name}", total) as advance:
             write_checkpoint(checkpoint, directory, precision="f32", advance=advance)

@@ -9,7 +9,7 @@ from typing import Any
 
 from edgekit.bundle import kept
 from edgekit.cache import cache_directory
-from edgekit.encodings.files import is_directory, is_file
+from edgekit.encodings.files import is_directory, is_file, readable
 from edgekit.encodings.hashing import sha256_of
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.model import chat_templates, template_fit
@@ -132,7 +132,8 @@ def _unpacked(file: Path, listener: Listener) -> Path:
 
         write_from_gguf(file, work / name, listener=listener)
 
-    key = sha256(f"{sha256_of(file)} {name}".encode()).hexdigest()[:16]
+    with readable(file):
+        key = sha256(f"{sha256_of(file)} {name}".encode()).hexdigest()[:16]
     out = cache_directory() / "checkpoints" / f"{key}-{_DECODER_VERSION}"
     return kept.directory(out, write) / name
 

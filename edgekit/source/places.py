@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from edgekit.encodings.files import is_directory, is_file
 from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
 
@@ -12,7 +13,7 @@ _ADAPTER, _MODEL = "adapter_config.json", "config.json"
 
 def hint_for_model(directory: Path) -> str | None:
     """Return the way out where a directory that should be a model holds something else."""
-    if (directory / _ADAPTER).is_file():
+    if is_file(directory / _ADAPTER):
         base = _base_of(directory)
         named = f" (it names {base!r})" if base else ""
         return f"it is an adapter: pass its base as MODEL{named} and this with --adapter"
@@ -25,15 +26,16 @@ def hint_for_model(directory: Path) -> str | None:
 
 def hint_for_adapter(directory: Path) -> str | None:
     """Return the way out where a directory that should be an adapter holds something else."""
-    if not directory.exists():
+    is_there = is_directory(directory)
+    if not is_there and not is_file(directory):
         return "there is no such directory; edgekit reads local adapters only"
-    if directory.is_file() and (directory.parent / _ADAPTER).is_file():
+    if not is_there and is_file(directory.parent / _ADAPTER):
         return f"pass its directory: --adapter {directory.parent}"
     if directory.suffix == ".gguf":
         return "it is llama.cpp's form of one: pass the directory that it was converted from"
     if within := _within(directory, _ADAPTER):
         return f"pass --adapter {_one_of(within)}"
-    if (directory / _MODEL).is_file():
+    if is_file(directory / _MODEL):
         return "it is a model: pass it as MODEL, or the directory that the training wrote"
     return None
 

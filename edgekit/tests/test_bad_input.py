@@ -186,6 +186,13 @@ def test_sampling_that_makes_no_sense_is_named(model, capsys):
     assert "top_p = 'all'" in refusal(model, capsys, "--no-verify")
 
 
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("field", ["temperature", "top_k", "repetition_penalty"])
+def test_a_setting_that_no_float_holds_is_named(field, value, model, capsys):
+    (model / "generation_config.json").write_text(f'{{"eos_token_id": 0, "{field}": {value}}}')
+    assert f"{field} = " in refusal(model, capsys, "--no-verify")
+
+
 # GGUF
 
 

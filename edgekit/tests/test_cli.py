@@ -1,6 +1,7 @@
 """The command line: results on stdout, everything else on stderr, one status for each refusal."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -16,11 +17,12 @@ import pytest
 
 import edgekit
 from edgekit import cli as cli_module
-from edgekit.cli import cli, main
+from edgekit.cli import cli, main, write_report
 from edgekit.encodings.visible import visible_lines
 from edgekit.errors import ToolchainError, UsageError
 from edgekit.plan import Choice
 from edgekit.plan import make as make_plan
+from edgekit.runtime.child import environment
 from edgekit.tests.tiny.random_checkpoints import random_checkpoint
 
 
@@ -255,6 +257,58 @@ def test_formats_lists_what_quant_may_be(capsys):
 
 
 @pytest.mark.toolchain
+def shell(words, streams):
+    return subprocess.run(
+        ["sh", "-c", f'exec "$0" {words} {streams}', sys.executable],
+        env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_error(streams):
+    done = shell("-m edgekit targets raspberry-pi-5-8gb", streams)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_file_does_not_get_the_number_of_a_closed_stream():
+    opens = "import os; from edgekit import cli; cli._open_streams(); os._exit(os.open('/', 0))"
+    assert shell(f'-c "{opens}"', "<&- >&- 2>&-").returncode == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has it")
+def test_what_cannot_be_written_is_said_in_a_sentence():
+    done = shell("-m edgekit targets", ">/dev/full")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"error: cannot write: {os.strerror(errno.ENOSPC)}",
+        "hint: free some space, or write it elsewhere",
+    ]
+    done = shell("-m edgekit targets nowhere", "2>/dev/full")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("head -c 9000000 /dev/zero", "has more than 8388608 characters"),
+     (r"printf '\377'", "is not text in UTF-8"), ("cat /dev/zero", "has more than 8388608")],
+)  # fmt: skip
+def test_a_prompt_that_is_endless_or_no_text_is_refused(source, said, tmp_path):
+    done = subprocess.run(
+        ["sh", "-c", f'{source} | exec "$0" -m edgekit run {tmp_path}', sys.executable],
+        env=environment() | {"PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: standard input {said}")
+
+
+def test_a_report_that_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"cannot write .*nowhere.*: No such file"):
+        write_report(tmp_path / "nowhere" / "report.html", "text")
+    with pytest.raises(UsageError, match=r"cannot write .*: Is a directory"):
+        write_report(tmp_path, "text")
+
+
 def test_export_prints_the_bundle_on_stdout_and_nothing_else(tiny_checkpoint, tmp_path, capsys):
     out_directory = tmp_path / "out"
     status, out, err = run(

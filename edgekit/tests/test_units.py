@@ -39,6 +39,14 @@ def test_what_is_not_a_number_a_space_and_a_unit_is_refused(text):
         parse_quantity(text, of="memory")
 
 
+@pytest.mark.parametrize("text", [f"{'9' * 5000} MB", "9223372036854775808 B", f"1{'0' * 30} s"])
+def test_what_no_file_could_say_again_is_refused_in_a_short_sentence(text):
+    with pytest.raises(UsageError, match="is too large") as caught:
+        parse_quantity(text, of="memory")
+    assert len(str(caught.value)) < 500
+    assert parse_quantity("9223372036854774784 B", of="memory") == 9223372036854774784
+
+
 def test_a_unit_is_never_guessed_but_the_nearest_is_named():
     with pytest.raises(UsageError, match="peak_memory = '2 Gb'") as caught:
         parse_quantity("2 Gb", of="peak_memory")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgekit.encodings.json_files import read_object
+from edgekit.text.tokenizer_json import read as read_tokenizer
 
 
 def with_and_without(tokenizer_json: Path, texts: Sequence[str]) -> list[list[list[int]]]:
@@ -19,10 +19,10 @@ def with_and_without(tokenizer_json: Path, texts: Sequence[str]) -> list[list[li
     They are empty where the tokenizer looks for no space in front: there is one reading then.
 
     Raises:
-        UsageError: If the file is not a JSON object.
+        UsageError: If the file is malformed.
         MissingDependencyError: If tokenizers is not installed.
     """
-    fields = read_object(tokenizer_json)
+    fields = read_tokenizer(tokenizer_json)
     plain = _without_space(fields.get("pre_tokenizer"))
     if plain == fields.get("pre_tokenizer"):
         return [[] for _ in texts]

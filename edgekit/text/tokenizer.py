@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from edgekit import installed
 from edgekit.cache import remembered
-from edgekit.encodings.files import is_file
+from edgekit.encodings.files import is_file, readable
 from edgekit.encodings.hashing import sha256_of_all
 from edgekit.encodings.json_files import Refusal
 from edgekit.encodings.limits import TEMPLATE_BYTES, TEXT_GROWTH, TOKENIZER_BYTES, check_size
@@ -456,7 +456,8 @@ def _template_source(path: Path, expected_sha256: str | None) -> str | None:
             raise BundleError(f"{path} is missing", hint="copy the bundle again")
         return None
     check_size(path, TEMPLATE_BYTES, refusal=BundleError)
-    content = path.read_bytes()
+    with readable(path, refusal=BundleError):
+        content = path.read_bytes()
     if sha256(content).hexdigest() != expected_sha256:
         raise BundleError(
             f"{path} is not the chat template that the manifest describes",

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit import versions
-from edgekit.encodings.json_files import read_object
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.formats.executorch import backends, tokenizer
 from edgekit.formats.executorch.backends import Backend, Build
 from edgekit.formats.executorch.tokenizer import Preparation
 from edgekit.text import corpus
 from edgekit.text.tokenizer import Text
+from edgekit.text.tokenizer_json import read as read_tokenizer
 
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _runner_copy(files: "TokenizerFiles") -> bytes | None:
 
 @functools.cache
 def _preparation(files: "TokenizerFiles") -> Preparation:
-    return Preparation.of(read_object(files.tokenizer_json))
+    return Preparation.of(read_tokenizer(files.tokenizer_json))
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

@@ -58,6 +58,8 @@ def _read(
     path: Path, head: program.Program, delegated: Callable[[bytes], Iterable[NamedWeight]]
 ) -> Iterator[NamedWeight]:
     with path.open("rb") as file:
+        if not head.segments:
+            refuse("the program has no segments")
         root = Table.root(file.read(min(first for first, _ in head.segments)))
         (plan, *_) = [*root.tables(1)] or refuse("the program has no method")
         table = _embedding(plan)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def to_slopes(role: str, values: "Values") -> "Values":
-    """Return what a program holds of a weight: all others as they are."""
+    """Return what a program holds of a weight, in its shape: all others as they are."""
     import numpy as np
 
     offset = _offset(role)

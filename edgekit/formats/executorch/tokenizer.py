@@ -12,18 +12,20 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.encodings.json_files import read_object
+from edgekit import scratch
+from edgekit.encodings.files import is_file
+from edgekit.encodings.typed_json import FieldReader
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError
 from edgekit.runtime.child import environment
 from edgekit.text import corpus
 from edgekit.text.tokenizer import open_tokenizer
+from edgekit.text.tokenizer_json import read as read_tokenizer
 
 
 RUNNER_COPY = "runner_tokenizer.json"
@@ -76,15 +78,15 @@ def runner_copy(tokenizer_json: Path, prompts: Sequence[str] = ()) -> bytes | No
     Raises:
         MissingDependencyError: If the runner's tokenizer is not installed.
     """
-    tokenizer = read_object(tokenizer_json)
+    tokenizer = read_tokenizer(tokenizer_json)
     prepare, exact = Preparation.of(tokenizer), open_tokenizer(tokenizer_json)
     content = json.dumps(
         _rewritten(tokenizer, prepare), ensure_ascii=False, separators=(",", ":")
     ).encode()
     texts = [*corpus.lines(), *_texts_with(exact), *prompts]
     expected = [exact.encode(text, add_special_tokens=False).ids for text in texts]
-    with tempfile.TemporaryDirectory(prefix="edgekit-tokenizer-") as directory:
-        path = Path(directory) / RUNNER_COPY
+    with scratch.directory("tokenizer") as directory:
+        path = directory / RUNNER_COPY
         path.write_bytes(content)
         found = runner_ids(path, list(map(prepare, texts)))
     return content if found == expected else None
@@ -101,10 +103,10 @@ def runtime_ids(path: Path, texts: Sequence[str]) -> list[list[int]] | None:
         None if the bundle has no copy of the tokenizer for them.
     """
     copy = path.with_name(RUNNER_COPY)
-    if not copy.is_file():
+    if not is_file(copy, refusal=BundleError):
         return None
-    fields = read_object(copy, refusal=BundleError)[_PREPARATION]
-    prepare = Preparation(composes=fields["composes"], swallowing=tuple(fields["swallowing"]))
+    said = read_tokenizer(copy, refusal=BundleError).get(_PREPARATION)
+    prepare = FieldReader(origin=copy, refusal=BundleError).read(Preparation, said)
     return runner_ids(copy, list(map(prepare, texts)))
 
 

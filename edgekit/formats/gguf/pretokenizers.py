@@ -8,7 +8,6 @@ has llama.cpp tokenize a corpus under that name, and tries all others when the i
 import json
 import subprocess
 import sys
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from edgekit import installed
+from edgekit import installed, scratch
 from edgekit.cache import remembered
 from edgekit.encodings.hashing import sha256_of
 from edgekit.errors import ToolchainError, UsageError
@@ -276,8 +275,8 @@ def _search(source: TokenizerSource, corpus: Sequence[str]) -> dict[str, str]:
         likeliest, *others = names
         tried = [[likeliest], others]
     closest: _Difference | None = None
-    with tempfile.TemporaryDirectory(prefix="edgekit-pre-") as directory:
-        trial = _Trial.prepare(source, corpus, Path(directory))
+    with scratch.directory("pre") as directory:
+        trial = _Trial.prepare(source, corpus, directory)
         for names_now in tried:
             for name, difference in trial.run(names_now):
                 if difference is None:

@@ -14,10 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekit.encodings.json_files import read_object
+from edgekit.encodings.files import is_file
 from edgekit.errors import UsageError
 from edgekit.formats.gguf.layout import Value
 from edgekit.model.tokenizer_files import TokenizerFiles, put_around
+from edgekit.text.tokenizer_json import read as read_tokenizer
 
 
 # enum llama_token_type in include/llama.h
@@ -69,14 +70,14 @@ class TokenizerSource:
             UsageError: If it is not a JSON object, not of a kind that GGUF can hold, or malformed.
         """
         path = tokenizer.tokenizer_json
-        return cls._parsed(tokenizer, path.stat().st_mtime_ns if path.is_file() else 0)
+        return cls._parsed(tokenizer, path.stat().st_mtime_ns if is_file(path) else 0)
 
     @classmethod
     @functools.lru_cache(maxsize=1)  # every recipe of a plan asks, and it takes half a second
     def _parsed(cls, tokenizer: TokenizerFiles, changed_ns: int) -> "TokenizerSource":
         del changed_ns  # a file that was changed is parsed again
         path = tokenizer.tokenizer_json
-        fields = read_object(path)
+        fields = read_tokenizer(path)
         model = _model(fields, path)
         return cls(
             files=tokenizer,
@@ -84,7 +85,7 @@ class TokenizerSource:
             model=model,
             ids=_ids(model, path),
             merges=tuple(_merges(model, path)),
-            added=tuple(_added_tokens(fields, path)),
+            added=tuple(_added_tokens(fields)),
             kind=_kind(fields, model, path),
         )
 
@@ -104,12 +105,8 @@ class TokenizerSource:
         return {**self.ids, **{token.content: token.id for token in self.added}}
 
     def steps(self, name: str) -> list[Mapping[str, Any]]:
-        """Return the steps of the normalizer, the pre-tokenizer or the post-processor.
-
-        Raises:
-            UsageError: If they are malformed.
-        """
-        return _steps(self.fields, name, self.path)
+        """Return the steps of the normalizer, the pre-tokenizer or the post-processor."""
+        return list(steps_of(self.fields.get(name)))
 
     def special_id(self, name: str) -> int | None:
         """Return the id of ``bos_token`` and the like, if the checkpoint has one."""
@@ -131,7 +128,7 @@ def _model(fields: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
 
 def _ids(model: Mapping[str, Any], path: Path) -> Mapping[str, int]:
     ids = model.get("vocab")
-    if not isinstance(ids, dict) or not all(isinstance(id, int) and id >= 0 for id in ids.values()):
+    if not isinstance(ids, dict):
         raise UsageError(f"{path}: model.vocab is not an object of token ids")
     return ids
 
@@ -150,7 +147,7 @@ def _merges(model: Mapping[str, Any], path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _kind(fields: Mapping[str, Any], model: Mapping[str, Any], path: Path) -> TokenizerKind:
-    if any(part.get("type") == "ByteLevel" for part in _steps(fields, "pre_tokenizer", path)):
+    if any(part.get("type") == "ByteLevel" for part in steps_of(fields.get("pre_tokenizer"))):
         return "gpt2"
     if not model.get("byte_fallback"):
         raise UsageError(
@@ -161,25 +158,11 @@ def _kind(fields: Mapping[str, Any], model: Mapping[str, Any], path: Path) -> To
     return "llama"
 
 
-def _steps(fields: Mapping[str, Any], name: str, path: Path) -> list[Mapping[str, Any]]:
-    try:
-        return list(steps_of(fields.get(name)))
-    except (TypeError, RecursionError) as error:
-        raise UsageError(f"{path}: {name} is malformed: {error}") from error
-
-
-def _added_tokens(fields: Mapping[str, Any], path: Path) -> Iterator[_AddedToken]:
-    entries = fields.get("added_tokens") or []
-    if not isinstance(entries, list):
-        raise UsageError(f"{path}: added_tokens is not an array")
-    for entry in entries:
-        said = entry if isinstance(entry, dict) else {}
-        id, content = said.get("id"), said.get("content")
-        if not isinstance(id, int) or id < 0 or not isinstance(content, str):
-            raise UsageError(f"{path}: the added token {entry!r} has no id or no content")
+def _added_tokens(fields: Mapping[str, Any]) -> Iterator[_AddedToken]:
+    for said in fields.get("added_tokens", []):
         yield _AddedToken(
-            id=id,
-            content=content,
+            id=said["id"],
+            content=said["content"],
             is_special=bool(said.get("special")),
             strips_left=bool(said.get("lstrip")),
             strips_right=bool(said.get("rstrip")),
@@ -188,23 +171,14 @@ def _added_tokens(fields: Mapping[str, Any], path: Path) -> Iterator[_AddedToken
 
 
 def steps_of(component: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps of a part of a tokenizer.json, sequences flattened.
-
-    Raises:
-        TypeError: If one is not an object.
-    """
+    """Yield the steps of a part of a tokenizer.json that was checked, sequences flattened."""
     if component is None:
         return
-    if not isinstance(component, dict):
-        raise TypeError(f"{component!r} is not an object")
     if component.get("type") != "Sequence":
         yield component
         return
     for key in ("normalizers", "pretokenizers", "processors", "decoders"):
-        inner = component.get(key, [])
-        if not isinstance(inner, list):
-            raise TypeError(f"{key} is not an array")
-        for step in inner:
+        for step in component.get(key, []):
             yield from steps_of(step)
 
 

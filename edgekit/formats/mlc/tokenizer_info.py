@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
+from edgekit.text.tokenizer_json import read as read_tokenizer
 
 
 def read(tokenizer_json: Path) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def read(tokenizer_json: Path) -> dict[str, Any]:
 
     Source: ``DetectTokenizerInfo`` in cpp/tokenizers/tokenizers.cc of mlc-llm.
     """
-    fields = read_object(tokenizer_json)
+    fields = read_tokenizer(tokenizer_json)
     _refuse_repetition(tokenizer_json, fields.get("added_tokens", []))
     normalizers = list(_steps(fields.get("normalizer"), "normalizers"))
     decoders = list(_steps(fields.get("decoder"), "decoders"))
@@ -37,7 +37,7 @@ def read(tokenizer_json: Path) -> dict[str, Any]:
 
 def active_vocab_size(tokenizer_json: Path) -> int:
     """Return how many tokens have a text; a model may have rows for more."""
-    fields = read_object(tokenizer_json)
+    fields = read_tokenizer(tokenizer_json)
     vocabulary = fields["model"]["vocab"]
     # Unigram's is a list of pieces with scores.
     texts = set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.encodings.json_files import read_object, read_object_if_there
+from edgekit.encodings.files import is_file
+from edgekit.encodings.json_files import read_object_if_there
 from edgekit.formats.onnx import genai_text, tensor_types
 from edgekit.formats.onnx.graph import cache_name, cache_width
 from edgekit.model.card import generation_settings
 from edgekit.model.tokenizer_files import ANY_TOKENIZER, added_tokens, common_settings
 from edgekit.quant.recipe import Recipe
+from edgekit.text.tokenizer_json import read as read_tokenizer
 
 
 if TYPE_CHECKING:
@@ -102,9 +104,9 @@ def write(
 
 def _spell_out(tokenizer_json: Path) -> None:
     """Rewrite a tokenizer in words that all clients know, if it is there and they do not."""
-    if not tokenizer_json.is_file():
+    if not is_file(tokenizer_json):
         return
-    fields = read_object(tokenizer_json)
+    fields = read_tokenizer(tokenizer_json)
     spelt = genai_text.without_digits(fields)
     if spelt is not fields:
         text = json.dumps(spelt, ensure_ascii=False)  # an indent takes half a second

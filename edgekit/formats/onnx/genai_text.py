@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgekit.encodings.json_files import read_object
+from edgekit.text.tokenizer_json import read as read_tokenizer
 
 
 MODULE = "tokenizer_module.json"
@@ -68,7 +68,7 @@ def without_digits(fields: dict[str, Any]) -> dict[str, Any]:
 
 def notes(tokenizer_json: Path) -> tuple[str, ...]:
     """Return what ONNX Runtime GenAI 0.18 reads otherwise than this tokenizer."""
-    fields = read_object(tokenizer_json)
+    fields = read_tokenizer(tokenizer_json)
     return tuple(_notes(without_digits(fields)))
 
 

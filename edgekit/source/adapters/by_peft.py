@@ -6,13 +6,12 @@ never lies in memory whole.
 """
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit import installed
+from edgekit import installed, scratch
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor
@@ -98,10 +97,10 @@ class Merger:
     def _open(self) -> dict[str, Any]:
         import peft
 
-        with tempfile.TemporaryDirectory() as place:
+        with scratch.directory("peft") as place:
             # Without a task PEFT needs nothing of the model but its modules.
             changes = {"task_type": None}
-            write_as_peft_would(self.adapter, Path(place), renamed=self.renamed, changes=changes)
+            write_as_peft_would(self.adapter, place, renamed=self.renamed, changes=changes)
             found = peft.PeftModel.from_pretrained(_skeleton(self.model), place)
         return dict(found.base_model.model.named_modules())
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from edgekit.bundle import kept
 from edgekit.cache import cache_directory
-from edgekit.encodings.files import is_file, require_file
+from edgekit.encodings.files import is_file, readable, require_file
 from edgekit.encodings.hashing import sha256_of
 from edgekit.encodings.json_files import read_object, read_object_if_there
 from edgekit.encodings.limits import TOKENIZER_BYTES, check_size
@@ -23,6 +23,7 @@ from edgekit.errors import BundleError, UsageError
 from edgekit.model import chat_templates
 from edgekit.model.chat_templates import ChatTemplates
 from edgekit.model.tokenizer_files import TokenizerFiles, special_tokens, with_legacy_map
+from edgekit.text.tokenizer_json import read as read_tokenizer
 
 
 TOKENIZER, SETTINGS, GENERATION = (
@@ -156,7 +157,7 @@ def _tokenizer(base: TokenizerFiles, brought: _Brought) -> tuple[Path | bytes, l
     names = special_tokens(brought.settings)
     if not (is_whole or tokens or names):
         return base.tokenizer_json, []
-    fields = read_object(base.tokenizer_json)
+    fields = read_tokenizer(base.tokenizer_json)
     ids = _ids_of(fields, base.tokenizer_json)
     _refuse_other_vocabulary(base, brought, fields, ids)
     has_all = is_whole and "added_tokens_decoder" in brought.settings
@@ -186,7 +187,7 @@ def token_ids(tokenizer_json: Path) -> set[int]:
     Raises:
         UsageError: If it is not a tokenizer.
     """
-    return set(_ids_of(read_object(tokenizer_json), tokenizer_json).values())
+    return set(_ids_of(read_tokenizer(tokenizer_json), tokenizer_json).values())
 
 
 def _ids_of(fields: Mapping[str, Any], path: Path) -> dict[str, int]:
@@ -328,7 +329,8 @@ def _is_vocabulary(
 def _merges_of(path: Path) -> list[str]:
     require_file(path)
     check_size(path, TOKENIZER_BYTES)
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    with readable(path):
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     if lines[0].startswith("#version"):
         lines = lines[1:]
     return [line.rstrip("\r") for line in lines if line.strip()]
@@ -344,7 +346,9 @@ def _pieces(path: Path) -> dict[str, int]:
     require_file(path)
     check_size(path, TOKENIZER_BYTES)
     try:
-        whole = ProtobufMessage.whole(path.read_bytes(), origin=str(path))
+        with readable(path):
+            content = path.read_bytes()
+        whole = ProtobufMessage.whole(content, origin=str(path))
         return {piece.text(_PIECE): id for id, piece in enumerate(whole.messages(_PIECES))}
     except BundleError as error:
         raise UsageError(str(error)) from error

@@ -12,6 +12,7 @@ from edgekit.bundle.goldens import Goldens
 from edgekit.bundle.manifest import Bundle
 from edgekit.errors import BundleError, UsageError
 from edgekit.inspect import inspect
+from edgekit.proof import qlora
 from edgekit.proof.calibration import read_own_text
 from edgekit.source.opening import open_checkpoint
 from edgekit.source.writer import write_checkpoint
@@ -101,6 +102,48 @@ def test_odd_files_in_a_model_are_refused(model_directory, tmp_path, name, put):
     said = put_instead(put, tmp_path / "model" / name)
     with pytest.raises(UsageError, match=said):
         _ = open_checkpoint(tmp_path / "model").card
+
+
+@odd
+def test_odd_files_where_a_way_out_is_looked_for_are_refused(tmp_path, put):
+    base = adapters.write_base(tmp_path / "base")
+    for name in ("adapter_config.json", "adapter/adapter_config.json"):
+        (tmp_path / "no model" / name).parent.mkdir(parents=True, exist_ok=True)
+    put(tmp_path / "no model" / "adapter_config.json")
+    with pytest.raises(UsageError):
+        open_checkpoint(tmp_path / "no model")
+    put(tmp_path / "no adapter")
+    with pytest.raises(UsageError):
+        open_checkpoint(base, adapters=[tmp_path / "no adapter"])
+
+
+@odd
+def test_odd_files_where_an_adapter_says_its_base_is_are_not_opened(tmp_path, put):
+    base = adapters.write_base(tmp_path / "base", quantization_config={"load_in_4bit": True})
+    adapter = adapters.write_adapter(
+        tmp_path / "adapter", adapters.q_proj_updates(), base_model_name_or_path=str(base)
+    )
+    assert qlora._named_base([adapter]) == base
+    put_instead(put, base / "config.json")
+    assert qlora._named_base([adapter]) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="only Linux has it")
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
+)
+def test_a_regular_file_that_cannot_be_read_is_refused(model_directory, tmp_path, name):
+    shutil.copytree(model_directory, tmp_path / "model")
+    (tmp_path / "model" / name).unlink(missing_ok=True)
+    (tmp_path / "model" / name).symlink_to("/proc/self/mem")  # regular, and an error to read
+    with pytest.raises(UsageError, match=f"{name} cannot be read: "):
+        open_checkpoint(tmp_path / "model")
+
+
+def test_a_gguf_model_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "model.gguf").symlink_to("/proc/self/mem")
+    with pytest.raises(UsageError, match=r"model\.gguf cannot be read: "):
+        open_checkpoint(tmp_path / "model.gguf")
 
 
 @odd

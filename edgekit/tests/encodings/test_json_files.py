@@ -40,6 +40,19 @@ ELSEWHERE = {
 }
 
 
+@pytest.mark.parametrize("text", [r'"\ud800"', r'{"a": ["\uDFFF x"]}', r'{"\ud83d": 1}',
+                                  r'"\ude00\ud83d"'])  # fmt: skip
+def test_half_a_character_is_refused(text):
+    assert json.loads(text)  # Python's own reader makes a text of it that nothing can write
+    with pytest.raises(ValueError, match="surrogate"):
+        parse(text)
+
+
+@pytest.mark.parametrize(("text", "value"), [(r'"\ud83d\ude00"', "😀"), (r'"\\ud800"', r"\ud800")])
+def test_a_pair_of_escapes_and_the_letters_of_one_are_text(text, value):
+    assert parse(text) == value
+
+
 def read_header(directory):
     content = TWICE.encode()
     path = directory / "model.safetensors"

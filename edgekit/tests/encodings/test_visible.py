@@ -46,7 +46,7 @@ def test_a_json_document_means_the_same():
 
 CALLS = ("print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write")
 PRINTS = {
-    "cli.py": ["echo", "echo_json", "echo_lines", "print_refusal", "print_stream"],
+    "cli.py": ["_print_refusal", "echo", "echo_json", "echo_lines", "print_stream"],
     "serve.py": ["serve"],
 }
 TO_A_PARENT = {  # children of edgekit, which answer in JSON through a pipe

@@ -1,6 +1,8 @@
 import io
+import os
 import subprocess
 import sys
+import time
 import zipfile
 
 import pytest
@@ -11,6 +13,7 @@ from edgekit.measuring import devices
 from edgekit.measuring.devices import Finished, SshDevice, ThisMachine, connect, library_zip
 from edgekit.measuring.measure import measure_bundle
 from edgekit.measuring.measurement import Workload
+from edgekit.runtime.child import environment
 from edgekit.tests.tiny import pretend_format
 from edgekit.tests.witnesses import real_sshd
 
@@ -77,6 +80,9 @@ def test_an_unknown_kind_of_device_is_refused(text):
         "ssh://host/directory",
         "ssh://host?shell=zsh",
         "ssh://host:99999",
+        "ssh://host:twenty",
+        "ssh://[::1",
+        "ssh://[pi@host]",
     ],
 )
 def test_an_address_that_ssh_might_misread_is_refused(url):
@@ -178,6 +184,60 @@ def test_no_space_on_the_device_is_an_error_that_names_it(remote, bundle, server
             remote.push(bundle.directory)
     finally:
         (cache / "bundles").unlink()
+
+
+@pytest.mark.toolchain
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_device_keeps_nothing_of_what_it_could_not_hold(remote, tmp_path, server):
+    bundles = server.home / ".cache/edgekit/bundles"
+    bundles.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "small", str(bundles)], check=False
+    )
+    if done.returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        with pytest.raises(ToolchainError, match="could not be copied"):
+            remote.push(
+                pretend_format.make_bundle(tmp_path / "large", size_bytes=900_000).directory
+            )
+        assert list(bundles.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(bundles)], check=True)
+
+
+@pytest.mark.toolchain
+def test_a_copy_that_is_ended_leaves_nothing_on_the_device(server, tmp_path):
+    bundle = pretend_format.make_bundle(tmp_path / "large", size_bytes=200_000_000)
+    place = pretend_format.install(tmp_path / "place")
+    bundles = server.home / ".cache/edgekit/bundles"
+    copying = subprocess.Popen(
+        [sys.executable, "-m", "edgekit", "validate", str(bundle.directory),
+         "--target", "raspberry-pi-5-8gb", "--device", f"{server.url}?python={sys.executable}"],
+        env=environment() | {
+            "PYTHONPATH": f"{place}:{environment()['PYTHONPATH']}",
+            devices.SSH_CONFIG_VARIABLE: str(server.client_config),
+        },
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while copying.poll() is None and not list(bundles.glob("*.part")):
+        time.sleep(0.001)
+    assert copying.poll() is None, copying.communicate()[0]
+    copying.terminate()
+    said, _ = copying.communicate()
+    assert copying.returncode == 143, said
+    assert not bundles.exists() or list(bundles.glob("*.part")) == []
+
+
+@pytest.mark.toolchain
+def test_a_part_that_a_killed_copy_left_long_ago_goes(remote, bundle, server):
+    bundles = server.home / ".cache/edgekit/bundles"
+    (bundles / "old.part").mkdir(parents=True)
+    (bundles / "new.part").mkdir()
+    os.utime(bundles / "old.part", (time.time() - 2 * 86_400,) * 2)
+    remote.push(bundle.directory)
+    assert [path.name for path in bundles.glob("*.part")] == ["new.part"]
+    (bundles / "new.part").rmdir()
 
 
 @pytest.mark.toolchain

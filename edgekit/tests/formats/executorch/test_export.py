@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -366,6 +367,22 @@ def test_what_is_set_aside_grows_with_the_context_and_no_faster(checkpoint, floa
 
 
 # Damage
+
+
+@pytest.mark.parametrize("field", range(8))
+def test_a_program_without_one_of_its_lists_is_read_or_refused(float_path, tmp_path, field):
+    content = bytearray(float_path.read_bytes())
+    (root,) = struct.unpack_from("<I", content)
+    (back,) = struct.unpack_from("<i", content, root)
+    struct.pack_into("<H", content, root - back + 4 + 2 * field, 0)  # of the vtable: it is absent
+    path = tmp_path / "model.pte"
+    path.write_bytes(content)
+    needed = {1: "no delegate", 4: "no segments", 7: "takes None bytes"}
+    if field not in needed:
+        assert running.contents(path) == running.contents(float_path)
+        return
+    with pytest.raises(BundleError, match=needed[field]):
+        running.contents(path)
 
 
 @pytest.mark.parametrize("made", ["float_path", "all_four_bit_path"])

@@ -175,10 +175,13 @@ def test_a_score_is_minus_the_rank_of_the_merge(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"added_tokens": "none"}, "added_tokens is not an array"),
-        ({"added_tokens": [{"id": -1, "content": "x"}]}, "no id or no content"),
-        ({"pre_tokenizer": ["ByteLevel"]}, "pre_tokenizer is malformed"),
-        ({"normalizer": {"type": "Sequence", "normalizers": 3}}, "normalizers is not an array"),
+        ({"added_tokens": "none"}, "added_tokens is 'none', expected a list"),
+        ({"added_tokens": [{"id": -1, "content": "x"}]}, "expected a token with content and id"),
+        ({"pre_tokenizer": ["ByteLevel"]}, "pre_tokenizer is .*, expected an object"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": 3}},
+            "normalizer.normalizers is 3, expected a list",
+        ),
         ({"post_processor": {"type": "TemplateProcessing"}}, "post_processor is malformed"),
         ({"model": None}, "is a nameless tokenizer"),
         ({"model": {"type": "BPE", "vocab": [], "merges": []}}, "model.vocab is not an object"),

@@ -1,0 +1,1 @@
+"""The attacks: each class here is a row of the table."""
