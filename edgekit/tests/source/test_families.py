@@ -383,7 +383,8 @@ def test_an_absurd_size_is_refused_by_the_name_of_its_field(model_type, name, va
 @pytest.mark.parametrize("model_type", PUBLISHED)
 @pytest.mark.parametrize("value", [1e17, 1e3, 1.5])
 def test_an_epsilon_that_drowns_what_it_is_added_to_is_refused(model_type, value):
-    (name,) = [name for name in PUBLISHED[model_type] if "eps" in name]
+    # StarCoder 2's config has the epsilon of its ancestor's code too, which nothing reads.
+    *_, name = [name for name in PUBLISHED[model_type] if "eps" in name]
     with pytest.raises(UsageError, match=r"the epsilon of a norm is .*, expected a number from 0"):
         published(model_type, **{name: value})
 
