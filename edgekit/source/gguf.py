@@ -90,8 +90,8 @@ def _family_for(spec: DecoderSpec, preferred: str) -> str:
         return 1.0 if name.startswith(preferred) else SequenceMatcher(a=preferred, b=name).ratio()
 
     for name in sorted(families.names(), key=is_alike, reverse=True):
+        family = families.get(name)
         try:
-            family = families.get(name)
             config = Config(family.config(spec), origin="the GGUF file")
             if family.describe(config) == spec:
                 return name
