@@ -1,7 +1,7 @@
 """A decoder as data: everything in which small language models differ.
 
 A family reads a ``config.json`` into a `DecoderSpec`; a format turns a `DecoderSpec` into its own
-keys, graph or module. Neither knows the other, so seven families and four formats are eleven files.
+keys, graph or module. Neither knows the other.
 
 Weights carry format-neutral role names: ``token_embedding``, ``layers.3.query``, ``final_norm``.
 """

@@ -198,7 +198,7 @@ class Checkpoint:
             quantization=quantization,
             stored_names=decoder.naming,
             wrapper=text.wrapper,
-            notes=(*_family_notes(architecture), *unknown, *decoder.notes),
+            notes=(*_family_notes(architecture, spec, text.wrapper), *unknown, *decoder.notes),
         )
         checkpoint.refuse_mismatch()
         return checkpoint
@@ -269,9 +269,9 @@ class Checkpoint:
         multiplier = np.float32(self.spec.multiplier(role))
         if multiplier == 1:
             return values
-        one = np.float32(self.spec.unit_offset(role))  # what a norm multiplies by is one more
-        scaled: npt.NDArray[np.float32] = (values + one) * multiplier - one
-        return scaled
+        if self.spec.unit_offset(role):  # what the norm multiplies with is one more
+            return (values + 1) * multiplier - 1
+        return values * multiplier
 
     def blocks(
         self, role: str, *, row_multiple: int = 1
@@ -382,11 +382,17 @@ def _architectures(
     return {"architectures": family.config(spec)["architectures"]} if text.wrapper else {}
 
 
-def _family_notes(architecture: str) -> Iterator[str]:
+def _family_notes(architecture: str, spec: DecoderSpec, wrapper: str | None) -> Iterator[str]:
     if maker := families.origin(architecture):
         yield (
             f"what models of type {architecture!r} compute is described by {maker}, which is not "
             "part of edgekit"
+        )
+    if wrapper and spec.multipliers.logits != 1:
+        yield (
+            f"logits are multiplied by {spec.multipliers.logits:g}, as the text model alone does; "
+            f"transformers 5.24 forgets that in some models that see, so that {wrapper} may sample "
+            "otherwise there"
         )
 
 

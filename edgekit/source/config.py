@@ -194,11 +194,12 @@ class Config:
         A null is an absent field.
 
         Raises:
-            UsageError: Naming the fields.
+            UsageError: Naming the fields and what they hold.
         """
-        if unread := sorted(self._unread()):
+        if unread := self._unread():
+            shown = (f"{name} = {_short(value)}" for name, value in sorted(unread.items()))
             raise UsageError(
-                f"{self._origin} has fields this family does not know: {', '.join(unread)}",
+                f"{self._origin} has fields this family does not know: {', '.join(shown)}",
                 hint="remove them if they cannot change the logits, or report the model",
             )
 
@@ -210,3 +211,8 @@ class Config:
             and name not in self._read
             and (value or name not in NEUTRAL_WHEN_OFF)
         }
+
+
+def _short(value: Any, *, most: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}…"

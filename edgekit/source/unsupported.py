@@ -9,7 +9,7 @@ from edgekit.source import families
 
 
 _EXPERTS = re.compile(r"(moe_)?(num|n)_(local_|routed_)?experts")
-_ATTENTION = {"attention", "full_attention", "sliding_attention"}
+_ATTENTION = ("attention", "full_attention", "sliding_attention")
 _KINDS = ("layer_types", "layers_block_type", "block_types")
 # Fields that only models with such layers have, by how they begin.
 _RECURRENT = re.compile(

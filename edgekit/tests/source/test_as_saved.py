@@ -167,6 +167,7 @@ def test_the_decoder_of_a_model_that_sees_is_what_that_says_to_text(tmp_path, na
     expected = expected[:, : checkpoint.spec.vocab_size]
     if name in WITHOUT_LOGIT_SCALE:
         expected *= checkpoint.spec.multipliers.logits
+        assert any("forgets that" in note for note in checkpoint.notes)
     assert distance(own(checkpoint), expected) < 1e-4
     assert distance(reference(checkpoint), expected) < 1e-4
     (left_out,) = [note for note in checkpoint.notes if "alone is exported" in note]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from edgekit.errors import UsageError
+from edgekit.model.spec import Multipliers
 from edgekit.source.checkpoint import Checkpoint, read_safetensors
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 from edgekit.tests.tiny.random_checkpoints import GEMMA2, random_checkpoint
@@ -581,3 +582,15 @@ def test_no_mutation_of_a_safetensors_file_crashes_its_reader(tmp_path, count):
     tracemalloc.stop()
     assert count // 2 < refused < count
     assert peak_bytes < 64 * 2**20
+
+
+def test_a_norm_that_adds_one_is_multiplied_with_its_one(tmp_path):
+    np = pytest.importorskip("numpy")
+    plain = random_checkpoint(tmp_path / "a", "gemma2", **GEMMA2, is_tied=True)
+    scaled = random_checkpoint(
+        tmp_path / "b", "gemma2", **GEMMA2, is_tied=True, multipliers=Multipliers(residual=0.25)
+    )
+    role = "layers.1.mlp_post_norm"
+    (_, before), (_, after) = (next(it.blocks(role)) for it in (plain, scaled))
+    np.testing.assert_allclose(after, before / 4, rtol=1e-6)
+    np.testing.assert_allclose(scaled.weight(role) + 1, after, rtol=1e-6)

@@ -55,6 +55,18 @@ def test_one_expert_is_no_choice():
     )
 
 
+@pytest.mark.parametrize(
+    "value", [None, True, -1, 10**400, 0.5, float("nan"), "", "x", [], [None], [[1]], {"x": [{}]}]
+)
+def test_whatever_a_field_holds_the_refusal_is_one_sentence(value):
+    names = ("num_experts", "kv_lora_rank", "altup_num_inputs", "layer_types", "mamba_x",
+             "is_encoder_decoder", "is_moe", "ffn_config")  # fmt: skip
+    for name in names:
+        message = str(unsupported.refusal("x", {name: value}, origin="c"))
+        assert message.startswith("c: models of type 'x' are not supported")
+        assert "\n" not in message
+
+
 # Which have one expert, or none, where their config is silent.
 DENSE_BY_DEFAULT = {"doge", "dots1", "gemma4", "gemma4_text", "hunyuan_v1_moe"}
 WITHOUT_DEFAULTS = {"gemma4_assistant", "gemma4_unified_assistant"}
