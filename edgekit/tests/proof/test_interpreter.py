@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -80,6 +81,57 @@ def test_it_says_what_transformers_says(name, tmp_path):
     found = list(interpreter.logits(checkpoint, texts))
     divergence, agreement = compare(ask_transformers(directory, texts), found)
     assert divergence <= 1e-9  # measured: at most 3e-12
+    assert agreement == 1.0
+
+
+BIASED: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
+LINEAR: dict[str, Any] = {
+    "rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}
+}
+# Options of families that no kind above has.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "apertus": {"attention_bias": True, "rope_parameters": None},
+    "arcee": BIASED,
+    "cohere": LINEAR | {"use_qk_norm": True},
+    "cohere2": {"attention_bias": True, "sliding_window": 7},
+    "ernie4.5": LINEAR | {"num_key_value_heads": 4},
+    "exaone": BIASED | {"rope_parameters": None, "tie_word_embeddings": True},
+    "exaone4": {
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "gemma-2b": {"attention_bias": True},
+    "glm": LINEAR | {"partial_rotary_factor": 0.5},
+    "glm4": {"attention_bias": False, "partial_rotary_factor": 0.25, "head_dim": 24},
+    "granite4": LINEAR | {"attention_bias": True},
+    "helium": BIASED,
+    "hunyuan": {"attention_bias": True},
+    "hyperclovax": BIASED | {"tie_word_embeddings": True},
+    "internlm3": {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 6.0},
+    },
+    "jais2": {"attention_bias": False, "mlp_bias": False},
+    "ministral3": {"sliding_window": 9, "rope_parameters": None},
+    "nemotron": BIASED | {"partial_rotary_factor": 0.75},
+    "olmo2": {"attention_bias": True, "num_key_value_heads": 1},
+    "olmo3": {"attention_bias": True},
+    "phi": {"partial_rotary_factor": 0.4, "hidden_size": 80},
+    "seed-oss": {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+    "starcoder2": {"use_bias": False, "tie_word_embeddings": False},
+    "vaultgemma": {"attention_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_an_option_of_a_family_counts_as_in_transformers(name, tmp_path):
+    directory = write_tiny_checkpoint(tmp_path, name, **VARIANTS[name])
+    checkpoint = Checkpoint.open(directory)
+    texts = random_texts(checkpoint.spec.vocab_size, lengths=(120,))
+    found = list(interpreter.logits(checkpoint, texts))
+    divergence, agreement = compare(ask_transformers(directory, texts), found)
+    assert divergence <= 1e-9
     assert agreement == 1.0
 
 

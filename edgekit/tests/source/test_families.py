@@ -859,3 +859,32 @@ def test_transformers_reads_the_configs_that_families_write(name, tmp_path):
     assert sum(weight.numel() for weight in model.parameters()) == sum(expected)
     read_back = json.loads(model.config.to_json_string())
     assert describe(model_type, read_back) == spec
+
+
+# What has to be said: else there were Mamba and experts, or heads as wide as nothing else.
+SAID: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {
+        "layer_types": ["full_attention"] * 6, "num_local_experts": 0, "mamba_n_heads": 1,
+        "shared_intermediate_size": 80,
+    },
+    "helium": {"hidden_size": 2560, "num_attention_heads": 20, "head_dim": 128},
+}  # fmt: skip
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("model_type", families.names())
+def test_where_a_config_is_silent_it_is_as_transformers_fills_it_in(model_type):
+    from transformers import AutoConfig
+
+    # Heads are a multiple of every default number of kv heads.
+    sizes = SIZES | {"hidden_size": 1280, "num_attention_heads": 160, "head_dim": 8}
+    said = sizes | SAID.get(model_type, {})
+    del said["num_key_value_heads"]
+    filled = AutoConfig.for_model(model_type, **copy.deepcopy(said)).to_dict()
+    full = json.loads(json.dumps(filled, default=str))
+    silent = describe(model_type, said)
+    assert describe(model_type, full) == silent
+    del said["head_dim"]
+    filled = AutoConfig.for_model(model_type, **copy.deepcopy(said)).to_dict()
+    full = json.loads(json.dumps(filled, default=str))
+    assert describe(model_type, full) == describe(model_type, said)
