@@ -90,8 +90,8 @@ def _family_for(spec: DecoderSpec, graph: Architecture) -> str:
     """
     usual = [name for name in graph.model_types if name in families.names()]
     for name in dict.fromkeys([*usual, *families.names()]):
-        family = families.get(name)
         try:
+            family = families.get(name)  # one from another package may be broken
             config = Config(family.config(spec), origin="the GGUF file")
             if family.describe(config) == spec:
                 return name

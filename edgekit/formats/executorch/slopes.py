@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def to_slopes(role: str, values: "Values") -> "Values":
-    """Return what a program holds of a weight, in its shape: all others as they are."""
+    """Return what a program holds of a weight, float32 of the same shape; others as they are."""
     import numpy as np
 
     offset = _offset(role)
@@ -28,7 +28,7 @@ def to_slopes(role: str, values: "Values") -> "Values":
 
 
 def from_slopes(role: str, values: "Values") -> "Values":
-    """Return what was learned, as far as float32 tells."""
+    """Return what was learned, float32 of the same shape, as far as that tells."""
     import numpy as np
 
     offset = _offset(role)

@@ -1,7 +1,8 @@
 """Models as they were published: what their config.json says, and how many numbers they are.
 
-The counts are those of the model cards on the Hugging Face hub: whole ones are its sums over the
-safetensors files, others are as rounded there.
+Written down from memory of the model cards on the Hugging Face hub, not downloaded: whole counts
+are the hub's sums over the safetensors files, others are as rounded there. Where what a config
+computes agrees with such a sum to the digit, that confirms both.
 """
 
 from dataclasses import dataclass, field

@@ -302,10 +302,13 @@ def test_squares_of_an_mlp_beyond_float16_do_no_harm(kind, tmp_path):
     from safetensors.torch import load_file, save_file
 
     path = write_tiny_checkpoint(tmp_path / "model", kind, dtype=torch.float16)
-    weights = load_file(path / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"] *= 256
-    weights["model.layers.1.mlp.down_proj.weight"] *= 2**-12
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    factors = {"layers.1.mlp.up_proj": 256, "layers.1.mlp.down_proj": 2**-12}
+    for shard in path.glob("*.safetensors"):
+        weights = load_file(shard)
+        for name, factor in factors.items():
+            if f"model.{name}.weight" in weights:
+                weights[f"model.{name}.weight"] *= factor
+        save_file(weights, shard, metadata={"format": "pt"})
     checkpoint = opening.open_checkpoint(path)
     made = convert(checkpoint, tmp_path / "artifact", "F16", CONTEXT_TOKENS)
     ids = a_text(checkpoint)
