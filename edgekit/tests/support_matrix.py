@@ -1,15 +1,18 @@
 """The support matrix, computed: every family through every format, never typed.
 
-The table stands in README.md, its notes in docs/formats.md. ``python -m
-edgekit.tests.support_matrix --check`` fails where one of them says otherwise, ``--write`` mends it.
+How many kinds each format takes stands in README.md, the table with its notes in docs/formats.md.
+``python -m edgekit.tests.support_matrix --check`` fails where one of them says otherwise,
+``--write`` mends it. Kinds are computed side by side, each in one process.
 """
 
+import multiprocessing
 import os
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from edgekit import formats
 from edgekit.errors import UsageError
@@ -20,8 +23,18 @@ from edgekit.proof.fidelity import Comparison
 from edgekit.proof.interpreter import InterpreterSession
 from edgekit.runtime.session import Session
 from edgekit.source import opening
+from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.tiny.checkpoints import TINY, write_tiny_checkpoint
 
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    import numpy.typing as npt
+
+    Row: TypeAlias = list[tuple[str, list[str]]]  # a word for each format, and what it needs
+    Reference: TypeAlias = Callable[[list[int]], npt.NDArray[np.float32]]
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE, NOTES = ROOT / "README.md", ROOT / "docs" / "formats.md"
@@ -56,27 +69,59 @@ def _with_part(text: str, part: str, *, name: str) -> str:
 
 
 def matrix() -> tuple[str, str]:
-    """Return the table and its notes as Markdown."""
+    """Return how many kinds each format takes, and the table with its notes, as Markdown."""
     names = formats.names()
-    notes: list[str] = []
-    lines = [f"| model | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for case in TINY:
-        cells = [_cell(case, name, notes) for name in names]
-        lines.append(f"| {case} | {' | '.join(cells)} |")
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        rows = dict(zip(TINY, pool.map(_row, TINY, chunksize=1), strict=True))
+    heading = f"{' | '.join(names)} |\n{'|---' * (len(names) + 1)}|\n"
+    return (
+        f"| of {len(TINY)} kinds | {heading}{_summary(rows)}",
+        f"| model | {heading}{_table(rows)}",
+    )
+
+
+def _summary(rows: "dict[str, Row]") -> str:
+    """Return a line for each word, with how often each format has it."""
+    counts = [Counter(word for word, _ in column) for column in zip(*rows.values(), strict=True)]
+    words = sorted({word for count in counts for word in count})
+    lines = (f"| {word} | {' | '.join(str(count[word]) for count in counts)} |" for word in words)
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: "dict[str, Row]") -> str:
+    """Return a line for each kind, and the notes they refer to."""
+    notes = list(dict.fromkeys(note for row in rows.values() for _, told in row for note in told))
+    lines = [
+        f"| {case} | {' | '.join(_cell(word, told, notes) for word, told in row)} |"
+        for case, row in rows.items()
+    ]
     footnotes = [f"<sup>{index}</sup> {note}  " for index, note in enumerate(notes, 1)]
-    return "\n".join(lines) + "\n", "\n".join(footnotes) + "\n"
+    return "\n".join([*lines, "", *footnotes]) + "\n"
 
 
-def _cell(case: str, format_name: str, notes: list[str]) -> str:
-    word, told = _prove_any(case, format_name)
-    for note in told:
-        if note not in notes:
-            notes.append(note)
+def _cell(word: str, told: list[str], notes: list[str]) -> str:
     numbers = ", ".join(str(notes.index(note) + 1) for note in told)
     return f"{word}<sup>{numbers}</sup>" if told else word
 
 
-def _prove_any(case: str, format: str) -> tuple[str, list[str]]:
+def _row(case: str) -> "Row":
+    """Prove one kind in every format against one reference, computed once for each length."""
+    _quiet()
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = opening.open_checkpoint(write_tiny_checkpoint(Path(directory) / case, case))
+        known: dict[int, npt.NDArray[np.float32]] = {}
+
+        def reference(ids: list[int]) -> "npt.NDArray[np.float32]":
+            if len(ids) not in known:
+                known[len(ids)] = next(transformers_logits.logits(checkpoint, [ids]))
+            return known[len(ids)]
+
+        return [_prove_any(checkpoint, format, reference) for format in formats.names()]
+
+
+def _prove_any(
+    checkpoint: Checkpoint, format: str, reference: "Reference"
+) -> tuple[str, list[str]]:
     """Take the usual variant of a format, or where that refuses the model, the first that does not.
 
     Returns:
@@ -86,7 +131,7 @@ def _prove_any(case: str, format: str) -> tuple[str, list[str]]:
     for variant in formats.get(format).VARIANTS or (None,):
         with tempfile.TemporaryDirectory() as directory:
             try:
-                word, told = _prove(case, format, variant, Path(directory))
+                word, told = _prove(checkpoint, format, variant, reference, Path(directory))
             except UsageError as error:
                 refusals.append(str(error))
                 continue
@@ -95,11 +140,16 @@ def _prove_any(case: str, format: str) -> tuple[str, list[str]]:
     return "refused", refusals[:1]
 
 
-def _prove(case: str, format: str, variant: str | None, directory: Path) -> tuple[str, list[str]]:
+def _prove(
+    checkpoint: Checkpoint,
+    format: str,
+    variant: str | None,
+    reference: "Reference",
+    directory: Path,
+) -> tuple[str, list[str]]:
     """Export one tiny model as faithfully as the format can and compare it with transformers."""
     import numpy as np
 
-    checkpoint = opening.open_checkpoint(write_tiny_checkpoint(directory / case, case))
     writing, recipe = formats.writing(format), next(iter(formats.get(format).RECIPES.values()))
     limit, request = writing.context_limit(checkpoint), BuildRequest(recipe=recipe, variant=variant)
     layout = writing.lay_out(checkpoint, request)
@@ -109,8 +159,7 @@ def _prove(case: str, format: str, variant: str | None, directory: Path) -> tupl
     path = directory / entry
     session = _open(format, variant, path, checkpoint.spec, context_tokens=limit.tokens)
     comparison = Comparison()
-    expected = next(transformers_logits.logits(checkpoint, [ids.tolist()]))
-    comparison.add(expected, session.all_logits(ids.tolist()), ids)
+    comparison.add(reference(ids.tolist()), session.all_logits(ids.tolist()), ids)
     session.close()
     is_float32 = recipe.default == "F32"
     allowed = EXACT_KL_NATS if is_float32 else recipe.max_mean_kl_nats
@@ -131,7 +180,11 @@ def _open(
     return InterpreterSession(read, context_tokens=context_tokens)
 
 
-if __name__ == "__main__":
+def _quiet() -> None:
     warnings.simplefilter("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    _quiet()
     sys.exit(main(sys.argv[1:]))
