@@ -1,7 +1,7 @@
 """Parsed JSON as frozen dataclasses: every field is there, known, and of the type it is declared.
 
-The declaration is the schema: text, integers, numbers, booleans, ``X | None``, tuples of one type,
-and mappings from text. A number is finite and fits 64 bits, text is Unicode.
+The declaration is the schema: text, integers, numbers, booleans, literals, ``X | None``, tuples of
+one type, and mappings from text. A number is finite and fits 64 bits, text is Unicode.
 """
 
 import dataclasses
@@ -115,6 +115,11 @@ class FieldReader:
         }
 
     def _scalar(self, hint: Any, value: object, path: str) -> Any:
+        choices = get_args(hint)  # of a Literal
+        if hint is Any or (choices and value in choices):
+            return value
+        if choices:
+            raise self._mismatch(path, value, " or ".join(map(repr, choices)))
         kinds = (int, float) if hint is float else hint
         if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
             raise self._mismatch(path, value, _NAMES[hint])

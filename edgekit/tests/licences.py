@@ -52,7 +52,7 @@ def installed() -> dict[str, str]:
 
 def user_of(name: str) -> str:
     """Return who needs a package: a device, a workstation, or edgekit's own developers."""
-    if any(name in locks.read(lock) for lock in locks.EXTRAS if lock.startswith("run-")):
+    if any(name in locks.read(lock) for lock in locks.DEVICES):
         return "device"
     return "workstation" if name in locks.read("all") else "development"
 

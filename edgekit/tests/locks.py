@@ -26,7 +26,10 @@ EXTRAS = {  # by file, the extras of edgekit that are locked in it
     "run-gguf": ("run-gguf",),
     "run-onnx": ("run-onnx",),
     "run-executorch": ("run-executorch",),
+    "mlc-compile": ("mlc-compile",),
 }
+# What a device needs to run a format.
+DEVICES = ("run-gguf", "run-onnx", "run-executorch", "mlc-compile")
 # What builds edgekit, and what comes as sources only: llama-cpp-python and antlr4-python3-runtime.
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 BUILD = (

@@ -14,7 +14,12 @@ from edgekit.formats.mlc import libraries, web_app
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "edgekit"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-PINNED = {"llama-cpp-python": versions.LLAMA_CPP_PYTHON, "executorch": versions.EXECUTORCH}
+PINNED = {
+    "llama-cpp-python": versions.LLAMA_CPP_PYTHON,
+    "executorch": versions.EXECUTORCH,
+    "apache-tvm": versions.APACHE_TVM,
+    "apache-tvm-ffi": versions.APACHE_TVM_FFI,
+}
 # Parts that are nobody's interface, and the one module that reaches each. They were read in the
 # pinned version, and are read again when the pin changes.
 EXECUTORCH = "formats/executorch"
@@ -30,6 +35,7 @@ PRIVATE = {
     "backends.vulkan.serialization": f"{EXECUTORCH}/backends/vulkan/graph.py",
     "backends.xnnpack.serialization": f"{EXECUTORCH}/backends/xnnpack/delegates.py",
     "xnnpack.operators.node_visitor": f"{EXECUTORCH}/backends/xnnpack/delegates.py",
+    "batch_prefill_ragged_kv": "formats/mlc/compiling/cpu_attention_kernels.py",  # TVM's own names
     "uvicorn.protocols.http.h11_impl": "serve.py",  # its connection has no clock before a request
 }
 

@@ -45,7 +45,7 @@ def device_python(wheel, tmp_path_factory):
     home = tmp_path_factory.mktemp("device") / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
     python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
-    names = [f".ci/locks/{name}.txt" for name in ("run-gguf", "run-onnx")]
+    names = [f".ci/locks/{name}.txt" for name in ("run-gguf", "run-onnx", "mlc-compile")]
     install(python, "--no-deps", "--require-hashes", *(w for name in names for w in ("-r", name)))
     install(python, "--no-deps", str(wheel))
     subprocess.run([str(python), "-m", "pip", "check"], check=True)

@@ -6,8 +6,8 @@ from edgekit.formats.mlc import packing, shards
 TENSOR_TYPES, RECIPES = packing.TENSOR_TYPES, packing.RECIPES
 ENDING = shards.CACHE
 VARIANTS = ("chat", "raw-prompt")
-RUNTIME = "WebLLM"
-EXTRA = RUN_EXTRA = "mlc"
+RUNTIME = "MLC's runtime (TVM)"
+EXTRA, RUN_EXTRA = "mlc", "mlc-compile"
 # q4f32_1 for browsers whose GPU does not compute in float16. q0f32 says the same as q0f16 and takes
 # twice its memory.
 DEFAULT_RECIPES = ("q0f16", "q4f32_1", "q4f16_1")

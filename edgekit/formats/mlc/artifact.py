@@ -12,6 +12,7 @@ from edgekit.formats.mlc import (
     chat_config,
     conversation,
     conversion,
+    decoder_file,
     libraries,
     memory,
     tokenizer_info,
@@ -98,6 +99,7 @@ def convert(
     )
     package = package_config(checkpoint, layout, model_id=model_id, context_tokens=context_tokens)
     _write_json(directory / PACKAGE, package)
+    decoder_file.write(directory, checkpoint.spec)
     return entry
 
 

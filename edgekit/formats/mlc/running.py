@@ -1,11 +1,13 @@
-"""MLC on the device: which is a browser or a phone, so weights are read back here, not run."""
+"""MLC on the device: TVM's virtual machine where it is installed, else weights are read back."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from edgekit.errors import UsageError
+from edgekit import versions
 from edgekit.formats.mlc import reading, shards
+from edgekit.formats.mlc.compiling import tools
+from edgekit.formats.mlc.runtime import MlcSession
 
 
 if TYPE_CHECKING:
@@ -14,29 +16,28 @@ if TYPE_CHECKING:
 
 
 def is_run_here(variant: str | None) -> bool:
-    """Return False: a browser or a phone runs it."""
+    """Tell whether TVM and a compiler are here; else only a browser or a phone runs it."""
     del variant
-    return False
+    return tools.are_here()
 
 
 def runtime_state() -> str:
-    """Return what runs the artifacts: nothing that could be started here."""
-    return "WebLLM, in a browser with WebGPU, or MLC's engine on a phone; not on this machine"
+    """Return what runs the artifacts: TVM on this machine, and WebLLM in a browser."""
+    if is_run_here(None):
+        return f"TVM {versions.APACHE_TVM}, with libraries compiled on this machine"
+    return (
+        "WebLLM, in a browser with WebGPU, or MLC's engine on a phone; on this machine with "
+        f"`pip install 'edgekit[{tools.EXTRA}]'`"
+    )
 
 
 def load(
     path: Path, *, context_tokens: int, threads: int | None = None, has_exact_cache: bool = False
-) -> NoReturn:
-    """Refuse: a browser runs it.
-
-    Raises:
-        UsageError: Always.
-    """
-    del context_tokens, threads, has_exact_cache
-    raise UsageError(
-        f"{path} runs in WebLLM, in a browser with WebGPU",
-        hint=f"serve {path.parent} with `python -m http.server` and open its page",
-    )
+) -> MlcSession:
+    """Open an artifact with a library of its shape, compiled for this machine's processor."""
+    del has_exact_cache  # the cache is as exact as the scheme computes
+    tools.require(f"running {path} outside a browser")
+    return MlcSession(path, context_tokens=context_tokens, threads=threads)
 
 
 def read_back(path: Path, spec: "DecoderSpec") -> "MlcWeights":

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from edgekit.doctor import _tiny_checkpoint
-from edgekit.errors import BundleError, UsageError
+from edgekit.errors import BundleError, MissingDependencyError
 from edgekit.formats import BuildRequest
 from edgekit.formats.mlc import chat_config, running, shards, writing
 from edgekit.formats.mlc.packing import RECIPES
@@ -66,10 +66,13 @@ def test_a_whole_artifact_is_read(artifact):
     }  # fmt: skip
 
 
-def test_it_is_loaded_in_a_browser_and_nowhere_else(artifact):
-    with pytest.raises(UsageError, match="runs in WebLLM, in a browser with WebGPU") as refusal:
+def test_without_a_compiler_it_runs_in_a_browser_and_nowhere_else(artifact, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert not running.is_run_here(None)
+    assert "in a browser with WebGPU" in running.runtime_state()
+    with pytest.raises(MissingDependencyError, match="outside a browser needs") as refusal:
         running.load(artifact[0], context_tokens=32)
-    assert "http.server" in refusal.value.hint
+    assert "install" in refusal.value.hint
 
 
 @pytest.mark.parametrize("name", ["params_shard_0.bin", chat_config.NAME, shards.CACHE])

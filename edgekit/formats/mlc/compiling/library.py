@@ -1,0 +1,126 @@
+"""From the shape of a decoder to a module of TVM, and from that to a library."""
+
+from typing import TYPE_CHECKING, Any
+
+from edgekit.formats.mlc.compiling.model import Decoder, Kernels
+
+
+if TYPE_CHECKING:
+    from edgekit.formats.mlc.compiling.shape import LibraryShape
+
+
+def written(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
+    """Return the functions of a library as a module of TVM, not compiled yet."""
+    from tvm.relax.frontend.nn import spec as nn_spec
+    from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
+
+    model = _module(shape, kernels, target)
+    packed = {"param_mode": "packed", "effect_mode": "none"}
+    plain = {"param_mode": "none", "effect_mode": "none"}
+    hidden, cache = shape.spec.hidden_size, nn_spec.Object(object_type=PagedKVCache)
+
+    def embeds(tokens: Any) -> Any:
+        return nn_spec.Tensor([1, tokens, hidden], shape.dtype)
+
+    methods = {
+        "embed": {"ids": nn_spec.Tensor(["tokens"], "int32"), "$": packed},
+        "prefill": {"x": embeds("tokens"), "cache": cache, "$": packed},
+        "decode": {"x": embeds(1), "cache": cache, "$": packed},
+        "all_logits": {"x": embeds("tokens"), "cache": cache, "$": packed},
+        "create_tir_paged_kv_cache": {
+            "max_batch_size": int,
+            "max_total_seq_len": int,
+            "prefill_chunk_size": int,
+            "page_size": int,
+            "support_sliding_window": int,
+            "$": plain,
+        },
+    }
+    module, found, _ = model.export_tvm(spec=methods, allow_extern=True)
+    assert [name for name, _ in found] == [tensor.name for tensor in shape.tensors]  # noqa: S101
+    return module
+
+
+def _module(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
+    from tvm.relax.frontend import nn
+    from tvm.relax.frontend.nn.llm import kv_cache
+
+    class Model(nn.Module):  # type: ignore[misc]  # untyped
+        """The functions of a library, by the names that WebLLM calls."""
+
+        def __init__(self) -> None:
+            for tensor in shape.tensors:
+                setattr(self, tensor.name, nn.Parameter(tensor.shape, tensor.dtype))
+
+        def _decoder(self) -> Decoder:
+            return Decoder(shape, vars(self), kernels)
+
+        def embed(self, ids: Any) -> Any:
+            return self._decoder().embed(ids)
+
+        def prefill(self, x: Any, cache: Any) -> Any:
+            said = self._decoder().hidden(x, cache)
+            return self._decoder().logits(_last(said)), cache
+
+        def decode(self, x: Any, cache: Any) -> Any:
+            said = self._decoder().hidden(x, cache)
+            return self._decoder().logits(said), cache
+
+        def all_logits(self, x: Any, cache: Any) -> Any:
+            said = self._decoder().hidden(x, cache)
+            return self._decoder().logits(said), cache
+
+        def create_tir_paged_kv_cache(
+            self,
+            max_batch_size: Any,
+            max_total_seq_len: Any,
+            prefill_chunk_size: Any,
+            page_size: Any,
+            support_sliding_window: Any,
+        ) -> Any:
+            from tvm import relax
+
+            a, layers = shape.spec.attention, shape.spec.layers
+            kinds = ["mha_sliding" if layer.window_tokens else "mha" for layer in layers]
+            if "mha" not in kinds:  # TVM 0.27 makes room for queries only where a layer sees all
+                kinds.append("mha")
+            return kv_cache.TIRPagedKVCache(
+                attn_kind=kinds,
+                max_batch_size=max_batch_size,
+                max_total_seq_len=max_total_seq_len,
+                prefill_chunk_size=prefill_chunk_size,
+                page_size=page_size,
+                support_sliding_window=support_sliding_window,
+                layer_partition=relax.ShapeExpr([0, len(kinds)]),
+                num_hidden_layers=len(kinds),
+                num_attention_heads=a.heads,
+                num_key_value_heads=a.num_kv_heads,
+                qk_head_dim=a.head_dim,
+                v_head_dim=a.head_dim,
+                mla_original_qk_head_dim=0,
+                mla_original_v_head_dim=0,
+                rope_mode=kv_cache.RopeMode.NONE,
+                rope_scale=1,
+                rope_theta=10_000,
+                rope_scaling={},
+                rope_ext_factors=relax.prim_value(0),
+                rotary_dim=a.head_dim,
+                enable_disaggregation=False,
+                dtype=shape.dtype,
+                target=target,
+                layer_sliding_window_size=shape.window_tokens or 1024,
+            )
+
+    return Model()
+
+
+def _last(x: Any) -> Any:
+    """Return the last token of ``(1, tokens, width)``."""
+    from tvm import te
+    from tvm.relax.frontend.nn import op
+
+    def write(x: Any) -> Any:
+        _, tokens, width = x.shape
+        return te.compute((1, 1, width), lambda i, _, k: x[i, tokens - 1, k], name="last")
+
+    return op.tensor_expr_op(write, "last", [x])
