@@ -58,11 +58,17 @@ def alice(keys):
     return keys / "alice.pub"
 
 
-@pytest.fixture
-def bundle(tmp_path, keys):
-    made = pretend_format.make_bundle(tmp_path / "bundle")
+@pytest.fixture(scope="module")
+def signed(tmp_path_factory, keys):
+    """One bundle signed by Alice, to make copies of."""
+    made = pretend_format.make_bundle(tmp_path_factory.mktemp("signed") / "bundle")
     made.sign(keys / "alice")
-    return made
+    return made.directory
+
+
+@pytest.fixture
+def bundle(signed, tmp_path):
+    return Bundle.load(shutil.copytree(signed, tmp_path / "bundle"))
 
 
 def fingerprint(key):

@@ -236,12 +236,25 @@ def stored_rows(checkpoint, scheme, role, shape: Shape):
     return packing.decode(encoded, tensor_type, columns=shape[1] if shape[1:] else None)
 
 
-@pytest.mark.parametrize("scheme", RECIPES)
+READ_BACK = [
+    "llama_odd_f32", "phi3_f32", "gemma2_f32", "olmo2_f32", "phi_f32", "nemotron_f32",
+    "starcoder2_tied_f32", "cohere_f32",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["llama_odd_f32", "phi3_f32", "gemma2_f32", "olmo2_f32", "phi_f32", "nemotron_f32",
-     "starcoder2_tied_f32", "cohere_f32"],
-)  # fmt: skip
+    ("name", "scheme"),
+    [
+        # Every model and every scheme at once; the rest of the table takes its time.
+        pytest.param(
+            name,
+            scheme,
+            marks=[] if name == READ_BACK[0] or scheme == "q4f16_1" else [pytest.mark.slow],
+        )
+        for name in READ_BACK
+        for scheme in RECIPES
+    ],
+)
 def test_every_weight_is_read_back_as_it_was_stored(name, scheme, tmp_path):
     checkpoint = open_golden(name, tmp_path / "checkpoint")
     spec = checkpoint.spec
