@@ -28,11 +28,11 @@ def public_functions():
 
 
 def holders(node):
-    """Yield a module and its classes, whatever they stand in except functions."""
+    """Yield a module and its classes; expressions, the most of a tree, hold none."""
     if isinstance(node, ast.Module | ast.ClassDef) and not is_private(node):
         yield node
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.stmt) and not isinstance(child, ast.FunctionDef):
+        if isinstance(child, ast.stmt):
             yield from holders(child)
 
 
