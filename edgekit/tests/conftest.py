@@ -25,6 +25,7 @@ def pytest_collection():
 
 def pytest_collection_finish():
     gc.freeze()
+    gc.set_threshold(10_000)
     gc.enable()
 
 

@@ -164,7 +164,7 @@ def test_no_color_is_respected_at_a_terminal(no_color, is_colored):
     if no_color is not None:
         environment["NO_COLOR"] = no_color
     subprocess.run(
-        [sys.executable, "-m", "edgekit", "plan", "demo", "--target", "nowhere"],
+        [sys.executable, "-m", "edgekit", "targets", "nowhere"],
         stderr=follower, env=environment, check=False, timeout=60,
     )  # fmt: skip
     said = os.read(leader, 10_000)
