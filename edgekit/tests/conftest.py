@@ -1,10 +1,11 @@
 """What several test files share: one tiny bundle, and the real one, each made once."""
 
+import gc
 import os
 
 import pytest
 
-from edgekit import target
+from edgekit import installed, target
 from edgekit.export import export
 
 
@@ -13,6 +14,30 @@ from edgekit.export import export
 os.environ.setdefault("OMP_THREAD_LIMIT", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+# The garbage collector would go through all that was collected again and again, and find nothing.
+
+
+def pytest_collection():
+    gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.set_threshold(10_000)
+    gc.enable()
+
+
+@pytest.fixture
+def without_transformers(monkeypatch):
+    """Not to be asked about each new tokenizer, which takes a second."""
+    missing = installed.missing
+    monkeypatch.setattr(
+        installed,
+        "missing",
+        lambda *names: [name for name in names if name == "transformers" or missing(name)],
+    )
 
 
 @pytest.fixture

@@ -197,7 +197,7 @@ def test_a_setting_that_no_float_holds_is_named(field, value, model, capsys):
 
 
 @pytest.fixture
-def gguf(whole, tmp_path, monkeypatch):
+def gguf(without_transformers, whole, tmp_path, monkeypatch):
     """Return a GGUF file to damage."""
     pytest.importorskip("gguf")
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))

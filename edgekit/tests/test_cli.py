@@ -164,7 +164,7 @@ def test_no_color_is_respected_at_a_terminal(no_color, is_colored):
     if no_color is not None:
         environment["NO_COLOR"] = no_color
     subprocess.run(
-        [sys.executable, "-m", "edgekit", "plan", "demo", "--target", "nowhere"],
+        [sys.executable, "-m", "edgekit", "targets", "nowhere"],
         stderr=follower, env=environment, check=False, timeout=60,
     )  # fmt: skip
     said = os.read(leader, 10_000)
@@ -256,7 +256,6 @@ def test_formats_lists_what_quant_may_be(capsys):
     assert "Q8_0" in json.loads(out)["gguf"]
 
 
-@pytest.mark.toolchain
 def shell(words, streams):
     return subprocess.run(
         ["sh", "-c", f'exec "$0" {words} {streams}', sys.executable],
@@ -309,6 +308,7 @@ def test_a_report_that_cannot_be_written_is_refused(tmp_path):
         write_report(tmp_path, "text")
 
 
+@pytest.mark.toolchain
 def test_export_prints_the_bundle_on_stdout_and_nothing_else(tiny_checkpoint, tmp_path, capsys):
     out_directory = tmp_path / "out"
     status, out, err = run(

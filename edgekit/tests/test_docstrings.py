@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 import edgekit
 
 
@@ -19,11 +21,19 @@ def public_functions():
         if "tests" in path.relative_to(PACKAGE).parts or path == COMMANDS:
             continue
         module = ast.parse(path.read_text(encoding="utf-8"))
-        for holder in ast.walk(module):
-            if isinstance(holder, ast.Module | ast.ClassDef) and not is_private(holder):
-                for function in holder.body:
-                    if isinstance(function, ast.FunctionDef) and not function.name.startswith("_"):
-                        yield f"{path.relative_to(PACKAGE)}:{function.name}", function
+        for holder in holders(module):
+            for function in holder.body:
+                if isinstance(function, ast.FunctionDef) and not function.name.startswith("_"):
+                    yield f"{path.relative_to(PACKAGE)}:{function.name}", function
+
+
+def holders(node):
+    """Yield a module and its classes; expressions, the most of a tree, hold none."""
+    if isinstance(node, ast.Module | ast.ClassDef) and not is_private(node):
+        yield node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt):
+            yield from holders(child)
 
 
 def is_private(holder):
@@ -47,28 +57,30 @@ def returned(function):
     return ast.unparse(function.returns) if function.returns else ""
 
 
-FUNCTIONS = dict(public_functions())
+@pytest.fixture(scope="module")
+def functions():
+    return dict(public_functions())
 
 
-def test_there_are_functions_to_look_at():
-    assert len(FUNCTIONS) > 500
+def test_there_are_functions_to_look_at(functions):
+    assert len(functions) > 500
 
 
-def test_what_returns_an_array_says_of_what_type_or_shape():
-    arrays = {name: f for name, f in FUNCTIONS.items() if ARRAYS.search(returned(f))}
+def test_what_returns_an_array_says_of_what_type_or_shape(functions):
+    arrays = {name: f for name, f in functions.items() if ARRAYS.search(returned(f))}
     assert len(arrays) > 40
     silent = [name for name, f in arrays.items() if not SHAPES.search(ast.get_docstring(f) or "")]
     assert silent == []
 
 
-def test_what_raises_says_so():
-    raising = {name: f for name, f in FUNCTIONS.items() if list(raised_by(f))}
+def test_what_raises_says_so(functions):
+    raising = {name: f for name, f in functions.items() if list(raised_by(f))}
     assert len(raising) > 100
     silent = [name for name, f in raising.items() if "Raises:" not in (ast.get_docstring(f) or "")]
     assert silent == []
 
 
-def test_no_property_raises():
-    properties = {name: f for name, f in FUNCTIONS.items() if is_property(f)}
+def test_no_property_raises(functions):
+    properties = {name: f for name, f in functions.items() if is_property(f)}
     assert len(properties) > 100
     assert [name for name, f in properties.items() if list(raised_by(f))] == []

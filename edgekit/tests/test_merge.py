@@ -35,7 +35,7 @@ class Notebook:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
+def cache(without_transformers, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 

@@ -74,6 +74,7 @@ def test_every_ending_of_a_case_is_counted(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="it asks Linux")
 def test_damaged_files_are_accepted_or_refused():
     pytest.importorskip("tokenizers")

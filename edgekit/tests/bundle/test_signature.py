@@ -1,5 +1,6 @@
 """Signatures, made and checked by the real ssh-keygen: good ones, and what else may lie there."""
 
+import functools
 import json
 import os
 import pty
@@ -58,11 +59,17 @@ def alice(keys):
     return keys / "alice.pub"
 
 
-@pytest.fixture
-def bundle(tmp_path, keys):
-    made = pretend_format.make_bundle(tmp_path / "bundle")
+@pytest.fixture(scope="module")
+def signed(tmp_path_factory, keys):
+    """One bundle signed by Alice, to make copies of."""
+    made = pretend_format.make_bundle(tmp_path_factory.mktemp("signed") / "bundle")
     made.sign(keys / "alice")
-    return made
+    return made.directory
+
+
+@pytest.fixture
+def bundle(signed, tmp_path):
+    return Bundle.load(shutil.copytree(signed, tmp_path / "bundle"))
 
 
 def fingerprint(key):
@@ -95,19 +102,26 @@ KINDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def key_of_kind(tmp_path_factory):
+    """Return a key of a kind, made once: large primes are not found at once."""
+    directory = tmp_path_factory.mktemp("kinds")
+    return functools.cache(lambda kind: make_key(directory / kind, *KINDS[kind]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_key_signs(kind, tmp_path):
-    key = make_key(tmp_path / kind, *KINDS[kind])
+def test_every_kind_of_key_signs(kind, key_of_kind, tmp_path):
+    key = key_of_kind(kind)
     bundle = pretend_format.make_bundle(tmp_path / "bundle")
     bundle.sign(key)
-    assert bundle.signed_by(trusted=tmp_path / f"{kind}.pub") == signature.Signature(
+    assert bundle.signed_by(trusted=key.with_name(f"{kind}.pub")) == signature.Signature(
         key=f"{kind.upper()} {fingerprint(key)}", is_trusted=True
     )
 
 
 @pytest.mark.parametrize("kind", ["ed25519", "rsa"])
-def test_signing_again_gives_the_same_bytes(kind, tmp_path):
-    key = make_key(tmp_path / kind, *KINDS[kind])
+def test_signing_again_gives_the_same_bytes(kind, key_of_kind, tmp_path):
+    key = key_of_kind(kind)
     found = set()
     for name in ("a", "b"):
         bundle = pretend_format.make_bundle(tmp_path / name)

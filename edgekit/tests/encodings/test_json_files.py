@@ -118,7 +118,9 @@ def test_only_one_module_parses_what_a_file_holds():
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
         if "tests" not in path.relative_to(PACKAGE).parts
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for text in [path.read_text(encoding="utf-8")]
+        if "json.load" in text  # which is faster than to parse it
+        for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Attribute) and ast.unparse(node) in {"json.loads", "json.load"}
     }
     assert parsing == ELSEWHERE

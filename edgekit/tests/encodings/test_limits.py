@@ -112,13 +112,13 @@ def test_hostile_toml_is_refused_by_its_name(text, reason, tmp_path):
 # Memory
 
 DENSE = {  # what Python takes the most memory for, a byte
-    "lists": "[" + ",".join(["[]"] * 1_390_000) + "]",
-    "objects": "[" + ",".join(['{"":0}'] * 400_000) + "]",
-    "keys": "{" + ",".join(f'"{i}":0' for i in range(770_000)) + "}",
-    "texts": "[" + ",".join(f'"{i % 10}é"' for i in range(1_390_000)) + "]",
-    "numbers": "[" + ",".join(["1.5"] * 2_090_000) + "]",
-    "integers": "[" + ",".join(["999"] * 2_090_000) + "]",
-    "letters beyond": '["' + "😀" * 2_000_000 + '"]',
+    "lists": lambda: "[" + ",".join(["[]"] * 1_390_000) + "]",
+    "objects": lambda: "[" + ",".join(['{"":0}'] * 400_000) + "]",
+    "keys": lambda: "{" + ",".join(f'"{i}":0' for i in range(770_000)) + "}",
+    "texts": lambda: "[" + ",".join(f'"{i % 10}é"' for i in range(1_390_000)) + "]",
+    "numbers": lambda: "[" + ",".join(["1.5"] * 2_090_000) + "]",
+    "integers": lambda: "[" + ",".join(["999"] * 2_090_000) + "]",
+    "letters beyond": lambda: '["' + "😀" * 2_000_000 + '"]',
 }
 
 
@@ -127,7 +127,7 @@ DENSE = {  # what Python takes the most memory for, a byte
 @pytest.mark.parametrize("kind", DENSE)
 def test_no_json_that_is_read_takes_more_than_a_refusal_may(kind, tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(DENSE[kind], encoding="utf-8")
+    path.write_text(DENSE[kind](), encoding="utf-8")
     assert path.stat().st_size <= limits.SETTINGS_BYTES
     code = """\
         import re, sys

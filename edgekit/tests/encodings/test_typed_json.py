@@ -1,4 +1,3 @@
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -34,13 +33,12 @@ def places(value, path=()):
 
 
 def changed(document, path, value):
-    document = copy.deepcopy(document)
-    *way, last = path
-    inner = document
-    for key in way:
-        inner = inner[key]
-    inner[last] = value
-    return document
+    if not path:
+        return value
+    key, *rest = path
+    copied = document.copy()
+    copied[key] = changed(document[key], rest, value)
+    return copied
 
 
 def changes(document):
@@ -117,6 +115,7 @@ def test_goldens_with_any_field_of_any_other_type_are_read_or_refused(tmp_path):
     check_words(refusals(json.loads(json.dumps(asdict(goldens))), read), tmp_path / GOLDENS)
 
 
+@pytest.mark.slow
 def test_a_measurement_is_read_when_its_schema_allows_it_and_only_then():
     jsonschema = pytest.importorskip("jsonschema")
     validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
@@ -130,7 +129,8 @@ def test_a_measurement_is_read_when_its_schema_allows_it_and_only_then():
     differing = [
         (written(path), str(error))
         for path, other, error in found
-        if not any(word in json.dumps(other) for word in unknown)
+        for text in [json.dumps(other)]
+        if not any(word in text for word in unknown)
         and validator.is_valid(other) != (error is None)
     ]
     assert differing == []

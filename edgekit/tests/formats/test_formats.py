@@ -108,11 +108,10 @@ def fmt(request):
     return Whole(request.param)
 
 
-@pytest.fixture
-def tiny(tmp_path):
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
     """Return a checkpoint of two layers whose weights need no file."""
-    (tmp_path / "text").mkdir()
-    return _tiny_checkpoint(tmp_path / "text")
+    return _tiny_checkpoint(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def test_it_answers_one_question_after_another_in_the_same_process(worker):
     ("question", "reason"),
     [
         ({"do": "take", "size_bytes": 80 * MIB}, "takes more than 64 MiB of memory"),
-        ({"do": "compute"}, "takes more than 1 s"),
+        pytest.param({"do": "compute"}, "takes more than 1 s", marks=pytest.mark.slow),
         ({"do": "exit"}, "ends the process that reads it, which ended with status 7"),
         ({"do": "abort"}, "takes more than 64 MiB of memory, or makes the library .* abort"),
     ],

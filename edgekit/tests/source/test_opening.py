@@ -44,7 +44,7 @@ class Witness(Silent):
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def cache(without_transformers, tmp_path, monkeypatch):
     """Keep decoded models out of the user's own cache."""
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"

@@ -467,6 +467,7 @@ def test_no_mutation_crashes_the_reader(tiny, tmp_path, count):
     assert refused > count // 2
 
 
+@pytest.mark.slow
 def test_a_file_may_be_little_more_than_the_largest_vocabulary(tmp_path):
     """Gemma's, as llama.cpp has them in files without weights."""
     tokens, merges = [f"t{index}" for index in range(262_144)], ["to ken"] * 514_906

@@ -23,6 +23,12 @@ def derive(directory, voice, template=None, **fields):
     return conversation.derive(speak(directory / "model", voice, template=template, **fields))
 
 
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    """What Qwen 3's own template becomes."""
+    return derive(tmp_path_factory.mktemp("qwen3"), "qwen3")
+
+
 def inst(open_ask, close_ask, answer_end):
     """Return a template in which a question stands between two marks."""
     return (
@@ -148,13 +154,13 @@ def test_an_answer_may_have_to_start_with_a_thought(tmp_path):
     assert "cut <think>…</think> out of earlier answers" in found.notes[0]
 
 
-def test_a_switch_that_webllm_and_the_template_understand_differently_is_reported(tmp_path):
+def test_a_switch_that_webllm_and_the_template_understand_differently_is_reported(tmp_path, qwen3):
     other = VOICES["qwen3"].template.replace("<think>\\n\\n</think>\\n\\n", "<think></think>")
 
     notes = derive(tmp_path / "other", "qwen3", other).notes
 
     assert any("enable_thinking" in note for note in notes)
-    assert not any("enable_thinking" in note for note in derive(tmp_path, "qwen3").notes)
+    assert not any("enable_thinking" in note for note in qwen3.notes)
 
 
 def test_special_tokens_around_a_question_let_it_be_told_apart(tmp_path):
@@ -286,23 +292,23 @@ def test_mlc_strips_thoughts_as_the_template_does(tmp_path, template):
     assert "hm" not in wanted
 
 
-def test_a_switch_that_was_fixed_is_fixed_for_mlc(tmp_path):
+def test_a_switch_that_was_fixed_is_fixed_for_mlc(tmp_path, qwen3):
     model = speak(tmp_path / "model", "qwen3")
     files = with_template(model.text, variables={"enable_thinking": False})
     found = conversation.derive(replace(model, text=files))
 
     assert found.template["role_empty_sep"] == "<think>\n\n</think>\n\n"
-    assert derive(tmp_path / "free", "qwen3").template["role_empty_sep"] == ""
+    assert qwen3.template["role_empty_sep"] == ""
 
 
-def test_line_breaks_that_a_template_leaves_after_a_thought_are_left_to_the_app(tmp_path):
+def test_line_breaks_that_a_template_leaves_after_a_thought_are_left_to_the_app(tmp_path, qwen3):
     """Those of DeepSeek's distilled models."""
     keeps = thoughtful("stablelm", before="").replace(".lstrip('\\n')", "")
     found = derive(tmp_path, "stablelm", keeps)
 
     assert found.keeps_breaks
     assert "</think> out of earlier answers, but not the line breaks after it" in found.notes[0]
-    assert not derive(tmp_path / "qwen3", "qwen3").keeps_breaks
+    assert not qwen3.keeps_breaks
 
 
 def test_a_refusal_names_the_ways_out(tmp_path):

@@ -83,6 +83,7 @@ def planned_mib(tmp_path_factory):
     return planned
 
 
+@pytest.mark.slow
 def test_what_webllm_requires_is_planned_within_a_twentieth(planned_mib):
     errors = {
         (model["name"], scheme, context): planned_mib(model, scheme, context) / mib - 1

@@ -64,6 +64,22 @@ def write(checkpoint, scheme, directory, **options):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+def in_every_scheme(names):
+    """Name models and schemes; quick are one model in all schemes, and all models in one."""
+    pairs = [(name, scheme) for name in names for scheme in RECIPES]
+    return pytest.mark.parametrize(
+        ("name", "scheme"),
+        [
+            pytest.param(
+                name,
+                scheme,
+                marks=[pytest.mark.slow] * (name != "llama_odd_f32" and scheme != "q4f16_1"),
+            )
+            for name, scheme in pairs
+        ],
+    )
+
+
 # Bytes
 
 
@@ -74,17 +90,15 @@ def test_every_scheme_was_made_of_every_checkpoint():
     assert types == decoders.MODELS.keys() - {"mistral"}  # which is a Llama in every name
 
 
-@pytest.mark.parametrize("name", HASHES)
-def test_the_bytes_are_those_of_mlc_llm(name, tmp_path):
+@in_every_scheme(HASHES)
+def test_the_bytes_are_those_of_mlc_llm(name, scheme, tmp_path):
     checkpoint = open_golden(name, tmp_path / "checkpoint")
-    assert HASHES[name]
-    for scheme, expected in HASHES[name].items():
-        # mlc_llm stores infinity where float16 holds no more, and this must be the same then too.
-        found = write(checkpoint, scheme, tmp_path / scheme, refuses_overflow=False)
-        hashes = {file: hashlib.sha256(data).hexdigest() for file, data in found.items()}
-        assert hashes == expected, scheme
-        planned = conversion.plan(checkpoint, RECIPES[scheme])
-        assert sum(map(len, found.values())) == planned.size_bytes
+    # mlc_llm stores infinity where float16 holds no more, and this must be the same then too.
+    found = write(checkpoint, scheme, tmp_path / scheme, refuses_overflow=False)
+    hashes = {file: hashlib.sha256(data).hexdigest() for file, data in found.items()}
+    assert hashes == HASHES[name][scheme]
+    planned = conversion.plan(checkpoint, RECIPES[scheme])
+    assert sum(map(len, found.values())) == planned.size_bytes
 
 
 @pytest.mark.parametrize("path", TOLD, ids=lambda path: path.parent.name)
@@ -236,12 +250,13 @@ def stored_rows(checkpoint, scheme, role, shape: Shape):
     return packing.decode(encoded, tensor_type, columns=shape[1] if shape[1:] else None)
 
 
-@pytest.mark.parametrize("scheme", RECIPES)
-@pytest.mark.parametrize(
-    "name",
-    ["llama_odd_f32", "phi3_f32", "gemma2_f32", "olmo2_f32", "phi_f32", "nemotron_f32",
-     "starcoder2_tied_f32", "cohere_f32"],
-)  # fmt: skip
+READ_BACK = [
+    "llama_odd_f32", "phi3_f32", "gemma2_f32", "olmo2_f32", "phi_f32", "nemotron_f32",
+    "starcoder2_tied_f32", "cohere_f32",
+]  # fmt: skip
+
+
+@in_every_scheme(READ_BACK)
 def test_every_weight_is_read_back_as_it_was_stored(name, scheme, tmp_path):
     checkpoint = open_golden(name, tmp_path / "checkpoint")
     spec = checkpoint.spec
