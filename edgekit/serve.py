@@ -7,6 +7,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import signal
 import socket
 import sys
 import threading
@@ -481,10 +482,39 @@ def _greeting(service: Service, host: str, port: int, *, is_local: bool) -> list
 def _run_server(service: Service, listening: socket.socket) -> None:
     import uvicorn
 
+    server = uvicorn.Server(_server_settings(_application(service)))
     try:
-        uvicorn.Server(_server_settings(_application(service))).run(sockets=[listening])
+        with _ending_with_the_terminal(server):
+            server.run(sockets=[listening])
     finally:
         service.step.acquire()  # the session is closed next, no step may follow
+
+
+@contextmanager
+def _ending_with_the_terminal(server: "uvicorn.Server") -> Iterator[None]:
+    """End a server on SIGHUP as uvicorn does on SIGTERM, then do what was to be done about it.
+
+    What a handler raises in the middle of an event loop may be lost in it.
+    """
+    number = getattr(signal, "SIGHUP", None)
+    is_main = threading.current_thread() is threading.main_thread()
+    former = signal.getsignal(number) if number is not None and is_main else None
+    if number is None or not callable(former):
+        yield
+        return
+    came: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        came.append(number)
+        server.should_exit = True
+
+    signal.signal(number, end)
+    try:
+        yield
+    finally:
+        signal.signal(number, former)
+    if came:
+        signal.raise_signal(number)
 
 
 def _server_settings(application: "Starlette") -> "uvicorn.Config":

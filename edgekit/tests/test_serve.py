@@ -719,5 +719,9 @@ def test_the_verb_serves_a_bundle_until_it_is_told_to_end(tmp_path, name, status
         url = greeting.split()[3].rstrip(";")
         assert HTTP.get(f"{url}/models").json()["data"][0]["id"] == MODEL
         process.send_signal(getattr(signal, name))
-        assert process.communicate(timeout=20)[1].split() == ["interrupted", "closed"]
+        try:
+            said = process.communicate(timeout=20)[1]
+        finally:
+            process.kill()  # nothing, if it has ended
+        assert said.split() == ["interrupted", "closed"]
     assert process.returncode == status
