@@ -27,7 +27,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from edgekit import scratch
 from edgekit.bundle.manifest import MANIFEST
-from edgekit.encodings.hashing import sha256_of
+from edgekit.bundle.signature import SUFFIX
+from edgekit.encodings.hashing import sha256_of_all
 from edgekit.errors import EdgekitError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.runtime.child import death_of, environment, shell_status
 
@@ -239,7 +240,10 @@ class SshDevice(_Closing):
             ToolchainError: If it did not arrive whole, for lack of space, for example.
         """
         if bundle not in self._pushed:
-            place = f"{_REMOTE_CACHE}/bundles/{sha256_of(bundle / MANIFEST)}"
+            told = [
+                bundle / name for name in (MANIFEST, MANIFEST + SUFFIX) if (bundle / name).exists()
+            ]
+            place = f"{_REMOTE_CACHE}/bundles/{sha256_of_all(told)}"
             if not self._is_whole(place):
                 self._upload(bundle, place)
             self._pushed[bundle] = place

@@ -73,12 +73,13 @@ def _linked(to: str) -> Callable[[Path, bytes, Random], None]:
 
 def _chain(path: Path, content: bytes, _random: Random) -> None:
     """Lead to the file over more links than the system follows."""
-    (path.parent / "links").mkdir(exist_ok=True)
-    links = [path.parent / "links" / str(number) for number in range(46)]
+    directory = path.parent / f"{path.name}.links"
+    directory.mkdir(exist_ok=True)
+    links = [directory / str(number) for number in range(46)]
     links[0].write_bytes(content)
     for link, target in zip(links[1:], links, strict=False):
         link.symlink_to(target.name)
-    path.symlink_to(f"links/{links[-1].name}")
+    path.symlink_to(f"{directory.name}/{links[-1].name}")
 
 
 def _mutated(path: Path, content: bytes, random: Random) -> None:
