@@ -6,6 +6,7 @@ import shutil
 import socket
 import stat
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -73,8 +74,7 @@ def _linked(to: str) -> Callable[[Path, bytes, Random], None]:
 
 def _chain(path: Path, content: bytes, _random: Random) -> None:
     """Lead to the file over more links than the system follows."""
-    directory = path.parent / f"{path.name}.links"
-    directory.mkdir(exist_ok=True)
+    directory = Path(tempfile.mkdtemp(dir=path.parent))
     links = [directory / str(number) for number in range(46)]
     links[0].write_bytes(content)
     for link, target in zip(links[1:], links, strict=False):
