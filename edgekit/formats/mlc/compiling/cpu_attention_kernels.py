@@ -203,25 +203,10 @@ def _paged(heads, kv_heads, width, dtype, *, window, is_windowed):
             dtype,
         )
 
-    @T.prim_func(private=True, s_tir=True)
-    def prefill(
-        var_q: T.handle,
-        var_q_indptr: T.handle,
-        var_pages: T.handle,
-        var_indptr: T.handle,
-        var_values: T.handle,
-        var_info: T.handle,
-        var_k_offset: T.handle,
-        var_q_position: T.handle,
-        var_out: T.handle,
-        var_lse: T.handle,
-        causal: T.int32,
-        rotary_mode: T.int32,
-        rope_scale: T.float32,
-        rope_theta: T.float32,
-        sm_scale: T.float32,
+    @T.macro
+    def attend_cached(
+        var_q, var_pages, var_indptr, var_values, var_info, var_out, var_lse, causal, sm_scale
     ):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         count = T.int32()
         page_count = T.int32()
         value_count = T.int32()
@@ -258,6 +243,29 @@ def _paged(heads, kv_heads, width, dtype, *, window, is_windowed):
                 )
 
     @T.prim_func(private=True, s_tir=True)
+    def prefill(
+        var_q: T.handle,
+        var_q_indptr: T.handle,
+        var_pages: T.handle,
+        var_indptr: T.handle,
+        var_values: T.handle,
+        var_info: T.handle,
+        var_k_offset: T.handle,
+        var_q_position: T.handle,
+        var_out: T.handle,
+        var_lse: T.handle,
+        causal: T.int32,
+        rotary_mode: T.int32,
+        rope_scale: T.float32,
+        rope_theta: T.float32,
+        sm_scale: T.float32,
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        attend_cached(
+            var_q, var_pages, var_indptr, var_values, var_info, var_out, var_lse, causal, sm_scale
+        )
+
+    @T.prim_func(private=True, s_tir=True)
     def decode(
         var_q: T.handle,
         var_pages: T.handle,
@@ -274,39 +282,16 @@ def _paged(heads, kv_heads, width, dtype, *, window, is_windowed):
         sm_scale: T.float32,
     ):
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-        count = T.int32()
-        page_count = T.int32()
-        value_count = T.int32()
-        indptr_offset = T.int32()
-        values_offset = T.int32()
-        info_offset = T.int32()
-        query = T.match_buffer(var_q, (count, heads, width), dtype)
-        pages = T.match_buffer(var_pages, (page_count, 2, kv_heads, PAGE_TOKENS, width), dtype)
-        indptr = T.match_buffer(var_indptr, (2,), "int32", elem_offset=indptr_offset)
-        values = T.match_buffer(var_values, (value_count,), "int32", elem_offset=values_offset)
-        info = T.match_buffer(var_info, infos, "int32", elem_offset=info_offset)
-        out = T.match_buffer(var_out, (count, heads, width), dtype)
-        lse = T.match_buffer(var_lse, (count, heads), "float32")
-        for th in T.parallel(count * heads):
-            with T.sblock("attend"):
-                at = T.axis.spatial(count * heads, th)
-                T.reads(
-                    query[0:count, 0:heads, 0:width],
-                    pages[0:page_count, 0:2, 0:kv_heads, 0:PAGE_TOKENS, 0:width],
-                )
-                T.writes(out[0:count, 0:heads, 0:width], lse[0:count, 0:heads])
-                attend_pages(
-                    query,
-                    pages,
-                    indptr,
-                    values,
-                    info,
-                    out,
-                    lse,
-                    at // heads,
-                    at % heads,
-                    T.int32(0),
-                    sm_scale,
-                )
+        attend_cached(
+            var_q,
+            var_pages,
+            var_indptr,
+            var_values,
+            var_info,
+            var_out,
+            var_lse,
+            T.int32(0),
+            sm_scale,
+        )
 
     return prefill, decode

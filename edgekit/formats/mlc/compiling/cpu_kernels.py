@@ -74,8 +74,6 @@ def taken_rows(weight: StoredWeight, dtype: str) -> Callable[..., Any]:
 
 def stored_value(weight: StoredWeight, tensors: tuple[Any, ...], row: Any, column: Any) -> Any:
     """Return one number of a stored matrix, as an expression of float32."""
-    from tvm import tirx
-
     groups = weight.groups
     if groups is None:
         return tensors[0](row, column).astype("float32")
@@ -84,11 +82,7 @@ def stored_value(weight: StoredWeight, tensors: tuple[Any, ...], row: Any, colum
     at = (word, row) if weight.is_transposed else (row, word)
     group = column // groups.weights
     of_group = (group, row) if weight.is_transposed else (row, group)
-    shift = (place * groups.bits).astype("uint32")
-    mask = tirx.const(2**groups.bits - 1, "uint32")
-    code = tirx.bitwise_and(tirx.shift_right(words(*at), shift), mask)
-    centred = (code.astype("int32") - groups.zero).astype("float32")
-    return centred * scales(*of_group).astype("float32")
+    return _code(words(*at), place, groups) * scales(*of_group).astype("float32")
 
 
 def _places(weight: StoredWeight, columns: int) -> tuple[int, int]:
@@ -131,13 +125,21 @@ def _product(
     return single(rows, places, words, groups, dtypes[1], out_dtype)
 
 
+def _code(word, place, groups):
+    """Return the number of a word's code at a place, not scaled yet, as an expression of float32."""
+    from tvm.script import tirx as T
+
+    shifted = T.shift_right(word, T.Cast("uint32", place * groups.bits))
+    found = T.bitwise_and(shifted, T.uint32(2**groups.bits - 1))
+    return T.Cast("float32", T.Cast("int32", found) - groups.zero)
+
+
 @functools.cache
 def _single_packed(rows, places, words, groups, scale_dtype, out_dtype):
     from tvm.script import tirx as T
 
     lanes, count = _lanes(words), math.gcd(rows, _ROWS)
     quads = lanes // 4  # four words share a scale
-    bits, mask, zero = groups.bits, 2**groups.bits - 1, groups.zero
 
     @T.prim_func(private=True, s_tir=True)
     def single(var_x: T.handle, var_w: T.handle, var_s: T.handle, var_out: T.handle):
@@ -169,19 +171,8 @@ def _single_packed(rows, places, words, groups, scale_dtype, out_dtype):
                     for p in T.unroll(places):
                         for i in T.unroll(count):
                             for lane in T.vectorized(lanes):
-                                part[i, lane] = part[i, lane] + x[0, p, b * lanes + lane] * T.Cast(
-                                    "float32",
-                                    T.Cast(
-                                        "int32",
-                                        T.bitwise_and(
-                                            T.shift_right(
-                                                w[row * count + i, b * lanes + lane],
-                                                T.Cast("uint32", p * bits),
-                                            ),
-                                            T.uint32(mask),
-                                        ),
-                                    )
-                                    - zero,
+                                part[i, lane] = part[i, lane] + x[0, p, b * lanes + lane] * _code(
+                                    w[row * count + i, b * lanes + lane], p, groups
                                 )
                     for i in T.unroll(count):
                         for q in T.unroll(quads):
@@ -205,7 +196,6 @@ def _single_transposed(rows, places, words, groups, scale_dtype, out_dtype):
     from tvm.script import tirx as T
 
     lanes = _lanes(rows)
-    bits, mask, zero = groups.bits, 2**groups.bits - 1, groups.zero
 
     @T.prim_func(private=True, s_tir=True)
     def single(var_x: T.handle, var_w: T.handle, var_s: T.handle, var_out: T.handle):
@@ -234,19 +224,8 @@ def _single_transposed(rows, places, words, groups, scale_dtype, out_dtype):
                     for p in T.unroll(places):
                         for i in T.unroll(4):
                             for lane in T.vectorized(lanes):
-                                part[i, lane] = part[i, lane] + x[0, p, g * 4 + i] * T.Cast(
-                                    "float32",
-                                    T.Cast(
-                                        "int32",
-                                        T.bitwise_and(
-                                            T.shift_right(
-                                                w[g * 4 + i, block * lanes + lane],
-                                                T.Cast("uint32", p * bits),
-                                            ),
-                                            T.uint32(mask),
-                                        ),
-                                    )
-                                    - zero,
+                                part[i, lane] = part[i, lane] + x[0, p, g * 4 + i] * _code(
+                                    w[g * 4 + i, block * lanes + lane], p, groups
                                 )
                     for lane in T.vectorized(lanes):
                         total[lane] = total[lane] + (
@@ -302,14 +281,11 @@ def _many_packed(rows, places, words, groups, is_transposed, scale_dtype, out_dt
     lanes = _lanes(words)
     block_rows = math.gcd(rows, _ROWS)
     blocks = rows // block_rows
-    bits, mask, zero = groups.bits, 2**groups.bits - 1, groups.zero
     stored = (words, rows) if is_transposed else (rows, words)
     scaled = (words // 4, rows) if is_transposed else (rows, words // 4)
 
     def code(w, row, word, p):
-        found = w[word, row] if is_transposed else w[row, word]
-        shifted = T.shift_right(found, T.Cast("uint32", p * bits))
-        return T.Cast("float32", T.Cast("int32", T.bitwise_and(shifted, T.uint32(mask))) - zero)
+        return _code(w[word, row] if is_transposed else w[row, word], p, groups)
 
     def scale(s, row, group):
         return T.Cast("float32", s[group, row] if is_transposed else s[row, group])

@@ -66,9 +66,7 @@ def _module(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
             said = self._decoder().hidden(x, cache)
             return self._decoder().logits(said), cache
 
-        def all_logits(self, x: Any, cache: Any) -> Any:
-            said = self._decoder().hidden(x, cache)
-            return self._decoder().logits(said), cache
+        all_logits = decode  # of any number of tokens
 
         def create_tir_paged_kv_cache(
             self,
