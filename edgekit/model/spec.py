@@ -312,13 +312,18 @@ class DecoderSpec:
         last = {"attention_post_norm", "mlp_post_norm"}
         if part in (last if self.has_post_norms else {"attention_output", "down"}):
             return by.residual
-        if part == ("query_norm" if self.attention.query_key_norm else "query"):
+        if self.scales_queries(role):
             return by.query
         if part == "token_embedding":
             return by.embedding
         if part == "final_norm":
             return by.logits / by.embedding if self.is_tied else by.logits
         return by.logits if role == "output_head_bias" else 1.0
+
+    def scales_queries(self, role: str) -> bool:
+        """Tell whether a weight is the last that queries are multiplied with: their norm or own."""
+        part = role.rpartition(".")[2].removesuffix("_bias")
+        return part == ("query_norm" if self.attention.query_key_norm else "query")
 
     def rotated_pairs(self, role: str) -> "Pairs | None":
         """Return which of a weight's rows are rotated channels, None if none are."""
@@ -403,6 +408,15 @@ class Pairs:
     head_dim: int
     rotated: int
     axis: Literal[0, 1] = 0  # of the weight: the one that counts channels
+
+    def order(self, to: Literal["halves", "neighbours"]) -> tuple[int, ...]:
+        """Return where each channel of a head stands in the other of the two orders."""
+        half, turned = self.rotated // 2, range(self.rotated)
+        if to == "neighbours":
+            places = (channel // 2 + channel % 2 * half for channel in turned)
+        else:
+            places = (channel % half * 2 + channel // half for channel in turned)
+        return (*places, *range(self.rotated, self.head_dim))
 
 
 @dataclass(frozen=True)

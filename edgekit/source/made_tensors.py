@@ -112,10 +112,7 @@ class PairOrder(MergedTensor):
         """Where each channel of a head stands in the base."""
         import numpy as np
 
-        order = np.arange(self.pairs.head_dim)
-        shape = (-1, 2) if self.to == "halves" else (2, -1)
-        order[: self.pairs.rotated] = order[: self.pairs.rotated].reshape(shape).T.ravel()
-        return order
+        return np.array(self.pairs.order(self.to))
 
 
 @dataclass(frozen=True)

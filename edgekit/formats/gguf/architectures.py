@@ -28,7 +28,6 @@ from edgekit.model.spec import (
     RopeScaling,
     YarnScaling,
 )
-from edgekit.quant.recipe import split_role
 
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS in llama-hparams.h; more make it abort
@@ -111,10 +110,9 @@ class Architecture:
 
         It is in the last that queries are multiplied with: the weights of their norm, if any.
         """
-        a = spec.attention
-        part = split_role(role)[1].removesuffix("_bias")
-        if part != ("query_norm" if a.query_key_norm else "query"):
+        if not spec.scales_queries(role):
             return 1.0
+        a = spec.attention
         scale = self.score_scale(
             depth=len(spec.layers),
             head_dim=a.head_dim,

@@ -267,8 +267,6 @@ def interleave_halves(rows: "Rows", pairs: Pairs) -> "Rows":
     """
     import numpy as np
 
-    order = np.arange(pairs.head_dim)
-    order[: pairs.rotated] = order[: pairs.rotated].reshape(2, -1).T.ravel()
-    heads = rows.shape[pairs.axis] // pairs.head_dim
+    order, heads = np.array(pairs.order("neighbours")), rows.shape[pairs.axis] // pairs.head_dim
     starts = np.arange(heads)[:, None] * pairs.head_dim
     return rows.take((starts + order).ravel(), axis=pairs.axis)
