@@ -1008,8 +1008,9 @@ def _run(argv: Sequence[str] | None) -> None:
         sys.stderr.close()  # whoever read has left; so do we
         sys.exit(141)
     except BaseException as error:
-        # Code in Rust that panics, in what a tokenizer was not tried on before it was used.
-        if type(error).__name__ != "PanicException":
+        from edgekit.text.guarded import is_panic
+
+        if not is_panic(error):  # over what a tokenizer was not tried on before it was used
             raise
         print_refusal(ToolchainError(f"a library fails over this input: {error}"))
         sys.exit(ToolchainError.exit_status)

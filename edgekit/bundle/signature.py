@@ -8,11 +8,11 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from edgekit import scratch
 from edgekit.encodings.files import is_file, require_file
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 
@@ -50,8 +50,8 @@ def require_signing(key: Path) -> None:
         UsageError: If the key is missing, is not a key, or asks for a passphrase.
         ToolchainError: If what holds the key does not answer.
     """
-    with tempfile.TemporaryDirectory(prefix="edgekit-sign-") as directory:
-        trial = Path(directory) / "trial"
+    with scratch.directory("sign") as work:
+        trial = work / "trial"
         trial.touch()
         sign(trial, key)
 
@@ -100,8 +100,7 @@ def check(path: Path, content: bytes, *, trusted: Path | None) -> Signature:
     """
     allowed = None if trusted is None else _allowed_signers(trusted)
     signature = _read_signature(path)
-    with tempfile.TemporaryDirectory(prefix="edgekit-sign-") as directory:
-        work = Path(directory)
+    with scratch.directory("sign") as work:
         (work / "signature").write_bytes(signature)
         key = _key_of(work / "signature", path, content)
         if trusted is None or allowed is None:

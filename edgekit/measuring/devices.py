@@ -27,7 +27,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from edgekit import scratch
 from edgekit.bundle.manifest import MANIFEST
-from edgekit.bundle.signature import SUFFIX
+from edgekit.bundle.signature import signature_path
 from edgekit.encodings.hashing import sha256_of_all
 from edgekit.errors import EdgekitError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.runtime.child import death_of, environment, shell_status
@@ -240,9 +240,8 @@ class SshDevice(_Closing):
             ToolchainError: If it did not arrive whole, for lack of space, for example.
         """
         if bundle not in self._pushed:
-            told = [
-                bundle / name for name in (MANIFEST, MANIFEST + SUFFIX) if (bundle / name).exists()
-            ]
+            manifest = bundle / MANIFEST
+            told = filter(Path.exists, (manifest, signature_path(manifest)))
             place = f"{_REMOTE_CACHE}/bundles/{sha256_of_all(told)}"
             if not self._is_whole(place):
                 self._upload(bundle, place)

@@ -29,7 +29,7 @@ from edgekit.encodings.limits import TEMPLATE_BYTES, TEXT_GROWTH, TOKENIZER_BYTE
 from edgekit.errors import BundleError, UsageError
 from edgekit.installed import missing_error
 from edgekit.runtime.limited import OverLimitError
-from edgekit.text import corpus, guarded
+from edgekit.text import corpus, guarded, tokenizer_json
 from edgekit.text.rules import TextRules
 from edgekit.text.template import ChatTemplate, Clock, Message, as_parts
 
@@ -37,7 +37,7 @@ from edgekit.text.template import ChatTemplate, Clock, Message, as_parts
 TOKENIZER = "tokenizer.json"
 _HINTS: Mapping[Refusal, str] = {
     BundleError: "copy the bundle again",
-    UsageError: "save it again with AutoTokenizer and save_pretrained()",
+    UsageError: tokenizer_json.HINT,
 }
 CHAT_TEMPLATE = "chat_template.jinja"
 _TRIAL_VERSION = 1  # counts up when a tokenizer is tried otherwise, so that all are tried again

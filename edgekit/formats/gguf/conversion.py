@@ -269,4 +269,5 @@ def interleave_halves(rows: "Rows", pairs: Pairs) -> "Rows":
 
     order, heads = np.array(pairs.order("neighbours")), rows.shape[pairs.axis] // pairs.head_dim
     starts = np.arange(heads)[:, None] * pairs.head_dim
-    return rows.take((starts + order).ravel(), axis=pairs.axis)
+    ordered: Rows = rows.take((starts + order).ravel(), axis=pairs.axis)
+    return ordered
