@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self, TypeVar
 
 from edgekit.bundle import signature
-from edgekit.encodings.files import is_file, require_file
+from edgekit.encodings.files import is_file, readable, require_file
 from edgekit.encodings.hashing import sha256_of
 from edgekit.encodings.json_files import parse_object
 from edgekit.encodings.typed_json import FieldReader, check_version
@@ -265,10 +265,8 @@ def _read_manifest(directory: Path) -> bytes:
             f"{directory} is not a bundle: it has no {MANIFEST}",
             hint="pass the directory that `edgekit export` printed",
         )
-    try:
+    with readable(path, refusal=BundleError):
         return path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _parse_manifest(directory: Path, content: bytes) -> Mapping[str, Any]:
@@ -290,12 +288,8 @@ def _real(path: Path) -> Path:
 
 
 def _check_file(path: Path, record: FileRecord, *, check_hash: bool) -> None:
-    try:
+    with readable(path, refusal=BundleError, hint="copy the bundle again"):
         _compare(path, record, check_hash=check_hash)
-    except OSError as error:  # a symlink to nowhere, for one
-        raise BundleError(
-            f"{path} cannot be read: {error.strerror}", hint="copy the bundle again"
-        ) from error
 
 
 def _compare(path: Path, record: FileRecord, *, check_hash: bool) -> None:

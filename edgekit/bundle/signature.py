@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from edgekit import scratch
-from edgekit.encodings.files import is_file, require_file
+from edgekit.encodings.files import is_file, readable, require_file
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError, UsageError
 
 
@@ -175,10 +175,8 @@ def _allowed_signers(trusted: Path) -> str:
         UsageError: If it is missing, or holds no public key.
     """
     require_file(trusted, hint="pass a public key, or a list of allowed signers")
-    try:
+    with readable(trusted):
         text = trusted.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UsageError(f"{trusted} cannot be read: {error.strerror}") from error
     if "PRIVATE KEY-----" in text:
         raise UsageError(
             f"{trusted} is a private key, which only its owner may have",

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from edgekit.encodings.files import is_file, require_file
+from edgekit.encodings.files import is_file, readable, require_file
 from edgekit.encodings.limits import (
     SETTINGS_BYTES,
     SETTINGS_MEMORY_BYTES,
@@ -117,10 +117,8 @@ def read_object(path: Path, *, refusal: Refusal = UsageError, hint: str = "") ->
     is_vocabulary = path.name in _VOCABULARIES
     most_bytes = TOKENIZER_BYTES if is_vocabulary else SETTINGS_BYTES
     check_size(path, most_bytes, refusal=refusal, hint=hint)
-    try:
+    with readable(path, refusal=refusal, hint=hint):
         text = path.read_bytes()
-    except OSError as error:
-        raise refusal(f"{path} cannot be read: {error.strerror}", hint=hint) from error
     memory_bytes = VOCABULARY_MEMORY_BYTES if is_vocabulary else SETTINGS_MEMORY_BYTES
     return parse_object(text, origin=path, refusal=refusal, hint=hint, memory_bytes=memory_bytes)
 

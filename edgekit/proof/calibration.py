@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from edgekit import installed
 from edgekit.bundle import kept
 from edgekit.cache import cache_directory
-from edgekit.encodings.files import require_file
+from edgekit.encodings.files import readable, require_file
 from edgekit.encodings.limits import CALIBRATION_BYTES, check_size
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.model.checkpoint_protocol import Calibration
@@ -129,9 +129,8 @@ def read_own_text(path: Path) -> str:
         path, CALIBRATION_BYTES, hint=f"pass a part of it: {MAX_OWN_TOKENS} tokens are taken"
     )
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        with readable(path):
+            text = path.read_text(encoding="utf-8")
     except ValueError as error:
         raise UsageError(f"{path} is not text in UTF-8: {error}") from error
     if not text.strip():

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit.encodings.files import require_file
+from edgekit.encodings.files import readable, require_file
 from edgekit.encodings.flatbuffer import Buffer, Table, refuse
 from edgekit.errors import BundleError
 
@@ -51,11 +51,12 @@ def read(path: Path) -> Program:
         BundleError: If it cannot be read, is not a ``.pte`` file, is cut off, or is damaged.
     """
     require_file(path, refusal=BundleError)
-    try:
-        with path.open("rb") as file, _mapped(file.fileno(), path) as buffer:
-            return _Reader(path, buffer).program()
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+    with (
+        readable(path, refusal=BundleError),
+        path.open("rb") as file,
+        _mapped(file.fileno(), path) as buffer,
+    ):
+        return _Reader(path, buffer).program()
 
 
 def _mapped(descriptor: int, path: Path) -> mmap.mmap:

@@ -66,8 +66,12 @@ def _from_outside() -> tuple[EntryPoint, ...]:
 
 def origin(model_type: str) -> str | None:
     """Return which distribution brought a family, None if it is one of edgekit's own."""
-    entries = [entry for entry in _from_outside() if entry.name == model_type]
+    entries = _entries(model_type)
     return _distribution(entries[0]) if entries else None
+
+
+def _entries(model_type: str) -> list[EntryPoint]:
+    return [entry for entry in _from_outside() if entry.name == model_type]
 
 
 def _distribution(entry: EntryPoint) -> str:
@@ -81,7 +85,7 @@ def get(model_type: str) -> Family:
     Raises:
         UsageError: If there is no such family, more than one, or one that is none.
     """
-    entries = [entry for entry in _from_outside() if entry.name == model_type]
+    entries = _entries(model_type)
     makers = ["edgekit"] * (model_type in _own()) + [_distribution(entry) for entry in entries]
     if len(makers) > 1:
         raise UsageError(
