@@ -6,7 +6,7 @@ import shutil
 import socket
 import stat
 import struct
-import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -32,7 +32,6 @@ def put(path: Path, random: Random) -> None:
     if stat.S_ISDIR(_mode(path)):
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
-    shutil.rmtree(path.parent / "links", ignore_errors=True)
     random.choice(_ODD)(path, content, random)
 
 
@@ -74,7 +73,9 @@ def _linked(to: str) -> Callable[[Path, bytes, Random], None]:
 
 def _chain(path: Path, content: bytes, _random: Random) -> None:
     """Lead to the file over more links than the system follows."""
-    directory = Path(tempfile.mkdtemp(dir=path.parent))
+    directory = path.parent / f"links-{zlib.crc32(os.fsencode(path.name)):08x}"
+    shutil.rmtree(directory, ignore_errors=True)  # of the same name before
+    directory.mkdir()
     links = [directory / str(number) for number in range(46)]
     links[0].write_bytes(content)
     for link, target in zip(links[1:], links, strict=False):
