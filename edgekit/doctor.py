@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Literal, cast
 from edgekit import formats, installed, scratch
 from edgekit.errors import EdgekitError, MissingDependencyError
 from edgekit.formats import BuildRequest
-from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope, Shape
+from edgekit.model.mixers import Attention
+from edgekit.model.norm import Norm
+from edgekit.model.rope import Rope
+from edgekit.model.shapes import Shape
+from edgekit.model.spec import DecoderSpec, Layer
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.progress import Listener, Silent
 from edgekit.source.checkpoint import Checkpoint

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgekit.model.card import ModelCard, SamplingDefaults
-from edgekit.model.spec import DecoderSpec, Shape
+from edgekit.model.shapes import Shape
+from edgekit.model.spec import DecoderSpec
 from edgekit.model.tokenizer_files import TokenizerFiles
 
 

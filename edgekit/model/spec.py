@@ -6,180 +6,23 @@ keys, graph or module. Neither knows the other.
 Weights carry format-neutral role names: ``token_embedding``, ``layers.3.query``, ``final_norm``.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-from edgekit.errors import UsageError
+from edgekit.model.mixers import Attention, Mixer
+from edgekit.model.norm import Norm, norm_weights
+from edgekit.model.rope import Rope
+from edgekit.model.shapes import Shape, linear_weights
 
 
 Activation = Literal["silu", "gelu_tanh", "relu2", "xielu"]
-Shape = tuple[int, ...]
 
 # xIELU (Huang and Schlag 2024) has two learned slopes a layer, stored before their softplus:
 # x > 0: softplus(xielu_positive) x^2 + beta x
 # else: (beta + softplus(xielu_negative)) (expm1(min(x, epsilon)) - x) + beta x
 XIELU_BETA = 0.5
 XIELU_EPSILON = -1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Norm:
-    """A normalization over the last axis.
-
-    ``rms`` is ``x / sqrt(mean(x ** 2) + epsilon) * w``; ``layer`` subtracts the mean first.
-    """
-
-    kind: Literal["rms", "layer"]
-    epsilon: float
-    has_bias: bool = False
-    unit_offset: bool = False  # Gemma stores w and multiplies by 1 + w
-
-    def __post_init__(self) -> None:
-        """Refuse an epsilon that is larger than what it is added to.
-
-        Raises:
-            UsageError: If it is above 1, or below 0.
-        """
-        if not 0 <= self.epsilon <= 1:
-            raise UsageError(
-                f"the epsilon of a norm is {self.epsilon:g}, expected a number from 0 to 1",
-                hint="1e-5 and 1e-6 are usual",
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearScaling:
-    """Every frequency divided by the same factor."""
-
-    factor: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
-    """Slow frequencies divided by ``factor``, fast ones kept, a ramp between (Llama 3.1)."""
-
-    factor: float
-    low_frequency_factor: float
-    high_frequency_factor: float
-    original_context_tokens: int
-
-    def divisor(self, wave_tokens: float) -> float:
-        """Return what divides the frequency whose full turn takes ``wave_tokens``."""
-        turns = self.original_context_tokens / wave_tokens
-        low, high = self.low_frequency_factor, self.high_frequency_factor
-        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
-        return 1 / ((1 - kept) / self.factor + kept)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LongRopeScaling:
-    """One divisor per frequency, another set once the text outgrows the original context."""
-
-    short_factors: tuple[float, ...]
-    long_factors: tuple[float, ...]
-    original_context_tokens: int
-    attention_factor: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class YarnScaling:
-    """Slow frequencies divided by ``factor``, fast ones kept, and a ramp by their number between.
-
-    Source: Peng et al. 2023, and ``_compute_yarn_parameters`` of transformers 5.
-    """
-
-    factor: float
-    fast_turns: float  # in the original context: a frequency that makes more is kept
-    slow_turns: float  # one that makes fewer is divided
-    original_context_tokens: int
-    attention_factor: float
-    is_truncated: bool  # whether the ramp begins and ends at whole numbers of frequencies
-
-    def divisors(self, width: int, theta: float) -> tuple[float, ...]:
-        """Return what divides each frequency."""
-        low, high = (self._index(turns, width, theta) for turns in self._turns)
-        if self.is_truncated:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, width - 1)
-        ramp = 0.001 if low == high else high - low
-        shares = (min(max((i - low) / ramp, 0.0), 1.0) for i in range(width // 2))
-        return tuple(1 / (share / self.factor + 1 - share) for share in shares)
-
-    @property
-    def _turns(self) -> tuple[float, float]:
-        return self.fast_turns, self.slow_turns
-
-    def _index(self, turns: float, width: int, theta: float) -> float:
-        """Return which frequency makes so many turns in the original context."""
-        wave_tokens = self.original_context_tokens / (turns * 2 * math.pi)
-        return width * math.log(wave_tokens) / (2 * math.log(theta))
-
-
-def yarn_attention_factor(factor: float, weight: float = 1.0) -> float:
-    """Return what YaRN multiplies sine and cosine with where a model does not say."""
-    return 1.0 if factor <= 1 else 1 + 0.1 * weight * math.log(factor)
-
-
-RopeScaling = LinearScaling | Llama3Scaling | LongRopeScaling | YarnScaling
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rope:
-    """Rotary positions on the first ``width`` channels of every head, halves rotated together."""
-
-    width: int
-    theta: float
-    scaling: RopeScaling | None = None
-
-    @property
-    def attention_factor(self) -> float:
-        """What multiplies sine and cosine."""
-        scaling = self.scaling
-        if isinstance(scaling, LongRopeScaling | YarnScaling):
-            return scaling.attention_factor
-        return 1.0
-
-    @property
-    def original_max_position_embeddings(self) -> int | None:
-        """The longest text before every position is rotated differently; None: any."""
-        scaling = self.scaling
-        return scaling.original_context_tokens if isinstance(scaling, LongRopeScaling) else None
-
-    def divisors(self, text_tokens: int) -> tuple[float, ...]:
-        """Return what divides each frequency ``theta ** (-2 i / width)`` in a text of this length.
-
-        Only longrope looks at the length: past the original context, *every* position of the text
-        takes the long factors.
-        """
-        match self.scaling:
-            case None:
-                return (1.0,) * (self.width // 2)
-            case LinearScaling(factor=factor):
-                return (factor,) * (self.width // 2)
-            case Llama3Scaling() as scaling:
-                waves = (
-                    2 * math.pi * self.theta ** (2 * i / self.width) for i in range(self.width // 2)
-                )
-                return tuple(scaling.divisor(wave) for wave in waves)
-            case YarnScaling() as scaling:
-                return scaling.divisors(self.width, self.theta)
-            case LongRopeScaling() as scaling:
-                is_long = text_tokens > scaling.original_context_tokens
-                return scaling.long_factors if is_long else scaling.short_factors
-
-
-@dataclass(frozen=True, kw_only=True)
-class QueryGrowth:
-    """Queries that grow with their position, by a step at every multiple of a length.
-
-    A rotated query at position p is multiplied by ``1 + rate * ln(1 + floor(p / step_tokens))``:
-    nothing in the first ``step_tokens`` positions. Source: Llama 4, Ministral 3 in transformers 5.
-    """
-
-    rate: float
-    step_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,43 +40,37 @@ class Multipliers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attention:
-    """Grouped-query attention; the same in every layer.
+class Mlp:
+    """The second half of a layer, as far as it may change from one to the next."""
 
-    ``head_norms`` says how the norms of queries and keys see the heads: ``alike``, each head by
-    itself with one row of weights for all; ``apart``, each with a row of its own (StableLM 2 12B);
-    ``together``, one norm over the channels of all heads (OLMo 2).
-    """
-
-    heads: int
-    num_kv_heads: int
-    head_dim: int
-    softmax_scale: float  # multiplies q · k
-    attn_logit_softcap: float | None = None  # Gemma 2: cap * tanh(score / cap)
-    query_key_norm: Norm | None = None
-    head_norms: Literal["alike", "apart", "together"] = "alike"
-    normalizes_after_rope: bool = False  # HunYuan: queries and keys, once they are rotated
-    query_growth: "QueryGrowth | None" = None  # Ministral 3
-    has_qkv_bias: bool = False
-    has_output_bias: bool = False
-
-    @property
-    def query_width(self) -> int:
-        """Columns of all queries together."""
-        return self.heads * self.head_dim
-
-    @property
-    def key_value_width(self) -> int:
-        """Columns of all keys together; the values have as many."""
-        return self.num_kv_heads * self.head_dim
+    intermediate_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
     """What may change from one layer to the next."""
 
-    rope: Rope | None  # SmolLM3 leaves it out of every fourth layer
+    rope: Rope | None = None  # SmolLM3 leaves it out of every fourth layer
     window_tokens: int | None = None  # attends to this many last tokens, itself included
+    mixer: Mixer | None = None  # None: the attention of the decoder
+    mlp: Mlp | None = None  # None: that of the decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerEmbedding:
+    """An embedding for every layer, added to the end of it through a gate (Gemma 4).
+
+    With e the row of ``layer_embedding`` (all layers side by side) times ``scale``, and c the RMS
+    norm (``layer_embedding_norm``) of ``layer_embedding_projection`` times the scaled token
+    embedding times ``projection_scale``, a layer gets ``p = (c + e) * sum_scale``. It ends with
+    ``x += norm(layer_output(activation(layer_gate x) * p))``, the norm being ``layer_norm``.
+    """
+
+    width: int  # of one layer
+    vocab_size: int
+    scale: float
+    projection_scale: float
+    sum_scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +100,46 @@ class DecoderSpec:
     embedding_scale: float = 1.0
     final_logit_softcap: float | None = None
     is_tied: bool = False  # the output head is the token embedding
+    layer_embedding: LayerEmbedding | None = None  # Gemma 4
+    has_layer_scales: bool = False  # Gemma 4: what leaves a layer is multiplied by one number
+
+    def mixer(self, index: int) -> Mixer:
+        """Return what mixes the tokens in a layer."""
+        return self.layers[index].mixer or self.attention
+
+    def mlp(self, index: int) -> Mlp:
+        """Return the MLP of a layer."""
+        return self.layers[index].mlp or Mlp(intermediate_size=self.intermediate_size)
+
+    def attentions(self) -> Iterator[tuple[int, Layer, Attention]]:
+        """Yield every layer that attends: its index, itself, and how."""
+        for index, layer in enumerate(self.layers):
+            if isinstance(mixer := self.mixer(index), Attention):
+                yield index, layer, mixer
+
+    def caches(self) -> Iterator[tuple[int, Layer, Attention]]:
+        """Yield every layer that keeps keys and values of its own."""
+        return (it for it in self.attentions() if it[2].has_cache)
+
+    def states(self) -> Iterator[tuple[int, str, Shape]]:
+        """Yield what layers keep instead: the layer's index, a name, the shape; all float32."""
+        for index in range(len(self.layers)):
+            for name, shape in self.mixer(index).states(self.hidden_size).items():
+                yield index, name, shape
+
+    @property
+    def has_states(self) -> bool:
+        """Whether a text, once read, cannot be taken back by a token."""
+        return any(True for _ in self.states())
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers have the same attention and the same MLP, and nothing else."""
+        return (
+            not any(layer.mixer or layer.mlp for layer in self.layers)
+            and self.layer_embedding is None
+            and not self.has_layer_scales
+        )
 
     def weights(self) -> Iterator[tuple[str, Shape]]:
         """Yield every weight the decoder needs, by role, with its shape, in the order of use.
@@ -270,10 +147,15 @@ class DecoderSpec:
         Matrices are ``(rows out, columns in)``, as a checkpoint stores them.
         """
         yield "token_embedding", (self.vocab_size, self.hidden_size)
+        if own := self.layer_embedding:
+            of_all = len(self.layers) * own.width
+            yield "layer_embedding", (own.vocab_size, of_all)
+            yield "layer_embedding_projection", (of_all, self.hidden_size)
+            yield from norm_weights("layer_embedding_norm", self.norm, (own.width,))
         for index in range(len(self.layers)):
-            for role, shape in self._layer_weights():
+            for role, shape in self._layer_weights(index):
                 yield f"layers.{index}.{role}", shape
-        yield from _norm_weights("final_norm", self.norm, (self.hidden_size,))
+        yield from norm_weights("final_norm", self.norm, (self.hidden_size,))
         if not self.is_tied:
             yield "output_head", (self.vocab_size, self.hidden_size)
         if self.has_head_bias:
@@ -298,7 +180,12 @@ class DecoderSpec:
     def unit_offset(self, role: str) -> bool:
         """Tell whether a weight is of a norm that multiplies by one more than it stores."""
         part = role.rpartition(".")[2]
-        norm = self.attention.query_key_norm if part in {"query_norm", "key_norm"} else self.norm
+        if part in {"query_norm", "key_norm"}:
+            norm = self.attention.query_key_norm
+        elif part == "delta_norm":  # whatever the others do
+            norm = None
+        else:
+            norm = self.norm
         return part.endswith("norm") and norm is not None and norm.unit_offset
 
     def multiplier(self, role: str) -> float:
@@ -331,8 +218,11 @@ class DecoderSpec:
         part = role.rpartition(".")[2].removesuffix("_bias")
         if rope is None or part not in {"query", "key", "query_norm", "key_norm"}:
             return None
-        is_apart = part.endswith("norm") and self.attention.head_norms == "apart"
-        return Pairs(self.attention.head_dim, rope.width, axis=1 if is_apart else 0)
+        a = self.attention
+        if part == "query" and a.has_output_gate:  # the gate of a head follows its query
+            return Pairs(2 * a.head_dim, rope.width)
+        is_apart = part.endswith("norm") and a.head_norms == "apart"
+        return Pairs(a.head_dim, rope.width, axis=1 if is_apart else 0)
 
     @property
     def original_max_position_embeddings(self) -> int | None:
@@ -344,61 +234,43 @@ class DecoderSpec:
 
     def without_unit_offsets(self) -> Self:
         """Return the decoder whose norms multiply by what they store, ones included."""
-        attention, norm = self.attention, replace(self.norm, unit_offset=False)
-        if attention.query_key_norm:
-            of_heads = replace(attention.query_key_norm, unit_offset=False)
-            attention = replace(attention, query_key_norm=of_heads)
-        return replace(self, attention=attention, norm=norm)
+        layers = tuple(
+            replace(layer, mixer=_plain(layer.mixer))
+            if isinstance(layer.mixer, Attention)
+            else layer
+            for layer in self.layers
+        )
+        norm = replace(self.norm, unit_offset=False)
+        return replace(self, attention=_plain(self.attention), norm=norm, layers=layers)
 
-    def _layer_weights(self) -> Iterator[tuple[str, Shape]]:
-        hidden = (self.hidden_size,)
+    def _layer_weights(self, index: int) -> Iterator[tuple[str, Shape]]:
+        hidden, wide = (self.hidden_size,), self.mlp(index).intermediate_size
         if self.has_pre_norms:
-            yield from _norm_weights("attention_norm", self.norm, hidden)
-        yield from self._attention_weights()
+            yield from norm_weights("attention_norm", self.norm, hidden)
+        yield from self.mixer(index).weights(self.hidden_size)
         if self.has_post_norms:
-            yield from _norm_weights("attention_post_norm", self.norm, hidden)
+            yield from norm_weights("attention_post_norm", self.norm, hidden)
         if self.has_pre_norms and self.residual == "serial":
-            yield from _norm_weights("mlp_norm", self.norm, hidden)
+            yield from norm_weights("mlp_norm", self.norm, hidden)
         for role in ("gate", "up") if self.is_gated else ("up",):
-            yield from _linear_weights(
-                role, self.intermediate_size, self.hidden_size, self.has_mlp_bias
-            )
+            yield from linear_weights(role, wide, self.hidden_size, self.has_mlp_bias)
         if self.activation == "xielu":
             yield from (("xielu_positive", (1,)), ("xielu_negative", (1,)))
-        yield from _linear_weights(
-            "down", self.hidden_size, self.intermediate_size, self.has_mlp_bias
-        )
+        yield from linear_weights("down", self.hidden_size, wide, self.has_mlp_bias)
         if self.has_post_norms:
-            yield from _norm_weights("mlp_post_norm", self.norm, hidden)
-
-    def _attention_weights(self) -> Iterator[tuple[str, Shape]]:
-        a, hidden = self.attention, self.hidden_size
-        yield from _linear_weights("query", a.query_width, hidden, a.has_qkv_bias)
-        yield from _linear_weights("key", a.key_value_width, hidden, a.has_qkv_bias)
-        yield from _linear_weights("value", a.key_value_width, hidden, a.has_qkv_bias)
-        if a.query_key_norm:
-            for role, heads in (("query_norm", a.heads), ("key_norm", a.num_kv_heads)):
-                shapes = {
-                    "alike": (a.head_dim,),
-                    "apart": (heads, a.head_dim),
-                    "together": (heads * a.head_dim,),
-                }
-                yield from _norm_weights(role, a.query_key_norm, shapes[a.head_norms])
-        yield from _linear_weights("attention_output", hidden, a.query_width, a.has_output_bias)
+            yield from norm_weights("mlp_post_norm", self.norm, hidden)
+        if own := self.layer_embedding:
+            yield "layer_gate", (own.width, self.hidden_size)
+            yield "layer_output", (self.hidden_size, own.width)
+            yield from norm_weights("layer_norm", self.norm, hidden)
+        if self.has_layer_scales:
+            yield "layer_scale", (1,)
 
 
-def _linear_weights(
-    role: str, rows: int, columns: int, has_bias: bool
-) -> Iterator[tuple[str, Shape]]:
-    yield role, (rows, columns)
-    if has_bias:
-        yield f"{role}_bias", (rows,)
-
-
-def _norm_weights(role: str, norm: Norm, shape: Shape) -> Iterator[tuple[str, Shape]]:
-    yield role, shape
-    if norm.has_bias:
-        yield f"{role}_bias", shape
+def _plain(attention: Attention) -> Attention:
+    """Return attention whose norms multiply by what they store."""
+    norm = attention.query_key_norm
+    return replace(attention, query_key_norm=norm and replace(norm, unit_offset=False))
 
 
 @dataclass(frozen=True)
@@ -432,6 +304,7 @@ class Source:
     rows: int | None = None  # None: all of them
     siblings: tuple[str, ...] = ()
     neighbours: Pairs | None = None  # stored with the two channels of each pair side by side
+    is_depthwise: bool = False  # taps by channel, with an axis of one input channel between
 
     @property
     def tensors(self) -> tuple[str, ...]:

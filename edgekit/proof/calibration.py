@@ -53,6 +53,12 @@ _SHARING = {
     "gate": ("gate", "up"),
     "up": ("up",),  # without a gate
     "down": ("down",),
+    "conv_in": ("conv_in",),
+    "conv_output": ("conv_output",),
+    "delta_qkv": ("delta_qkv", "delta_gate", "delta_beta", "delta_alpha"),
+    "delta_output": ("delta_output",),
+    "layer_gate": ("layer_gate",),
+    "layer_output": ("layer_output",),
 }
 
 
@@ -107,7 +113,7 @@ def importance(
         require()
         found = _measure(checkpoint, texts, listener)
         _write(out, found)
-    return dict(_spread(found))
+    return dict(_spread(found, checkpoint))
 
 
 def text_sha256(own_text: str | None = None) -> str:
@@ -207,12 +213,16 @@ def _head(checkpoint: Checkpoint) -> str:
     return "token_embedding" if checkpoint.spec.is_tied else "output_head"
 
 
-def _spread(found: "Mapping[str, Columns]") -> "Iterator[tuple[str, Columns]]":
-    """Yield what was measured once for every weight that reads it."""
+def _spread(
+    found: "Mapping[str, Columns]", checkpoint: Checkpoint
+) -> "Iterator[tuple[str, Columns]]":
+    """Yield what was measured once for every weight of a decoder that reads it."""
+    roles = {role for role, _ in checkpoint.spec.weights()}
     for role, columns in found.items():
         prefix, dot, part = role.rpartition(".")
         for sharing in _SHARING.get(part, (part,)):
-            yield f"{prefix}{dot}{sharing}", columns
+            if (reader := f"{prefix}{dot}{sharing}") in roles:
+                yield reader, columns
 
 
 def _cache_path(checkpoint: Checkpoint, texts: Sequence[Sequence[int]]) -> Path:
@@ -234,7 +244,7 @@ def _read(out: Path, checkpoint: Checkpoint) -> "dict[str, Columns] | None":
             found = {role: arrays[role] for role in arrays.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
-    shapes_found = {role: columns.shape for role, columns in _spread(found)}
+    shapes_found = {role: columns.shape for role, columns in _spread(found, checkpoint)}
     shapes = dict(checkpoint.spec.weights())
     is_whole = all(shapes.get(role, (0,))[1:] == shape for role, shape in shapes_found.items())
     return found if is_whole and _head(checkpoint) in shapes_found else None

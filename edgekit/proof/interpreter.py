@@ -4,23 +4,15 @@ An interpreter of `DecoderSpec` in torch. All texts pass through layer 0, then t
 the weights of one layer are in memory at a time; the output head is applied in blocks of rows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeAlias, assert_never
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, assert_never
 
 from edgekit.errors import UsageError
 from edgekit.formats import DecoderWeights
-from edgekit.model.spec import (
-    XIELU_BETA,
-    XIELU_EPSILON,
-    Activation,
-    Attention,
-    DecoderSpec,
-    Layer,
-    Norm,
-    QueryGrowth,
-    Rope,
-)
+from edgekit.model.spec import XIELU_BETA, XIELU_EPSILON, Activation, DecoderSpec
 from edgekit.progress import Advance
+from edgekit.proof.arithmetic import Weights, normalize, soften
+from edgekit.proof.mixing import mix
 from edgekit.runtime import reading
 
 
@@ -29,9 +21,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-    Observer: TypeAlias = Callable[[str, torch.Tensor], None]
+    from edgekit.proof.arithmetic import Observer
+    from edgekit.proof.mixing import Caches
 
-QUERY_BLOCK_TOKENS = 256  # scores of 32 heads over 4,096 keys take 128 MiB
 HEAD_BLOCK_BYTES = 64 * 2**20  # rows of the output head in memory at a time
 
 
@@ -75,13 +67,16 @@ def hidden_states(
         _refuse_text(model.spec, text)
     with torch.inference_mode():
         states = [_embed(model, text) for text in texts]
-        for index, layer in enumerate(model.spec.layers):
-            weights = _Weights(model, prefix=f"layers.{index}.", observe=observe)
-            for at, x in enumerate(states):
-                states[at] = _apply_layer(model.spec, layer, weights, x)
+        embedded = [_embed_layers(model, text, x) for text, x in zip(texts, states, strict=True)]
+        caches: list[Caches] = [{} for _ in texts]
+        for index in range(len(model.spec.layers)):
+            weights = Weights(model, prefix=f"layers.{index}.", observe=observe)
+            for at, read in enumerate(states):
+                x = _apply_layer(model.spec, index, weights, read, caches[at])
+                states[at] = _end_layer(model.spec, index, weights, x, embedded[at])
                 advance(len(x))
-        final = _Weights(model, prefix="")
-        return [_normalize(model.spec.norm, final, "final_norm", x) for x in states]
+        final = Weights(model, prefix="")
+        return [normalize(model.spec.norm, final, "final_norm", x) for x in states]
 
 
 class InterpreterSession:
@@ -158,32 +153,6 @@ def _refuse_text(spec: DecoderSpec, ids: Sequence[int]) -> None:
         )
 
 
-class _Weights:
-    """Weights of one layer by role, read when first asked for and then kept."""
-
-    def __init__(
-        self, model: DecoderWeights, *, prefix: str, observe: "Observer | None" = None
-    ) -> None:
-        self._model = model
-        self._prefix = prefix
-        self._observe = observe
-        self._kept: dict[str, torch.Tensor] = {}
-
-    def __getitem__(self, role: str) -> "torch.Tensor":
-        import torch
-
-        if role not in self._kept:
-            self._kept[role] = torch.from_numpy(self._model.weight(self._prefix + role))
-        return self._kept[role]
-
-    def project(self, role: str, x: "torch.Tensor", *, has_bias: bool) -> "torch.Tensor":
-        from torch.nn import functional
-
-        if self._observe:
-            self._observe(self._prefix + role, x)
-        return functional.linear(x, self[role], self[f"{role}_bias"] if has_bias else None)
-
-
 def _embed(model: DecoderWeights, ids: Sequence[int]) -> "torch.Tensor":
     """Return the rows of the embedding that a text needs, and read no others."""
     import torch
@@ -207,36 +176,60 @@ def apply_head(model: DecoderWeights, states: "torch.Tensor") -> "torch.Tensor":
         torch.matmul(states, head.T, out=found[:, first : first + rows])
     if spec.has_head_bias:
         found += torch.from_numpy(model.weight("output_head_bias"))
-    return found if spec.final_logit_softcap is None else _cap(found, spec.final_logit_softcap)
+    return found if spec.final_logit_softcap is None else soften(found, spec.final_logit_softcap)
+
+
+def _embed_layers(
+    model: DecoderWeights, ids: Sequence[int], x: "torch.Tensor"
+) -> "torch.Tensor | None":
+    """Return what each layer is given of its own embedding: ``(tokens, layers, width)``."""
+    import torch
+    from torch.nn import functional
+
+    spec, own = model.spec, model.spec.layer_embedding
+    if own is None:
+        return None
+    rows = {id: model.weight("layer_embedding", id, 1)[0] for id in set(ids)}
+    looked_up = torch.stack([torch.from_numpy(rows[id]) for id in ids]) * own.scale
+    weights = Weights(model, prefix="")
+    seen = functional.linear(x, weights["layer_embedding_projection"]) * own.projection_scale
+    by_layer = (len(spec.layers), own.width)
+    seen = normalize(spec.norm, weights, "layer_embedding_norm", seen.unflatten(-1, by_layer))
+    return (seen + looked_up.unflatten(-1, by_layer)) * own.sum_scale
 
 
 def _apply_layer(
-    spec: DecoderSpec, layer: Layer, weights: _Weights, x: "torch.Tensor"
+    spec: DecoderSpec, index: int, weights: Weights, x: "torch.Tensor", caches: "Caches"
 ) -> "torch.Tensor":
-    read = _normalize(spec.norm, weights, "attention_norm", x) if spec.has_pre_norms else x
-    attended = _attend(spec.attention, layer, weights, read)
+    read = normalize(spec.norm, weights, "attention_norm", x) if spec.has_pre_norms else x
+    mixed = mix(spec, index, weights, read, caches)
     if spec.has_post_norms:
-        attended = _normalize(spec.norm, weights, "attention_post_norm", attended)
+        mixed = normalize(spec.norm, weights, "attention_post_norm", mixed)
     if spec.residual == "serial":
-        x = x + attended
-        read = _normalize(spec.norm, weights, "mlp_norm", x) if spec.has_pre_norms else x
+        x = x + mixed
+        read = normalize(spec.norm, weights, "mlp_norm", x) if spec.has_pre_norms else x
     changed = _apply_mlp(spec, weights, read)
     if spec.has_post_norms:
-        changed = _normalize(spec.norm, weights, "mlp_post_norm", changed)
-    return x + changed if spec.residual == "serial" else x + attended + changed
+        changed = normalize(spec.norm, weights, "mlp_post_norm", changed)
+    return x + changed if spec.residual == "serial" else x + mixed + changed
 
 
-def _normalize(norm: Norm, weights: _Weights, role: str, x: "torch.Tensor") -> "torch.Tensor":
-    """Normalize the last axis; a weight of two dimensions is one row for each head."""
-    if norm.kind == "layer":
-        x = x - x.mean(-1, keepdim=True)
-    x = x * (x.square().mean(-1, keepdim=True) + norm.epsilon).rsqrt()
-    weight = weights[role]
-    x = x * (1 + weight if norm.unit_offset else weight)
-    return x + weights[f"{role}_bias"] if norm.has_bias else x
+def _end_layer(
+    spec: DecoderSpec,
+    index: int,
+    weights: Weights,
+    x: "torch.Tensor",
+    embedded: "torch.Tensor | None",
+) -> "torch.Tensor":
+    """Add the layer's own embedding, and scale all, in the decoders that do."""
+    if embedded is not None:
+        gate = _activate(spec.activation, weights, weights.project("layer_gate", x))
+        added = weights.project("layer_output", gate * embedded[:, index])
+        x = x + normalize(spec.norm, weights, "layer_norm", added)
+    return x * weights["layer_scale"] if spec.has_layer_scales else x
 
 
-def _apply_mlp(spec: DecoderSpec, weights: _Weights, x: "torch.Tensor") -> "torch.Tensor":
+def _apply_mlp(spec: DecoderSpec, weights: Weights, x: "torch.Tensor") -> "torch.Tensor":
     up = weights.project("up", x, has_bias=spec.has_mlp_bias)
     if spec.is_gated:
         gate = weights.project("gate", x, has_bias=spec.has_mlp_bias)
@@ -246,7 +239,7 @@ def _apply_mlp(spec: DecoderSpec, weights: _Weights, x: "torch.Tensor") -> "torc
     return weights.project("down", activated, has_bias=spec.has_mlp_bias)
 
 
-def _activate(activation: Activation, weights: _Weights, x: "torch.Tensor") -> "torch.Tensor":
+def _activate(activation: Activation, weights: Weights, x: "torch.Tensor") -> "torch.Tensor":
     from torch.nn import functional
 
     match activation:
@@ -270,105 +263,3 @@ def _xielu(x: "torch.Tensor", positive: "torch.Tensor", negative: "torch.Tensor"
     below = x.clamp(max=XIELU_EPSILON).expm1() - x
     falling = (XIELU_BETA + functional.softplus(negative)) * below
     return torch.where(x > 0, rising, falling) + XIELU_BETA * x
-
-
-def _attend(
-    attention: Attention, layer: Layer, weights: _Weights, x: "torch.Tensor"
-) -> "torch.Tensor":
-    query, key, value = _project(attention, weights, x)
-    norm, normalizes_last = attention.query_key_norm, attention.normalizes_after_rope
-    if norm and not normalizes_last:
-        query = _normalize_heads(attention, norm, weights, "query_norm", query)
-        key = _normalize_heads(attention, norm, weights, "key_norm", key)
-    if layer.rope:
-        query, key = _rotate(layer.rope, query), _rotate(layer.rope, key)
-    if norm and normalizes_last:
-        query = _normalize_heads(attention, norm, weights, "query_norm", query)
-        key = _normalize_heads(attention, norm, weights, "key_norm", key)
-    if attention.query_growth:
-        query = _grow(attention.query_growth, query)
-    # (tokens, heads, width) -> (heads, tokens, width)
-    query, key, value = (part.transpose(0, 1) for part in (query, key, value))
-    shared_by = attention.heads // attention.num_kv_heads
-    key, value = key.repeat_interleave(shared_by, 0), value.repeat_interleave(shared_by, 0)
-    mixed = _mix(attention, layer.window_tokens, query, key, value)
-    joined = mixed.transpose(0, 1).reshape(len(x), attention.query_width)
-    return weights.project("attention_output", joined, has_bias=attention.has_output_bias)
-
-
-def _project(
-    attention: Attention, weights: _Weights, x: "torch.Tensor"
-) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
-    """Return queries, keys and values, of shape ``(tokens, heads, head width)``."""
-    query, key, value = (
-        weights.project(role, x, has_bias=attention.has_qkv_bias).unflatten(
-            -1, (heads, attention.head_dim)
-        )
-        for role, heads in (
-            ("query", attention.heads),
-            ("key", attention.num_kv_heads),
-            ("value", attention.num_kv_heads),
-        )
-    )
-    return query, key, value
-
-
-def _normalize_heads(
-    attention: Attention, norm: Norm, weights: _Weights, role: str, x: "torch.Tensor"
-) -> "torch.Tensor":
-    """Normalize ``(tokens, heads, head width)``: each head, or all channels of a token."""
-    if attention.head_norms == "together":
-        return _normalize(norm, weights, role, x.flatten(1)).view_as(x)
-    return _normalize(norm, weights, role, x)
-
-
-def _grow(growth: QueryGrowth, query: "torch.Tensor") -> "torch.Tensor":
-    import torch
-
-    steps = torch.arange(len(query)) // growth.step_tokens
-    return query * (1 + growth.rate * steps.to(torch.float32).log1p())[:, None, None]
-
-
-def _rotate(rope: Rope, x: "torch.Tensor") -> "torch.Tensor":
-    """Turn the first channels of every head by the position; ``x`` is (tokens, heads, width)."""
-    import torch
-
-    exponents = torch.arange(0, rope.width, 2, dtype=torch.float32) / rope.width
-    divisors = torch.tensor(rope.divisors(len(x)), dtype=torch.float32)
-    frequencies = 1.0 / (divisors * rope.theta**exponents)
-    angles = torch.arange(len(x), dtype=torch.float32)[:, None, None] * frequencies
-    cosine, sine = (wave * rope.attention_factor for wave in (angles.cos(), angles.sin()))
-    first, second = x[..., : rope.width].chunk(2, dim=-1)
-    turned = (first * cosine - second * sine, second * cosine + first * sine)
-    return torch.cat((*turned, x[..., rope.width :]), dim=-1)
-
-
-def _mix(
-    attention: Attention,
-    window_tokens: int | None,
-    query: "torch.Tensor",
-    key: "torch.Tensor",
-    value: "torch.Tensor",
-) -> "torch.Tensor":
-    """Return the values each query sees, weighted; some queries at a time, to bound memory."""
-    import torch
-
-    tokens = query.shape[1]
-    mixed = torch.empty_like(query)
-    for first in range(0, tokens, QUERY_BLOCK_TOKENS):
-        last = min(first + QUERY_BLOCK_TOKENS, tokens)
-        start = 0 if window_tokens is None else max(0, first + 1 - window_tokens)
-        scores = query[:, first:last] @ key[:, start:last].mT * attention.softmax_scale
-        if attention.attn_logit_softcap is not None:
-            scores = _cap(scores, attention.attn_logit_softcap)
-        distance = torch.arange(first, last)[:, None] - torch.arange(start, last)
-        hidden = distance < 0
-        if window_tokens is not None:
-            hidden |= distance >= window_tokens
-        shares = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        mixed[:, first:last] = shares @ value[:, start:last]
-    return mixed
-
-
-def _cap(x: "torch.Tensor", cap: float) -> "torch.Tensor":
-    return cap * (x / cap).tanh()

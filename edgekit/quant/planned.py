@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgekit.model.spec import Shape
+from edgekit.model.shapes import Shape
 from edgekit.quant.recipe import split_role
 
 

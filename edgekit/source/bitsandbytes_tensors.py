@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from edgekit.encodings.json_files import parse_object
 from edgekit.errors import UsageError
-from edgekit.model.spec import Shape
+from edgekit.model.shapes import Shape
 from edgekit.quant.rounding import bfloat16, from_bfloat16
 from edgekit.source.config import Config
 

@@ -23,7 +23,8 @@ from edgekit.errors import UsageError
 from edgekit.model import card as model_card
 from edgekit.model.card import ModelCard, SamplingDefaults
 from edgekit.model.checkpoint_protocol import BLOCK_WEIGHTS, Calibration, Tensor, row_chunks
-from edgekit.model.spec import DecoderSpec, Shape, Source
+from edgekit.model.shapes import Shape
+from edgekit.model.spec import DecoderSpec, Source
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.quant.rounding import from_bfloat16
 from edgekit.source import (
@@ -35,7 +36,7 @@ from edgekit.source import (
     wrapped,
 )
 from edgekit.source.config import Config
-from edgekit.source.made_tensors import PairOrder
+from edgekit.source.made_tensors import PairOrder, Taps
 from edgekit.source.names import USUAL, Naming, listed
 
 
@@ -304,6 +305,8 @@ class Checkpoint:
         tensor = self.tensors[source.tensor]
         if source.siblings:
             tensor = StackedTensors(tuple(self.tensors[name] for name in source.tensors))
+        if source.is_depthwise:
+            return Taps(tensor)
         if source.neighbours is None:
             return tensor
         return PairOrder(base=tensor, pairs=source.neighbours, to="halves")
@@ -343,6 +346,15 @@ class Checkpoint:
                     "such empty tensors where each process holds a part of the weights",
                     hint="consolidate them first: python zero_to_fp32.py CHECKPOINT OUTPUT "
                     "--safe_serialization, from the training run's directory",
+                )
+            if source.is_depthwise and len(whole) == 3 and whole[1] == 1:
+                found = (whole[0], whole[2])
+            if source.is_depthwise and whole == (expected[0], expected[1], 1) != (1, 1, 1):
+                raise UsageError(
+                    f"{name} in {self.directory} has shape {list(whole)}, as MLX stores it, the "
+                    f"config asks for {[expected[0], 1, expected[1]]}",
+                    hint="MLX also adds one to the norms of some models; take the checkpoint that "
+                    "transformers wrote",
                 )
             if source.rows is not None and whole and source.first_row + source.rows <= whole[0]:
                 found = (source.rows, *whole[1:])

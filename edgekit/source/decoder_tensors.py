@@ -73,6 +73,8 @@ def find(
         else:
             own[own_name or name] = tensor
     own = _without_constants(own, families.constants(architecture, spec), directory)
+    unread = set(families.leftovers(architecture, spec)).intersection(own)
+    own = {name: tensor for name, tensor in own.items() if name not in unread}
     own, wide_notes = _narrowed(own)
     spec, own, tied_notes = _with_head(spec, own, embedding=embedding, head=head)
     return Decoder(
@@ -82,6 +84,7 @@ def find(
         notes=(
             *(() if wrapper else names.notes(naming)),
             *_beside(beside, wrapper),
+            *_unread(unread),
             *wide_notes,
             *tied_notes,
         ),
@@ -125,6 +128,11 @@ def _narrowed(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str,
     count = sum(read[name] is not tensor for name, tensor in tensors.items())
     note = f"{count} tensors are stored in float64 and read as float32"
     return read, (note,) if count else ()
+
+
+def _unread(names: Collection[str]) -> Iterator[str]:
+    if names:
+        yield f"{len(names)} tensors are left out that the model does not read, {min(names)} first"
 
 
 def _beside(left_out: Collection[str], wrapper: str | None) -> Iterator[str]:

@@ -13,7 +13,8 @@ from edgekit.formats.gguf.architectures import Architecture
 from edgekit.formats.gguf.hyperparameters import Facts
 from edgekit.formats.gguf.layout import GgufFile, TensorInfo
 from edgekit.model.checkpoint_protocol import Tensor
-from edgekit.model.spec import DecoderSpec, Shape
+from edgekit.model.shapes import Shape
+from edgekit.model.spec import DecoderSpec
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.progress import Listener
 from edgekit.quant.recipe import split_role

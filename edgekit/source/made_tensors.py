@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor, row_chunks
-from edgekit.model.spec import Pairs, Shape
+from edgekit.model.shapes import Shape
+from edgekit.model.spec import Pairs
 
 
 if TYPE_CHECKING:
@@ -113,6 +114,32 @@ class PairOrder(MergedTensor):
         import numpy as np
 
         return np.array(self.pairs.order(self.to))
+
+
+@dataclass(frozen=True)
+class Taps:
+    """The taps of a convolution that sees each channel by itself, without the axis that says so."""
+
+    base: Tensor  # (channels, 1, taps)
+
+    @property
+    def shape(self) -> Shape:
+        """Channels and taps."""
+        return self.base.shape[0], self.base.shape[2]
+
+    @property
+    def size_bytes(self) -> int:
+        """How much of the file they take."""
+        return self.base.size_bytes
+
+    @property
+    def dtype(self) -> str:
+        """The type they are stored in."""
+        return stored_dtype(self.base)
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "Values":
+        """Return some channels, or all, in float32."""
+        return self.base.read(first_row, rows)[:, 0]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Generic, Literal, TypeVar, assert_never
 
-from edgekit.model.spec import XIELU_BETA, DecoderSpec, Norm, Rope
+from edgekit.model.norm import Norm
+from edgekit.model.rope import Rope
+from edgekit.model.spec import XIELU_BETA, DecoderSpec
 
 
 V = TypeVar("V")  # what stands for a tensor

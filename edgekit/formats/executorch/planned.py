@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from edgekit.errors import UsageError
 from edgekit.formats.executorch import slopes, tensor_types
-from edgekit.model.spec import Shape
+from edgekit.model.shapes import Shape
 from edgekit.progress import Advance
 from edgekit.quant.planned import PlannedWeight, importance_of
 

@@ -5,7 +5,8 @@ import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
 from edgekit.formats.executorch.arithmetic import ropes
-from edgekit.model.spec import DecoderSpec, Rope
+from edgekit.model.rope import Rope
+from edgekit.model.spec import DecoderSpec
 
 
 class Positions(nn.Module):  # type: ignore[misc]  # it is Any here

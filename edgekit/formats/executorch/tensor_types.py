@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edgekit.model.spec import DecoderSpec, Shape
+from edgekit.model.shapes import Shape
+from edgekit.model.spec import DecoderSpec
 from edgekit.quant import grid, rounding
 from edgekit.quant.grid import Fitted, Grid, Precision
 from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits

@@ -15,19 +15,17 @@ from typing import Literal
 
 from edgekit.errors import UsageError
 from edgekit.formats import ContextLimit
-from edgekit.model.spec import (
-    Activation,
-    Attention,
-    DecoderSpec,
+from edgekit.model.mixers import Attention, QueryGrowth
+from edgekit.model.norm import Norm
+from edgekit.model.rope import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
-    Norm,
-    QueryGrowth,
     Rope,
     RopeScaling,
     YarnScaling,
 )
+from edgekit.model.spec import Activation, DecoderSpec
 
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS in llama-hparams.h; more make it abort

@@ -12,23 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from edgekit.errors import UsageError
 from edgekit.formats.gguf import architectures
 from edgekit.formats.gguf.architectures import Architecture
-from edgekit.model.spec import (
-    XIELU_BETA,
-    XIELU_EPSILON,
-    Attention,
-    DecoderSpec,
-    Layer,
+from edgekit.model.mixers import Attention, QueryGrowth
+from edgekit.model.norm import Norm
+from edgekit.model.rope import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
-    Multipliers,
-    Norm,
-    QueryGrowth,
+    ProportionalScaling,
     Rope,
     RopeScaling,
     YarnScaling,
     yarn_attention_factor,
 )
+from edgekit.model.spec import XIELU_BETA, XIELU_EPSILON, DecoderSpec, Layer, Multipliers
 
 
 if TYPE_CHECKING:
@@ -109,7 +105,7 @@ def _scaling_keys(scaling: RopeScaling | None, architecture: Architecture) -> di
                 ),
                 "rope.scaling.attn_factor": ("float32", longrope.attention_factor),
             }
-        case Llama3Scaling() | None:  # Llama 3's factors are a tensor
+        case Llama3Scaling() | ProportionalScaling() | None:  # the first two are a tensor
             return {}
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
 
 from edgekit.encodings.files import require_file
 from edgekit.errors import MissingDependencyError, UsageError
-from edgekit.model.spec import Shape
+from edgekit.model.shapes import Shape
 from edgekit.quant.recipe import TensorType
 
 

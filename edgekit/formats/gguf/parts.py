@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from edgekit.formats.gguf import tensor_types
 from edgekit.formats.gguf.architectures import Architecture
 from edgekit.formats.gguf.layout import TensorEntry
-from edgekit.model.spec import DecoderSpec, Shape
+from edgekit.model.shapes import Shape
+from edgekit.model.spec import DecoderSpec
 from edgekit.quant.planned import PlannedWeight
 from edgekit.quant.recipe import Recipe, split_role
 

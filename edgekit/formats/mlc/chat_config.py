@@ -12,15 +12,10 @@ from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import BundleError
 from edgekit.formats.mlc import decoders, packing, shards, tokenizer_info
 from edgekit.formats.mlc.memory import prefill_chunk_tokens
-from edgekit.model.spec import (
-    Attention,
-    DecoderSpec,
-    Layer,
-    Llama3Scaling,
-    LongRopeScaling,
-    Norm,
-    Rope,
-)
+from edgekit.model.mixers import Attention
+from edgekit.model.norm import Norm
+from edgekit.model.rope import Llama3Scaling, LongRopeScaling, Rope
+from edgekit.model.spec import DecoderSpec, Layer
 
 
 if TYPE_CHECKING:

@@ -12,17 +12,18 @@ from typing import Any
 from edgekit.encodings.json_files import read_object
 from edgekit.encodings.typed_json import FieldReader, check_version
 from edgekit.errors import BundleError
-from edgekit.model import spec as specs
-from edgekit.model.spec import DecoderSpec, Layer, Rope
+from edgekit.model import rope as ropes
+from edgekit.model.rope import Rope, RopeScaling
+from edgekit.model.spec import DecoderSpec, Layer
 
 
 NAME = "decoder.json"
 SCHEMA = 1
 _HINT = "export it again"
-_SCALINGS: dict[str, type[specs.RopeScaling]] = {
+_SCALINGS: dict[str, type[RopeScaling]] = {
     scaling.__name__.removesuffix("Scaling").lower(): scaling
     for scaling in (
-        specs.LinearScaling, specs.Llama3Scaling, specs.LongRopeScaling, specs.YarnScaling
+        ropes.LinearScaling, ropes.Llama3Scaling, ropes.LongRopeScaling, ropes.YarnScaling
     )
 }  # fmt: skip
 
@@ -98,12 +99,12 @@ class _Scaled:
     scaling: dict[str, Any] | None
 
 
-def _read_scaling(reader: FieldReader, found: object) -> specs.RopeScaling | None:
+def _read_scaling(reader: FieldReader, found: object) -> RopeScaling | None:
     scaling = reader.read(_Scaled, {"scaling": found}).scaling
     if scaling is None:
         return None
     name = scaling.pop("kind", None)
     if name not in _SCALINGS:
         raise BundleError(f"{reader.origin}: no rope is scaled as {name!r}", hint=_HINT)
-    read: specs.RopeScaling = reader.read(_SCALINGS[name], scaling)
+    read: RopeScaling = reader.read(_SCALINGS[name], scaling)
     return read

@@ -14,18 +14,17 @@ from typing import Literal
 
 from edgekit.errors import UsageError
 from edgekit.formats import ContextLimit
-from edgekit.model.spec import (
-    Activation,
-    Attention,
-    DecoderSpec,
+from edgekit.model.mixers import Attention
+from edgekit.model.norm import Norm
+from edgekit.model.rope import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
-    Norm,
     Rope,
     RopeScaling,
     YarnScaling,
 )
+from edgekit.model.spec import Activation, DecoderSpec
 
 
 @dataclass(frozen=True, kw_only=True)

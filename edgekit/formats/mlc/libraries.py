@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from edgekit.formats.mlc import decoders
-from edgekit.model.spec import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
+from edgekit.model.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    ProportionalScaling,
+    Rope,
+    YarnScaling,
+)
 
 
 if TYPE_CHECKING:
@@ -92,6 +99,8 @@ def rope_text(rope: Rope) -> str:
                 f"{text}, llama3 {scaling.factor:g} ({scaling.low_frequency_factor:g} to "
                 f"{scaling.high_frequency_factor:g}) from {scaling.original_context_tokens}"
             )
+        case ProportionalScaling() as scaling:
+            return f"{text}, proportional {scaling.factor:g} on {scaling.rotated_pairs} pairs"
         case YarnScaling() as scaling:
             return f"{text}, YaRN {scaling.factor:g} from {scaling.original_context_tokens}"
         case LongRopeScaling() as scaling:

@@ -13,7 +13,7 @@ from edgekit.encodings.files import is_file
 from edgekit.encodings.json_files import read_object
 from edgekit.errors import UsageError
 from edgekit.formats.mlc.decoders import MODELS, model_type
-from edgekit.model.spec import Shape
+from edgekit.model.shapes import Shape
 
 
 if TYPE_CHECKING:

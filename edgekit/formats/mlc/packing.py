@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from edgekit.formats.mlc.names import Parameter
-from edgekit.model.spec import Shape
+from edgekit.model.shapes import Shape
 from edgekit.quant import grid, rounding
 from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits
 

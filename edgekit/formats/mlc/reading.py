@@ -10,7 +10,8 @@ from edgekit.formats.mlc import chat_config, decoders, names, packing, shards
 from edgekit.formats.mlc.names import Parameter
 from edgekit.formats.mlc.packing import Scheme
 from edgekit.formats.mlc.shards import Record, Shard
-from edgekit.model.spec import DecoderSpec, Shape
+from edgekit.model.shapes import Shape
+from edgekit.model.spec import DecoderSpec
 
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from edgekit.formats import BuildRequest, GpuBuffer, Layout
 from edgekit.formats.onnx import clients, graph, model, tensor_types
 from edgekit.formats.onnx.model import External
 from edgekit.formats.onnx.tensor_types import GraphBuild
-from edgekit.model.spec import DecoderSpec, Rope
+from edgekit.model.rope import Rope
+from edgekit.model.spec import DecoderSpec
 from edgekit.progress import Advance
 from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
 from edgekit.quant.recipe import Recipe

@@ -20,14 +20,10 @@ from dataclasses import dataclass, field
 from edgekit.formats.onnx import tensor_types
 from edgekit.formats.onnx.model import CONTRIB, Attribute, Constant, Dtype, Node, OnnxGraph, Port
 from edgekit.formats.onnx.tensor_types import GraphBuild
-from edgekit.model.spec import (
-    XIELU_BETA,
-    DecoderSpec,
-    Layer,
-    Norm,
-    QueryGrowth,
-    Rope,
-)
+from edgekit.model.mixers import QueryGrowth
+from edgekit.model.norm import Norm
+from edgekit.model.rope import Rope
+from edgekit.model.spec import XIELU_BETA, DecoderSpec, Layer
 
 
 # Inputs with a value of their own: a client that knows nothing of them may leave them out.

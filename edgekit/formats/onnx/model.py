@@ -18,7 +18,7 @@ from typing import Literal
 from edgekit.encodings.files import is_file, require_file
 from edgekit.encodings.protobuf import ProtobufMessage, integer, nested, real, text
 from edgekit.errors import BundleError
-from edgekit.model.spec import Shape
+from edgekit.model.shapes import Shape
 
 
 Dtype = Literal["float32", "float16", "uint8", "int32", "int64"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from edgekit.errors import BundleError
 from edgekit.formats.onnx import model
 from edgekit.formats.onnx.model import External
-from edgekit.model.spec import Shape
+from edgekit.model.shapes import Shape
 from edgekit.quant import grid, rounding
 from edgekit.quant.grid import Grid
 from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits

@@ -17,7 +17,8 @@ from edgekit.encodings.hashing import sha256_of_all
 from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor
-from edgekit.model.spec import DecoderSpec, Shape
+from edgekit.model.shapes import Shape
+from edgekit.model.spec import DecoderSpec
 from edgekit.model.tokenizer_files import added_tokens
 from edgekit.source import families
 from edgekit.source.adapters import adapter_config, by_peft, mlx, names

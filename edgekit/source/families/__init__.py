@@ -12,7 +12,7 @@ import functools
 import importlib
 import importlib.metadata
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import EntryPoint
 from typing import Any, Protocol, cast
 
@@ -25,7 +25,7 @@ class Family(Protocol):
     """What a module in this package offers."""
 
     SIZES: Mapping[str, int]  # what transformers takes where a wrapper's section is silent
-    # A module may also have STORED_NAMES, see `own_name`, and `constants`, see there.
+    # A module may also have STORED_NAMES, see `own_name`, `constants` and `leftovers`, see there.
 
     def describe(self, config: Config) -> DecoderSpec:
         """Read the whole config; whoever calls then calls ``config.refuse_unread``."""
@@ -144,4 +144,11 @@ def constants(model_type: str, spec: DecoderSpec) -> Mapping[str, float]:
     """
     of_family = getattr(get(model_type), "constants", None)
     found: Mapping[str, float] = of_family(spec) if of_family else {}
+    return found
+
+
+def leftovers(model_type: str, spec: DecoderSpec) -> Collection[str]:
+    """Return the tensors that files of a family may hold and that neither transformers reads."""
+    of_family = getattr(get(model_type), "leftovers", None)
+    found: Collection[str] = of_family(spec) if of_family else ()
     return found

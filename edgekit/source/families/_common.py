@@ -5,14 +5,18 @@ A field that is absent has the value transformers gives it, which differs by fam
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from edgekit.errors import UsageError
-from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope, Source
+from edgekit.model.mixers import Attention
+from edgekit.model.norm import Norm
+from edgekit.model.rope import Rope
+from edgekit.model.spec import DecoderSpec, Layer, Source
 from edgekit.source.config import Config
 
 
 LayerKind = Literal["full_attention", "sliding_attention"]
+K = TypeVar("K", bound=str)
 
 MOST_LAYERS = 1024  # no small model comes near; a damaged config must not fill the memory
 
@@ -108,20 +112,29 @@ def read_layer_kinds(config: Config, otherwise: Sequence[LayerKind]) -> list[Lay
     """Return each layer's kind: of ``layer_types`` where it is there, else ``otherwise``.
 
     Raises:
-        UsageError: If a kind is unknown, or there are more or fewer kinds than layers.
+        UsageError: As `read_kinds`.
     """
-    kinds = config.get("layer_types", list[LayerKind]()) or list(otherwise)
+    return read_kinds(config, otherwise, known=("full_attention", "sliding_attention"))
+
+
+def read_kinds(config: Config, otherwise: Sequence[K], *, known: Sequence[K]) -> list[K]:
+    """Return each layer's kind: of ``layer_types`` where it is there, else ``otherwise``.
+
+    Raises:
+        UsageError: If a kind is not ``known``, or there are more or fewer kinds than layers.
+    """
+    kinds = config.get("layer_types", list[K]()) or list(otherwise)
     if len(kinds) != len(otherwise):
         raise UsageError(
             f"{config.origin}: layer_types names {len(kinds)} layers, the model has "
             f"{len(otherwise)}"
         )
     for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
+        if kind not in known:
             raise UsageError(
                 f"{config.origin}: layer_types has {kind!r}, and layers of that type are not "
                 "supported",
-                hint="supported: full_attention, sliding_attention",
+                hint=f"supported: {', '.join(known)}",
             )
     return kinds
 

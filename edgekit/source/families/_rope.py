@@ -6,19 +6,21 @@ without scaling, and ``rope_theta`` and ``partial_rotary_factor`` next to it.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from edgekit.errors import UsageError
-from edgekit.model.spec import (
-    DecoderSpec,
+from edgekit.model.rope import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    ProportionalScaling,
     Rope,
     RopeScaling,
     YarnScaling,
     yarn_attention_factor,
 )
+from edgekit.model.spec import DecoderSpec
 from edgekit.source.config import Config
 
 
@@ -77,8 +79,14 @@ def section(config: Config, *, absent: Mapping[str, Any] | None = None) -> Confi
     return newer
 
 
-def read_ropes_of_kinds(
-    config: Config, head_dim: int, *, full_theta: float, sliding_theta: float
+def read_ropes_of_kinds(  # noqa: PLR0913 - what families differ in
+    config: Config,
+    head_dim: int,
+    *,
+    full_theta: float,
+    sliding_theta: float,
+    full_head_dim: int | None = None,
+    absent: Mapping[str, Any] | None = None,
 ) -> tuple[Rope, Rope]:
     """Read the rope of the layers that see everything, and of those with a window.
 
@@ -89,17 +97,22 @@ def read_ropes_of_kinds(
         head_dim: Channels of a head, all of which rotate.
         full_theta: Of the first, where their object does not say.
         sliding_theta: Of the others.
+        full_head_dim: Channels of a head of the first; None: as many as of the others.
+        absent: The object that transformers takes where the config has none.
     """
     both = config.section("rope_parameters")
+    if absent and not config.get("rope_parameters", dict[str, Any]()):
+        both = Config(dict(absent), origin=both.origin)
     full, sliding = both.section("full_attention"), both.section("sliding_attention")
     if config.get("rope_scaling", dict[str, Any]()):
         full = config.section("rope_scaling")
     context = config.integer("max_position_embeddings")
     ropes = []
-    for fields, theta in ((full, full_theta), (sliding, sliding_theta)):
+    kinds = (full, full_head_dim or head_dim, full_theta), (sliding, head_dim, sliding_theta)
+    for fields, width, theta in kinds:
         # transformers 5 looks for it next to the kinds, where it is refused.
         fields.expect(truncate=True)
-        ropes.append(read_fields(fields, width=head_dim, theta=theta, context_tokens=context))
+        ropes.append(read_fields(fields, width=width, theta=theta, context_tokens=context))
         fields.refuse_unread()
     both.refuse_unread()
     return ropes[0], ropes[1]
@@ -137,25 +150,34 @@ def read_fields(
     rope = Rope(width=width, theta=fields.number("rope_theta", theta))
     inner = fields.optional_integer("original_max_position_embeddings") or context_tokens
     original = original_context_tokens or inner
+    return replace(rope, scaling=_read_scaling(fields, rope, original, context_tokens))
+
+
+def _read_scaling(  # noqa: PLR0911 - one for each type
+    fields: Config, rope: Rope, original_context_tokens: int, context_tokens: int
+) -> RopeScaling | None:
+    original = original_context_tokens
     match kind(fields):
         case "default":
-            return rope
-        case "linear":
-            return _scaled(rope, LinearScaling(factor=fields.number("factor")))
-        case "llama3":
-            return _scaled(rope, _read_llama3(fields, original))
-        # "su" and "yarn" are what the first Phi-3 called longrope; others have no such factors.
-        case "longrope" | "su" | "yarn" if "long_factor" in fields:
-            return _scaled(rope, _read_longrope(fields, original, context_tokens, width))
-        case "yarn":
-            return _scaled(rope, _read_yarn(fields, original, context_tokens, rope.theta))
+            return None
         case "dynamic":  # other angles begin where the context ends
             fields.number("factor")
-            return rope
+            return None
+        case "linear":
+            return LinearScaling(factor=fields.number("factor"))
+        case "llama3":
+            return _read_llama3(fields, original)
+        case "proportional":
+            return _read_proportional(fields, rope.width)
+        # "su" and "yarn" are what the first Phi-3 called longrope; others have no such factors.
+        case "longrope" | "su" | "yarn" if "long_factor" in fields:
+            return _read_longrope(fields, original, context_tokens, rope.width)
+        case "yarn":
+            return _read_yarn(fields, original, context_tokens, rope.theta)
         case unknown:
             raise UsageError(
                 f"{fields.origin}: rope of type {unknown!r} is not supported",
-                hint="default, linear, dynamic, llama3, yarn, longrope",
+                hint="default, linear, dynamic, llama3, yarn, longrope, proportional",
             )
 
 
@@ -163,10 +185,6 @@ def kind(fields: Config) -> str:
     """Return the type of a rope object, under its newer or its older name."""
     older = fields.get("type", "default")
     return fields.get("rope_type", older)
-
-
-def _scaled(rope: Rope, scaling: RopeScaling) -> Rope:
-    return Rope(width=rope.width, theta=rope.theta, scaling=scaling)
 
 
 def _read_llama3(fields: Config, original_context_tokens: int) -> Llama3Scaling:
@@ -220,6 +238,13 @@ def _read_yarn(
     )
 
 
+def _read_proportional(fields: Config, width: int) -> ProportionalScaling:
+    share = fields.number("partial_rotary_factor", 1.0, most=1.0)
+    return ProportionalScaling(
+        factor=fields.number("factor", 1.0), rotated_pairs=int(share * width // 2)
+    )
+
+
 def _read_factors(fields: Config, name: str, width: int) -> tuple[float, ...]:
     values = fields.get(name, list[Any]())
     if len(values) != width // 2:
@@ -263,6 +288,12 @@ def write_fields(rope: Rope) -> dict[str, Any]:
                 "low_freq_factor": scaling.low_frequency_factor,
                 "high_freq_factor": scaling.high_frequency_factor,
                 "original_max_position_embeddings": scaling.original_context_tokens,
+            }
+        case ProportionalScaling() as scaling:
+            return fields | {
+                "rope_type": "proportional",
+                "factor": scaling.factor,
+                "partial_rotary_factor": 2 * scaling.rotated_pairs / rope.width,
             }
         case YarnScaling() as scaling:
             return fields | {

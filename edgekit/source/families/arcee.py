@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from edgekit.model.spec import DecoderSpec, Norm
+from edgekit.model.norm import Norm
+from edgekit.model.spec import DecoderSpec
 from edgekit.source.config import Config
 from edgekit.source.families import _common, _rope, llama, nemotron
 

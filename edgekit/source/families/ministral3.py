@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from edgekit.model.spec import DecoderSpec, QueryGrowth
+from edgekit.model.mixers import QueryGrowth
+from edgekit.model.spec import DecoderSpec
 from edgekit.source.config import Config
 from edgekit.source.families import _common, _rope, llama
 

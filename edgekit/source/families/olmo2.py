@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from edgekit.model.spec import DecoderSpec, Rope
+from edgekit.model.rope import Rope
+from edgekit.model.spec import DecoderSpec
 from edgekit.source.config import Config
 from edgekit.source.families import _common, _rope, gemma2
 

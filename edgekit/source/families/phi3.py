@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from edgekit.errors import UsageError
-from edgekit.model.spec import DecoderSpec, Source, YarnScaling
+from edgekit.model.rope import YarnScaling
+from edgekit.model.spec import DecoderSpec, Source
 from edgekit.source.config import Config
 from edgekit.source.families import _common, _rope, llama
 

@@ -29,7 +29,11 @@ from typing import TYPE_CHECKING, Any
 from edgekit import formats
 from edgekit.formats import BuildRequest
 from edgekit.formats.gguf import conversion, layout, pretokenizers, tensor_types, writing
-from edgekit.model.spec import Attention, DecoderSpec, Layer, Llama3Scaling, Norm, Rope, Shape
+from edgekit.model.mixers import Attention
+from edgekit.model.norm import Norm
+from edgekit.model.rope import Llama3Scaling, Rope
+from edgekit.model.shapes import Shape
+from edgekit.model.spec import DecoderSpec, Layer
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.source.families import llama

@@ -16,7 +16,10 @@ from edgekit.doctor import _tiny_checkpoint
 from edgekit.errors import BundleError, UsageError
 from edgekit.formats import BuildRequest, ContextLimit, Format, MemoryUse, Running, Writing
 from edgekit.installed import extras
-from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope
+from edgekit.model.mixers import Attention
+from edgekit.model.norm import Norm
+from edgekit.model.rope import Rope
+from edgekit.model.spec import DecoderSpec, Layer
 from edgekit.plan import Choice
 from edgekit.plan import make as make_plan
 from edgekit.proof.interpreter import InterpreterSession

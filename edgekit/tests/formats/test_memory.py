@@ -8,7 +8,9 @@ from edgekit.formats import Layout
 from edgekit.formats.executorch import memory as executorch
 from edgekit.formats.gguf import memory as gguf
 from edgekit.formats.onnx import memory as onnx
-from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm
+from edgekit.model.mixers import Attention
+from edgekit.model.norm import Norm
+from edgekit.model.spec import DecoderSpec, Layer
 from edgekit.quant.planned import PlannedWeight
 
 

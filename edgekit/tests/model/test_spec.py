@@ -4,15 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from edgekit.model.spec import (
-    Attention,
-    DecoderSpec,
-    Layer,
-    LongRopeScaling,
-    Multipliers,
-    Norm,
-    Rope,
-)
+from edgekit.model.mixers import Attention
+from edgekit.model.norm import Norm
+from edgekit.model.rope import LongRopeScaling, Rope
+from edgekit.model.spec import DecoderSpec, Layer, Multipliers
 
 
 def long_rope(border):

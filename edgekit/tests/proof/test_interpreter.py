@@ -9,7 +9,8 @@ import pytest
 
 from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor
-from edgekit.model.spec import DecoderSpec, Layer, LinearScaling, Rope
+from edgekit.model.rope import LinearScaling, Rope
+from edgekit.model.spec import DecoderSpec, Layer
 from edgekit.proof import interpreter
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.tiny.checkpoints import (

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm
+from edgekit.model.mixers import Attention
+from edgekit.model.norm import Norm
+from edgekit.model.spec import DecoderSpec, Layer
 from edgekit.quant.recipe import Recipe, Rule, is_sensitive
 
 

@@ -11,14 +11,8 @@ import pytest
 
 import edgekit
 from edgekit.errors import UsageError
-from edgekit.model.spec import (
-    LinearScaling,
-    Llama3Scaling,
-    LongRopeScaling,
-    Norm,
-    Rope,
-    YarnScaling,
-)
+from edgekit.model.norm import Norm
+from edgekit.model.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 from edgekit.source import families
 from edgekit.source.config import Config
 from edgekit.source.families import _rope

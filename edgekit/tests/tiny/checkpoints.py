@@ -59,12 +59,27 @@ _TIED = {"tie_word_embeddings": True}
 _STRETCHED = {"max_position_embeddings": 512, "original_max_position_embeddings": 256}
 _GEMMA = _TIED | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW_TOKENS}
 
+# Whose norms multiply by one more than they store.
+_ADDS_ONE = {"gemma", "gemma2", "gemma3_text", "vaultgemma", "nemotron", "qwen3_5_text"}
 _MUP = {
     "embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.6,
 }  # fmt: skip
 _DENSE_GRANITE4 = _MUP | {
     "logits_scaling": 6.0, "shared_intermediate_size": 112, "num_local_experts": 0,
     "num_experts_per_tok": 0, "layer_types": ["full_attention"] * 3, "mamba_n_heads": 4,
+}  # fmt: skip
+
+_DELTA: dict[str, Any] = {
+    "num_hidden_layers": 4, "head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10_000_000.0, "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+    },
+}  # fmt: skip
+_FIVE_KINDS = [*["sliding_attention"] * 4, "full_attention"]
+_GEMMA4 = _TIED | {
+    "head_dim": 16, "global_head_dim": 32, "sliding_window": WINDOW_TOKENS, "vocab_size": 544,
+    "vocab_size_per_layer_input": 544,
 }  # fmt: skip
 
 TINY: dict[str, TinyCase] = {
@@ -264,6 +279,56 @@ TINY: dict[str, TinyCase] = {
         model_type="vaultgemma", voice="gemma",
         fields=_GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0},
     ),
+    "lfm2": TinyCase(
+        model_type="lfm2", voice="llama3",
+        fields=_TIED | {"num_hidden_layers": 4, "block_multiple_of": 16, "intermediate_size": 150,
+                        "layer_types": ["conv", "conv", "full_attention", "conv"]},
+    ),
+    "lfm2-five-taps": TinyCase(
+        model_type="lfm2", voice="llama3",
+        fields={"num_hidden_layers": 4, "conv_L_cache": 5, "block_auto_adjust_ff_dim": False,
+                "norm_eps": 1e-3, "tie_word_embeddings": False,
+                "layer_types": ["full_attention", "conv", "conv", "full_attention"]},
+    ),
+    "lfm2-bias": TinyCase(
+        model_type="lfm2", voice="llama3",
+        fields=_TIED | {"conv_bias": True, "block_auto_adjust_ff_dim": False,
+                        "layer_types": ["conv", "full_attention", "conv"]},
+    ),
+    "qwen3.5": TinyCase(  # 4B and 9B: two value heads to a key head
+        model_type="qwen3_5_text", voice="qwen3",
+        fields=_DELTA | {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    ),
+    "qwen3.5-tied": TinyCase(  # 0.8B and 2B: as many of both
+        model_type="qwen3_5_text", voice="qwen3",
+        fields=_TIED | _DELTA | {"linear_num_key_heads": 2, "linear_num_value_heads": 2},
+    ),
+    "qwen3.5-pattern": TinyCase(
+        model_type="qwen3_5_text", voice="qwen3",
+        fields=_DELTA | {"linear_num_key_heads": 1, "linear_num_value_heads": 4,
+                         "linear_conv_kernel_dim": 3, "rms_norm_eps": 1e-5,
+                         "num_hidden_layers": 5, "layer_types": [
+                             "full_attention", "linear_attention", "linear_attention",
+                             "full_attention", "linear_attention"]},
+    ),
+    "gemma4": TinyCase(  # E2B: the last layers read keys and values of earlier ones
+        model_type="gemma4_text", voice="gemma",
+        fields=_GEMMA4 | {"num_hidden_layers": 8, "num_kv_shared_layers": 3,
+                          "use_double_wide_mlp": True, "hidden_size_per_layer_input": 32,
+                          "final_logit_softcapping": 6.0,
+                          "layer_types": [*_FIVE_KINDS, *_FIVE_KINDS[2:]]},
+    ),
+    "gemma4-other-donors": TinyCase(
+        model_type="gemma4_text", voice="gemma",
+        fields=_GEMMA4 | {"num_hidden_layers": 7, "num_kv_shared_layers": 2,
+                          "hidden_size_per_layer_input": 24,
+                          "layer_types": [*_FIVE_KINDS[::-1], *_FIVE_KINDS[-2:]]},
+    ),
+    "gemma4-31b": TinyCase(  # values that are keys, and no embeddings for the layers
+        model_type="gemma4_text", voice="gemma",
+        fields=_GEMMA4 | {"num_hidden_layers": 7, "attention_k_eq_v": True,
+                          "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
+    ),
 }  # fmt: skip
 
 
@@ -325,13 +390,12 @@ def _build(case: TinyCase, *, seed: int, stops: list[int], overrides: Mapping[st
     fields = sizes | unset | special | dict(case.fields) | dict(overrides)
     config = AutoConfig.for_model(case.model_type, **json.loads(json.dumps(fields)))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    adds_one = case.model_type.startswith(("gemma", "vaultgemma", "nemotron"))
-    _randomize(model, seed=seed, neutral=0.0 if adds_one else 1.0)
+    _randomize(model, seed=seed, adds_one=case.model_type in _ADDS_ONE)
     model.generation_config = GenerationConfig(**(special | {"eos_token_id": stops}))
     return model.eval()
 
 
-def _randomize(model: Any, *, seed: int, neutral: float) -> None:
+def _randomize(model: Any, *, seed: int, adds_one: bool) -> None:
     """Give every weight a value whose loss would be seen."""
     import torch
 
@@ -340,9 +404,17 @@ def _randomize(model: Any, *, seed: int, neutral: float) -> None:
         for name, weight in model.named_parameters():
             # Sharper logits than weights inside: then small errors inside move the answer.
             std = 0.3 if "embed" in name or "lm_head" in name else 0.15
+            if "conv" in name:  # few numbers are added up there
+                std = 0.5
             weight.normal_(std=std, generator=source)
-            if "norm" in name and name.endswith("weight"):
-                weight.add_(neutral)
+            is_norm = "norm" in name and name.endswith("weight")
+            if is_norm and (not adds_one or name.endswith("linear_attn.norm.weight")):
+                weight.add_(1.0)
+            if name.endswith("A_log"):  # states that last for some tokens, and for many
+                weight.uniform_(0.02, 3.0, generator=source).log_()
+        for name, scale in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                scale.uniform_(0.5, 1.5, generator=source)
 
 
 @functools.cache

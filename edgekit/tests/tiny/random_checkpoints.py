@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgekit.doctor import _RandomTensor, _tiny_checkpoint
-from edgekit.model.spec import DecoderSpec, Norm
+from edgekit.model.norm import Norm
 from edgekit.source import families
 from edgekit.source.checkpoint import Checkpoint
+
+
+if TYPE_CHECKING:
+    from edgekit.model.spec import DecoderSpec
 
 
 GEMMA2: dict[str, Any] = {

@@ -18,7 +18,8 @@ from edgekit.formats import DecoderWeights
 if TYPE_CHECKING:
     from edgekit.formats.executorch.backends._writing import BackendWriting
     from edgekit.formats.executorch.program import Program
-    from edgekit.model.spec import DecoderSpec, Shape
+    from edgekit.model.shapes import Shape
+    from edgekit.model.spec import DecoderSpec
 
 
 @dataclass(frozen=True, kw_only=True)

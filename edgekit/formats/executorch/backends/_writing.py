@@ -12,7 +12,8 @@ from edgekit.formats.executorch.backends import Backend
 
 if TYPE_CHECKING:
     from edgekit.formats.executorch.planned import Job, ProgramWeight
-    from edgekit.model.spec import DecoderSpec, Shape
+    from edgekit.model.shapes import Shape
+    from edgekit.model.spec import DecoderSpec
 
 
 class BackendWriting(ABC):

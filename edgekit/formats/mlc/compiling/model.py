@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, assert_never
 
 from edgekit.errors import UsageError
-from edgekit.model.spec import Norm, Rope
+from edgekit.model.norm import Norm
+from edgekit.model.rope import Rope
 
 
 if TYPE_CHECKING:

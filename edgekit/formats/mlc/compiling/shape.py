@@ -10,7 +10,8 @@ from edgekit.errors import UsageError
 from edgekit.formats.mlc import decoder_file, decoders, names, packing
 from edgekit.formats.mlc.libraries import PREFILL_CHUNK_TOKENS
 from edgekit.formats.mlc.packing import PackedTensor, Scheme
-from edgekit.model.spec import DecoderSpec, Shape
+from edgekit.model.shapes import Shape
+from edgekit.model.spec import DecoderSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,10 @@ from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest
 from edgekit.formats.executorch import backends, conversion, tensor_types
 from edgekit.formats.executorch.backends import xnnpack
-from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope
+from edgekit.model.mixers import Attention
+from edgekit.model.norm import Norm
+from edgekit.model.rope import Rope
+from edgekit.model.spec import DecoderSpec, Layer
 from edgekit.tests.tiny.executorch_artifacts import decoded
 
 

@@ -11,14 +11,9 @@ import pytest
 from edgekit.errors import UsageError
 from edgekit.formats.gguf import architectures, conversion, hyperparameters, memory, parts
 from edgekit.formats.gguf.hyperparameters import Facts
-from edgekit.model.spec import (
-    LinearScaling,
-    LongRopeScaling,
-    Multipliers,
-    Norm,
-    Pairs,
-    Rope,
-)
+from edgekit.model.norm import Norm
+from edgekit.model.rope import LinearScaling, LongRopeScaling, Rope
+from edgekit.model.spec import Multipliers, Pairs
 from edgekit.source import families
 from edgekit.source.config import Config
 from edgekit.source.made_tensors import PairOrder

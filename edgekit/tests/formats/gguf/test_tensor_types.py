@@ -9,7 +9,10 @@ from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.formats.gguf import layout, tensor_types
 from edgekit.formats.gguf.layout import ALL_TENSOR_TYPES, TENSOR_TYPE_NUMBERS, TensorEntry, Writer
 from edgekit.formats.gguf.tensor_types import FILE_TYPES, RECIPES, TENSOR_TYPES, quantize, stored_as
-from edgekit.model.spec import Attention, DecoderSpec, Layer, Norm, Rope
+from edgekit.model.mixers import Attention
+from edgekit.model.norm import Norm
+from edgekit.model.rope import Rope
+from edgekit.model.spec import DecoderSpec, Layer
 
 
 DEPTH = 18  # the first sixteenth, the first eighth and the first four layers all differ

@@ -10,18 +10,10 @@ import pytest
 from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest, GpuBuffer
 from edgekit.formats.mlc import chat_config, decoders, packing, writing
-from edgekit.model.spec import (
-    Attention,
-    DecoderSpec,
-    Layer,
-    LinearScaling,
-    Llama3Scaling,
-    LongRopeScaling,
-    Norm,
-    QueryGrowth,
-    Rope,
-    YarnScaling,
-)
+from edgekit.model.mixers import Attention, QueryGrowth
+from edgekit.model.norm import Norm
+from edgekit.model.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
+from edgekit.model.spec import DecoderSpec, Layer
 
 
 pytest.importorskip("numpy")

@@ -7,18 +7,10 @@ import pytest
 
 from edgekit.errors import BundleError
 from edgekit.formats.mlc import decoder_file
-from edgekit.model.spec import (
-    Attention,
-    DecoderSpec,
-    Layer,
-    LinearScaling,
-    Llama3Scaling,
-    LongRopeScaling,
-    Norm,
-    QueryGrowth,
-    Rope,
-    YarnScaling,
-)
+from edgekit.model.mixers import Attention, QueryGrowth
+from edgekit.model.norm import Norm
+from edgekit.model.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
+from edgekit.model.spec import DecoderSpec, Layer
 
 
 PLAIN = DecoderSpec(

@@ -8,7 +8,10 @@ import pytest
 
 from edgekit.formats.mlc import decoders, libraries
 from edgekit.formats.mlc.packing import SCHEMES
-from edgekit.model.spec import Attention, DecoderSpec, Layer, Llama3Scaling, Norm, Rope
+from edgekit.model.mixers import Attention
+from edgekit.model.norm import Norm
+from edgekit.model.rope import Llama3Scaling, Rope
+from edgekit.model.spec import DecoderSpec, Layer
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.source.checkpoint import Checkpoint
 

@@ -10,7 +10,8 @@ from edgekit.doctor import _tiny_checkpoint
 from edgekit.formats import BuildRequest
 from edgekit.formats.mlc import artifact, conversion, memory, writing
 from edgekit.formats.mlc.packing import RECIPES
-from edgekit.model.spec import Layer, Rope
+from edgekit.model.rope import Rope
+from edgekit.model.spec import Layer
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.formats.mlc.test_config import COMPUTED

@@ -24,7 +24,8 @@ from edgekit.formats.mlc import (
     running,
     writing,
 )
-from edgekit.model.spec import Layer, Rope
+from edgekit.model.rope import Rope
+from edgekit.model.spec import Layer
 from edgekit.proof.interpreter import InterpreterSession
 from edgekit.runtime.processors import usable_cores
 from edgekit.tests.formats.mlc.test_weights import open_golden

@@ -26,7 +26,7 @@ from edgekit.formats.mlc import (
 from edgekit.formats.mlc.names import Parameter
 from edgekit.formats.mlc.packing import GROUPS, RECIPES, PackedTensor
 from edgekit.model.checkpoint_protocol import Calibration
-from edgekit.model.spec import Shape
+from edgekit.model.shapes import Shape
 from edgekit.quant.rounding import from_bfloat16
 from edgekit.source import families
 from edgekit.source.checkpoint import Checkpoint

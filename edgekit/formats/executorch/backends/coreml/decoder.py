@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 from edgekit.formats.executorch import tensor_types
 from edgekit.formats.executorch.arithmetic import SQUARES, Arithmetic, bias_of, ropes
 from edgekit.formats.executorch.backends.coreml.mil import Blob, FunctionWriter, Value
-from edgekit.model.spec import DecoderSpec, Norm, QueryGrowth, Shape
+from edgekit.model.mixers import QueryGrowth
+from edgekit.model.norm import Norm
+from edgekit.model.shapes import Shape
+from edgekit.model.spec import DecoderSpec
 
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from edgekit.encodings.protobuf import integer, nested, text
-from edgekit.model.spec import Shape
+from edgekit.model.shapes import Shape
 
 
 Kind = Literal["bool", "string", "fp16", "fp32", "int8", "int32", "int4"]

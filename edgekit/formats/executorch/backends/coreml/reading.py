@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edgekit.formats.executorch.program import Program
-    from edgekit.model.spec import DecoderSpec, Shape
+    from edgekit.model.shapes import Shape
+    from edgekit.model.spec import DecoderSpec
 
     Rows = npt.NDArray[np.float32]
 

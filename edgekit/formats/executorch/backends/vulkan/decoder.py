@@ -15,7 +15,10 @@ from edgekit.formats.executorch.arithmetic import Arithmetic, bias_of, ropes
 from edgekit.formats.executorch.assembly import Slice
 from edgekit.formats.executorch.backends.vulkan import limits
 from edgekit.formats.executorch.backends.vulkan.graph import ITEM_BYTES, Dtype, Value, VulkanGraph
-from edgekit.model.spec import DecoderSpec, Norm, Rope, Shape
+from edgekit.model.norm import Norm
+from edgekit.model.rope import Rope
+from edgekit.model.shapes import Shape
+from edgekit.model.spec import DecoderSpec
 
 
 _FLOATS: Mapping[str, Dtype] = {"F32": "FLOAT32", "F16": "FLOAT16"}

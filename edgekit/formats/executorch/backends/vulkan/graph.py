@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NewType
 
 from edgekit.formats.executorch.contents import CONSTANT
-from edgekit.model.spec import Shape
+from edgekit.model.shapes import Shape
 
 
 Value = NewType("Value", int)  # where it stands in the graph

@@ -9,7 +9,8 @@ from edgekit.encodings.flatbuffer import refuse
 from edgekit.errors import BundleError
 from edgekit.formats.executorch import program, slopes, tensor_types
 from edgekit.formats.executorch.contents import CONSTANT, NamedWeight, delegate_graph, named_weights
-from edgekit.model.spec import DecoderSpec, Shape
+from edgekit.model.shapes import Shape
+from edgekit.model.spec import DecoderSpec
 
 
 if TYPE_CHECKING:

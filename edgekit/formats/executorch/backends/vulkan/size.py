@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from edgekit.formats.executorch.arithmetic import RELU2_OPERATORS, XIELU_OPERATORS, ropes
 from edgekit.formats.executorch.backends.vulkan.decoder import query_factor
 from edgekit.formats.executorch.tensor_types import ALIGNMENT, Part, has_pairs
-from edgekit.model.spec import DecoderSpec, Norm
+from edgekit.model.norm import Norm
+from edgekit.model.spec import DecoderSpec
 
 
 _HEAD_BYTES, _OPERATOR_BYTES, _PART_BYTES = 4_614, 132, 189

@@ -14,7 +14,8 @@ from edgekit.formats.executorch.backends.vulkan import limits, memory, size
 if TYPE_CHECKING:
     from edgekit.formats import Layout, MemoryUse
     from edgekit.formats.executorch.planned import Job, ProgramWeight
-    from edgekit.model.spec import DecoderSpec, Shape
+    from edgekit.model.shapes import Shape
+    from edgekit.model.spec import DecoderSpec
 
 
 BATCH_TOKENS = 128  # are read at once, unless scores of so many outgrow a buffer

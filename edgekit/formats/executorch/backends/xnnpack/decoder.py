@@ -24,7 +24,10 @@ from torch.nn import functional  # noqa: TID253
 from edgekit.formats.executorch.arithmetic import Arithmetic
 from edgekit.formats.executorch.backends.xnnpack.attention import mixed_here
 from edgekit.formats.executorch.positions import Positions
-from edgekit.model.spec import XIELU_BETA, Attention, DecoderSpec, Norm, Rope
+from edgekit.model.mixers import Attention
+from edgekit.model.norm import Norm
+from edgekit.model.rope import Rope
+from edgekit.model.spec import XIELU_BETA, DecoderSpec
 
 
 _GELU = 2 * math.sqrt(2 / math.pi)  # GELU's tanh is of half of _GELU x + _GELU_CUBE x^3

@@ -8,7 +8,7 @@ tensor types.
 import copy
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
@@ -19,7 +19,11 @@ from edgekit.formats.executorch.backends import xnnpack
 from edgekit.formats.executorch.backends.xnnpack import decoder
 from edgekit.formats.executorch.backends.xnnpack.decoder import Segment, SegmentShape
 from edgekit.formats.executorch.lowering import TRACED_TOKENS
-from edgekit.model.spec import DecoderSpec, Shape
+from edgekit.model.spec import DecoderSpec
+
+
+if TYPE_CHECKING:
+    from edgekit.model.shapes import Shape
 
 
 aten = torch.ops.aten

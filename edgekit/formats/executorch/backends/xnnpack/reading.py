@@ -10,7 +10,7 @@ from edgekit.formats.executorch.contents import CONSTANT, NamedWeight, delegate_
 
 if TYPE_CHECKING:
     from edgekit.formats.executorch.program import Program
-    from edgekit.model.spec import Shape
+    from edgekit.model.shapes import Shape
 
 
 _QUANTIZED = 2  # of XNNPACK's XValueUnion

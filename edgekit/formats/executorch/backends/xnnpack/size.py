@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from edgekit.formats.executorch.arithmetic import RELU2_OPERATORS, XIELU_OPERATORS, ropes
 from edgekit.formats.executorch.backends.xnnpack.attention import mixed_here
 from edgekit.formats.executorch.tensor_types import ALIGNMENT, SCALE, Part, has_pairs
-from edgekit.model.spec import DecoderSpec, Norm
+from edgekit.model.norm import Norm
+from edgekit.model.spec import DecoderSpec
 
 
 _DELEGATE_BYTES, _OPERATOR_BYTES, _NAME_BYTES = 312, 107, 86
