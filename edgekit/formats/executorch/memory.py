@@ -38,14 +38,14 @@ def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
 
 def cache_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     """Return the size of all keys and values."""
-    token_bytes = 2 * spec.attention.key_value_width * CACHE_ITEM_BYTES
-    return len(spec.layers) * token_bytes * context_tokens
+    widths = sum(2 * attention.key_value_width for _, _, attention in spec.caches())
+    return widths * CACHE_ITEM_BYTES * context_tokens
 
 
 def planned_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     """Return what is set aside between delegates: their inputs and outputs, for a whole context."""
-    a = spec.attention
-    widths = 2 * spec.hidden_size + 2 * a.query_width + 4 * a.key_value_width
+    of_attention = (2 * a.query_width + 4 * a.key_value_width for _, _, a in spec.attentions())
+    widths = 2 * spec.hidden_size + max(of_attention, default=0)
     return 4 * (context_tokens * widths + spec.vocab_size)
 
 
@@ -55,11 +55,13 @@ def batch_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     Twice: as a text grows, scores move to a larger place.
     """
     batch = min(BATCH_TOKENS, context_tokens)
-    widths = spec.attention.heads * context_tokens + mlp_channels(spec) + 2 * spec.hidden_size
+    heads = max((attention.heads for _, _, attention in spec.attentions()), default=0)
+    widths = heads * context_tokens + mlp_channels(spec) + 2 * spec.hidden_size
     return 2 * 4 * batch * widths
 
 
 def mlp_channels(spec: DecoderSpec) -> int:
-    """Return how many channels an MLP has at once: its products, and what they become."""
+    """Return how many channels the widest MLP has at once: its products, and what they become."""
     bent = {"silu": 2, "gelu_tanh": 2, "relu2": 2, "xielu": 4}[spec.activation]
-    return (bent + spec.is_gated) * spec.intermediate_size
+    widest = max(spec.mlp(index).intermediate_size for index in range(len(spec.layers)))
+    return (bent + spec.is_gated) * widest

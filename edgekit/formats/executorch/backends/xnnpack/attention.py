@@ -5,14 +5,27 @@ a program one for every prompt would be set aside for the longest, and take the 
 context; a delegate's is as long as it must.
 """
 
+from edgekit.model.mixers import Attention
 from edgekit.model.spec import DecoderSpec
+
+
+def attention(spec: DecoderSpec, index: int) -> Attention:
+    """Return how a layer attends, which must be one that does."""
+    mixer = spec.mixer(index)
+    assert isinstance(mixer, Attention)  # noqa: S101 - others are refused
+    return mixer
 
 
 def mixed_here(spec: DecoderSpec, *, uses_llm_operators: bool) -> tuple[bool, ...]:
     """Return for each layer whether plain operators compute its attention."""
-    if not uses_llm_operators or spec.attention.attn_logit_softcap is not None:
-        return (True,) * len(spec.layers)
-    return tuple(layer.window_tokens is not None for layer in spec.layers)
+    has_operator = {
+        index
+        for index, layer, a in spec.attentions()
+        if layer.window_tokens is None and a.attn_logit_softcap is None
+    }
+    return tuple(
+        not (uses_llm_operators and index in has_operator) for index in range(len(spec.layers))
+    )
 
 
 def note(spec: DecoderSpec) -> str | None:
@@ -20,7 +33,8 @@ def note(spec: DecoderSpec) -> str | None:
     count = sum(mixed_here(spec, uses_llm_operators=True))
     if not count:
         return None
-    lacks = "a cap on scores" if spec.attention.attn_logit_softcap is not None else "a window"
+    has_cap = any(a.attn_logit_softcap is not None for _, _, a in spec.attentions())
+    lacks = "a cap on scores" if has_cap else "a window"
     return (
         f"{count} of {len(spec.layers)} layers compute attention with plain operators: "
         f"ExecuTorch's custom_sdpa has none with {lacks}"

@@ -22,11 +22,12 @@ from torch import Tensor, nn  # noqa: TID253
 from torch.nn import functional  # noqa: TID253
 
 from edgekit.formats.executorch.arithmetic import Arithmetic
-from edgekit.formats.executorch.backends.xnnpack.attention import mixed_here
+from edgekit.formats.executorch.backends.xnnpack.attention import attention, mixed_here
 from edgekit.formats.executorch.positions import Positions
 from edgekit.model.mixers import Attention
 from edgekit.model.norm import Norm
 from edgekit.model.rope import Rope
+from edgekit.model.shapes import Shape
 from edgekit.model.spec import XIELU_BETA, DecoderSpec
 
 
@@ -41,33 +42,61 @@ LayerTensors = Mapping[
 
 
 @dataclass(frozen=True, kw_only=True)
+class FirstHalf:
+    """What makes the first halves of two layers the same program, up to the cache."""
+
+    attention: Attention
+    rope_width: int | None  # None: it has none
+    feeds_mix: bool  # the next segment computes attention; else a custom operator
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondHalf:
+    """What makes the second halves of two layers the same program, from the cache on."""
+
+    attention: Attention
+    mixes: bool  # it computes attention; else a custom operator did
+    window_tokens: int | None  # of that attention
+
+
+@dataclass(frozen=True, kw_only=True)
 class SegmentShape:
     """What makes two segments the same program."""
 
-    reads_cache: bool  # has the second half of a layer
-    fills_cache: bool  # has the first half of a layer; else the output head
-    rope_width: int | None  # of the first half; None: it has none
-    mixes: bool  # the second half computes attention; else a custom operator did
-    feeds_mix: bool  # the next segment computes that of the first half; else a custom operator
-    window_tokens: int | None  # of that attention
+    ends: SecondHalf | None  # of a layer; None: nothing is before
+    begins: FirstHalf | None  # of the next; None: the output head
     changes_x: bool
+    weights: tuple[tuple[str, Shape], ...]  # by their name within the segment
 
 
 def segment_shapes(spec: DecoderSpec, *, uses_llm_operators: bool) -> Iterator[SegmentShape]:
     """Yield the segments of a decoder, one more than it has layers."""
     depth = len(spec.layers)
     mixes = mixed_here(spec, uses_llm_operators=uses_llm_operators)
+    shapes = dict(spec.weights())
     for index in range(depth + 1):
-        rope = spec.layers[index].rope if index < depth else None
+        roles = segment_roles(spec, index)
         yield SegmentShape(
-            reads_cache=index > 0,
-            fills_cache=index < depth,
-            rope_width=rope.width if rope else None,
-            mixes=index > 0 and mixes[index - 1],
-            feeds_mix=index < depth and mixes[index],
-            window_tokens=spec.layers[index - 1].window_tokens if index > 0 else None,
+            ends=_second_half(spec, index - 1, mixes=mixes[index - 1]) if index > 0 else None,
+            begins=_first_half(spec, index, mixes=mixes[index]) if index < depth else None,
             changes_x=index > 0 or spec.residual == "parallel",
+            weights=tuple((name, shapes[role]) for name, role in roles.items()),
         )
+
+
+def _first_half(spec: DecoderSpec, index: int, *, mixes: bool) -> FirstHalf:
+    rope = spec.layers[index].rope
+    return FirstHalf(
+        attention=attention(spec, index), rope_width=rope.width if rope else None, feeds_mix=mixes
+    )
+
+
+def _second_half(spec: DecoderSpec, index: int, *, mixes: bool) -> SecondHalf:
+    return SecondHalf(
+        attention=attention(spec, index),
+        mixes=mixes,
+        window_tokens=spec.layers[index].window_tokens,
+    )
 
 
 def segment_roles(spec: DecoderSpec, index: int) -> dict[str, str]:
@@ -101,7 +130,7 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
         self.shape = shape
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-        for width in _normalized_widths(spec):
+        for width in _normalized_widths(spec, shape):
             mean = torch.full((1, width), 1 / width)
             self.register_buffer(f"mean_{width}", mean, persistent=False)
         self._numbers: dict[float, str] = {}
@@ -123,65 +152,64 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
                 rotated; the factor of queries where it grows.
         """
         left = list(inputs)
-        if self.shape.reads_cache:
-            mixed = self._mix(*(left.pop(0) for _ in range(5))) if self.shape.mixes else left.pop(0)
-            x = self._finish_layer(x, mixed)
-        if not self.shape.fills_cache:
+        if half := self.shape.ends:
+            mixed = self._mix(half, [left.pop(0) for _ in range(5)]) if half.mixes else left.pop(0)
+            x = self._finish_layer(half, x, mixed)
+        if self.shape.begins is None:
             return (self._head(x),)
-        return self._begin_layer(x, *left)
+        return self._begin_layer(self.shape.begins, x, *left)
 
-    def _begin_layer(self, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+    def _begin_layer(self, half: FirstHalf, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         """Return x, queries, keys and values, each as the cache or attention wants them."""
         read = self._before("attention_norm", x)
-        a = self.spec.attention
-        query = self._project_heads("query", read, a.heads)
-        key = self._project_heads("key", read, a.num_kv_heads)
-        value = self._project_heads("value", read, a.num_kv_heads)
-        for step in self._steps_of_heads(rotates=self.shape.rope_width is not None):
+        a = half.attention
+        query = self._project_heads(a, "query", read, a.heads)
+        key = self._project_heads(a, "key", read, a.num_kv_heads)
+        value = self._project_heads(a, "value", read, a.num_kv_heads)
+        for step in self._steps_of_heads(a, rotates=half.rope_width is not None):
             if step == "rotate":
                 query, key = (_rotation(them, *given[:2]) for them in (query, key))
             else:
-                query = self._normalize_heads("query_norm", query, a.heads)
-                key = self._normalize_heads("key_norm", key, a.num_kv_heads)
+                query = self._normalize_heads(a, "query_norm", query, a.heads)
+                key = self._normalize_heads(a, "key_norm", key, a.num_kv_heads)
         if self.spec.residual == "parallel":
             x = x + self._after("mlp_post_norm", self._mlp(read))
         query = query * self._number(a.softmax_scale)
         if a.query_growth:
             query = query * given[-1]
         made = (query, key, value)
-        if self.shape.feeds_mix:
+        if half.feeds_mix:
             made = _grouped(a, query), key.permute(1, 2, 0), value.permute(1, 0, 2)
         # A delegate may not hand back what it was given.
         return (x, *made) if self.shape.changes_x else made
 
-    def _mix(
-        self, query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, columns: Tensor
-    ) -> Tensor:
+    def _mix(self, half: SecondHalf, given: Sequence[Tensor]) -> Tensor:
         """Return what attention gathers, of shape ``(tokens, query width)``.
 
         A mask for all layers would be planned for the longest prompt, and take the square of the
         context; here it is as long as it must.
         """
-        a = self.spec.attention
+        query, keys, values, rows, columns = given
+        a = half.attention
         scores = torch.bmm(query, keys)
         if a.attn_logit_softcap is not None:
             scores = self._cap(scores, a.attn_logit_softcap)
-        shares = functional.softmax(scores + self._mask(rows, columns), -1)
+        shares = functional.softmax(scores + self._mask(half, rows, columns), -1)
         mixed = torch.bmm(shares, values)  # (key heads, tokens * shared, head width)
-        shared = a.heads // a.num_kv_heads
+        shared = _queries_of_a_key(a)
         mixed = mixed.view(a.num_kv_heads, -1, shared * a.head_dim)
         return mixed.permute(1, 0, 2).reshape(-1, a.query_width)
 
-    def _mask(self, rows: Tensor, columns: Tensor) -> Tensor:
+    def _mask(self, half: SecondHalf, rows: Tensor, columns: Tensor) -> Tensor:
         """Return zero where a query sees a key, else minus `HIDDEN` for each token too far."""
         mask = torch.minimum(rows - columns, self._number(0.0))
-        if self.shape.window_tokens is None:
+        if half.window_tokens is None:
             return mask
-        reach = self._number((self.shape.window_tokens - 1) * HIDDEN)
+        reach = self._number((half.window_tokens - 1) * HIDDEN)
         return mask + torch.minimum(columns + reach - rows, self._number(0.0))
 
-    def _finish_layer(self, x: Tensor, mixed: Tensor) -> Tensor:
-        a = self.spec.attention
+    def _finish_layer(self, half: SecondHalf, x: Tensor, mixed: Tensor) -> Tensor:
+        a = half.attention
         attended = self._linear("attention_output", mixed, has_bias=a.has_output_bias)
         x = x + self._after("attention_post_norm", attended)
         if self.spec.residual == "parallel":
@@ -214,10 +242,9 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
         bias = self.get_parameter(f"{name}_bias") if has_bias else None
         return functional.linear(x, self.get_parameter(name), bias)
 
-    def _project_heads(self, name: str, x: Tensor, heads: int) -> Tensor:
-        return self._split_heads(
-            self._linear(name, x, has_bias=self.spec.attention.has_qkv_bias), heads
-        )
+    def _project_heads(self, a: Attention, name: str, x: Tensor, heads: int) -> Tensor:
+        made = self._linear(name, x, has_bias=a.has_qkv_bias)
+        return self._split_heads(made, heads, a.head_dim)
 
     # The operators of `Arithmetic`
 
@@ -229,11 +256,11 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
         x = x * self._vector(role)
         return x + self._vector(f"{role}_bias") if norm.has_bias else x
 
-    def _split_heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.view(-1, heads, self.spec.attention.head_dim)
+    def _split_heads(self, x: Tensor, heads: int, width: int) -> Tensor:
+        return x.view(-1, heads, width)
 
-    def _join_heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.view(-1, heads * self.spec.attention.head_dim)
+    def _join_heads(self, x: Tensor, heads: int, width: int) -> Tensor:
+        return x.view(-1, heads * width)
 
     def _vector(self, role: str) -> Tensor:
         return self.get_parameter(role)
@@ -264,26 +291,35 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
         return x * torch.sigmoid(x * scaled)
 
 
-def _normalized_widths(spec: DecoderSpec) -> tuple[int, ...]:
-    """Return how many channels are normalized at once, here and there."""
-    a = spec.attention
-    if a.query_key_norm and a.head_norms == "together":
-        return spec.hidden_size, a.query_width, a.key_value_width
-    return spec.hidden_size, a.head_dim
+def _attentions(shape: SegmentShape) -> Iterator[Attention]:
+    """Yield those of the layer that a segment ends, and of the one it begins."""
+    yield from (half.attention for half in (shape.ends, shape.begins) if half)
+
+
+def _normalized_widths(spec: DecoderSpec, shape: SegmentShape) -> Iterator[int]:
+    """Yield how many channels are normalized at once, here and there."""
+    yield spec.hidden_size
+    for a in _attentions(shape):
+        if a.query_key_norm and a.head_norms == "together":
+            yield from (a.query_width, a.key_value_width)
+        else:
+            yield a.head_dim
 
 
 def _numbers(spec: DecoderSpec, shape: SegmentShape) -> Iterator[float]:
     """Yield every number that a segment may want, in an order that only these two decide."""
     yield 0.0
-    if shape.window_tokens is not None:
-        yield (shape.window_tokens - 1) * HIDDEN
-    a = spec.attention
-    yield a.softmax_scale
-    yield from dict.fromkeys(norm.epsilon for norm in (spec.norm, a.query_key_norm) if norm)
-    for cap in dict.fromkeys(
-        cap for cap in (a.attn_logit_softcap, spec.final_logit_softcap) if cap is not None
-    ):
-        yield from (2 / cap, 2 * cap, cap)
+    if shape.ends and shape.ends.window_tokens is not None:
+        yield (shape.ends.window_tokens - 1) * HIDDEN
+    yield spec.norm.epsilon
+    caps = [spec.final_logit_softcap]
+    for a in _attentions(shape):
+        yield a.softmax_scale
+        yield from (norm.epsilon for norm in (a.query_key_norm,) if norm)
+        caps.append(a.attn_logit_softcap)
+    for cap in caps:
+        if cap is not None:
+            yield from (2 / cap, 2 * cap, cap)
     if spec.activation == "gelu_tanh":
         yield from (_GELU, _GELU_CUBE)
     if spec.activation == "xielu":
@@ -299,11 +335,10 @@ def _rotation(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat((x[..., :width] * cosine + swapped * sine, x[..., width:]), -1)
 
 
-def _grouped(attention: Attention, query: Tensor) -> Tensor:
+def _grouped(a: Attention, query: Tensor) -> Tensor:
     """Return ``(key heads, tokens * queries of a key, head width)``: no key is copied."""
-    shared = attention.heads // attention.num_kv_heads
-    rows = query.view(-1, attention.num_kv_heads, shared * attention.head_dim)
-    return rows.permute(1, 0, 2).reshape(attention.num_kv_heads, -1, attention.head_dim)
+    rows = query.view(-1, a.num_kv_heads, _queries_of_a_key(a) * a.head_dim)
+    return rows.permute(1, 0, 2).reshape(a.num_kv_heads, -1, a.head_dim)
 
 
 class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
@@ -325,12 +360,12 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         self.positions = Positions(spec)
         self.segments = nn.ModuleList(segments)
         for name in ("keys", "values"):
-            for index in range(len(spec.layers)):
+            for index, _, _ in spec.caches():
                 shape = self._cache_shape(name, index)
                 self.register_buffer(f"{name}_{index}", torch.zeros(shape), persistent=False)
 
     def _cache_shape(self, name: str, index: int) -> tuple[int, ...]:
-        a = self.spec.attention
+        a = attention(self.spec, index)
         if not self.mixed_here[index]:
             return (1, self.context_tokens, a.num_kv_heads, a.head_dim)
         if name == "keys":  # as the products of attention want them
@@ -364,26 +399,26 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
     def _attend_here(self, input_pos: Tensor) -> Attend:
         """Return what keeps keys and values, and gives a segment all that attention needs."""
         filled = self._filled(input_pos)
-        rows, columns = self._places(input_pos, filled)
+        scaled = input_pos.to(torch.float32)[:, None] * HIDDEN
+        rows = {count: _repeated(scaled, count) for count in self._queries_of_a_key()}
+        columns = torch.arange(filled, dtype=torch.float32)[None] * HIDDEN
         last = len(self.spec.layers) - 1
-        shared = self.spec.attention.heads // self.spec.attention.num_kv_heads
 
         def attend(
             index: int, x: Tensor, query: Tensor, keys: Tensor, values: Tensor
         ) -> tuple[Tensor, ...]:
             keys, values = self._cache(index, keys, values, input_pos, filled)
+            shared = _queries_of_a_key(attention(self.spec, index))
             if index == last:  # only the last token's logits are wanted
-                return x[-1:], query[:, -shared:], keys, values, rows[-shared:], columns
-            return x, query, keys, values, rows, columns
+                return x[-1:], query[:, -shared:], keys, values, rows[shared][-shared:], columns
+            return x, query, keys, values, rows[shared], columns
 
         return attend
 
-    def _places(self, input_pos: Tensor, filled: int) -> tuple[Tensor, Tensor]:
-        """Return the positions of queries and of keys, for masks."""
-        shared = self.spec.attention.heads // self.spec.attention.num_kv_heads
-        scaled = input_pos.to(torch.float32)[:, None] * HIDDEN
-        rows = scaled.expand(-1, shared).reshape(-1, 1)
-        return rows, torch.arange(filled, dtype=torch.float32)[None] * HIDDEN
+    def _queries_of_a_key(self) -> Iterator[int]:
+        """Yield how many queries share a key, each number once."""
+        here = (a for index, _, a in self.spec.attentions() if self.mixed_here[index])
+        yield from dict.fromkeys(_queries_of_a_key(a) for a in here)
 
     def _attend_there(self, input_pos: Tensor) -> Attend:
         """Return what leaves cache and attention to the operators of ExecuTorch's LLM runners."""
@@ -400,7 +435,7 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
                 torch.ops.llama.update_cache(made[None], cache, first)
             mixed = torch.ops.llama.custom_sdpa(
                 query[None], *caches, first, None, 0.0, True, 1.0
-            ).reshape(-1, self.spec.attention.query_width)
+            ).reshape(-1, attention(self.spec, index).query_width)
             return (x[-1:], mixed[-1:]) if index == last else (x, mixed)
 
         return attend
@@ -424,7 +459,8 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         if index == len(self.spec.layers):
             return ()
         rope = self.spec.layers[index].rope
-        return (*(rotations[rope] if rope else ()), *(() if growth is None else (growth,)))
+        grown = growth if attention(self.spec, index).query_growth else None
+        return (*(rotations[rope] if rope else ()), *(() if grown is None else (grown,)))
 
     def _cache(
         self, index: int, keys: Tensor, values: Tensor, input_pos: Tensor, filled: int
@@ -435,6 +471,15 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         aten.index_put_(all_keys, [None, None, input_pos], keys)
         aten.index_put_(all_values, [None, input_pos], values)
         return all_keys[:, :, :filled], all_values[:, :filled]
+
+
+def _queries_of_a_key(a: Attention) -> int:
+    return a.heads // a.num_kv_heads
+
+
+def _repeated(rows: Tensor, count: int) -> Tensor:
+    """Return every row so many times."""
+    return rows.expand(-1, count).reshape(-1, 1)
 
 
 def _promise(is_true: bool) -> None:

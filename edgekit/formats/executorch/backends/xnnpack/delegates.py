@@ -91,11 +91,11 @@ class Segments:
 
 def _outputs(spec: DecoderSpec, shape: SegmentShape, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
     """Return tensors of the shapes that a segment gives."""
-    if not shape.fills_cache:
+    if shape.begins is None:
         return (x.new_empty(1, spec.vocab_size),)
-    a, tokens = spec.attention, x.shape[0]
+    a, tokens = shape.begins.attention, x.shape[0]
     made: list[Shape]
-    if shape.feeds_mix:
+    if shape.begins.feeds_mix:
         shared = a.heads // a.num_kv_heads
         made = [
             (a.num_kv_heads, tokens * shared, a.head_dim),
@@ -108,7 +108,7 @@ def _outputs(spec: DecoderSpec, shape: SegmentShape, x: Tensor, *_: Tensor) -> t
     return (*changed, *(x.new_empty(size) for size in made))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)  # a decoder with two kinds of layers has a dozen
 def _template(spec: DecoderSpec, shape: SegmentShape, context_tokens: int) -> "_Template":
     return _Template(spec, shape, context_tokens)
 
@@ -188,11 +188,7 @@ def _half() -> Any:
 
 
 def _export_segment(spec: DecoderSpec, shape: SegmentShape, context_tokens: int) -> Any:
-    depth = len(spec.layers)
-    index = 0 if not shape.reads_cache else depth if not shape.fills_cache else 1
-    shapes = dict(spec.weights())
-    roles = decoder.segment_roles(spec, index)
-    weights = {name: torch.empty(shapes[role]) for name, role in roles.items()}
+    weights = {name: torch.empty(size) for name, size in shape.weights}
     inputs, (first, *others) = _example(spec, shape, context_tokens)
     return torch.export.export(
         Segment(spec, shape, weights),
@@ -206,14 +202,15 @@ def _example(
     spec: DecoderSpec, shape: SegmentShape, context_tokens: int
 ) -> tuple[list[Tensor], list[dict[int, Any]]]:
     """Return inputs of a segment, and which of their axes have any length."""
-    a, shared = spec.attention, spec.attention.heads // spec.attention.num_kv_heads
     tokens = torch.export.Dim("tokens", min=1, max=context_tokens)
     filled = torch.export.Dim("filled", min=1, max=context_tokens)
-    rows, count = ({0: tokens}, TRACED_TOKENS) if shape.fills_cache else ({}, 1)
-    queries = shared * tokens if shape.fills_cache else None
+    ends, begins = shape.ends, shape.begins
+    rows, count = ({0: tokens}, TRACED_TOKENS) if begins else ({}, 1)
     given: list[tuple[Shape, dict[int, Any]]] = [((count, spec.hidden_size), rows)]
-    if shape.reads_cache and shape.mixes:
-        heads, width = a.num_kv_heads, a.head_dim
+    if ends and ends.mixes:
+        heads, width = ends.attention.num_kv_heads, ends.attention.head_dim
+        shared = ends.attention.heads // heads
+        queries = shared * tokens if begins else None
         given += [
             ((heads, shared * count, width), {1: queries} if queries else {}),
             ((heads, width, _TRACED_FILLED), {2: filled}),
@@ -221,11 +218,11 @@ def _example(
             ((shared * count, 1), {0: queries} if queries else {}),
             ((1, _TRACED_FILLED), {1: filled}),
         ]
-    elif shape.reads_cache:
-        given.append(((count, a.query_width), rows))
-    if shape.rope_width is not None:
-        given += [((count, 1, shape.rope_width), rows)] * 2
-    if shape.fills_cache and a.query_growth:
+    elif ends:
+        given.append(((count, ends.attention.query_width), rows))
+    if begins and begins.rope_width is not None:
+        given += [((count, 1, begins.rope_width), rows)] * 2
+    if begins and begins.attention.query_growth:
         given.append(((count, 1, 1), rows))
     return [torch.zeros(size) for size, _ in given], [axes for _, axes in given]
 

@@ -7,8 +7,13 @@ and on SmolLM2-135M. It is 0.4 % of that model's file, and known within a tenth.
 
 from collections.abc import Sequence
 
-from edgekit.formats.executorch.arithmetic import RELU2_OPERATORS, XIELU_OPERATORS, ropes
-from edgekit.formats.executorch.backends.xnnpack.attention import mixed_here
+from edgekit.formats.executorch.arithmetic import (
+    RELU2_OPERATORS,
+    XIELU_OPERATORS,
+    query_growth,
+    ropes,
+)
+from edgekit.formats.executorch.backends.xnnpack.attention import attention, mixed_here
 from edgekit.formats.executorch.tensor_types import ALIGNMENT, SCALE, Part, has_pairs
 from edgekit.model.norm import Norm
 from edgekit.model.spec import DecoderSpec
@@ -41,7 +46,7 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: 
     head_bytes = _HEAD_BYTES + _LAYER_BYTES * depth + _PART_BYTES * len(parts)
     turns = len(ropes(spec))
     head_bytes += (_TURN_BYTES if turns else 0) + _ROPE_BYTES * turns
-    head_bytes += _GROWTH_BYTES if spec.attention.query_growth else 0
+    head_bytes += _GROWTH_BYTES if query_growth(spec) else 0
     head_bytes += _BORDER_BYTES if spec.original_max_position_embeddings is not None else 0
     head_bytes += _PAIRED_BYTES if has_pairs(spec, parts) else 0
     # Fewer where some layers go without the operator, and none of them where all do.
@@ -80,7 +85,7 @@ def _segment_operators(
 
 
 def _first_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
-    a, rope = spec.attention, spec.layers[index].rope
+    a, rope = attention(spec, index), spec.layers[index].rope
     count = 3 + 3 + 1 + (5 if mixes else 0) + (1 if a.query_growth else 0)
     count += _norm(spec.norm) if spec.has_pre_norms else 0
     if a.query_key_norm:
@@ -93,7 +98,7 @@ def _first_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
 def _second_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
     count = 2  # the output matrix, the residual
     if mixes:
-        count += 9 + (4 if spec.attention.attn_logit_softcap is not None else 0)
+        count += 9 + (4 if attention(spec, index).attn_logit_softcap is not None else 0)
         count += 0 if spec.layers[index].window_tokens is None else 4
     count += _norm(spec.norm) if spec.has_post_norms else 0
     if spec.residual == "serial":
