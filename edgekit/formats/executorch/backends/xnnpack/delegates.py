@@ -7,7 +7,7 @@ tensor types.
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 # This is the workstation's half: nothing that runs on a device imports it.
@@ -15,9 +15,11 @@ import torch  # noqa: TID253
 from torch import Tensor, fx, nn  # noqa: TID253
 
 from edgekit.formats.executorch import lowering, tensor_types
+from edgekit.formats.executorch.assembly import Slice
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.formats.executorch.backends.xnnpack import decoder
 from edgekit.formats.executorch.backends.xnnpack.decoder import Segment, SegmentShape
+from edgekit.formats.executorch.contents import SLICE
 from edgekit.formats.executorch.lowering import TRACED_TOKENS
 from edgekit.model.spec import DecoderSpec
 
@@ -61,10 +63,11 @@ class Segments:
         uses_llm_operators: bool,
     ) -> None:
         self._spec, self._tensor_types = spec, tensor_types
-        self._context_tokens = context_tokens
+        self._context_tokens, self._shapes = context_tokens, dict(spec.weights())
         self.numbers: dict[str, bytes] = {}
         self.operators = 0
         self.weights: set[str] = set()  # by role
+        self.slices: dict[str, Slice] = {}
         self.modules = [
             self._delegate(shape, decoder.segment_roles(spec, index))
             for index, shape in enumerate(
@@ -81,12 +84,32 @@ class Segments:
         graph = template.instance(roles, self._tensor_types)
         self.numbers |= template.numbers
         self.operators += len(graph.xnodes)
-        self.weights.update(template.weights(roles))
+        used = template.weights(roles)
+        self.weights.update(key.partition(SLICE)[0] for key in used)
+        for key in used:
+            if SLICE in key:
+                self.slices.update(self._slices(key))
         return lowering.delegate(
             xnnpack.BACKEND.id,
             serialize_xnnpack_binary(graph, bytearray()),
             functools.partial(_outputs, self._spec, shape),
         )
+
+    def _slices(self, key: str) -> Iterator[tuple[str, Slice]]:
+        """Yield the parts of some rows of a weight: one layer's of what makes embeddings of all."""
+        role, _, first = key.partition(SLICE)
+        own, shape = self._spec.layer_embedding, self._shapes[role]
+        assert own is not None  # noqa: S101 - nothing else is there in slices
+        for part in tensor_types.parts(role, shape, self._tensor_types[role]):
+            row_bytes = part.size_bytes // shape[0]
+            yield (
+                key + part.key.removeprefix(role),
+                Slice(
+                    of=part.key,
+                    first_byte=int(first) * row_bytes,
+                    size_bytes=own.width * row_bytes,
+                ),
+            )
 
 
 def _outputs(spec: DecoderSpec, shape: SegmentShape, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
@@ -104,6 +127,7 @@ def _outputs(spec: DecoderSpec, shape: SegmentShape, x: Tensor, *_: Tensor) -> t
         ]
     else:
         made = [(tokens, heads, a.head_dim) for heads in (a.heads, a.num_kv_heads, a.num_kv_heads)]
+    made = made if a.has_cache else made[:1]
     changed = (torch.empty_like(x),) if shape.changes_x else ()
     return (*changed, *(x.new_empty(size) for size in made))
 
@@ -159,25 +183,23 @@ class _Template:
             self.numbers[key] = content
 
     def weights(self, roles: Mapping[str, str]) -> set[str]:
-        """Return the roles of the weights that are operands of the graph."""
+        """Return the roles of the weights that are operands of the graph, or keys of slices."""
         return {roles[name] for name in self._weights}
 
     def instance(self, roles: Mapping[str, str], stored: Mapping[str, str]) -> Any:
         """Return the graph with the weights of one layer, stored as told."""
         graph = copy.deepcopy(self._graph)
         for name, id in self._weights.items():
-            role = roles[name]
+            key = roles[name]
+            kind = stored[key.partition(SLICE)[0]]
             data = graph.constant_data[graph.xvalues[id].xvalue_union.constant_buffer_idx]
             tensor = graph.xvalues[id].xvalue_union
-            sizes = [
-                part.size_bytes
-                for part in tensor_types.parts(role, tuple(tensor.dims), stored[role])
-            ]
-            data.named_key, data.size = role, sizes[0]
-            if stored[role] == "F16":
+            sizes = [part.size_bytes for part in tensor_types.parts(key, tuple(tensor.dims), kind)]
+            data.named_key, data.size = key, sizes[0]
+            if kind == "F16":
                 tensor.datatype = _half()
             elif sizes[1:]:
-                _quantize(graph, id, stored[role], role + tensor_types.SCALE, sizes[1])
+                _quantize(graph, id, kind, key + tensor_types.SCALE, sizes[1])
         return _with_rounded_inputs(graph)
 
 
@@ -220,6 +242,8 @@ def _example(
         ]
     elif ends:
         given.append(((count, ends.attention.query_width), rows))
+    if ends and (own := spec.layer_embedding):
+        given += [((count, width), rows) for width in (spec.hidden_size, own.width)]
     if begins and begins.rope_width is not None:
         given += [((count, 1, begins.rope_width), rows)] * 2
     if begins and begins.attention.query_growth:

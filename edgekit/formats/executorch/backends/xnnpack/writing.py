@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from edgekit.model.spec import DecoderSpec
 
 
-_COMPUTED = frozenset({kinds.OWN_ATTENTION, kinds.OWN_MLPS})
+_COMPUTED = frozenset({
+    kinds.OWN_ATTENTION, kinds.SHARED_CACHES, kinds.VALUE_NORMS, kinds.KEYS_AS_VALUES,
+    kinds.OWN_MLPS, kinds.LAYER_EMBEDDINGS, kinds.LAYER_SCALES,
+})  # fmt: skip
 
 
 class XnnpackWriting(BackendWriting):
