@@ -1,6 +1,7 @@
 """Plans: what to make for a target, decided by arithmetic before anything slow starts."""
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, cast
 from edgekit import formats
 from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, ReadableRunning
+from edgekit.model.spec import DecoderSpec
 from edgekit.progress import Listener
 from edgekit.proof.calibration import announce
 from edgekit.quant.recipe import Recipe
@@ -23,6 +25,7 @@ from edgekit.units import format_bytes, format_duration, format_rate
 # within 9 % of one effective bandwidth, four boards within 35 %.
 SPEED_UNCERTAINTY = 0.35
 TOKEN_OVERHEAD_S = 0.0002  # sampling and text, per token
+STATE_PASSES = 6  # out, changed and back: each reads and writes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,10 +358,19 @@ def estimate(
 ) -> Estimate:
     """Return the cost of an artifact on a target, without loading a weight."""
     memory = formats.writing(format).memory_use(
-        checkpoint, layout, context_tokens=context_tokens, repacks=target.repacks
+        checkpoint, layout, context_tokens=context_tokens, by_app=target.by_app
     )
-    token_s = _token_s(checkpoint, layout, memory, target, context_tokens=context_tokens)
-    flop = 2 * sum(p.parameters for p in layout.placements if p.role != "token_embedding")
+    types = formats.get(format).TENSOR_TYPES
+    streamed_bytes = sum(
+        placement.size_bytes * types[placement.tensor_type].decode_cost
+        for placement in layout.placements
+        if placement.role not in checkpoint.spec.looked_up
+    )
+    token_s = _token_s(
+        checkpoint.spec, streamed_bytes, memory, target, context_tokens=context_tokens
+    )
+    looked_up = checkpoint.spec.looked_up | {"token_embedding"}
+    flop = 2 * sum(p.parameters for p in layout.placements if p.role not in looked_up)
     read_s = token_s if layout.reads_by_token else flop / target.prefill_flop_per_s
     return Estimate(
         artifact_bytes=layout.artifact_bytes,
@@ -372,23 +384,24 @@ def estimate(
 
 
 def _token_s(
-    checkpoint: Checkpoint,
-    layout: Layout,
+    spec: DecoderSpec,
+    streamed_bytes: float,
     memory: MemoryUse,
     target: Target,
     *,
     context_tokens: int,
 ) -> float:
-    """Return the time for one token: every weight is read once, and the cache as far as filled.
+    """Return the time for one token: all weights are read, and the cache as far as filled.
 
-    Of an embedding that is not also the head, one row is read.
+    A state is read and written, and more than once: runtimes take a copy out of where they keep it,
+    change that, and put it back.
     """
-    unread = {"token_embedding"} if not checkpoint.spec.is_tied else set[str]()
-    weights_bytes = sum(p.size_bytes for p in layout.placements if p.role not in unread)
     budget = target.budget
     filled = min(context_tokens, budget.first_token[0].prompt_tokens + budget.answer_tokens // 2)
     cache_bytes = memory.cache_bytes * filled / context_tokens
-    return (weights_bytes + cache_bytes) / target.decode_bandwidth_bytes_per_s + TOKEN_OVERHEAD_S
+    state_bytes = STATE_PASSES * sum(4 * math.prod(shape) for _, _, shape in spec.states())
+    read_bytes = streamed_bytes + cache_bytes + state_bytes
+    return read_bytes / target.decode_bandwidth_bytes_per_s + TOKEN_OVERHEAD_S
 
 
 def _beyond_gpu(layout: Layout, target: Target) -> Iterator[str]:

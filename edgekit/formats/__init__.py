@@ -142,9 +142,9 @@ class Writing(Protocol):
         layout: Layout,
         *,
         context_tokens: int,
-        repacks: bool,
+        by_app: bool,
     ) -> MemoryUse:
-        """Return what the runtime will hold; ``repacks`` if the device has fast kernels."""
+        """Return what the runtime will hold; ``by_app`` if an app calls it, not edgekit."""
         ...
 
     def convert(
