@@ -1,7 +1,6 @@
 """Plans: what to make for a target, decided by arithmetic before anything slow starts."""
 
 import difflib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, cast
 from edgekit import formats
 from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, ReadableRunning
-from edgekit.model.spec import DecoderSpec
 from edgekit.progress import Listener
 from edgekit.proof.calibration import announce
 from edgekit.quant.recipe import Recipe
@@ -25,7 +23,6 @@ from edgekit.units import format_bytes, format_duration, format_rate
 # within 9 % of one effective bandwidth, four boards within 35 %.
 SPEED_UNCERTAINTY = 0.35
 TOKEN_OVERHEAD_S = 0.0002  # sampling and text, per token
-STATE_PASSES = 6  # out, changed and back: each reads and writes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,7 +364,7 @@ def estimate(
         if placement.role not in checkpoint.spec.looked_up
     )
     token_s = _token_s(
-        checkpoint.spec, streamed_bytes, memory, target, context_tokens=context_tokens
+        streamed_bytes + layout.overhead_bytes, memory, target, context_tokens=context_tokens
     )
     looked_up = checkpoint.spec.looked_up | {"token_embedding"}
     flop = 2 * sum(p.parameters for p in layout.placements if p.role not in looked_up)
@@ -384,24 +381,13 @@ def estimate(
 
 
 def _token_s(
-    spec: DecoderSpec,
-    streamed_bytes: float,
-    memory: MemoryUse,
-    target: Target,
-    *,
-    context_tokens: int,
+    streamed_bytes: float, memory: MemoryUse, target: Target, *, context_tokens: int
 ) -> float:
-    """Return the time for one token: all weights are read, and the cache as far as filled.
-
-    A state is read and written, and more than once: runtimes take a copy out of where they keep it,
-    change that, and put it back.
-    """
+    """Return the time for one token: all weights are read, and the cache as far as filled."""
     budget = target.budget
     filled = min(context_tokens, budget.first_token[0].prompt_tokens + budget.answer_tokens // 2)
     cache_bytes = memory.cache_bytes * filled / context_tokens
-    state_bytes = STATE_PASSES * sum(4 * math.prod(shape) for _, _, shape in spec.states())
-    read_bytes = streamed_bytes + cache_bytes + state_bytes
-    return read_bytes / target.decode_bandwidth_bytes_per_s + TOKEN_OVERHEAD_S
+    return (streamed_bytes + cache_bytes) / target.decode_bandwidth_bytes_per_s + TOKEN_OVERHEAD_S
 
 
 def _beyond_gpu(layout: Layout, target: Target) -> Iterator[str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from edgekit import formats
 from edgekit.formats import BuildRequest
-from edgekit.plan import STATE_PASSES, TOKEN_OVERHEAD_S, Estimate, estimate
+from edgekit.plan import TOKEN_OVERHEAD_S, Estimate, estimate
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.target import Target
 from edgekit.target import load as load_target
@@ -89,7 +89,7 @@ class Cell:
     quant: str
     decode_tokens_per_s: float
     memory_bytes: float
-    spec_state_bytes: float
+    overhead_bytes: int
     streamed: Mapping[str, int]  # bytes of weights, by tensor type
     planned: Estimate
 
@@ -108,7 +108,7 @@ class Cell:
     def other_bytes(self) -> float:
         """What is read for a token beside weights."""
         filled = (PROMPT_TOKENS + ANSWER_TOKENS // 2) / CONTEXT_TOKENS
-        return self.planned.memory.cache_bytes * filled + STATE_PASSES * self.spec_state_bytes
+        return self.planned.memory.cache_bytes * filled + self.overhead_bytes
 
 
 def main() -> None:
@@ -153,7 +153,7 @@ def cells() -> Iterable[Cell]:
                 memory_bytes=2**20 * sum(
                     float(row[f"{part}_mib"]) for part in ("weights", "cache", "compute")
                 ),
-                spec_state_bytes=sum(4 * math.prod(it) for _, _, it in checkpoint.spec.states()),
+                overhead_bytes=layout.overhead_bytes,
                 streamed=streamed,
                 planned=estimate(
                     checkpoint, layout, target, format="gguf", context_tokens=CONTEXT_TOKENS
