@@ -99,10 +99,11 @@ def text_in(
 class NgramSession:
     """A language model: what followed the longest end of the text that it has seen before."""
 
-    def __init__(self, sequences, *, vocabulary_tokens, context_tokens=512):
+    def __init__(self, sequences, *, vocabulary_tokens, context_tokens=512, rewinds=True):
         self.vocabulary_tokens = vocabulary_tokens
         self.context_tokens = context_tokens
         self.sequences = [list(sequence) for sequence in sequences]
+        self.rewinds = rewinds
         self.cached = []
         self.reads = []  # how many tokens each call read
         self.is_closed = False
@@ -132,6 +133,11 @@ class NgramSession:
     def all_logits(self, ids):
         self.reset()
         return np.stack([self.decode(token) for token in ids])
+
+    def rewind(self, tokens):
+        if self.rewinds:
+            del self.cached[tokens:]
+        return self.rewinds
 
     def reset(self):
         self.cached = []
