@@ -124,12 +124,13 @@ class ThoughtSplitter:
     Args:
         opens: The mark before a thought, with the stand-ins of special tokens.
         closes: The mark after it.
-        is_open: Whether the prompt has opened it already.
+        is_open: Whether the prompt has opened it already; some models do so again.
     """
 
     def __init__(self, *, opens: str, closes: str, is_open: bool) -> None:
         self._opens, self._closes = opens, closes
-        self._at: Literal["start", "thought", "break", "answer"] = "thought" if is_open else "start"
+        self._at: Literal["start", "thought", "break", "answer"] = "start"
+        self._unless_marked: Literal["thought", "answer"] = "thought" if is_open else "answer"
         self._held = ""  # may be whitespace around a thought, or the beginning of a mark
         self._has_thought = False
         self.has_closed = False  # whether there was a thought that has ended
@@ -152,7 +153,7 @@ class ThoughtSplitter:
 
     def finish(self) -> Sequence[Part]:
         """Return what was held back, when the reply ends."""
-        is_thought = self._at == "thought"
+        is_thought = (self._unless_marked if self._at == "start" else self._at) == "thought"
         rest = self._held.rstrip() if is_thought else self._held
         self._held = ""
         last = self._part(rest if self._has_thought else rest.lstrip(), is_thought=True)
@@ -164,7 +165,7 @@ class ThoughtSplitter:
         if begun.startswith(self._opens):
             self._at, self._held = "thought", begun.removeprefix(self._opens)
         elif not self._opens.startswith(begun):
-            self._at = "answer"
+            self._at = self._unless_marked
 
     def _next_of_thought(self) -> str:
         said, mark, rest = self._held.partition(self._closes)
