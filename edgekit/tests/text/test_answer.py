@@ -7,7 +7,7 @@ from edgekit.tests.witnesses.tiny_runner import (
     sentencepiece_tokenizer,
     text_in,
 )
-from edgekit.text.answer import AnswerReader, ThoughtSplitter
+from edgekit.text.answer import AnswerReader, Part, ThoughtSplitter
 from edgekit.text.rules import ThoughtMarks
 
 
@@ -109,21 +109,25 @@ TOKENIZERS = {
 
 
 @pytest.fixture(params=TOKENIZERS)
-def read(request, tmp_path):
+def tokenizer(request):
+    return request.param
+
+
+@pytest.fixture
+def read(tokenizer, tmp_path):
     """Return a function that reads a reply as the tokens it has, and says where it stopped."""
 
-    def read(said, *, marks=THINK, prompt=ASKED, stop=(), **rules):
-        text = text_in(tmp_path, TOKENIZERS[request.param](), thoughts=marks, **rules)
+    def read_reply(said, *, marks=THINK, prompt=ASKED, stop=(), **rules):
+        text = text_in(tmp_path, TOKENIZERS[tokenizer](), thoughts=marks, **rules)
         reader = AnswerReader(text, prompt=prompt, stop=stop)
-        parts = []
+        parts: list[Part] = []
         for token in text.tokenizer.encode(said, add_special_tokens=False).ids:
             parts += reader.feed(token)
             if reader.has_stopped:
                 return parted(parts), True
         return parted([*parts, *reader.finish()]), False
 
-    read.tokenizer = request.param
-    return read
+    return read_reply
 
 
 @pytest.mark.parametrize(
@@ -134,9 +138,9 @@ def test_marks_are_found_however_they_are_tokens(read, case):
     assert read(said, prompt=OPENED if is_open else ASKED) == ((thought, answer), False)
 
 
-def test_special_tokens_in_an_answer_are_no_text_even_if_they_are_marks(read):
+def test_special_tokens_in_an_answer_are_no_text_even_if_they_are_marks(read, tokenizer):
     (_, answer), _ = read("<think>hm</think>It is <think> and </think>.<end>")
-    is_special = "special" in read.tokenizer
+    is_special = "special" in tokenizer
     assert answer == ("It is  and ." if is_special else "It is <think> and </think>.")
 
 
@@ -149,15 +153,15 @@ def test_a_mark_of_a_special_token_and_letters_is_found(read):
     )
 
 
-def test_a_special_token_that_begins_another_mark_is_no_text(read):
+def test_a_special_token_that_begins_another_mark_is_no_text(read, tokenizer):
     (thought, answer), _ = read("<|channel>final\nYes.", marks=CHANNEL)
-    is_special = "special" in read.tokenizer
+    is_special = "special" in tokenizer
     assert (thought, answer) == ("", "final\nYes." if is_special else "<|channel>final\nYes.")
 
 
-def test_without_marks_or_a_conversation_nothing_is_a_thought(read):
+def test_without_marks_or_a_conversation_nothing_is_a_thought(read, tokenizer):
     said = "<think>hm</think>Yes."
-    shown = "hmYes." if "special" in read.tokenizer else said
+    shown = "hmYes." if "special" in tokenizer else said
     assert read(said, marks=None) == (("", shown), False)
     (thought, answer), _ = read(said, prompt=None)
     assert (thought, answer.lstrip(" ")) == ("", shown)  # the space that opens a first word is kept
