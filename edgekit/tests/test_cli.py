@@ -22,8 +22,10 @@ from edgekit.encodings.visible import visible_lines
 from edgekit.errors import ToolchainError, UsageError
 from edgekit.plan import Choice
 from edgekit.plan import make as make_plan
+from edgekit.run import Runner
 from edgekit.runtime.child import environment
 from edgekit.tests.tiny.random_checkpoints import random_checkpoint
+from edgekit.tests.witnesses.tiny_runner import DIALOGUE, QUESTION, THOUGHTS, thinking_runner_in
 from edgekit.text.answer import Part
 
 
@@ -151,6 +153,22 @@ def test_what_a_model_says_keeps_its_lines_and_does_not_act_on_the_terminal(caps
     )
     shown = "one\n\ttwo\\x1b]0;title\\x07日本語 👩🏽‍🚀\n"
     assert capsys.readouterr() == (shown, shown)
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"), [((), "hm, so\n"), (("--no-reasoning",), ""), (("--json",), "")]
+)
+def test_a_thought_is_printed_apart_from_the_answer(words, shown, tmp_path, monkeypatch, capsys):
+    runner = thinking_runner_in(tmp_path)
+    monkeypatch.setattr(Runner, "open", lambda *_, **__: runner)
+    status, out, err = run(capsys, "run", tmp_path, QUESTION, *words)
+    assert (status, err) == (0, shown.replace("hm, so", THOUGHTS[0]))
+    said = DIALOGUE[1]["content"]
+    if "--json" in words:
+        answer = json.loads(out)
+        assert (answer["text"], answer["reasoning"]) == (said, THOUGHTS[0])
+    else:
+        assert out == f"{said}\n"
 
 
 def test_progress_does_not_act_on_the_terminal(capsys):

@@ -4,12 +4,15 @@ import pytest
 
 from edgekit import formats
 from edgekit.errors import BundleError, UsageError
+from edgekit.export import export
 from edgekit.run import NO_TEMPLATE_NOTE, Chat, Runner, answer, run
 from edgekit.runtime.generate import PromptTooLongError, Sampling
+from edgekit.tests.formats.test_formats import needs_runtime
 from edgekit.tests.witnesses.tiny_runner import (
     CHATML,
     DIALOGUE,
     QUESTION,
+    THINKING,
     THOUGHTS,
     NgramSession,
     bundle_in,
@@ -19,6 +22,7 @@ from edgekit.tests.witnesses.tiny_runner import (
     text_in,
     thinking_runner_in,
 )
+from edgekit.text.rules import ThoughtMarks
 
 
 PARIS = DIALOGUE[1]["content"]
@@ -397,6 +401,30 @@ def test_a_thought_cut_short_is_remembered_as_far_as_it_went(tmp_path):
     assert chat.messages[1:] == [
         {"role": "assistant", "content": "", "reasoning_content": thought.text}
     ]
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("name", ["gguf", "onnx"])
+def test_a_real_runtime_says_the_same_from_a_cache_that_went_back(name, tiny_checkpoint, tmp_path):
+    needs_runtime(name)
+    (tmp_path / "thinking.jinja").write_text(THINKING, encoding="utf-8")
+    bundle = export(
+        tiny_checkpoint, "raspberry-pi-5-8gb", format=name, context_tokens=256, verify=False,
+        chat_template=tmp_path / "thinking.jinja", out=tmp_path / "out",
+    )  # fmt: skip
+    assert bundle.text.thoughts == ThoughtMarks(opens="<think>", closes="</think>")
+    with Runner.open(bundle.directory) as runner:
+        chat = Chat(runner=runner, max_tokens=20)
+        first = chat.say("Hello").answer
+        assert (first.text, first.finish_reason) == ("", "length")  # it has not thought enough
+        assert first.reasoning
+        warm = chat.say("And now?").answer
+        assert 0 < warm.reused_tokens < first.prompt_tokens
+        runner.session.reset()
+        runner._cached_ids.clear()
+        cold = runner.ask(chat.messages[:-1], max_tokens=20).answer
+        assert cold.reused_tokens == 0
+        assert warm.token_ids == cold.token_ids
 
 
 def test_records_are_plain_data(runner):
