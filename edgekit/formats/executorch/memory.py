@@ -46,6 +46,10 @@ def planned_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     """Return what is set aside between delegates: their inputs and outputs, for a whole context."""
     of_attention = (2 * a.query_width + 4 * a.key_value_width for _, _, a in spec.attentions())
     widths = 2 * spec.hidden_size + max(of_attention, default=0)
+    donors = {a.cache_of for _, _, a in spec.attentions()}  # what they hand out stays
+    widths += sum(2 * a.key_value_width for index, _, a in spec.attentions() if index in donors)
+    if own := spec.layer_embedding:
+        widths += spec.hidden_size + own.width
     return 4 * (context_tokens * widths + spec.vocab_size)
 
 

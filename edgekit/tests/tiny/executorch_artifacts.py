@@ -32,6 +32,8 @@ KINDS = (
     "apertus",  # xIELU
     "cohere2",  # a LayerNorm without bias, layers without a rope beside windows
     "ministral3",  # queries that grow
+    "gemma4",  # shared caches, two widths of heads and of MLPs, embeddings and scales of layers
+    "gemma4-31b",  # values that are keys
 )  # fmt: skip
 # Refuses torch as a device without it does.
 WITHOUT_TORCH = """

@@ -12,7 +12,9 @@ from edgekit import formats
 from edgekit.formats import BuildRequest
 from edgekit.formats.executorch import (
     conversion,
+    memory,
     planned,
+    program,
     running,
     slopes,
     tensor_types,
@@ -50,6 +52,8 @@ pytestmark = [
 ]
 
 MAX_KL_NATS = 1e-10
+# Its scores are not divided by the root of a head's width, so what rounding leaves of them counts.
+UNSCALED_MAX_KL_NATS = {"gemma4-31b": 1e-8}
 MIN_POSITIONS = 300
 SMALL = {"num_hidden_layers": 2}
 executorch = formats.get("executorch")
@@ -121,6 +125,7 @@ class Converted:
 
     checkpoint: Checkpoint
     path: Path
+    max_kl_nats: float
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -136,7 +141,11 @@ def converted(request, tmp_path_factory) -> Converted:
         directory,
         progress=lambda _: None,
     )
-    return Converted(checkpoint=checkpoint, path=directory / entry)
+    return Converted(
+        checkpoint=checkpoint,
+        path=directory / entry,
+        max_kl_nats=UNSCALED_MAX_KL_NATS.get(request.param, MAX_KL_NATS),
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -153,7 +162,7 @@ def test_the_program_says_what_transformers_says(converted):
     checkpoint, positions = converted.checkpoint, 0
     for ids in texts(checkpoint):
         found = found_in(converted.path, checkpoint, ids, checkpoint.spec.context_tokens)
-        assert found.mean_kl_nats <= MAX_KL_NATS
+        assert found.mean_kl_nats <= converted.max_kl_nats
         assert found.same_top_token == 1
         positions += found.positions
     assert positions >= MIN_POSITIONS
@@ -184,7 +193,7 @@ def test_every_operator_is_counted_and_every_matrix_in_the_backend(converted):
     ("name", "words"),
     [
         ("gemma2", "INT4_G32"), ("phi3", "INT4_G32"), ("odd-sizes", "INT8"),  # 72 fill no group
-        ("phi", "INT4_G32"),
+        ("phi", "INT4_G32"), ("gemma4", "INT4_G32"),
     ],
 )  # fmt: skip
 def test_four_bits_everywhere_say_nearly_what_transformers_says(name, words, tmp_path):
@@ -204,6 +213,61 @@ def test_four_bits_everywhere_say_nearly_what_transformers_says(name, words, tmp
     said, expected = session.all_logits(ids), expected_logits(checkpoint, ids)
     session.close()
     assert abs(said - expected).mean() < 0.6 * abs(expected).mean()
+
+
+@pytest.fixture(scope="module")
+def shared_caches(tmp_path_factory) -> Converted:
+    """A Gemma 4 of four layers, the last two of which read what the first two keep."""
+    directory = tmp_path_factory.mktemp("gemma4")
+    path = write_tiny_checkpoint(
+        directory / "model", "gemma4", num_hidden_layers=4, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    checkpoint = opening.open_checkpoint(path)
+    return Converted(
+        checkpoint=checkpoint,
+        path=for_phones(checkpoint, directory, context_tokens=checkpoint.spec.context_tokens),
+        max_kl_nats=MAX_KL_NATS,
+    )
+
+
+def test_a_text_is_read_in_any_parts_after_another_by_layers_that_share_caches(shared_caches):
+    checkpoint = shared_caches.checkpoint
+    spec = checkpoint.spec
+    session = running.load(shared_caches.path, context_tokens=spec.context_tokens, threads=1)
+    parts = [[spec.context_tokens], [1, 7, 1, 8, 9, 63, 64, 65], [1] * spec.context_tokens]
+    for ids in texts(checkpoint):
+        said, ends = [], []
+        for counts in parts:
+            session.reset()
+            for end, count in zip(np.cumsum(counts), counts, strict=True):
+                said.append(session.prefill(ids[end - count : end]).copy())
+                ends.append(end)
+        rows = np.array(ends) - 1
+        found = agreement(expected_logits(checkpoint, ids), said, rows, ids)
+        assert found.max_kl_nats <= 10 * MAX_KL_NATS
+        assert found.same_top_token == 1
+    session.close()
+
+
+def test_only_layers_with_caches_of_their_own_get_any(shared_caches):
+    report = json.loads((shared_caches.path.parent / conversion.COVERAGE).read_text())
+    calls = report["operator_calls_outside"]
+    assert calls["llama::custom_sdpa.out"] == 2
+    assert calls["llama::update_cache.out"] == 2  # keys and values of one layer
+    assert calls["aten::index_put_"] == 2
+    assert calls["aten::embedding.out"] == 1 + 4  # tokens, and a row for each layer
+
+
+def test_what_a_program_sets_aside_is_planned_for(shared_caches):
+    spec, context = shared_caches.checkpoint.spec, shared_caches.checkpoint.spec.context_tokens
+    method = program.read(shared_caches.path).method("forward")
+    assert method is not None
+    caches = memory.cache_bytes(spec, context_tokens=context)
+    widths = 2 * 2 * 16 + 2 * 2 * 32  # keys and values of two layers
+    assert caches == 4 * widths * context
+    planned_bytes = caches + memory.planned_bytes(spec, context_tokens=context)
+    assert method.planned_bytes <= planned_bytes <= 1.3 * method.planned_bytes
 
 
 def test_yarn_is_computed_past_its_original_context(tmp_path):
@@ -236,8 +300,11 @@ def layers_that_call_it(path: Path) -> int:
 
 @pytest.mark.parametrize(
     ("name", "layers_by_operator"),
-    [("gemma3", 1), ("gemma2", 0), ("qwen2-window", 1), ("ministral3", 3)],
-)
+    [
+        ("gemma3", 1), ("gemma2", 0), ("qwen2-window", 1), ("ministral3", 3),
+        ("gemma4-other-donors", 2),
+    ],
+)  # fmt: skip
 def test_programs_for_phones_say_it_past_every_window(name, layers_by_operator, tmp_path):
     checkpoint = opening.open_checkpoint(write_tiny_checkpoint(tmp_path / "model", name))
     context = 6 * WINDOW_TOKENS
@@ -318,5 +385,5 @@ def test_the_module_says_what_transformers_says(name, tmp_path):
             said.append(module(torch.tensor([step.ids]), positions)[0].numpy())
             rows.append(step.last)
     found = agreement(expected_logits(checkpoint, ids), said, rows, ids)
-    assert found.mean_kl_nats <= MAX_KL_NATS
+    assert found.mean_kl_nats <= UNSCALED_MAX_KL_NATS.get(name, MAX_KL_NATS)
     assert found.same_top_token == 1

@@ -28,6 +28,7 @@ _BORDER_BYTES = 2_100  # a choice between two rotations
 _PAIRED_BYTES = 750  # what pairs of an embedding of four bits
 _LLM_BYTES = -1_100  # fewer operators between the delegates, where they compute every layer
 _LOOKUP_BYTES = 400  # of a layer's row of a table
+_LAYER_PAIRED_BYTES = 350  # what its pairs take apart
 _EMBEDDING_NAMES = 5  # in a delegate: a norm of all layers, a mean, three numbers
 _SLICED = "layer_embedding_projection"
 _ACTIVATIONS = {"silu": 2, "gelu_tanh": 6, "relu2": RELU2_OPERATORS, "xielu": XIELU_OPERATORS}
@@ -54,7 +55,9 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: 
         delegates_bytes += _NAME_BYTES * (slices + _EMBEDDING_NAMES * depth)
         delegates_bytes += _SCALES_BYTES * (slices - depth)
         head_bytes += _PART_BYTES * slices + _LOOKUP_BYTES * depth
-        head_bytes += _PAIRED_BYTES * depth if has_pairs("layer_embedding", spec, parts) else 0
+        head_bytes += (
+            _LAYER_PAIRED_BYTES * depth if has_pairs("layer_embedding", spec, parts) else 0
+        )
     turns = len(ropes(spec))
     head_bytes += (_TURN_BYTES if turns else 0) + _ROPE_BYTES * turns
     head_bytes += _GROWTH_BYTES if query_growth(spec) else 0
