@@ -53,7 +53,7 @@ ACROSS = {f"INT4_G{group}": f"Q4GSW_G{group}" for group in (32, 64, 128)}
 FOUR_BITS, VULKAN_FOUR_BITS = frozenset(ACROSS), frozenset(ACROSS.values())
 
 # Small, and XNNPACK wants them so.
-_EXACT = Rule(pattern=".*(norm|bias)|xielu_.*", tensor_type="F32")
+_EXACT = Rule(pattern=".*(norm|bias|taps)|xielu_.*|delta_(decay|alpha|beta)", tensor_type="F32")
 _EIGHT_BIT_EMBEDDING = Rule(pattern="token_embedding|output_head", tensor_type="INT8")
 
 # What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.

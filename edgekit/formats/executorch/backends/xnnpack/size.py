@@ -6,6 +6,7 @@ and on SmolLM2-135M. It is 0.4 % of that model's file, and known within a tenth.
 """
 
 from collections.abc import Sequence
+from typing import assert_never
 
 from edgekit.formats.executorch.arithmetic import (
     RELU2_OPERATORS,
@@ -13,9 +14,12 @@ from edgekit.formats.executorch.arithmetic import (
     query_growth,
     ropes,
 )
-from edgekit.formats.executorch.backends.xnnpack.attention import attention, mixed_here
+from edgekit.formats.executorch.backends.xnnpack import delta_net, short_conv
+from edgekit.formats.executorch.backends.xnnpack.attention import mixed_here
 from edgekit.formats.executorch.tensor_types import ALIGNMENT, SCALE, Part, has_pairs
+from edgekit.model.mixers import Attention, DeltaNet, ShortConv
 from edgekit.model.norm import Norm
+from edgekit.model.rope import Rope
 from edgekit.model.spec import DecoderSpec
 
 
@@ -65,12 +69,12 @@ def operators(spec: DecoderSpec, *, uses_llm_operators: bool, is_rounded: bool) 
 
 
 def _segment_operators(
-    spec: DecoderSpec, index: int, mixes: Sequence[bool], *, is_rounded: bool
+    spec: DecoderSpec, index: int, mixes: Sequence[bool | None], *, is_rounded: bool
 ) -> int:
     """Count those of a segment; what meets rounded weights is rounded by one operator more."""
     count = 0
     if index > 0:  # the output matrix, gate and up together, down
-        count += _second_half(spec, index - 1, mixes=mixes[index - 1])
+        count += _second_half(spec, index - 1, mixes=bool(mixes[index - 1]))
         count += (3 if spec.residual == "serial" else 1) if is_rounded else 0
     if index == len(spec.layers):
         return (
@@ -80,30 +84,57 @@ def _segment_operators(
             + (4 if spec.final_logit_softcap is not None else 0)
             + is_rounded
         )
-    count += _first_half(spec, index, mixes=mixes[index])
+    count += _first_half(spec, index, mixes=bool(mixes[index]))
     return count + ((1 if spec.residual == "serial" else 2) if is_rounded else 0)
 
 
 def _first_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
-    a, rope = attention(spec, index), spec.layers[index].rope
+    count = _norm(spec.norm) if spec.has_pre_norms else 0
+    match spec.mixer(index):
+        case Attention() as a:
+            count += _queries_keys_and_values(a, spec.layers[index].rope, mixes=mixes)
+        case ShortConv():
+            count += 5  # a product, its three parts, two of them multiplied
+        case DeltaNet():
+            count += 1 + 3 + 2 + 2 + delta_net.LOG_DECAY_OPERATORS  # what is mixed, gate, beta
+        case other:
+            assert_never(other)
+    return count + (_mlp(spec) if spec.residual == "parallel" else 0)
+
+
+def _queries_keys_and_values(a: Attention, rope: Rope | None, *, mixes: bool) -> int:
     count = 3 + 3 + 1 + (5 if mixes else 0) + (1 if a.query_growth else 0)
-    count += _norm(spec.norm) if spec.has_pre_norms else 0
+    count += 4 if a.has_output_gate else 0
     if a.query_key_norm:
         count += 2 * (_norm(a.query_key_norm) + (2 if a.head_norms == "together" else 0))
     if rope:
         count += 2 * (6 if rope.width == a.head_dim else 9)
-    return count + (_mlp(spec) if spec.residual == "parallel" else 0)
+    return count
 
 
 def _second_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
     count = 2  # the output matrix, the residual
-    if mixes:
-        count += 9 + (4 if attention(spec, index).attn_logit_softcap is not None else 0)
-        count += 0 if spec.layers[index].window_tokens is None else 4
+    match spec.mixer(index):
+        case Attention() as a:
+            count += _mix(a, spec.layers[index].window_tokens) if mixes else 0
+            count += a.has_output_gate
+        case ShortConv() as conv:
+            count += short_conv.operators(conv.taps) + conv.has_bias + 1
+        case DeltaNet() as net:
+            is_last = index == len(spec.layers) - 1
+            count += short_conv.operators(net.taps) + 2 + delta_net.operators(net)
+            count += (3 if is_last else 0) + _norm(net.norm) + 2
+        case other:
+            assert_never(other)
     count += _norm(spec.norm) if spec.has_post_norms else 0
     if spec.residual == "serial":
         count += _mlp(spec) + (_norm(spec.norm) if spec.has_pre_norms else 0)
     return count
+
+
+def _mix(a: Attention, window_tokens: int | None) -> int:
+    count = 9 + (4 if a.attn_logit_softcap is not None else 0)
+    return count + (0 if window_tokens is None else 4)
 
 
 def _norm(norm: Norm) -> int:

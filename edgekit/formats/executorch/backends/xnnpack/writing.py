@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit.formats.executorch import assembly, coverage, kinds, memory
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.formats.executorch.backends._writing import BackendWriting
-from edgekit.formats.executorch.backends.xnnpack import attention, size
+from edgekit.formats.executorch.backends.xnnpack import attention, limits, size
 
 
 if TYPE_CHECKING:
@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from edgekit.model.spec import DecoderSpec
 
 
-_COMPUTED = frozenset({kinds.OWN_ATTENTION, kinds.OWN_MLPS})
+_COMPUTED = frozenset(
+    {
+        kinds.OWN_ATTENTION,
+        kinds.OWN_MLPS,
+        kinds.OUTPUT_GATES,
+        kinds.SHORT_CONVOLUTIONS,
+        kinds.DELTA_NETS,
+    }
+)
 
 
 class XnnpackWriting(BackendWriting):
@@ -45,6 +53,13 @@ class XnnpackWriting(BackendWriting):
         """Return about how large the program gets."""
         parts = [part for weight in planned for part in weight.parts]
         return size.file_bytes(spec, parts, uses_llm_operators=variant == xnnpack.LLM)
+
+    def constants(
+        self, spec: "DecoderSpec", variant: str, *, context_tokens: int
+    ) -> Mapping[str, Any]:
+        """Tell a runner how many tokens it may have read at once."""
+        longest = limits.call_tokens(spec, context_tokens=context_tokens)
+        return {**self.backend.builds[variant].constants, "get_max_seq_len": longest}
 
     def memory_use(
         self, spec: "DecoderSpec", layout: "Layout", *, context_tokens: int
