@@ -28,12 +28,15 @@ MASKS = _HALVES + (CALL_TOKENS - 1).bit_length()  # how many there are
 def masks() -> Tensor:
     """Return zeros and ones that say which tokens of a call have to do with which.
 
+    There is a token more than a call has: of a slice that may be the whole, torch exports no
+    program for every length.
+
     Returns:
-        ``(MASKS, CALL_TOKENS, CALL_TOKENS)``: whether the first token is no later than the
+        ``(MASKS, CALL_TOKENS + 1, CALL_TOKENS + 1)``: whether the first token is no later than the
         second, no earlier, and later; then for blocks of 1, 2, 4 ... tokens, whether the first is
         in the second of two neighbouring blocks and the second in the first.
     """
-    places = torch.arange(CALL_TOKENS)
+    places = torch.arange(CALL_TOKENS + 1)
     first, second = places[:, None], places[None]
     found = [first <= second, first >= second, first > second]
     block = 1
