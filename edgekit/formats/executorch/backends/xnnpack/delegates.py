@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn  # noqa: TID253
 
 from edgekit.formats.executorch import lowering, tensor_types
 from edgekit.formats.executorch.backends import xnnpack
-from edgekit.formats.executorch.backends.xnnpack import decoder, delta_net, limits
+from edgekit.formats.executorch.backends.xnnpack import decoder, limits
 from edgekit.formats.executorch.backends.xnnpack.decoder import (
     FirstHalf,
     SecondHalf,
@@ -275,7 +275,7 @@ def _example_of_rule(spec: DecoderSpec, net: DeltaNet, tokens: Any) -> Iterator[
     """Yield what the gated delta rule reads: of all tokens, whichever are wanted."""
     rows, count = {0: tokens}, TRACED_TOKENS
     yield from [((count, net.value_heads), rows)] * 2
-    yield (delta_net.MASKS, count, count), {1: tokens, 2: tokens}
+    yield (limits.MASKS, count, count), {1: tokens, 2: tokens}
     yield net.states(spec.hidden_size)["recurrent"], {}
     yield from [((count, net.channels), rows)] * net.taps
 

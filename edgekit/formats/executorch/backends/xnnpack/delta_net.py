@@ -17,12 +17,11 @@ import torch  # noqa: TID253
 from torch import Tensor  # noqa: TID253
 from torch.nn import functional  # noqa: TID253
 
-from edgekit.formats.executorch.backends.xnnpack.limits import CALL_TOKENS
+from edgekit.formats.executorch.backends.xnnpack.limits import CALL_TOKENS, MASKS
 from edgekit.model.mixers import DELTA_EPSILON, DeltaNet
 
 
 _UP_TO, _SEEN, _AFTER, _HALVES = 0, 1, 2, 3  # which of `masks` is what
-MASKS = _HALVES + (CALL_TOKENS - 1).bit_length()  # how many there are
 
 
 def masks() -> Tensor:
@@ -134,11 +133,3 @@ class DeltaRule:
             below = onto * masks[level : level + 1]
             made = made - torch.bmm(torch.bmm(made, below), made)
         return made
-
-
-LOG_DECAY_OPERATORS = 13  # of `log_decay`
-
-
-def operators(net: DeltaNet) -> int:
-    """Return how many operators `DeltaRule.read` takes."""
-    return 69 + (6 if net.values_per_key > 1 else 0) + 5 * (MASKS - _HALVES - 1)

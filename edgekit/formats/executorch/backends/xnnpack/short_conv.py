@@ -46,8 +46,3 @@ def convolve(taps: Tensor, slices: Sequence[Tensor]) -> Tensor:
     for product in products[1:]:
         made = made + product
     return made
-
-
-def operators(taps: int) -> int:
-    """Return how many operators `convolve` takes."""
-    return 1 + 3 * taps - 1

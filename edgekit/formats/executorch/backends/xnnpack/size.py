@@ -14,7 +14,7 @@ from edgekit.formats.executorch.arithmetic import (
     query_growth,
     ropes,
 )
-from edgekit.formats.executorch.backends.xnnpack import delta_net, short_conv
+from edgekit.formats.executorch.backends.xnnpack import limits
 from edgekit.formats.executorch.backends.xnnpack.attention import mixed_here
 from edgekit.formats.executorch.tensor_types import ALIGNMENT, SCALE, Part, has_pairs
 from edgekit.model.mixers import Attention, DeltaNet, ShortConv
@@ -31,6 +31,8 @@ _GROWTH_BYTES = 1_850  # of queries
 _BORDER_BYTES = 2_100  # a choice between two rotations
 _PAIRED_BYTES = 750  # what pairs of an embedding of four bits
 _LLM_BYTES = -1_100  # fewer operators between the delegates, where they compute every layer
+_CONV_BYTES, _NET_BYTES = 500, 2_100  # of a layer, for the state that it keeps
+_LOG_DECAY_OPERATORS = 13
 _CONSTANTS_BYTES = 5 * ALIGNMENT + 256  # numbers, means and frequencies
 
 
@@ -53,6 +55,10 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: 
     head_bytes += _GROWTH_BYTES if query_growth(spec) else 0
     head_bytes += _BORDER_BYTES if spec.original_max_position_embeddings is not None else 0
     head_bytes += _PAIRED_BYTES if has_pairs(spec, parts) else 0
+    mixers = [spec.mixer(index) for index in range(depth)]
+    head_bytes += _CONV_BYTES * sum(isinstance(mixer, ShortConv) for mixer in mixers)
+    head_bytes += _NET_BYTES * sum(isinstance(mixer, DeltaNet) for mixer in mixers)
+    head_bytes += limits.masks_bytes(spec)
     # Fewer where some layers go without the operator, and none of them where all do.
     by_operator = mixed_here(spec, uses_llm_operators=uses_llm_operators).count(False)
     head_bytes += _LLM_BYTES * by_operator // depth
@@ -96,7 +102,7 @@ def _first_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
         case ShortConv():
             count += 5  # a product, its three parts, two of them multiplied
         case DeltaNet():
-            count += 1 + 3 + 2 + 2 + delta_net.LOG_DECAY_OPERATORS  # what is mixed, gate, beta
+            count += 1 + 3 + 2 + 2 + _LOG_DECAY_OPERATORS  # what is mixed, gate, beta
         case other:
             assert_never(other)
     return count + (_mlp(spec) if spec.residual == "parallel" else 0)
@@ -119,10 +125,10 @@ def _second_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
             count += _mix(a, spec.layers[index].window_tokens) if mixes else 0
             count += a.has_output_gate
         case ShortConv() as conv:
-            count += short_conv.operators(conv.taps) + conv.has_bias + 1
+            count += _convolution(conv.taps) + conv.has_bias + 1
         case DeltaNet() as net:
             is_last = index == len(spec.layers) - 1
-            count += short_conv.operators(net.taps) + 2 + delta_net.operators(net)
+            count += _convolution(net.taps) + 2 + _delta_rule(net)
             count += (3 if is_last else 0) + _norm(net.norm) + 2
         case other:
             assert_never(other)
@@ -135,6 +141,14 @@ def _second_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
 def _mix(a: Attention, window_tokens: int | None) -> int:
     count = 9 + (4 if a.attn_logit_softcap is not None else 0)
     return count + (0 if window_tokens is None else 4)
+
+
+def _convolution(taps: int) -> int:
+    return 1 + taps + taps + taps - 1  # taps as rows, each row, its product, and their sum
+
+
+def _delta_rule(net: DeltaNet) -> int:
+    return 69 + (6 if net.values_per_key > 1 else 0) + 5 * (limits.MASKS - 4)
 
 
 def _norm(norm: Norm) -> int:

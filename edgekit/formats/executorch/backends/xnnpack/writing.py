@@ -65,7 +65,8 @@ class XnnpackWriting(BackendWriting):
         self, spec: "DecoderSpec", layout: "Layout", *, context_tokens: int
     ) -> "MemoryUse":
         """Return what ExecuTorch will hold."""
-        return memory.use(spec, layout, context_tokens=context_tokens)
+        longest = limits.call_tokens(spec, context_tokens=context_tokens)
+        return memory.use(spec, layout, context_tokens=context_tokens, call_tokens=longest)
 
     def write(self, job: "Job", path: Path) -> Mapping[str, Any]:
         """Write the program, one block of rows in memory at a time."""
