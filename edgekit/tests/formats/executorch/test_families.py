@@ -10,9 +10,17 @@ import pytest
 
 from edgekit import formats
 from edgekit.formats import BuildRequest
-from edgekit.formats.executorch import conversion, running, slopes, tensor_types, writing
+from edgekit.formats.executorch import (
+    conversion,
+    planned,
+    running,
+    slopes,
+    tensor_types,
+    writing,
+)
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.formats.executorch.backends.xnnpack import size
+from edgekit.formats.executorch.contents import SLICE
 from edgekit.proof import transformers_logits
 from edgekit.proof.fidelity import Comparison, Fidelity
 from edgekit.source import opening
@@ -154,7 +162,7 @@ def test_the_program_says_what_transformers_says(converted):
 def test_the_file_holds_every_weight_as_planned(converted):
     spec = converted.checkpoint.spec
     held = {name: (shape, kind) for name, shape, kind in running.contents(converted.path)}
-    assert held == {role: (shape, "F32") for role, shape in spec.weights()}
+    assert held == {role: (shape, "F32") for role, shape in planned.shapes(spec)}
 
 
 def test_the_size_is_predicted_within_one_percent(converted):
@@ -270,8 +278,13 @@ def eager(checkpoint: Checkpoint) -> "XnnpackDecoder":
 
     spec = checkpoint.spec
 
-    def weight(role: str):
+    def weight(key: str):
+        role, _, first = key.partition(SLICE)
         values = np.concatenate([rows for _, rows in checkpoint.blocks(role)])
+        if (
+            first and spec.layer_embedding
+        ):  # of what makes the embeddings of all layers, what makes one's
+            values = values[int(first) :][: spec.layer_embedding.width]
         return torch.from_numpy(slopes.to_slopes(role, values))
 
     segments = []
@@ -281,7 +294,11 @@ def eager(checkpoint: Checkpoint) -> "XnnpackDecoder":
         segments.append(decoder.Segment(spec, shape, weights))
     return decoder.XnnpackDecoder(
         spec,
-        embedding=embeddings.FloatEmbedding(weight("token_embedding")),
+        tables={
+            role: embeddings.FloatEmbedding(weight(role).reshape(shape))
+            for role, shape in planned.shapes(spec)
+            if role in planned.TABLES
+        },
         segments=segments,
         context_tokens=spec.context_tokens,
     )

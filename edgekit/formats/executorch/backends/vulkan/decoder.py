@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from edgekit.formats.executorch import tensor_types
 from edgekit.formats.executorch.arithmetic import Arithmetic, bias_of, query_growth, ropes
-from edgekit.formats.executorch.assembly import Slice
+from edgekit.formats.executorch.assembly import Slice, slice_key
 from edgekit.formats.executorch.backends.vulkan import limits
 from edgekit.formats.executorch.backends.vulkan.graph import ITEM_BYTES, Dtype, Value, VulkanGraph
 from edgekit.model.mixers import Attention
@@ -35,11 +35,6 @@ class Delegate:
     weights: frozenset[str]  # the roles of those it multiplies with
     slices: Mapping[str, Slice]  # named data that is a part of a weight's
     operators: int
-
-
-def slice_key(key: str, first_row: int) -> str:
-    """Return the key of the rows of a weight, or of its scales, that begin with this one."""
-    return f"{key}@{first_row}"
 
 
 def query_factor(a: Attention) -> float | None:

@@ -15,7 +15,7 @@ is a product with a vector of 1 / n, and tanh(x) is 2 sigmoid(2 x) - 1.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 # This is the workstation's half: nothing that runs on a device imports it.
@@ -24,23 +24,28 @@ from torch import Tensor, nn  # noqa: TID253
 from torch.nn import functional  # noqa: TID253
 
 from edgekit.formats.executorch.arithmetic import Arithmetic
+from edgekit.formats.executorch.assembly import slice_key
 from edgekit.formats.executorch.backends.xnnpack import delta_net, short_conv
 from edgekit.formats.executorch.backends.xnnpack.attention import attention, mixed_here
 from edgekit.formats.executorch.backends.xnnpack.delta_net import DeltaRule
 from edgekit.formats.executorch.backends.xnnpack.states import States
+from edgekit.formats.executorch.contents import SLICE
+from edgekit.formats.executorch.embeddings import LayerEmbedding
 from edgekit.formats.executorch.positions import Positions
 from edgekit.model.mixers import Attention, DeltaNet, ShortConv
 from edgekit.model.norm import Norm
 from edgekit.model.rope import Rope
 from edgekit.model.shapes import Shape
 from edgekit.model.spec import XIELU_BETA, DecoderSpec
+from edgekit.model.spec import LayerEmbedding as LayerEmbeddingShape
 
 
 _GELU = 2 * math.sqrt(2 / math.pi)  # GELU's tanh is of half of _GELU x + _GELU_CUBE x^3
 _GELU_CUBE = 0.044715 * _GELU
 # What positions are multiplied with, for masks: exp(-2 ** 30) is 0, and whole numbers stay exact.
 HIDDEN = 2.0**30
-Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+_ANY = 0  # a layer: which one it is makes no other program of the half of a layer
+Attend = Callable[[int, Tensor, Tensor, Sequence[Tensor]], tuple[Tensor, ...]]
 LayerTensors = Mapping[
     str, Tensor
 ]  # by role within a layer; the last segment has those without a layer
@@ -78,14 +83,12 @@ def segment_shapes(spec: DecoderSpec, *, uses_llm_operators: bool) -> Iterator[S
     """Yield the segments of a decoder, one more than it has layers."""
     depth = len(spec.layers)
     mixes = mixed_here(spec, uses_llm_operators=uses_llm_operators)
-    shapes = dict(spec.weights())
     for index in range(depth + 1):
-        roles = segment_roles(spec, index)
         yield SegmentShape(
             ends=_second_half(spec, index - 1, mixes=bool(mixes[index - 1])) if index else None,
             begins=_first_half(spec, index, mixes=bool(mixes[index])) if index < depth else None,
             changes_x=index > 0 or spec.residual == "parallel",
-            weights=tuple((name, shapes[role]) for name, role in roles.items()),
+            weights=tuple(_weight_shapes(spec, index)),
         )
 
 
@@ -93,7 +96,11 @@ def _first_half(spec: DecoderSpec, index: int, *, mixes: bool) -> FirstHalf | Sh
     mixer, rope = spec.mixer(index), spec.layers[index].rope
     if not isinstance(mixer, Attention):
         return mixer
-    return FirstHalf(attention=mixer, rope_width=rope.width if rope else None, feeds_mix=mixes)
+    return FirstHalf(
+        attention=mixer if mixer.has_cache else replace(mixer, cache_of=_ANY),
+        rope_width=rope.width if rope else None,
+        feeds_mix=mixes,
+    )
 
 
 def _second_half(
@@ -103,24 +110,47 @@ def _second_half(
     if not isinstance(mixer, Attention):
         return mixer
     return SecondHalf(
-        attention=mixer,
+        attention=replace(mixer, cache_of=None),  # it is given all it reads
         mixes=mixes,
         window_tokens=spec.layers[index].window_tokens,
     )
 
 
 def segment_roles(spec: DecoderSpec, index: int) -> dict[str, str]:
-    """Return the roles of the weights of a segment, by their name within it."""
-    depth = len(spec.layers)
+    """Return the weights of a segment by their name within it: roles, or keys of slices."""
     roles: dict[str, str] = {}
     for role, _ in spec.weights():
         layer, _, part = role.removeprefix("layers.").partition(".")
         if not role.startswith("layers."):
-            if index == depth and not (role == "token_embedding" and not spec.is_tied):
-                roles["output_head" if role == "token_embedding" else role] = role
+            roles.update(_of_no_layer(spec, index, role))
         elif int(layer) == (index if _is_first_half(spec, part) else index - 1):
             roles[part] = role
     return roles
+
+
+def _of_no_layer(spec: DecoderSpec, index: int, role: str) -> Iterator[tuple[str, str]]:
+    """Yield the name in a segment and the key of a weight that belongs to no layer, if it is there.
+
+    What makes the embeddings of all layers is there in slices, each with the layer it is for.
+    """
+    own = spec.layer_embedding
+    if role in {"layer_embedding_projection", "layer_embedding_norm"}:
+        assert own is not None  # noqa: S101 - they are its
+        if index > 0:
+            is_whole = role == "layer_embedding_norm"
+            yield role, role if is_whole else slice_key(role, (index - 1) * own.width)
+    elif index == len(spec.layers) and role != "layer_embedding":
+        if role == "token_embedding":
+            yield from [("output_head", role)] if spec.is_tied else []
+        else:
+            yield role, role
+
+
+def _weight_shapes(spec: DecoderSpec, index: int) -> Iterator[tuple[str, Shape]]:
+    shapes, own = dict(spec.weights()), spec.layer_embedding
+    for name, key in segment_roles(spec, index).items():
+        role, _, first = key.partition(SLICE)
+        yield name, (own.width, *shapes[role][1:]) if first and own else shapes[role]
 
 
 def _is_first_half(spec: DecoderSpec, part: str) -> bool:
@@ -165,13 +195,18 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
 
         Args:
             x: ``(tokens, hidden width)``.
-            inputs: What `XnnpackDecoder` gives the second half of a layer, if there is one; cosine
-                and sine where queries and keys are rotated; the factor of queries where it grows.
+            inputs: What `XnnpackDecoder` gives the second half of a layer, if there is one; tokens
+                as embedded, and as the layer that ends embeds them, where one does; cosine and sine
+                where queries and keys are rotated; the factor of queries where it grows.
         """
         left = list(inputs)
         mixed, kept = self._mixed(left)
         if mixed is not None:
             x = self._finish_layer(x, mixed)
+            if own := self.spec.layer_embedding:
+                x = self._add_embedding(own, x, left.pop(0), left.pop(0))
+            if self.spec.has_layer_scales:
+                x = x * self._vector("layer_scale")
         if self.shape.begins is None:
             return (*kept, self._head(x))
         return (*kept, *self._begin_layer(x, *left))
@@ -196,24 +231,40 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
         """Return queries, keys and values, as the cache or attention wants them, and the gate."""
         a = half.attention
         query = self._project_heads(a, "query", read, a.heads)
-        gate: tuple[Tensor, ...] = ()
+        gates: list[Tensor] = []
         if a.has_output_gate:
             asked = query[..., a.head_dim :].reshape(-1, a.query_width)
-            query, gate = query[..., : a.head_dim], (torch.sigmoid(asked),)
-        key = self._project_heads(a, "key", read, a.num_kv_heads)
-        value = self._project_heads(a, "value", read, a.num_kv_heads)
+            query, gates = query[..., : a.head_dim], [torch.sigmoid(asked)]
+        value = None
+        heads = {"query_norm": query}  # by the norm that they get
+        if a.has_cache:
+            heads["key_norm"] = self._project_heads(a, "key", read, a.num_kv_heads)
+            value = self._values(a, read, heads["key_norm"])
         for step in self._steps_of_heads(a, rotates=half.rope_width is not None):
-            if step == "rotate":
-                query, key = (_rotation(them, *given[:2]) for them in (query, key))
-            else:
-                query = self._normalize_heads(a, "query_norm", query, a.heads)
-                key = self._normalize_heads(a, "key_norm", key, a.num_kv_heads)
-        query = query * self._number(a.softmax_scale)
+            for role, them in heads.items():
+                if step == "rotate":
+                    heads[role] = _rotation(them, *given[:2])
+                else:
+                    heads[role] = self._normalize_heads(a, role, them, them.shape[1])
+        query = heads["query_norm"] * self._number(a.softmax_scale)
         if a.query_growth:
             query = query * given[-1]
-        if half.feeds_mix:
-            return _grouped(a, query), key.permute(1, 2, 0), value.permute(1, 0, 2), *gate
-        return query, key, value, *gate
+        made = [_grouped(a, query) if half.feeds_mix else query]
+        if value is not None:
+            key = heads["key_norm"]
+            made += (
+                [key.permute(1, 2, 0), value.permute(1, 0, 2)] if half.feeds_mix else [key, value]
+            )
+        return (*made, *gates)
+
+    def _values(self, a: Attention, read: Tensor, key: Tensor) -> Tensor:
+        """Return the values of each head; ``key`` is not normalized or rotated yet."""
+        value = key
+        if not a.values_are_keys:
+            value = self._project_heads(a, "value", read, a.num_kv_heads)
+        if a.value_norm_epsilon is None:
+            return value
+        return self._over_its_root(value, a.value_norm_epsilon)
 
     def _begin_conv(self, conv: ShortConv, read: Tensor) -> tuple[Tensor, ...]:
         """Return what multiplies the result, and what the convolution sees."""
@@ -307,6 +358,25 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
             return x
         return x + self._after("mlp_post_norm", self._mlp(self._before("mlp_norm", x)))
 
+    def _add_embedding(
+        self, own: LayerEmbeddingShape, x: Tensor, embedded: Tensor, row: Tensor
+    ) -> Tensor:
+        """Return x and what a layer makes of its own embedding of the tokens.
+
+        Args:
+            own: What multiplies what.
+            x: What the layer has made.
+            embedded: The tokens, as the first layer read them.
+            row: The layer's row for each of them.
+        """
+        seen = self._linear("layer_embedding_projection", embedded, has_bias=False)
+        seen = seen * self._number(own.projection_scale)
+        seen = self._normalize(self.spec.norm, "layer_embedding_norm", seen)
+        read = (seen + row * self._number(own.scale)) * self._number(own.sum_scale)
+        gate = self._activate("", self._linear("layer_gate", x, has_bias=False))
+        added = self._linear("layer_output", gate * read, has_bias=False)
+        return x + self._normalize(self.spec.norm, "layer_norm", added)
+
     def _mlp(self, x: Tensor) -> Tensor:
         has_bias = self.spec.has_mlp_bias
         if not self.spec.is_gated:
@@ -341,12 +411,15 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
     # The operators of `Arithmetic`
 
     def _normalize(self, norm: Norm, role: str, x: Tensor) -> Tensor:
-        mean = self.get_buffer(f"mean_{x.shape[-1]}")
         if norm.kind == "layer":
-            x = x - functional.linear(x, mean)
-        x = x * torch.rsqrt(functional.linear(x * x, mean) + self._number(norm.epsilon))
-        x = x * self._vector(role)
+            x = x - functional.linear(x, self.get_buffer(f"mean_{x.shape[-1]}"))
+        x = self._over_its_root(x, norm.epsilon) * self._vector(role)
         return x + self._vector(f"{role}_bias") if norm.has_bias else x
+
+    def _over_its_root(self, x: Tensor, epsilon: float) -> Tensor:
+        """Return x over the root of the mean of its squares: an RMS norm without weights."""
+        mean = self.get_buffer(f"mean_{x.shape[-1]}")
+        return x * torch.rsqrt(functional.linear(x * x, mean) + self._number(epsilon))
 
     def _split_heads(self, x: Tensor, heads: int, width: int) -> Tensor:
         return x.view(-1, heads, width)
@@ -398,6 +471,8 @@ def _nets(shape: SegmentShape) -> Iterator[DeltaNet]:
 def _normalized_widths(spec: DecoderSpec, shape: SegmentShape) -> Iterator[int]:
     """Yield how many channels are normalized at once, here and there."""
     yield spec.hidden_size
+    if own := spec.layer_embedding:
+        yield own.width
     for a in _attentions(shape):
         if a.query_key_norm and a.head_norms == "together":
             yield from (a.query_width, a.key_value_width)
@@ -417,12 +492,15 @@ def _numbers(spec: DecoderSpec, shape: SegmentShape) -> Iterator[float]:
     for a in _attentions(shape):
         yield a.softmax_scale
         yield from (norm.epsilon for norm in (a.query_key_norm,) if norm)
+        yield from (epsilon for epsilon in (a.value_norm_epsilon,) if epsilon is not None)
         caps.append(a.attn_logit_softcap)
     for net in _nets(shape):
         yield from (*delta_net.numbers(net), net.norm.epsilon)
     for cap in caps:
         if cap is not None:
             yield from (2 / cap, 2 * cap, cap)
+    if own := spec.layer_embedding:
+        yield from (own.projection_scale, own.scale, own.sum_scale)
     if spec.activation == "gelu_tanh":
         yield from (_GELU, _GELU_CUBE)
     if spec.activation == "xielu":
@@ -451,7 +529,7 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         self,
         spec: DecoderSpec,
         *,
-        embedding: nn.Module,
+        tables: Mapping[str, nn.Module],
         segments: Sequence[nn.Module],
         context_tokens: int,
         uses_llm_operators: bool = False,
@@ -459,7 +537,10 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         super().__init__()
         self.spec, self.context_tokens = spec, context_tokens
         self.mixed_here = mixed_here(spec, uses_llm_operators=uses_llm_operators)
-        self.embedding = embedding
+        self.embedding = tables["token_embedding"]
+        self.layer_embedding = None
+        if spec.layer_embedding:
+            self.layer_embedding = LayerEmbedding(tables["layer_embedding"], len(spec.layers))
         self.positions = Positions(spec)
         self.segments = nn.ModuleList(segments)
         self.states = States(spec)
@@ -485,15 +566,20 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         """
         rotations = self.positions.rotations(input_pos)
         growth = self.positions.growth(input_pos)
-        x = self._embed(tokens)
+        x = embedded = self._embed(tokens)
+        places = None
+        if self.layer_embedding is not None:
+            places = self.layer_embedding.places(tokens.reshape(-1))
         made = self.segments[0](x, *self._where(0, rotations, growth))
-        made = made if self.spec.residual == "parallel" else (x, *made)
+        if self.spec.residual == "serial":  # nothing was added to x
+            made = (x, *made)
         read = self._reading(input_pos)
         for index in range(len(self.spec.layers)):
-            given = read(index, *made)
-            made = self.segments[index + 1](*given, *self._where(index + 1, rotations, growth))
+            given = () if places is None else self._layer_rows(index, embedded, places)
+            where = self._where(index + 1, rotations, growth)
+            made = self.segments[index + 1](*read(index, *made), *given, *where)
             made = self.states.keep(index, *made)
-        logits: Tensor = made[0]
+        logits: Tensor = made[0]  # the last segment has the head
         return logits
 
     def _reading(self, input_pos: Tensor) -> Callable[..., tuple[Tensor, ...]]:
@@ -508,9 +594,12 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
                 return self.states.read(index, input_pos, x, *made)
             attend = here if is_here else there
             assert attend is not None  # noqa: S101 - see above
-            query, keys, values, *gates = made
-            gates = [gate[-1:] for gate in gates] if index == last else gates
-            return (*attend(index, x, query, keys, values), *gates)
+            gates = []
+            query, *own = made
+            if attention(self.spec, index).has_output_gate:
+                *own, gate = own
+                gates = [gate[-1:] if index == last else gate]
+            return (*attend(index, x, query, own), *gates)
 
         return read
 
@@ -522,11 +611,16 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         columns = torch.arange(filled, dtype=torch.float32)[None] * HIDDEN
         last = len(self.spec.layers) - 1
 
+        caches: dict[int, tuple[Tensor, Tensor]] = {}
+
         def attend(
-            index: int, x: Tensor, query: Tensor, keys: Tensor, values: Tensor
+            index: int, x: Tensor, query: Tensor, own: Sequence[Tensor]
         ) -> tuple[Tensor, ...]:
-            keys, values = self._cache(index, keys, values, input_pos, filled)
-            shared = _queries_of_a_key(attention(self.spec, index))
+            a = attention(self.spec, index)
+            if own:
+                caches[index] = self._cache(index, own, input_pos, filled)
+            keys, values = caches[_holder(a, index)]
+            shared = _queries_of_a_key(a)
             if index == last:  # only the last token's logits are wanted
                 return x[-1:], query[:, -shared:], keys, values, rows[shared][-shared:], columns
             return x, query, keys, values, rows[shared], columns
@@ -546,14 +640,16 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         last = len(self.spec.layers) - 1
 
         def attend(
-            index: int, x: Tensor, query: Tensor, keys: Tensor, values: Tensor
+            index: int, x: Tensor, query: Tensor, own: Sequence[Tensor]
         ) -> tuple[Tensor, ...]:
-            caches = self.get_buffer(f"keys_{index}"), self.get_buffer(f"values_{index}")
-            for made, cache in zip((keys, values), caches, strict=True):
+            a = attention(self.spec, index)
+            holder = _holder(a, index)
+            caches = self.get_buffer(f"keys_{holder}"), self.get_buffer(f"values_{holder}")
+            for made, cache in zip(own, caches, strict=False):
                 torch.ops.llama.update_cache(made[None], cache, first)
             mixed = torch.ops.llama.custom_sdpa(
                 query[None], *caches, first, None, 0.0, True, 1.0
-            ).reshape(-1, attention(self.spec, index).query_width)
+            ).reshape(-1, a.query_width)
             return (x[-1:], mixed[-1:]) if index == last else (x, mixed)
 
         return attend
@@ -570,6 +666,13 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         scale = self.spec.embedding_scale
         return rows if scale == 1 else rows * scale
 
+    def _layer_rows(self, index: int, embedded: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a layer's own embedding of the tokens is made of."""
+        assert self.layer_embedding is not None  # noqa: S101 - else there are no places
+        if index == len(self.spec.layers) - 1:  # only the last token's logits are wanted
+            embedded, places = embedded[-1:], places[-1:]
+        return embedded, self.layer_embedding(places, index)
+
     def _where(
         self, index: int, rotations: Mapping[Rope, tuple[Tensor, Tensor]], growth: Tensor | None
     ) -> tuple[Tensor, ...]:
@@ -582,14 +685,20 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         return (*(rotations[rope] if rope else ()), *(() if grown is None else (grown,)))
 
     def _cache(
-        self, index: int, keys: Tensor, values: Tensor, input_pos: Tensor, filled: int
+        self, index: int, made: Sequence[Tensor], input_pos: Tensor, filled: int
     ) -> tuple[Tensor, Tensor]:
+        keys, values = made
         all_keys, all_values = self.get_buffer(f"keys_{index}"), self.get_buffer(f"values_{index}")
         # Not as an assignment: that drops leading axes of length 1, which ExecuTorch wants.
         aten = torch.ops.aten
         aten.index_put_(all_keys, [None, None, input_pos], keys)
         aten.index_put_(all_values, [None, input_pos], values)
         return all_keys[:, :, :filled], all_values[:, :filled]
+
+
+def _holder(a: Attention, index: int) -> int:
+    """Return which layer holds the keys and values that a layer reads."""
+    return index if a.cache_of is None else a.cache_of
 
 
 def _queries_of_a_key(a: Attention) -> int:

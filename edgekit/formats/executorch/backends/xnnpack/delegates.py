@@ -15,6 +15,7 @@ import torch  # noqa: TID253
 from torch import Tensor, fx, nn  # noqa: TID253
 
 from edgekit.formats.executorch import lowering, tensor_types
+from edgekit.formats.executorch.assembly import Slice
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.formats.executorch.backends.xnnpack import decoder, limits
 from edgekit.formats.executorch.backends.xnnpack.decoder import (
@@ -23,6 +24,7 @@ from edgekit.formats.executorch.backends.xnnpack.decoder import (
     Segment,
     SegmentShape,
 )
+from edgekit.formats.executorch.contents import SLICE
 from edgekit.formats.executorch.lowering import TRACED_TOKENS
 from edgekit.model.mixers import DeltaNet, ShortConv
 from edgekit.model.shapes import Shape
@@ -67,10 +69,11 @@ class Segments:
         uses_llm_operators: bool,
     ) -> None:
         self._spec, self._tensor_types = spec, tensor_types
-        self._context_tokens = context_tokens
+        self._context_tokens, self._shapes = context_tokens, dict(spec.weights())
         self.numbers: dict[str, bytes] = {}
         self.operators = 0
         self.weights: set[str] = set()  # by role
+        self.slices: dict[str, Slice] = {}
         self.modules = [
             self._delegate(shape, decoder.segment_roles(spec, index))
             for index, shape in enumerate(
@@ -87,12 +90,32 @@ class Segments:
         graph = template.instance(roles, self._tensor_types)
         self.numbers |= template.numbers
         self.operators += len(graph.xnodes)
-        self.weights.update(template.weights(roles))
+        used = template.weights(roles)
+        self.weights.update(key.partition(SLICE)[0] for key in used)
+        for key in used:
+            if SLICE in key:
+                self.slices.update(self._slices(key))
         return lowering.delegate(
             xnnpack.BACKEND.id,
             serialize_xnnpack_binary(graph, bytearray()),
             functools.partial(_outputs, self._spec, shape),
         )
+
+    def _slices(self, key: str) -> Iterator[tuple[str, Slice]]:
+        """Yield the parts of some rows of a weight: one layer's of what makes embeddings of all."""
+        role, _, first = key.partition(SLICE)
+        own, shape = self._spec.layer_embedding, self._shapes[role]
+        assert own is not None  # noqa: S101 - nothing else is there in slices
+        for part in tensor_types.parts(role, shape, self._tensor_types[role]):
+            row_bytes = part.size_bytes // shape[0]
+            yield (
+                key + part.key.removeprefix(role),
+                Slice(
+                    of=part.key,
+                    first_byte=int(first) * row_bytes,
+                    size_bytes=own.width * row_bytes,
+                ),
+            )
 
 
 def _outputs(spec: DecoderSpec, shape: SegmentShape, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
@@ -121,13 +144,17 @@ def _begun(
             yield from [(tokens, begins.value_heads)] * 2
             yield (tokens, begins.channels)
         case FirstHalf(attention=a):
+            made: list[Shape]
             if begins.feeds_mix:
-                yield (a.num_kv_heads, tokens * (a.heads // a.num_kv_heads), a.head_dim)
-                yield (a.num_kv_heads, a.head_dim, tokens)
-                yield (a.num_kv_heads, tokens, a.head_dim)
+                made = [
+                    (a.num_kv_heads, tokens * (a.heads // a.num_kv_heads), a.head_dim),
+                    (a.num_kv_heads, a.head_dim, tokens),
+                    (a.num_kv_heads, tokens, a.head_dim),
+                ]
             else:
-                for heads in (a.heads, a.num_kv_heads, a.num_kv_heads):
-                    yield (tokens, heads, a.head_dim)
+                all_heads = (a.heads, a.num_kv_heads, a.num_kv_heads)
+                made = [(tokens, heads, a.head_dim) for heads in all_heads]
+            yield from made if a.has_cache else made[:1]
             if a.has_output_gate:
                 yield (tokens, a.query_width)
         case _:
@@ -185,25 +212,23 @@ class _Template:
             self.numbers[key] = content
 
     def weights(self, roles: Mapping[str, str]) -> set[str]:
-        """Return the roles of the weights that are operands of the graph."""
+        """Return the roles of the weights that are operands of the graph, or keys of slices."""
         return {roles[name] for name in self._weights}
 
     def instance(self, roles: Mapping[str, str], stored: Mapping[str, str]) -> Any:
         """Return the graph with the weights of one layer, stored as told."""
         graph = copy.deepcopy(self._graph)
         for name, id in self._weights.items():
-            role = roles[name]
+            key = roles[name]
+            kind = stored[key.partition(SLICE)[0]]
             data = graph.constant_data[graph.xvalues[id].xvalue_union.constant_buffer_idx]
             tensor = graph.xvalues[id].xvalue_union
-            sizes = [
-                part.size_bytes
-                for part in tensor_types.parts(role, tuple(tensor.dims), stored[role])
-            ]
-            data.named_key, data.size = role, sizes[0]
-            if stored[role] == "F16":
+            sizes = [part.size_bytes for part in tensor_types.parts(key, tuple(tensor.dims), kind)]
+            data.named_key, data.size = key, sizes[0]
+            if kind == "F16":
                 tensor.datatype = _half()
             elif sizes[1:]:
-                _quantize(graph, id, stored[role], role + tensor_types.SCALE, sizes[1])
+                _quantize(graph, id, kind, key + tensor_types.SCALE, sizes[1])
         return _with_rounded_inputs(graph)
 
 
@@ -247,6 +272,8 @@ def _example(
             given += _example_of_attention(half, tokens if begins else None, filled)
         case other:
             assert_never(other)
+    if shape.ends and (own := spec.layer_embedding):
+        given += [((count, width), rows) for width in (spec.hidden_size, own.width)]
     if isinstance(begins, FirstHalf):
         if begins.rope_width is not None:
             given += [((count, 1, begins.rope_width), rows)] * 2

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.formats.executorch import assembly, coverage, kinds, memory
+from edgekit.formats.executorch import assembly, coverage, memory
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.formats.executorch.backends._writing import BackendWriting
 from edgekit.formats.executorch.backends.xnnpack import attention, limits, size
@@ -16,31 +16,10 @@ if TYPE_CHECKING:
     from edgekit.model.spec import DecoderSpec
 
 
-_COMPUTED = frozenset(
-    {
-        kinds.OWN_ATTENTION,
-        kinds.OWN_MLPS,
-        kinds.OUTPUT_GATES,
-        kinds.SHORT_CONVOLUTIONS,
-        kinds.DELTA_NETS,
-    }
-)
-
-
 class XnnpackWriting(BackendWriting):
     """All is computed in float32, and a tensor type is what its name says."""
 
     backend = xnnpack.BACKEND
-
-    def refuse(self, spec: "DecoderSpec", variant: str, *, context_tokens: int) -> None:
-        """Check that there are segments for all kinds of layers.
-
-        Raises:
-            UsageError: If not; it names what there is none for.
-        """
-        del variant, context_tokens
-        hint = "take another format: --format gguf, --format onnx"
-        kinds.refuse(spec, self.backend.name, computed=_COMPUTED, hint=hint)
 
     def notes(self, spec: "DecoderSpec", variant: str) -> Iterator[str]:
         """Yield which layers the operator of LLM runners leaves to others."""
