@@ -8,6 +8,7 @@ There is no bfloat16: XNNPACK, as ExecuTorch 1.5.1 has it, refuses such weights 
 inputs ("invalid parameter"), and would have inputs rounded to bfloat16 as well.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -138,10 +139,10 @@ def parts(role: str, shape: Shape, tensor_type: str) -> Iterator[Part]:
         yield Part(key=role + SCALE, size_bytes=size_bytes, is_across=is_across)
 
 
-def has_pairs(spec: DecoderSpec, parts: Iterable[Part]) -> bool:
-    """Tell whether the embedding has two weights in a byte."""
-    table_bytes = next(part.size_bytes for part in parts if part.key == "token_embedding")
-    return table_bytes < spec.vocab_size * spec.hidden_size
+def has_pairs(role: str, spec: DecoderSpec, parts: Iterable[Part]) -> bool:
+    """Tell whether a matrix of a decoder has two weights in a byte."""
+    weights = math.prod(dict(spec.weights())[role])
+    return next(part.size_bytes for part in parts if part.key == role) < weights
 
 
 def encode(

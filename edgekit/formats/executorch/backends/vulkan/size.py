@@ -32,7 +32,7 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part]) -> int:
     kernels = _KERNELS + (_TURN_KERNELS if turns else 0) + _ROPE_KERNELS * turns
     kernels += 0 if spec.original_max_position_embeddings is None else _BORDER_KERNELS
     kernels += _GROWTH_KERNELS if query_growth(spec) else 0
-    kernels += _PAIR_KERNELS if has_pairs(spec, parts) else 0
+    kernels += _PAIR_KERNELS if has_pairs("token_embedding", spec, parts) else 0
     norms_bytes = sum(
         _LAYER_NORM_BYTES + (0 if norm.has_bias else _ZEROS_BYTES)
         for norm in _norms(spec)

@@ -33,6 +33,11 @@ _PAIRED_BYTES = 750  # what pairs of an embedding of four bits
 _LLM_BYTES = -1_100  # fewer operators between the delegates, where they compute every layer
 _CONV_BYTES, _NET_BYTES = 500, 2_100  # of a layer, for the state that it keeps
 _LOG_DECAY_OPERATORS = 13
+_LOOKUP_BYTES = 400  # of a layer's row of a table
+_EMBEDDING_NAMES = 5  # in a delegate: a norm of all layers, a mean, three numbers
+_SLICED = "layer_embedding_projection"
+_ACTIVATIONS = {"silu": 2, "gelu_tanh": 6, "relu2": RELU2_OPERATORS, "xielu": XIELU_OPERATORS}
+_VALUE_NORM = 5  # operators
 _CONSTANTS_BYTES = 5 * ALIGNMENT + 256  # numbers, means and frequencies
 
 
@@ -50,11 +55,17 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: 
         + _SCALES_BYTES * scaled
     )
     head_bytes = _HEAD_BYTES + _LAYER_BYTES * depth + _PART_BYTES * len(parts)
+    if spec.layer_embedding:
+        slices = sum(part.key.startswith(_SLICED) for part in parts) * depth
+        delegates_bytes += _NAME_BYTES * (slices + _EMBEDDING_NAMES * depth)
+        delegates_bytes += _SCALES_BYTES * (slices - depth)
+        head_bytes += _PART_BYTES * slices + _LOOKUP_BYTES * depth
+        head_bytes += _PAIRED_BYTES * depth if has_pairs("layer_embedding", spec, parts) else 0
     turns = len(ropes(spec))
     head_bytes += (_TURN_BYTES if turns else 0) + _ROPE_BYTES * turns
     head_bytes += _GROWTH_BYTES if query_growth(spec) else 0
     head_bytes += _BORDER_BYTES if spec.original_max_position_embeddings is not None else 0
-    head_bytes += _PAIRED_BYTES if has_pairs(spec, parts) else 0
+    head_bytes += _PAIRED_BYTES if has_pairs("token_embedding", spec, parts) else 0
     mixers = [spec.mixer(index) for index in range(depth)]
     head_bytes += _CONV_BYTES * sum(isinstance(mixer, ShortConv) for mixer in mixers)
     head_bytes += _NET_BYTES * sum(isinstance(mixer, DeltaNet) for mixer in mixers)
@@ -82,6 +93,7 @@ def _segment_operators(
     if index > 0:  # the output matrix, gate and up together, down
         count += _second_half(spec, index - 1, mixes=bool(mixes[index - 1]))
         count += (3 if spec.residual == "serial" else 1) if is_rounded else 0
+        count += 3 if spec.layer_embedding and is_rounded else 0
     if index == len(spec.layers):
         return (
             count
@@ -109,12 +121,18 @@ def _first_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
 
 
 def _queries_keys_and_values(a: Attention, rope: Rope | None, *, mixes: bool) -> int:
-    count = 3 + 3 + 1 + (5 if mixes else 0) + (1 if a.query_growth else 0)
+    turned = 2 if a.has_cache else 1  # queries and keys
+    made = turned + (a.has_cache and not a.values_are_keys)
+    count = 2 * made + 1 + (1 if a.query_growth else 0)  # matrices, heads apart, a scale
     count += 4 if a.has_output_gate else 0
+    if mixes:
+        count += 5 if a.has_cache else 3
     if a.query_key_norm:
-        count += 2 * (_norm(a.query_key_norm) + (2 if a.head_norms == "together" else 0))
+        count += turned * (_norm(a.query_key_norm) + (2 if a.head_norms == "together" else 0))
     if rope:
-        count += 2 * (6 if rope.width == a.head_dim else 9)
+        count += turned * (6 if rope.width == a.head_dim else 9)
+    if a.has_cache and a.value_norm_epsilon is not None:
+        count += _VALUE_NORM
     return count
 
 
@@ -135,7 +153,9 @@ def _second_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
     count += _norm(spec.norm) if spec.has_post_norms else 0
     if spec.residual == "serial":
         count += _mlp(spec) + (_norm(spec.norm) if spec.has_pre_norms else 0)
-    return count
+    if spec.layer_embedding:  # three matrices, what they are multiplied with, sums and norms
+        count += 3 + 4 + 2 + _ACTIVATIONS[spec.activation] + 2 * _norm(spec.norm)
+    return count + spec.has_layer_scales
 
 
 def _mix(a: Attention, window_tokens: int | None) -> int:
@@ -157,6 +177,5 @@ def _norm(norm: Norm) -> int:
 
 def _mlp(spec: DecoderSpec) -> int:
     """Count the operators of the MLP, the norm after it and the residual."""
-    bent = {"silu": 2, "gelu_tanh": 6, "relu2": RELU2_OPERATORS, "xielu": XIELU_OPERATORS}
-    count = bent[spec.activation] + (4 if spec.is_gated else 2) + 1
+    count = _ACTIVATIONS[spec.activation] + (4 if spec.is_gated else 2) + 1
     return count + (_norm(spec.norm) if spec.has_post_norms else 0)
