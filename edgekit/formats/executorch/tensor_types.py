@@ -62,6 +62,10 @@ _EIGHT_BIT_EMBEDDING = Rule(
 )
 # As llama.cpp, which keeps it whole: it is small, and what every layer reads.
 _EIGHT_BIT_PROJECTION = Rule(pattern="layer_embedding_projection", tensor_type="INT8")
+# What a state is written with is read for the rest of a text. Of random models with four bits
+# elsewhere, these make a mean KL of 0.36 out of 1.7, and of 0.32 out of 1.1.
+_EIGHT_BIT_NETS = Rule(pattern="delta_(qkv|gate|output)", tensor_type="INT8")
+_EIGHT_BITS = (_EIGHT_BIT_PROJECTION, _EIGHT_BIT_NETS)
 
 # What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.
 # Measured over 3152 positions of SmolLM2-135M with weights that lie on no grid: F32 6e-11, 100 %;
@@ -81,10 +85,10 @@ RECIPES: Mapping[str, Recipe] = {
         _recipe("F32", "F32"),
         _recipe("F16", "F16", _EXACT),
         _recipe("8da8w", "INT8", _EXACT),
-        _recipe("8da4w", "INT4_G32", _EXACT, _EIGHT_BIT_EMBEDDING, _EIGHT_BIT_PROJECTION),
-        _recipe("8da4w_g64", "INT4_G64", _EXACT, _EIGHT_BIT_EMBEDDING, _EIGHT_BIT_PROJECTION),
-        _recipe("8da4w_g128", "INT4_G128", _EXACT, _EIGHT_BIT_EMBEDDING, _EIGHT_BIT_PROJECTION),
-        _recipe("8da4w_all", "INT4_G32", _EXACT, _EIGHT_BIT_PROJECTION),
+        _recipe("8da4w", "INT4_G32", _EXACT, _EIGHT_BIT_EMBEDDING, *_EIGHT_BITS),
+        _recipe("8da4w_g64", "INT4_G64", _EXACT, _EIGHT_BIT_EMBEDDING, *_EIGHT_BITS),
+        _recipe("8da4w_g128", "INT4_G128", _EXACT, _EIGHT_BIT_EMBEDDING, *_EIGHT_BITS),
+        _recipe("8da4w_all", "INT4_G32", _EXACT, *_EIGHT_BITS),
     )
 }
 

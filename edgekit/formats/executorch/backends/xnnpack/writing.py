@@ -22,9 +22,17 @@ class XnnpackWriting(BackendWriting):
     backend = xnnpack.BACKEND
 
     def notes(self, spec: "DecoderSpec", variant: str) -> Iterator[str]:
-        """Yield which layers the operator of LLM runners leaves to others."""
+        """Yield which layers the operator of LLM runners leaves to others, and what stays fine."""
         found = attention.note(spec) if variant == xnnpack.LLM else None
         yield from () if found is None else (found,)
+        if limits.has_nets(spec):
+            yield (
+                f"a call reads at most {limits.CALL_TOKENS} tokens of a prompt; in every recipe the "
+                "taps, decays, betas and alphas of delta nets are float32, and their other matrices "
+                "have eight bits or more"
+            )
+        elif spec.has_states:
+            yield "the taps of convolutions are float32 in every recipe"
 
     def file_bytes(
         self, spec: "DecoderSpec", planned: tuple["ProgramWeight", ...], variant: str
