@@ -172,7 +172,8 @@ def choice_options(command: Decorated) -> Decorated:
         click.option("--context", "context_tokens", type=int, metavar="N",
                      help="Context length in tokens; default: the target's."),
         click.option("--quant", metavar="Q",
-                     help="Recipe, e.g. Q4_K_M; default: the most faithful one that fits."),
+                     help="Recipe, e.g. Q4_K_M, or with changes Q4_K_M,down=Q6_K; default: the "
+                     "most faithful one that fits."),
         click.option("--format", metavar="F",
                      help="Artifact format; default: the target's best that fits."),
         click.option("--target", "target_name", required=True, metavar="NAME|FILE.toml",
@@ -370,7 +371,8 @@ def _recipe_document(recipe: "Recipe") -> dict[str, Any]:
         for rule in recipe.rules
     ]
     fields = {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
-    return fields | {"rules": rules}
+    changes = {change.role: change.tensor_type for change in recipe.changes}
+    return fields | {"rules": rules, "changes": changes}
 
 
 def _layout_document(layout: "Layout") -> dict[str, Any]:
@@ -395,7 +397,7 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
 
     estimate, budget, memory = made.estimate, target.budget, made.estimate.memory
     exact = "exactly" if made.layout.is_exact else "about"
-    yield f"{made.format} {made.recipe.name} for {target.title}, {made.context_tokens} tokens"
+    yield f"{made.format} {made.recipe.full_name} for {target.title}, {made.context_tokens} tokens"
     yield f"{'':<24}{'expected':<34}limit"
     yield (
         f"{'to download':<24}{exact + ' ' + format_bytes(estimate.artifact_bytes):<34}"

@@ -5,12 +5,16 @@ is tied to stays mapped. Keys, values and what passes between delegates are set 
 is loaded, for as many tokens as it was exported for.
 """
 
+import math
+from typing import assert_never
+
 from edgekit.formats import Layout, MemoryUse
+from edgekit.model.mixers import Attention, DeltaNet, ShortConv
 from edgekit.model.spec import DecoderSpec
 
 
 BATCH_TOKENS = 256  # are read at once; a longer prompt takes no more memory, and little more time
-CACHE_ITEM_BYTES = 4  # float32 keys and values
+CACHE_ITEM_BYTES = 4  # float32 keys, values and states
 # An interpreter with numpy, the libraries and edgekit; what XNNPACK keeps of a layer besides its
 # weights; what one entry of the vocabulary costs in `tokenizers`. Measured on x86-64 with
 # SmolLM2-135M and no tokenizer, VmHWM in MiB: exported for 512 tokens 206 for 8da4w, 252 for 8da8w,
@@ -21,15 +25,26 @@ LAYER_BYTES = 2**19
 VOCABULARY_ENTRY_BYTES = 500
 
 
-def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
-    """Return the parts, when the most is held."""
+def use(
+    spec: DecoderSpec, layout: Layout, *, context_tokens: int, call_tokens: int | None = None
+) -> MemoryUse:
+    """Return the parts, when the most is held.
+
+    Args:
+        spec: The decoder.
+        layout: What the program holds.
+        context_tokens: What its caches hold.
+        call_tokens: How many a call may read; None: as many.
+    """
     sizes = [placement.size_bytes for placement in layout.placements]
-    running = batch_bytes(spec, context_tokens=context_tokens)
+    most = call_tokens or context_tokens
+    running = batch_bytes(spec, context_tokens=context_tokens, call_tokens=most)
     return MemoryUse(
         weights_bytes=sum(sizes),
         cache_bytes=cache_bytes(spec, context_tokens=context_tokens),
         # While a weight is packed, the file's copy of it is there too; later, a prompt is read.
-        compute_bytes=planned_bytes(spec, context_tokens=context_tokens) + max(*sizes, running),
+        compute_bytes=planned_bytes(spec, context_tokens=context_tokens, call_tokens=most)
+        + max(*sizes, running),
         runtime_bytes=RUNTIME_BYTES
         + LAYER_BYTES * len(spec.layers)
         + VOCABULARY_ENTRY_BYTES * spec.vocab_size,
@@ -37,28 +52,63 @@ def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
 
 
 def cache_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
-    """Return the size of all keys and values."""
+    """Return the size of all keys and values, and of the states that layers keep instead."""
     widths = sum(2 * attention.key_value_width for _, _, attention in spec.caches())
-    return widths * CACHE_ITEM_BYTES * context_tokens
+    states = sum(math.prod(shape) for _, _, shape in spec.states())
+    return CACHE_ITEM_BYTES * (widths * context_tokens + states)
 
 
-def planned_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
-    """Return what is set aside between delegates: their inputs and outputs, for a whole context."""
-    of_attention = (2 * a.query_width + 4 * a.key_value_width for _, _, a in spec.attentions())
-    widths = 2 * spec.hidden_size + max(of_attention, default=0)
-    donors = {a.cache_of for _, _, a in spec.attentions()}  # what they hand out stays
-    widths += sum(2 * a.key_value_width for index, _, a in spec.attentions() if index in donors)
-    if own := spec.layer_embedding:
-        widths += spec.hidden_size + own.width
-    return 4 * (context_tokens * widths + spec.vocab_size)
+def planned_bytes(spec: DecoderSpec, *, context_tokens: int, call_tokens: int) -> int:
+    """Return what is set aside between delegates: their inputs and outputs, for a longest call."""
+    layers = range(len(spec.layers))
+    read = max(_read_channels(spec, index) for index in layers)
+    made = max(_made_channels(spec, index) for index in layers)
+    caches = max((2 * a.key_value_width for _, _, a in spec.caches()), default=0)
+    donors = {a.cache_of for _, _, a in spec.attentions()}  # what is read of theirs stays
+    shared = sum(2 * a.key_value_width for index, _, a in spec.caches() if index in donors)
+    own = spec.layer_embedding
+    embedded = spec.hidden_size + own.width if own else 0
+    state = max((math.prod(shape) for _, _, shape in spec.states()), default=0)
+    return 4 * (
+        call_tokens * (2 * spec.hidden_size + embedded + read + made)
+        + context_tokens * (caches + shared)  # as far as they are filled, a layer at a time
+        + 2 * state  # as it is read and as it is left
+        + spec.vocab_size
+    )
 
 
-def batch_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
+def _read_channels(spec: DecoderSpec, index: int) -> int:
+    """Return how many numbers of a token the second half of a layer reads, caches apart."""
+    match spec.mixer(index):
+        case Attention() as a:
+            return a.query_rows
+        case ShortConv(taps=taps):
+            return (1 + taps) * spec.hidden_size
+        case DeltaNet() as net:
+            return net.value_width + 2 * net.value_heads + net.taps * net.channels
+        case other:
+            assert_never(other)
+
+
+def _made_channels(spec: DecoderSpec, index: int) -> int:
+    """Return how many numbers of a token the first half of a layer makes."""
+    match spec.mixer(index):
+        case Attention() as a:
+            return a.query_rows + 2 * a.key_value_width
+        case ShortConv():
+            return 2 * spec.hidden_size
+        case DeltaNet() as net:
+            return net.value_width + 2 * net.value_heads + net.channels
+        case other:
+            assert_never(other)
+
+
+def batch_bytes(spec: DecoderSpec, *, context_tokens: int, call_tokens: int) -> int:
     """Return what XNNPACK needs to read some tokens of a prompt at once: scores, and an MLP.
 
     Twice: as a text grows, scores move to a larger place.
     """
-    batch = min(BATCH_TOKENS, context_tokens)
+    batch = min(BATCH_TOKENS, call_tokens)
     heads = max((attention.heads for _, _, attention in spec.attentions()), default=0)
     widths = heads * context_tokens + mlp_channels(spec) + 2 * spec.hidden_size
     return 2 * 4 * batch * widths

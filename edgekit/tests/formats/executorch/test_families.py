@@ -266,7 +266,7 @@ def test_what_a_program_sets_aside_is_planned_for(shared_caches):
     caches = memory.cache_bytes(spec, context_tokens=context)
     widths = 2 * 2 * 16 + 2 * 2 * 32  # keys and values of two layers
     assert caches == 4 * widths * context
-    planned_bytes = caches + memory.planned_bytes(spec, context_tokens=context)
+    planned_bytes = caches + memory.planned_bytes(spec, context_tokens=context, call_tokens=context)
     assert method.planned_bytes <= planned_bytes <= 1.3 * method.planned_bytes
 
 

@@ -16,21 +16,18 @@ def attention(spec: DecoderSpec, index: int) -> Attention:
     return mixer
 
 
-def mixed_here(spec: DecoderSpec, *, uses_llm_operators: bool) -> tuple[bool, ...]:
-    """Return for each layer whether plain operators compute its attention."""
-    has_operator = {
-        index
-        for index, layer, a in spec.attentions()
-        if layer.window_tokens is None and a.attn_logit_softcap is None
-    }
-    return tuple(
-        not (uses_llm_operators and index in has_operator) for index in range(len(spec.layers))
-    )
+def mixed_here(spec: DecoderSpec, *, uses_llm_operators: bool) -> tuple[bool | None, ...]:
+    """Return for each layer whether plain operators compute its attention; None: it has none."""
+    found: list[bool | None] = [None] * len(spec.layers)
+    for index, layer, a in spec.attentions():
+        has_operator = layer.window_tokens is None and a.attn_logit_softcap is None
+        found[index] = not (uses_llm_operators and has_operator)
+    return tuple(found)
 
 
 def note(spec: DecoderSpec) -> str | None:
     """Return what to know of a program with ``custom_sdpa`` about layers that go without it."""
-    count = sum(mixed_here(spec, uses_llm_operators=True))
+    count = mixed_here(spec, uses_llm_operators=True).count(True)
     if not count:
         return None
     has_cap = any(a.attn_logit_softcap is not None for _, _, a in spec.attentions())

@@ -3,7 +3,8 @@
 The decoder is cut where a layer's keys and values enter its cache. What lies between two cuts is a
 `Segment`: the rest of one layer after its cache was read, and the next layer up to its queries,
 keys and values. All of a segment is arithmetic that XNNPACK has, so each becomes one delegate;
-segments of the same `SegmentShape` are the same program with other weights.
+segments of the same `SegmentShape` are the same program with other weights. Layers with a
+convolution or a delta net are cut where they read the state that they keep of a text.
 
 The operator of ExecuTorch's LLM runners may compute attention between two segments, in the layers
 whose attention it has (`mixed_here`); the others compute their own.
@@ -15,6 +16,7 @@ is a product with a vector of 1 / n, and tanh(x) is 2 sigmoid(2 x) - 1.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import assert_never
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
@@ -23,11 +25,14 @@ from torch.nn import functional  # noqa: TID253
 
 from edgekit.formats.executorch.arithmetic import Arithmetic
 from edgekit.formats.executorch.assembly import slice_key
+from edgekit.formats.executorch.backends.xnnpack import delta_net, short_conv
 from edgekit.formats.executorch.backends.xnnpack.attention import attention, mixed_here
+from edgekit.formats.executorch.backends.xnnpack.delta_net import DeltaRule
+from edgekit.formats.executorch.backends.xnnpack.states import States
 from edgekit.formats.executorch.contents import SLICE
 from edgekit.formats.executorch.embeddings import LayerEmbedding
 from edgekit.formats.executorch.positions import Positions
-from edgekit.model.mixers import Attention
+from edgekit.model.mixers import Attention, DeltaNet, ShortConv
 from edgekit.model.norm import Norm
 from edgekit.model.rope import Rope
 from edgekit.model.shapes import Shape
@@ -68,8 +73,8 @@ class SecondHalf:
 class SegmentShape:
     """What makes two segments the same program."""
 
-    ends: SecondHalf | None  # of a layer; None: nothing is before
-    begins: FirstHalf | None  # of the next; None: the output head
+    ends: SecondHalf | ShortConv | DeltaNet | None  # of a layer; None: nothing is before
+    begins: FirstHalf | ShortConv | DeltaNet | None  # of the next; None: the output head
     changes_x: bool
     weights: tuple[tuple[str, Shape], ...]  # by their name within the segment
 
@@ -80,25 +85,32 @@ def segment_shapes(spec: DecoderSpec, *, uses_llm_operators: bool) -> Iterator[S
     mixes = mixed_here(spec, uses_llm_operators=uses_llm_operators)
     for index in range(depth + 1):
         yield SegmentShape(
-            ends=_second_half(spec, index - 1, mixes=mixes[index - 1]) if index > 0 else None,
-            begins=_first_half(spec, index, mixes=mixes[index]) if index < depth else None,
+            ends=_second_half(spec, index - 1, mixes=bool(mixes[index - 1])) if index else None,
+            begins=_first_half(spec, index, mixes=bool(mixes[index])) if index < depth else None,
             changes_x=index > 0 or spec.residual == "parallel",
             weights=tuple(_weight_shapes(spec, index)),
         )
 
 
-def _first_half(spec: DecoderSpec, index: int, *, mixes: bool) -> FirstHalf:
-    a, rope = attention(spec, index), spec.layers[index].rope
+def _first_half(spec: DecoderSpec, index: int, *, mixes: bool) -> FirstHalf | ShortConv | DeltaNet:
+    mixer, rope = spec.mixer(index), spec.layers[index].rope
+    if not isinstance(mixer, Attention):
+        return mixer
     return FirstHalf(
-        attention=a if a.has_cache else replace(a, cache_of=_ANY),
+        attention=mixer if mixer.has_cache else replace(mixer, cache_of=_ANY),
         rope_width=rope.width if rope else None,
         feeds_mix=mixes,
     )
 
 
-def _second_half(spec: DecoderSpec, index: int, *, mixes: bool) -> SecondHalf:
+def _second_half(
+    spec: DecoderSpec, index: int, *, mixes: bool
+) -> SecondHalf | ShortConv | DeltaNet:
+    mixer = spec.mixer(index)
+    if not isinstance(mixer, Attention):
+        return mixer
     return SecondHalf(
-        attention=replace(attention(spec, index), cache_of=None),  # it is given all it reads
+        attention=replace(mixer, cache_of=None),  # it is given all it reads
         mixes=mixes,
         window_tokens=spec.layers[index].window_tokens,
     )
@@ -142,11 +154,14 @@ def _weight_shapes(spec: DecoderSpec, index: int) -> Iterator[tuple[str, Shape]]
 
 
 def _is_first_half(spec: DecoderSpec, part: str) -> bool:
-    """Tell whether a weight of a layer is used before its cache is."""
+    """Tell whether a weight of a layer is used before its cache or state is."""
     name = part.removesuffix("_bias")
     if name in {"gate", "up", "down", "xielu_positive", "xielu_negative", "mlp_post_norm"}:
         return spec.residual == "parallel"
-    return name in {"attention_norm", "query", "key", "value", "query_norm", "key_norm"}
+    return name in {
+        "attention_norm", "query", "key", "value", "query_norm", "key_norm", "conv_in",
+        "delta_qkv", "delta_beta", "delta_alpha", "delta_decay", "delta_gate",
+    }  # fmt: skip
 
 
 class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any here
@@ -161,6 +176,9 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
         for width in _normalized_widths(spec, shape):
             mean = torch.full((1, width), 1 / width)
             self.register_buffer(f"mean_{width}", mean, persistent=False)
+        if isinstance(shape.ends, DeltaNet):
+            ones = torch.ones(1, shape.ends.values_per_key, 1, 1)
+            self.register_buffer("ones", ones, persistent=False)
         self._numbers: dict[float, str] = {}
         for value in dict.fromkeys(_numbers(spec, shape)):
             self._numbers[value] = f"number_{len(self._numbers)}"
@@ -171,38 +189,54 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
         return self.get_buffer(self._numbers[value])
 
     def forward(self, x: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return the logits, or what the next cache and the next segment need.
+        """Return the logits, or what the next cache or state and the next segment need.
+
+        The new state of a delta net comes before all else.
 
         Args:
             x: ``(tokens, hidden width)``.
-            inputs: Query, keys, values and the positions of queries and keys, or what attention
-                made of them, where the cache is read; tokens as embedded, and as the layer that
-                ends embeds them, where one does; cosine and sine where queries and keys are
-                rotated; the factor of queries where it grows.
+            inputs: What `XnnpackDecoder` gives the second half of a layer, if there is one; tokens
+                as embedded, and as the layer that ends embeds them, where one does; cosine and sine
+                where queries and keys are rotated; the factor of queries where it grows.
         """
         left = list(inputs)
-        if half := self.shape.ends:
-            mixed = self._mix(half, [left.pop(0) for _ in range(5)]) if half.mixes else left.pop(0)
-            x = self._finish_layer(half, x, mixed)
+        mixed, kept = self._mixed(left)
+        if mixed is not None:
+            x = self._finish_layer(x, mixed)
             if own := self.spec.layer_embedding:
                 x = self._add_embedding(own, x, left.pop(0), left.pop(0))
             if self.spec.has_layer_scales:
                 x = x * self._vector("layer_scale")
         if self.shape.begins is None:
-            return (self._head(x),)
-        return self._begin_layer(self.shape.begins, x, *left)
+            return (*kept, self._head(x))
+        return (*kept, *self._begin_layer(x, *left))
 
-    def _begin_layer(self, half: FirstHalf, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        """Return x, queries, keys and values, each as the cache or attention wants them.
-
-        Without keys and values where those of another layer are read.
-        """
+    def _begin_layer(self, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        """Return x, and what the cache or state and the second half want."""
         read = self._before("attention_norm", x)
+        made: tuple[Tensor, ...]
+        match self.shape.begins:
+            case FirstHalf() as half:
+                made = self._begin_attention(half, read, *given)
+            case ShortConv() as conv:
+                made = self._begin_conv(conv, read)
+            case _:
+                made = self._begin_delta(read)
+        if self.spec.residual == "parallel":
+            x = x + self._after("mlp_post_norm", self._mlp(read))
+        # A delegate may not hand back what it was given.
+        return (x, *made) if self.shape.changes_x else made
+
+    def _begin_attention(self, half: FirstHalf, read: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values, as the cache or attention wants them, and the gate."""
         a = half.attention
+        query = self._project_heads(a, "query", read, a.heads)
+        gates: list[Tensor] = []
+        if a.has_output_gate:
+            asked = query[..., a.head_dim :].reshape(-1, a.query_width)
+            query, gates = query[..., : a.head_dim], [torch.sigmoid(asked)]
         value = None
-        heads = {  # by the norm that they get
-            "query_norm": self._project_heads(a, "query", read, a.heads)
-        }
+        heads = {"query_norm": query}  # by the norm that they get
         if a.has_cache:
             heads["key_norm"] = self._project_heads(a, "key", read, a.num_kv_heads)
             value = self._values(a, read, heads["key_norm"])
@@ -212,10 +246,7 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
                     heads[role] = _rotation(them, *given[:2])
                 else:
                     heads[role] = self._normalize_heads(a, role, them, them.shape[1])
-        query = heads["query_norm"]
-        if self.spec.residual == "parallel":
-            x = x + self._after("mlp_post_norm", self._mlp(read))
-        query = query * self._number(a.softmax_scale)
+        query = heads["query_norm"] * self._number(a.softmax_scale)
         if a.query_growth:
             query = query * given[-1]
         made = [_grouped(a, query) if half.feeds_mix else query]
@@ -224,8 +255,7 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
             made += (
                 [key.permute(1, 2, 0), value.permute(1, 0, 2)] if half.feeds_mix else [key, value]
             )
-        # A delegate may not hand back what it was given.
-        return (x, *made) if self.shape.changes_x else tuple(made)
+        return (*made, *gates)
 
     def _values(self, a: Attention, read: Tensor, key: Tensor) -> Tensor:
         """Return the values of each head; ``key`` is not normalized or rotated yet."""
@@ -235,6 +265,67 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
         if a.value_norm_epsilon is None:
             return value
         return self._over_its_root(value, a.value_norm_epsilon)
+
+    def _begin_conv(self, conv: ShortConv, read: Tensor) -> tuple[Tensor, ...]:
+        """Return what multiplies the result, and what the convolution sees."""
+        made, width = self._linear("conv_in", read, has_bias=conv.has_bias), self.spec.hidden_size
+        before, after, x = (made[:, part * width : (part + 1) * width] for part in range(3))
+        return after, before * x
+
+    def _begin_delta(self, read: Tensor) -> tuple[Tensor, ...]:
+        """Return the gate, beta, the logarithm of the decay, and what the convolution sees."""
+        gate = self._silu(self._linear("delta_gate", read, has_bias=False))
+        beta = torch.sigmoid(self._linear("delta_beta", read, has_bias=False))
+        step = self._linear("delta_alpha", read, has_bias=False)
+        step = step + self._vector("delta_decay_bias")
+        decay = delta_net.log_decay(step, self._vector("delta_decay"), self._number)
+        return gate, beta, decay, self._linear("delta_qkv", read, has_bias=False)
+
+    def _mixed(self, left: list[Tensor]) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """Return what the first of ``left``, taken out, gives in a layer; and its new state."""
+
+        def take(count: int) -> list[Tensor]:
+            return [left.pop(0) for _ in range(count)]
+
+        match self.shape.ends:
+            case None:
+                return None, ()
+            case SecondHalf(attention=a) as half:
+                mixed = self._mix(half, take(5)) if half.mixes else left.pop(0)
+                mixed = mixed * left.pop(0) if a.has_output_gate else mixed
+                return self._linear("attention_output", mixed, has_bias=a.has_output_bias), ()
+            case ShortConv() as conv:
+                return self._mix_conv(conv, take(1 + conv.taps)), ()
+            case DeltaNet() as net:
+                count = 5 + net.taps + (self.shape.begins is None)
+                mixed, state = self._mix_delta(net, take(count))
+                return mixed, (state,)
+            case other:
+                assert_never(other)
+
+    def _mix_conv(self, conv: ShortConv, given: Sequence[Tensor]) -> Tensor:
+        after, *slices = given
+        mixed = short_conv.convolve(self.get_parameter("conv_taps"), slices)
+        if conv.has_bias:
+            mixed = mixed + self._vector("conv_taps_bias")
+        return self._linear("conv_output", after * mixed, has_bias=conv.has_bias)
+
+    def _mix_delta(self, net: DeltaNet, given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what is read from the state, and the state after it.
+
+        Where only the last token is wanted, the last of ``given`` says which that is.
+        """
+        gate, beta, log_decay, masks, state, *slices = given
+        taps = self.get_parameter("delta_taps")
+        mixed = self._silu(short_conv.convolve(taps, slices[: net.taps]))
+        mean = self.get_buffer(f"mean_{net.key_head_dim}")
+        rule = DeltaRule(net=net, number=self._number, mean=mean, ones=self.get_buffer("ones"))
+        found, state = rule.read(mixed, log_decay, beta, masks, state)
+        if self.shape.begins is None:
+            joined = found.reshape(1, -1, net.value_width)
+            found = torch.bmm(slices[-1], joined).view(-1, net.value_heads, net.value_head_dim)
+        found = self._normalize(net.norm, "delta_norm", found).reshape(-1, net.value_width)
+        return self._linear("delta_output", found * gate, has_bias=False), state
 
     def _mix(self, half: SecondHalf, given: Sequence[Tensor]) -> Tensor:
         """Return what attention gathers, of shape ``(tokens, query width)``.
@@ -261,10 +352,8 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
         reach = self._number((half.window_tokens - 1) * HIDDEN)
         return mask + torch.minimum(columns + reach - rows, self._number(0.0))
 
-    def _finish_layer(self, half: SecondHalf, x: Tensor, mixed: Tensor) -> Tensor:
-        a = half.attention
-        attended = self._linear("attention_output", mixed, has_bias=a.has_output_bias)
-        x = x + self._after("attention_post_norm", attended)
+    def _finish_layer(self, x: Tensor, mixed: Tensor) -> Tensor:
+        x = x + self._after("attention_post_norm", mixed)
         if self.spec.residual == "parallel":
             return x
         return x + self._after("mlp_post_norm", self._mlp(self._before("mlp_norm", x)))
@@ -316,7 +405,8 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
 
     def _project_heads(self, a: Attention, name: str, x: Tensor, heads: int) -> Tensor:
         made = self._linear(name, x, has_bias=a.has_qkv_bias)
-        return self._split_heads(made, heads, a.head_dim)
+        rows = a.query_rows if name == "query" else a.key_value_width
+        return self._split_heads(made, heads, rows // heads)
 
     # The operators of `Arithmetic`
 
@@ -368,7 +458,14 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
 
 def _attentions(shape: SegmentShape) -> Iterator[Attention]:
     """Yield those of the layer that a segment ends, and of the one it begins."""
-    yield from (half.attention for half in (shape.ends, shape.begins) if half)
+    for half in (shape.ends, shape.begins):
+        if isinstance(half, FirstHalf | SecondHalf):
+            yield half.attention
+
+
+def _nets(shape: SegmentShape) -> Iterator[DeltaNet]:
+    """Yield the delta nets likewise."""
+    yield from (half for half in (shape.ends, shape.begins) if isinstance(half, DeltaNet))
 
 
 def _normalized_widths(spec: DecoderSpec, shape: SegmentShape) -> Iterator[int]:
@@ -381,12 +478,14 @@ def _normalized_widths(spec: DecoderSpec, shape: SegmentShape) -> Iterator[int]:
             yield from (a.query_width, a.key_value_width)
         else:
             yield a.head_dim
+    for net in _nets(shape):
+        yield from (net.key_head_dim, net.value_head_dim)
 
 
 def _numbers(spec: DecoderSpec, shape: SegmentShape) -> Iterator[float]:
     """Yield every number that a segment may want, in an order that only these two decide."""
     yield 0.0
-    if shape.ends and shape.ends.window_tokens is not None:
+    if isinstance(shape.ends, SecondHalf) and shape.ends.window_tokens is not None:
         yield (shape.ends.window_tokens - 1) * HIDDEN
     yield spec.norm.epsilon
     caps = [spec.final_logit_softcap]
@@ -395,6 +494,8 @@ def _numbers(spec: DecoderSpec, shape: SegmentShape) -> Iterator[float]:
         yield from (norm.epsilon for norm in (a.query_key_norm,) if norm)
         yield from (epsilon for epsilon in (a.value_norm_epsilon,) if epsilon is not None)
         caps.append(a.attn_logit_softcap)
+    for net in _nets(shape):
+        yield from (*delta_net.numbers(net), net.norm.epsilon)
     for cap in caps:
         if cap is not None:
             yield from (2 / cap, 2 * cap, cap)
@@ -442,6 +543,7 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
             self.layer_embedding = LayerEmbedding(tables["layer_embedding"], len(spec.layers))
         self.positions = Positions(spec)
         self.segments = nn.ModuleList(segments)
+        self.states = States(spec)
         for name in ("keys", "values"):
             for index, _, _ in spec.caches():
                 shape = self._cache_shape(name, index)
@@ -471,18 +573,35 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         made = self.segments[0](x, *self._where(0, rotations, growth))
         if self.spec.residual == "serial":  # nothing was added to x
             made = (x, *made)
-        here = self._attend_here(input_pos) if True in self.mixed_here else None
-        there = self._attend_there(input_pos) if False in self.mixed_here else None
-        for index, is_here in enumerate(self.mixed_here):
-            attend = here if is_here else there
-            assert attend is not None  # noqa: S101 - see above
-            x, query, *own = made
-            x, *mixed = attend(index, x, query, own)
+        read = self._reading(input_pos)
+        for index in range(len(self.spec.layers)):
             given = () if places is None else self._layer_rows(index, embedded, places)
             where = self._where(index + 1, rotations, growth)
-            made = self.segments[index + 1](x, *mixed, *given, *where)
+            made = self.segments[index + 1](*read(index, *made), *given, *where)
+            made = self.states.keep(index, *made)
         logits: Tensor = made[0]  # the last segment has the head
         return logits
+
+    def _reading(self, input_pos: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+        """Return what makes of the outputs of a segment the first inputs of the next."""
+        here = self._attend_here(input_pos) if True in self.mixed_here else None
+        there = self._attend_there(input_pos) if False in self.mixed_here else None
+        last = len(self.spec.layers) - 1
+
+        def read(index: int, x: Tensor, *made: Tensor) -> tuple[Tensor, ...]:
+            is_here = self.mixed_here[index]
+            if is_here is None:
+                return self.states.read(index, input_pos, x, *made)
+            attend = here if is_here else there
+            assert attend is not None  # noqa: S101 - see above
+            gates = []
+            query, *own = made
+            if attention(self.spec, index).has_output_gate:
+                *own, gate = own
+                gates = [gate[-1:] if index == last else gate]
+            return (*attend(index, x, query, own), *gates)
+
+        return read
 
     def _attend_here(self, input_pos: Tensor) -> Attend:
         """Return what keeps keys and values, and gives a segment all that attention needs."""
@@ -561,7 +680,8 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         if index == len(self.spec.layers):
             return ()
         rope = self.spec.layers[index].rope
-        grown = growth if attention(self.spec, index).query_growth else None
+        mixer = self.spec.mixer(index)
+        grown = growth if isinstance(mixer, Attention) and mixer.query_growth else None
         return (*(rotations[rope] if rope else ()), *(() if grown is None else (grown,)))
 
     def _cache(

@@ -8,7 +8,7 @@ tensor types.
 import copy
 import functools
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias, assert_never
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
@@ -17,16 +17,21 @@ from torch import Tensor, fx, nn  # noqa: TID253
 from edgekit.formats.executorch import lowering, tensor_types
 from edgekit.formats.executorch.assembly import Slice
 from edgekit.formats.executorch.backends import xnnpack
-from edgekit.formats.executorch.backends.xnnpack import decoder
-from edgekit.formats.executorch.backends.xnnpack.decoder import Segment, SegmentShape
+from edgekit.formats.executorch.backends.xnnpack import decoder, limits
+from edgekit.formats.executorch.backends.xnnpack.decoder import (
+    FirstHalf,
+    SecondHalf,
+    Segment,
+    SegmentShape,
+)
 from edgekit.formats.executorch.contents import SLICE
 from edgekit.formats.executorch.lowering import TRACED_TOKENS
+from edgekit.model.mixers import DeltaNet, ShortConv
+from edgekit.model.shapes import Shape
 from edgekit.model.spec import DecoderSpec
 
 
-if TYPE_CHECKING:
-    from edgekit.model.shapes import Shape
-
+Example: TypeAlias = tuple[Shape, dict[int, Any]]  # and which axes have any length
 
 aten = torch.ops.aten
 # What XNNPACK's serializer calls an operator of the exported graph.
@@ -36,6 +41,7 @@ _NAMES = {
     aten.cat.default: "aten.cat.default",
     aten.exp.default: "aten.exp.default",
     aten.linear.default: "aten.linear.default",
+    aten.log.default: "aten.log.default",
     aten.minimum.default: "aten.minimum.default",
     aten.mul.Tensor: "aten.mul.Tensor",
     aten.permute.default: "aten.permute_copy.default",
@@ -114,22 +120,45 @@ class Segments:
 
 def _outputs(spec: DecoderSpec, shape: SegmentShape, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
     """Return tensors of the shapes that a segment gives."""
+    net, tokens = shape.ends, x.shape[0]
+    made: list[Shape] = []
+    if isinstance(net, DeltaNet):
+        made.append(net.states(spec.hidden_size)["recurrent"])
     if shape.begins is None:
-        return (x.new_empty(1, spec.vocab_size),)
-    a, tokens = shape.begins.attention, x.shape[0]
-    made: list[Shape]
-    if shape.begins.feeds_mix:
-        shared = a.heads // a.num_kv_heads
-        made = [
-            (a.num_kv_heads, tokens * shared, a.head_dim),
-            (a.num_kv_heads, a.head_dim, tokens),
-            (a.num_kv_heads, tokens, a.head_dim),
-        ]
+        made.append((1, spec.vocab_size))
     else:
-        made = [(tokens, heads, a.head_dim) for heads in (a.heads, a.num_kv_heads, a.num_kv_heads)]
-    made = made if a.has_cache else made[:1]
-    changed = (torch.empty_like(x),) if shape.changes_x else ()
-    return (*changed, *(x.new_empty(size) for size in made))
+        made += [(tokens, spec.hidden_size)] if shape.changes_x else []
+        made += _begun(spec, shape.begins, tokens)
+    return tuple(x.new_empty(size) for size in made)
+
+
+def _begun(
+    spec: DecoderSpec, begins: FirstHalf | ShortConv | DeltaNet, tokens: int
+) -> Iterator[Shape]:
+    """Yield the shapes of what the first half of a layer gives."""
+    match begins:
+        case ShortConv():
+            yield from [(tokens, spec.hidden_size)] * 2
+        case DeltaNet():
+            yield (tokens, begins.value_width)
+            yield from [(tokens, begins.value_heads)] * 2
+            yield (tokens, begins.channels)
+        case FirstHalf(attention=a):
+            made: list[Shape]
+            if begins.feeds_mix:
+                made = [
+                    (a.num_kv_heads, tokens * (a.heads // a.num_kv_heads), a.head_dim),
+                    (a.num_kv_heads, a.head_dim, tokens),
+                    (a.num_kv_heads, tokens, a.head_dim),
+                ]
+            else:
+                all_heads = (a.heads, a.num_kv_heads, a.num_kv_heads)
+                made = [(tokens, heads, a.head_dim) for heads in all_heads]
+            yield from made if a.has_cache else made[:1]
+            if a.has_output_gate:
+                yield (tokens, a.query_width)
+        case _:
+            assert_never(begins)
 
 
 @functools.lru_cache(maxsize=32)  # a decoder with two kinds of layers has a dozen
@@ -224,31 +253,58 @@ def _example(
     spec: DecoderSpec, shape: SegmentShape, context_tokens: int
 ) -> tuple[list[Tensor], list[dict[int, Any]]]:
     """Return inputs of a segment, and which of their axes have any length."""
-    tokens = torch.export.Dim("tokens", min=1, max=context_tokens)
+    longest = limits.call_tokens(spec, context_tokens=context_tokens)
+    tokens = torch.export.Dim("tokens", min=1, max=longest)
     filled = torch.export.Dim("filled", min=1, max=context_tokens)
-    ends, begins = shape.ends, shape.begins
+    begins = shape.begins
     rows, count = ({0: tokens}, TRACED_TOKENS) if begins else ({}, 1)
-    given: list[tuple[Shape, dict[int, Any]]] = [((count, spec.hidden_size), rows)]
-    if ends and ends.mixes:
-        heads, width = ends.attention.num_kv_heads, ends.attention.head_dim
-        shared = ends.attention.heads // heads
-        queries = shared * tokens if begins else None
-        given += [
-            ((heads, shared * count, width), {1: queries} if queries else {}),
-            ((heads, width, _TRACED_FILLED), {2: filled}),
-            ((heads, _TRACED_FILLED, width), {1: filled}),
-            ((shared * count, 1), {0: queries} if queries else {}),
-            ((1, _TRACED_FILLED), {1: filled}),
-        ]
-    elif ends:
-        given.append(((count, ends.attention.query_width), rows))
-    if ends and (own := spec.layer_embedding):
+    given: list[Example] = [((count, spec.hidden_size), rows)]
+    match shape.ends:
+        case None:
+            pass
+        case ShortConv(taps=taps):
+            given += given * (1 + taps)
+        case DeltaNet() as net:
+            given.append(((count, net.value_width), rows))
+            given += _example_of_rule(spec, net, tokens)
+            given += [] if begins else [((1, 1, TRACED_TOKENS), {2: tokens})]
+        case SecondHalf() as half:
+            given += _example_of_attention(half, tokens if begins else None, filled)
+        case other:
+            assert_never(other)
+    if shape.ends and (own := spec.layer_embedding):
         given += [((count, width), rows) for width in (spec.hidden_size, own.width)]
-    if begins and begins.rope_width is not None:
-        given += [((count, 1, begins.rope_width), rows)] * 2
-    if begins and begins.attention.query_growth:
-        given.append(((count, 1, 1), rows))
+    if isinstance(begins, FirstHalf):
+        if begins.rope_width is not None:
+            given += [((count, 1, begins.rope_width), rows)] * 2
+        if begins.attention.query_growth:
+            given.append(((count, 1, 1), rows))
     return [torch.zeros(size) for size, _ in given], [axes for _, axes in given]
+
+
+def _example_of_attention(half: SecondHalf, tokens: Any, filled: Any) -> Iterator[Example]:
+    """Yield what the second half of attention reads, of one token if ``tokens`` is None."""
+    a, count = half.attention, TRACED_TOKENS if tokens else 1
+    heads, width, shared = a.num_kv_heads, a.head_dim, a.heads // a.num_kv_heads
+    if half.mixes:
+        yield (heads, shared * count, width), {1: shared * tokens} if tokens else {}
+        yield (heads, width, _TRACED_FILLED), {2: filled}
+        yield (heads, _TRACED_FILLED, width), {1: filled}
+        yield (shared * count, 1), {0: shared * tokens} if tokens else {}
+        yield (1, _TRACED_FILLED), {1: filled}
+    else:
+        yield (count, a.query_width), {0: tokens} if tokens else {}
+    if a.has_output_gate:
+        yield (count, a.query_width), {0: tokens} if tokens else {}
+
+
+def _example_of_rule(spec: DecoderSpec, net: DeltaNet, tokens: Any) -> Iterator[Example]:
+    """Yield what the gated delta rule reads: of all tokens, whichever are wanted."""
+    rows, count = {0: tokens}, TRACED_TOKENS
+    yield from [((count, net.value_heads), rows)] * 2
+    yield (limits.MASKS, count, count), {1: tokens, 2: tokens}
+    yield net.states(spec.hidden_size)["recurrent"], {}
+    yield from [((count, net.channels), rows)] * net.taps
 
 
 def _constants(exported: Any) -> dict[str, str]:

@@ -14,6 +14,7 @@ import torch  # noqa: TID253
 
 from edgekit.formats.executorch import embeddings, lowering
 from edgekit.formats.executorch.assembly import Lowered
+from edgekit.formats.executorch.backends.xnnpack import limits
 from edgekit.formats.executorch.backends.xnnpack.decoder import XnnpackDecoder
 from edgekit.formats.executorch.backends.xnnpack.delegates import Segments
 from edgekit.formats.executorch.coverage import Coverage
@@ -56,7 +57,8 @@ def lower(
         )
         if uses_llm_operators:
             from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - operators
-        program = lowering.emit(decoder, constants, longest_tokens=context_tokens)
+        longest = limits.call_tokens(spec, context_tokens=context_tokens)
+        program = lowering.emit(decoder, constants, longest_tokens=longest)
         lowering.close_gaps(program)
         return Lowered(
             program=program,

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.formats.executorch import assembly, coverage, kinds, memory
+from edgekit.formats.executorch import assembly, coverage, memory
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.formats.executorch.backends._writing import BackendWriting
-from edgekit.formats.executorch.backends.xnnpack import attention, size
+from edgekit.formats.executorch.backends.xnnpack import attention, limits, size
 
 
 if TYPE_CHECKING:
@@ -16,31 +16,23 @@ if TYPE_CHECKING:
     from edgekit.model.spec import DecoderSpec
 
 
-_COMPUTED = frozenset({
-    kinds.OWN_ATTENTION, kinds.SHARED_CACHES, kinds.VALUE_NORMS, kinds.KEYS_AS_VALUES,
-    kinds.OWN_MLPS, kinds.LAYER_EMBEDDINGS, kinds.LAYER_SCALES,
-})  # fmt: skip
-
-
 class XnnpackWriting(BackendWriting):
     """All is computed in float32, and a tensor type is what its name says."""
 
     backend = xnnpack.BACKEND
 
-    def refuse(self, spec: "DecoderSpec", variant: str, *, context_tokens: int) -> None:
-        """Check that there are segments for all kinds of layers.
-
-        Raises:
-            UsageError: If not; it names what there is none for.
-        """
-        del variant, context_tokens
-        hint = "take another format: --format gguf, --format onnx"
-        kinds.refuse(spec, self.backend.name, computed=_COMPUTED, hint=hint)
-
     def notes(self, spec: "DecoderSpec", variant: str) -> Iterator[str]:
-        """Yield which layers the operator of LLM runners leaves to others."""
+        """Yield which layers the operator of LLM runners leaves to others, and what stays fine."""
         found = attention.note(spec) if variant == xnnpack.LLM else None
         yield from () if found is None else (found,)
+        if limits.has_nets(spec):
+            yield (
+                f"a call reads at most {limits.CALL_TOKENS} tokens of a prompt; in every recipe the "
+                "taps, decays, betas and alphas of delta nets are float32, and their other matrices "
+                "have eight bits or more"
+            )
+        elif spec.has_states:
+            yield "the taps of convolutions are float32 in every recipe"
 
     def file_bytes(
         self, spec: "DecoderSpec", planned: tuple["ProgramWeight", ...], variant: str
@@ -49,11 +41,19 @@ class XnnpackWriting(BackendWriting):
         parts = [part for weight in planned for part in weight.parts]
         return size.file_bytes(spec, parts, uses_llm_operators=variant == xnnpack.LLM)
 
+    def constants(
+        self, spec: "DecoderSpec", variant: str, *, context_tokens: int
+    ) -> Mapping[str, Any]:
+        """Tell a runner how many tokens it may have read at once."""
+        longest = limits.call_tokens(spec, context_tokens=context_tokens)
+        return {**self.backend.builds[variant].constants, "get_max_seq_len": longest}
+
     def memory_use(
         self, spec: "DecoderSpec", layout: "Layout", *, context_tokens: int
     ) -> "MemoryUse":
         """Return what ExecuTorch will hold."""
-        return memory.use(spec, layout, context_tokens=context_tokens)
+        longest = limits.call_tokens(spec, context_tokens=context_tokens)
+        return memory.use(spec, layout, context_tokens=context_tokens, call_tokens=longest)
 
     def write(self, job: "Job", path: Path) -> Mapping[str, Any]:
         """Write the program, one block of rows in memory at a time."""
