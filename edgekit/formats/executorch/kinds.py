@@ -3,7 +3,7 @@
 Each is a phrase that ends the sentence of who has none.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 from edgekit.errors import UsageError
 from edgekit.model.mixers import Attention, DeltaNet, ShortConv
@@ -22,22 +22,20 @@ LAYER_EMBEDDINGS = "embeddings for each layer"
 LAYER_SCALES = "scales of layers"
 
 
-def refuse(spec: DecoderSpec, name: str, *, computed: Collection[str] = (), hint: str) -> None:
-    """Check that a back-end computes all kinds of layers of a decoder.
+def refuse(spec: DecoderSpec, name: str, *, hint: str) -> None:
+    """Check that a decoder has nothing that only some back-ends compute.
 
     Args:
         spec: The decoder.
         name: Of the back-end, for people.
-        computed: Which of those in this module it computes.
         hint: What else a user may do.
 
     Raises:
-        UsageError: If it does not; it names the first kind that it lacks, and a layer of it.
+        UsageError: If it has; it names the first such kind, and a layer of it.
     """
     for kind, layer in kinds(spec):
-        if kind not in computed:
-            where = "" if layer is None else f" (the first is layer {layer})"
-            raise UsageError(f"edgekit has no {kind} for {name} in ExecuTorch{where}", hint=hint)
+        where = "" if layer is None else f" (the first is layer {layer})"
+        raise UsageError(f"edgekit writes no {kind} for {name} in ExecuTorch{where}", hint=hint)
 
 
 def kinds(spec: DecoderSpec) -> Iterator[tuple[str, int | None]]:

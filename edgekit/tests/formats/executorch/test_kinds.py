@@ -59,7 +59,7 @@ def test_layers_that_are_alike_are_computed_everywhere(variant):
 @pytest.mark.parametrize("kind", SPECIAL)
 @pytest.mark.parametrize("variant", ["vulkan", "coreml"])
 def test_a_kind_of_layer_that_a_back_end_lacks_is_named(kind, variant):
-    with pytest.raises(UsageError, match=f"no {kind} for .* in ExecuTorch") as refusal:
+    with pytest.raises(UsageError, match=f"writes no {kind} for .* in ExecuTorch") as refusal:
         plan(SPECIAL[kind], variant)
     assert "--variant portable" in refusal.value.hint
 

@@ -185,6 +185,8 @@ class _Template:
             version="0", xnodes=[], xvalues=[], num_externs=len(externals), input_ids=[],
             output_ids=[], constant_data=[schema.ConstantDataOffset(0, 0)],
         )  # fmt: skip
+        for name in exported.graph_signature.parameters:
+            exported.state_dict[name] = torch.empty(1)  # a visitor copies what a weight holds
         visitors = get_node_visitors(exported, externals, NamedDataStore())
         ids: dict[fx.Node, int] = {}
         for node in exported.graph.nodes:
