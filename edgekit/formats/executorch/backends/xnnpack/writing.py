@@ -27,9 +27,9 @@ class XnnpackWriting(BackendWriting):
         yield from () if found is None else (found,)
         if limits.has_nets(spec):
             yield (
-                f"a call reads at most {limits.CALL_TOKENS} tokens of a prompt; in every recipe the "
-                "taps, decays, betas and alphas of delta nets are float32, and their other matrices "
-                "have eight bits or more"
+                f"a call reads at most {limits.CALL_TOKENS} tokens of a prompt; taps, decays, "
+                "betas and alphas of delta nets are float32 in every recipe, their other matrices of "
+                "eight bits at least"
             )
         elif spec.has_states:
             yield "the taps of convolutions are float32 in every recipe"
