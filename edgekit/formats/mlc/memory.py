@@ -3,6 +3,7 @@
 Held against the requirements that WebLLM publishes for its own models: see test_mlc_memory.py.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 from edgekit.formats import Layout, MemoryUse
@@ -38,7 +39,7 @@ def use(
     item_bytes = _HALF if layout.needs_shader_f16 else _FULL
     name = decoders.model_type(architecture, spec)
     return MemoryUse(
-        weights_bytes=weights_bytes(layout, item_bytes=item_bytes),
+        weights_bytes=weights_bytes(layout),
         cache_bytes=cache_bytes(spec, context_tokens=context_tokens, item_bytes=item_bytes),
         compute_bytes=compute_bytes(
             name, spec, item_bytes=item_bytes,
@@ -53,12 +54,12 @@ def vram_bytes(memory: MemoryUse) -> int:
     return memory.weights_bytes + memory.cache_bytes + memory.compute_bytes
 
 
-def weights_bytes(layout: Layout, *, item_bytes: int) -> int:
+def weights_bytes(layout: Layout) -> int:
     """Return the weights in memory, where a float32 that is stored as bfloat16 is whole again."""
     total = 0
     for placement in layout.placements:
         total += placement.size_bytes
-        if item_bytes == _FULL:
+        if placement.tensor_type.endswith("BF16"):
             total += _widened_bytes(placement.tensor_type, placement.size_bytes)
     return total
 
@@ -74,9 +75,17 @@ def _widened_bytes(tensor_type: str, size_bytes: int) -> int:
 
 
 def cache_bytes(spec: "DecoderSpec", *, context_tokens: int, item_bytes: int) -> int:
-    """Return the size of all keys and values, in whole pages."""
+    """Return the size of all keys and values, in whole pages, and of what delta nets keep.
+
+    Their matrices are float32 in any case; the one state that WebLLM keeps is the current one.
+    """
     tokens = -(-context_tokens // PAGE_TOKENS) * PAGE_TOKENS
-    return 2 * len(spec.layers) * spec.attention.key_value_width * item_bytes * tokens
+    width = sum(attention.key_value_width for _, _, attention in spec.caches())
+    states = sum(
+        math.prod(shape) * (_FULL if name == "recurrent" else item_bytes)
+        for _, name, shape in spec.states()
+    )
+    return 2 * width * item_bytes * tokens + states
 
 
 def compute_bytes(name: str, spec: "DecoderSpec", *, chunk_tokens: int, item_bytes: int) -> int:
