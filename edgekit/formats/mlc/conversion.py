@@ -175,7 +175,7 @@ def _notes(checkpoint: "CheckpointProtocol", planned: MlcPlan) -> Iterator[str]:
     if any(it.is_coarse and it.role.endswith(".delta_alpha") for it in planned.placements):
         yield (
             "MLC's libraries take in_proj_a and in_proj_b, which decide what a delta net forgets "
-            "and writes, as coarse as every other matrix; --quant q0f16 keeps them"
+            "and writes, as coarse as every other matrix; q0f16 and q0f32 keep them whole"
         )
 
 

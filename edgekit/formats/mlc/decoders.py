@@ -75,7 +75,7 @@ MODELS = {
     "qwen3": MlcModel(qkv_biases=None, output_bias=None, query_key_norm="alike"),
     "qwen3_5_text": MlcModel(
         rotates_in_part=True, qkv_biases=None, output_bias=None, query_key_norm="alike",
-        has_delta_nets=True, widens_norms=True, plans_logits=False,
+        has_delta_nets=True, widens_norms=True,
     ),
     "phi3": MlcModel(scaling=LongRopeScaling, rotates_in_part=True, has_square_heads=True),
     "gemma": _GEMMA,

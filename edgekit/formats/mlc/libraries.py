@@ -88,10 +88,12 @@ class Shape:
 def delta_text(spec: "DecoderSpec") -> str | None:
     """Return all that the delta nets of a decoder are, and where they are, on one line."""
     net = next((it.mixer for it in spec.layers if isinstance(it.mixer, DeltaNet)), None)
-    return net and (
+    return (
         f"{net.key_heads} keys of {net.key_head_dim}, {net.value_heads} values of "
         f"{net.value_head_dim}, {net.taps} taps, 1 of {decoders.full_attention_interval(spec)} "
         "attends"
+        if net
+        else None
     )
 
 

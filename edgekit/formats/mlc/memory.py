@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from edgekit.formats import Layout, MemoryUse
 from edgekit.formats.mlc import decoders, packing
 from edgekit.formats.mlc.libraries import PREFILL_CHUNK_TOKENS
+from edgekit.model.mixers import DeltaNet
 
 
 if TYPE_CHECKING:
     from edgekit.model.spec import DecoderSpec
 
 
-PAGE_TOKENS = 16  # of the cache; WebLLM 0.2.85 and MLC's engine
+PAGE_TOKENS = 16  # of the cache; WebLLM 0.2.86 and MLC's engine
 _HALF, _FULL = 2, 4  # bytes of a number the model computes with
 # Besides the GPU's memory: the page's heap while shards arrive, the library, the tokenizer.
 # Measured once, in Chromium 156: 110 MB of heap for SmolLM2-135M as q4f32_1, 76 MB of files.
@@ -92,10 +93,17 @@ def compute_bytes(name: str, spec: "DecoderSpec", *, chunk_tokens: int, item_byt
     """Return what TVM plans for activations while a chunk of a prompt is read.
 
     The factors are those that give WebLLM's published figures back, which are planned sizes: in
-    float16, five times the MLP and twice the hidden state; in float32, four times and once.
+    float16, five times the MLP and twice the hidden state; in float32, four times and once. Of a
+    decoder with delta nets it is less of both, and what all nets read from their states, twice.
     """
-    mlp, hidden = (5, 2) if item_bytes == _HALF else (4, 1)
+    is_half = item_bytes == _HALF
+    mlp, hidden = (5, 2) if is_half else (4, 1)
+    nets = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, DeltaNet)]
+    if nets:
+        mlp, hidden = (2, 0) if is_half else (2, 1)
     widths = mlp * spec.intermediate_size + hidden * spec.hidden_size
+    widths += sum(2 * net.value_width for net in nets)
+    widths += sum((3 if is_half else 2) * net.channels for net in nets[:1])
     total = chunk_tokens * widths * item_bytes
     if decoders.plans_logits(name, spec):
         total += chunk_tokens * spec.vocab_size * _FULL

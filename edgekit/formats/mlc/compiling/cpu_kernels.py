@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from edgekit.formats.mlc.compiling import cpu_delta_kernel
+from edgekit.formats.mlc.compiling import cpu_delta_kernels
 from edgekit.formats.mlc.compiling.model import Kernels
 from edgekit.formats.mlc.compiling.shape import StoredWeight
 from edgekit.model.mixers import DeltaNet
@@ -64,7 +64,7 @@ class CpuKernels(Kernels):
         _, _, value, _, _, states = tensors
         out = [Tensor.placeholder(it.shape, "float32") for it in (value, states)]
         read, new = op.tensor_ir_op(
-            cpu_delta_kernel.recurrence(net), "recur", tensors, out=tuple(out)
+            cpu_delta_kernels.recurrence(net), "recur", tensors, out=tuple(out)
         )
         return read, new
 

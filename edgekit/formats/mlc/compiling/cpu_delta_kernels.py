@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 from edgekit.model.mixers import DeltaNet
 
@@ -11,7 +12,7 @@ _MOST_LANES = 16
 
 
 @functools.cache
-def recurrence(net: DeltaNet):
+def recurrence(net: DeltaNet) -> Any:
     """Return the function from queries, keys, values, decay, strength and states to both results.
 
     They are what was read from the states, ``(tokens, value_heads, value_head_dim)``, and the
