@@ -22,12 +22,15 @@ from edgekit.formats.gguf import (
     provenance,
     split,
     tensor_types,
+    value_heads,
     vocabulary,
 )
 from edgekit.formats.gguf.architectures import Architecture
 from edgekit.formats.gguf.layout import TensorEntry, Value
 from edgekit.formats.gguf.parts import FileTensor
 from edgekit.formats.gguf.split import FilesWriter, PlannedFile
+from edgekit.formats.gguf.value_heads import ValueHeads
+from edgekit.model.checkpoint_protocol import row_chunks
 from edgekit.model.spec import DecoderSpec, Pairs
 from edgekit.progress import Advance
 from edgekit.quant.planned import calibration_sha256
@@ -246,12 +249,45 @@ def _blocks(
 
     spec = checkpoint.spec
     for role in part.roles:
+        heads = value_heads.value_heads(role, spec)
+        if heads is not None or split_role(role)[1] == "delta_decay":
+            yield from _delta_blocks(checkpoint, role, heads)
+            continue
         pairs = spec.rotated_pairs(role) if architecture.rope_pairs == "neighbours" else None
         multiplier = np.float32(architecture.multiplier(role, spec))
         multiple = pairs.head_dim if pairs and pairs.axis == 0 else 1
-        for _, rows in checkpoint.blocks(role, row_multiple=multiple):
-            scaled = rows if multiplier == 1 else rows * multiplier
-            yield interleave_halves(scaled, pairs) if pairs else scaled
+        for first, rows in checkpoint.blocks(role, row_multiple=multiple):
+            kept = rows[: part.shape[0] - first] if len(part.roles) == 1 else rows
+            scaled = kept if multiplier == 1 else kept * multiplier
+            if len(scaled):
+                yield interleave_halves(scaled, pairs) if pairs else scaled
+
+
+def _delta_blocks(
+    checkpoint: "CheckpointProtocol", role: str, heads: ValueHeads | None
+) -> Iterator["Rows"]:
+    """Yield a weight of a delta net with its value heads where ggml looks for them."""
+    import numpy as np
+
+    if heads is None or heads.axis == 1:
+        blocks = (rows for _, rows in checkpoint.blocks(role))
+    else:
+        blocks = _gathered(checkpoint, role, heads)
+    for rows in blocks:
+        if split_role(role)[1] == "delta_decay":
+            yield -np.exp(rows)
+        else:
+            yield heads.columns(rows, "file") if heads and heads.axis == 1 else rows
+
+
+def _gathered(checkpoint: "CheckpointProtocol", role: str, heads: ValueHeads) -> Iterator["Rows"]:
+    """Yield rows from where they stand in a checkpoint, some million weights at a time."""
+    import numpy as np
+
+    shape = dict(checkpoint.spec.weights())[role]
+    for first, count in row_chunks(shape):
+        runs = heads.runs(first, count, "file")
+        yield np.concatenate([checkpoint.weight(role, *run) for run in runs])
 
 
 def interleave_halves(rows: "Rows", pairs: Pairs) -> "Rows":

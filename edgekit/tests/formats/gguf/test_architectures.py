@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from edgekit.errors import UsageError
-from edgekit.formats.gguf import architectures, conversion, hyperparameters, memory, parts
-from edgekit.formats.gguf.hyperparameters import Facts
+from edgekit.formats.gguf import architectures, conversion, facts, hyperparameters, memory, parts
+from edgekit.formats.gguf.facts import Facts
 from edgekit.model.norm import Norm
 from edgekit.model.rope import LinearScaling, LongRopeScaling, Rope
 from edgekit.model.spec import Multipliers, Pairs
@@ -283,7 +283,7 @@ def facts_of(spec):
     """Return what a file of this decoder says, floats rounded as the file rounds them."""
     graph = architectures.choose(spec)
     keys = hyperparameters.write(spec, graph)
-    tensors = {parts.tensor_name(roles[-1]) for roles, _ in parts._stacked(spec, graph)}
+    tensors = {parts.tensor_name(roles[-1], graph) for roles, _ in parts._stacked(spec, graph)}
     factors = {
         name: [to_float32(value) for value in values]
         for name, values in hyperparameters.made_tensors(spec, graph).items()
@@ -306,7 +306,7 @@ def as_the_graph_sees_it(spec, graph=None):
     and come back as the shortest decimals of their float32.
     """
 
-    shortest = hyperparameters.shortest
+    shortest = facts.shortest
 
     def change(rope):
         rope, scaling = replace(rope, theta=shortest(rope.theta)), rope.scaling
@@ -426,19 +426,21 @@ def test_the_keys_of_llama_cpps_converter_say_what_the_config_said(name):
         f"{graph_name}.{key}": to_float32(value) if isinstance(value, float) else value
         for key, value in (sizes | own).items()
     }
-    facts = Facts(
+    converted = Facts(
         metadata={"general.architecture": graph_name} | keys,
-        tensors=frozenset(parts.tensor_name(roles[-1]) for roles, _ in parts._stacked(spec, graph)),
+        tensors=frozenset(
+            parts.tensor_name(roles[-1], graph) for roles, _ in parts._stacked(spec, graph)
+        ),
         vocab_size=spec.vocab_size,
         rope_factors={},
     )
-    assert hyperparameters.read(facts) == spec
+    assert hyperparameters.read(converted) == spec
 
 
 @pytest.mark.parametrize("value", [1e-5, 1e-6, 1 / 3, 500_000.0, 0.1])
 def test_a_float_is_read_as_the_decimal_it_was_written_from(value):
     pytest.importorskip("numpy")
-    read = hyperparameters.shortest(to_float32(value))
+    read = facts.shortest(to_float32(value))
     assert to_float32(read) == to_float32(value)
     assert len(repr(read)) < len(repr(to_float32(value))) or to_float32(value) == value
     assert read == pytest.approx(value, rel=1e-7)
@@ -446,11 +448,11 @@ def test_a_float_is_read_as_the_decimal_it_was_written_from(value):
 
 def damaged(spec=LLAMA, **changes):
     """Return a file's facts with some keys changed, or removed if None."""
-    facts = facts_of(spec)
-    graph = facts.architecture.name
+    found = facts_of(spec)
+    graph = found.architecture.name
     changed = {f"{graph}.{key.replace('__', '.')}": value for key, value in changes.items()}
-    metadata = {k: v for k, v in (facts.metadata | changed).items() if v is not None}
-    return replace(facts, metadata=metadata)
+    metadata = {k: v for k, v in (found.metadata | changed).items() if v is not None}
+    return replace(found, metadata=metadata)
 
 
 DAMAGES = {
@@ -489,9 +491,9 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_metadata_that_make_no_sense_are_refused(name):
     pytest.importorskip("numpy")
-    facts, message = DAMAGES[name]
+    damaged_facts, message = DAMAGES[name]
     with pytest.raises(UsageError) as refusal:
-        hyperparameters.read(facts)
+        hyperparameters.read(damaged_facts)
     assert message in str(refusal.value)
 
 

@@ -491,7 +491,8 @@ def test_rows_that_fill_no_block_are_stored_otherwise_and_that_is_reported(
         checkpoint, BuildRequest(recipe=chosen), tmp_path, pre="smollm", progress=lambda _: None
     )
     stored = {name: tensor_type for name, _, tensor_type in running.contents(tmp_path / entry)}
-    assert stored == {tensor_name(p.role): p.tensor_type for p in planned.placements}
+    graph = architectures.choose(checkpoint.spec, family=checkpoint.architecture)
+    assert stored == {tensor_name(p.role, graph): p.tensor_type for p in planned.placements}
     matrices = [p for p in planned.placements if p.parameters > 1000]
     assert {p.tensor_type for p in matrices} & {substitute} == {substitute} - {None}
     is_whole = substitute is None and recipe == "Q8_0"
