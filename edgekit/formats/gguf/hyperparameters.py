@@ -287,6 +287,7 @@ def read(facts: Facts) -> DecoderSpec:
         _refuse_other_xielu(facts)
     mixers = _read_mixers(facts, head_dim=head_dim, epsilon=epsilon)
     attention = mixers.local if any(mixers.windows) else mixers.everywhere
+    attention = replace(attention, values_are_keys=False)  # some layers may have it
     return DecoderSpec(
         vocab_size=facts.vocab_size,
         hidden_size=hidden,

@@ -315,20 +315,20 @@ TINY: dict[str, TinyCase] = {
                              "full_attention", "linear_attention"]},
     ),
     "gemma4": TinyCase(  # E2B: the last layers read keys and values of earlier ones
-        model_type="gemma4_text", voice="gemma",
+        model_type="gemma4_text", voice="gemma4",
         fields=_GEMMA4 | {"num_hidden_layers": 8, "num_kv_shared_layers": 3,
                           "use_double_wide_mlp": True, "hidden_size_per_layer_input": 32,
                           "final_logit_softcapping": 6.0,
                           "layer_types": [*_FIVE_KINDS, *_FIVE_KINDS[2:]]},
     ),
     "gemma4-other-donors": TinyCase(
-        model_type="gemma4_text", voice="gemma",
+        model_type="gemma4_text", voice="gemma4",
         fields=_GEMMA4 | {"num_hidden_layers": 7, "num_kv_shared_layers": 2,
                           "hidden_size_per_layer_input": 24,
                           "layer_types": [*_FIVE_KINDS[::-1], *_FIVE_KINDS[-2:]]},
     ),
     "gemma4-31b": TinyCase(  # values that are keys, and no embeddings for the layers
-        model_type="gemma4_text", voice="gemma",
+        model_type="gemma4_text", voice="gemma4",
         fields=_GEMMA4 | {"num_hidden_layers": 7, "attention_k_eq_v": True,
                           "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
     ),
@@ -411,7 +411,9 @@ def _randomize(model: Any, model_type: str, *, seed: int) -> None:
                 std = 0.5
             weight.normal_(std=std, generator=source)
             is_norm = "norm" in name and name.endswith("weight")
-            if is_norm and (model_type not in _ADDS_ONE or name.endswith("linear_attn.norm.weight")):
+            if is_norm and (
+                model_type not in _ADDS_ONE or name.endswith("linear_attn.norm.weight")
+            ):
                 weight.add_(1.0)
             if name.endswith("q_norm.weight") and model_type in _SCALES_NO_SCORES:
                 weight.div_(len(weight) ** 0.5)

@@ -28,6 +28,7 @@ GRAPHS = {  # of each family
     "ernie4_5": "ernie4_5", "exaone": "exaone", "exaone4": "exaone4", "gemma": "gemma",
     "gemma2": "gemma2", "gemma3_text": "gemma3", "glm": "chatglm", "glm4": "glm4",
     "granite": "granite", "granitemoehybrid": "granite", "helium": "llama",
+    "gemma4_text": "gemma4", "lfm2": "lfm2", "qwen3_5_text": "qwen35",
     "hunyuan_v1_dense": "hunyuan-dense", "hyperclovax": "glm4", "internlm3": "llama",
     "jais2": "jais2", "llama": "llama", "ministral": "llama", "ministral3": "mistral3",
     "mistral": "llama", "nemotron": "nemotron", "olmo2": "olmo2", "olmo3": "olmo2", "phi": "phi2",
@@ -43,6 +44,9 @@ HAVE_NO_GRAPH = {
     "nemotron": "4 heads of width 24 in 64 columns",
     "cohere-norms": "norms on queries and keys in fewer than 64 layers",
     "vaultgemma": "no post norms",
+    "lfm2-bias": "short convolutions with bias",
+    "qwen3.5-pattern": "norms with epsilon 1e-05",
+    "gemma4-other-donors": "from layer 3 to the layers with a window and from 4 to the others",
 }
 LONG = {"original_max_position_embeddings": 4096, "max_position_embeddings": 131072}
 
@@ -330,6 +334,8 @@ def as_the_graph_sees_it(spec, graph=None):
     spec = replace(spec, attention=replace(spec.attention, softmax_scale=scale))
     if not graph.has_windows:
         spec = change_layers(spec, window_tokens=None)
+    if own := spec.layer_embedding:  # what no token reads is left out
+        spec = replace(spec, layer_embedding=replace(own, vocab_size=spec.vocab_size))
     plain = replace(spec, context_tokens=limit, multipliers=Multipliers())
     return change_ropes(plain, change)
 
