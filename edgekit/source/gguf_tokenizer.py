@@ -19,8 +19,8 @@ from edgekit.formats.gguf.pretokenizers import (
     to_tokenizer_json,
 )
 from edgekit.formats.gguf.vocabulary import (
-    CONTROL,
     ANSWER_ENDS,
+    CONTROL,
     MESSAGE_ENDS,
     NORMAL,
     PHI3_NAMES,

@@ -94,6 +94,7 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         notes=(
             *([split_note] if count > 1 else []),
             *([planned.architecture.note] if planned.architecture.note else []),
+            *tensor_types.notes(request.recipe, checkpoint.spec),
             *_differences(checkpoint.text),
         ),
         calibration=calibration_sha256(checkpoint.calibration, planned.parts),
@@ -214,7 +215,7 @@ def convert(
         The name of the file to open, the first of several.
     """
     planned = plan(checkpoint, request, pre=pre)
-    weights = dict(importance.weights(checkpoint.calibration, planned.parts))
+    weights = dict(importance.weights(checkpoint.calibration, planned.parts, checkpoint.spec))
     with FilesWriter(directory, planned.files) as writer:
         _write_made(writer, checkpoint.spec, planned.architecture)
         blocks = (
@@ -271,15 +272,15 @@ def _delta_blocks(
     """Yield a weight of a delta net with its value heads where ggml looks for them."""
     import numpy as np
 
-    if heads is None or heads.axis == 1:
-        blocks = (rows for _, rows in checkpoint.blocks(role))
-    else:
-        blocks = _gathered(checkpoint, role, heads)
+    is_gathered = heads is not None and heads.axis == 0
+    blocks = (
+        _gathered(checkpoint, role, heads)
+        if heads and is_gathered
+        else (rows for _, rows in checkpoint.blocks(role))
+    )
     for rows in blocks:
-        if split_role(role)[1] == "delta_decay":
-            yield -np.exp(rows)
-        else:
-            yield heads.columns(rows, "file") if heads and heads.axis == 1 else rows
+        moved = heads.columns(rows, "file") if heads and not is_gathered else rows
+        yield -np.exp(moved) if split_role(role)[1] == "delta_decay" else moved
 
 
 def _gathered(checkpoint: "CheckpointProtocol", role: str, heads: ValueHeads) -> Iterator["Rows"]:

@@ -61,20 +61,9 @@ def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
     }
     keys |= _rope_keys(rope, architecture)
     keys |= _state_keys(spec)
-    if architecture.has_rope_sections:
-        keys["rope.dimension_sections"] = ("array[int32]", _rope_sections(rope))
-    if architecture.has_layer_embedding:
-        own = spec.layer_embedding
-        keys["embedding_length_per_layer_input"] = ("uint32", own.width if own else 0)
-    if architecture.shares_caches:
-        keys["attention.shared_kv_layers"] = ("uint32", len(spec.layers) - len([*spec.caches()]))
-    if architecture.differs_by_window:
-        keys |= _local_keys(spec)
+    keys |= _graph_keys(spec, architecture)
     if architecture.has_windows_at(len(spec.layers)):
         keys |= _window_keys(spec, architecture)
-    if architecture.positions == "by layer":
-        pattern = [layer.rope is not None for layer in spec.layers]
-        keys[_ROPE_PATTERN] = ("array[bool]", pattern)
     if a.query_growth:
         keys["attention.temperature_scale"] = ("float32", a.query_growth.rate)
         keys["rope.scaling.original_context_length"] = ("uint32", a.query_growth.step_tokens)
@@ -82,15 +71,34 @@ def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
         keys["attn_logit_softcapping"] = ("float32", a.attn_logit_softcap or NO_CAP)
     if spec.final_logit_softcap is not None or architecture.caps_logits == "always":
         keys["final_logit_softcapping"] = ("float32", spec.final_logit_softcap or NO_CAP)
-    if architecture.multiplies != "never":  # it is in the weights, but the key must be there
-        keys["logit_scale"] = ("float32", 1.0)
-    if architecture.residual == "either":
-        keys["use_parallel_residual"] = ("bool", spec.residual == "parallel")
     named = {f"{architecture.name}.{key}": value for key, value in keys.items()}
     if spec.activation == "xielu":
         for key, constant in _XIELU.items():
             named[key] = ("array[float32]", [constant] * len(spec.layers))
     return named
+
+
+def _graph_keys(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
+    """Return what one graph or another reads."""
+    keys: dict[str, Value] = {}
+    if architecture.positions == "by layer":
+        pattern = [layer.rope is not None for layer in spec.layers]
+        keys[_ROPE_PATTERN] = ("array[bool]", pattern)
+    if architecture.multiplies != "never":  # it is in the weights, but the key must be there
+        keys["logit_scale"] = ("float32", 1.0)
+    if architecture.residual == "either":
+        keys["use_parallel_residual"] = ("bool", spec.residual == "parallel")
+    if architecture.has_rope_sections:
+        sections = _rope_sections(architectures.first_rope(spec))
+        keys["rope.dimension_sections"] = ("array[int32]", sections)
+    if architecture.has_layer_embedding:
+        own = spec.layer_embedding
+        keys["embedding_length_per_layer_input"] = ("uint32", own.width if own else 0)
+    if architecture.shares_caches:
+        keys["attention.shared_kv_layers"] = ("uint32", len(spec.layers) - len([*spec.caches()]))
+    if architecture.differs_by_window:
+        keys |= _local_keys(spec)
+    return keys
 
 
 def _global_attention(spec: DecoderSpec) -> Attention:
@@ -431,33 +439,27 @@ def _read_mixers(facts: Facts, *, head_dim: int, epsilon: float) -> _Mixers:
     else:
         kv_heads = [facts.count("attention.head_count_kv", heads)] * depth
     donors = _read_donors(facts, windows)
-    by_kind: dict[bool, set[Attention]] = {False: set(), True: set()}
-    for index, window in enumerate(windows):
-        if states[index] is None:
-            is_local = window is not None
-            donor = donors[index]
-            width = head_dim
-            if is_local and architecture.differs_by_window:
-                width = facts.count("attention.key_length_swa", head_dim)
-            has_values = f"blk.{index if donor is None else donor}.attn_v.weight" in facts.tensors
-            by_kind[is_local].add(
-                replace(
-                    attention,
-                    num_kv_heads=max(kv_heads[index], 1),
-                    head_dim=width,
-                    softmax_scale=architecture.score_scale(
-                        depth=depth,
-                        head_dim=width,
-                        hidden_size=facts.count("embedding_length"),
-                        heads=heads,
-                    ),
-                    values_are_keys=architecture.values_may_be_keys and not has_values,
-                )
+    kinds: dict[bool, set[Attention]] = {False: set(), True: set()}
+    for index, (window, donor) in enumerate(zip(windows, donors, strict=True)):
+        if states[index] is not None:
+            continue
+        is_local = window is not None and architecture.differs_by_window
+        width = facts.count("attention.key_length_swa", head_dim) if is_local else head_dim
+        has_values = f"blk.{index if donor is None else donor}.attn_v.weight" in facts.tensors
+        kinds[window is not None].add(
+            replace(
+                attention,
+                num_kv_heads=kv_heads[index],
+                head_dim=width,
+                softmax_scale=_read_scale(facts, width),
+                values_are_keys=architecture.values_may_be_keys and not has_values,
             )
-    if any(len(kinds) > 1 for kinds in by_kind.values()):
-        raise UsageError("attention differs between layers of one kind in the GGUF file")
-    found = [next(iter(kinds), None) for kinds in by_kind.values()]
-    everywhere, local = (it or found[0] or found[1] or attention for it in found)
+        )
+    if max(map(len, kinds.values())) > 1 or not any(kinds.values()):
+        raise UsageError(
+            "the GGUF file has no layer that attends, or layers of one kind that attend otherwise"
+        )
+    everywhere, local = (next(iter(kinds[it] or kinds[not it])) for it in (False, True))
     return _Mixers(
         everywhere=everywhere,
         local=local,
@@ -467,6 +469,15 @@ def _read_mixers(facts: Facts, *, head_dim: int, epsilon: float) -> _Mixers:
         mlp_widths=facts.counts("feed_forward_length")
         if architecture.mlp_widths_differ
         else [facts.count("feed_forward_length")] * depth,
+    )
+
+
+def _read_scale(facts: Facts, head_dim: int) -> float:
+    return facts.architecture.score_scale(
+        depth=facts.depth,
+        head_dim=head_dim,
+        hidden_size=facts.count("embedding_length"),
+        heads=facts.count("attention.head_count"),
     )
 
 
@@ -600,12 +611,7 @@ def _read_scaling(facts: Facts, rope: Rope) -> RopeScaling | None:
             attention_factor=facts.number("rope.scaling.attn_factor", 1.0),
         )
     if "rope_freqs.weight" in facts.rope_factors:
-        divisors = facts.rope_factors["rope_freqs.weight"]
-        if ProportionalScaling in facts.architecture.scalings:
-            return _read_proportional(divisors)
-        if kind == "none" and facts.value(_FAST, None) is not None:
-            return _read_divided_yarn(facts, rope, divisors)
-        return _read_llama3(rope, divisors)
+        return _read_divisors(facts, rope, facts.rope_factors["rope_freqs.weight"])
     factor = facts.number("rope.scaling.factor", facts.number("rope.scale_linear", 0.0))
     if kind == "yarn" and factor != 0.0:
         return _read_yarn(facts, factor)
@@ -664,6 +670,15 @@ def _are_close(expected: Sequence[float], found: Sequence[float]) -> bool:
     return len(expected) == len(found) and all(
         math.isclose(a, b, rel_tol=1e-5) for a, b in zip(expected, found, strict=True)
     )
+
+
+def _read_divisors(facts: Facts, rope: Rope, divisors: Sequence[float]) -> RopeScaling | None:
+    if ProportionalScaling in facts.architecture.scalings:
+        return _read_proportional(divisors)
+    is_yarn = facts.value("rope.scaling.type", "linear") == "none"
+    if is_yarn and facts.value(_FAST, None) is not None:
+        return _read_divided_yarn(facts, rope, divisors)
+    return _read_llama3(rope, divisors)
 
 
 def _read_proportional(divisors: Sequence[float]) -> ProportionalScaling | None:

@@ -85,10 +85,7 @@ CASES = {
     "qwen3.5-pattern": Case(tiny="qwen3.5-pattern", fields={"rms_norm_eps": 1e-6}),
     "gemma4-donors": Case(
         tiny="gemma4-other-donors",
-        fields={
-            "layer_types": [*["sliding_attention"] * 4, "full_attention"]
-            + ["full_attention", "full_attention"]
-        },
+        fields={"layer_types": [*["sliding_attention"] * 4, *["full_attention"] * 3]},
     ),
     # The score's scale is not that of the head, and llama.cpp tells by the depth.
     "gemma2-27b": Case(
