@@ -980,7 +980,7 @@ def _refusing_full_streams() -> Iterator[None]:
 
 
 def _drop_unwritten_words() -> None:
-    """Forget what stderr does not take: Python 3.14 ends with 120 over it, whatever the status."""
+    """Forget what stderr does not take: Python 3.13 and 3.14 end with 120 over it."""
     try:
         sys.stderr.flush()
     except OSError:
