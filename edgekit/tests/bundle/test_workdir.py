@@ -162,7 +162,7 @@ def test_a_parent_that_is_a_file_is_refused(tmp_path):
     ("out", "said"),
     [("x" * 300, "File name too long"), ("x" * 300 + "/out", "File name too long"),
      ("x/" * 3000 + "out", "File name too long"), ("x/" * 1500 + "out", "recursion"),
-     ("nul\0byte", "null byte"), ("nul\0byte/out", "null byte")],
+     ("nul\0byte", "embedded null"), ("nul\0byte/out", "embedded null")],
     ids=["name", "parent", "path", "levels", "nul", "nul in the parent"],
 )  # fmt: skip
 def test_a_place_that_there_cannot_be_is_refused(tmp_path, out, said, replaces):
