@@ -41,7 +41,7 @@ class Weights:
             has_bias: Whether there is one.
 
         Returns:
-            Float32 ``(tokens, rows)``.
+            Of shape ``(tokens, rows)``, float32.
         """
         from torch.nn import functional
 

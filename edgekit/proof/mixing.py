@@ -31,7 +31,7 @@ def mix(
         caches: Keys and values of earlier layers that a later one reads; this one's join them.
 
     Returns:
-        Float32 ``(tokens, hidden_size)``.
+        Of shape ``(tokens, hidden_size)``, float32.
     """
     match mixer := spec.mixer(index):
         case Attention():
