@@ -77,7 +77,7 @@ def not_on_webgpu(spec: "DecoderSpec") -> str | None:
 
     Shown by test_onnx_javascript.py.
     """
-    if spec.attention.attn_logit_softcap is None:
+    if all(a.attn_logit_softcap is None for _, _, a in spec.attentions()):
         return None
     return "ONNX Runtime Web computes attention on WebGPU without the cap on scores of this model"
 
@@ -161,18 +161,19 @@ def _config(checkpoint: "CheckpointProtocol") -> Mapping[str, Any]:
     said, spec = checkpoint.config, checkpoint.spec
     if not said or checkpoint.architecture in _KNOWN_TYPES:
         return said
-    width = cache_width(spec)
+    _, _, attention = next(spec.caches())
+    width = cache_width(attention)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **{field: said[field] for field in _ID_FIELDS if field in said},
         "head_dim": width,
         # Of all heads together: Optimum divides it to know the cache.
-        "hidden_size": spec.attention.heads * width,
-        "intermediate_size": spec.intermediate_size,
+        "hidden_size": attention.heads * width,
+        "intermediate_size": spec.mlp(0).intermediate_size,
         "max_position_embeddings": spec.context_tokens,
-        "num_attention_heads": spec.attention.heads,
-        "num_key_value_heads": spec.attention.num_kv_heads,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.num_kv_heads,
         "tie_word_embeddings": spec.is_tied,
     }
 
@@ -228,6 +229,7 @@ def _token_ids(checkpoint: "CheckpointProtocol") -> dict[str, Any]:
 
 def _decoder(checkpoint: "CheckpointProtocol", entry: str) -> dict[str, Any]:
     spec = checkpoint.spec
+    _, _, attention = next(spec.caches())
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
     outputs = {"logits": "logits"}
     for part in ("key", "value"):
@@ -236,11 +238,11 @@ def _decoder(checkpoint: "CheckpointProtocol", entry: str) -> dict[str, Any]:
     return {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": entry,
-        "head_size": cache_width(spec),
+        "head_size": cache_width(attention),
         "hidden_size": spec.hidden_size,
-        "num_attention_heads": spec.attention.heads,
+        "num_attention_heads": attention.heads,
         "num_hidden_layers": len(spec.layers),
-        "num_key_value_heads": spec.attention.num_kv_heads,
+        "num_key_value_heads": attention.num_kv_heads,
         "inputs": inputs,
         "outputs": outputs,
     }

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from edgekit.formats.onnx import tensor_types
 from edgekit.formats.onnx.model import CONTRIB, Attribute, Constant, Dtype, Node, OnnxGraph, Port
 from edgekit.formats.onnx.tensor_types import GraphBuild
-from edgekit.model.mixers import QueryGrowth
+from edgekit.model.mixers import Attention, QueryGrowth
 from edgekit.model.norm import Norm
 from edgekit.model.rope import Rope
-from edgekit.model.spec import XIELU_BETA, DecoderSpec, Layer
+from edgekit.model.spec import XIELU_BETA, DecoderSpec
 
 
 # Inputs with a value of their own: a client that knows nothing of them may leave them out.
@@ -41,9 +41,9 @@ _WAVE_TERMS = [
 ]
 
 
-def cache_width(spec: DecoderSpec) -> int:
+def cache_width(attention: Attention) -> int:
     """Return how wide a head is in the cache: the operator takes multiples of 8 only."""
-    return -(-spec.attention.head_dim // 8) * 8
+    return -(-attention.head_dim // 8) * 8
 
 
 def cache_name(layer: int | str, part: str, *, of: str = "past_key_values") -> str:
@@ -81,8 +81,8 @@ def build(
     graph = _Builder(spec=spec, tensor_types=tensor_types, how=how)
     graph.read_inputs()
     x = graph.embed()
-    for index, layer in enumerate(spec.layers):
-        x = graph.apply_layer(x, index, layer)
+    for index in range(len(spec.layers)):
+        x = graph.apply_layer(x, index)
     graph.make_logits(x)
     found, border = dict(metadata), spec.original_max_position_embeddings
     if border is not None:
@@ -110,7 +110,9 @@ class _Builder:
     rotations: dict[Rope, tuple[str, str, str]] = field(
         default_factory=dict
     )  # indices, cosine, sine
-    query_growth: str = ""  # (batch, tokens, 1): what multiplies the queries of each token
+    query_growths: dict[QueryGrowth, str] = field(
+        default_factory=dict
+    )  # (batch, tokens, 1): what multiplies the queries of each token
     input_ids: str = ""  # int64 (batch, tokens): each row from its first token on
     position_ids: str = ""  # the same
     rows_back: str = ""  # int64 (batch, tokens): where each token of the input went, of all rows
@@ -162,9 +164,10 @@ class _Builder:
         self.all_tokens = self.op("Cast", total, to=_INT32)
         for number, rope in enumerate(ropes(self.spec)):
             self.rotations[rope] = self._rotation(rope, self._frequencies(number, rope, total))
-        growth = self.spec.attention.query_growth
-        if growth:
-            self.query_growth = self._growth(growth)
+        for _, _, attention in self.spec.attentions():
+            growth = attention.query_growth
+            if growth and growth not in self.query_growths:
+                self.query_growths[growth] = self._growth(growth)
 
     def _turn_rows(self) -> None:
         """Let each row begin with its first token, wherever the mask says that this is."""
@@ -192,10 +195,9 @@ class _Builder:
             ("position_ids", "sequence_length"),
         ):
             self.inputs.append(Port(name=name, dtype="int64", shape=("batch_size", tokens)))
-        a, width = self.spec.attention, cache_width(self.spec)
-        for index in range(len(self.spec.layers)):
+        for index, _, a in self.spec.caches():
             for part in ("key", "value"):
-                shape = ("batch_size", a.num_kv_heads, "past_sequence_length", width)
+                shape = ("batch_size", a.num_kv_heads, "past_sequence_length", cache_width(a))
                 name = cache_name(index, part)
                 self.inputs.append(Port(name=name, dtype=self.how.arithmetic, shape=shape))
         self._optional_input(FIRST_LOGIT)
@@ -312,16 +314,16 @@ class _Builder:
             packed = self.op("Concat", *halves, axis=-1)
         return self.op("Cast", self.op("Reshape", packed, shape), to=_FLOAT32)
 
-    def apply_layer(self, x: str, index: int, layer: Layer) -> str:
+    def apply_layer(self, x: str, index: int) -> str:
         prefix = f"layers.{index}."
         read = self._read(prefix + "attention_norm", x)
-        attended = self._added(prefix + "attention_post_norm", self._attend(read, index, layer))
+        mixed = self._added(prefix + "attention_post_norm", self._mix(read, index))
         if self.spec.residual == "parallel":
-            changed = self._added(prefix + "mlp_post_norm", self._apply_mlp(prefix, read))
-            return self.op("Add", self.op("Add", x, attended), changed)
-        x = self.op("Add", x, attended)
+            changed = self._added(prefix + "mlp_post_norm", self._apply_mlp(prefix, read, index))
+            return self.op("Add", self.op("Add", x, mixed), changed)
+        x = self.op("Add", x, mixed)
         read = self._read(prefix + "mlp_norm", x)
-        changed = self._added(prefix + "mlp_post_norm", self._apply_mlp(prefix, read))
+        changed = self._added(prefix + "mlp_post_norm", self._apply_mlp(prefix, read, index))
         return self.op("Add", x, changed)
 
     def _read(self, role: str, x: str) -> str:
@@ -375,8 +377,15 @@ class _Builder:
         )  # fmt: skip
         return self.op("Add", x, *bias) if bias else x
 
-    def _normalize_heads(self, role: str, x: str, heads: int) -> str:
-        a = self.spec.attention
+    def _mix(self, x: str, index: int) -> str:
+        mixer = self.spec.mixer(index)
+        match mixer:
+            case Attention():
+                return self._attend(x, index, mixer)
+            case _:
+                raise AssertionError(f"layers of the kind {type(mixer).__name__} are not made yet")
+
+    def _normalize_heads(self, role: str, x: str, a: Attention, heads: int) -> str:
         norm, width = a.query_key_norm, a.head_dim
         if norm is None:
             return x
@@ -392,29 +401,29 @@ class _Builder:
             x = self._normalize(norm, role, x)
         return self.narrowed(self.op("Reshape", x, self.constant(0, 0, heads * width)))
 
-    def _attend(self, x: str, index: int, layer: Layer) -> str:
-        a, prefix, hidden = self.spec.attention, f"layers.{index}.", self.spec.hidden_size
+    def _attend(self, x: str, index: int, a: Attention) -> str:
+        prefix, hidden = f"layers.{index}.", self.spec.hidden_size
+        rope = self.spec.layers[index].rope
         query = self._project(prefix + "query", x, a.query_width, hidden, a.has_qkv_bias)
         key = self._project(prefix + "key", x, a.key_value_width, hidden, a.has_qkv_bias)
         value = self._project(prefix + "value", x, a.key_value_width, hidden, a.has_qkv_bias)
         if not a.normalizes_after_rope:
-            query, key = self._normalize_both(prefix, query, key)
-        if layer.rope:
-            query = self._rotate(layer.rope, query, a.heads)
-            key = self._rotate(layer.rope, key, a.num_kv_heads)
+            query, key = self._normalize_both(prefix, query, key, a)
+        if rope:
+            query = self._rotate(rope, query, a.heads)
+            key = self._rotate(rope, key, a.num_kv_heads)
         if a.normalizes_after_rope:
-            query, key = self._normalize_both(prefix, query, key)
-        if self.query_growth:
-            query = self.op("Mul", query, self.query_growth)
-        mixed = self._mix(query, key, value, index, layer)
+            query, key = self._normalize_both(prefix, query, key, a)
+        if a.query_growth:
+            query = self.op("Mul", query, self.query_growths[a.query_growth])
+        mixed = self._weigh(query, key, value, index, a)
         return self._project(
             prefix + "attention_output", mixed, hidden, a.query_width, a.has_output_bias
         )
 
-    def _normalize_both(self, prefix: str, query: str, key: str) -> tuple[str, str]:
-        a = self.spec.attention
-        query = self._normalize_heads(prefix + "query_norm", query, a.heads)
-        return query, self._normalize_heads(prefix + "key_norm", key, a.num_kv_heads)
+    def _normalize_both(self, prefix: str, query: str, key: str, a: Attention) -> tuple[str, str]:
+        query = self._normalize_heads(prefix + "query_norm", query, a, a.heads)
+        return query, self._normalize_heads(prefix + "key_norm", key, a, a.num_kv_heads)
 
     def _rotate(self, rope: Rope, x: str, heads: int) -> str:
         indices, cosine, sine = self.rotations[rope]
@@ -423,10 +432,10 @@ class _Builder:
             domain=CONTRIB, num_heads=heads, rotary_embedding_dim=rope.width,
         )  # fmt: skip
 
-    def _mix(self, query: str, key: str, value: str, index: int, layer: Layer) -> str:
-        a, width, parts = self.spec.attention, cache_width(self.spec), ("key", "value")
-        query = self._widen(query, a.heads)
-        key, value = (self._widen(x, a.num_kv_heads) for x in (key, value))
+    def _weigh(self, query: str, key: str, value: str, index: int, a: Attention) -> str:
+        width, parts = cache_width(a), ("key", "value")
+        query = self._widen(query, a, a.heads)
+        key, value = (self._widen(x, a, a.num_kv_heads) for x in (key, value))
         for part in parts:
             shape = ("batch_size", a.num_kv_heads, "present_sequence_length", width)
             name = cache_name(index, part, of="present")
@@ -442,31 +451,31 @@ class _Builder:
             kv_num_heads=a.num_kv_heads,
             scale=float(a.softmax_scale),
             softcap=float(a.attn_logit_softcap or 0),
-            local_window_size=layer.window_tokens or -1,
+            local_window_size=self.spec.layers[index].window_tokens or -1,
         )  # fmt: skip
-        return self._narrow(mixed)
+        return self._narrow(mixed, a)
 
-    def _widen(self, x: str, heads: int) -> str:
+    def _widen(self, x: str, a: Attention, heads: int) -> str:
         """Put zeros behind every head, which change no score and no sum."""
-        width, wide = self.spec.attention.head_dim, cache_width(self.spec)
+        width, wide = a.head_dim, cache_width(a)
         if width == wide:
             return x
         x = self.op("Reshape", x, self.constant(0, 0, heads, width))
         ends = self.constant(0, 0, 0, 0, 0, 0, 0, wide - width)
         return self.op("Reshape", self.op("Pad", x, ends), self.constant(0, 0, heads * wide))
 
-    def _narrow(self, x: str) -> str:
+    def _narrow(self, x: str, a: Attention) -> str:
         """Undo `_widen` for what was mixed."""
-        a, wide = self.spec.attention, cache_width(self.spec)
+        wide = cache_width(a)
         if a.head_dim == wide:
             return x
         x = self.op("Reshape", x, self.constant(0, 0, a.heads, wide))
         ends = (self.constant(0), self.constant(a.head_dim), self.constant(-1))
         return self.op("Reshape", self.op("Slice", x, *ends), self.constant(0, 0, a.query_width))
 
-    def _apply_mlp(self, prefix: str, x: str) -> str:
-        spec = self.spec
-        wide, narrow, has_bias = spec.intermediate_size, spec.hidden_size, spec.has_mlp_bias
+    def _apply_mlp(self, prefix: str, x: str, index: int) -> str:
+        spec, wide = self.spec, self.spec.mlp(index).intermediate_size
+        narrow, has_bias = spec.hidden_size, spec.has_mlp_bias
         if spec.is_gated:
             gate = self._project(prefix + "gate", x, wide, narrow, has_bias)
             up = self._project(prefix + "up", x, wide, narrow, has_bias)

@@ -57,14 +57,15 @@ def weight_bytes(spec: DecoderSpec, placement: PlannedWeight, *, is_half: bool) 
 
 def cache_bytes(spec: DecoderSpec, *, context_tokens: int, is_half: bool) -> int:
     """Return the size of all keys and values."""
-    heads = spec.attention.num_kv_heads
-    token_bytes = 2 * heads * cache_width(spec) * (2 if is_half else 4)
-    return len(spec.layers) * token_bytes * context_tokens
+    item_bytes = 2 if is_half else 4
+    token_bytes = sum(2 * a.num_kv_heads * cache_width(a) for _, _, a in spec.caches()) * item_bytes
+    return token_bytes * context_tokens
 
 
 def compute_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     """Return the size of what one batch of a prompt needs: activations and attention scores."""
     batch = min(BATCH_TOKENS, context_tokens)
-    widest = 3 * spec.intermediate_size + 2 * spec.hidden_size
-    scores = spec.attention.heads * context_tokens
+    wide = max(spec.mlp(index).intermediate_size for index in range(len(spec.layers)))
+    widest = 3 * wide + 2 * spec.hidden_size
+    scores = max((a.heads for _, _, a in spec.attentions()), default=0) * context_tokens
     return 4 * (batch * (widest + scores) + spec.vocab_size)
