@@ -78,8 +78,8 @@ _DELTA: dict[str, Any] = {
 }  # fmt: skip
 _FIVE_KINDS = [*["sliding_attention"] * 4, "full_attention"]
 _GEMMA4 = _TIED | {
-    "head_dim": 16, "global_head_dim": 32, "sliding_window": WINDOW_TOKENS, "vocab_size": 544,
-    "vocab_size_per_layer_input": 544,
+    "head_dim": 16, "global_head_dim": 32, "sliding_window": WINDOW_TOKENS,
+    "vocab_size_per_layer_input": 704,  # the vocabulary has fewer
 }  # fmt: skip
 
 TINY: dict[str, TinyCase] = {
