@@ -10,7 +10,7 @@ hand, so there is no table that ends, and from sums and products, which every de
 ``GroupQueryAttention`` wants each row of a batch to begin at the first column, and most clients
 fill shorter prompts up on the left. So rows are turned to where it wants them, and logits back:
 tokens that are none end behind a row's own, where it sees none of them and later ones take their
-place.
+place. States have no places: see `recurrence`.
 """
 
 import math
@@ -18,9 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edgekit.formats.onnx import tensor_types
-from edgekit.formats.onnx.model import CONTRIB, Attribute, Constant, Dtype, Node, OnnxGraph, Port
+from edgekit.formats.onnx.model import CONTRIB, Constant, Dtype, Node, OnnxGraph, Port
+from edgekit.formats.onnx.operators import FLOAT16, FLOAT32, INT32, TO_THE_END, Operators
+from edgekit.formats.onnx.recurrence import DeltaInputs, Recurrence, state_name
 from edgekit.formats.onnx.tensor_types import GraphBuild
-from edgekit.model.mixers import Attention, QueryGrowth
+from edgekit.model.mixers import Attention, DeltaNet, QueryGrowth, ShortConv
 from edgekit.model.norm import Norm
 from edgekit.model.rope import Rope
 from edgekit.model.spec import XIELU_BETA, DecoderSpec
@@ -31,8 +33,6 @@ FIRST_LOGIT = "first_logit"  # logits are wanted from this token of the input on
 TEXT_TOKENS = "text_tokens"  # how long the text will be, if longer than what has been read
 
 ROPE_BORDER = "edgekit.rope_border_tokens"  # metadata: a longer text has other frequencies
-_TO_THE_END = 2**63 - 1
-_FLOAT32, _INT32, _FLOAT16 = 1, 6, 10  # TensorProto.DataType
 # The first has 8 binary digits: float32 holds its products with whole numbers below 2 ** 16.
 _PI_PARTS = (3.140625, math.pi - 3.140625)
 # Of cos(x) and of sin(x) / x, by powers of x * x; up to a quarter turn they give all of float32.
@@ -49,6 +49,16 @@ def cache_width(attention: Attention) -> int:
 def cache_name(layer: int | str, part: str, *, of: str = "past_key_values") -> str:
     """Return the name of the keys or values of a layer, as Optimum and its clients know them."""
     return f"{of}.{layer}.{part}"
+
+
+def text_inputs(spec: DecoderSpec) -> dict[str, str]:
+    """Return what a client says of a text, by name, with what each row has one of.
+
+    Where there are states, the mask says the positions too: for models that have them, clients
+    make three rows of ``position_ids``, as they do for pictures.
+    """
+    inputs = {"input_ids": "sequence_length", "attention_mask": "total_sequence_length"}
+    return inputs if spec.has_states else inputs | {"position_ids": "sequence_length"}
 
 
 def ropes(spec: DecoderSpec) -> list[Rope]:
@@ -97,14 +107,11 @@ def build(
 
 
 @dataclass(kw_only=True)
-class _Builder:
-    """Collects the graph; every method adds operators and returns the name of what they make."""
+class _Builder(Operators):
+    """Collects the graph."""
 
     spec: DecoderSpec
     tensor_types: Mapping[str, str]
-    how: GraphBuild
-    nodes: list[Node] = field(default_factory=list)
-    constants: dict[str, Constant] = field(default_factory=dict)
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
     rotations: dict[Rope, tuple[str, str, str]] = field(
@@ -115,42 +122,12 @@ class _Builder:
     )  # (batch, tokens, 1): what multiplies the queries of each token
     input_ids: str = ""  # int64 (batch, tokens): each row from its first token on
     position_ids: str = ""  # the same
+    recurrence: Recurrence = field(init=False)  # where there are states
     rows_back: str = ""  # int64 (batch, tokens): where each token of the input went, of all rows
     last_tokens: str = ""  # int32 (batch,): the index of each row's last token
     all_tokens: str = ""  # int32: how many tokens there are, cached ones included
     batch_and_tokens: str = ""  # int64 (2,): of what is computed at present
     shapes: dict[int, str] = field(default_factory=dict)  # batch, tokens and columns, by the last
-
-    def op(
-        self,
-        op: str,
-        *inputs: str,
-        domain: str = "",
-        outputs: tuple[str, ...] = (),
-        **attributes: Attribute,
-    ) -> str:
-        outputs = outputs or (f"{op}_{len(self.nodes)}",)
-        self.nodes.append(
-            Node(op=op, inputs=inputs, outputs=outputs, domain=domain, attributes=attributes)
-        )
-        return outputs[0]
-
-    def constant(self, *values: float, dtype: Dtype = "int64", is_scalar: bool = False) -> str:
-        shape = () if is_scalar else (len(values),)
-        name = "_".join((dtype, *map(str, values), *("scalar",) * is_scalar))
-        self.constants[name] = Constant(name=name, dtype=dtype, shape=shape, values=values)
-        return name
-
-    def scalar(self, value: float, *, dtype: Dtype = "float32") -> str:
-        return self.constant(value, dtype=dtype, is_scalar=True)
-
-    def narrowed(self, x: str) -> str:
-        """Return what products take; what is added up over all layers may outgrow float16."""
-        return self.op("Cast", x, to=_FLOAT16) if self.how.is_half else x
-
-    def widened(self, x: str) -> str:
-        """Return in float32 what a product gave."""
-        return self.op("Cast", x, to=_FLOAT32) if self.how.is_half else x
 
     def read_inputs(self) -> None:
         self._name_inputs()
@@ -158,10 +135,10 @@ class _Builder:
         self._begin(self.input_ids)
         ones = self.op("ReduceSum", "attention_mask", self.constant(1), keepdims=0)
         last = self.op("Sub", ones, self.scalar(1, dtype="int64"))
-        self.last_tokens = self.op("Cast", last, to=_INT32)
+        self.last_tokens = self.op("Cast", last, to=INT32)
         total = self.op("Shape", "attention_mask", start=1, end=2)
         total = self.op("Squeeze", total)
-        self.all_tokens = self.op("Cast", total, to=_INT32)
+        self.all_tokens = self.op("Cast", total, to=INT32)
         for number, rope in enumerate(ropes(self.spec)):
             self.rotations[rope] = self._rotation(rope, self._frequencies(number, rope, total))
         for _, _, attention in self.spec.attentions():
@@ -174,7 +151,7 @@ class _Builder:
         zero, one = self.scalar(0, dtype="int64"), self.scalar(1, dtype="int64")
         count = self.op("Shape", "input_ids", start=1, end=2)
         mask = self.op(
-            "Slice", "attention_mask", self.op("Neg", count), self.constant(_TO_THE_END),
+            "Slice", "attention_mask", self.op("Neg", count), self.constant(TO_THE_END),
             self.constant(1),
         )  # fmt: skip
         filled = self.op("ArgMax", mask, axis=1, keepdims=1)  # the first of the ones
@@ -182,19 +159,31 @@ class _Builder:
         steps = self.op("Range", zero, columns, one)
         turned = self.op("Mod", self.op("Add", steps, filled), count)
         self.input_ids = self.op("GatherElements", "input_ids", turned, axis=1)
-        self.position_ids = self.op("GatherElements", "position_ids", turned, axis=1)
+        if self.spec.has_states:
+            self._count_tokens(mask, turned, steps)
+        else:
+            self.position_ids = self.op("GatherElements", "position_ids", turned, axis=1)
         firsts = self.op("Range", zero, self.op("Size", "input_ids"), columns)
         back = self.op("Mod", self.op("Sub", steps, filled), count)
         self.rows_back = self.op("Add", back, self.op("Unsqueeze", firsts, self.constant(1)))
 
+    def _count_tokens(self, mask: str, turned: str, steps: str) -> None:
+        """Tell tokens from what is none, and number them."""
+        axis, turned_mask = self.constant(1), self.op("GatherElements", mask, turned, axis=1)
+        counts = self.op("ReduceSum", mask, axis, keepdims=1)
+        marks = self.op("Unsqueeze", self.op("Cast", turned_mask, to=FLOAT32), self.constant(-1))
+        self.recurrence = Recurrence(graph=self, counts=counts, marks=marks)
+        read = self.op("Sub", self.op("ReduceSum", "attention_mask", axis, keepdims=1), counts)
+        self.position_ids = self.op("Add", read, steps)
+
     def _name_inputs(self) -> None:
         """Declare inputs with Optimum's names, of sizes too: transformers.js reads those."""
-        for name, tokens in (
-            ("input_ids", "sequence_length"),
-            ("attention_mask", "total_sequence_length"),
-            ("position_ids", "sequence_length"),
-        ):
+        for name, tokens in text_inputs(self.spec).items():
             self.inputs.append(Port(name=name, dtype="int64", shape=("batch_size", tokens)))
+        for index, state, sizes in self.spec.states():
+            for of, ports in (("past", self.inputs), ("present", self.outputs)):
+                name = state_name(index, state, of=of)
+                ports.append(Port(name=name, dtype="float32", shape=("batch_size", *sizes)))
         for index, _, a in self.spec.caches():
             for part in ("key", "value"):
                 shape = ("batch_size", a.num_kv_heads, "past_sequence_length", cache_width(a))
@@ -219,7 +208,7 @@ class _Builder:
 
     def _rotation(self, rope: Rope, frequencies: str) -> tuple[str, str, str]:
         """Return a row of cosines and of sines for every token, and the index of its row."""
-        positions = self.op("Cast", self.position_ids, to=_FLOAT32)
+        positions = self.op("Cast", self.position_ids, to=FLOAT32)
         column = self.op("Reshape", positions, self.constant(-1, 1))
         angles = self.op("Mul", column, frequencies)
         waves = self._waves(angles)
@@ -235,7 +224,7 @@ class _Builder:
 
     def _growth(self, growth: QueryGrowth) -> str:
         """Return what multiplies queries; half a token more, lest rounding choose the step."""
-        positions = self.op("Cast", self.position_ids, to=_FLOAT32)
+        positions = self.op("Cast", self.position_ids, to=FLOAT32)
         positions = self.op("Add", positions, self.scalar(0.5))
         steps = self.op("Floor", self.op("Mul", positions, self.scalar(1 / growth.step_tokens)))
         one = self.scalar(1)
@@ -302,7 +291,7 @@ class _Builder:
         return self.op("Reshape", values, self.constant(0, 0, -1))
 
     def _exact(self, x: str, dtype: Dtype) -> str:
-        return x if dtype == "float32" else self.op("Cast", x, to=_FLOAT32)
+        return x if dtype == "float32" else self.op("Cast", x, to=FLOAT32)
 
     def _codes(self, packed: str, bits: int, shape: str) -> str:
         """Return codes as float32; of two in a byte, the first is in its lower half."""
@@ -312,7 +301,7 @@ class _Builder:
             high = self.op("BitShift", packed, self.scalar(4, dtype="uint8"), direction="RIGHT")
             halves = (self.op("Unsqueeze", half, axis) for half in (low, high))
             packed = self.op("Concat", *halves, axis=-1)
-        return self.op("Cast", self.op("Reshape", packed, shape), to=_FLOAT32)
+        return self.op("Cast", self.op("Reshape", packed, shape), to=FLOAT32)
 
     def apply_layer(self, x: str, index: int) -> str:
         prefix = f"layers.{index}."
@@ -339,7 +328,7 @@ class _Builder:
 
     def make_logits(self, x: str) -> str:
         spec = self.spec
-        wanted = (FIRST_LOGIT, self.constant(_TO_THE_END), self.constant(1))
+        wanted = (FIRST_LOGIT, self.constant(TO_THE_END), self.constant(1))
         rows = self.op("Slice", self.rows_back, *wanted)
         x = self.op("Reshape", x, self.constant(-1, spec.hidden_size))
         x = self.op("Gather", x, rows)
@@ -373,7 +362,7 @@ class _Builder:
             return self.op("LayerNormalization", *ins, axis=-1, epsilon=epsilon)
         x = self.op(
             "SimplifiedLayerNormalization", x, weight or role,
-            axis=-1, epsilon=epsilon, stash_type=_FLOAT32,
+            axis=-1, epsilon=epsilon, stash_type=FLOAT32,
         )  # fmt: skip
         return self.op("Add", x, *bias) if bias else x
 
@@ -382,8 +371,26 @@ class _Builder:
         match mixer:
             case Attention():
                 return self._attend(x, index, mixer)
-            case _:
-                raise AssertionError(f"layers of the kind {type(mixer).__name__} are not made yet")
+            case ShortConv():
+                return self._convolve(x, index, mixer)
+            case DeltaNet():
+                return self._apply_delta(x, index, mixer)
+
+    def _convolve(self, x: str, index: int, mixer: ShortConv) -> str:
+        prefix, hidden, has_bias = f"layers.{index}.", self.spec.hidden_size, mixer.has_bias
+        made = self.widened(self._project(prefix + "conv_in", x, 3 * hidden, hidden, has_bias))
+        mixed = self.narrowed(self.recurrence.short_conv(made, index, mixer, hidden))
+        return self._project(prefix + "conv_output", mixed, hidden, hidden, has_bias)
+
+    def _apply_delta(self, x: str, index: int, mixer: DeltaNet) -> str:
+        prefix, hidden, heads = f"layers.{index}.delta_", self.spec.hidden_size, mixer.value_heads
+        rows = {"qkv": mixer.channels, "beta": heads, "alpha": heads, "gate": mixer.value_width}
+        made = {
+            name: self.widened(self._multiply(prefix + name, x, count, hidden))
+            for name, count in rows.items()
+        }
+        mixed = self.recurrence.delta_net(DeltaInputs(**made), index, mixer)
+        return self._multiply(prefix + "output", self.narrowed(mixed), hidden, mixer.value_width)
 
     def _normalize_heads(self, role: str, x: str, a: Attention, heads: int) -> str:
         norm, width = a.query_key_norm, a.head_dim
@@ -404,7 +411,8 @@ class _Builder:
     def _attend(self, x: str, index: int, a: Attention) -> str:
         prefix, hidden = f"layers.{index}.", self.spec.hidden_size
         rope = self.spec.layers[index].rope
-        query = self._project(prefix + "query", x, a.query_width, hidden, a.has_qkv_bias)
+        query = self._project(prefix + "query", x, a.query_rows, hidden, a.has_qkv_bias)
+        query, gate = self._without_gate(query, index, a)
         key = self._project(prefix + "key", x, a.key_value_width, hidden, a.has_qkv_bias)
         value = self._project(prefix + "value", x, a.key_value_width, hidden, a.has_qkv_bias)
         if not a.normalizes_after_rope:
@@ -417,9 +425,22 @@ class _Builder:
         if a.query_growth:
             query = self.op("Mul", query, self.query_growths[a.query_growth])
         mixed = self._weigh(query, key, value, index, a)
+        if gate:
+            mixed = self.op("Mul", mixed, self.op("Sigmoid", gate))
         return self._project(
             prefix + "attention_output", mixed, hidden, a.query_width, a.has_output_bias
         )
+
+    def _without_gate(self, query: str, index: int, a: Attention) -> tuple[str, str]:
+        """Return queries, and the gates that stand behind each head's; none: no name."""
+        if not a.has_output_gate:
+            return query, ""
+        heads = self.op("Reshape", query, self.constant(0, 0, a.heads, 2 * a.head_dim))
+        parts = (f"query_{index}", f"gate_{index}")
+        self.op("Split", heads, self.constant(a.head_dim, a.head_dim), outputs=parts, axis=-1)
+        flat = self.constant(0, 0, a.query_width)
+        query, gate = (self.op("Reshape", part, flat) for part in parts)
+        return query, gate
 
     def _normalize_both(self, prefix: str, query: str, key: str, a: Attention) -> tuple[str, str]:
         query = self._normalize_heads(prefix + "query_norm", query, a, a.heads)
@@ -553,4 +574,4 @@ class _Builder:
         """Return a weight in the precision of products; the runtime converts it once, at load."""
         if tensor_types.FLOATS[self.tensor_types[role]] == self.how.arithmetic:
             return role
-        return self.op("Cast", role, to=_FLOAT16 if self.how.is_half else _FLOAT32)
+        return self.op("Cast", role, to=FLOAT16 if self.how.is_half else FLOAT32)
