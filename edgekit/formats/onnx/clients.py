@@ -131,7 +131,7 @@ def transformers_files(
             "quantization_config": None,
             "eos_token_id": stops,
             "vocab_size": checkpoint.spec.vocab_size,
-            "num_hidden_layers": len(checkpoint.spec.layers),
+            "num_hidden_layers": _layers(checkpoint.spec),
             "transformers.js_config": _transformers_js(recipe, data_files=data_files),
         },
         "generation_config.json": {"eos_token_id": stops},
@@ -176,6 +176,11 @@ def _config(checkpoint: "CheckpointProtocol") -> Mapping[str, Any]:
         "num_key_value_heads": attention.num_kv_heads,
         "tie_word_embeddings": spec.is_tied,
     }
+
+
+def _layers(spec: "DecoderSpec") -> int:
+    """Return how many layers clients ask for what they keep; the last of Gemma 4 keep nothing."""
+    return 1 + max(index for index, *_ in (*spec.caches(), *spec.states()))
 
 
 def _is_beyond(id: Any, checkpoint: "CheckpointProtocol") -> bool:
@@ -241,7 +246,7 @@ def _decoder(checkpoint: "CheckpointProtocol", entry: str) -> dict[str, Any]:
         "head_size": cache_width(attention),
         "hidden_size": spec.hidden_size,
         "num_attention_heads": attention.heads,
-        "num_hidden_layers": len(spec.layers),
+        "num_hidden_layers": _layers(spec),
         "num_key_value_heads": attention.num_kv_heads,
         "inputs": inputs,
         "outputs": outputs,
