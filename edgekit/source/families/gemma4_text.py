@@ -61,16 +61,17 @@ def describe(config: Config) -> DecoderSpec:
 
 
 def _expect_causal(config: Config) -> None:
-    if config.text("use_bidirectional_attention") == "vision":  # images alone are
+    if config.text("use_bidirectional_attention") == "vision":  # images alone are not
         config.ignore("use_bidirectional_attention")
-    config.expect(use_bidirectional_attention=None)
+    else:
+        config.expect(use_bidirectional_attention=None)
 
 
 def _read_layer_embedding(config: Config) -> LayerEmbedding | None:
-    width = config.get("hidden_size_per_layer_input", 256)
-    rows = config.optional_integer("vocab_size_per_layer_input", absent=262_144)
-    if width <= 0 or rows is None:
+    rows = config.optional_integer("vocab_size_per_layer_input") or 262_144
+    if config.get("hidden_size_per_layer_input", 256) == 0:
         return None
+    width = config.optional_integer("hidden_size_per_layer_input") or 256
     if rows < (words := config.integer("vocab_size")):
         raise UsageError(
             f"{config.origin}: vocab_size_per_layer_input = {rows}, expected {words} or more: "
@@ -188,22 +189,22 @@ def config(spec: DecoderSpec) -> dict[str, Any]:
     """Return the text config of a Gemma 4."""
     fields = _common.write_decoder(spec, model_type="gemma4_text", architecture="Gemma4ForCausalLM")
     own = spec.layer_embedding
-    attentions = [(str(index), a) for index, _, a in spec.attentions()]
-    full = {index: a for index, a in attentions if a.head_dim != spec.attention.head_dim}
+    attentions = [a for _, _, a in spec.attentions()]
+    full = [(index, a) for index, layer, a in spec.attentions() if not layer.window_tokens]
     return (
         fields
         | _common.write_layer_kinds(spec)
         | _rope.write_ropes_of_kinds(spec)
         | {
             "attention_bias": spec.attention.has_output_bias,
-            "attention_k_eq_v": any(a.values_are_keys for _, a in attentions),
+            "attention_k_eq_v": any(a.values_are_keys for a in attentions),
             "final_logit_softcapping": spec.final_logit_softcap,
             "hidden_activation": "gelu_pytorch_tanh",
             "hidden_size_per_layer_input": own.width if own else 0,
-            "num_kv_shared_layers": sum(not a.has_cache for _, a in attentions),
+            "num_kv_shared_layers": sum(not a.has_cache for a in attentions),
             "per_layer_config": {
-                index: {"head_dim": a.head_dim, "num_key_value_heads": a.num_kv_heads}
-                for index, a in full.items()
+                str(index): {"head_dim": a.head_dim, "num_key_value_heads": a.num_kv_heads}
+                for index, a in full
             },
             "use_double_wide_mlp": any(layer.mlp for layer in spec.layers),
             "vocab_size_per_layer_input": own.vocab_size if own else spec.vocab_size,

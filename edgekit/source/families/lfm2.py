@@ -29,6 +29,8 @@ def describe(config: Config) -> DecoderSpec:
     """Read an LFM2 config."""
     config.ignore(*_LEFT_BEHIND)
     config.expect(hidden_act="silu", block_use_swiglu=True, use_pos_enc=True)
+    if "intermediate_size" not in config:
+        config.accept(intermediate_size="block_ff_dim")
     head_dim = _common.read_head_width(config, DEFAULTS)
     rope = _rope.read_rope(config, head_dim, theta=THETA)
     spec = _common.read_decoder(config, DEFAULTS, rope=rope)

@@ -70,6 +70,12 @@ def _granite4(layers: int, width: int, *, attention: float, **more: Any) -> dict
     }  # fmt: skip
 
 
+_LFM2 = {"block_auto_adjust_ff_dim": True, "conv_L_cache": 3, "norm_eps": 1e-05, "theta": 1e6}
+_SIX_ATTEND = [2, 5, 8, 10, 12, 14]
+_QWEN3_5 = {
+    "full_attention_interval": 4, "head_dim": 256, "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16, "linear_value_head_dim": 128,
+}  # fmt: skip
 _GEMMA = {"head_dim": 256, "rms_norm_eps": 1e-06, "query_pre_attn_scalar": 256}
 _TANH = {"hidden_activation": "gelu_pytorch_tanh"}
 _GEMMA3 = _GEMMA | _TANH | {
@@ -513,5 +519,64 @@ PUBLISHED: dict[str, Published] = {
         parameters="14,748,112,896",
         sizes=(110592, 6144, 14336, 38, 48, 8, 131072),
         fields=_UNTIED | {"head_dim": 128, "rope_theta": 100_000_000, "use_post_norm": True},
+    ),
+    "LiquidAI/LFM2-350M": Published(
+        model_type="lfm2",
+        parameters="354,483,968",
+        sizes=(65536, 1024, 6656, 16, 16, 8, 128000),
+        fields=_LFM2 | {"full_attn_idxs": _SIX_ATTEND},
+    ),
+    "LiquidAI/LFM2-700M": Published(
+        model_type="lfm2",
+        parameters="742,489,344",
+        sizes=(65536, 1536, 10240, 16, 24, 8, 128000),
+        fields=_LFM2 | {"full_attn_idxs": _SIX_ATTEND},
+    ),
+    "LiquidAI/LFM2.5-1.2B-Instruct": Published(
+        model_type="lfm2",
+        parameters="1,170,340,608",
+        sizes=(65536, 2048, 12288, 16, 32, 8, 128000),
+        fields=_LFM2
+        | {
+            "layer_types": [
+                "full_attention" if index in _SIX_ATTEND else "conv" for index in range(16)
+            ]
+        },
+    ),
+    "Qwen/Qwen3.5-0.8B": Published(
+        model_type="qwen3_5_text",
+        parameters="0.8B",
+        sizes=(248320, 1024, 3584, 24, 8, 2, 262144),
+        fields=_TIED | _QWEN3_5 | {"linear_num_value_heads": 16},
+        wrapper="qwen3_5",
+    ),
+    "Qwen/Qwen3.5-2B": Published(
+        model_type="qwen3_5_text",
+        parameters="2B",
+        sizes=(248320, 2048, 6144, 24, 8, 2, 262144),
+        fields=_TIED | _QWEN3_5 | {"linear_num_value_heads": 16},
+        wrapper="qwen3_5",
+    ),
+    "Qwen/Qwen3.5-4B": Published(
+        model_type="qwen3_5_text",
+        parameters="4B",
+        sizes=(248320, 2560, 9216, 32, 16, 4, 262144),
+        fields=_TIED | _QWEN3_5 | {"linear_num_value_heads": 32},
+        wrapper="qwen3_5",
+    ),
+    "google/gemma-4-31B": Published(
+        model_type="gemma4_text",
+        parameters="30.7B",
+        sizes=(262144, 5376, 21504, 60, 32, 16, 262144),
+        fields=_TIED
+        | _TANH
+        | {
+            "attention_k_eq_v": True,
+            "head_dim": 256,
+            "hidden_size_per_layer_input": 0,
+            "num_global_key_value_heads": 4,
+            "sliding_window": 1024,
+        },
+        wrapper="gemma4",
     ),
 }

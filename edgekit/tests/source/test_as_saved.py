@@ -35,6 +35,8 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Cohere2Vision": ("cohere2", {"model_type": "siglip_vision_model"}, {}),
     "Exaone4_5_": ("exaone4", {"model_type": "exaone4_5_vision"}, {}),
     "HyperCLOVAXVisionV2": ("hyperclovax", {}, {}),
+    "Qwen3_5": ("qwen3.5", {"depth": 1, "out_hidden_size": 64, "num_heads": 2}, {}),
+    "Gemma4": ("gemma4", {}, {}),
 }
 CLASSES = {"Ministral 3": "Mistral3"}
 WITHOUT_LOGIT_SCALE = {"AyaVision", "Cohere2Vision"}  # which transformers 5.24 forgets in these

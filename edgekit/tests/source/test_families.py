@@ -251,6 +251,47 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 3, "query_pre_attn_scalar": 16,
         "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 8,
     },
+    "lfm2": SIZES | {
+        "architectures": ["Lfm2ForCausalLM"], "block_auto_adjust_ff_dim": True, "block_dim": 48,
+        "block_ff_dim": 120, "block_ffn_dim_multiplier": 1.0, "block_mlp_init_scale": 1.0,
+        "block_multiple_of": 16, "block_norm_eps": 1e-05, "block_out_init_scale": 1.0,
+        "block_use_swiglu": True, "block_use_xavier_init": True, "bos_token_id": 1,
+        "conv_L_cache": 3, "conv_bias": False, "conv_dim": 48, "conv_dim_out": 48,
+        "conv_use_xavier_init": True, "eos_token_id": 7, "full_attn_idxs": [2, 5],
+        "hidden_act": "silu", "intermediate_size": 120, "model_type": "lfm2", "norm_eps": 1e-05,
+        "num_heads": 6, "pad_token_id": 0, "rope_theta": 1000000.0, "theta": 1000000.0,
+        "tie_embedding": True, "use_cache": True, "use_pos_enc": True,
+    },
+    "qwen3_5_text": SIZES | {
+        "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True,
+        "full_attention_interval": 4, "head_dim": 16, "hidden_act": "silu",
+        "layer_types": [*["linear_attention"] * 3, "full_attention", *["linear_attention"] * 2],
+        "linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_value_head_dim": 8, "mamba_ssm_dtype": "float32",
+        "mlp_only_layers": [], "model_type": "qwen3_5_text", "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False, "rms_norm_eps": 1e-06,
+        "rope_parameters": {"mrope_interleaved": True, "mrope_section": [1, 1, 0],
+                            "partial_rotary_factor": 0.25, "rope_theta": 10000000,
+                            "rope_type": "default"},
+        "tie_word_embeddings": True,
+    },
+    "gemma4_text": SIZES | {
+        "attention_bias": False, "attention_dropout": 0.0, "attention_k_eq_v": False,
+        "enable_moe_block": False, "final_logit_softcapping": 30.0, "global_head_dim": 32,
+        "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size_per_layer_input": 8,
+        "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2,
+        "model_type": "gemma4_text", "moe_intermediate_size": None, "num_experts": None,
+        "num_global_key_value_heads": None, "num_kv_shared_layers": 2, "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0,
+                               "rope_type": "proportional"},
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+        "sliding_window": 8, "tie_word_embeddings": True, "top_k_experts": None,
+        "use_bidirectional_attention": None, "use_double_wide_mlp": True,
+        "vocab_size_per_layer_input": 96,
+    },
 }  # fmt: skip
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -281,6 +322,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus-no-rope": ("apertus", {"rope_scaling": None, "rope_theta": None}),
     "ministral3-no-rope": ("ministral3", {"rope_parameters": None}),
     "ernie4.5-bias": ("ernie4_5", {"use_bias": True}),
+    "lfm2-all-attention": ("lfm2", {"full_attn_idxs": None, "block_auto_adjust_ff_dim": False}),
+    "lfm2-bias": ("lfm2", {"conv_bias": True, "conv_L_cache": 5, "tie_embedding": False}),
+    "qwen3.5-bias": ("qwen3_5_text", {"attention_bias": True, "layer_types": None}),
+    "gemma4-values-are-keys": ("gemma4_text", {
+        "attention_k_eq_v": True, "num_global_key_value_heads": 1, "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0, "use_double_wide_mlp": False, "global_head_dim": 16,
+    }),
+    "gemma4-plain-ropes": ("gemma4_text", {
+        "rope_parameters": None, "attention_bias": True, "use_bidirectional_attention": "vision",
+        "layer_types": None, "num_kv_shared_layers": 0,
+    }),
     "smollm3-windows": ("smollm3", {
         "use_sliding_window": True, "sliding_window": 8, "layer_types": None,
     }),
@@ -354,7 +406,7 @@ def test_a_field_nobody_knows_is_refused(model_type):
 @pytest.mark.parametrize("model_type", families.names())
 def test_a_rope_parameter_nobody_knows_is_refused(model_type):
     rope = {"rope_type": "default", "rope_theta": 1e4, "mystery_factor": 2.0}
-    if model_type in {"gemma3_text", "olmo3"}:
+    if model_type in {"gemma3_text", "gemma4_text", "olmo3"}:
         rope = {"full_attention": rope}
     fields = without(model_type, "rope_scaling", "rope_theta", "rope_local_base_freq")
     with pytest.raises(UsageError, match="mystery_factor"):
@@ -459,6 +511,43 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "no gate": ("cohere2", {"use_gated_activation": False}, "use_gated_activation = False"),
     "another beginning": ("cohere2", {"layer_switch": 3}, "layer_switch = 3"),
+    "a layer nobody knows": (
+        "lfm2", {"layer_types": ["conv"] * 5 + ["mamba"]}, "layer_types has 'mamba'"
+    ),
+    "a convolution of one token": ("lfm2", {"conv_L_cache": 1}, "conv_L_cache = 1"),
+    "no gate in the MLP": ("lfm2", {"block_use_swiglu": False}, "block_use_swiglu = False"),
+    "another gate": ("qwen3_5_text", {"output_gate_type": "relu"}, "output_gate_type = 'relu'"),
+    "a layer of another model": (
+        "qwen3_5_text", {"layer_types": ["conv"] * 6}, "layer_types has 'conv'"
+    ),
+    "heads that do not fit": (
+        "qwen3_5_text", {"linear_num_value_heads": 3}, "3 value heads (linear_num_value_heads)"
+    ),
+    "experts next to an MLP": (
+        "gemma4_text", {"enable_moe_block": True}, "enable_moe_block = True"
+    ),
+    "both directions": (
+        "gemma4_text", {"use_bidirectional_attention": "all"}, "attention = 'all'"
+    ),
+    "layers that all read others": (
+        "gemma4_text", {"num_kv_shared_layers": 6}, "num_kv_shared_layers = 6"
+    ),
+    "nobody to read from": (
+        "gemma4_text", {"num_kv_shared_layers": 4}, "none of the first 2 is of type full_attention"
+    ),
+    "a short table": (
+        "gemma4_text", {"vocab_size_per_layer_input": 95}, "vocab_size_per_layer_input = 95"
+    ),
+    "heads of many shapes": (
+        "gemma4_text", {"per_layer_config": {"2": {"head_dim": 32}, "5": {"head_dim": 64}}},
+        "heads of different shapes",
+    ),
+    "other heads in windows": (
+        "gemma4_text", {"per_layer_config": {"0": {"head_dim": 8}}}, "heads of different shapes"
+    ),
+    "an override nobody knows": (
+        "gemma4_text", {"per_layer_config": {"2": {"sliding_window": 4}}}, "sliding_window = 4"
+    ),
     "nothing to divide by": ("granite", {"logits_scaling": 0}, "logits_scaling = 0"),
 }  # fmt: skip
 
@@ -575,8 +664,8 @@ def test_yarn_in_a_phi3_is_refused_since_transformers_takes_it_for_longrope():
 
 
 def test_a_rope_nobody_implements_is_refused():
-    with pytest.raises(UsageError, match="'proportional'"):
-        published("llama", rope_scaling={"rope_type": "proportional", "factor": 4.0})
+    with pytest.raises(UsageError, match="partial_rotary_factor"):
+        published("llama", rope_scaling={"rope_type": "proportional", "partial_rotary_factor": 0.5})
     with pytest.raises(UsageError, match="'ntk'"):
         published("qwen2", rope_scaling={"type": "ntk", "factor": 4.0})
 

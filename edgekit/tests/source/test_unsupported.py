@@ -22,12 +22,14 @@ REASONS: dict[str, tuple[dict[str, Any], str]] = {
         {"altup_num_inputs": 4, "hidden_size_per_layer_input": 256},
         "several copies of its states (altup_num_inputs = 4)",
     ),
-    "gemma4_text": (
+    "gemma5_text": (
         {"num_experts": None, "hidden_size_per_layer_input": 256},
         "embeddings of their own (hidden_size_per_layer_input = 256)",
     ),
+    "lfm2_moe": ({"num_experts": 32, "layer_types": ["conv"]}, "(num_experts = 32)"),
+    "lfm3": ({"layer_types": ["conv", "full_attention"]}, "layer_types has 'conv'"),
+    "qwen3_next": ({"linear_num_key_heads": 16, "num_experts": 512}, "(num_experts = 512)"),
     "bamba": ({"mamba_n_heads": 128}, "attention (mamba_n_heads = 128)"),
-    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "layer_types has 'conv'"),
     "t5": ({"is_encoder_decoder": True}, "it has an encoder"),
 }
 
