@@ -14,7 +14,7 @@ place. States have no places: see `recurrence`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from edgekit.formats.onnx import tensor_types
@@ -25,7 +25,7 @@ from edgekit.formats.onnx.tensor_types import GraphBuild
 from edgekit.model.mixers import Attention, DeltaNet, QueryGrowth, ShortConv
 from edgekit.model.norm import Norm
 from edgekit.model.rope import Rope
-from edgekit.model.spec import XIELU_BETA, DecoderSpec
+from edgekit.model.spec import XIELU_BETA, DecoderSpec, LayerEmbedding
 
 
 # Inputs with a value of their own: a client that knows nothing of them may leave them out.
@@ -35,6 +35,7 @@ TEXT_TOKENS = "text_tokens"  # how long the text will be, if longer than what ha
 ROPE_BORDER = "edgekit.rope_border_tokens"  # metadata: a longer text has other frequencies
 # The first has 8 binary digits: float32 holds its products with whole numbers below 2 ** 16.
 _PI_PARTS = (3.140625, math.pi - 3.140625)
+_SMALLEST = 1e-30  # what divides may not be zero
 # Of cos(x) and of sin(x) / x, by powers of x * x; up to a quarter turn they give all of float32.
 _WAVE_TERMS = [
     ((-1) ** n / math.factorial(2 * n), (-1) ** n / math.factorial(2 * n + 1)) for n in range(7)
@@ -91,8 +92,10 @@ def build(
     graph = _Builder(spec=spec, tensor_types=tensor_types, how=how)
     graph.read_inputs()
     x = graph.embed()
+    if spec.layer_embedding:
+        graph.embed_layers(x, spec.layer_embedding)
     for index in range(len(spec.layers)):
-        x = graph.apply_layer(x, index)
+        x = graph.end_layer(graph.apply_layer(x, index), index)
     graph.make_logits(x)
     found, border = dict(metadata), spec.original_max_position_embeddings
     if border is not None:
@@ -123,6 +126,10 @@ class _Builder(Operators):
     input_ids: str = ""  # int64 (batch, tokens): each row from its first token on
     position_ids: str = ""  # the same
     recurrence: Recurrence = field(init=False)  # where there are states
+    layer_inputs: str = ""  # float32 (batch, tokens, layers, width): what each has an embedding for
+    new_tokens: dict[int, tuple[str, str]] = field(
+        default_factory=dict
+    )  # keys and values, by layer
     rows_back: str = ""  # int64 (batch, tokens): where each token of the input went, of all rows
     last_tokens: str = ""  # int32 (batch,): the index of each row's last token
     all_tokens: str = ""  # int32: how many tokens there are, cached ones included
@@ -267,25 +274,48 @@ class _Builder(Operators):
         return name
 
     def embed(self) -> str:
-        x = self._rows("token_embedding", self.input_ids)
+        role = "token_embedding"
+        x = self._rows(role, self.input_ids, tables=[role])
         if self.spec.embedding_scale != 1:
             x = self.op("Mul", x, self.scalar(self.spec.embedding_scale))
         return x
 
-    def _rows(self, role: str, ids: str) -> str:
+    def embed_layers(self, x: str, own: LayerEmbedding) -> None:
+        """Make what every layer is given of its own embedding; ``x`` is the usual one."""
+        spec, role, shape = self.spec, "layer_embedding", (len(self.spec.layers), own.width)
+        by_layer = self.constant(0, 0, *shape)
+        seen = self._multiply_sum(f"{role}_projection", x, math.prod(shape), spec.hidden_size)
+        seen = self.op("Mul", seen, self.scalar(own.projection_scale))
+        seen = self.op("Reshape", seen, by_layer)
+        seen = self._normalize(spec.norm, f"{role}_norm", seen)
+        tables = tensor_types.tables(
+            role, (own.vocab_size, math.prod(shape)), self.tensor_types[role],
+            part_columns=own.width,
+        )  # fmt: skip
+        looked_up = self._rows(role, self.input_ids, tables=tables)
+        looked_up = self.op("Mul", looked_up, self.scalar(own.scale))
+        both = self.op("Add", seen, self.op("Reshape", looked_up, by_layer))
+        self.layer_inputs = self.op("Mul", both, self.scalar(own.sum_scale))
+
+    def _gather(self, tables: Iterable[str], ids: str, *, part: str = "") -> str:
+        """Return the same rows of all tables, side by side, of one of their tensors."""
+        found = [self.op("Gather", table + part, ids) for table in tables]
+        return found[0] if len(found) == 1 else self.op("Concat", *found, axis=2)
+
+    def _rows(self, role: str, ids: str, *, tables: Collection[str]) -> str:
         """Return rows of a matrix in float32, and leave the others as they are stored."""
-        rows, stored = self.op("Gather", role, ids), self.tensor_types[role]
+        rows, stored = self._gather(tables, ids), self.tensor_types[role]
         if stored in tensor_types.FLOATS:
             return self._exact(rows, tensor_types.FLOATS[stored])
         blocks = tensor_types.BLOCKS[stored]
         # (batch, tokens, blocks, bytes) -> (batch, tokens, blocks, codes)
         codes = self._codes(rows, blocks.bits, self.constant(0, 0, -1, blocks.weights))
         if blocks.implied_zero is None:
-            packed = self.op("Gather", role + tensor_types.ZERO_POINTS, ids)
+            packed = self._gather(tables, ids, part=tensor_types.ZERO_POINTS)
             zeros = self._codes(packed, blocks.bits, self.constant(0, 0, -1, 1))
         else:
             zeros = self.scalar(blocks.implied_zero)
-        scales = self._exact(self.op("Gather", role + tensor_types.SCALES, ids), blocks.scales)
+        scales = self._exact(self._gather(tables, ids, part=tensor_types.SCALES), blocks.scales)
         scales = self.op("Unsqueeze", scales, self.constant(-1))
         values = self.op("Mul", self.op("Sub", codes, zeros), scales)
         return self.op("Reshape", values, self.constant(0, 0, -1))
@@ -314,6 +344,17 @@ class _Builder(Operators):
         read = self._read(prefix + "mlp_norm", x)
         changed = self._added(prefix + "mlp_post_norm", self._apply_mlp(prefix, read, index))
         return self.op("Add", x, changed)
+
+    def end_layer(self, x: str, index: int) -> str:
+        """Add what the layer's own embedding brings and scale the sum, in decoders that do."""
+        spec, prefix = self.spec, f"layers.{index}."
+        if own := spec.layer_embedding:
+            gate = self._multiply_sum(f"{prefix}layer_gate", x, own.width, spec.hidden_size)
+            given = self.op("Gather", self.layer_inputs, self.scalar(index, dtype="int64"), axis=2)
+            given = self.op("Mul", self._activate(prefix, gate), given)
+            added = self._multiply_sum(f"{prefix}layer_output", given, spec.hidden_size, own.width)
+            x = self.op("Add", x, self._normalize(spec.norm, f"{prefix}layer_norm", added))
+        return self.op("Mul", x, f"{prefix}layer_scale") if spec.has_layer_scales else x
 
     def _read(self, role: str, x: str) -> str:
         """Return what attention or the MLP reads of the sum over all layers."""
@@ -400,31 +441,32 @@ class _Builder(Operators):
             return self.narrowed(self._normalize(norm, role, self.widened(x)))
         x = self.op("Reshape", self.widened(x), self.constant(0, 0, heads, width))
         if a.head_norms == "apart":  # a row of weights for each head, which the operator cannot
-            ones = self.constant(*(1,) * width, dtype="float32")
             plain = Norm(kind=norm.kind, epsilon=norm.epsilon)
-            x = self.op("Mul", self._normalize(plain, role, x, weight=ones), role)
+            x = self.op("Mul", self._normalize(plain, role, x, weight=self._ones(width)), role)
             x = self.op("Add", x, f"{role}_bias") if norm.has_bias else x
         else:
             x = self._normalize(norm, role, x)
         return self.narrowed(self.op("Reshape", x, self.constant(0, 0, heads * width)))
 
+    def _ones(self, width: int) -> str:
+        return self.constant(*(1,) * width, dtype="float32")
+
     def _attend(self, x: str, index: int, a: Attention) -> str:
         prefix, hidden = f"layers.{index}.", self.spec.hidden_size
-        rope = self.spec.layers[index].rope
         query = self._project(prefix + "query", x, a.query_rows, hidden, a.has_qkv_bias)
         query, gate = self._without_gate(query, index, a)
-        key = self._project(prefix + "key", x, a.key_value_width, hidden, a.has_qkv_bias)
-        value = self._project(prefix + "value", x, a.key_value_width, hidden, a.has_qkv_bias)
-        if not a.normalizes_after_rope:
-            query, key = self._normalize_both(prefix, query, key, a)
-        if rope:
-            query = self._rotate(rope, query, a.heads)
-            key = self._rotate(rope, key, a.num_kv_heads)
-        if a.normalizes_after_rope:
-            query, key = self._normalize_both(prefix, query, key, a)
+        made, value = {"query": query}, ""
+        if a.has_cache:
+            made["key"], value = self._keys_and_values(prefix, x, a)
+        made = self._position(made, index, a)
+        query = made["query"]
         if a.query_growth:
             query = self.op("Mul", query, self.query_growths[a.query_growth])
-        mixed = self._weigh(query, key, value, index, a)
+        query = self._widen(query, a, a.heads)
+        if a.has_cache:
+            new = (self._widen(part, a, a.num_kv_heads) for part in (made["key"], value))
+            self.new_tokens[index] = next(new), next(new)
+        mixed = self._weigh(query, index, a)
         if gate:
             mixed = self.op("Mul", mixed, self.op("Sigmoid", gate))
         return self._project(
@@ -442,9 +484,40 @@ class _Builder(Operators):
         query, gate = (self.op("Reshape", part, flat) for part in parts)
         return query, gate
 
-    def _normalize_both(self, prefix: str, query: str, key: str, a: Attention) -> tuple[str, str]:
-        query = self._normalize_heads(prefix + "query_norm", query, a, a.heads)
-        return query, self._normalize_heads(prefix + "key_norm", key, a, a.num_kv_heads)
+    def _keys_and_values(self, prefix: str, x: str, a: Attention) -> tuple[str, str]:
+        """Return keys before their norm and rope, and values."""
+        made = [
+            self._project(
+                prefix + role, x, a.key_value_width, self.spec.hidden_size, a.has_qkv_bias
+            )
+            for role in (("key",) if a.values_are_keys else ("key", "value"))
+        ]
+        key, value = made[0], made[-1]
+        if a.value_norm_epsilon is not None:
+            norm = Norm(kind="rms", epsilon=a.value_norm_epsilon)
+            by_head = self.constant(0, 0, a.num_kv_heads, a.head_dim)
+            value = self.op("Reshape", self.widened(value), by_head)
+            value = self._normalize(norm, "", value, weight=self._ones(a.head_dim))
+            value = self.op("Reshape", value, self.constant(0, 0, a.key_value_width))
+            value = self.narrowed(value)
+        return key, value
+
+    def _position(self, made: dict[str, str], index: int, a: Attention) -> dict[str, str]:
+        """Normalize and rotate queries, and keys where the layer makes some."""
+        heads = {"query": a.heads, "key": a.num_kv_heads}
+        rope = self.spec.layers[index].rope
+
+        def normalized() -> dict[str, str]:
+            return {
+                part: self._normalize_heads(f"layers.{index}.{part}_norm", x, a, heads[part])
+                for part, x in made.items()
+            }
+
+        if not a.normalizes_after_rope:
+            made = normalized()
+        if rope:
+            made = {part: self._rotate(rope, x, heads[part]) for part, x in made.items()}
+        return normalized() if a.normalizes_after_rope else made
 
     def _rotate(self, rope: Rope, x: str, heads: int) -> str:
         indices, cosine, sine = self.rotations[rope]
@@ -453,21 +526,23 @@ class _Builder(Operators):
             domain=CONTRIB, num_heads=heads, rotary_embedding_dim=rope.width,
         )  # fmt: skip
 
-    def _weigh(self, query: str, key: str, value: str, index: int, a: Attention) -> str:
-        width, parts = cache_width(a), ("key", "value")
-        query = self._widen(query, a, a.heads)
-        key, value = (self._widen(x, a, a.num_kv_heads) for x in (key, value))
-        for part in parts:
-            shape = ("batch_size", a.num_kv_heads, "present_sequence_length", width)
-            name = cache_name(index, part, of="present")
-            self.outputs.append(Port(name=name, dtype=self.how.arithmetic, shape=shape))
+    def _weigh(self, query: str, index: int, a: Attention) -> str:
+        """Mix values by how queries meet keys: the layer's own, or those an earlier one made.
+
+        The operator returns both with the new ones in place. A later layer has no use for them:
+        ONNX Runtime makes keys and values a choice since 1.27 and what it returns since 1.31, and
+        to copy them costs a quarter of the operator.
+        """
+        parts, source = ("key", "value"), index if a.cache_of is None else a.cache_of
+        present = [cache_name(index, part, of="present") for part in parts]
+        if a.has_cache:
+            shape = ("batch_size", a.num_kv_heads, "present_sequence_length", cache_width(a))
+            self.outputs += [Port(name=x, dtype=self.how.arithmetic, shape=shape) for x in present]
         mixed = self.op(
-            "GroupQueryAttention", query, key, value,
-            *(cache_name(index, part) for part in parts), self.last_tokens, self.all_tokens,
+            "GroupQueryAttention", query, *self.new_tokens[source],
+            *(cache_name(source, part) for part in parts), self.last_tokens, self.all_tokens,
             domain=CONTRIB,
-            outputs=(
-                f"mixed_{index}", *(cache_name(index, part, of="present") for part in parts)
-            ),
+            outputs=(f"mixed_{index}", *present),
             num_heads=a.heads,
             kv_num_heads=a.num_kv_heads,
             scale=float(a.softmax_scale),
@@ -548,6 +623,15 @@ class _Builder(Operators):
             domain=CONTRIB, K=columns, N=rows, bits=blocks.bits, block_size=blocks.weights,
             accuracy_level=self.how.accuracy_level,
         )  # fmt: skip
+
+    def _multiply_sum(self, role: str, x: str, rows: int, columns: int) -> str:
+        """Return a product in float32 of what no norm has bounded, and may outgrow float16."""
+        if not self.how.is_half:
+            return self._multiply(role, x, rows, columns)
+        largest = self.op("ReduceMax", self.op("Abs", x), self.constant(-1), keepdims=1)
+        largest = self.op("Add", largest, self.scalar(_SMALLEST))  # of nothing but zeros
+        share = self.narrowed(self.op("Div", x, largest))
+        return self.op("Mul", self.widened(self._multiply(role, share, rows, columns)), largest)
 
     def _multiply_unquantized(self, role: str, x: str, rows: int, columns: int) -> str:
         """Multiply as CPUs do with the least memory, or, in half precision, as WebGPU can."""

@@ -410,6 +410,8 @@ def _randomize(model: Any, *, seed: int, adds_one: bool) -> None:
             is_norm = "norm" in name and name.endswith("weight")
             if is_norm and (not adds_one or name.endswith("linear_attn.norm.weight")):
                 weight.add_(1.0)
+            if name.endswith("q_norm.weight") and model.config.model_type == "gemma4_text":
+                weight.mul_(0.25)  # nothing else makes scores smaller
             if name.endswith("A_log"):  # states that last for some tokens, and for many
                 weight.uniform_(0.02, 3.0, generator=source).log_()
         for name, scale in model.named_buffers():
