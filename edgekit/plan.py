@@ -355,10 +355,19 @@ def estimate(
 ) -> Estimate:
     """Return the cost of an artifact on a target, without loading a weight."""
     memory = formats.writing(format).memory_use(
-        checkpoint, layout, context_tokens=context_tokens, repacks=target.repacks
+        checkpoint, layout, context_tokens=context_tokens, by_app=target.by_app
     )
-    token_s = _token_s(checkpoint, layout, memory, target, context_tokens=context_tokens)
-    flop = 2 * sum(p.parameters for p in layout.placements if p.role != "token_embedding")
+    types = formats.get(format).TENSOR_TYPES
+    streamed_bytes = sum(
+        placement.size_bytes * types[placement.tensor_type].decode_cost
+        for placement in layout.placements
+        if placement.role not in checkpoint.spec.looked_up
+    )
+    token_s = _token_s(
+        streamed_bytes + layout.overhead_bytes, memory, target, context_tokens=context_tokens
+    )
+    looked_up = checkpoint.spec.looked_up | {"token_embedding"}
+    flop = 2 * sum(p.parameters for p in layout.placements if p.role not in looked_up)
     read_s = token_s if layout.reads_by_token else flop / target.prefill_flop_per_s
     return Estimate(
         artifact_bytes=layout.artifact_bytes,
@@ -372,23 +381,13 @@ def estimate(
 
 
 def _token_s(
-    checkpoint: Checkpoint,
-    layout: Layout,
-    memory: MemoryUse,
-    target: Target,
-    *,
-    context_tokens: int,
+    streamed_bytes: float, memory: MemoryUse, target: Target, *, context_tokens: int
 ) -> float:
-    """Return the time for one token: every weight is read once, and the cache as far as filled.
-
-    Of an embedding that is not also the head, one row is read.
-    """
-    unread = {"token_embedding"} if not checkpoint.spec.is_tied else set[str]()
-    weights_bytes = sum(p.size_bytes for p in layout.placements if p.role not in unread)
+    """Return the time for one token: all weights are read, and the cache as far as filled."""
     budget = target.budget
     filled = min(context_tokens, budget.first_token[0].prompt_tokens + budget.answer_tokens // 2)
     cache_bytes = memory.cache_bytes * filled / context_tokens
-    return (weights_bytes + cache_bytes) / target.decode_bandwidth_bytes_per_s + TOKEN_OVERHEAD_S
+    return (streamed_bytes + cache_bytes) / target.decode_bandwidth_bytes_per_s + TOKEN_OVERHEAD_S
 
 
 def _beyond_gpu(layout: Layout, target: Target) -> Iterator[str]:

@@ -52,6 +52,9 @@ class Layout:
     needs_shader_f16: bool = False  # whether a browser's GPU must know float16
     kernel_kl_nats: float = 0.0  # mean KL that the runtime's own kernels add to any weights
     is_half: bool = False  # whether products are computed and the cache is kept in float16
+    overhead_bytes: int = (
+        0  # what a token takes besides reading weights, as bytes that take as long
+    )
     reads_by_token: bool = False  # whether a prompt takes a call of the program for each token
 
     @property
@@ -142,9 +145,9 @@ class Writing(Protocol):
         layout: Layout,
         *,
         context_tokens: int,
-        repacks: bool,
+        by_app: bool,
     ) -> MemoryUse:
-        """Return what the runtime will hold; ``repacks`` if the device has fast kernels."""
+        """Return what the runtime will hold; ``by_app`` if an app calls it, not edgekit."""
         ...
 
     def convert(

@@ -16,6 +16,7 @@ class TensorType:
     block_weights: int  # a row's length must be a multiple of this
     block_bytes: int  # scales included
     pads_rows: bool = False  # it need not: a last block that is not filled is stored whole
+    decode_cost: float = 1.0  # time that a byte takes when decoding; 1: as in the usual 4-bit type
 
     @property
     def bits_per_weight(self) -> float:

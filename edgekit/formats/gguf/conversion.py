@@ -20,6 +20,7 @@ from edgekit.formats.gguf import (
     parts,
     pretokenizers,
     provenance,
+    speed,
     split,
     tensor_types,
     vocabulary,
@@ -94,6 +95,7 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         ),
         calibration=calibration_sha256(checkpoint.calibration, planned.parts),
         kernel_kl_nats=_kernel_kl_nats(checkpoint.spec),
+        overhead_bytes=speed.overhead_bytes(checkpoint.spec),
     )
 
 

@@ -1,5 +1,7 @@
 """What llama.cpp holds in memory while it answers, by the sizes of its buffers."""
 
+from dataclasses import replace
+
 from edgekit.formats import Layout, MemoryUse
 from edgekit.formats.gguf.architectures import CONTEXT_PADDING_TOKENS
 from edgekit.formats.gguf.runtime import BATCH_TOKENS
@@ -12,6 +14,9 @@ CACHE_ITEM_BYTES = 2  # float16 keys and values, llama.cpp's default
 # MiB with a context of 512 and 314 MiB with 4096, where these sums give 236 and 317.
 RUNTIME_BYTES = 48 * 2**20
 VOCABULARY_ENTRY_BYTES = 800
+# n_ubatch of llama.cpp. Of 150 published cells of three phones (docs/targets.md) the compute buffer
+# is this many rows of logits and of two hidden states, within 17 MiB.
+APP_BATCH_TOKENS = 512
 
 
 def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
@@ -21,6 +26,23 @@ def use(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
         cache_bytes=cache_bytes(spec, context_tokens=context_tokens),
         compute_bytes=compute_bytes(spec, context_tokens=context_tokens),
         runtime_bytes=RUNTIME_BYTES + VOCABULARY_ENTRY_BYTES * spec.vocab_size,
+    )
+
+
+def use_by_app(spec: DecoderSpec, layout: Layout, *, context_tokens: int) -> MemoryUse:
+    """Return the parts in an app that links llama.cpp and leaves its settings as they are.
+
+    It makes room for the logits of every row of a batch, maps the file, and keeps what its kernels
+    lay out again next to it: of a tied embedding, the copy that is the head.
+    """
+    head = [it.size_bytes for it in layout.placements if it.role == "token_embedding"]
+    room = 4 * APP_BATCH_TOKENS * (spec.vocab_size + 2 * spec.hidden_size)
+    own = use(spec, layout, context_tokens=context_tokens)
+    return replace(
+        own,
+        weights_bytes=own.weights_bytes + (sum(head) if spec.is_tied else 0),
+        compute_bytes=max(own.compute_bytes, room),
+        runtime_bytes=VOCABULARY_ENTRY_BYTES * spec.vocab_size // 2,  # without Python
     )
 
 

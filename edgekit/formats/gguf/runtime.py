@@ -181,6 +181,17 @@ class GgufSession:
             )
         return rows
 
+    def rewind(self, tokens: int) -> bool:
+        """Forget what follows so many tokens; return whether llama.cpp can."""
+        llama, memory = self._llama, self._llama.llama_get_memory(self._context)
+        # Of a window it may keep no more than the newest keys.
+        first_needed = max(0, tokens - llama.llama_model_n_swa(self._model))
+        is_kept = llama.llama_memory_seq_pos_min(memory, 0) <= first_needed
+        if not is_kept or not llama.llama_memory_seq_rm(memory, 0, tokens, -1):
+            return False
+        self._cached_tokens = tokens
+        return True
+
     def reset(self) -> None:
         """Empty the cache."""
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), False)

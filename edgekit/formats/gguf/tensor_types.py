@@ -12,6 +12,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,13 +31,15 @@ if TYPE_CHECKING:
     _Started = tuple[_Bytes, list[Future[None]]]
 
 
-TENSOR_TYPES: Mapping[str, TensorType] = {
-    name: ALL_TENSOR_TYPES[name]
-    for name in (
-        "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0",
-        "IQ4_NL", "Q3_K", "Q2_K",
-    )
+# How long a byte of each takes when decoding, beside one of Q4_0: fitted to three phones' CPUs by
+# the benchmark planner_error. The others are guessed from those of as many bits.
+_DECODE_COSTS = {
+    "F32": 0.8, "F16": 0.8, "BF16": 0.8, "Q8_0": 0.8, "Q6_K": 1.3, "Q5_K": 1.3, "Q5_1": 1.3,
+    "Q5_0": 1.3, "Q4_K": 1.0, "Q4_1": 1.0, "Q4_0": 1.0, "IQ4_NL": 1.0, "Q3_K": 2.2, "Q2_K": 2.6,
 }  # fmt: skip
+TENSOR_TYPES: Mapping[str, TensorType] = {
+    name: replace(ALL_TENSOR_TYPES[name], decode_cost=cost) for name, cost in _DECODE_COSTS.items()
+}
 
 # Coarse enough for importance weighting: how much an error counts, column by column.
 WEIGHTED = TENSOR_TYPES.keys() - {"F32", "F16", "BF16", "Q8_0"}

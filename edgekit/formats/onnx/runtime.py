@@ -177,6 +177,16 @@ class OnnxSession:
         self.reset()  # so that the next text begins again, as in llama.cpp
         return rows
 
+    def rewind(self, tokens: int) -> bool:
+        """Forget what follows so many tokens; return whether the rest is what it would be alone."""
+        border = self._border_tokens
+        is_shorter_text = border is not None and tokens <= border < len(self._read)
+        has_states = bool(self._steps[0].past_states)
+        if (has_states and tokens < len(self._read)) or is_shorter_text:
+            return False
+        del self._read[tokens:]
+        return True
+
     def reset(self) -> None:
         """Empty the cache."""
         self._read.clear()

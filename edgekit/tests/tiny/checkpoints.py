@@ -355,7 +355,7 @@ def write_tiny_checkpoint(
 
     case = find_case(name)
     directory.mkdir(parents=True, exist_ok=True)
-    stops = _write_text_files(directory, case.voice)
+    stops = write_text_files(directory, case.voice)
     model = _build(case, seed=seed, stops=stops, overrides=config_overrides)
     model.to(dtype or torch.float32)
     stored_bytes = sum(weight.nbytes for weight in model.parameters())
@@ -426,7 +426,7 @@ def _token_ids(voice: str) -> Mapping[str, int]:
     return dict(Tokenizer.from_str(train(voice)).get_vocab())
 
 
-def _write_text_files(directory: Path, name: str) -> list[int]:
+def write_text_files(directory: Path, name: str) -> list[int]:
     """Write what transformers' ``save_pretrained`` of a tokenizer writes; return the stop ids."""
     voice = VOICES[name]
     (directory / "tokenizer.json").write_text(train(name), encoding="utf-8")
