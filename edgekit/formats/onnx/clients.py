@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from edgekit.encodings.files import is_file
 from edgekit.encodings.json_files import read_object_if_there
 from edgekit.formats.onnx import genai_text, tensor_types
-from edgekit.formats.onnx.graph import cache_name, cache_width
+from edgekit.formats.onnx.graph import cache_name, cache_width, text_inputs
+from edgekit.formats.onnx.recurrence import state_name
 from edgekit.model.card import generation_settings
+from edgekit.model.mixers import Attention, DeltaNet, Mixer, ShortConv
 from edgekit.model.tokenizer_files import ANY_TOKENIZER, added_tokens, common_settings
 from edgekit.quant.recipe import Recipe
 from edgekit.text.tokenizer_json import read as read_tokenizer
@@ -41,8 +43,13 @@ _ID_FIELDS = ("bos_token_id", "pad_token_id")
 # Mamba). What they run is the graph, whose inputs and outputs are a Llama's: so that is what they
 # are told.
 _KNOWN_TYPES = frozenset(
-    {"gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3", "stablelm"}
-)
+    {"gemma2", "gemma3_text", "lfm2", "llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_5_text",
+     "smollm3", "stablelm"}
+)  # fmt: skip
+# What transformers and transformers.js call layers, which the latter gives states accordingly.
+_LAYER_TYPES: Mapping[type[Mixer], str] = {
+    Attention: "full_attention", ShortConv: "conv", DeltaNet: "linear_attention"
+}  # fmt: skip
 _IN_COMMON_WORDS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "tokenizer_config.json": common_settings,
     "generation_config.json": generation_settings,
@@ -133,6 +140,7 @@ def transformers_files(
             "vocab_size": checkpoint.spec.vocab_size,
             "num_hidden_layers": _layers(checkpoint.spec),
             "transformers.js_config": _transformers_js(recipe, data_files=data_files),
+            **({"layer_types": layer_types(checkpoint.spec)} if checkpoint.spec.has_states else {}),
         },
         "generation_config.json": {"eos_token_id": stops},
         "tokenizer_config.json": {
@@ -161,7 +169,7 @@ def _config(checkpoint: "CheckpointProtocol") -> Mapping[str, Any]:
     said, spec = checkpoint.config, checkpoint.spec
     if not said or checkpoint.architecture in _KNOWN_TYPES:
         return said
-    _, _, attention = next(spec.caches())
+    attention = next((it for _, _, it in spec.caches()), spec.attention)
     width = cache_width(attention)
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -181,6 +189,11 @@ def _config(checkpoint: "CheckpointProtocol") -> Mapping[str, Any]:
 def _layers(spec: "DecoderSpec") -> int:
     """Return how many layers clients ask for what they keep; the last of Gemma 4 keep nothing."""
     return 1 + max(index for index, *_ in (*spec.caches(), *spec.states()))
+
+
+def layer_types(spec: "DecoderSpec") -> list[str]:
+    """Return what mixes the tokens in each layer, in the words of transformers."""
+    return [_LAYER_TYPES[type(spec.mixer(index))] for index in range(len(spec.layers))]
 
 
 def _is_beyond(id: Any, checkpoint: "CheckpointProtocol") -> bool:
@@ -203,10 +216,7 @@ def genai_config(
     return {
         "model": {
             **_token_ids(checkpoint),
-            # Any decoder of one graph, or the one that knows of longrope.
-            "type": "phi3"
-            if spec.original_max_position_embeddings == _KNOWN_BORDER_TOKENS
-            else "llama",
+            "type": _genai_type(spec),
             "vocab_size": spec.vocab_size,
             "context_length": spec.context_tokens,
             "decoder": _decoder(checkpoint, entry),
@@ -218,6 +228,16 @@ def genai_config(
             "past_present_share_buffer": True,
         },
     }
+
+
+def _genai_type(spec: "DecoderSpec") -> str:
+    """Return any decoder of one graph, or one that knows of longrope or of states."""
+    if spec.original_max_position_embeddings == _KNOWN_BORDER_TOKENS:
+        return "phi3"
+    states = {state for _, state, _ in spec.states()}
+    if "recurrent" in states:
+        return "qwen3_5_text"
+    return "lfm2" if states else "llama"
 
 
 def _token_ids(checkpoint: "CheckpointProtocol") -> dict[str, Any]:
@@ -234,12 +254,15 @@ def _token_ids(checkpoint: "CheckpointProtocol") -> dict[str, Any]:
 
 def _decoder(checkpoint: "CheckpointProtocol", entry: str) -> dict[str, Any]:
     spec = checkpoint.spec
-    _, _, attention = next(spec.caches())
-    inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
+    attention = next((it for _, _, it in spec.caches()), spec.attention)
+    inputs = {name: name for name in text_inputs(spec)}
     outputs = {"logits": "logits"}
     for part in ("key", "value"):
         inputs[f"past_{part}_names"] = _pattern(part)
         outputs[f"present_{part}_names"] = _pattern(part, of="present")
+    for state in dict.fromkeys(state for _, state, _ in spec.states()):
+        inputs[f"past_{state}_names"] = state_name("%d", state)
+        outputs[f"present_{state}_names"] = state_name("%d", state, of="present")
     return {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": entry,
@@ -250,7 +273,14 @@ def _decoder(checkpoint: "CheckpointProtocol", entry: str) -> dict[str, Any]:
         "num_key_value_heads": attention.num_kv_heads,
         "inputs": inputs,
         "outputs": outputs,
+        **_states(spec),
     }
+
+
+def _states(spec: "DecoderSpec") -> dict[str, Any]:
+    """Return which layers have a state, and how many columns a convolution keeps."""
+    columns = {shape[-1] for _, state, shape in spec.states() if state == "conv"}
+    return {"layer_types": layer_types(spec), "conv_cache_size": max(columns)} if columns else {}
 
 
 def _pattern(part: str, *, of: str = "past_key_values") -> str:
