@@ -197,7 +197,7 @@ def _largest_buffer(spec: DecoderSpec, planned: OnnxPlan) -> GpuBuffer:
     """Return the largest tensor on a GPU; one converted to float32 at load is as large as that."""
     sizes = {tensor.name: tensor.size_bytes for tensor in planned.frequencies}
     for weight in planned.weights:
-        is_converted = not planned.how.is_half and not spec.is_looked_up(weight.role)
+        is_converted = not planned.how.is_half and weight.role not in spec.looked_up
         for tensor in weight.tensors:
             grown = 2 if is_converted and tensor.dtype == "float16" else 1
             sizes[tensor.name] = grown * tensor.size_bytes

@@ -44,8 +44,9 @@ def weight_bytes(spec: DecoderSpec, placement: PlannedWeight, *, is_half: bool) 
     a float32 graph float16 is converted at once, in one of float16 layers are held in both.
     """
     is_head = placement.role == ("token_embedding" if spec.is_tied else "output_head")
-    is_read_only_by_row = placement.role == "token_embedding" and not is_head
-    if placement.tensor_type == "F16" and not is_read_only_by_row:
+    if placement.role in spec.looked_up:
+        return placement.size_bytes
+    if placement.tensor_type == "F16":
         layers_item_bytes, head_item_bytes = (6, 4) if is_half else (4, 8)
         return placement.parameters * (head_item_bytes if is_head else layers_item_bytes)
     held = placement.size_bytes

@@ -194,7 +194,17 @@ def _eight_bit_embedding(tensor_type: str) -> Rule:
 
     Four bits there cost as much as in all layers together.
     """
-    return Rule(pattern="token_embedding|output_head", tensor_type=tensor_type)
+    return Rule(
+        pattern="token_embedding|output_head|layer_embedding_projection", tensor_type=tensor_type
+    )
+
+
+# Looked up, not multiplied: more bits cost bytes on disk and no time. A GPU holds all of it.
+_EIGHT_BIT_TABLE = Rule(pattern="layer_embedding", tensor_type="INT8")
+TABLE_NOTE = (
+    "layer_embedding, the embeddings for all layers, has {bits} bits: {looked_up} of its {held} "
+    "are read for a token"
+)
 
 
 # Of a delta net, whose state adds up over a text what they err by. ONNX Runtime GenAI keeps eight
@@ -237,11 +247,11 @@ RECIPES: Mapping[str, Recipe] = {
         _recipe("F16", "F16", _BIASES),
         _recipe("F16_GPU", "F16"),
         _recipe("INT8", "INT8", _BIASES),
-        _recipe("UINT4", "UINT4", _BIASES, *_eight_bits("INT8")),
-        _recipe("INT4", "INT4", _BIASES, *_eight_bits("INT8")),
+        _recipe("UINT4", "UINT4", _BIASES, *_eight_bits("INT8"), _EIGHT_BIT_TABLE),
+        _recipe("INT4", "INT4", _BIASES, *_eight_bits("INT8"), _EIGHT_BIT_TABLE),
         _recipe("UINT4_GPU", "UINT4_F16", _HALF_BIASES, *_eight_bits("INT8_F16")),
-        _recipe("UINT4_128", "UINT4_128", _BIASES, *_eight_bits("INT8")),
-        _recipe("INT4_128", "INT4_128", _BIASES, *_eight_bits("INT8")),
+        _recipe("UINT4_128", "UINT4_128", _BIASES, *_eight_bits("INT8"), _EIGHT_BIT_TABLE),
+        _recipe("INT4_128", "INT4_128", _BIASES, *_eight_bits("INT8"), _EIGHT_BIT_TABLE),
         _recipe("UINT4_ALL", "UINT4", _BIASES),
     )
 }
