@@ -66,6 +66,11 @@ def notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
             f"{' or '.join(map(repr, strings))}: no setting of theirs holds stop strings"
         )
     spec = checkpoint.spec
+    if len({(a.num_kv_heads, cache_width(a)) for _, _, a in spec.caches()}) > 1:
+        yield (
+            "Optimum gives the caches of all layers one shape, and cannot run this model, whose "
+            "layers differ in it"
+        )
     border = spec.original_max_position_embeddings
     if border not in {None, _KNOWN_BORDER_TOKENS}:
         yield (

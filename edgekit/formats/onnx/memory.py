@@ -4,6 +4,7 @@ from edgekit.formats import Layout, MemoryUse
 from edgekit.formats.onnx.graph import cache_width
 from edgekit.formats.onnx.runtime import BATCH_TOKENS
 from edgekit.formats.onnx.tensor_types import BLOCKS
+from edgekit.model.mixers import Attention
 from edgekit.model.spec import DecoderSpec
 from edgekit.quant.planned import PlannedWeight
 
@@ -59,8 +60,13 @@ def weight_bytes(spec: DecoderSpec, placement: PlannedWeight, *, is_half: bool) 
 def cache_bytes(spec: DecoderSpec, *, context_tokens: int, is_half: bool) -> int:
     """Return the size of all keys and values."""
     item_bytes = 2 if is_half else 4
-    token_bytes = sum(2 * a.num_kv_heads * cache_width(a) for _, _, a in spec.caches()) * item_bytes
+    token_bytes = sum(_key_value_width(a) for _, _, a in spec.caches()) * item_bytes
     return token_bytes * context_tokens
+
+
+def _key_value_width(attention: Attention) -> int:
+    """Return how many numbers of a token a layer caches, or copies from the layer that does."""
+    return 2 * attention.num_kv_heads * cache_width(attention)
 
 
 def compute_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
@@ -68,5 +74,10 @@ def compute_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     batch = min(BATCH_TOKENS, context_tokens)
     wide = max(spec.mlp(index).intermediate_size for index in range(len(spec.layers)))
     widest = 3 * wide + 2 * spec.hidden_size
+    if own := spec.layer_embedding:  # as codes and float32, and what is added to it
+        widest += 3 * own.width * len(spec.layers)
     scores = max((a.heads for _, _, a in spec.attentions()), default=0) * context_tokens
-    return 4 * (batch * (widest + scores) + spec.vocab_size)
+    copied = max(
+        (_key_value_width(a) for _, _, a in spec.attentions() if not a.has_cache), default=0
+    )
+    return 4 * (batch * (widest + scores) + copied * context_tokens + spec.vocab_size)

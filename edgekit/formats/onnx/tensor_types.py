@@ -199,12 +199,8 @@ def _eight_bit_embedding(tensor_type: str) -> Rule:
     )
 
 
-# Looked up, not multiplied: more bits cost bytes on disk and no time. A GPU holds all of it.
+# Looked up, not multiplied: more bits cost bytes on disk and no time. A GPU must hold all of them.
 _EIGHT_BIT_TABLE = Rule(pattern="layer_embedding", tensor_type="INT8")
-TABLE_NOTE = (
-    "layer_embedding, the embeddings for all layers, has {bits} bits: {looked_up} of its {held} "
-    "are read for a token"
-)
 
 
 # Of a delta net, whose state adds up over a text what they err by. ONNX Runtime GenAI keeps eight
