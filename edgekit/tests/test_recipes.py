@@ -1,5 +1,7 @@
 """Recipes as ``--quant`` spells them: one of a format's, with another type for some roles."""
 
+from typing import Any
+
 import pytest
 
 from edgekit import formats, recipes
@@ -19,7 +21,7 @@ def spec_of(name):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    wide = {"hidden_size": 256, "intermediate_size": 256}
+    wide: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256}
     return random_checkpoint(tmp_path_factory.mktemp("random") / "model", **wide)
 
 

@@ -22,7 +22,7 @@ from edgekit.model.shapes import Shape
 
 
 Dtype = Literal["float32", "float16", "uint8", "int32", "int64"]
-Attribute = int | float | str
+Attribute = int | float | str | tuple[int, ...]
 
 # TensorProto.DataType, and the bytes of one item.
 _NUMBERS: Mapping[Dtype, int] = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7, "float16": 10}
@@ -73,6 +73,8 @@ def _attribute(name: str, value: Attribute) -> bytes:
             return text(1, name) + real(2, value) + integer(20, 1)
         case str():
             return text(1, name) + text(4, value) + integer(20, 3)
+        case tuple():
+            return text(1, name) + b"".join(integer(8, item) for item in value) + integer(20, 7)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,10 @@ READ_OTHERWISE = {
 }
 # Types that clients know for what they are, and of those that are Llamas to them some whose graphs
 # have operators of their own. ONNX Runtime GenAI and transformers.js opened all kinds once.
-LLAMAS = ("apertus", "exaone4-windows", "granite4", "hunyuan", "ministral3", "olmo2", "phi")
+LLAMAS = (
+    "apertus", "exaone4-windows", "gemma4", "gemma4-31b", "granite4", "hunyuan", "ministral3",
+    "olmo2", "phi",
+)  # fmt: skip
 KINDS = [
     name for name, case in TINY.items() if case.model_type in clients._KNOWN_TYPES or name in LLAMAS
 ]
