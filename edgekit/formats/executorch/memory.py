@@ -1,8 +1,9 @@
 """What ExecuTorch holds in memory while it answers.
 
 XNNPACK packs every weight into memory of its own and lets go of the file; an embedding that no head
-is tied to stays mapped. Keys, values and what passes between delegates are set aside when a program
-is loaded, for as many tokens as it was exported for.
+is tied to stays mapped. So do the embeddings of layers, of which only what a text reads is there.
+Keys, values and what passes between delegates are set aside when a program is loaded, for as many
+tokens as it was exported for.
 """
 
 import math
@@ -23,6 +24,9 @@ CACHE_ITEM_BYTES = 4  # float32 keys, values and states
 RUNTIME_BYTES = 40 * 2**20
 LAYER_BYTES = 2**19
 VOCABULARY_ENTRY_BYTES = 500
+# What Linux maps at least (fault_around_bytes) where a row of a table is read that nobody packs.
+# File systems with larger pieces soon have all of it there, but the system may take that back.
+MAPPED_BYTES = 64 * 2**10
 
 
 def use(
@@ -36,11 +40,13 @@ def use(
         context_tokens: What its caches hold.
         call_tokens: How many a call may read; None: as many.
     """
-    sizes = [placement.size_bytes for placement in layout.placements]
+    tables = [it.size_bytes for it in layout.placements if it.role == "layer_embedding"]
+    sizes = [it.size_bytes for it in layout.placements if it.role != "layer_embedding"]
+    mapped = sum(min(size, MAPPED_BYTES * context_tokens) for size in tables)
     most = call_tokens or context_tokens
     running = batch_bytes(spec, context_tokens=context_tokens, call_tokens=most)
     return MemoryUse(
-        weights_bytes=sum(sizes),
+        weights_bytes=sum(sizes) + mapped,
         cache_bytes=cache_bytes(spec, context_tokens=context_tokens),
         # While a weight is packed, the file's copy of it is there too; later, a prompt is read.
         compute_bytes=planned_bytes(spec, context_tokens=context_tokens, call_tokens=most)

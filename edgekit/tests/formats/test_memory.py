@@ -84,3 +84,20 @@ def test_executorch_sets_a_whole_context_aside_and_packs_while_the_file_is_there
     assert found.compute_bytes - ungated.compute_bytes == 2 * 4 * 100 * 128
     packing = executorch.use(SPEC, layout(5000, reading + 1), context_tokens=100)
     assert packing.compute_bytes == between + reading + 1
+
+
+def test_executorch_holds_what_a_text_reads_of_the_embeddings_of_layers():
+    def table(size_bytes):
+        return replace(
+            layout(5000),
+            placements=(
+                *layout(5000).placements,
+                placement("layer_embedding", "INT8", size_bytes=size_bytes),
+            ),
+        )
+
+    plain = executorch.use(SPEC, layout(5000), context_tokens=100)
+    for size_bytes, counted in ((2**30, 100 * 2**16), (2**20, 2**20)):
+        found = executorch.use(SPEC, table(size_bytes), context_tokens=100)
+        assert found.weights_bytes == 5000 + counted
+        assert found.compute_bytes == plain.compute_bytes  # it is not packed
