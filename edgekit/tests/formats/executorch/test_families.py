@@ -243,6 +243,7 @@ def test_a_text_is_read_in_any_parts_after_another_by_layers_that_share_caches(s
     spec = checkpoint.spec
     session = running.load(shared_caches.path, context_tokens=spec.context_tokens, threads=1)
     parts = [[spec.context_tokens], [1, 7, 1, 8, 9, 63, 64, 65], [1] * spec.context_tokens]
+    positions = 0
     for ids in texts(checkpoint):
         said, ends = [], []
         for counts in parts:
@@ -254,7 +255,9 @@ def test_a_text_is_read_in_any_parts_after_another_by_layers_that_share_caches(s
         found = agreement(expected_logits(checkpoint, ids), said, rows, ids)
         assert found.max_kl_nats <= 10 * MAX_KL_NATS
         assert found.same_top_token == 1
+        positions += found.positions
     session.close()
+    assert positions >= 2 * spec.context_tokens
 
 
 def test_only_layers_with_caches_of_their_own_get_any(shared_caches):
