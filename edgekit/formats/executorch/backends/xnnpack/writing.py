@@ -28,8 +28,8 @@ class XnnpackWriting(BackendWriting):
         if limits.has_nets(spec):
             yield (
                 f"a call reads at most {limits.CALL_TOKENS} tokens of a prompt; taps, decays, "
-                "betas and alphas of delta nets are float32 in every recipe, their other matrices of "
-                "eight bits at least"
+                "betas and alphas of delta nets are float32 in every recipe, their other matrices "
+                "of eight bits at least"
             )
         elif spec.has_states:
             yield "the taps of convolutions are float32 in every recipe"
