@@ -4,8 +4,8 @@
 
 Layers as Qwen 3.5 0.8B has them, hidden width 1024, and a convolution of LFM2's kind in their
 place, with random weights. What one layer takes is the difference between programs of five layers
-and of one, in ExecuTorch on one thread; the programs take turns, and the best of each counts. Goal: a
-delta net takes at most twice what attention takes of 128 tokens.
+and of one, in ExecuTorch on one thread; the programs take turns, and the best of each counts. Goal:
+a delta net takes at most twice what attention takes of 128 tokens.
 """
 
 import argparse
