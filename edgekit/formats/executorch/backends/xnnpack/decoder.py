@@ -28,7 +28,7 @@ from edgekit.formats.executorch.assembly import slice_key
 from edgekit.formats.executorch.backends.xnnpack import delta_net, short_conv
 from edgekit.formats.executorch.backends.xnnpack.attention import attention, mixed_here
 from edgekit.formats.executorch.backends.xnnpack.delta_net import DeltaRule
-from edgekit.formats.executorch.backends.xnnpack.states import States
+from edgekit.formats.executorch.backends.xnnpack.states import Start, States
 from edgekit.formats.executorch.contents import SLICE
 from edgekit.formats.executorch.embeddings import LayerEmbedding
 from edgekit.formats.executorch.positions import Positions
@@ -586,12 +586,13 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         """Return what makes of the outputs of a segment the first inputs of the next."""
         here = self._attend_here(input_pos) if True in self.mixed_here else None
         there = self._attend_there(input_pos) if False in self.mixed_here else None
+        start = Start(input_pos)
         last = len(self.spec.layers) - 1
 
         def read(index: int, x: Tensor, *made: Tensor) -> tuple[Tensor, ...]:
             is_here = self.mixed_here[index]
             if is_here is None:
-                return self.states.read(index, input_pos, x, *made)
+                return self.states.read(index, start, x, *made)
             attend = here if is_here else there
             assert attend is not None  # noqa: S101 - see above
             gates = []
