@@ -130,6 +130,33 @@ def test_four_thousand_tokens_do_not_drift(name, tmp_path):
     session.close()
 
 
+@pytest.mark.parametrize(("name", "seed"), [("lfm2", 0), ("qwen3.5", 0), ("gemma4", 3)])
+def test_a_chat_of_llama_cpp_python_goes_on_as_transformers_does(name, seed, tmp_path):
+    """One ``Llama`` for all turns, which keeps what it can of the prompt before."""
+    import llama_cpp
+    from transformers import AutoModelForCausalLM
+
+    made = make(tmp_path, name, seed=seed)
+    tokenizer = transformers_logits.tokenizer(made.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(made.checkpoint.directory)
+    chat = llama_cpp.Llama(str(made.path), n_ctx=256, n_threads=1, verbose=False)
+    turns, expected, said = [], [], []
+    for question in ("Name a colour.", "And another?", "Why?"):
+        turns.append({"role": "user", "content": question})
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+        tokens = model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        # llama-cpp-python leaves bytes out that make no letter.
+        expected.append(text.replace("\ufffd", ""))
+        answer = chat.create_chat_completion(turns, temperature=0, max_tokens=16)
+        said.append(answer["choices"][0]["message"]["content"])
+        turns.append({"role": "assistant", "content": text})
+    chat.close()
+    assert all(len(text) > 3 for text in expected)
+    assert [found[: len(text)] for found, text in zip(said, expected, strict=True)] == expected
+
+
 # Rounded, in blocks of 256
 
 WIDE = {
