@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from edgekit.run import Reply, Runner
     from edgekit.runtime.generate import Sampling
     from edgekit.target import Target
+    from edgekit.text.answer import Part
 
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -171,7 +172,8 @@ def choice_options(command: Decorated) -> Decorated:
         click.option("--context", "context_tokens", type=int, metavar="N",
                      help="Context length in tokens; default: the target's."),
         click.option("--quant", metavar="Q",
-                     help="Recipe, e.g. Q4_K_M; default: the most faithful one that fits."),
+                     help="Recipe, e.g. Q4_K_M, or with changes Q4_K_M,down=Q6_K; default: the "
+                     "most faithful one that fits."),
         click.option("--format", metavar="F",
                      help="Artifact format; default: the target's best that fits."),
         click.option("--target", "target_name", required=True, metavar="NAME|FILE.toml",
@@ -369,7 +371,8 @@ def _recipe_document(recipe: "Recipe") -> dict[str, Any]:
         for rule in recipe.rules
     ]
     fields = {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
-    return fields | {"rules": rules}
+    changes = {change.role: change.tensor_type for change in recipe.changes}
+    return fields | {"rules": rules, "changes": changes}
 
 
 def _layout_document(layout: "Layout") -> dict[str, Any]:
@@ -394,7 +397,7 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
 
     estimate, budget, memory = made.estimate, target.budget, made.estimate.memory
     exact = "exactly" if made.layout.is_exact else "about"
-    yield f"{made.format} {made.recipe.name} for {target.title}, {made.context_tokens} tokens"
+    yield f"{made.format} {made.recipe.full_name} for {target.title}, {made.context_tokens} tokens"
     yield f"{'':<24}{'expected':<34}limit"
     yield (
         f"{'to download':<24}{exact + ' ' + format_bytes(estimate.artifact_bytes):<34}"
@@ -453,6 +456,9 @@ def piped_prompt() -> str:
 @click.option("--seed", type=int, help="Sample the same tokens every time.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text.")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the template.")
+@click.option("--no-reasoning", is_flag=True,
+              help="Do not print on standard error what the model thinks before it answers.",
+              )  # fmt: skip
 @template_variables_option
 @click.option("--context", "context_tokens", type=int, metavar="N", help=CONTEXT_HELP)
 @click.option("--threads", type=int, metavar="N", help=THREADS_HELP)
@@ -461,7 +467,7 @@ def piped_prompt() -> str:
 def run_command(
     bundle: Path, prompt: str | None, system: str | None, max_tokens: int, temperature: float,
     top_k: int, top_p: float, min_p: float, repetition_penalty: float, seed: int | None,
-    stop: tuple[str, ...], raw: bool, template_variables: dict[str, Any],
+    stop: tuple[str, ...], raw: bool, no_reasoning: bool, template_variables: dict[str, Any],
     context_tokens: int | None, threads: int | None, trusted: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Answer PROMPT with BUNDLE; without PROMPT, chat.
@@ -488,7 +494,8 @@ def run_command(
         template_variables=template_variables,
     ) as runner:  # fmt: skip
         if prompt is None:
-            chat(runner, system=system, max_tokens=max_tokens, sampling=sampling, stop=stop)
+            chat(runner, system=system, max_tokens=max_tokens, sampling=sampling, stop=stop,
+                 shows_reasoning=not no_reasoning)  # fmt: skip
             return
         reply = answer(
             runner, prompt, system=system, max_tokens=max_tokens, sampling=sampling, stop=stop,
@@ -500,20 +507,29 @@ def run_command(
             "".join(reply)
             print_json(reply.answer)
         else:
-            print_stream(reply)
+            print_stream(iter(reply.next_part, None), shows_reasoning=not no_reasoning)
 
 
-def print_stream(reply: Iterable[str]) -> None:
-    """Print an answer as it comes."""
-    for piece in reply:
-        click.echo(visible_lines(piece), nl=False)
-        sys.stdout.flush()
+def print_stream(parts: Iterable["Part"], *, shows_reasoning: bool = True) -> None:
+    """Print an answer as it comes, and before it to standard error what the model thinks."""
+    is_thinking = False
+    for part in parts:
+        if is_thinking and not part.is_thought:
+            echo(err=True)
+        is_thinking = part.is_thought and shows_reasoning
+        if is_thinking:
+            click.secho(visible_lines(part.text), nl=False, err=True, dim=True, color=_color())
+        elif not part.is_thought:
+            click.echo(visible_lines(part.text), nl=False)
+            sys.stdout.flush()
+    if is_thinking:
+        echo(err=True)
     echo()
 
 
 def chat(
     runner: "Runner", *, system: str | None, max_tokens: int, sampling: "Sampling",
-    stop: Sequence[str],
+    stop: Sequence[str], shows_reasoning: bool,
 ) -> None:  # fmt: skip
     """Talk until the end of input; Ctrl-C cuts an answer short, at the prompt it ends the chat."""
     from edgekit.run import Chat
@@ -531,13 +547,13 @@ def chat(
         if said == "/clear":
             talk.clear()
         elif said:
-            say(talk.say(said))
+            say(talk.say(said), shows_reasoning=shows_reasoning)
 
 
-def say(reply: "Reply") -> None:
+def say(reply: "Reply", *, shows_reasoning: bool = True) -> None:
     """Print one answer of a chat; Ctrl-C cuts it short and the chat goes on."""
     try:
-        print_stream(reply)
+        print_stream(iter(reply.next_part, None), shows_reasoning=shows_reasoning)
     except KeyboardInterrupt:
         reply.close()
         echo(" …")
@@ -1016,6 +1032,11 @@ def _run(argv: Sequence[str] | None) -> None:
         sys.exit(ToolchainError.exit_status)
 
 
+def _color() -> bool | None:
+    """Return what decides about colours: None leaves it to whether it is a terminal."""
+    return False if os.environ.get("NO_COLOR") else None  # https://no-color.org
+
+
 def print_refusal(error: EdgekitError) -> None:
     """Print what was found, what was expected, and the way out, if it can be printed."""
     with suppress(OSError):  # the status says it too
@@ -1025,13 +1046,12 @@ def print_refusal(error: EdgekitError) -> None:
 def _print_refusal(error: EdgekitError) -> None:
     from edgekit.encodings.files import shown
 
-    is_plain = bool(os.environ.get("NO_COLOR"))  # https://no-color.org
     first, *rest = str(error).split("\n")
     # Further lines are indented, so that none can pass for another message.
     rest = [line if line.startswith(" ") else f"  {line}" for line in rest]
     lines = [shown(line, _MOST_CHARACTERS) for line in (f"error: {first}", *rest)]
     said = visible_lines("\n".join(lines))
-    click.secho(said, fg="red", err=True, color=False if is_plain else None)
+    click.secho(said, fg="red", err=True, color=_color())
     if isinstance(error, ToolchainError) and error.log:
         echo_lines(error.log, err=True)
     if error.hint:

@@ -1,14 +1,14 @@
 """Plans: what to make for a target, decided by arithmetic before anything slow starts."""
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from edgekit import formats
+from edgekit import formats, recipes
 from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, ReadableRunning
+from edgekit.model.spec import DecoderSpec
 from edgekit.progress import Listener
 from edgekit.proof.calibration import announce
 from edgekit.quant.recipe import Recipe
@@ -90,7 +90,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """``gguf Q4_K_M``."""
-        return f"{self.format} {self.recipe.name}"
+        return f"{self.format} {self.recipe.full_name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -
                 split_bytes=choice.split_bytes,
                 variant=choice.variant or next(iter(target.variants.get(name, ())), None),
             )
-            for recipe in _recipes(name, choice.quant)
+            for recipe in _recipes(name, choice.quant, checkpoint.spec)
         )
         assessed = [
             assess(checkpoint, request, target, format=name, held=held) for request in requests
@@ -253,7 +253,7 @@ def _format_names(target: Target, choice: Choice) -> list[str]:
     usable: list[str] = [name for name in target.formats if name in formats.names()]
     usable = _taken(target, _with_variant(usable, variant), variant)
     if quant is not None:
-        with_recipe = [name for name in usable if quant.lower() in _by_lower(name)]
+        with_recipe = [name for name in usable if recipes.has(name, quant)]
         usable = with_recipe or usable[:1]  # which then says what it has
     if not usable:
         raise UsageError(
@@ -289,22 +289,13 @@ def _taken(target: Target, names: list[str], variant: str | None) -> list[str]:
     return found
 
 
-def _by_lower(format_name: str) -> dict[str, str]:
-    return {name.lower(): name for name in formats.get(format_name).RECIPES}
-
-
-def _recipes(format_name: str, quant: str | None) -> list[Recipe]:
+def _recipes(format_name: str, quant: str | None, spec: DecoderSpec) -> list[Recipe]:
     fmt = formats.get(format_name)
     if quant is None:
         return [fmt.RECIPES[name] for name in fmt.DEFAULT_RECIPES]
-    by_lower = _by_lower(format_name)
-    if quant.lower() not in by_lower:
-        near = difflib.get_close_matches(quant.lower(), by_lower, n=3, cutoff=0.5)
-        names = [by_lower[name] for name in near] or list(fmt.RECIPES)
-        raise UsageError(
-            f"{format_name} has no quant named {quant!r}", hint=f"did you mean {', '.join(names)}?"
-        )
-    return [fmt.RECIPES[by_lower[quant.lower()]]]
+    found = recipes.find(format_name, quant)
+    recipes.refuse_misfits(found, spec)
+    return [found]
 
 
 def _context(limit: ContextLimit, target: Target, *, asked: int | None) -> int:
@@ -355,10 +346,19 @@ def estimate(
 ) -> Estimate:
     """Return the cost of an artifact on a target, without loading a weight."""
     memory = formats.writing(format).memory_use(
-        checkpoint, layout, context_tokens=context_tokens, repacks=target.repacks
+        checkpoint, layout, context_tokens=context_tokens, by_app=target.by_app
     )
-    token_s = _token_s(checkpoint, layout, memory, target, context_tokens=context_tokens)
-    flop = 2 * sum(p.parameters for p in layout.placements if p.role != "token_embedding")
+    types = formats.get(format).TENSOR_TYPES
+    streamed_bytes = sum(
+        placement.size_bytes * types[placement.tensor_type].decode_cost
+        for placement in layout.placements
+        if placement.role not in checkpoint.spec.looked_up
+    )
+    token_s = _token_s(
+        streamed_bytes + layout.overhead_bytes, memory, target, context_tokens=context_tokens
+    )
+    looked_up = checkpoint.spec.looked_up | {"token_embedding"}
+    flop = 2 * sum(p.parameters for p in layout.placements if p.role not in looked_up)
     read_s = token_s if layout.reads_by_token else flop / target.prefill_flop_per_s
     return Estimate(
         artifact_bytes=layout.artifact_bytes,
@@ -372,23 +372,13 @@ def estimate(
 
 
 def _token_s(
-    checkpoint: Checkpoint,
-    layout: Layout,
-    memory: MemoryUse,
-    target: Target,
-    *,
-    context_tokens: int,
+    streamed_bytes: float, memory: MemoryUse, target: Target, *, context_tokens: int
 ) -> float:
-    """Return the time for one token: every weight is read once, and the cache as far as filled.
-
-    Of an embedding that is not also the head, one row is read.
-    """
-    unread = {"token_embedding"} if not checkpoint.spec.is_tied else set[str]()
-    weights_bytes = sum(p.size_bytes for p in layout.placements if p.role not in unread)
+    """Return the time for one token: all weights are read, and the cache as far as filled."""
     budget = target.budget
     filled = min(context_tokens, budget.first_token[0].prompt_tokens + budget.answer_tokens // 2)
     cache_bytes = memory.cache_bytes * filled / context_tokens
-    return (weights_bytes + cache_bytes) / target.decode_bandwidth_bytes_per_s + TOKEN_OVERHEAD_S
+    return (streamed_bytes + cache_bytes) / target.decode_bandwidth_bytes_per_s + TOKEN_OVERHEAD_S
 
 
 def _beyond_gpu(layout: Layout, target: Target) -> Iterator[str]:

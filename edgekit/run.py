@@ -20,8 +20,9 @@ from edgekit.runtime.generate import (
 from edgekit.runtime.processors import check_threads
 from edgekit.runtime.session import Session
 from edgekit.text import guarded
+from edgekit.text.answer import AnswerReader, Part
 from edgekit.text.template import Message
-from edgekit.text.tokenizer import Detokenizer, StopStrings, Text
+from edgekit.text.tokenizer import Text
 
 
 DEFAULT_MAX_TOKENS = 512
@@ -34,6 +35,7 @@ class Answer:
     """A finished answer, and how fast it came."""
 
     text: str
+    reasoning: str  # what the model thought before it; empty: nothing
     prompt_tokens: int
     reused_tokens: int  # of the prompt, already read for the answer before
     answer_tokens: int
@@ -46,38 +48,50 @@ class Answer:
 
 @dataclass(kw_only=True, eq=False)
 class Reply(Iterator[str]):
-    """The pieces of an answer, as they are made; `answer` once they have ended."""
+    """The pieces of an answer, as they are made; `answer` once they have ended.
+
+    What the model thinks before it answers is not among them: `next_part` gives both.
+    """
 
     generation: TokenStream
-    detokenizer: Detokenizer
-    stop_strings: StopStrings
+    reader: AnswerReader
     notes: tuple[str, ...] = ()
     on_end: Callable[[], None] | None = None  # called once, unless nothing was generated
     _token_ids: list[int] = field(default_factory=list, init=False)
     _said: list[str] = field(default_factory=list, init=False)
+    _thought: list[str] = field(default_factory=list, init=False)
     _first_token_s: float | None = field(default=None, init=False)
     _decode_s: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         """Prepare; nothing runs before the first piece is requested."""
-        self._pieces = self._generate()
+        self._parts = self._generate()
 
     def __iter__(self) -> Self:
         """Return itself."""
         return self
 
     def __next__(self) -> str:
-        """Return the next piece of text, never empty."""
-        return next(self._pieces)
+        """Return the next piece of the answer, never empty."""
+        return next(part.text for part in self._parts if not part.is_thought)
+
+    def next_part(self) -> Part | None:
+        """Return the next piece of what the model thinks, or of its answer; None at the end."""
+        return next(self._parts, None)
 
     def close(self) -> None:
         """Stop generating."""
-        self._pieces.close()
+        self._parts.close()
 
     @property
     def said(self) -> str:
-        """The text so far."""
+        """The answer so far."""
         return "".join(self._said)
+
+    @property
+    def reasoning(self) -> str:
+        """What the model has thought so far."""
+        return "".join(self._thought)
 
     @property
     def answer(self) -> Answer:
@@ -87,6 +101,7 @@ class Reply(Iterator[str]):
         decoded = self.generation.decoded_tokens
         return Answer(
             text=self.said,
+            reasoning=self.reasoning,
             prompt_tokens=len(self.generation.prompt_ids),
             reused_tokens=self.generation.reused_tokens,
             answer_tokens=len(self._token_ids),
@@ -99,28 +114,27 @@ class Reply(Iterator[str]):
 
     @property
     def _finish_reason(self) -> FinishReason | None:
-        return "stop" if self.stop_strings.found else self.generation.finish_reason
+        return "stop" if self.reader.has_stopped else self.generation.finish_reason
 
-    def _generate(self) -> Generator[str]:
+    def _generate(self) -> Generator[Part]:
         is_complete = False
         try:
-            for piece in filter(None, self._clean_pieces()):
-                self._said.append(piece)
-                yield piece
+            for part in self._read_tokens():
+                (self._thought if part.is_thought else self._said).append(part.text)
+                yield part
             is_complete = True
         finally:
-            if self.on_end and (is_complete or self._said):
+            if self.on_end and (is_complete or self._said or self._thought):
                 self.on_end()
 
-    def _clean_pieces(self) -> Iterator[str]:
-        """Yield the text up to a stop string, empty pieces included."""
+    def _read_tokens(self) -> Iterator[Part]:
+        """Yield what the tokens say, up to a stop string."""
         for token in self._timed_tokens():
             self._token_ids.append(token)
-            yield self.stop_strings.feed(self.detokenizer.feed(token))
-            if self.stop_strings.found:
+            yield from self.reader.feed(token)
+            if self.reader.has_stopped:
                 return
-        yield self.stop_strings.feed(self.detokenizer.finish())
-        yield self.stop_strings.finish()
+        yield from self.reader.finish()
 
     def _timed_tokens(self) -> Iterator[int]:
         """Yield the tokens; only the time within the session's work counts, not the reader's."""
@@ -227,9 +241,8 @@ class Runner:
         variables = {**self.template_variables, **(template_variables or {})}
         text = self._within_context(self.text.render(messages, **variables))
         ids = self.text.encode(text, adds_bos=False)
-        return self._reply(
-            ids, max_tokens=max_tokens, sampling=sampling, stop=stop, continues_prompt=False
-        )
+        reader = AnswerReader(self.text, prompt=text, stop=stop)
+        return self._reply(ids, reader, max_tokens=max_tokens, sampling=sampling)
 
     def complete(
         self,
@@ -246,9 +259,8 @@ class Runner:
         """
         if isinstance(prompt, str):
             prompt = self.text.encode(self._within_context(prompt))
-        return self._reply(
-            prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, continues_prompt=True
-        )
+        reader = AnswerReader(self.text, prompt=None, stop=stop)
+        return self._reply(prompt, reader, max_tokens=max_tokens, sampling=sampling)
 
     def _within_context(self, text: str) -> str:
         """Return the text, unless it is plain without tokenizing that the context cannot hold it.
@@ -280,11 +292,10 @@ class Runner:
     def _reply(
         self,
         ids: Sequence[int],
+        reader: AnswerReader,
         *,
         max_tokens: int | None,
         sampling: Sampling,
-        stop: Sequence[str],
-        continues_prompt: bool,
     ) -> Reply:
         generation = generate(
             self.session,
@@ -294,11 +305,7 @@ class Runner:
             sampling=sampling,
             cached_ids=self._cached_ids,
         )
-        return Reply(
-            generation=generation,
-            detokenizer=self.text.detokenizer(continues=continues_prompt),
-            stop_strings=StopStrings((*self.text.rules.stop_strings, *stop)),
-        )
+        return Reply(generation=generation, reader=reader)
 
 
 def answer(  # noqa: PLR0913 - a request in full
@@ -378,7 +385,10 @@ def run(  # noqa: PLR0913 - a request in full
 
 @dataclass(kw_only=True)
 class Chat:
-    """A conversation with memory; of each turn, the session reads only what is new."""
+    """A conversation with memory; of each turn, the session reads only what is new to it.
+
+    What the model thought is remembered too: the chat template decides whether it is read again.
+    """
 
     runner: Runner
     system: str | None = None
@@ -408,8 +418,10 @@ class Chat:
             sampling=self.sampling,
             stop=self.stop,
         )
-        reply.on_end = lambda: self._remember(question, reply.said)
+        reply.on_end = lambda: self._remember(question, reply)
         return reply
 
-    def _remember(self, question: Message, said: str) -> None:
-        self.messages += [question, {"role": "assistant", "content": said}]
+    def _remember(self, question: Message, reply: Reply) -> None:
+        thought = {"reasoning_content": reply.reasoning} if reply.reasoning else {}
+        said = {"role": "assistant", "content": reply.said, **thought}
+        self.messages += [question, said]

@@ -26,6 +26,7 @@ from edgekit.progress import Listener
 from edgekit.run import Answer, Reply, Runner
 from edgekit.runtime.generate import Sampling
 from edgekit.server.openai_api import TEMPLATE_VARIABLES, ApiError, Ask, Fields, Wire
+from edgekit.text.answer import Part
 
 
 if TYPE_CHECKING:
@@ -180,8 +181,8 @@ class Service:
             yield _event(chunk)
         async with self.turn:
             try:
-                while (piece := await self._next(reply)) is not None:
-                    yield _event(wire.piece(piece))
+                while (part := await self._next(reply)) is not None:
+                    yield _event(wire.piece(part))
             except EdgekitError as error:
                 yield _event(ApiError.of(error).body)
                 return
@@ -191,12 +192,12 @@ class Service:
             yield _event(chunk)
         yield "data: [DONE]\n\n"
 
-    async def _next(self, reply: Reply) -> str | None:
+    async def _next(self, reply: Reply) -> Part | None:
         from starlette.concurrency import run_in_threadpool
 
-        def step() -> str | None:
+        def step() -> Part | None:
             with self.step:
-                return next(reply, None)
+                return reply.next_part()
 
         # A cancelled request waits here for the step under way, so no two ever run at once.
         return await run_in_threadpool(step)

@@ -37,6 +37,7 @@ BASES: tuple[Basis, ...] = get_args(Basis)
 FormatName = Literal["gguf", "onnx", "executorch", "mlc"]
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 
+RUNNERS = ("edgekit", "app")  # who calls the runtime there; the first by default
 DIRECTORY_VARIABLE = "EDGEKIT_TARGETS"
 MOST_SUGGESTIONS = 4
 _MISSING_HINT = "the files in targets/ are complete examples"
@@ -50,8 +51,6 @@ _ORIGIN_SCHEMA: dict[str, Any] = {
     "note": _TEXT,
 }
 _T = TypeVar("_T")
-# llama.cpp lays weights out again for these instructions: ggml/src/ggml-cpu/repack.cpp
-_REPACKED_FOR = frozenset({"asimddp", "avx2"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +119,8 @@ class Target:
     webgpu: WebGpuLimits | None = None
     # Which builds of a format its programs take, the usual one first; a format not named: any.
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    by_app: bool = False  # an app calls the runtimes, with its own settings; False: edgekit does
     origins: Mapping[str, Origin] = field(hash=False)  # by name of the field
-
-    @property
-    def repacks(self) -> bool:
-        """Whether llama.cpp has fast kernels here that keep a second copy of the weights."""
-        return not _REPACKED_FOR.isdisjoint(self.cpu_features)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -136,7 +131,7 @@ class Target:
                 the wrong type or without a unit; the message names the file and the field.
         """
         path = Path(path)
-        root = _Table(path, "", _parse(path), known=("title", "formats", "variants", *_TABLES))
+        root = _Table(path, "", _parse(path), known=(*_TOP, *_TABLES))
         target = cls._from_table(path.stem, root)
         _check(path, target)
         return target
@@ -162,6 +157,7 @@ class Target:
             budget=Budget(**_numbers(tables["budget"]), first_token=first_token),
             webgpu=webgpu,
             variants=root.variants(),
+            by_app=root.has("runner") and root.choice("runner", RUNNERS) == "app",
             origins={"cpu_features": cpu.origin()}
             | {key: origin for table in tables.values() for key, origin in table.origins.items()},
         )
@@ -219,7 +215,8 @@ _EXTRA_KEYS = {
     "budget": ("first_token",),
     "webgpu": ("shader_f16",),
 }
-_OPTIONAL_TABLES = ("webgpu", "variants")
+_TOP = ("title", "formats", "variants", "runner")
+_OPTIONAL = ("webgpu", "variants", "runner")
 _TABLES = {
     table: (
         *(number.key for number in _NUMBERS.values() if number.table == table),
@@ -309,12 +306,13 @@ def json_schema() -> dict[str, Any]:
             {
                 "title": _TEXT,
                 "formats": _list_of({"enum": list(FORMATS)}) | {"minItems": 1},
+                "runner": {"enum": list(RUNNERS), "default": RUNNERS[0]},
                 "variants": _closed(
                     dict.fromkeys(FORMATS, _list_of(_TEXT) | {"minItems": 1}), optional=FORMATS
                 ),
                 **tables,
             },
-            optional=_OPTIONAL_TABLES,
+            optional=_OPTIONAL,
         ),
         "$defs": {dimension: _quantity_schema(dimension) for dimension in DIMENSIONS},
     }
@@ -385,7 +383,7 @@ class _Table:
         return key in self._content
 
     def table(self, key: str, known: Collection[str]) -> "_Table":
-        is_optional = key in _OPTIONAL_TABLES and not self.has(key)
+        is_optional = key in _OPTIONAL and not self.has(key)
         content = {} if is_optional else self.get(key, dict, f"a table of {', '.join(known)}")
         return _Table(self.path, self.full(key), content, known=known)
 
@@ -412,6 +410,13 @@ class _Table:
                     key, f"has the unknown value {word!r}", _did_you_mean(word, allowed)
                 )
         return chosen
+
+    def choice(self, key: str, allowed: Collection[str]) -> str:
+        """Read one of the allowed words."""
+        word = self.text(key)
+        if word not in allowed:
+            raise self.refusal(key, f"has the unknown value {word!r}", _did_you_mean(word, allowed))
+        return word
 
     def variants(self) -> dict[str, tuple[str, ...]]:
         """Read which builds of a format are taken, for the formats that are named."""

@@ -111,6 +111,12 @@ class DecoderSpec:
         """Return the MLP of a layer."""
         return self.layers[index].mlp or Mlp(intermediate_size=self.intermediate_size)
 
+    @property
+    def looked_up(self) -> frozenset[str]:
+        """The weights of which a token reads one row: they are held, but not streamed."""
+        tables = {"layer_embedding"} if self.layer_embedding else set[str]()
+        return frozenset(tables if self.is_tied else tables | {"token_embedding"})
+
     def attentions(self) -> Iterator[tuple[int, Layer, Attention]]:
         """Yield every layer that attends: its index, itself, and how."""
         for index, layer in enumerate(self.layers):

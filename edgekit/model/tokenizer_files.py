@@ -18,7 +18,7 @@ from edgekit.errors import UsageError
 from edgekit.model import stops
 from edgekit.model.chat_templates import ChatTemplates
 from edgekit.text import corpus
-from edgekit.text.rules import TextRules
+from edgekit.text.rules import TextRules, ThoughtMarks
 from edgekit.text.template import AS_IT_IS, ChatTemplate, TemplateCall
 from edgekit.text.tokenizer import Text, open_tokenizer, refuse_unknown_decoder
 from edgekit.text.tokenizer_json import read as read_tokenizer
@@ -42,6 +42,7 @@ class TokenizerFiles:
     templates: Mapping[str, str] = field(default_factory=dict)  # all there are, by name
     template_files: Mapping[str, Path] = field(default_factory=dict)  # where each is, for messages
     template_call: TemplateCall = AS_IT_IS  # what it gets; its preamble begins the template
+    thoughts: ThoughtMarks | None = None  # what the template writes around them, once it was asked
     notes: tuple[str, ...] = ()  # what was decided where the files disagree, one sentence each
 
     @classmethod
@@ -238,6 +239,7 @@ class TokenizerFiles:
                 for name, value in self.template_call.variables.items()
             },
             content_parts=self.template_call.content_parts,
+            thoughts=self.thoughts,
         )
 
     def _adds_bos(self) -> bool:

@@ -115,6 +115,11 @@ class InterpreterSession:
         self._read = list(ids)
         return next(logits(self._model, [ids]))
 
+    def rewind(self, tokens: int) -> bool:
+        """Forget what was read after so many tokens; it always can."""
+        del self._read[tokens:]
+        return True
+
     def reset(self) -> None:
         """Forget what was read."""
         self._read = []

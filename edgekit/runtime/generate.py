@@ -126,17 +126,28 @@ class TokenStream(Iterator[int]):
         return logits
 
     def _read_prompt(self) -> "Logits":
-        """Let the session read what it has not read yet; all of it if it read something else."""
+        """Let the session read what it has not read yet: from where the prompt is another text.
+
+        A template may leave out of an earlier answer what was thought, or write it otherwise. There
+        is at least one token to read, whose logits are wanted.
+        """
         cached, ids = self.cached_ids, self.prompt_ids
-        count = len(cached)
-        if not 0 < count < len(ids) or ids[:count] != cached:
-            self.session.reset()
+        count = _shared_tokens(cached, ids[:-1])
+        if count < len(cached) and not (count and self.session.rewind(count)):
             count = 0
+        if count == 0:
+            self.session.reset()
         self.reused_tokens = count
         cached.clear()  # should the session fail, what it holds is unknown
         logits = self.session.prefill(ids[count:])
         cached.extend(ids)
         return logits
+
+
+def _shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two texts share at their beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def generate(  # noqa: PLR0913 - a request in full
@@ -157,7 +168,8 @@ def generate(  # noqa: PLR0913 - a request in full
         stop_ids: Any of these ends the answer and is not part of it.
         sampling: How to choose.
         cached_ids: What ``session`` has read; kept up to date, so that the same list can be passed
-            with the next prompt, of which only what is new is then read. None reads everything.
+            with the next prompt, of which only what is new is then read, where the session can go
+            back to what both begin with. None reads everything.
 
     Raises:
         PromptTooLongError: If the prompt is longer than the context, before anything runs.

@@ -40,6 +40,14 @@ class Session(Protocol):
         """
         ...
 
+    def rewind(self, tokens: int) -> bool:
+        """Forget what is cached after so many tokens; return whether that was possible.
+
+        The state of a recurrent layer cannot go back, and a window may have let go of what it would
+        need. What is cached is unknown then: `reset` it.
+        """
+        ...
+
     def reset(self) -> None:
         """Empty the cache."""
         ...

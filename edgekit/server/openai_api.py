@@ -15,10 +15,12 @@ from edgekit.encodings.json_files import parse
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.run import Answer
 from edgekit.runtime.generate import PromptTooLongError, Sampling
+from edgekit.text.answer import Part
 from edgekit.text.template import Message
 
 
 TEMPLATE_VARIABLES = "chat_template_kwargs"  # not OpenAI's; vLLM, SGLang and llama.cpp take it
+REASONING = "reasoning_content"  # not OpenAI's; DeepSeek, vLLM and llama.cpp say it
 MAX_STOP_STRINGS = 4  # OpenAI API reference, `stop`
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI API reference, `max_tokens` of /v1/completions
 _SAMPLING_FIELDS = {
@@ -305,6 +307,8 @@ class Wire:
         said: dict[str, Any] = {"text": answer.text}
         if self.ask.kind == "chat":
             said = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+            if answer.reasoning:
+                said["message"][REASONING] = answer.reasoning
         return self._envelope([_choice(said, _reason(answer))]) | {"usage": _usage(answer)}
 
     def head(self) -> list[dict[str, Any]]:
@@ -312,9 +316,9 @@ class Wire:
         is_chat = self.ask.kind == "chat"
         return [self._chunk({"role": "assistant", "content": ""}, None)] if is_chat else []
 
-    def piece(self, text: str) -> dict[str, Any]:
+    def piece(self, part: Part) -> dict[str, Any]:
         """Return the chunk of some text."""
-        return self._chunk({"content": text}, None)
+        return self._chunk({REASONING if part.is_thought else "content": part.text}, None)
 
     def tail(self, answer: Answer) -> list[dict[str, Any]]:
         """Return what a stream ends with."""

@@ -12,7 +12,7 @@ from edgekit.cache import cache_directory
 from edgekit.encodings.files import is_directory, is_file, readable
 from edgekit.encodings.hashing import sha256_of
 from edgekit.errors import MissingDependencyError, UsageError
-from edgekit.model import chat_templates, template_fit
+from edgekit.model import chat_templates, template_fit, thinking
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.progress import Listener, Silent
 from edgekit.source import transformers_tokenizer
@@ -149,7 +149,7 @@ def with_template(
     chosen: str | Path | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> TokenizerFiles:
-    """Settle which chat template counts, how it is called, and where it ends an answer.
+    """Settle which chat template counts, how it is called, and where thoughts and answers end.
 
     Fine-tunes often forget to declare the token that their template puts after an answer, and their
     artifacts never stop; so it joins the ids that end one.
@@ -179,7 +179,10 @@ def with_template(
         if variables:
             raise
         return files
-    stop = _template_stop(Text(tokenizer=tokenizer, template=template, rules=_rules(files)))
+    text = Text(tokenizer=tokenizer, template=template, rules=_rules(files))
+    found = thinking.find(text)
+    files = replace(files, thoughts=found.marks, notes=(*files.notes, *found.notes))
+    stop = _template_stop(text)
     return files if stop is None else files.with_stop_id(stop, origin="chat template")
 
 

@@ -22,8 +22,11 @@ from edgekit.encodings.visible import visible_lines
 from edgekit.errors import ToolchainError, UsageError
 from edgekit.plan import Choice
 from edgekit.plan import make as make_plan
+from edgekit.run import Runner
 from edgekit.runtime.child import environment
 from edgekit.tests.tiny.random_checkpoints import random_checkpoint
+from edgekit.tests.witnesses.tiny_runner import DIALOGUE, QUESTION, THOUGHTS, thinking_runner_in
+from edgekit.text.answer import Part
 
 
 def run(capsys, *words):
@@ -144,8 +147,28 @@ def test_a_refusal_that_quotes_a_file_at_length_is_cut_in_the_middle(capsys):
 
 
 def test_what_a_model_says_keeps_its_lines_and_does_not_act_on_the_terminal(capsys):
-    cli_module.print_stream(iter(["one\n\ttwo", "\x1b]0;title\x07", "日本語 👩🏽‍🚀"]))
-    assert capsys.readouterr().out == "one\n\ttwo\\x1b]0;title\\x07日本語 👩🏽‍🚀\n"
+    said = ["one\n\ttwo", "\x1b]0;title\x07", "日本語 👩🏽‍🚀"]
+    cli_module.print_stream(
+        Part(text=text, is_thought=is_thought) for is_thought in (True, False) for text in said
+    )
+    shown = "one\n\ttwo\\x1b]0;title\\x07日本語 👩🏽‍🚀\n"
+    assert capsys.readouterr() == (shown, shown)
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"), [((), "hm, so\n"), (("--no-reasoning",), ""), (("--json",), "")]
+)
+def test_a_thought_is_printed_apart_from_the_answer(words, shown, tmp_path, monkeypatch, capsys):
+    runner = thinking_runner_in(tmp_path)
+    monkeypatch.setattr(Runner, "open", lambda *_, **__: runner)
+    status, out, err = run(capsys, "run", tmp_path, QUESTION, *words)
+    assert (status, err) == (0, shown.replace("hm, so", THOUGHTS[0]))
+    said = DIALOGUE[1]["content"]
+    if "--json" in words:
+        answer = json.loads(out)
+        assert (answer["text"], answer["reasoning"]) == (said, THOUGHTS[0])
+    else:
+        assert out == f"{said}\n"
 
 
 def test_progress_does_not_act_on_the_terminal(capsys):
@@ -471,7 +494,7 @@ def test_a_plan_for_programs_keeps_the_keys_it_was_first_written_with(tmp_path, 
         "split_bytes",
     }  # fmt: skip
     assert document["recipe"].keys() == {
-        "name", "default", "rules", "max_mean_kl_nats", "min_same_top_token",
+        "name", "default", "rules", "changes", "max_mean_kl_nats", "min_same_top_token",
     }  # fmt: skip
     assert {key for rule in document["recipe"]["rules"] for key in rule} == {
         "pattern", "storage", "layers", "decoders",
@@ -501,14 +524,17 @@ def test_a_chat_survives_ctrl_c_and_nothing_else(name, is_ignored, status, said)
     program = textwrap.dedent("""
         import os, signal, sys
         from edgekit import cli
+        from edgekit.text.answer import Part
 
         number, before = getattr(signal, sys.argv[1]), getattr(signal, sys.argv[2])
         signal.signal(number, before)
         class Reply:
-            def __iter__(self):
-                yield "a piece"
-                os.kill(os.getpid(), number)
-                yield " and another"
+            texts = iter(["a piece", " and another"])
+            def next_part(self):
+                text = next(self.texts, None)
+                if text == " and another":
+                    os.kill(os.getpid(), number)
+                return None if text is None else Part(text=text)
             def close(self):
                 pass
         @cli.cli.command("talk")

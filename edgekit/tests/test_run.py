@@ -4,22 +4,29 @@ import pytest
 
 from edgekit import formats
 from edgekit.errors import BundleError, UsageError
+from edgekit.export import export
 from edgekit.run import NO_TEMPLATE_NOTE, Chat, Runner, answer, run
 from edgekit.runtime.generate import PromptTooLongError, Sampling
+from edgekit.tests.formats.test_formats import needs_runtime
 from edgekit.tests.witnesses.tiny_runner import (
     CHATML,
     DIALOGUE,
     QUESTION,
+    THINKING,
+    THOUGHTS,
     NgramSession,
     bundle_in,
     byte_level_tokenizer,
     runner_in,
     sentencepiece_tokenizer,
     text_in,
+    thinking_runner_in,
 )
+from edgekit.text.rules import ThoughtMarks
 
 
 PARIS = DIALOGUE[1]["content"]
+USER = "<|im_start|>user\n"
 
 
 @pytest.fixture
@@ -262,10 +269,10 @@ def test_a_chat_from_a_warm_cache_says_what_a_cold_one_says(tmp_path, runner):
     assert warm.say("Sure?").answer.token_ids == cold.say("Sure?").answer.token_ids
 
 
-def test_another_conversation_does_not_inherit_the_cache(runner):
+def test_another_conversation_inherits_no_more_than_how_every_one_begins(runner):
     Chat(runner=runner).say("one two").answer  # noqa: B018
     record = Chat(runner=runner).say(QUESTION).answer
-    assert (record.text, record.reused_tokens) == (PARIS, 0)
+    assert (record.text, record.reused_tokens) == (PARIS, len(runner.text.encode(USER)))
 
 
 def test_an_answer_cut_short_is_remembered_as_far_as_it_went(runner):
@@ -305,6 +312,119 @@ def test_a_template_that_refuses_a_role_says_so(tmp_path):
     with pytest.raises(UsageError, match="no system"):
         answer(runner, QUESTION, system="be kind")
     assert answer(runner, QUESTION).answer.text == PARIS
+
+
+# Thoughts
+
+
+def test_what_a_model_thinks_is_not_part_of_its_answer(tmp_path):
+    reply = answer(thinking_runner_in(tmp_path), QUESTION)
+    assert "".join(reply) == PARIS
+    assert reply.answer.text == reply.said == PARIS
+    assert reply.answer.reasoning == reply.reasoning == THOUGHTS[0]
+    assert reply.answer.finish_reason == "stop"
+
+
+def test_the_parts_of_a_reply_are_its_thought_and_then_its_answer(tmp_path):
+    reply = answer(thinking_runner_in(tmp_path), QUESTION)
+    parts = list(iter(reply.next_part, None))
+    thought = [part.text for part in parts if part.is_thought]
+    assert len(thought) > 5
+    assert "".join(thought) == THOUGHTS[0]
+    assert [part.is_thought for part in parts[: len(thought)]] == [True] * len(thought)
+    assert "".join(part.text for part in parts[len(thought) :]) == PARIS
+
+
+def test_a_model_told_not_to_think_answers_at_once(tmp_path):
+    runner = thinking_runner_in(tmp_path)
+    runner.template_variables = {"enable_thinking": False}
+    record = answer(runner, QUESTION).answer
+    assert (record.text, record.reasoning) == (PARIS, "")
+
+
+def test_a_thought_cut_short_is_no_answer(tmp_path):
+    record = answer(thinking_runner_in(tmp_path), QUESTION, max_tokens=4).answer
+    assert (record.text, record.finish_reason, record.answer_tokens) == ("", "length", 4)
+    assert record.reasoning == THOUGHTS[0][: len(record.reasoning)] != ""
+
+
+def test_a_stop_string_ends_the_answer_and_no_thought(tmp_path):
+    record = answer(thinking_runner_in(tmp_path), QUESTION, stop=["파리"]).answer
+    assert (record.text, record.reasoning) == ("It is Paris, ", THOUGHTS[0])
+    assert record.finish_reason == "stop"
+
+
+def test_a_raw_prompt_goes_on_with_the_marks_in_it(tmp_path):
+    runner = thinking_runner_in(tmp_path)
+    prompt = runner.text.render([{"role": "user", "content": QUESTION}])
+    record = answer(runner, prompt, raw=True).answer
+    assert (record.text, record.reasoning) == (f"{THOUGHTS[0]}\n</think>\n\n{PARIS}", "")
+
+
+@pytest.mark.parametrize("rewinds", [True, False])
+def test_a_chat_reads_again_what_its_template_strips_of_a_thought(tmp_path, rewinds):
+    runner = thinking_runner_in(tmp_path, rewinds=rewinds)
+    chat = Chat(runner=runner)
+    first = chat.say(QUESTION).answer
+    assert chat.messages[-1]["reasoning_content"] == THOUGHTS[0]
+    assert isinstance(runner.session, NgramSession)
+    runner.session.reads.clear()
+    second = chat.say("Sure?").answer
+    assert (second.text, second.reasoning) == ("Yes.", THOUGHTS[1])
+    # Both turns begin with the question and with whose turn it is; the thought is gone.
+    asked = runner.text.encode(runner.text.render(DIALOGUE[:1]).removesuffix("<think>\n"))
+    assert len(asked) < first.prompt_tokens
+    assert second.reused_tokens == (len(asked) if rewinds else 0)
+    assert runner.session.reads[0] == second.prompt_tokens - second.reused_tokens
+    prompt = runner.text.encode_chat(DIALOGUE[:3])
+    assert runner.session.cached == [*prompt, *second.token_ids]
+
+
+@pytest.mark.parametrize("rewinds", [True, False])
+def test_a_chat_whose_cache_went_back_says_what_a_cold_one_says(tmp_path, rewinds):
+    chats = [Chat(runner=thinking_runner_in(tmp_path, rewinds=rewinds)) for _ in "12"]
+    for chat in chats:
+        chat.say(QUESTION).answer  # noqa: B018 - waits for the end
+    chats[1].runner.session.reset()
+    chats[1].runner._cached_ids.clear()
+    warm, cold = (chat.say("Sure?").answer for chat in chats)
+    assert warm.token_ids == cold.token_ids
+
+
+def test_a_thought_cut_short_is_remembered_as_far_as_it_went(tmp_path):
+    chat = Chat(runner=thinking_runner_in(tmp_path))
+    reply = chat.say(QUESTION)
+    thought = reply.next_part()
+    assert thought is not None
+    assert thought.is_thought
+    reply.close()
+    assert chat.messages[1:] == [
+        {"role": "assistant", "content": "", "reasoning_content": thought.text}
+    ]
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("name", ["gguf", "onnx"])
+def test_a_real_runtime_says_the_same_from_a_cache_that_went_back(name, tiny_checkpoint, tmp_path):
+    needs_runtime(name)
+    (tmp_path / "thinking.jinja").write_text(THINKING, encoding="utf-8")
+    bundle = export(
+        tiny_checkpoint, "raspberry-pi-5-8gb", format=name, context_tokens=256, verify=False,
+        chat_template=tmp_path / "thinking.jinja", out=tmp_path / "out",
+    )  # fmt: skip
+    assert bundle.text.thoughts == ThoughtMarks(opens="<think>", closes="</think>")
+    with Runner.open(bundle.directory) as runner:
+        chat = Chat(runner=runner, max_tokens=20)
+        first = chat.say("Hello").answer
+        assert (first.text, first.finish_reason) == ("", "length")  # it has not thought enough
+        assert first.reasoning
+        warm = chat.say("And now?").answer
+        assert 0 < warm.reused_tokens < first.prompt_tokens
+        runner.session.reset()
+        runner._cached_ids.clear()
+        cold = runner.ask(chat.messages[:-1], max_tokens=20).answer
+        assert cold.reused_tokens == 0
+        assert warm.token_ids == cold.token_ids
 
 
 def test_records_are_plain_data(runner):

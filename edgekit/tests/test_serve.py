@@ -29,7 +29,16 @@ from edgekit.serve import (
     serve,
 )
 from edgekit.server.openai_api import ApiError, Ask, Fields
-from edgekit.tests.witnesses.tiny_runner import CHATML, DIALOGUE, QUESTION, runner_in
+from edgekit.tests.witnesses.tiny_runner import (
+    CHATML,
+    DIALOGUE,
+    QUESTION,
+    THOUGHTS,
+    bundle_in,
+    runner_in,
+    thinking_runner_in,
+)
+from edgekit.text.tokenizer import Text
 
 
 httpx = pytest.importorskip("httpx")
@@ -108,6 +117,75 @@ def test_a_variable_of_the_template_is_taken_as_other_servers_take_it(tmp_path):
             with pytest.raises(openai.BadRequestError) as refusal:
                 prompt_tokens(chat_template_kwargs=kwargs)
             assert refusal.value.param == "chat_template_kwargs"
+
+
+@pytest.fixture
+def thinker(tmp_path):
+    openai = pytest.importorskip("openai")
+    with (
+        served(app(thinking_runner_in(tmp_path))) as address,
+        openai.OpenAI(base_url=address, api_key="unused", max_retries=0) as client,
+    ):
+        yield client
+
+
+NOT_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
+
+
+def test_what_a_model_thinks_is_beside_its_answer(thinker):
+    (choice,) = thinker.chat.completions.create(model=MODEL, messages=ASK).choices
+    assert (choice.message.content, choice.finish_reason) == (PARIS, "stop")
+    assert choice.message.reasoning_content == THOUGHTS[0]
+    (choice,) = thinker.chat.completions.create(
+        model=MODEL, messages=ASK, extra_body=NOT_THINKING
+    ).choices
+    assert choice.message.content == PARIS
+    assert "reasoning_content" not in choice.message.model_dump()
+
+
+def test_what_a_model_thinks_streams_before_its_answer(thinker):
+    head, *chunks, end = thinker.chat.completions.create(model=MODEL, messages=ASK, stream=True)
+    deltas = [chunk.choices[0].delta.model_dump(exclude_unset=True) for chunk in chunks]
+    fields = [next(iter(delta)) for delta in deltas]
+    assert all(len(delta) == 1 for delta in deltas)
+    assert fields == sorted(fields, reverse=True)  # reasoning_content, then content
+    for name, said in (("reasoning_content", THOUGHTS[0]), ("content", PARIS)):
+        assert "".join(delta.get(name, "") for delta in deltas) == said
+        assert fields.count(name) > 3
+    assert head.choices[0].delta.content == ""
+    assert end.choices[0].finish_reason == "stop"
+
+
+def test_a_served_thought_cut_short_has_no_answer(thinker):
+    (choice,) = thinker.chat.completions.create(model=MODEL, messages=ASK, max_tokens=5).choices
+    assert (choice.message.content, choice.finish_reason) == ("", "length")
+    assert THOUGHTS[0].startswith(choice.message.reasoning_content)
+
+
+def test_a_stop_string_of_a_request_ends_the_answer_and_no_thought(thinker):
+    (choice,) = thinker.chat.completions.create(model=MODEL, messages=ASK, stop="파리").choices
+    assert (choice.message.content, choice.finish_reason) == ("It is Paris, ", "stop")
+    assert choice.message.reasoning_content == THOUGHTS[0]
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_what_a_model_thought_before_is_passed_to_its_template(thinker, tmp_path, field):
+    said = [*ASK, {**DIALOGUE[1], field: "Hm"}]
+    made = thinker.chat.completions.create(model=MODEL, messages=said, max_tokens=1)
+    text = Text.open(tmp_path, bundle_in(tmp_path, thinking_runner_in(tmp_path).text.rules).text)
+    written = text.render(said)
+    assert "<think>\nHm\n</think>" in written
+    assert made.usage.prompt_tokens == len(text.encode(written))
+
+
+def test_the_next_turn_goes_on_from_what_the_template_left_of_the_last(thinker):
+    first = thinker.chat.completions.create(model=MODEL, messages=ASK)
+    answered = first.choices[0].message.model_dump(exclude_none=True)
+    assert answered["reasoning_content"] == THOUGHTS[0]
+    made = thinker.chat.completions.create(model=MODEL, messages=[*ASK, answered, DIALOGUE[2]])
+    assert made.choices[0].message.content == "Yes."
+    assert made.choices[0].message.reasoning_content == THOUGHTS[1]
+    assert 0 < made.usage.prompt_tokens_details.cached_tokens < first.usage.prompt_tokens
 
 
 def test_the_models_own_stop_strings_end_a_served_answer(tmp_path):

@@ -19,6 +19,7 @@ PROMISED = {
     "raspberry-pi-4-2gb", "raspberry-pi-4-4gb", "raspberry-pi-4-8gb",
     "raspberry-pi-5-16gb", "raspberry-pi-5-2gb", "raspberry-pi-5-4gb", "raspberry-pi-5-8gb",
     "raspberry-pi-zero-2w",
+    "dimensity-8400", "snapdragon-8-elite-gen-5", "snapdragon-8-gen-2",
     "webgpu-android", "webgpu-desktop-discrete", "webgpu-desktop-integrated", "webgpu-ios",
 }  # fmt: skip
 PI5 = SHIPPED / "raspberry-pi-5-8gb.toml"
@@ -87,7 +88,7 @@ def test_every_number_of_a_shipped_target_has_an_origin(name):
         if part is not None
         for field in dataclasses.fields(part)
         if isinstance(getattr(part, field.name), int | float)
-    }
+    } - {"by_app"}
     numbers |= {f"first_token[{limit.prompt_tokens}]" for limit in found.budget.first_token}
     assert set(found.origins) == numbers
 
@@ -182,10 +183,17 @@ def test_only_browsers_have_webgpu_limits():
     )
 
 
-def test_repacked_kernels_need_the_dot_product():
-    assert target.load("raspberry-pi-5-8gb").repacks
-    assert not target.load("raspberry-pi-4-8gb").repacks
-    assert not target.load("raspberry-pi-zero-2w").repacks
+def test_an_app_calls_the_runtimes_of_phones_and_tablets():
+    by_app = {name for name in PROMISED if target.load(name).by_app}
+    assert by_app == {
+        name for name in PROMISED
+        if name.startswith(("android-", "iphone-", "ipad-", "snapdragon-", "dimensity-"))
+    }  # fmt: skip
+
+
+def test_a_runner_nobody_knows_is_refused(edited):
+    found = refusal(edited('formats = ["gguf"', 'runner = "apps"\nformats = ["gguf"'))
+    assert "runner has the unknown value 'apps'" in str(found)
 
 
 def test_a_target_can_be_a_key_of_a_dictionary():

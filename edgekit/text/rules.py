@@ -5,6 +5,18 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
+class ThoughtMarks:
+    """What stands around what a model thinks before it answers: ``<think>`` and ``</think>``."""
+
+    opens: str
+    closes: str
+
+    def opened_by(self, prompt: str) -> bool:
+        """Tell whether a prompt ends within a thought, so that the model goes on with it."""
+        return prompt.rstrip().endswith(self.opens)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextRules:
     """What the runner needs besides ``tokenizer.json`` and ``chat_template.jinja``."""
 
@@ -16,3 +28,4 @@ class TextRules:
     # What the exporter fixed in the template, which says it itself: JSON, by name.
     template_variables: Mapping[str, str] = field(default_factory=dict)
     content_parts: tuple[str, ...] = ()  # roles whose content the template wants as a list of parts
+    thoughts: ThoughtMarks | None = None  # None: the template knows of none

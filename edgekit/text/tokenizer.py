@@ -176,14 +176,17 @@ class Text:
         """Return the text of ``ids`` without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def detokenizer(self, *, continues: bool = False) -> "Detokenizer":
+    def detokenizer(
+        self, *, continues: bool = False, shown: Mapping[int, str] | None = None
+    ) -> "Detokenizer":
         """Return what turns ids into text one by one.
 
         Args:
             continues: Whether the text goes on where a prompt ended, so that the space that opens
                 its first word is kept.
+            shown: Special tokens that are not left out, by id, and what is written for them.
         """
-        return Detokenizer(self._pieces, is_at_start=not continues)
+        return Detokenizer(self._pieces, is_at_start=not continues, shown=shown)
 
     def stop_id_of_template(self) -> int | None:
         """Return the token that the template puts right after an answer, None if there is none."""
@@ -223,6 +226,12 @@ class Text:
     @functools.cached_property
     def _added_texts(self) -> list[str]:
         return [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
+
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """The tokens that are no text, by id."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {id: token.content for id, token in added.items() if token.special}
 
     @functools.cached_property
     def _pieces(self) -> "_Pieces":
@@ -268,8 +277,11 @@ class Detokenizer:
     All pieces together are what `Text.decode` makes of all ids, wherever those are valid UTF-8.
     """
 
-    def __init__(self, pieces: "_Pieces", *, is_at_start: bool) -> None:
+    def __init__(
+        self, pieces: "_Pieces", *, is_at_start: bool, shown: Mapping[int, str] | None = None
+    ) -> None:
         self._pieces = pieces
+        self._shown = shown or {}
         self._is_at_start = is_at_start
         self._spaces_to_strip = pieces.leading_spaces_stripped if is_at_start else 0
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -278,7 +290,7 @@ class Detokenizer:
         """Return the text that ``token`` completes; often all of its own, sometimes none."""
         piece = self._pieces.bytes_of(token, is_first=self._is_at_start)
         if piece is None:
-            return ""
+            return self._shown.get(token, "")
         self._is_at_start = False
         return self._stripped(self._utf8.decode(piece))
 
@@ -313,7 +325,7 @@ class StopStrings:
         if starts:
             self.found, self._held = True, ""
             return text[: min(starts)]
-        kept = max((_overlap(text, string) for string in self._strings), default=0)
+        kept = max((overlap(text, string) for string in self._strings), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
 
@@ -323,7 +335,7 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, string: str) -> int:
+def overlap(text: str, string: str) -> int:
     """Return how many characters at the end of ``text`` begin ``string``."""
     longest = min(len(text), len(string) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)

@@ -91,6 +91,11 @@ class ExecutorchSession:
             rows[index] = self.decode(token)
         return rows
 
+    def rewind(self, tokens: int) -> bool:
+        """Return False: a program does not tell what else it keeps."""
+        del tokens
+        return False
+
     def reset(self) -> None:
         """Empty the cache: the next token is at position 0, and the mask hides the others."""
         self._cached.clear()

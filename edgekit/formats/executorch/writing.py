@@ -39,10 +39,10 @@ def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
 
 
 def memory_use(
-    checkpoint: "CheckpointProtocol", layout: Layout, *, context_tokens: int, repacks: bool
+    checkpoint: "CheckpointProtocol", layout: Layout, *, context_tokens: int, by_app: bool
 ) -> MemoryUse:
     """Return what ExecuTorch will hold."""
-    del repacks  # XNNPACK packs weights on every processor
+    del by_app  # nothing in it depends on who calls the runtime
     backend = backends.of(layout.variant)
     spec = checkpoint.spec.within(context_tokens)
     return backend.writing.memory_use(spec, layout, context_tokens=context_tokens)

@@ -102,6 +102,8 @@ def open_model(path: Path, *, vocabulary_only: bool = False) -> Any:
     parameters.vocab_only = vocabulary_only
     # Plain reads: with a memory map the pages of repacked weights would be held twice.
     parameters.load_mode = 0  # LLAMA_LOAD_MODE_NONE
+    # Gemma 4's embeddings for the layers are larger than the rest; a token reads one row of them.
+    parameters.lazy_mode = 2  # LLAMA_LAZY_MODE_ON
     model = llama.llama_model_load_from_file(os.fsencode(path), parameters)
     if not model:
         raise BundleError(f"llama.cpp refuses {path}: {said.tail or 'no reason given'}")
@@ -180,6 +182,17 @@ class GgufSession:
                 logits, shape=(len(part), self.vocabulary_tokens)
             )
         return rows
+
+    def rewind(self, tokens: int) -> bool:
+        """Forget what follows so many tokens; return whether llama.cpp can."""
+        llama, memory = self._llama, self._llama.llama_get_memory(self._context)
+        # Of a window it may keep no more than the newest keys.
+        first_needed = max(0, tokens - llama.llama_model_n_swa(self._model))
+        is_kept = llama.llama_memory_seq_pos_min(memory, 0) <= first_needed
+        if not is_kept or not llama.llama_memory_seq_rm(memory, 0, tokens, -1):
+            return False
+        self._cached_tokens = tokens
+        return True
 
     def reset(self) -> None:
         """Empty the cache."""

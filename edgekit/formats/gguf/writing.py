@@ -31,11 +31,11 @@ def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
 
 
 def memory_use(
-    checkpoint: "CheckpointProtocol", layout: Layout, *, context_tokens: int, repacks: bool
+    checkpoint: "CheckpointProtocol", layout: Layout, *, context_tokens: int, by_app: bool
 ) -> MemoryUse:
     """Return what llama.cpp will hold, by the sizes of its buffers."""
-    del repacks  # files are read, not mapped, so a repacked weight is held once too
-    return memory.use(checkpoint.spec, layout, context_tokens=context_tokens)
+    use = memory.use_by_app if by_app else memory.use
+    return use(checkpoint.spec, layout, context_tokens=context_tokens)
 
 
 def convert(

@@ -108,6 +108,11 @@ class MlcSession:
         self.reset()
         return rows
 
+    def rewind(self, tokens: int) -> bool:
+        """Return False: a cache of pages may have states beside it."""
+        del tokens
+        return False
+
     def reset(self) -> None:
         """Empty the cache, and what layers keep besides."""
         import numpy as np

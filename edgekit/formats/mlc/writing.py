@@ -23,10 +23,10 @@ def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
 
 
 def memory_use(
-    checkpoint: "CheckpointProtocol", layout: Layout, *, context_tokens: int, repacks: bool
+    checkpoint: "CheckpointProtocol", layout: Layout, *, context_tokens: int, by_app: bool
 ) -> MemoryUse:
     """Return what the GPU and the page will hold."""
-    del repacks  # weights are computed with as they are stored
+    del by_app  # nothing in it depends on who calls the runtime
     return memory.use(
         checkpoint.architecture, checkpoint.spec, layout, context_tokens=context_tokens
     )

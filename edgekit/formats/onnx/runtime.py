@@ -159,6 +159,15 @@ class OnnxSession:
         self.reset()  # so that the next text begins again, as in llama.cpp
         return rows
 
+    def rewind(self, tokens: int) -> bool:
+        """Forget what follows so many tokens; return whether the rest is what it would be alone."""
+        border = self._border_tokens
+        is_shorter_text = border is not None and tokens <= border < len(self._read)
+        if self._has_states or is_shorter_text:
+            return False
+        del self._read[tokens:]
+        return True
+
     def reset(self) -> None:
         """Empty the cache."""
         self._read.clear()
@@ -219,6 +228,7 @@ class OnnxSession:
         import numpy as np
 
         past = [port for port in self._session.get_inputs() if port.name.startswith("past_")]
+        self._has_states = not all(port.name.endswith((".key", ".value")) for port in past)
         for port in past:
             _, heads, _, width = port.shape
             dtype = np.float16 if port.type == "tensor(float16)" else np.float32

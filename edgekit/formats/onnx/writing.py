@@ -25,10 +25,10 @@ def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
 
 
 def memory_use(
-    checkpoint: "CheckpointProtocol", layout: Layout, *, context_tokens: int, repacks: bool
+    checkpoint: "CheckpointProtocol", layout: Layout, *, context_tokens: int, by_app: bool
 ) -> MemoryUse:
     """Return what ONNX Runtime will hold."""
-    del repacks  # it packs weights on every processor
+    del by_app  # nothing in it depends on who calls the runtime
     return memory.use(checkpoint.spec, layout, context_tokens=context_tokens)
 
 

@@ -16,7 +16,7 @@ from edgekit.bundle.manifest import (
 )
 from edgekit.encodings.hashing import sha256_of
 from edgekit.errors import BundleError, DisagreementError
-from edgekit.text.rules import TextRules
+from edgekit.text.rules import TextRules, ThoughtMarks
 
 
 PROOF = Agreement(
@@ -52,6 +52,7 @@ def make_bundle(directory, **changes):
             stop_strings=("END",),
             template_variables={"enable_thinking": "false", "tools": "[null]"},
             content_parts=("user",),
+            thoughts=ThoughtMarks(opens="<|channel>thought", closes="<channel|>"),
         ),
         artifact=artifact,
         agreement=PROOF,
@@ -91,10 +92,22 @@ def test_what_was_saved_is_what_is_loaded(tmp_path, agreement):
 
 
 def test_a_bundle_from_before_stop_strings_has_none(bundle):
-    new = ("stop_strings", "template_variables", "content_parts")
+    new = ("stop_strings", "template_variables", "content_parts", "thoughts")
     edit_manifest(bundle.directory, lambda fields: [fields["text"].pop(name) for name in new])
-    text = replace(bundle.text, stop_strings=(), template_variables={}, content_parts=())
+    text = replace(
+        bundle.text, stop_strings=(), template_variables={}, content_parts=(), thoughts=None
+    )
     assert Bundle.load(bundle.directory).text == text
+
+
+@pytest.mark.parametrize("blank", ["", " \n"])
+@pytest.mark.parametrize("mark", ["opens", "closes"])
+def test_a_thought_without_a_mark_is_refused(bundle, mark, blank):
+    edit_manifest(bundle.directory, lambda fields: fields["text"]["thoughts"].update({mark: blank}))
+    with pytest.raises(
+        BundleError, match=r"text.thoughts opens with .*, expected two marks that are not"
+    ):
+        Bundle.load(bundle.directory)
 
 
 def test_a_bundle_may_be_moved(bundle, tmp_path):

@@ -11,6 +11,7 @@ from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest
 from edgekit.proof.interpreter import InterpreterSession
 from edgekit.tests.formats.test_formats import needs_runtime
+from edgekit.tests.tiny.random_checkpoints import GEMMA2, random_checkpoint
 
 
 if TYPE_CHECKING:
@@ -164,3 +165,41 @@ def test_a_token_that_is_none_is_refused_and_the_session_goes_on(session, token)
             read()
     session.reset()
     np.testing.assert_array_equal(session.prefill(IDS), fresh)
+
+
+def test_it_goes_back_to_a_shorter_text_or_says_that_it_cannot(opened, session):
+    others = [200, 3, 50]
+    fresh = session.prefill([*IDS[:5], *others]).copy()
+    session.reset()
+    session.prefill(IDS)
+    if session.rewind(5):
+        np.testing.assert_allclose(session.prefill(others), fresh, **CLOSE)
+        session.prefill([1] * (CONTEXT_TOKENS - 8))  # and has the room of what it forgot
+        assert session.rewind(5)
+        np.testing.assert_allclose(session.prefill(others), fresh, **CLOSE)
+    session.reset()
+    np.testing.assert_array_equal(session.prefill([*IDS[:5], *others]), fresh)
+
+
+@pytest.mark.parametrize("name", ["gguf", "onnx"])
+def test_going_back_is_possible_where_layers_attend_to_a_window(name, tmp_path):
+    needs_runtime(name)
+    plain = random_checkpoint(
+        tmp_path, "gemma2", layers=4, context_tokens=CONTEXT_TOKENS, activation="gelu_tanh",
+        embedding_scale=_tiny_checkpoint(tmp_path).spec.hidden_size**0.5, is_tied=True, **GEMMA2,
+    )  # fmt: skip
+    layers = [
+        replace(layer, window_tokens=None if index % 2 else 8)
+        for index, layer in enumerate(plain.spec.layers)
+    ]
+    model = replace(plain, spec=replace(plain.spec, layers=tuple(layers)))
+    recipe = next(iter(formats.get(name).RECIPES.values()))
+    asked = BuildRequest(recipe=recipe, context_tokens=CONTEXT_TOKENS)
+    entry = formats.writing(name).convert(model, asked, tmp_path, progress=lambda _: None)
+    session = formats.running(name).load(tmp_path / entry, context_tokens=CONTEXT_TOKENS, threads=1)
+    ids = [(7 * index) % 256 for index in range(200)]
+    fresh = session.prefill(ids[:60]).copy()
+    session.prefill(ids[60:])
+    assert session.rewind(50)
+    np.testing.assert_allclose(session.prefill(ids[50:60]), fresh, **CLOSE)
+    session.close()

@@ -84,13 +84,37 @@ def test_only_what_is_new_is_read(session):
     assert session.cached == cached == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("prompt", [[0, 2], [0, 1], [0, 1, 2], [0, 1, 3, 4]])
-def test_another_or_the_same_prompt_is_read_from_the_beginning(session, prompt):
+OTHERS = ([0, 2], [0, 1], [0, 1, 2], [0, 1, 3, 4], [0])
+
+
+@pytest.mark.parametrize("prompt", OTHERS)
+def test_where_a_prompt_is_another_text_it_is_read_again(session, prompt):
+    cached: list[int] = []
+    answer(session, [0, 1], max_tokens=2, cached_ids=cached)
+    assert cached == [0, 1, 2]
+    answer(session, prompt, max_tokens=1, cached_ids=cached)
+    assert session.cached == cached == prompt
+    assert session.reads[-1] == max(1, len(prompt) - 2)  # its last token in any case
+
+
+@pytest.mark.parametrize("prompt", OTHERS)
+def test_a_session_that_cannot_go_back_reads_another_text_whole(prompt):
+    session = NgramSession([COUNT], vocabulary_tokens=16, rewinds=False)
     cached: list[int] = []
     answer(session, [0, 1], max_tokens=2, cached_ids=cached)
     answer(session, prompt, max_tokens=1, cached_ids=cached)
     assert session.cached == cached == prompt
     assert session.reads[-1] == len(prompt)
+    answer(session, [*prompt, 9], max_tokens=1, cached_ids=cached)
+    assert session.reads[-1] == 1  # going on is no going back
+
+
+def test_a_text_that_shares_nothing_is_read_whole(session):
+    cached: list[int] = []
+    answer(session, [0, 1], max_tokens=2, cached_ids=cached)
+    answer(session, [5, 1, 2], max_tokens=1, cached_ids=cached)
+    assert session.reads[-1] == 3
+    assert session.cached == cached == [5, 1, 2]
 
 
 def test_a_failed_step_leaves_no_cache_to_build_on(session):

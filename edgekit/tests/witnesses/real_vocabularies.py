@@ -1,7 +1,7 @@
 """Vocabularies of real models, from packages that carry them; fetched once, and none is kept here.
 
 npm has tokenizer.json files of well-known models; the sources of llama-cpp-python bring llama.cpp's
-own vocabularies, each with texts and their token ids.
+own vocabularies, each with texts and their token ids, and chat templates.
 """
 
 import os
@@ -46,19 +46,31 @@ def tokenizer_files(name: str) -> Path:
 
 def vectors(name: str) -> Vectors:
     """Return what llama.cpp's own tests hold its vocabulary ``ggml-vocab-NAME.gguf`` to."""
-    version = installed.version("llama-cpp-python")
-    if version is None:
-        pytest.skip("not installed: llama-cpp-python")
-    directory = _cache() / f"llama-cpp-vocabularies-{version}"
-    if not directory.is_dir():
-        package = "llama-cpp-python"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary",
-                   package, f"{package}=={version}"]  # fmt: skip
-        _fetch(command, directory, under="/vendor/llama.cpp/models/ggml-vocab-")
+    directory = _of_llama_cpp("vocabularies", under="/vendor/llama.cpp/models/ggml-vocab-")
     gguf = directory / f"ggml-vocab-{name}.gguf"
     texts = Path(f"{gguf}.inp").read_text(encoding="utf-8").split(_BORDER)[:-1]
     lines = Path(f"{gguf}.out").read_text(encoding="ascii").splitlines()
     return Vectors(gguf=gguf, texts=texts, ids=[[int(id) for id in it.split()] for it in lines])
+
+
+def template(name: str) -> str:
+    """Return the chat template of a model, one of those that llama.cpp's own tests render."""
+    directory = _of_llama_cpp("templates", under="/vendor/llama.cpp/models/templates/")
+    return (directory / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def _of_llama_cpp(kind: str, *, under: str) -> Path:
+    """Return a directory with files from the sources of llama-cpp-python."""
+    version = installed.version("llama-cpp-python")
+    if version is None:
+        pytest.skip("not installed: llama-cpp-python")
+    directory = _cache() / f"llama-cpp-{kind}-{version}"
+    if not directory.is_dir():
+        package = "llama-cpp-python"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary",
+                   package, f"{package}=={version}"]  # fmt: skip
+        _fetch(command, directory, under=under)
+    return directory
 
 
 def _cache() -> Path:

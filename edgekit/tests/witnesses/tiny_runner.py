@@ -8,7 +8,7 @@ import pytest
 from edgekit.bundle.manifest import Artifact, Bundle, ModelRecord
 from edgekit.errors import UsageError
 from edgekit.run import Runner
-from edgekit.text.rules import TextRules
+from edgekit.text.rules import TextRules, ThoughtMarks
 from edgekit.text.tokenizer import Text
 
 
@@ -36,6 +36,20 @@ CHATML = (
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# As Qwen3.5's: a thought is opened, unless switched off, and an earlier answer has none.
+THINKING = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.reasoning_content and loop.last %}"
+    "{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}"
+    "{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '\n</think>\n\n' }}{% endif %}"
+    "{% endif %}"
 )
 
 
@@ -99,10 +113,11 @@ def text_in(
 class NgramSession:
     """A language model: what followed the longest end of the text that it has seen before."""
 
-    def __init__(self, sequences, *, vocabulary_tokens, context_tokens=512):
+    def __init__(self, sequences, *, vocabulary_tokens, context_tokens=512, rewinds=True):
         self.vocabulary_tokens = vocabulary_tokens
         self.context_tokens = context_tokens
         self.sequences = [list(sequence) for sequence in sequences]
+        self.rewinds = rewinds
         self.cached = []
         self.reads = []  # how many tokens each call read
         self.is_closed = False
@@ -132,6 +147,11 @@ class NgramSession:
     def all_logits(self, ids):
         self.reset()
         return np.stack([self.decode(token) for token in ids])
+
+    def rewind(self, tokens):
+        if self.rewinds:
+            del self.cached[tokens:]
+        return self.rewinds
 
     def reset(self):
         self.cached = []
@@ -169,6 +189,30 @@ def runner_in(
         context_tokens=context_tokens,
     )
     return Runner(session=session, text=text, bundle=bundle_in(directory, text.rules))
+
+
+THOUGHTS = ("France, 파리 … <b>", "Yes, I am.")
+
+
+def thinking_runner_in(directory: Path, *, rewinds=True, tokenizer=None, **rules) -> Runner:
+    """Return a runner that knows the dialogue by heart, thinks before each answer, or does not."""
+    runner = runner_in(
+        directory,
+        template=THINKING,
+        tokenizer=tokenizer,
+        thoughts=ThoughtMarks(opens="<think>", closes="</think>"),
+        **rules,
+    )
+    text, session = runner.text, runner.session
+    assert isinstance(session, NgramSession)
+    session.rewinds, session.sequences = rewinds, []
+    for at, thought in zip((1, 3), THOUGHTS, strict=True):
+        said = f"{DIALOGUE[at]['content']}<|im_end|>"
+        asked = text.render(DIALOGUE[:at])
+        session.sequences.append(text.encode(f"{asked}{thought}\n</think>\n\n{said}"))
+        asked = text.render(DIALOGUE[:at], enable_thinking=False)
+        session.sequences.append(text.encode(asked + said))
+    return runner
 
 
 def bundle_in(directory: Path, rules: TextRules) -> Bundle:

@@ -340,7 +340,7 @@ def test_memory_grows_with_the_context_and_is_halved_by_float16(checkpoint):
         layout = writing.lay_out(
             checkpoint, BuildRequest(recipe=tensor_types.RECIPES[recipe], variant="vulkan")
         )
-        return writing.memory_use(checkpoint, layout, context_tokens=context_tokens, repacks=True)
+        return writing.memory_use(checkpoint, layout, context_tokens=context_tokens, by_app=False)
 
     assert use("F32", 4096).cache_bytes == 8 * use("F32", 512).cache_bytes
     assert use("F32", 512).cache_bytes == 2 * use("F16", 512).cache_bytes

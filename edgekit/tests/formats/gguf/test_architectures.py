@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from edgekit.errors import UsageError
-from edgekit.formats.gguf import architectures, conversion, hyperparameters, memory, parts
-from edgekit.formats.gguf.hyperparameters import Facts
+from edgekit.formats.gguf import architectures, conversion, facts, hyperparameters, memory, parts
+from edgekit.formats.gguf.facts import Facts
 from edgekit.model.norm import Norm
 from edgekit.model.rope import LinearScaling, LongRopeScaling, Rope
 from edgekit.model.spec import Multipliers, Pairs
@@ -28,6 +28,7 @@ GRAPHS = {  # of each family
     "ernie4_5": "ernie4_5", "exaone": "exaone", "exaone4": "exaone4", "gemma": "gemma",
     "gemma2": "gemma2", "gemma3_text": "gemma3", "glm": "chatglm", "glm4": "glm4",
     "granite": "granite", "granitemoehybrid": "granite", "helium": "llama",
+    "gemma4_text": "gemma4", "lfm2": "lfm2", "qwen3_5_text": "qwen35",
     "hunyuan_v1_dense": "hunyuan-dense", "hyperclovax": "glm4", "internlm3": "llama",
     "jais2": "jais2", "llama": "llama", "ministral": "llama", "ministral3": "mistral3",
     "mistral": "llama", "nemotron": "nemotron", "olmo2": "olmo2", "olmo3": "olmo2", "phi": "phi2",
@@ -43,6 +44,9 @@ HAVE_NO_GRAPH = {
     "nemotron": "4 heads of width 24 in 64 columns",
     "cohere-norms": "norms on queries and keys in fewer than 64 layers",
     "vaultgemma": "no post norms",
+    "lfm2-bias": "short convolutions with bias",
+    "qwen3.5-pattern": "norms with epsilon 1e-05",
+    "gemma4-other-donors": "from layer 3 to the layers with a window and from 4 to the others",
 }
 LONG = {"original_max_position_embeddings": 4096, "max_position_embeddings": 131072}
 
@@ -283,7 +287,7 @@ def facts_of(spec):
     """Return what a file of this decoder says, floats rounded as the file rounds them."""
     graph = architectures.choose(spec)
     keys = hyperparameters.write(spec, graph)
-    tensors = {parts.tensor_name(roles[-1]) for roles, _ in parts._stacked(spec, graph)}
+    tensors = {parts.tensor_name(roles[-1], graph) for roles, _ in parts._stacked(spec, graph)}
     factors = {
         name: [to_float32(value) for value in values]
         for name, values in hyperparameters.made_tensors(spec, graph).items()
@@ -306,7 +310,7 @@ def as_the_graph_sees_it(spec, graph=None):
     and come back as the shortest decimals of their float32.
     """
 
-    shortest = hyperparameters.shortest
+    shortest = facts.shortest
 
     def change(rope):
         rope, scaling = replace(rope, theta=shortest(rope.theta)), rope.scaling
@@ -330,6 +334,8 @@ def as_the_graph_sees_it(spec, graph=None):
     spec = replace(spec, attention=replace(spec.attention, softmax_scale=scale))
     if not graph.has_windows:
         spec = change_layers(spec, window_tokens=None)
+    if own := spec.layer_embedding:  # what no token reads is left out
+        spec = replace(spec, layer_embedding=replace(own, vocab_size=spec.vocab_size))
     plain = replace(spec, context_tokens=limit, multipliers=Multipliers())
     return change_ropes(plain, change)
 
@@ -426,19 +432,21 @@ def test_the_keys_of_llama_cpps_converter_say_what_the_config_said(name):
         f"{graph_name}.{key}": to_float32(value) if isinstance(value, float) else value
         for key, value in (sizes | own).items()
     }
-    facts = Facts(
+    converted = Facts(
         metadata={"general.architecture": graph_name} | keys,
-        tensors=frozenset(parts.tensor_name(roles[-1]) for roles, _ in parts._stacked(spec, graph)),
+        tensors=frozenset(
+            parts.tensor_name(roles[-1], graph) for roles, _ in parts._stacked(spec, graph)
+        ),
         vocab_size=spec.vocab_size,
         rope_factors={},
     )
-    assert hyperparameters.read(facts) == spec
+    assert hyperparameters.read(converted) == spec
 
 
 @pytest.mark.parametrize("value", [1e-5, 1e-6, 1 / 3, 500_000.0, 0.1])
 def test_a_float_is_read_as_the_decimal_it_was_written_from(value):
     pytest.importorskip("numpy")
-    read = hyperparameters.shortest(to_float32(value))
+    read = facts.shortest(to_float32(value))
     assert to_float32(read) == to_float32(value)
     assert len(repr(read)) < len(repr(to_float32(value))) or to_float32(value) == value
     assert read == pytest.approx(value, rel=1e-7)
@@ -446,11 +454,11 @@ def test_a_float_is_read_as_the_decimal_it_was_written_from(value):
 
 def damaged(spec=LLAMA, **changes):
     """Return a file's facts with some keys changed, or removed if None."""
-    facts = facts_of(spec)
-    graph = facts.architecture.name
+    found = facts_of(spec)
+    graph = found.architecture.name
     changed = {f"{graph}.{key.replace('__', '.')}": value for key, value in changes.items()}
-    metadata = {k: v for k, v in (facts.metadata | changed).items() if v is not None}
-    return replace(facts, metadata=metadata)
+    metadata = {k: v for k, v in (found.metadata | changed).items() if v is not None}
+    return replace(found, metadata=metadata)
 
 
 DAMAGES = {
@@ -489,9 +497,9 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_metadata_that_make_no_sense_are_refused(name):
     pytest.importorskip("numpy")
-    facts, message = DAMAGES[name]
+    damaged_facts, message = DAMAGES[name]
     with pytest.raises(UsageError) as refusal:
-        hyperparameters.read(facts)
+        hyperparameters.read(damaged_facts)
     assert message in str(refusal.value)
 
 

@@ -85,7 +85,7 @@ def planned_mib(tmp_path_factory):
             request = BuildRequest(recipe=RECIPES[scheme])
             layouts[key] = conversion.lay_out(checkpoint, request)
         used = writing.memory_use(
-            checkpoint, layouts[key], context_tokens=context_tokens, repacks=False
+            checkpoint, layouts[key], context_tokens=context_tokens, by_app=False
         )
         return memory.vram_bytes(used) / 2**20
 
@@ -129,7 +129,7 @@ def test_what_is_stored_as_bfloat16_is_twice_as_large_in_memory(tmp_path):
     assert len(RECIPES) > 1
     for recipe in RECIPES.values():
         layout = writing.lay_out(tiny, BuildRequest(recipe=recipe))
-        used = writing.memory_use(tiny, layout, context_tokens=64, repacks=False)
+        used = writing.memory_use(tiny, layout, context_tokens=64, by_app=False)
         planned = conversion.plan(tiny, recipe)
         tensors = [record.tensor for shard in planned.shards for record in shard.records]
         assert used.weights_bytes == sum(tensor.memory_bytes for tensor in tensors)
@@ -153,7 +153,7 @@ def test_a_phones_app_is_told_what_was_planned_for_its_shorter_chunks(tmp_path):
     tiny = _tiny_checkpoint(tmp_path)
     layout = writing.lay_out(tiny, BuildRequest(recipe=RECIPES["q4f16_1"]))
     (entry,) = artifact.package_config(tiny, layout, model_id="m", context_tokens=512)["model_list"]
-    used = writing.memory_use(tiny, layout, context_tokens=512, repacks=False)
+    used = writing.memory_use(tiny, layout, context_tokens=512, by_app=False)
     assert entry["overrides"] == {"context_window_size": 512, "prefill_chunk_size": 128}
     assert entry["bundle_weight"] is True
     assert entry["estimated_vram_bytes"] == memory.vram_bytes(used) - used.compute_bytes * 3 // 4

@@ -1,0 +1,254 @@
+"""How far is a plan from what phones were measured at, and what do its constants fit best?
+
+pocketpal_cpu.csv holds published cells of three phones: tokens a second and megabytes of eight
+models in GGUF. Each cell is planned from the model's config alone. Printed are the errors of the
+plans, model by model; what a fit to all cells makes of the cost of a byte of each tensor type and
+of each phone's bandwidth; and how far a fit that has not seen a model is from that model.
+
+    python edgekit/tests/benchmarks/planner_error.py
+
+Source of the cells: PocketPal, e2e/baselines, May 2026, llama.rn 0.12-rc9, a prompt of 256 tokens
+and an answer of 64 in a context of 2,048 (https://github.com/a-ghorbani/pocketpal-ai/pull/722).
+"""
+
+import csv
+import math
+import statistics
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgekit import formats
+from edgekit.formats import BuildRequest
+from edgekit.plan import TOKEN_OVERHEAD_S, Estimate, estimate
+from edgekit.source.checkpoint import Checkpoint
+from edgekit.target import Target
+from edgekit.target import load as load_target
+from edgekit.tests.source.published_models import PUBLISHED, Published
+from edgekit.tests.source.test_published_models import write_headers
+from edgekit.tests.tiny.checkpoints import write_text_files
+
+
+CELLS = Path(__file__).with_name("pocketpal_cpu.csv")
+CONTEXT_TOKENS, PROMPT_TOKENS, ANSWER_TOKENS = 2048, 256, 64
+MODELS: Mapping[str, tuple[Published, str]] = {  # and the voice of a tokenizer that each takes
+    "deepseek-r1-distill-qwen-1.5b": (
+        PUBLISHED["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"], "qwen2"
+    ),
+    "gemma-4-e2b": (
+        Published(
+            model_type="gemma4_text",
+            parameters="4.6B",
+            sizes=(262144, 1536, 6144, 35, 8, 1, 131072),
+            fields={
+                "final_logit_softcapping": 30.0,
+                "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 7,
+                "num_kv_shared_layers": 20,
+                "use_double_wide_mlp": True,
+            },
+        ),
+        "gemma",
+    ),
+    "lfm2.5-1.2b-instruct": (PUBLISHED["LiquidAI/LFM2.5-1.2B-Instruct"], "llama3"),
+    "phi-3.5-mini": (PUBLISHED["microsoft/Phi-3-mini-4k-instruct"], "phi3"),
+    "phi-4-mini": (
+        Published(
+            model_type="phi3",
+            parameters="3.8B",
+            sizes=(200064, 3072, 8192, 32, 24, 8, 4096),
+            fields={
+                "original_max_position_embeddings": 4096,
+                "partial_rotary_factor": 0.75,
+                "tie_word_embeddings": True,
+            },
+        ),
+        "phi4",
+    ),
+    "qwen3-1.7b": (PUBLISHED["Qwen/Qwen3-1.7B"], "qwen3"),
+    "qwen3.5-0.8b": (PUBLISHED["Qwen/Qwen3.5-0.8B"], "qwen3"),
+    "smollm2-1.7b": (
+        Published(
+            model_type="llama",
+            parameters="1.71B",
+            sizes=(49152, 2048, 8192, 24, 32, 32, 8192),
+            fields={"rope_theta": 130_000.0, "tie_word_embeddings": True},
+        ),
+        "smollm",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One measurement, and what a plan says of it."""
+
+    target: Target
+    model: str
+    quant: str
+    decode_tokens_per_s: float
+    memory_bytes: float
+    overhead_bytes: int
+    streamed: Mapping[str, int]  # bytes of weights, by tensor type
+    planned: Estimate
+
+    @property
+    def decode_error(self) -> float:
+        """How much faster the plan is, as a share of what was measured."""
+        return self.planned.decode_tokens_per_s.likely / self.decode_tokens_per_s - 1
+
+    @property
+    def memory_error(self) -> float:
+        """How much more the plan holds, likewise; the cells leave out the app itself."""
+        memory = self.planned.memory
+        return (memory.peak_bytes - memory.runtime_bytes) / self.memory_bytes - 1
+
+    @property
+    def other_bytes(self) -> float:
+        """What is read for a token beside weights."""
+        filled = (PROMPT_TOKENS + ANSWER_TOKENS // 2) / CONTEXT_TOKENS
+        return self.planned.memory.cache_bytes * filled + self.overhead_bytes
+
+
+def main() -> None:
+    """Print three tables."""
+    measured = list(cells())
+    print("errors of the plans: decode median, worst; memory lowest, highest")
+    for name, some in _by(measured, lambda cell: f"{cell.model}, {cell.target.name}"):
+        print(f"  {name}: {_summary(some)}")
+    print(f"  all {len(measured)}: {_summary(measured)}")
+    fitted = Fit.to(measured)
+    print("fitted cost of a byte, beside Q4_0:",
+          ", ".join(f"{name} {cost:.2f}" for name, cost in fitted.costs.items()))  # fmt: skip
+    print("fitted bandwidth, GB/s:",
+          ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in fitted.rates.items()))  # fmt: skip
+    print("decode error of a fit that has not seen the model: median, worst")
+    for model, held_out in _by(measured, lambda cell: cell.model):
+        fit = Fit.to([cell for cell in measured if cell.model != model])
+        errors = [abs(fit.error(cell)) for cell in held_out]
+        print(f"  {model}: {statistics.median(errors):.0%}, {max(errors):.0%}")
+
+
+def cells() -> Iterable[Cell]:
+    """Yield every cell of a model that the format can hold."""
+    with CELLS.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    writing, types = formats.writing("gguf"), formats.get("gguf").RECIPES
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoints = {name: _checkpoint(Path(directory) / name, name) for name in MODELS}
+        for row in rows:
+            checkpoint = checkpoints[row["model"]]
+            layout = writing.lay_out(checkpoint, BuildRequest(recipe=types[row["quant"]]))
+            target = _as_measured(load_target(row["target"]))
+            streamed: Counter[str] = Counter()
+            for it in layout.placements:
+                if it.role not in checkpoint.spec.looked_up:
+                    streamed[it.tensor_type] += it.size_bytes
+            yield Cell(
+                target=target,
+                model=row["model"],
+                quant=row["quant"],
+                decode_tokens_per_s=float(row["decode_tokens_per_s"]),
+                memory_bytes=2**20 * sum(
+                    float(row[f"{part}_mib"]) for part in ("weights", "cache", "compute")
+                ),
+                overhead_bytes=layout.overhead_bytes,
+                streamed=streamed,
+                planned=estimate(
+                    checkpoint, layout, target, format="gguf", context_tokens=CONTEXT_TOKENS
+                ),
+            )  # fmt: skip
+
+
+def _checkpoint(directory: Path, name: str) -> Checkpoint:
+    """Return a published model as its config and the headers of its files."""
+    model, voice = MODELS[name]
+    directory.mkdir()
+    write_headers(directory, model)
+    write_text_files(directory, voice)
+    return Checkpoint.open(directory)
+
+
+def _as_measured(target: Target) -> Target:
+    """Return a target whose workload is that of the cells."""
+    limit = replace(target.budget.first_token[0], prompt_tokens=PROMPT_TOKENS)
+    budget = replace(target.budget, first_token=(limit,), answer_tokens=ANSWER_TOKENS)
+    return replace(target, budget=budget)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Constants that make the time of a token fit, by the least squares of its logarithm."""
+
+    costs: Mapping[str, float]  # of a byte, by tensor type; 1 for Q4_0
+    rates: Mapping[str, float]  # bytes of Q4_0 a second, by target
+
+    @classmethod
+    def to(cls, measured: Sequence[Cell]) -> "Fit":
+        """Fit by Gauss-Newton; cells that are twice off, where phones swap, count little."""
+        import numpy as np
+
+        types = sorted({name for cell in measured for name in cell.streamed} - {"F32", "F16"})
+        targets = sorted({cell.target.name for cell in measured})
+        free = [name for name in types if name != "Q4_0"]
+        found = cls(dict.fromkeys(types, 1.0), dict.fromkeys(targets, 25e9))
+        for _ in range(50):
+            errors = np.array([found.log_error(cell) for cell in measured])
+            rows = [
+                [
+                    *(found.share(cell, name) for name in free),
+                    *(-float(cell.target.name == name) for name in targets),
+                ]
+                for cell in measured
+            ]
+            weights = 1 / np.sqrt(1 + (errors / 0.1) ** 2) ** 0.5
+            jacobian = np.array(rows) * weights[:, None]
+            step, *_ = np.linalg.lstsq(jacobian, -errors * weights, rcond=None)
+            steps = dict(zip([*free, *targets], np.clip(step, -0.5, 0.5), strict=True))
+            found = cls(
+                {name: cost * math.exp(steps.get(name, 0)) for name, cost in found.costs.items()},
+                {name: rate * math.exp(steps[name]) for name, rate in found.rates.items()},
+            )
+        return found
+
+    def seconds(self, cell: Cell) -> float:
+        """Return the time of a token."""
+        cost = sum(size * self.costs.get(name, 0.8) for name, size in cell.streamed.items())
+        return (cost + cell.other_bytes) / self.rates[cell.target.name] + TOKEN_OVERHEAD_S
+
+    def share(self, cell: Cell, name: str) -> float:
+        """Return how much of that a tensor type takes."""
+        cost = cell.streamed.get(name, 0) * self.costs[name]
+        return cost / self.rates[cell.target.name] / self.seconds(cell)
+
+    def log_error(self, cell: Cell) -> float:
+        """Return the logarithm of the time over what was measured."""
+        return math.log(self.seconds(cell) * cell.decode_tokens_per_s)
+
+    def error(self, cell: Cell) -> float:
+        """Return how much faster the fit is, as a share of what was measured."""
+        return math.exp(-self.log_error(cell)) - 1
+
+
+def _by(
+    measured: Iterable[Cell], key: Callable[[Cell], str]
+) -> Sequence[tuple[str, Sequence[Cell]]]:
+    groups: dict[str, list[Cell]] = {}
+    for cell in measured:
+        groups.setdefault(key(cell), []).append(cell)
+    return sorted(groups.items())
+
+
+def _summary(some: Sequence[Cell]) -> str:
+    decode = sorted((abs(cell.decode_error), cell.decode_error, cell.quant) for cell in some)
+    memory = [cell.memory_error for cell in some]
+    _, worst, quant = decode[-1]
+    return (
+        f"{statistics.median(it for it, _, _ in decode):.0%}, {worst:+.0%} ({quant}); "
+        f"{min(memory):+.0%}, {max(memory):+.0%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
