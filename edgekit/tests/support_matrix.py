@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE, NOTES = ROOT / "README.md", ROOT / "docs" / "formats.md"
 START, END = "<!-- support matrix: computed -->", "<!-- end of the support matrix -->"
 EXACT_KL_NATS = 1e-5  # what attention in float16, as devices run it, leaves of float32 weights
-# What 16 bits leave of other weights; delta nets normalize small states, whose errors are then large.
+# What 16 bits leave; delta nets normalize what they read of small states, and its errors with it.
 HALF_KL_NATS, HALF_KL_NATS_OF_STATES = 1e-4, 1e-3
 TOKENS = 256
 
