@@ -17,7 +17,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from edgekit.formats.onnx import tensor_types
+from edgekit.formats.onnx import recurrence, tensor_types
 from edgekit.formats.onnx.model import CONTRIB, Constant, Dtype, Node, OnnxGraph, Port
 from edgekit.formats.onnx.operators import FLOAT16, FLOAT32, INT32, TO_THE_END, Operators
 from edgekit.formats.onnx.recurrence import DeltaInputs, Recurrence, state_name
@@ -32,6 +32,7 @@ from edgekit.model.spec import XIELU_BETA, DecoderSpec, LayerEmbedding
 FIRST_LOGIT = "first_logit"  # logits are wanted from this token of the input on
 TEXT_TOKENS = "text_tokens"  # how long the text will be, if longer than what has been read
 
+NEEDED_VERSION = "edgekit.onnxruntime"  # metadata: the first one that has all operators
 ROPE_BORDER = "edgekit.rope_border_tokens"  # metadata: a longer text has other frequencies
 # The first has 8 binary digits: float32 holds its products with whole numbers below 2 ** 16.
 _PI_PARTS = (3.140625, math.pi - 3.140625)
@@ -100,6 +101,8 @@ def build(
     found, border = dict(metadata), spec.original_max_position_embeddings
     if border is not None:
         found[ROPE_BORDER] = str(border)
+    if spec.has_states:
+        found[NEEDED_VERSION] = recurrence.FIRST_VERSION
     return OnnxGraph(
         nodes=tuple(graph.nodes),
         constants=tuple(graph.constants.values()),

@@ -1,9 +1,12 @@
 """What ONNX Runtime holds in memory while it answers."""
 
+import math
+
 from edgekit.formats import Layout, MemoryUse
 from edgekit.formats.onnx.graph import cache_width
 from edgekit.formats.onnx.runtime import BATCH_TOKENS
 from edgekit.formats.onnx.tensor_types import BLOCKS
+from edgekit.model.mixers import Attention, DeltaNet, ShortConv
 from edgekit.model.spec import DecoderSpec
 from edgekit.quant.planned import PlannedWeight
 
@@ -56,16 +59,28 @@ def weight_bytes(spec: DecoderSpec, placement: PlannedWeight, *, is_half: bool) 
 
 
 def cache_bytes(spec: DecoderSpec, *, context_tokens: int, is_half: bool) -> int:
-    """Return the size of all keys and values."""
+    """Return the size of all keys and values, and of states, which are written beside the last."""
     item_bytes = 2 if is_half else 4
     token_bytes = sum(2 * a.num_kv_heads * cache_width(a) for _, _, a in spec.caches()) * item_bytes
-    return token_bytes * context_tokens
+    states_bytes = sum(2 * 4 * math.prod(shape) for _, _, shape in spec.states())
+    return token_bytes * context_tokens + states_bytes
 
 
 def compute_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     """Return the size of what one batch of a prompt needs: activations and attention scores."""
     batch = min(BATCH_TOKENS, context_tokens)
-    wide = max(spec.mlp(index).intermediate_size for index in range(len(spec.layers)))
-    widest = 3 * wide + 2 * spec.hidden_size
+    widest = 2 * spec.hidden_size + max(_widest(spec, index) for index in range(len(spec.layers)))
     scores = max((a.heads for _, _, a in spec.attentions()), default=0) * context_tokens
     return 4 * (batch * (widest + scores) + spec.vocab_size)
+
+
+def _widest(spec: DecoderSpec, index: int) -> int:
+    """Return the columns that an MLP, or what convolves in a layer, has at a time."""
+    mixer, mlp = spec.mixer(index), 3 * spec.mlp(index).intermediate_size
+    match mixer:
+        case ShortConv():
+            return max(mlp, 6 * spec.hidden_size)  # made, b * x, its columns, and what they give
+        case DeltaNet():
+            return max(mlp, 3 * mixer.channels + mixer.value_width)
+        case Attention():
+            return mlp
