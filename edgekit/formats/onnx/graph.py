@@ -428,10 +428,12 @@ class _Builder(Operators):
 
     def _apply_delta(self, x: str, index: int, mixer: DeltaNet) -> str:
         prefix, hidden, heads = f"layers.{index}.delta_", self.spec.hidden_size, mixer.value_heads
-        rows = {"qkv": mixer.channels, "beta": heads, "alpha": heads, "gate": mixer.value_width}
         made = {
             name: self.widened(self._multiply(prefix + name, x, count, hidden))
-            for name, count in rows.items()
+            for name, count in (("qkv", mixer.channels), ("gate", mixer.value_width))
+        } | {
+            name: self.widened(self._multiply_few(prefix + name, x, heads, hidden))
+            for name in ("beta", "alpha")
         }
         mixed = self.recurrence.delta_net(DeltaInputs(**made), index, mixer)
         return self._multiply(prefix + "output", self.narrowed(mixed), hidden, mixer.value_width)
@@ -643,6 +645,12 @@ class _Builder(Operators):
             return self.op("FusedMatMul", x, weight, domain=CONTRIB, transB=1)
         flat = self.op("Reshape", x, self.constant(-1, columns))
         return self.op("Reshape", self.op("Gemm", flat, weight, transB=1), self._shape(rows))
+
+    def _multiply_few(self, role: str, x: str, rows: int, columns: int) -> str:
+        """Multiply so that WebGPU can: with few rows, which are turned and held twice at load."""
+        if self.tensor_types[role] not in tensor_types.FLOATS:
+            return self._multiply(role, x, rows, columns)
+        return self.op("MatMul", x, self.op("Transpose", self._as_factor(role), perm=(1, 0)))
 
     def _begin(self, x: str) -> None:
         """Take batch and tokens of ``x`` for those of all that follows."""

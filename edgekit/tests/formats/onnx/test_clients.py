@@ -42,10 +42,10 @@ READ_OTHERWISE = {
 # Types that clients know for what they are, and of those that are Llamas to them some whose graphs
 # have operators of their own. ONNX Runtime GenAI and transformers.js opened all kinds once.
 LLAMAS = ("apertus", "exaone4-windows", "granite4", "hunyuan", "ministral3", "olmo2", "phi")
+HYBRIDS = [name for name, case in TINY.items() if case.model_type in {"lfm2", "qwen3_5_text"}]
 KINDS = [
     name for name, case in TINY.items() if case.model_type in clients._KNOWN_TYPES or name in LLAMAS
 ]
-HYBRIDS = [name for name, case in TINY.items() if case.model_type in {"lfm2", "qwen3_5_text"}]
 OPTIMUM_INPUTS = ["input_ids", "attention_mask", "position_ids"]
 CUT_VOICES = [voice for voice, (_, cause) in READ_OTHERWISE.items() if cause.startswith("cuts")]
 
