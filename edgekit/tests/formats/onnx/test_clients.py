@@ -417,7 +417,7 @@ def positions_of(mask):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     ("name", "longest"),
-    [("llama", 40), ("odd-head-width", 40), ("gemma2", 40), ("phi4-mini", 40),
+    [("llama", 40), ("odd-head-width", 40), ("gemma2", 40), ("gemma4", 40), ("phi4-mini", 40),
      ("exaone4-windows", 40), ("ministral3", 90)],
 )  # fmt: skip
 def test_each_text_of_a_batch_is_read_as_alone_wherever_it_is_filled_up(
