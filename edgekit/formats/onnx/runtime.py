@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError
 from edgekit.formats.onnx import model
-from edgekit.formats.onnx.graph import FIRST_LOGIT, ROPE_BORDER, TEXT_TOKENS
+from edgekit.formats.onnx.graph import FIRST_LOGIT, NEEDED_VERSION, ROPE_BORDER, TEXT_TOKENS
 from edgekit.runtime import reading
 from edgekit.runtime.processors import chosen_threads
 
@@ -92,15 +92,32 @@ def refusing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _refuse_older(path: Path, version: str) -> None:
+    needed = model.metadata(path).get(NEEDED_VERSION)
+    if needed is not None and _numbers(version) < _numbers(needed):
+        raise MissingDependencyError(
+            f"ONNX Runtime {version} lacks operators that {path.name} needs, for layers with a "
+            f"state; {needed} has them",
+            hint="pip install --upgrade 'edgekit[run-onnx]'",
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return what a version counts with; a build of an unreleased one may add a word."""
+    return tuple(int(number) for number in version.split(".")[:3] if number.isdigit())
+
+
 def open_model(path: Path, *, threads: int | None = None) -> Any:
     """Load a model after a look at its files and return ONNX Runtime's session.
 
     Raises:
         BundleError: If a file is damaged or missing, or ONNX Runtime refuses it.
+        MissingDependencyError: If ONNX Runtime is older than an operator of the model.
         UsageError: If the machine cannot run that many threads.
     """
     onnxruntime = library()
     model.read(path)
+    _refuse_older(path, onnxruntime.__version__)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = chosen_threads(threads)
     options.log_severity_level = _FATAL_ONLY
