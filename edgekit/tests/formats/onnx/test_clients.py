@@ -451,7 +451,7 @@ def positions_of(mask):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     ("name", "longest"),
-    [("llama", 40), ("odd-head-width", 40), ("gemma2", 40), ("phi4-mini", 40),
+    [("llama", 40), ("odd-head-width", 40), ("gemma2", 40), ("gemma4", 40), ("phi4-mini", 40),
      ("exaone4-windows", 40), ("ministral3", 90), ("lfm2-five-taps", 40), ("lfm2-bias", 40),
      ("qwen3.5", 40), ("qwen3.5-pattern", 40)],
 )  # fmt: skip

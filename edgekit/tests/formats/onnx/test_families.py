@@ -167,7 +167,7 @@ def test_half_precision_loses_no_more_than_its_digits(recipe, made, tmp_path):
     assert compare(said[1], said[0], ids).mean_kl_nats <= limits[recipe]
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma4"])
 def test_what_outgrows_float16_between_layers_is_kept_in_float32(name, tmp_path):
     """Gemma's sums over layers pass 65504; here they are made to."""
     checkpoint, scale = open_tiny(tmp_path, name), 2e5

@@ -347,8 +347,8 @@ def test_the_demo_answers_in_a_browser(demo):
 
 
 KINDS_ON_WEBGPU = (
-    "llama", "qwen3", "phi4-mini", "gemma3", "stablelm-12b", "smollm3-pattern", "olmo2", "phi",
-    "apertus", "ministral3", "lfm2-five-taps", "qwen3.5-pattern",
+    "llama", "qwen3", "phi4-mini", "gemma3", "gemma4", "stablelm-12b", "smollm3-pattern", "olmo2",
+    "phi", "apertus", "ministral3", "lfm2-five-taps", "qwen3.5-pattern",
 )  # fmt: skip
 CAPPED = ("gemma2", "gemma2-wide-heads")  # attention with capped scores
 ON_WEBGPU = [
@@ -361,7 +361,8 @@ FAR = 100_000  # where WebGPU's own cosine was off by a hundredth
 # Whole numbers, of which there are few for each token.
 ON_THE_PROCESSOR = {
     "ArgMax", "BitShift", "BitwiseAnd", "Cast", "Concat", "Expand", "GatherElements", "Greater",
-    "Max", "Mod", "Neg", "Range", "ReduceSum", "Reshape", "Shape", "Size", "Squeeze", "Sub", "Unsqueeze",
+    "Max", "Mod", "Neg", "Range", "ReduceSum", "Reshape", "Shape", "Size", "Squeeze", "Sub",
+    "Unsqueeze",
 }  # fmt: skip
 ROWS_TURNED = {"Add": 2, "Slice": 2}  # more of these would be of other numbers
 COUNTED = {"Add": 4}  # where there are states: positions, and the columns to keep
