@@ -6,6 +6,7 @@ And what is rounded of the decoders that have one: LFM2, Qwen 3.5, and Gemma 4 w
 import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -255,7 +256,7 @@ def test_mixtures_are_those_of_llama_quantize_but_for_what_stays_fine(name, reci
     """A layer counts among those that have such a weight, as it does there."""
     import llama_cpp
 
-    layers = {
+    layers: dict[str, Any] = {
         "lfm2": {"num_hidden_layers": 8, "layer_types": [
             "conv", "full_attention", *["conv", "full_attention", "full_attention"] * 2]},
         "qwen3.5": {"num_hidden_layers": 8, "layer_types": None},
