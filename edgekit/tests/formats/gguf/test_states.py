@@ -6,6 +6,7 @@ And what is rounded of the decoders that have one: LFM2, Qwen 3.5, and Gemma 4 w
 import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -130,7 +131,7 @@ def test_four_thousand_tokens_do_not_drift(name, tmp_path):
     session.close()
 
 
-@pytest.mark.parametrize(("name", "seed"), [("lfm2", 0), ("qwen3.5", 0), ("gemma4", 3)])
+@pytest.mark.parametrize(("name", "seed"), [("lfm2", 0), ("qwen3.5", 0), ("gemma4", 7)])
 def test_a_chat_of_llama_cpp_python_goes_on_as_transformers_does(name, seed, tmp_path):
     """One ``Llama`` for all turns, which keeps what it can of the prompt before."""
     import llama_cpp
@@ -255,7 +256,7 @@ def test_mixtures_are_those_of_llama_quantize_but_for_what_stays_fine(name, reci
     """A layer counts among those that have such a weight, as it does there."""
     import llama_cpp
 
-    layers = {
+    layers: dict[str, Any] = {
         "lfm2": {"num_hidden_layers": 8, "layer_types": [
             "conv", "full_attention", *["conv", "full_attention", "full_attention"] * 2]},
         "qwen3.5": {"num_hidden_layers": 8, "layer_types": None},
