@@ -29,6 +29,9 @@ def mix(
         weights: Of the layer.
         x: What it reads, ``(tokens, hidden_size)``.
         caches: Keys and values of earlier layers that a later one reads; this one's join them.
+
+    Returns:
+        Of shape ``(tokens, hidden_size)``, float32.
     """
     match mixer := spec.mixer(index):
         case Attention():

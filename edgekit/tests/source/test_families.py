@@ -568,6 +568,23 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("spelling", ["{}", "{:02}"])
+def test_heads_are_those_of_a_layer_however_its_number_is_written(spelling):
+    """As ``Gemma4TextConfig(num_hidden_layers=12).to_dict()`` of transformers 5.24 has it: 02."""
+    full = [index for index in range(12) if index % 3 == 2]
+    overrides = {
+        spelling.format(index): {"head_dim": 48, "num_key_value_heads": 1} for index in full
+    }
+    spec = published(
+        "gemma4_text", num_hidden_layers=12, global_head_dim=None, per_layer_config=overrides,
+        layer_types=[*["sliding_attention"] * 2, "full_attention"] * 4,
+    )  # fmt: skip
+    found = [(a.head_dim, a.num_kv_heads) for _, _, a in spec.attentions()]
+    usual = spec.attention.head_dim, spec.attention.num_kv_heads
+    assert found == [(48, 1) if index in full else usual for index in range(12)]
+    assert usual != (48, 1)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_family_does_not_compute_is_refused_by_field_and_value(name):
     model_type, fields, expected = REFUSED[name]
