@@ -183,7 +183,7 @@ class GraphBuild:
 # what they err by adds up over the whole text.
 _FINE = Rule(
     pattern=".*norm(_bias)?|layer_scale|xielu_(positive|negative)|conv_taps(_bias)?"
-    "|delta_(taps|beta|alpha|decay|decay_bias)",
+    "|head_gate|delta_(taps|beta|alpha|decay|decay_bias)",
     tensor_type="F32",
 )
 _BIASES = Rule(pattern=".*bias", tensor_type="F32")

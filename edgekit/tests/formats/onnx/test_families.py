@@ -27,8 +27,9 @@ np = pytest.importorskip("numpy")
 F32 = tensor_types.RECIPES["F32"]
 MIN_POSITIONS = 500
 MAX_KL_NATS = 1e-9
-# Found: 3e-7 to 2e-5, and 6e-6 to 5e-3 where activations are rounded to 8 bits too.
-MAX_HALF_KL_NATS = {"F16_GPU": 5e-5, "UINT4_GPU": 1e-2}
+# Found: 3e-7 to 2e-5, and 6e-6 to 5e-3 where activations are rounded to 8 bits too, which random
+# convolutions of seven taps make 1.5e-2.
+MAX_HALF_KL_NATS = {"F16_GPU": 5e-5, "UINT4_GPU": 2e-2}
 # Where tiny random delta nets add it up.
 MAX_HALF_KL_NATS_OF_STATES = {"F16_GPU": 1e-3, "UINT4_GPU": 0.1}
 STRETCHED = ("phi3-longrope", "phi3.5-longrope", "phi4-mini")
