@@ -361,7 +361,8 @@ FAR = 100_000  # where WebGPU's own cosine was off by a hundredth
 # Whole numbers, of which there are few for each token.
 ON_THE_PROCESSOR = {
     "ArgMax", "BitShift", "BitwiseAnd", "Cast", "Concat", "Expand", "GatherElements", "Greater",
-    "Max", "Mod", "Neg", "Range", "ReduceSum", "Reshape", "Shape", "Size", "Squeeze", "Sub", "Unsqueeze",
+    "Max", "Mod", "Neg", "Range", "ReduceSum", "Reshape", "Shape", "Size", "Squeeze", "Sub",
+    "Unsqueeze",
 }  # fmt: skip
 ROWS_TURNED = {"Add": 2, "Slice": 2}  # more of these would be of other numbers
 COUNTED = {"Add": 4}  # where there are states: positions, and the columns to keep
