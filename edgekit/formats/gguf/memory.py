@@ -6,6 +6,7 @@ from dataclasses import replace
 from edgekit.formats import Layout, MemoryUse
 from edgekit.formats.gguf.architectures import CONTEXT_PADDING_TOKENS
 from edgekit.formats.gguf.runtime import BATCH_TOKENS
+from edgekit.model.mixers import Attention, DeltaNet, Mixer, ShortConv
 from edgekit.model.spec import DecoderSpec, Layer
 
 
@@ -89,7 +90,28 @@ def _padded(tokens: int) -> int:
 def compute_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     """Return the size of the buffer for one batch: activations, mask, and one row of logits."""
     batch = min(BATCH_TOKENS, context_tokens)
-    mlp = (2 if spec.is_gated else 1) * spec.intermediate_size
-    widest = max(mlp + spec.hidden_size, 4 * spec.hidden_size)
+    layers = range(len(spec.layers))
+    mlp = (2 if spec.is_gated else 1) * max(spec.mlp(it).intermediate_size for it in layers)
+    widest = max(
+        mlp + spec.hidden_size,
+        *(_mixer_width(spec.mixer(it), spec.hidden_size) for it in layers),
+        # The embeddings of all layers, as they are read, projected, normalized and added.
+        4 * len(spec.layers) * spec.layer_embedding.width if spec.layer_embedding else 0,
+    )
     mask = _padded(context_tokens) * (4 + 2)  # float32, and its float16 copy for flash attention
     return batch * (4 * (widest + spec.hidden_size) + mask) + 4 * spec.vocab_size
+
+
+def _mixer_width(mixer: Mixer, hidden_size: int) -> int:
+    """Return how many numbers a token takes there at once.
+
+    Of the last two as llama.cpp 0c1e57098 said of random ones ("compute buffer size"): 6.5 hidden
+    widths for a convolution, and for a delta net 2.6 besides what it convolves and its values.
+    """
+    match mixer:
+        case Attention():
+            return 4 * hidden_size
+        case ShortConv():
+            return 6 * hidden_size
+        case DeltaNet():
+            return 2 * (mixer.channels + mixer.value_width + hidden_size)

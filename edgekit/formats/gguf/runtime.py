@@ -217,6 +217,7 @@ class GgufSession:
         parameters.n_outputs_max = rows
         parameters.n_threads = parameters.n_threads_batch = self._threads
         parameters.no_perf = True
+        parameters.swa_full = False  # a layer with a window keeps no more than it sees
         if self._has_exact_cache:
             # GGML_TYPE_F32 instead of F16, and no flash attention: that rounds to float16 inside.
             parameters.type_k = parameters.type_v = parameters.flash_attn_type = 0

@@ -33,7 +33,7 @@ _MIXERS: dict[str, type[Mixer]] = {
 }
 _YOUNGER = frozenset(
     {"mixer", "mlp", "layer_embedding", "has_layer_scales"}
-    | {"has_output_gate", "value_norm_epsilon", "values_are_keys", "cache_of"}
+    | {"has_output_gate", "has_head_gate", "value_norm_epsilon", "values_are_keys", "cache_of"}
 )
 
 

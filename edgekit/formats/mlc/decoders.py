@@ -168,6 +168,8 @@ def _beyond_all(architecture: str, spec: DecoderSpec) -> Iterator[str]:
         yield "has no model whose MLP computes xIELU"
     if spec.attention.normalizes_after_rope:
         yield "has no model that normalizes queries and keys after their rotation"
+    if spec.attention.has_head_gate:
+        yield "has no model with one gate for all channels of a head"
 
 
 def _problems(name: str, spec: DecoderSpec) -> Iterator[str]:

@@ -32,6 +32,10 @@ NOTE = (
     "ONNX Runtime GenAI and transformers.js open the files too, but read text with tokenizers of "
     "their own, which the proof does not cover"
 )
+STATES_NOTE = (
+    "layers keep states, by operators of ONNX Runtime 1.25.1 and later; ONNX Runtime GenAI cannot "
+    "rewind them, and Optimum, which gives a model keys and values only, does not run it"
+)
 # The one border of longrope that ONNX Runtime GenAI 0.18 knows, for models of type phi3: there it
 # reads the text again with the other frequencies, as transformers does.
 _KNOWN_BORDER_TOKENS = 4096
@@ -71,6 +75,8 @@ def notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
             "Optimum gives the caches of all layers one shape, and cannot run this model, whose "
             "layers differ in it"
         )
+    if spec.has_states:
+        yield STATES_NOTE
     border = spec.original_max_position_embeddings
     if border not in {None, _KNOWN_BORDER_TOKENS}:
         yield (

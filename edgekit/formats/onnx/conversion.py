@@ -185,11 +185,14 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         largest_buffer=_largest_buffer(checkpoint.spec, planned),
         needs_shader_f16=any(tensor.dtype == "float16" for tensor in planned.tensors),
         is_half=planned.how.is_half,
+        state_kl_nats=tensor_types.state_kl_nats(request.recipe, checkpoint.spec),
     )
 
 
 def _notes(checkpoint: "CheckpointProtocol", planned: OnnxPlan) -> Iterator[str]:
     yield from clients.notes(checkpoint)
+    if tensor_types.spares_delta_nets(planned.weights):
+        yield tensor_types.DELTA_NOTE
     if any(weight.tensor_type in tensor_types.BLOCKS for weight in planned.weights):
         yield tensor_types.ACTIVATIONS_NOTE
     yield from (_table_note(it) for it in planned.weights if it.role == "layer_embedding")

@@ -17,7 +17,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from edgekit.formats.onnx import tensor_types
+from edgekit.formats.onnx import recurrence, tensor_types
 from edgekit.formats.onnx.model import CONTRIB, Constant, Dtype, Node, OnnxGraph, Port
 from edgekit.formats.onnx.operators import FLOAT16, FLOAT32, INT32, TO_THE_END, Operators
 from edgekit.formats.onnx.recurrence import DeltaInputs, Recurrence, state_name
@@ -32,6 +32,7 @@ from edgekit.model.spec import XIELU_BETA, DecoderSpec, LayerEmbedding
 FIRST_LOGIT = "first_logit"  # logits are wanted from this token of the input on
 TEXT_TOKENS = "text_tokens"  # how long the text will be, if longer than what has been read
 
+NEEDED_VERSION = "edgekit.onnxruntime"  # metadata: the first one that has all operators
 ROPE_BORDER = "edgekit.rope_border_tokens"  # metadata: a longer text has other frequencies
 # The first has 8 binary digits: float32 holds its products with whole numbers below 2 ** 16.
 _PI_PARTS = (3.140625, math.pi - 3.140625)
@@ -100,6 +101,8 @@ def build(
     found, border = dict(metadata), spec.original_max_position_embeddings
     if border is not None:
         found[ROPE_BORDER] = str(border)
+    if spec.has_states:
+        found[NEEDED_VERSION] = recurrence.FIRST_VERSION
     return OnnxGraph(
         nodes=tuple(graph.nodes),
         constants=tuple(graph.constants.values()),
@@ -425,10 +428,12 @@ class _Builder(Operators):
 
     def _apply_delta(self, x: str, index: int, mixer: DeltaNet) -> str:
         prefix, hidden, heads = f"layers.{index}.delta_", self.spec.hidden_size, mixer.value_heads
-        rows = {"qkv": mixer.channels, "beta": heads, "alpha": heads, "gate": mixer.value_width}
         made = {
             name: self.widened(self._multiply(prefix + name, x, count, hidden))
-            for name, count in rows.items()
+            for name, count in (("qkv", mixer.channels), ("gate", mixer.value_width))
+        } | {
+            name: self.widened(self._multiply_few(prefix + name, x, heads, hidden))
+            for name in ("beta", "alpha")
         }
         mixed = self.recurrence.delta_net(DeltaInputs(**made), index, mixer)
         return self._multiply(prefix + "output", self.narrowed(mixed), hidden, mixer.value_width)
@@ -650,6 +655,12 @@ class _Builder(Operators):
             return self.op("FusedMatMul", x, weight, domain=CONTRIB, transB=1)
         flat = self.op("Reshape", x, self.constant(-1, columns))
         return self.op("Reshape", self.op("Gemm", flat, weight, transB=1), self._shape(rows))
+
+    def _multiply_few(self, role: str, x: str, rows: int, columns: int) -> str:
+        """Multiply so that WebGPU can: with few rows, which are turned and held twice at load."""
+        if self.tensor_types[role] not in tensor_types.FLOATS:
+            return self._multiply(role, x, rows, columns)
+        return self.op("MatMul", x, self.op("Transpose", self._as_factor(role), perm=(1, 0)))
 
     def _begin(self, x: str) -> None:
         """Take batch and tokens of ``x`` for those of all that follows."""

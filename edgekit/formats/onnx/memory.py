@@ -1,10 +1,12 @@
 """What ONNX Runtime holds in memory while it answers."""
 
+import math
+
 from edgekit.formats import Layout, MemoryUse
 from edgekit.formats.onnx.graph import cache_width
 from edgekit.formats.onnx.runtime import BATCH_TOKENS
 from edgekit.formats.onnx.tensor_types import BLOCKS
-from edgekit.model.mixers import Attention
+from edgekit.model.mixers import Attention, DeltaNet, ShortConv
 from edgekit.model.spec import DecoderSpec
 from edgekit.quant.planned import PlannedWeight
 
@@ -58,10 +60,11 @@ def weight_bytes(spec: DecoderSpec, placement: PlannedWeight, *, is_half: bool) 
 
 
 def cache_bytes(spec: DecoderSpec, *, context_tokens: int, is_half: bool) -> int:
-    """Return the size of all keys and values."""
+    """Return the size of all keys and values, and of states, which are written beside the last."""
     item_bytes = 2 if is_half else 4
     token_bytes = sum(_key_value_width(a) for _, _, a in spec.caches()) * item_bytes
-    return token_bytes * context_tokens
+    states_bytes = sum(2 * 4 * math.prod(shape) for _, _, shape in spec.states())
+    return token_bytes * context_tokens + states_bytes
 
 
 def _key_value_width(attention: Attention) -> int:
@@ -72,8 +75,7 @@ def _key_value_width(attention: Attention) -> int:
 def compute_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     """Return the size of what one batch of a prompt needs: activations and attention scores."""
     batch = min(BATCH_TOKENS, context_tokens)
-    wide = max(spec.mlp(index).intermediate_size for index in range(len(spec.layers)))
-    widest = 3 * wide + 2 * spec.hidden_size
+    widest = 2 * spec.hidden_size + max(_widest(spec, index) for index in range(len(spec.layers)))
     if own := spec.layer_embedding:  # as codes and float32, and what is added to it
         widest += 3 * own.width * len(spec.layers)
     scores = max((a.heads for _, _, a in spec.attentions()), default=0) * context_tokens
@@ -81,3 +83,15 @@ def compute_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
         (_key_value_width(a) for _, _, a in spec.attentions() if not a.has_cache), default=0
     )
     return 4 * (batch * (widest + scores) + copied * context_tokens + spec.vocab_size)
+
+
+def _widest(spec: DecoderSpec, index: int) -> int:
+    """Return the columns that an MLP, or what convolves in a layer, has at a time."""
+    mixer, mlp = spec.mixer(index), 3 * spec.mlp(index).intermediate_size
+    match mixer:
+        case ShortConv():
+            return max(mlp, 6 * spec.hidden_size)  # made, b * x, its columns, and what they give
+        case DeltaNet():
+            return max(mlp, 3 * mixer.channels + mixer.value_width)
+        case Attention():
+            return mlp

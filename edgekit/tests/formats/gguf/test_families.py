@@ -272,6 +272,26 @@ def test_read_back_the_file_is_a_checkpoint_of_the_same_weights_and_ids(
     assert set(read.text.declared_stop_ids) >= set(original.text.declared_stop_ids)
 
 
+def test_what_llama_cpp_passes_over_in_a_gemma_4_is_no_reason_to_refuse_it(tmp_path, monkeypatch):
+    """Keys that nothing reads, as older checkpoints hold them; and no scales, which are then 1."""
+    made = make(tmp_path, "gemma4")
+    file = layout.read(made.path)
+    kept = {it.name: layout.read_tensor(file, it) for it in file.tensors
+            if not it.name.endswith("layer_output_scale.weight")}  # fmt: skip
+    kept |= {f"blk.7.{part}.weight": kept[f"blk.4.{part}.weight"] for part in ("attn_k", "attn_v")}
+    keys = conversion.metadata(made.checkpoint, F32, architectures.get("gemma4"), (), pre="gemma4")
+    entries = [layout.TensorEntry(name=name, shape=values.shape, tensor_type="F32")
+               for name, values in kept.items()]  # fmt: skip
+    with layout.Writer(tmp_path / "other.gguf", keys, entries) as writer:
+        for name, values in kept.items():
+            writer.write(name, values.tobytes())
+    runtime.library().llama_model_free(runtime.open_model(tmp_path / "other.gguf"))
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
+    read = opening.open_checkpoint(tmp_path / "other.gguf")
+    assert read.weight("layers.7.layer_scale") == [1.0]
+    assert "layers.7.key" not in dict(read.spec.weights())
+
+
 @pytest.mark.parametrize(
     ("name", "fields"),
     [("llama", {}), ("llama", {"attention_factor": 0.9}), ("llama", {"truncate": False}),
@@ -297,7 +317,7 @@ def test_yarn_is_computed_past_its_original_context_and_read_back(
 # Texts longer than what a test above could hold
 
 
-@pytest.mark.parametrize("name", ["llama3-rope-tied", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama3-rope-tied", "gemma2", "gemma3", "gemma4", "qwen3.5"])
 def test_a_text_of_several_batches_and_many_windows_is_read_alike(name, tmp_path):
     made = make(tmp_path, name, max_position_embeddings=600)
     assert runtime.BATCH_TOKENS < made.limit.tokens == 600
@@ -322,6 +342,12 @@ def test_reading_token_by_token_past_the_window_says_what_reading_at_once_says(t
     ("name", "fields", "reason"),
     [
         ("qwen3", {"attention_bias": True}, "a bias after attention"),
+        ("qwen3.5", {"attention_bias": True}, "a bias after attention"),
+        ("qwen3.5", {"rms_norm_eps": 1e-5}, "to which this model adds 1e-06"),
+        ("qwen3.5", {"linear_value_head_dim": 32}, "keys are 16 wide and whose values 32"),
+        ("lfm2-bias", {}, "short convolutions with bias"),
+        ("gemma4-other-donors", {}, "keys and values shared otherwise than from layer 3"),
+        ("gemma4", {"attention_bias": True}, "a bias after attention"),
         ("phi3-longrope", {}, "made for 64"),
         ("qwen3", {"rope_parameters": YARN | {"truncate": False}}, "turns without truncation"),
         ("qwen3", {"rope_parameters": YARN | {"beta_fast": 8}}, "YaRN's ramp from 8 to 1 turns"),

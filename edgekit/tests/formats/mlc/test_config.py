@@ -253,6 +253,7 @@ def changed(name, **changes):
         ("ministral3", with_rope(scaling=YARN), "two halves of a head by different angles"),
         ("apertus", changed("nemotron", activation="xielu"), "no model whose MLP computes xIELU"),
         ("hunyuan_v1_dense", changed("qwen3", normalizes_after_rope=True), "after their rotation"),
+        ("lfm3", with_attention(has_head_gate=True), "one gate for all channels of a head"),
         ("gpt2", changed("phi", residual="serial"), "MLC's phi model, the nearest to gpt2, runs"),
         ("llama", with_rope(scaling=LINEAR), "MLC's llama model has no linear rope"),
         ("qwen2", changed("qwen2", layers=with_rope(scaling=LLAMA3).layers), "has no llama3 rope"),

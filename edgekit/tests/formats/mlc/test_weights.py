@@ -10,7 +10,7 @@ import pytest
 
 import edgekit.source.checkpoint
 from edgekit.doctor import _tiny_checkpoint
-from edgekit.errors import UsageError
+from edgekit.errors import BundleError, UsageError
 from edgekit.formats import BuildRequest
 from edgekit.formats.mlc import (
     chat_config,
@@ -298,6 +298,14 @@ def test_delta_nets_whose_small_matrices_are_packed_are_told_of(tmp_path):
     assert "in_proj_a" not in told["q0f16"]
 
 
+def test_rounded_states_are_judged_by_limits_of_their_own(tmp_path):
+    checkpoint = open_golden("qwen3_5_tied_f32", tmp_path / "checkpoint")
+    plain = open_golden("llama_odd_f32", tmp_path / "plain")
+    request = BuildRequest(recipe=RECIPES["q0f16"])
+    assert conversion.lay_out(checkpoint, request).state_kl_nats == 1e-3
+    assert conversion.lay_out(plain, request).state_kl_nats == 0
+
+
 def test_norms_that_add_one_are_stored_with_it_and_computed_without(tmp_path):
     checkpoint = open_golden("gemma2_f32", tmp_path / "checkpoint")
     assert checkpoint.spec.norm.unit_offset
@@ -364,3 +372,30 @@ def test_the_model_that_is_read_back_says_what_the_checkpoint_says(name, tmp_pat
     texts = [[1, 5, 60, 17, 33]]
     (expected,), (found,) = (list(interpreter.logits(m, texts)) for m in (checkpoint, model))
     assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("full_attention_interval", 0, "full_attention_interval of model_config is 0"),
+        ("full_attention_interval", 5, "full_attention_interval of model_config is 5"),
+        ("full_attention_interval", 4, "lacks the tensor model.layers.1.linear_attn"),
+        ("linear_num_value_heads", "4", "linear_num_value_heads of model_config is '4'"),
+        ("linear_conv_kernel_dim", 3, "which does not hold"),
+    ],
+)
+def test_settings_that_say_other_delta_nets_than_are_stored_are_refused(
+    tmp_path, field, value, words
+):
+    checkpoint = open_golden("qwen3_5_tied_f32", tmp_path / "checkpoint")
+    out = tmp_path / "out"
+    out.mkdir()
+    path = out / writing.convert(
+        checkpoint, BuildRequest(recipe=RECIPES["q0f16"]), out, progress=quiet
+    )
+    settings = out / chat_config.NAME
+    config = json.loads(settings.read_text())
+    config["model_config"][field] = value
+    settings.write_text(json.dumps(config))
+    with pytest.raises(BundleError, match=words):
+        running.contents(path)
