@@ -67,7 +67,7 @@ def _of_layer(spec: DecoderSpec, index: int) -> Iterator[str]:
 def _of_attention(spec: DecoderSpec, mixer: Attention) -> Iterator[str]:
     if not mixer.has_cache:
         yield SHARED_CACHES
-    if mixer.has_output_gate:
+    if mixer.gate_width:
         yield OUTPUT_GATES
     if mixer.value_norm_epsilon is not None:
         yield VALUE_NORMS

@@ -160,8 +160,16 @@ def _is_first_half(spec: DecoderSpec, part: str) -> bool:
         return spec.residual == "parallel"
     return name in {
         "attention_norm", "query", "key", "value", "query_norm", "key_norm", "conv_in",
-        "delta_qkv", "delta_beta", "delta_alpha", "delta_decay", "delta_gate",
+        "delta_qkv", "delta_beta", "delta_alpha", "delta_decay", "delta_gate", "head_gate",
     }  # fmt: skip
+
+
+def _gated(a: Attention, mixed: Tensor, gate: Tensor) -> Tensor:
+    """Multiply what is mixed with a gate for each channel, or for each head."""
+    if a.has_output_gate:
+        return mixed * gate
+    heads = mixed.reshape(-1, a.heads, a.head_dim) * gate.reshape(-1, a.heads, 1)
+    return heads.reshape(-1, a.query_width)
 
 
 class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any here
@@ -235,6 +243,8 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
         if a.has_output_gate:
             asked = query[..., a.head_dim :].reshape(-1, a.query_width)
             query, gates = query[..., : a.head_dim], [torch.sigmoid(asked)]
+        if a.has_head_gate:
+            gates = [torch.sigmoid(self._linear("head_gate", read, has_bias=False))]
         value = None
         heads = {"query_norm": query}  # by the norm that they get
         if a.has_cache:
@@ -292,7 +302,7 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
                 return None, ()
             case SecondHalf(attention=a) as half:
                 mixed = self._mix(half, take(5)) if half.mixes else left.pop(0)
-                mixed = mixed * left.pop(0) if a.has_output_gate else mixed
+                mixed = _gated(a, mixed, left.pop(0)) if a.gate_width else mixed
                 return self._linear("attention_output", mixed, has_bias=a.has_output_bias), ()
             case ShortConv() as conv:
                 return self._mix_conv(conv, take(1 + conv.taps)), ()
@@ -597,7 +607,7 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
             assert attend is not None  # noqa: S101 - see above
             gates = []
             query, *own = made
-            if attention(self.spec, index).has_output_gate:
+            if attention(self.spec, index).gate_width:
                 *own, gate = own
                 gates = [gate[-1:] if index == last else gate]
             return (*attend(index, x, query, own), *gates)
