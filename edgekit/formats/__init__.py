@@ -51,6 +51,7 @@ class Layout:
     largest_buffer: GpuBuffer | None = None  # what a browser must be able to bind
     needs_shader_f16: bool = False  # whether a browser's GPU must know float16
     kernel_kl_nats: float = 0.0  # mean KL that the runtime's own kernels add to any weights
+    state_kl_nats: float = 0.0  # mean KL that rounded weights cost more where states add it up
     is_half: bool = False  # whether products are computed and the cache is kept in float16
     overhead_bytes: int = (
         0  # what a token takes besides reading weights, as bytes that take as long
@@ -117,6 +118,7 @@ class Format(Protocol):
     TENSOR_TYPES: Mapping[str, TensorType]  # by name; the support matrix is made from these
     RECIPES: Mapping[str, Recipe]  # the values of --quant, most faithful first
     DEFAULT_RECIPES: tuple[str, ...]  # those a plan considers by default, most faithful first
+    MIXES_TENSOR_TYPES: bool  # whether any matrix may have any of them
     ENDING: str  # of the name of the file that `Running.load` opens
     VARIANTS: tuple[str, ...]  # builds for different programs on the device, the usual one first
     RUNTIME: str  # what opens the artifacts, as people call it

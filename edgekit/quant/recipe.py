@@ -53,21 +53,39 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Change:
+    """A role that has, in every layer, another tensor type than a recipe gives it."""
+
+    role: str
+    tensor_type: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Ordered rules; the first match wins, and what no rule names gets ``default``."""
 
     name: str
     default: str
     rules: tuple[Rule, ...] = ()
+    changes: tuple[Change, ...] = ()  # a user's, which come before all rules
     max_mean_kl_nats: float  # above, an artifact does not say what the checkpoint says
     min_same_top_token: float  # share of positions, 0 to 1
 
     def tensor_type_for(self, role: str, spec: DecoderSpec) -> str:
         """Return the tensor type this recipe wants for one weight of a decoder."""
+        part = split_role(role)[1]
+        for change in self.changes:
+            if change.role == part:
+                return change.tensor_type
         for rule in self.rules:
             if rule.applies_to(role, spec):
                 return rule.tensor_type
         return self.default
+
+    @property
+    def full_name(self) -> str:
+        """As a user writes it: ``Q4_K_M,down=Q8_0``."""
+        return ",".join([self.name, *(f"{it.role}={it.tensor_type}" for it in self.changes)])
 
 
 def with_limits(limits: Mapping[str, tuple[float, float]], *always: Rule) -> Callable[..., Recipe]:

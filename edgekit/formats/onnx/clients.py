@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from edgekit.encodings.files import is_file
 from edgekit.encodings.json_files import read_object_if_there
 from edgekit.formats.onnx import genai_text, tensor_types
-from edgekit.formats.onnx.graph import cache_name, cache_width
+from edgekit.formats.onnx.graph import cache_name, cache_width, text_inputs
+from edgekit.formats.onnx.recurrence import state_name
 from edgekit.model.card import generation_settings
+from edgekit.model.mixers import Attention, DeltaNet, Mixer, ShortConv
 from edgekit.model.tokenizer_files import ANY_TOKENIZER, added_tokens, common_settings
 from edgekit.quant.recipe import Recipe
 from edgekit.text.tokenizer_json import read as read_tokenizer
@@ -30,6 +32,10 @@ NOTE = (
     "ONNX Runtime GenAI and transformers.js open the files too, but read text with tokenizers of "
     "their own, which the proof does not cover"
 )
+STATES_NOTE = (
+    "layers keep states, by operators of ONNX Runtime 1.25.1 and later; ONNX Runtime GenAI cannot "
+    "rewind them, and Optimum, which gives a model keys and values only, does not run it"
+)
 # The one border of longrope that ONNX Runtime GenAI 0.18 knows, for models of type phi3: there it
 # reads the text again with the other frequencies, as transformers does.
 _KNOWN_BORDER_TOKENS = 4096
@@ -41,8 +47,13 @@ _ID_FIELDS = ("bos_token_id", "pad_token_id")
 # Mamba). What they run is the graph, whose inputs and outputs are a Llama's: so that is what they
 # are told.
 _KNOWN_TYPES = frozenset(
-    {"gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3", "stablelm"}
-)
+    {"gemma2", "gemma3_text", "lfm2", "llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_5_text",
+     "smollm3", "stablelm"}
+)  # fmt: skip
+# What transformers and transformers.js call layers, which the latter gives states accordingly.
+_LAYER_TYPES: Mapping[type[Mixer], str] = {
+    Attention: "full_attention", ShortConv: "conv", DeltaNet: "linear_attention"
+}  # fmt: skip
 _IN_COMMON_WORDS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "tokenizer_config.json": common_settings,
     "generation_config.json": generation_settings,
@@ -59,6 +70,13 @@ def notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
             f"{' or '.join(map(repr, strings))}: no setting of theirs holds stop strings"
         )
     spec = checkpoint.spec
+    if len({(a.num_kv_heads, cache_width(a)) for _, _, a in spec.caches()}) > 1:
+        yield (
+            "Optimum gives the caches of all layers one shape, and cannot run this model, whose "
+            "layers differ in it"
+        )
+    if spec.has_states:
+        yield STATES_NOTE
     border = spec.original_max_position_embeddings
     if border not in {None, _KNOWN_BORDER_TOKENS}:
         yield (
@@ -77,7 +95,7 @@ def not_on_webgpu(spec: "DecoderSpec") -> str | None:
 
     Shown by test_onnx_javascript.py.
     """
-    if spec.attention.attn_logit_softcap is None:
+    if all(a.attn_logit_softcap is None for _, _, a in spec.attentions()):
         return None
     return "ONNX Runtime Web computes attention on WebGPU without the cap on scores of this model"
 
@@ -131,8 +149,9 @@ def transformers_files(
             "quantization_config": None,
             "eos_token_id": stops,
             "vocab_size": checkpoint.spec.vocab_size,
-            "num_hidden_layers": len(checkpoint.spec.layers),
+            "num_hidden_layers": _layers(checkpoint.spec),
             "transformers.js_config": _transformers_js(recipe, data_files=data_files),
+            **({"layer_types": layer_types(checkpoint.spec)} if checkpoint.spec.has_states else {}),
         },
         "generation_config.json": {"eos_token_id": stops},
         "tokenizer_config.json": {
@@ -161,20 +180,31 @@ def _config(checkpoint: "CheckpointProtocol") -> Mapping[str, Any]:
     said, spec = checkpoint.config, checkpoint.spec
     if not said or checkpoint.architecture in _KNOWN_TYPES:
         return said
-    width = cache_width(spec)
+    attention = next((it for _, _, it in spec.caches()), spec.attention)
+    width = cache_width(attention)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **{field: said[field] for field in _ID_FIELDS if field in said},
         "head_dim": width,
         # Of all heads together: Optimum divides it to know the cache.
-        "hidden_size": spec.attention.heads * width,
-        "intermediate_size": spec.intermediate_size,
+        "hidden_size": attention.heads * width,
+        "intermediate_size": spec.mlp(0).intermediate_size,
         "max_position_embeddings": spec.context_tokens,
-        "num_attention_heads": spec.attention.heads,
-        "num_key_value_heads": spec.attention.num_kv_heads,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.num_kv_heads,
         "tie_word_embeddings": spec.is_tied,
     }
+
+
+def _layers(spec: "DecoderSpec") -> int:
+    """Return how many layers clients ask for what they keep; the last of Gemma 4 keep nothing."""
+    return 1 + max(index for index, *_ in (*spec.caches(), *spec.states()))
+
+
+def layer_types(spec: "DecoderSpec") -> list[str]:
+    """Return what mixes the tokens in each layer, in the words of transformers."""
+    return [_LAYER_TYPES[type(spec.mixer(index))] for index in range(len(spec.layers))]
 
 
 def _is_beyond(id: Any, checkpoint: "CheckpointProtocol") -> bool:
@@ -197,10 +227,7 @@ def genai_config(
     return {
         "model": {
             **_token_ids(checkpoint),
-            # Any decoder of one graph, or the one that knows of longrope.
-            "type": "phi3"
-            if spec.original_max_position_embeddings == _KNOWN_BORDER_TOKENS
-            else "llama",
+            "type": _genai_type(spec),
             "vocab_size": spec.vocab_size,
             "context_length": spec.context_tokens,
             "decoder": _decoder(checkpoint, entry),
@@ -212,6 +239,16 @@ def genai_config(
             "past_present_share_buffer": True,
         },
     }
+
+
+def _genai_type(spec: "DecoderSpec") -> str:
+    """Return any decoder of one graph, or one that knows of longrope or of states."""
+    if spec.original_max_position_embeddings == _KNOWN_BORDER_TOKENS:
+        return "phi3"
+    states = {state for _, state, _ in spec.states()}
+    if "recurrent" in states:
+        return "qwen3_5_text"
+    return "lfm2" if states else "llama"
 
 
 def _token_ids(checkpoint: "CheckpointProtocol") -> dict[str, Any]:
@@ -228,22 +265,33 @@ def _token_ids(checkpoint: "CheckpointProtocol") -> dict[str, Any]:
 
 def _decoder(checkpoint: "CheckpointProtocol", entry: str) -> dict[str, Any]:
     spec = checkpoint.spec
-    inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
+    attention = next((it for _, _, it in spec.caches()), spec.attention)
+    inputs = {name: name for name in text_inputs(spec)}
     outputs = {"logits": "logits"}
     for part in ("key", "value"):
         inputs[f"past_{part}_names"] = _pattern(part)
         outputs[f"present_{part}_names"] = _pattern(part, of="present")
+    for state in dict.fromkeys(state for _, state, _ in spec.states()):
+        inputs[f"past_{state}_names"] = state_name("%d", state)
+        outputs[f"present_{state}_names"] = state_name("%d", state, of="present")
     return {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": entry,
-        "head_size": cache_width(spec),
+        "head_size": cache_width(attention),
         "hidden_size": spec.hidden_size,
-        "num_attention_heads": spec.attention.heads,
-        "num_hidden_layers": len(spec.layers),
-        "num_key_value_heads": spec.attention.num_kv_heads,
+        "num_attention_heads": attention.heads,
+        "num_hidden_layers": _layers(spec),
+        "num_key_value_heads": attention.num_kv_heads,
         "inputs": inputs,
         "outputs": outputs,
+        **_states(spec),
     }
+
+
+def _states(spec: "DecoderSpec") -> dict[str, Any]:
+    """Return which layers have a state, and how many columns a convolution keeps."""
+    columns = {shape[-1] for _, state, shape in spec.states() if state == "conv"}
+    return {"layer_types": layer_types(spec), "conv_cache_size": max(columns)} if columns else {}
 
 
 def _pattern(part: str, *, of: str = "past_key_values") -> str:

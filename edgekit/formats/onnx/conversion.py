@@ -20,6 +20,7 @@ from edgekit.model.spec import DecoderSpec
 from edgekit.progress import Advance
 from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
 from edgekit.quant.recipe import Recipe
+from edgekit.units import format_bytes
 
 
 if TYPE_CHECKING:
@@ -37,9 +38,18 @@ MIN_SPLIT_BYTES = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxWeight(PlannedWeight):
-    """One weight of the checkpoint, and the tensors that hold it."""
+    """One weight of the checkpoint, and the tensors that hold it: those of each of its tables."""
 
+    table_columns: tuple[int, ...]
     tensors: tuple[External, ...]
+
+    @property
+    def tables(self) -> "Iterator[tuple[slice, tuple[External, ...]]]":
+        """Yield which columns each table holds, and in which tensors."""
+        count, first = len(self.tensors) // len(self.table_columns), 0
+        for number, columns in enumerate(self.table_columns):
+            held = self.tensors[number * count : (number + 1) * count]
+            yield slice(first, first := first + columns), held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +117,14 @@ def refuse(spec: DecoderSpec) -> None:
 def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[OnnxWeight]:
     for role, shape in spec.weights():
         wanted = recipe.tensor_type_for(role, spec)
-        stored = tensor_types.stored_as(wanted, shape[-1])
-        tensors = tuple(tensor_types.tensors(role, shape, stored))
+        parted = tensor_types.part_columns(role, shape, spec)
+        stored = tensor_types.stored_as(wanted, parted)
+        tables = tensor_types.tables(role, shape, stored, part_columns=parted)
+        tensors = tuple(
+            tensor
+            for name, columns in tables.items()
+            for tensor in tensor_types.tensors(name, (*shape[:-1], columns), stored)
+        )
         blocks = tensor_types.BLOCKS.get(stored)
         yield OnnxWeight(
             role=role,
@@ -117,6 +133,7 @@ def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[OnnxWeight]:
             tensor_type=stored,
             size_bytes=sum(tensor.size_bytes for tensor in tensors),
             is_coarse=blocks is not None and blocks.is_coarse,
+            table_columns=tuple(tables.values()),
             tensors=tensors,
         )
 
@@ -165,25 +182,40 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         notes=tuple(_notes(checkpoint, planned)),
         calibration=planned.calibration,
         not_on_webgpu=clients.not_on_webgpu(checkpoint.spec),
-        largest_buffer=_largest_buffer(planned),
+        largest_buffer=_largest_buffer(checkpoint.spec, planned),
         needs_shader_f16=any(tensor.dtype == "float16" for tensor in planned.tensors),
         is_half=planned.how.is_half,
+        state_kl_nats=tensor_types.state_kl_nats(request.recipe, checkpoint.spec),
     )
 
 
 def _notes(checkpoint: "CheckpointProtocol", planned: OnnxPlan) -> Iterator[str]:
     yield from clients.notes(checkpoint)
+    if tensor_types.spares_delta_nets(planned.weights):
+        yield tensor_types.DELTA_NOTE
     if any(weight.tensor_type in tensor_types.BLOCKS for weight in planned.weights):
         yield tensor_types.ACTIVATIONS_NOTE
+    yield from (_table_note(it) for it in planned.weights if it.role == "layer_embedding")
 
 
-def _largest_buffer(planned: OnnxPlan) -> GpuBuffer:
+def _table_note(weight: OnnxWeight) -> str:
+    rows, count = weight.shape[0], len(weight.table_columns)
+    tables = "one table" if count == 1 else f"{count} tables, so that no GPU must bind it whole"
+    return (
+        f"the embeddings for all layers take {format_bytes(weight.size_bytes)} as "
+        f"{weight.tensor_type}, of which a token reads {format_bytes(weight.size_bytes / rows)}; "
+        f"they are in {tables}"
+    )
+
+
+def _largest_buffer(spec: DecoderSpec, planned: OnnxPlan) -> GpuBuffer:
     """Return the largest tensor on a GPU; one converted to float32 at load is as large as that."""
-    grown = 1 if planned.how.is_half else 2
-    sizes = {
-        tensor.name: tensor.size_bytes * (grown if tensor.dtype == "float16" else 1)
-        for tensor in planned.tensors
-    }
+    sizes = {tensor.name: tensor.size_bytes for tensor in planned.frequencies}
+    for weight in planned.weights:
+        is_converted = not planned.how.is_half and weight.role not in spec.looked_up
+        for tensor in weight.tensors:
+            grown = 2 if is_converted and tensor.dtype == "float16" else 1
+            sizes[tensor.name] = grown * tensor.size_bytes
     name = max(sizes, key=lambda name: sizes[name])
     return GpuBuffer(name=name, size_bytes=sizes[name])
 
@@ -235,13 +267,16 @@ def _write_rows(
     rows: "Rows",
     importance: "Rows | None",
 ) -> None:
-    try:
-        encoded = tensor_types.encode(rows, weight.tensor_type, importance=importance)
-    except UsageError as error:
-        raise UsageError(f"{weight.role}: {error}", hint=error.hint) from error
-    for tensor, part in zip(weight.tensors, encoded, strict=True):
-        row_bytes = tensor.size_bytes // tensor.shape[0]
-        _write(files[tensor.file], tensor.offset + first * row_bytes, part)
+    for columns, tensors in weight.tables:
+        try:
+            encoded = tensor_types.encode(
+                rows[..., columns], weight.tensor_type, importance=importance
+            )
+        except UsageError as error:
+            raise UsageError(f"{weight.role}: {error}", hint=error.hint) from error
+        for tensor, part in zip(tensors, encoded, strict=True):
+            row_bytes = tensor.size_bytes // tensor.shape[0]
+            _write(files[tensor.file], tensor.offset + first * row_bytes, part)
 
 
 def _write(file: BinaryIO, offset: int, values: "npt.NDArray[np.generic]") -> None:

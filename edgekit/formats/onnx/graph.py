@@ -10,45 +10,57 @@ hand, so there is no table that ends, and from sums and products, which every de
 ``GroupQueryAttention`` wants each row of a batch to begin at the first column, and most clients
 fill shorter prompts up on the left. So rows are turned to where it wants them, and logits back:
 tokens that are none end behind a row's own, where it sees none of them and later ones take their
-place.
+place. States have no places: see `recurrence`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from edgekit.formats.onnx import tensor_types
-from edgekit.formats.onnx.model import CONTRIB, Attribute, Constant, Dtype, Node, OnnxGraph, Port
+from edgekit.formats.onnx import recurrence, tensor_types
+from edgekit.formats.onnx.model import CONTRIB, Constant, Dtype, Node, OnnxGraph, Port
+from edgekit.formats.onnx.operators import FLOAT16, FLOAT32, INT32, TO_THE_END, Operators
+from edgekit.formats.onnx.recurrence import DeltaInputs, Recurrence, state_name
 from edgekit.formats.onnx.tensor_types import GraphBuild
-from edgekit.model.mixers import QueryGrowth
+from edgekit.model.mixers import Attention, DeltaNet, QueryGrowth, ShortConv
 from edgekit.model.norm import Norm
 from edgekit.model.rope import Rope
-from edgekit.model.spec import XIELU_BETA, DecoderSpec, Layer
+from edgekit.model.spec import XIELU_BETA, DecoderSpec, LayerEmbedding
 
 
 # Inputs with a value of their own: a client that knows nothing of them may leave them out.
 FIRST_LOGIT = "first_logit"  # logits are wanted from this token of the input on
 TEXT_TOKENS = "text_tokens"  # how long the text will be, if longer than what has been read
 
+NEEDED_VERSION = "edgekit.onnxruntime"  # metadata: the first one that has all operators
 ROPE_BORDER = "edgekit.rope_border_tokens"  # metadata: a longer text has other frequencies
-_TO_THE_END = 2**63 - 1
-_FLOAT32, _INT32, _FLOAT16 = 1, 6, 10  # TensorProto.DataType
 # The first has 8 binary digits: float32 holds its products with whole numbers below 2 ** 16.
 _PI_PARTS = (3.140625, math.pi - 3.140625)
+_SMALLEST = 1e-30  # what divides may not be zero
 # Of cos(x) and of sin(x) / x, by powers of x * x; up to a quarter turn they give all of float32.
 _WAVE_TERMS = [
     ((-1) ** n / math.factorial(2 * n), (-1) ** n / math.factorial(2 * n + 1)) for n in range(7)
 ]
 
 
-def cache_width(spec: DecoderSpec) -> int:
+def cache_width(attention: Attention) -> int:
     """Return how wide a head is in the cache: the operator takes multiples of 8 only."""
-    return -(-spec.attention.head_dim // 8) * 8
+    return -(-attention.head_dim // 8) * 8
 
 
 def cache_name(layer: int | str, part: str, *, of: str = "past_key_values") -> str:
     """Return the name of the keys or values of a layer, as Optimum and its clients know them."""
     return f"{of}.{layer}.{part}"
+
+
+def text_inputs(spec: DecoderSpec) -> dict[str, str]:
+    """Return what a client says of a text, by name, with what each row has one of.
+
+    Where there are states, the mask says the positions too: for models that have them, clients
+    make three rows of ``position_ids``, as they do for pictures.
+    """
+    inputs = {"input_ids": "sequence_length", "attention_mask": "total_sequence_length"}
+    return inputs if spec.has_states else inputs | {"position_ids": "sequence_length"}
 
 
 def ropes(spec: DecoderSpec) -> list[Rope]:
@@ -81,12 +93,16 @@ def build(
     graph = _Builder(spec=spec, tensor_types=tensor_types, how=how)
     graph.read_inputs()
     x = graph.embed()
-    for index, layer in enumerate(spec.layers):
-        x = graph.apply_layer(x, index, layer)
+    if spec.layer_embedding:
+        graph.embed_layers(x, spec.layer_embedding)
+    for index in range(len(spec.layers)):
+        x = graph.end_layer(graph.apply_layer(x, index), index)
     graph.make_logits(x)
     found, border = dict(metadata), spec.original_max_position_embeddings
     if border is not None:
         found[ROPE_BORDER] = str(border)
+    if spec.has_states:
+        found[NEEDED_VERSION] = recurrence.FIRST_VERSION
     return OnnxGraph(
         nodes=tuple(graph.nodes),
         constants=tuple(graph.constants.values()),
@@ -97,58 +113,31 @@ def build(
 
 
 @dataclass(kw_only=True)
-class _Builder:
-    """Collects the graph; every method adds operators and returns the name of what they make."""
+class _Builder(Operators):
+    """Collects the graph."""
 
     spec: DecoderSpec
     tensor_types: Mapping[str, str]
-    how: GraphBuild
-    nodes: list[Node] = field(default_factory=list)
-    constants: dict[str, Constant] = field(default_factory=dict)
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
     rotations: dict[Rope, tuple[str, str, str]] = field(
         default_factory=dict
     )  # indices, cosine, sine
-    query_growth: str = ""  # (batch, tokens, 1): what multiplies the queries of each token
+    query_growths: dict[QueryGrowth, str] = field(
+        default_factory=dict
+    )  # (batch, tokens, 1): what multiplies the queries of each token
     input_ids: str = ""  # int64 (batch, tokens): each row from its first token on
     position_ids: str = ""  # the same
+    recurrence: Recurrence = field(init=False)  # where there are states
+    layer_inputs: str = ""  # float32 (batch, tokens, layers, width): what each has an embedding for
+    new_tokens: dict[int, tuple[str, str]] = field(
+        default_factory=dict
+    )  # keys and values, by layer
     rows_back: str = ""  # int64 (batch, tokens): where each token of the input went, of all rows
     last_tokens: str = ""  # int32 (batch,): the index of each row's last token
     all_tokens: str = ""  # int32: how many tokens there are, cached ones included
     batch_and_tokens: str = ""  # int64 (2,): of what is computed at present
     shapes: dict[int, str] = field(default_factory=dict)  # batch, tokens and columns, by the last
-
-    def op(
-        self,
-        op: str,
-        *inputs: str,
-        domain: str = "",
-        outputs: tuple[str, ...] = (),
-        **attributes: Attribute,
-    ) -> str:
-        outputs = outputs or (f"{op}_{len(self.nodes)}",)
-        self.nodes.append(
-            Node(op=op, inputs=inputs, outputs=outputs, domain=domain, attributes=attributes)
-        )
-        return outputs[0]
-
-    def constant(self, *values: float, dtype: Dtype = "int64", is_scalar: bool = False) -> str:
-        shape = () if is_scalar else (len(values),)
-        name = "_".join((dtype, *map(str, values), *("scalar",) * is_scalar))
-        self.constants[name] = Constant(name=name, dtype=dtype, shape=shape, values=values)
-        return name
-
-    def scalar(self, value: float, *, dtype: Dtype = "float32") -> str:
-        return self.constant(value, dtype=dtype, is_scalar=True)
-
-    def narrowed(self, x: str) -> str:
-        """Return what products take; what is added up over all layers may outgrow float16."""
-        return self.op("Cast", x, to=_FLOAT16) if self.how.is_half else x
-
-    def widened(self, x: str) -> str:
-        """Return in float32 what a product gave."""
-        return self.op("Cast", x, to=_FLOAT32) if self.how.is_half else x
 
     def read_inputs(self) -> None:
         self._name_inputs()
@@ -156,22 +145,23 @@ class _Builder:
         self._begin(self.input_ids)
         ones = self.op("ReduceSum", "attention_mask", self.constant(1), keepdims=0)
         last = self.op("Sub", ones, self.scalar(1, dtype="int64"))
-        self.last_tokens = self.op("Cast", last, to=_INT32)
+        self.last_tokens = self.op("Cast", last, to=INT32)
         total = self.op("Shape", "attention_mask", start=1, end=2)
         total = self.op("Squeeze", total)
-        self.all_tokens = self.op("Cast", total, to=_INT32)
+        self.all_tokens = self.op("Cast", total, to=INT32)
         for number, rope in enumerate(ropes(self.spec)):
             self.rotations[rope] = self._rotation(rope, self._frequencies(number, rope, total))
-        growth = self.spec.attention.query_growth
-        if growth:
-            self.query_growth = self._growth(growth)
+        for _, _, attention in self.spec.attentions():
+            growth = attention.query_growth
+            if growth and growth not in self.query_growths:
+                self.query_growths[growth] = self._growth(growth)
 
     def _turn_rows(self) -> None:
         """Let each row begin with its first token, wherever the mask says that this is."""
         zero, one = self.scalar(0, dtype="int64"), self.scalar(1, dtype="int64")
         count = self.op("Shape", "input_ids", start=1, end=2)
         mask = self.op(
-            "Slice", "attention_mask", self.op("Neg", count), self.constant(_TO_THE_END),
+            "Slice", "attention_mask", self.op("Neg", count), self.constant(TO_THE_END),
             self.constant(1),
         )  # fmt: skip
         filled = self.op("ArgMax", mask, axis=1, keepdims=1)  # the first of the ones
@@ -179,23 +169,34 @@ class _Builder:
         steps = self.op("Range", zero, columns, one)
         turned = self.op("Mod", self.op("Add", steps, filled), count)
         self.input_ids = self.op("GatherElements", "input_ids", turned, axis=1)
-        self.position_ids = self.op("GatherElements", "position_ids", turned, axis=1)
+        if self.spec.has_states:
+            self._count_tokens(mask, turned, steps)
+        else:
+            self.position_ids = self.op("GatherElements", "position_ids", turned, axis=1)
         firsts = self.op("Range", zero, self.op("Size", "input_ids"), columns)
         back = self.op("Mod", self.op("Sub", steps, filled), count)
         self.rows_back = self.op("Add", back, self.op("Unsqueeze", firsts, self.constant(1)))
 
+    def _count_tokens(self, mask: str, turned: str, steps: str) -> None:
+        """Tell tokens from what is none, and number them."""
+        axis, turned_mask = self.constant(1), self.op("GatherElements", mask, turned, axis=1)
+        counts = self.op("ReduceSum", mask, axis, keepdims=1)
+        marks = self.op("Unsqueeze", self.op("Cast", turned_mask, to=FLOAT32), self.constant(-1))
+        self.recurrence = Recurrence(graph=self, counts=counts, marks=marks)
+        read = self.op("Sub", self.op("ReduceSum", "attention_mask", axis, keepdims=1), counts)
+        self.position_ids = self.op("Add", read, steps)
+
     def _name_inputs(self) -> None:
         """Declare inputs with Optimum's names, of sizes too: transformers.js reads those."""
-        for name, tokens in (
-            ("input_ids", "sequence_length"),
-            ("attention_mask", "total_sequence_length"),
-            ("position_ids", "sequence_length"),
-        ):
+        for name, tokens in text_inputs(self.spec).items():
             self.inputs.append(Port(name=name, dtype="int64", shape=("batch_size", tokens)))
-        a, width = self.spec.attention, cache_width(self.spec)
-        for index in range(len(self.spec.layers)):
+        for index, state, sizes in self.spec.states():
+            for of, ports in (("past", self.inputs), ("present", self.outputs)):
+                name = state_name(index, state, of=of)
+                ports.append(Port(name=name, dtype="float32", shape=("batch_size", *sizes)))
+        for index, _, a in self.spec.caches():
             for part in ("key", "value"):
-                shape = ("batch_size", a.num_kv_heads, "past_sequence_length", width)
+                shape = ("batch_size", a.num_kv_heads, "past_sequence_length", cache_width(a))
                 name = cache_name(index, part)
                 self.inputs.append(Port(name=name, dtype=self.how.arithmetic, shape=shape))
         self._optional_input(FIRST_LOGIT)
@@ -217,7 +218,7 @@ class _Builder:
 
     def _rotation(self, rope: Rope, frequencies: str) -> tuple[str, str, str]:
         """Return a row of cosines and of sines for every token, and the index of its row."""
-        positions = self.op("Cast", self.position_ids, to=_FLOAT32)
+        positions = self.op("Cast", self.position_ids, to=FLOAT32)
         column = self.op("Reshape", positions, self.constant(-1, 1))
         angles = self.op("Mul", column, frequencies)
         waves = self._waves(angles)
@@ -233,7 +234,7 @@ class _Builder:
 
     def _growth(self, growth: QueryGrowth) -> str:
         """Return what multiplies queries; half a token more, lest rounding choose the step."""
-        positions = self.op("Cast", self.position_ids, to=_FLOAT32)
+        positions = self.op("Cast", self.position_ids, to=FLOAT32)
         positions = self.op("Add", positions, self.scalar(0.5))
         steps = self.op("Floor", self.op("Mul", positions, self.scalar(1 / growth.step_tokens)))
         one = self.scalar(1)
@@ -276,31 +277,54 @@ class _Builder:
         return name
 
     def embed(self) -> str:
-        x = self._rows("token_embedding", self.input_ids)
+        role = "token_embedding"
+        x = self._rows(role, self.input_ids, tables=[role])
         if self.spec.embedding_scale != 1:
             x = self.op("Mul", x, self.scalar(self.spec.embedding_scale))
         return x
 
-    def _rows(self, role: str, ids: str) -> str:
+    def embed_layers(self, x: str, own: LayerEmbedding) -> None:
+        """Make what every layer is given of its own embedding; ``x`` is the usual one."""
+        spec, role, shape = self.spec, "layer_embedding", (len(self.spec.layers), own.width)
+        by_layer = self.constant(0, 0, *shape)
+        seen = self._multiply_sum(f"{role}_projection", x, math.prod(shape), spec.hidden_size)
+        seen = self.op("Mul", seen, self.scalar(own.projection_scale))
+        seen = self.op("Reshape", seen, by_layer)
+        seen = self._normalize(spec.norm, f"{role}_norm", seen)
+        tables = tensor_types.tables(
+            role, (own.vocab_size, math.prod(shape)), self.tensor_types[role],
+            part_columns=own.width,
+        )  # fmt: skip
+        looked_up = self._rows(role, self.input_ids, tables=tables)
+        looked_up = self.op("Mul", looked_up, self.scalar(own.scale))
+        both = self.op("Add", seen, self.op("Reshape", looked_up, by_layer))
+        self.layer_inputs = self.op("Mul", both, self.scalar(own.sum_scale))
+
+    def _gather(self, tables: Iterable[str], ids: str, *, part: str = "") -> str:
+        """Return the same rows of all tables, side by side, of one of their tensors."""
+        found = [self.op("Gather", table + part, ids) for table in tables]
+        return found[0] if len(found) == 1 else self.op("Concat", *found, axis=2)
+
+    def _rows(self, role: str, ids: str, *, tables: Collection[str]) -> str:
         """Return rows of a matrix in float32, and leave the others as they are stored."""
-        rows, stored = self.op("Gather", role, ids), self.tensor_types[role]
+        rows, stored = self._gather(tables, ids), self.tensor_types[role]
         if stored in tensor_types.FLOATS:
             return self._exact(rows, tensor_types.FLOATS[stored])
         blocks = tensor_types.BLOCKS[stored]
         # (batch, tokens, blocks, bytes) -> (batch, tokens, blocks, codes)
         codes = self._codes(rows, blocks.bits, self.constant(0, 0, -1, blocks.weights))
         if blocks.implied_zero is None:
-            packed = self.op("Gather", role + tensor_types.ZERO_POINTS, ids)
+            packed = self._gather(tables, ids, part=tensor_types.ZERO_POINTS)
             zeros = self._codes(packed, blocks.bits, self.constant(0, 0, -1, 1))
         else:
             zeros = self.scalar(blocks.implied_zero)
-        scales = self._exact(self.op("Gather", role + tensor_types.SCALES, ids), blocks.scales)
+        scales = self._exact(self._gather(tables, ids, part=tensor_types.SCALES), blocks.scales)
         scales = self.op("Unsqueeze", scales, self.constant(-1))
         values = self.op("Mul", self.op("Sub", codes, zeros), scales)
         return self.op("Reshape", values, self.constant(0, 0, -1))
 
     def _exact(self, x: str, dtype: Dtype) -> str:
-        return x if dtype == "float32" else self.op("Cast", x, to=_FLOAT32)
+        return x if dtype == "float32" else self.op("Cast", x, to=FLOAT32)
 
     def _codes(self, packed: str, bits: int, shape: str) -> str:
         """Return codes as float32; of two in a byte, the first is in its lower half."""
@@ -310,19 +334,30 @@ class _Builder:
             high = self.op("BitShift", packed, self.scalar(4, dtype="uint8"), direction="RIGHT")
             halves = (self.op("Unsqueeze", half, axis) for half in (low, high))
             packed = self.op("Concat", *halves, axis=-1)
-        return self.op("Cast", self.op("Reshape", packed, shape), to=_FLOAT32)
+        return self.op("Cast", self.op("Reshape", packed, shape), to=FLOAT32)
 
-    def apply_layer(self, x: str, index: int, layer: Layer) -> str:
+    def apply_layer(self, x: str, index: int) -> str:
         prefix = f"layers.{index}."
         read = self._read(prefix + "attention_norm", x)
-        attended = self._added(prefix + "attention_post_norm", self._attend(read, index, layer))
+        mixed = self._added(prefix + "attention_post_norm", self._mix(read, index))
         if self.spec.residual == "parallel":
-            changed = self._added(prefix + "mlp_post_norm", self._apply_mlp(prefix, read))
-            return self.op("Add", self.op("Add", x, attended), changed)
-        x = self.op("Add", x, attended)
+            changed = self._added(prefix + "mlp_post_norm", self._apply_mlp(prefix, read, index))
+            return self.op("Add", self.op("Add", x, mixed), changed)
+        x = self.op("Add", x, mixed)
         read = self._read(prefix + "mlp_norm", x)
-        changed = self._added(prefix + "mlp_post_norm", self._apply_mlp(prefix, read))
+        changed = self._added(prefix + "mlp_post_norm", self._apply_mlp(prefix, read, index))
         return self.op("Add", x, changed)
+
+    def end_layer(self, x: str, index: int) -> str:
+        """Add what the layer's own embedding brings and scale the sum, in decoders that do."""
+        spec, prefix = self.spec, f"layers.{index}."
+        if own := spec.layer_embedding:
+            gate = self._multiply_sum(f"{prefix}layer_gate", x, own.width, spec.hidden_size)
+            given = self.op("Gather", self.layer_inputs, self.scalar(index, dtype="int64"), axis=2)
+            given = self.op("Mul", self._activate(prefix, gate), given)
+            added = self._multiply_sum(f"{prefix}layer_output", given, spec.hidden_size, own.width)
+            x = self.op("Add", x, self._normalize(spec.norm, f"{prefix}layer_norm", added))
+        return self.op("Mul", x, f"{prefix}layer_scale") if spec.has_layer_scales else x
 
     def _read(self, role: str, x: str) -> str:
         """Return what attention or the MLP reads of the sum over all layers."""
@@ -337,7 +372,7 @@ class _Builder:
 
     def make_logits(self, x: str) -> str:
         spec = self.spec
-        wanted = (FIRST_LOGIT, self.constant(_TO_THE_END), self.constant(1))
+        wanted = (FIRST_LOGIT, self.constant(TO_THE_END), self.constant(1))
         rows = self.op("Slice", self.rows_back, *wanted)
         x = self.op("Reshape", x, self.constant(-1, spec.hidden_size))
         x = self.op("Gather", x, rows)
@@ -371,12 +406,39 @@ class _Builder:
             return self.op("LayerNormalization", *ins, axis=-1, epsilon=epsilon)
         x = self.op(
             "SimplifiedLayerNormalization", x, weight or role,
-            axis=-1, epsilon=epsilon, stash_type=_FLOAT32,
+            axis=-1, epsilon=epsilon, stash_type=FLOAT32,
         )  # fmt: skip
         return self.op("Add", x, *bias) if bias else x
 
-    def _normalize_heads(self, role: str, x: str, heads: int) -> str:
-        a = self.spec.attention
+    def _mix(self, x: str, index: int) -> str:
+        mixer = self.spec.mixer(index)
+        match mixer:
+            case Attention():
+                return self._attend(x, index, mixer)
+            case ShortConv():
+                return self._convolve(x, index, mixer)
+            case DeltaNet():
+                return self._apply_delta(x, index, mixer)
+
+    def _convolve(self, x: str, index: int, mixer: ShortConv) -> str:
+        prefix, hidden, has_bias = f"layers.{index}.", self.spec.hidden_size, mixer.has_bias
+        made = self.widened(self._project(prefix + "conv_in", x, 3 * hidden, hidden, has_bias))
+        mixed = self.narrowed(self.recurrence.short_conv(made, index, mixer, hidden))
+        return self._project(prefix + "conv_output", mixed, hidden, hidden, has_bias)
+
+    def _apply_delta(self, x: str, index: int, mixer: DeltaNet) -> str:
+        prefix, hidden, heads = f"layers.{index}.delta_", self.spec.hidden_size, mixer.value_heads
+        made = {
+            name: self.widened(self._multiply(prefix + name, x, count, hidden))
+            for name, count in (("qkv", mixer.channels), ("gate", mixer.value_width))
+        } | {
+            name: self.widened(self._multiply_few(prefix + name, x, heads, hidden))
+            for name in ("beta", "alpha")
+        }
+        mixed = self.recurrence.delta_net(DeltaInputs(**made), index, mixer)
+        return self._multiply(prefix + "output", self.narrowed(mixed), hidden, mixer.value_width)
+
+    def _normalize_heads(self, role: str, x: str, a: Attention, heads: int) -> str:
         norm, width = a.query_key_norm, a.head_dim
         if norm is None:
             return x
@@ -384,37 +446,93 @@ class _Builder:
             return self.narrowed(self._normalize(norm, role, self.widened(x)))
         x = self.op("Reshape", self.widened(x), self.constant(0, 0, heads, width))
         if a.head_norms == "apart":  # a row of weights for each head, which the operator cannot
-            ones = self.constant(*(1,) * width, dtype="float32")
             plain = Norm(kind=norm.kind, epsilon=norm.epsilon)
-            x = self.op("Mul", self._normalize(plain, role, x, weight=ones), role)
+            x = self.op("Mul", self._normalize(plain, role, x, weight=self._ones(width)), role)
             x = self.op("Add", x, f"{role}_bias") if norm.has_bias else x
         else:
             x = self._normalize(norm, role, x)
         return self.narrowed(self.op("Reshape", x, self.constant(0, 0, heads * width)))
 
-    def _attend(self, x: str, index: int, layer: Layer) -> str:
-        a, prefix, hidden = self.spec.attention, f"layers.{index}.", self.spec.hidden_size
-        query = self._project(prefix + "query", x, a.query_width, hidden, a.has_qkv_bias)
-        key = self._project(prefix + "key", x, a.key_value_width, hidden, a.has_qkv_bias)
-        value = self._project(prefix + "value", x, a.key_value_width, hidden, a.has_qkv_bias)
-        if not a.normalizes_after_rope:
-            query, key = self._normalize_both(prefix, query, key)
-        if layer.rope:
-            query = self._rotate(layer.rope, query, a.heads)
-            key = self._rotate(layer.rope, key, a.num_kv_heads)
-        if a.normalizes_after_rope:
-            query, key = self._normalize_both(prefix, query, key)
-        if self.query_growth:
-            query = self.op("Mul", query, self.query_growth)
-        mixed = self._mix(query, key, value, index, layer)
+    def _ones(self, width: int) -> str:
+        return self.constant(*(1,) * width, dtype="float32")
+
+    def _attend(self, x: str, index: int, a: Attention) -> str:
+        prefix, hidden = f"layers.{index}.", self.spec.hidden_size
+        query = self._project(prefix + "query", x, a.query_rows, hidden, a.has_qkv_bias)
+        query, gate = self._without_gate(query, index, a)
+        made, value = {"query": query}, ""
+        if a.has_cache:
+            made["key"], value = self._keys_and_values(prefix, x, a)
+        made = self._position(made, index, a)
+        query = made["query"]
+        if a.query_growth:
+            query = self.op("Mul", query, self.query_growths[a.query_growth])
+        query = self._widen(query, a, a.heads)
+        if a.has_cache:
+            new = (self._widen(part, a, a.num_kv_heads) for part in (made["key"], value))
+            self.new_tokens[index] = next(new), next(new)
+        mixed = self._weigh(query, index, a)
+        if gate:
+            mixed = self.op("Mul", mixed, self.op("Sigmoid", gate))
+        if a.has_head_gate:
+            mixed = self._gate_heads(
+                mixed, self._multiply(prefix + "head_gate", x, a.heads, hidden), a
+            )
         return self._project(
             prefix + "attention_output", mixed, hidden, a.query_width, a.has_output_bias
         )
 
-    def _normalize_both(self, prefix: str, query: str, key: str) -> tuple[str, str]:
-        a = self.spec.attention
-        query = self._normalize_heads(prefix + "query_norm", query, a.heads)
-        return query, self._normalize_heads(prefix + "key_norm", key, a.num_kv_heads)
+    def _without_gate(self, query: str, index: int, a: Attention) -> tuple[str, str]:
+        """Return queries, and the gates that stand behind each head's; none: no name."""
+        if not a.has_output_gate:
+            return query, ""
+        heads = self.op("Reshape", query, self.constant(0, 0, a.heads, 2 * a.head_dim))
+        parts = (f"query_{index}", f"gate_{index}")
+        self.op("Split", heads, self.constant(a.head_dim, a.head_dim), outputs=parts, axis=-1)
+        flat = self.constant(0, 0, a.query_width)
+        query, gate = (self.op("Reshape", part, flat) for part in parts)
+        return query, gate
+
+    def _gate_heads(self, mixed: str, gate: str, a: Attention) -> str:
+        """Multiply what each head has mixed with one sigmoid."""
+        gate = self.op("Unsqueeze", self.op("Sigmoid", gate), self.constant(-1))
+        heads = self.op("Reshape", mixed, self.constant(0, 0, a.heads, a.head_dim))
+        return self.op("Reshape", self.op("Mul", heads, gate), self.constant(0, 0, a.query_width))
+
+    def _keys_and_values(self, prefix: str, x: str, a: Attention) -> tuple[str, str]:
+        """Return keys before their norm and rope, and values."""
+        made = [
+            self._project(
+                prefix + role, x, a.key_value_width, self.spec.hidden_size, a.has_qkv_bias
+            )
+            for role in (("key",) if a.values_are_keys else ("key", "value"))
+        ]
+        key, value = made[0], made[-1]
+        if a.value_norm_epsilon is not None:
+            norm = Norm(kind="rms", epsilon=a.value_norm_epsilon)
+            by_head = self.constant(0, 0, a.num_kv_heads, a.head_dim)
+            value = self.op("Reshape", self.widened(value), by_head)
+            value = self._normalize(norm, "", value, weight=self._ones(a.head_dim))
+            value = self.op("Reshape", value, self.constant(0, 0, a.key_value_width))
+            value = self.narrowed(value)
+        return key, value
+
+    def _position(self, made: dict[str, str], index: int, a: Attention) -> dict[str, str]:
+        """Normalize and rotate queries, and keys where the layer makes some."""
+        heads = {"query": a.heads, "key": a.num_kv_heads}
+        rope = self.spec.layers[index].rope
+
+        def normalized() -> dict[str, str]:
+            return {
+                part: self._normalize_heads(f"layers.{index}.{part}_norm", x, a, heads[part])
+                for part, x in made.items()
+            }
+
+        if not a.normalizes_after_rope:
+            made = normalized()
+        if rope:
+            made = {part: self._rotate(rope, x, heads[part]) for part, x in made.items()}
+        return normalized() if a.normalizes_after_rope else made
 
     def _rotate(self, rope: Rope, x: str, heads: int) -> str:
         indices, cosine, sine = self.rotations[rope]
@@ -423,50 +541,52 @@ class _Builder:
             domain=CONTRIB, num_heads=heads, rotary_embedding_dim=rope.width,
         )  # fmt: skip
 
-    def _mix(self, query: str, key: str, value: str, index: int, layer: Layer) -> str:
-        a, width, parts = self.spec.attention, cache_width(self.spec), ("key", "value")
-        query = self._widen(query, a.heads)
-        key, value = (self._widen(x, a.num_kv_heads) for x in (key, value))
-        for part in parts:
-            shape = ("batch_size", a.num_kv_heads, "present_sequence_length", width)
-            name = cache_name(index, part, of="present")
-            self.outputs.append(Port(name=name, dtype=self.how.arithmetic, shape=shape))
+    def _weigh(self, query: str, index: int, a: Attention) -> str:
+        """Mix values by how queries meet keys: the layer's own, or those an earlier one made.
+
+        The operator returns both with the new ones in place. A later layer has no use for them:
+        ONNX Runtime makes keys and values a choice since 1.27 and what it returns since 1.31, and
+        to copy them costs a quarter of the operator.
+        """
+        parts, source = ("key", "value"), index if a.cache_of is None else a.cache_of
+        present = [cache_name(index, part, of="present") for part in parts]
+        if a.has_cache:
+            shape = ("batch_size", a.num_kv_heads, "present_sequence_length", cache_width(a))
+            self.outputs += [Port(name=x, dtype=self.how.arithmetic, shape=shape) for x in present]
         mixed = self.op(
-            "GroupQueryAttention", query, key, value,
-            *(cache_name(index, part) for part in parts), self.last_tokens, self.all_tokens,
+            "GroupQueryAttention", query, *self.new_tokens[source],
+            *(cache_name(source, part) for part in parts), self.last_tokens, self.all_tokens,
             domain=CONTRIB,
-            outputs=(
-                f"mixed_{index}", *(cache_name(index, part, of="present") for part in parts)
-            ),
+            outputs=(f"mixed_{index}", *present),
             num_heads=a.heads,
             kv_num_heads=a.num_kv_heads,
             scale=float(a.softmax_scale),
             softcap=float(a.attn_logit_softcap or 0),
-            local_window_size=layer.window_tokens or -1,
+            local_window_size=self.spec.layers[index].window_tokens or -1,
         )  # fmt: skip
-        return self._narrow(mixed)
+        return self._narrow(mixed, a)
 
-    def _widen(self, x: str, heads: int) -> str:
+    def _widen(self, x: str, a: Attention, heads: int) -> str:
         """Put zeros behind every head, which change no score and no sum."""
-        width, wide = self.spec.attention.head_dim, cache_width(self.spec)
+        width, wide = a.head_dim, cache_width(a)
         if width == wide:
             return x
         x = self.op("Reshape", x, self.constant(0, 0, heads, width))
         ends = self.constant(0, 0, 0, 0, 0, 0, 0, wide - width)
         return self.op("Reshape", self.op("Pad", x, ends), self.constant(0, 0, heads * wide))
 
-    def _narrow(self, x: str) -> str:
+    def _narrow(self, x: str, a: Attention) -> str:
         """Undo `_widen` for what was mixed."""
-        a, wide = self.spec.attention, cache_width(self.spec)
+        wide = cache_width(a)
         if a.head_dim == wide:
             return x
         x = self.op("Reshape", x, self.constant(0, 0, a.heads, wide))
         ends = (self.constant(0), self.constant(a.head_dim), self.constant(-1))
         return self.op("Reshape", self.op("Slice", x, *ends), self.constant(0, 0, a.query_width))
 
-    def _apply_mlp(self, prefix: str, x: str) -> str:
-        spec = self.spec
-        wide, narrow, has_bias = spec.intermediate_size, spec.hidden_size, spec.has_mlp_bias
+    def _apply_mlp(self, prefix: str, x: str, index: int) -> str:
+        spec, wide = self.spec, self.spec.mlp(index).intermediate_size
+        narrow, has_bias = spec.hidden_size, spec.has_mlp_bias
         if spec.is_gated:
             gate = self._project(prefix + "gate", x, wide, narrow, has_bias)
             up = self._project(prefix + "up", x, wide, narrow, has_bias)
@@ -519,6 +639,15 @@ class _Builder:
             accuracy_level=self.how.accuracy_level,
         )  # fmt: skip
 
+    def _multiply_sum(self, role: str, x: str, rows: int, columns: int) -> str:
+        """Return a product in float32 of what no norm has bounded, and may outgrow float16."""
+        if not self.how.is_half:
+            return self._multiply(role, x, rows, columns)
+        largest = self.op("ReduceMax", self.op("Abs", x), self.constant(-1), keepdims=1)
+        largest = self.op("Add", largest, self.scalar(_SMALLEST))  # of nothing but zeros
+        share = self.narrowed(self.op("Div", x, largest))
+        return self.op("Mul", self.widened(self._multiply(role, share, rows, columns)), largest)
+
     def _multiply_unquantized(self, role: str, x: str, rows: int, columns: int) -> str:
         """Multiply as CPUs do with the least memory, or, in half precision, as WebGPU can."""
         weight = self._as_factor(role)
@@ -526,6 +655,12 @@ class _Builder:
             return self.op("FusedMatMul", x, weight, domain=CONTRIB, transB=1)
         flat = self.op("Reshape", x, self.constant(-1, columns))
         return self.op("Reshape", self.op("Gemm", flat, weight, transB=1), self._shape(rows))
+
+    def _multiply_few(self, role: str, x: str, rows: int, columns: int) -> str:
+        """Multiply so that WebGPU can: with few rows, which are turned and held twice at load."""
+        if self.tensor_types[role] not in tensor_types.FLOATS:
+            return self._multiply(role, x, rows, columns)
+        return self.op("MatMul", x, self.op("Transpose", self._as_factor(role), perm=(1, 0)))
 
     def _begin(self, x: str) -> None:
         """Take batch and tokens of ``x`` for those of all that follows."""
@@ -544,4 +679,4 @@ class _Builder:
         """Return a weight in the precision of products; the runtime converts it once, at load."""
         if tensor_types.FLOATS[self.tensor_types[role]] == self.how.arithmetic:
             return role
-        return self.op("Cast", role, to=_FLOAT16 if self.how.is_half else _FLOAT32)
+        return self.op("Cast", role, to=FLOAT16 if self.how.is_half else FLOAT32)

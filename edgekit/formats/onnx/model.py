@@ -22,7 +22,7 @@ from edgekit.model.shapes import Shape
 
 
 Dtype = Literal["float32", "float16", "uint8", "int32", "int64"]
-Attribute = int | float | str
+Attribute = int | float | str | tuple[int, ...]
 
 # TensorProto.DataType, and the bytes of one item.
 _NUMBERS: Mapping[Dtype, int] = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7, "float16": 10}
@@ -73,6 +73,8 @@ def _attribute(name: str, value: Attribute) -> bytes:
             return text(1, name) + real(2, value) + integer(20, 1)
         case str():
             return text(1, name) + text(4, value) + integer(20, 3)
+        case tuple():
+            return text(1, name) + b"".join(integer(8, item) for item in value) + integer(20, 7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +209,16 @@ def read(path: Path) -> list[External]:
             hint="copy it again; edgekit opens no model that another program made or changed",
         )
     return found
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """Return the entries of a model file's metadata.
+
+    Raises:
+        BundleError: If the file is damaged.
+    """
+    whole = ProtobufMessage.whole(_read_bytes(path), origin=str(path))
+    return {entry.text(1): entry.text(2) for entry in whole.messages(14)}
 
 
 def _read_bytes(path: Path) -> bytes:

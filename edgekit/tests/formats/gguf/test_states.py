@@ -248,13 +248,6 @@ FINER = {
     "gemma4": {"per_layer_model_proj.weight": "F16"},
 }
 
-DEEP: dict[str, dict[str, Any]] = {  # so that a layer and its place among those alike differ
-    "lfm2": {"num_hidden_layers": 8, "layer_types": [
-        "conv", "full_attention", *["conv", "full_attention", "full_attention"] * 2]},
-    "qwen3.5": {"num_hidden_layers": 8, "layer_types": None},
-    "gemma4": {},
-}  # fmt: skip
-
 
 @pytest.mark.parametrize(("name", "recipe"), [
     ("lfm2", "Q4_K_M"), ("lfm2", "Q3_K_M"), ("qwen3.5", "Q5_K_M"), ("gemma4", "Q4_K_M"),
@@ -263,7 +256,13 @@ def test_mixtures_are_those_of_llama_quantize_but_for_what_stays_fine(name, reci
     """A layer counts among those that have such a weight, as it does there."""
     import llama_cpp
 
-    made = make(tmp_path, name, **WIDE[name], **DEEP[name])
+    of_kinds: dict[str, dict[str, Any]] = {
+        "lfm2": {"num_hidden_layers": 8, "layer_types": [
+            "conv", "full_attention", *["conv", "full_attention", "full_attention"] * 2]},
+        "qwen3.5": {"num_hidden_layers": 8, "layer_types": None},
+        "gemma4": {},
+    }  # fmt: skip
+    made = make(tmp_path, name, **WIDE[name], **of_kinds[name])
     theirs = quantize_with_llama_cpp(llama_cpp, made.path, tmp_path / "theirs.gguf", recipe)
     ours = tmp_path / "ours"
     ours.mkdir()

@@ -41,7 +41,11 @@ READ_OTHERWISE = {
 }
 # Types that clients know for what they are, and of those that are Llamas to them some whose graphs
 # have operators of their own. ONNX Runtime GenAI and transformers.js opened all kinds once.
-LLAMAS = ("apertus", "exaone4-windows", "granite4", "hunyuan", "ministral3", "olmo2", "phi")
+LLAMAS = (
+    "apertus", "exaone4-windows", "gemma4", "gemma4-31b", "granite4", "hunyuan", "ministral3",
+    "olmo2", "phi",
+)  # fmt: skip
+HYBRIDS = [name for name, case in TINY.items() if case.model_type in {"lfm2", "qwen3_5_text"}]
 KINDS = [
     name for name, case in TINY.items() if case.model_type in clients._KNOWN_TYPES or name in LLAMAS
 ]
@@ -238,6 +242,39 @@ def test_onnx_runtime_genai_writes_the_same_answer(name, recipe, genai, checkpoi
 
 
 @pytest.mark.toolchain
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_onnx_runtime_genai_goes_on_over_states_turn_by_turn(name, genai, checkpoints, tmp_path):
+    """And begins anew with every generator, though nothing masks what a state holds.
+
+    What ends an answer is no part of its cache: the next prompt brings it.
+    """
+    path, text = export(opened(checkpoints, name), tmp_path)
+    config = json.loads((tmp_path / "genai_config.json").read_text())
+    stops = list(range(3, config["model"]["vocab_size"], 8))  # answers must end by themselves
+    config["model"]["eos_token_id"] = stops
+    (tmp_path / "genai_config.json").write_text(json.dumps(config))
+    model, session = genai.Model(str(tmp_path)), running.load(path, context_tokens=CONTEXT_TOKENS)
+    for first in (PROMPT, QUESTION):
+        settings = genai.GeneratorParams(model)
+        settings.set_search_options(max_length=CONTEXT_TOKENS)
+        generator, ids, prompt = genai.Generator(model, settings), [], text.encode(first)
+        for turn in (" And then?", " Why", "."):
+            generator.append_tokens(np.array([prompt], np.int32))
+            while not generator.is_done():
+                generator.generate_next_token()
+            session.reset()
+            ids += prompt
+            for id in generate(session, ids, max_tokens=60, stop_ids=(), sampling=Sampling()):
+                prompt = [id, *text.encode(turn, adds_bos=False)]
+                if id in stops:
+                    break
+                ids = [*ids, id]
+            assert prompt[0] in stops
+            assert generator.get_sequence(0).tolist() == ids
+    session.close()
+
+
+@pytest.mark.toolchain
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_onnx_runtime_genai_stops_at_every_stop_id(place, genai, checkpoints, tmp_path):
     path, text = export(opened(checkpoints, "llama3-rope-tied"), tmp_path)
@@ -414,8 +451,9 @@ def positions_of(mask):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     ("name", "longest"),
-    [("llama", 40), ("odd-head-width", 40), ("gemma2", 40), ("phi4-mini", 40),
-     ("exaone4-windows", 40), ("ministral3", 90)],
+    [("llama", 40), ("odd-head-width", 40), ("gemma2", 40), ("gemma4", 40), ("phi4-mini", 40),
+     ("exaone4-windows", 40), ("ministral3", 90), ("lfm2-five-taps", 40), ("lfm2-bias", 40),
+     ("qwen3.5", 40), ("qwen3.5-pattern", 40)],
 )  # fmt: skip
 def test_each_text_of_a_batch_is_read_as_alone_wherever_it_is_filled_up(
     name, longest, side, checkpoints, tmp_path
@@ -434,14 +472,16 @@ def test_each_text_of_a_batch_is_read_as_alone_wherever_it_is_filled_up(
     begun = [text[:-3] for text in texts]
     ids, mask = padded(begun, side=side)
     cache = {
-        port.name: np.zeros((3, port.shape[1], 0, port.shape[3]), np.float32)
-        for port in graph.get_inputs()[3:] if port.name.startswith("past_")
+        port.name: np.zeros([3, *(0 if isinstance(size, str) else size for size in port.shape[1:])],
+                            np.float32)
+        for port in graph.get_inputs() if port.name.startswith("past_")
     }  # fmt: skip
+    positions = {"position_ids"} & {port.name for port in graph.get_inputs()}
     for left in (3, 2, 1, 0):
-        logits, *present = graph.run(None, cache | {
-            "input_ids": ids, "attention_mask": mask,
-            "position_ids": positions_of(mask)[:, -ids.shape[1] :],
-        })  # fmt: skip
+        given = {name: positions_of(mask)[:, -ids.shape[1] :] for name in positions}
+        logits, *present = graph.run(
+            None, cache | given | {"input_ids": ids, "attention_mask": mask}
+        )
         cache = dict(zip(cache, present, strict=True))
         for row, rows in enumerate(expected):
             said = logits[row][mask[row, -ids.shape[1] :] == 1]

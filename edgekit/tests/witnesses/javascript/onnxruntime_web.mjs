@@ -53,7 +53,10 @@ async function logits(session, texts, first) {
   let cache = emptyCache(session);
   const rows = [];
   for (const ids of texts) {
-    const outputs = await session.run({ ...feeds(ids, rows.length, first), ...cache });
+    const known = Object.entries(feeds(ids, rows.length, first)).filter(([name]) =>
+      session.inputNames.includes(name),
+    );
+    const outputs = await session.run({ ...Object.fromEntries(known), ...cache });
     rows.push(...splitRows(outputs.logits).map(toBase64));
     cache = nextCache(outputs);
   }
@@ -61,12 +64,16 @@ async function logits(session, texts, first) {
 }
 
 function emptyCache(session) {
-  const past = session.inputMetadata.filter(({ name }) => name.startsWith("past_key_values."));
-  const empty = ({ name, type, shape: [, heads, , width] }) => [
-    name,
-    new ort.Tensor(type, type === "float16" ? new Uint16Array() : [], [1, heads, 0, width]),
-  ];
-  return Object.fromEntries(past.map(empty));
+  const past = session.inputMetadata.filter(({ name }) => name.startsWith("past_"));
+  return Object.fromEntries(past.map(({ name, type, shape }) => [name, zeros(type, shape)]));
+}
+
+/** States are zeros at first; of keys and values there are none. */
+function zeros(type, [, ...shape]) {
+  const sizes = [1, ...shape.map((size) => (typeof size === "string" ? 0 : size))];
+  const count = sizes.reduce((product, size) => product * size);
+  const values = type === "float16" ? new Uint16Array(count) : new Float32Array(count);
+  return new ort.Tensor(type, values, sizes);
 }
 
 function feeds(ids, read, first) {
@@ -86,8 +93,10 @@ function splitRows({ data, dims: [, rows, width] }) {
 }
 
 function nextCache(outputs) {
-  const present = Object.entries(outputs).filter(([name]) => name.startsWith("present."));
-  return Object.fromEntries(
-    present.map(([name, tensor]) => [name.replace("present", "past_key_values"), tensor]),
-  );
+  const present = Object.entries(outputs).filter(([name]) => name.startsWith("present"));
+  return Object.fromEntries(present.map(([name, tensor]) => [pastName(name), tensor]));
+}
+
+function pastName(present) {
+  return present.replace("present.", "past_key_values.").replace("present_", "past_");
 }
