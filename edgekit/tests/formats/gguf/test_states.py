@@ -6,6 +6,7 @@ And what is rounded of the decoders that have one: LFM2, Qwen 3.5, and Gemma 4 w
 import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ np = pytest.importorskip("numpy")
 RECIPES = formats.get("gguf").RECIPES
 TAPS = {"lfm2": 3, "lfm2-five-taps": 5, "qwen3.5": 4, "qwen3.5-tied": 4, "gemma4": 2}
 MAX_KL_NATS = 1e-6
+STATUS = Path("/proc/self/status")
 
 
 @pytest.fixture(scope="module", params=TAPS)
@@ -156,6 +158,23 @@ def test_a_chat_of_llama_cpp_python_goes_on_as_transformers_does(name, seed, tmp
     chat.close()
     assert all(len(text) > 3 for text in expected)
     assert [found[: len(text)] for found, text in zip(said, expected, strict=True)] == expected
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="memory is read from /proc")
+def test_embeddings_of_the_layers_stay_on_disk_but_for_the_rows_that_are_read(tmp_path):
+    made = make(tmp_path, "gemma4", hidden_size_per_layer_input=8192)
+    (table,) = [it for it in layout.read(made.path).tensors if "per_layer_token" in it.name]
+    before = held_bytes()
+    session = GgufSession(made.path, context_tokens=256, threads=1)
+    session.prefill([1, 2, 3])
+    assert held_bytes() - before < table.size_bytes
+    session.close()
+
+
+def held_bytes() -> int:
+    """Return what this process holds that is no part of a file."""
+    (line,) = [it for it in STATUS.read_text().splitlines() if it.startswith("RssAnon:")]
+    return int(line.split()[1]) * 1024
 
 
 # Rounded, in blocks of 256
