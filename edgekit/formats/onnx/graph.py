@@ -544,9 +544,9 @@ class _Builder(Operators):
     def _weigh(self, query: str, index: int, a: Attention) -> str:
         """Mix values by how queries meet keys: the layer's own, or those an earlier one made.
 
-        The operator returns both with the new ones in place. A later layer has no use for them:
-        ONNX Runtime makes keys and values a choice since 1.27 and what it returns since 1.31, and
-        to copy them costs a quarter of the operator.
+        A later layer is given them as the earlier one was: what is cached, and the new ones. It
+        returns both together, which nobody reads and which costs it a quarter of its time; but
+        where that is left out, ONNX Runtime 1.27 to 1.30 crash, and older ones refuse the graph.
         """
         parts, source = ("key", "value"), index if a.cache_of is None else a.cache_of
         present = [cache_name(index, part, of="present") for part in parts]
