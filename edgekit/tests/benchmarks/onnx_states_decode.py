@@ -2,8 +2,8 @@
 
     python edgekit/tests/benchmarks/onnx_states_decode.py [--threads N] [--rounds N] [RECIPE ...]
 
-Random models with layers as wide as those of LFM2 350M and Qwen3.5 0.8B, and fewer of them, timed as
-in onnx_decode.py. Goal: decode at least 0.95 of GenAI's.
+Random models with layers as wide as those of LFM2 350M and Qwen3.5 0.8B, and fewer of them, timed
+as in onnx_decode.py. Goal: decode at least 0.95 of GenAI's.
 """
 
 import argparse
