@@ -32,6 +32,10 @@ NOTE = (
     "ONNX Runtime GenAI and transformers.js open the files too, but read text with tokenizers of "
     "their own, which the proof does not cover"
 )
+STATES_NOTE = (
+    "layers keep states, by operators of ONNX Runtime 1.25.1 and later; ONNX Runtime GenAI cannot "
+    "rewind them, and Optimum, which gives a model keys and values only, does not run it"
+)
 # The one border of longrope that ONNX Runtime GenAI 0.18 knows, for models of type phi3: there it
 # reads the text again with the other frequencies, as transformers does.
 _KNOWN_BORDER_TOKENS = 4096
@@ -43,9 +47,9 @@ _ID_FIELDS = ("bos_token_id", "pad_token_id")
 # Mamba). What they run is the graph, whose inputs and outputs are a Llama's: so that is what they
 # are told.
 _KNOWN_TYPES = frozenset(
-    {"gemma2", "gemma3_text", "lfm2", "llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_5_text",
-     "smollm3", "stablelm"}
-)  # fmt: skip
+    {"gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3", "stablelm"}
+)
+_TYPES_WITH_STATES = frozenset({"lfm2", "qwen3_5_text"})  # where a layer has one; else a Llama too
 # What transformers and transformers.js call layers, which the latter gives states accordingly.
 _LAYER_TYPES: Mapping[type[Mixer], str] = {
     Attention: "full_attention", ShortConv: "conv", DeltaNet: "linear_attention"
@@ -71,6 +75,8 @@ def notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
             "Optimum gives the caches of all layers one shape, and cannot run this model, whose "
             "layers differ in it"
         )
+    if spec.has_states:
+        yield STATES_NOTE
     border = spec.original_max_position_embeddings
     if border not in {None, _KNOWN_BORDER_TOKENS}:
         yield (
@@ -172,7 +178,8 @@ def transformers_files(
 def _config(checkpoint: "CheckpointProtocol") -> Mapping[str, Any]:
     """Return a config.json that all clients know, or none where the checkpoint has none."""
     said, spec = checkpoint.config, checkpoint.spec
-    if not said or checkpoint.architecture in _KNOWN_TYPES:
+    known = _TYPES_WITH_STATES if spec.has_states else _KNOWN_TYPES
+    if not said or checkpoint.architecture in known:
         return said
     attention = next((it for _, _, it in spec.caches()), spec.attention)
     width = cache_width(attention)
