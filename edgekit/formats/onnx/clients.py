@@ -47,9 +47,9 @@ _ID_FIELDS = ("bos_token_id", "pad_token_id")
 # Mamba). What they run is the graph, whose inputs and outputs are a Llama's: so that is what they
 # are told.
 _KNOWN_TYPES = frozenset(
-    {"gemma2", "gemma3_text", "lfm2", "llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_5_text",
-     "smollm3", "stablelm"}
-)  # fmt: skip
+    {"gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3", "stablelm"}
+)
+_TYPES_WITH_STATES = frozenset({"lfm2", "qwen3_5_text"})  # where a layer has one; else a Llama too
 # What transformers and transformers.js call layers, which the latter gives states accordingly.
 _LAYER_TYPES: Mapping[type[Mixer], str] = {
     Attention: "full_attention", ShortConv: "conv", DeltaNet: "linear_attention"
@@ -178,7 +178,8 @@ def transformers_files(
 def _config(checkpoint: "CheckpointProtocol") -> Mapping[str, Any]:
     """Return a config.json that all clients know, or none where the checkpoint has none."""
     said, spec = checkpoint.config, checkpoint.spec
-    if not said or checkpoint.architecture in _KNOWN_TYPES:
+    known = _TYPES_WITH_STATES if spec.has_states else _KNOWN_TYPES
+    if not said or checkpoint.architecture in known:
         return said
     attention = next((it for _, _, it in spec.caches()), spec.attention)
     width = cache_width(attention)

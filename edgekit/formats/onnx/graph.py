@@ -33,6 +33,7 @@ FIRST_LOGIT = "first_logit"  # logits are wanted from this token of the input on
 TEXT_TOKENS = "text_tokens"  # how long the text will be, if longer than what has been read
 
 NEEDED_VERSION = "edgekit.onnxruntime"  # metadata: the first one that has all operators
+COPIES_CACHES = "edgekit.copies_caches"  # metadata: a token takes copies of what is cached
 ROPE_BORDER = "edgekit.rope_border_tokens"  # metadata: a longer text has other frequencies
 # The first has 8 binary digits: float32 holds its products with whole numbers below 2 ** 16.
 _PI_PARTS = (3.140625, math.pi - 3.140625)
@@ -101,6 +102,8 @@ def build(
     found, border = dict(metadata), spec.original_max_position_embeddings
     if border is not None:
         found[ROPE_BORDER] = str(border)
+    if any(not attention.has_cache for _, _, attention in spec.attentions()):
+        found[COPIES_CACHES] = "yes"
     if spec.has_states:
         found[NEEDED_VERSION] = recurrence.FIRST_VERSION
     return OnnxGraph(
@@ -544,9 +547,9 @@ class _Builder(Operators):
     def _weigh(self, query: str, index: int, a: Attention) -> str:
         """Mix values by how queries meet keys: the layer's own, or those an earlier one made.
 
-        The operator returns both with the new ones in place. A later layer has no use for them:
-        ONNX Runtime makes keys and values a choice since 1.27 and what it returns since 1.31, and
-        to copy them costs a quarter of the operator.
+        A later layer is given them as the earlier one was: what is cached, and the new ones. It
+        returns both together, which nobody reads and which costs it a quarter of its time; but
+        where that is left out, ONNX Runtime 1.27 to 1.30 crash, and older ones refuse the graph.
         """
         parts, source = ("key", "value"), index if a.cache_of is None else a.cache_of
         present = [cache_name(index, part, of="present") for part in parts]

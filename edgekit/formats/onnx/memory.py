@@ -17,6 +17,8 @@ from edgekit.quant.planned import PlannedWeight
 #   F32 735 and 756, F16 761 and 756, F16_GPU 810 and 839, INT8 319 and 326, UINT4 271 and 277,
 #   UINT4_GPU 279 and 272, UINT4_128 263 and 271; with 2048 tokens, INT8 391 and 407, UINT4 341 and
 #   358, UINT4_GPU 336 and 319.
+# Of random numbers in the shapes of Gemma 4 E2B, INT8, 4478 after 500 different tokens, 5836 after
+# 5500, and 5967: of its tables, 2520, what has been looked up stays until the system needs it.
 # With session.disable_prepacking a model is merely mapped at load (INT8 99, UINT4 99), but the
 # first prompt unpacks the head in float32 (372, 324), and every token the rest again.
 RUNTIME_BYTES = 64 * 2**20

@@ -47,7 +47,9 @@ LLAMAS = (
 )  # fmt: skip
 HYBRIDS = [name for name, case in TINY.items() if case.model_type in {"lfm2", "qwen3_5_text"}]
 KINDS = [
-    name for name, case in TINY.items() if case.model_type in clients._KNOWN_TYPES or name in LLAMAS
+    name
+    for name, case in TINY.items()
+    if case.model_type in clients._KNOWN_TYPES or name in (*LLAMAS, *HYBRIDS)
 ]
 OPTIMUM_INPUTS = ["input_ids", "attention_mask", "position_ids"]
 CUT_VOICES = [voice for voice, (_, cause) in READ_OTHERWISE.items() if cause.startswith("cuts")]
@@ -148,6 +150,37 @@ def test_the_settings_of_the_checkpoint_are_those_of_the_artifact(tmp_path):
     assert found["config.json"] == {k: v for k, v in expected.items() if v is not None}
     assert found["generation_config.json"]["eos_token_id"] == stops
     assert found["tokenizer_config.json"]["chat_template"] == checkpoint.text.chat_template
+
+
+def test_clients_are_told_what_each_layer_keeps(tmp_path):
+    checkpoint = opening.open_checkpoint(write_tiny_checkpoint(tmp_path, "qwen3.5-pattern"))
+    kinds = ["full_attention", "linear_attention", "linear_attention", "full_attention",
+             "linear_attention"]  # fmt: skip
+    # A config may say the order by an interval instead, which transformers.js does not know.
+    silent = {key: value for key, value in checkpoint.config.items() if key != "layer_types"}
+    checkpoint = replace(checkpoint, config=silent)
+    files = clients.transformers_files(checkpoint, tensor_types.RECIPES["F32"], data_files=1)
+    assert files["config.json"]["model_type"] == "qwen3_5_text"
+    assert files["config.json"]["layer_types"] == kinds
+    model = clients.genai_config(checkpoint, "model.onnx", context_tokens=48)["model"]
+    decoder = model["decoder"]
+    assert (model["type"], decoder["layer_types"]) == ("qwen3_5_text", kinds)
+    assert decoder["conv_cache_size"] == 2  # three taps
+    assert decoder["inputs"]["past_conv_names"] == "past_conv.%d"
+    assert decoder["outputs"]["present_recurrent_names"] == "present_recurrent.%d"
+    assert "position_ids" not in decoder["inputs"]
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3.5"])
+def test_a_hybrid_that_only_attends_is_a_llama_to_clients(name, tmp_path):
+    layers = TINY[name].fields.get("num_hidden_layers", 4)
+    written = write_tiny_checkpoint(tmp_path, name, layer_types=["full_attention"] * layers)
+    checkpoint = opening.open_checkpoint(written)
+    assert len(checkpoint.spec.layers) == layers
+    files = clients.transformers_files(checkpoint, tensor_types.RECIPES["F32"], data_files=1)
+    assert files["config.json"]["model_type"] == "llama"
+    model = clients.genai_config(checkpoint, "model.onnx", context_tokens=48)["model"]
+    assert (model["type"], "layer_types" in model["decoder"]) == ("llama", False)
 
 
 UNKNOWN = {"model_type": "acme", "n_layer": 2, "bos_token_id": 7, "pad_token_id": -1}
