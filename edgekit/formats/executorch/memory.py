@@ -26,8 +26,8 @@ LAYER_BYTES = 2**19
 VOCABULARY_ENTRY_BYTES = 500
 # What Linux maps at least (fault_around_bytes) where a row of a table is read that nobody packs.
 # File systems with larger pieces soon have all of it there, but the system may take that back.
-# Of random weights in the shapes of Gemma 4 E2B (8da8w, 1024 tokens) VmHWM was 2832 MiB; these sums,
-# less the tokenizer's, are 2788.
+# Of random weights in the shapes of Gemma 4 E2B (8da8w, 1024 tokens) VmHWM was 2832 MiB; these
+# sums, less the tokenizer's, are 2788.
 MAPPED_BYTES = 64 * 2**10
 
 

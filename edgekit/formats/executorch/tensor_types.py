@@ -55,7 +55,8 @@ FOUR_BITS, VULKAN_FOUR_BITS = frozenset(ACROSS), frozenset(ACROSS.values())
 
 # Small, and XNNPACK wants them so.
 _EXACT = Rule(
-    pattern=".*(norm|bias|taps)|xielu_.*|layer_scale|delta_(decay|alpha|beta)", tensor_type="F32"
+    pattern=".*(norm|bias|taps)|xielu_.*|layer_scale|head_gate|delta_(decay|alpha|beta)",
+    tensor_type="F32",
 )
 _EIGHT_BIT_EMBEDDING = Rule(
     pattern="token_embedding|output_head|layer_embedding", tensor_type="INT8"

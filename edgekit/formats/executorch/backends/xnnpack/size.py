@@ -38,7 +38,7 @@ _LAYER_PAIRED_BYTES = 350  # what its pairs take apart
 _EMBEDDING_NAMES = 5  # in a delegate: a norm of all layers, a mean, three numbers
 _SLICED = "layer_embedding_projection"
 _ACTIVATIONS = {"silu": 2, "gelu_tanh": 6, "relu2": RELU2_OPERATORS, "xielu": XIELU_OPERATORS}
-_VALUE_NORM = 5  # operators
+_VALUE_NORM, _HEADS_GATED = 5, 4  # operators
 _CONSTANTS_BYTES = 5 * ALIGNMENT + 256  # numbers, means and frequencies
 
 
@@ -127,7 +127,7 @@ def _queries_keys_and_values(a: Attention, rope: Rope | None, *, mixes: bool) ->
     turned = 2 if a.has_cache else 1  # queries and keys
     made = turned + (a.has_cache and not a.values_are_keys)
     count = 2 * made + 1 + (1 if a.query_growth else 0)  # matrices, heads apart, a scale
-    count += 4 if a.has_output_gate else 0
+    count += 4 if a.has_output_gate else 2 if a.has_head_gate else 0
     if mixes:
         count += 5 if a.has_cache else 3
     if a.query_key_norm:
@@ -144,7 +144,7 @@ def _second_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
     match spec.mixer(index):
         case Attention() as a:
             count += _mix(a, spec.layers[index].window_tokens) if mixes else 0
-            count += a.has_output_gate
+            count += a.has_output_gate + (_HEADS_GATED if a.has_head_gate else 0)
         case ShortConv() as conv:
             count += _convolution(conv.taps) + conv.has_bias + 1
         case DeltaNet() as net:
