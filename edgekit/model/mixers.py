@@ -69,13 +69,6 @@ class Attention:
         return self.num_kv_heads * self.head_dim
 
     @property
-    def gate_width(self) -> int:
-        """How many numbers of a token gate what is mixed; 0: nothing does."""
-        if self.has_output_gate:
-            return self.query_width
-        return self.heads if self.has_head_gate else 0
-
-    @property
     def has_cache(self) -> bool:
         """Whether it keeps keys and values of its own."""
         return self.cache_of is None

@@ -13,6 +13,7 @@ from edgekit.model.spec import DecoderSpec
 SHORT_CONVOLUTIONS = "gated short convolutions"
 DELTA_NETS = "gated delta nets"
 OUTPUT_GATES = "gates on what attention gives"
+HEAD_GATES = "gates on heads"
 OWN_ATTENTION = "layers whose attention has another shape than that of the others"
 SHARED_CACHES = "layers that read the keys and values of an earlier one"
 VALUE_NORMS = "norms of values"
@@ -67,8 +68,10 @@ def _of_layer(spec: DecoderSpec, index: int) -> Iterator[str]:
 def _of_attention(spec: DecoderSpec, mixer: Attention) -> Iterator[str]:
     if not mixer.has_cache:
         yield SHARED_CACHES
-    if mixer.gate_width:
+    if mixer.has_output_gate:
         yield OUTPUT_GATES
+    if mixer.has_head_gate:
+        yield HEAD_GATES
     if mixer.value_norm_epsilon is not None:
         yield VALUE_NORMS
     if mixer.values_are_keys:

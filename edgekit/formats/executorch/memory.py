@@ -80,7 +80,7 @@ def planned_bytes(spec: DecoderSpec, *, context_tokens: int, call_tokens: int) -
     return 4 * (
         call_tokens * (2 * spec.hidden_size + embedded + read + made)
         + context_tokens * (caches + shared)  # as far as they are filled, a layer at a time
-        + 2 * state  # as it is read and as it is left
+        + 5 * state  # zeros, both to choose from, what was chosen, and what is left
         + spec.vocab_size
     )
 

@@ -35,6 +35,7 @@ KINDS = (
     "gemma4",  # shared caches, two widths of heads and of MLPs, embeddings and scales of layers
     "gemma4-31b",  # values that are keys
     "lfm2-bias",  # short convolutions, the last layer's among them
+    "lfm3",  # gates on heads, more taps
     "qwen3.5-pattern",  # delta nets, and gates on attention
 )  # fmt: skip
 # Refuses torch as a device without it does.

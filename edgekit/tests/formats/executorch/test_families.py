@@ -399,5 +399,5 @@ def test_the_module_says_what_transformers_says(name, tmp_path):
                     said.append(made)
             rows.append(step.last)
     found = agreement(expected_logits(checkpoint, ids), said, rows, ids)
-    assert found.mean_kl_nats <= UNSCALED_MAX_KL_NATS.get(name, MAX_KL_NATS)
+    assert found.mean_kl_nats <= UNSCALED_MAX_KL_NATS.get(name, max_kl_nats(checkpoint.spec))
     assert found.same_top_token == 1

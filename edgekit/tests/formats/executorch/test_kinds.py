@@ -34,6 +34,7 @@ SPECIAL = {
     kinds.SHORT_CONVOLUTIONS: with_mixer(ShortConv(taps=3)),
     kinds.DELTA_NETS: with_mixer(DELTA_NET),
     kinds.OUTPUT_GATES: with_mixer(replace(ATTENTION, has_output_gate=True)),
+    kinds.HEAD_GATES: with_mixer(replace(ATTENTION, has_head_gate=True)),
     kinds.OWN_ATTENTION: with_mixer(replace(ATTENTION, head_dim=16)),
     kinds.SHARED_CACHES: with_mixer(replace(ATTENTION, cache_of=0)),
     kinds.VALUE_NORMS: with_mixer(replace(ATTENTION, value_norm_epsilon=1e-6)),

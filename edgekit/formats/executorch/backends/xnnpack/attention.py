@@ -9,6 +9,13 @@ from edgekit.model.mixers import Attention
 from edgekit.model.spec import DecoderSpec
 
 
+def gates(a: Attention) -> int:
+    """Return how many gates there are for what a token's heads have mixed."""
+    if a.has_output_gate:
+        return a.query_width
+    return a.heads if a.has_head_gate else 0
+
+
 def attention(spec: DecoderSpec, index: int) -> Attention:
     """Return how a layer attends, which must be one that does."""
     mixer = spec.mixer(index)

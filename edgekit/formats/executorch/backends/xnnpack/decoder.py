@@ -26,7 +26,7 @@ from torch.nn import functional  # noqa: TID253
 from edgekit.formats.executorch.arithmetic import Arithmetic
 from edgekit.formats.executorch.assembly import slice_key
 from edgekit.formats.executorch.backends.xnnpack import delta_net, short_conv
-from edgekit.formats.executorch.backends.xnnpack.attention import attention, mixed_here
+from edgekit.formats.executorch.backends.xnnpack.attention import attention, gates, mixed_here
 from edgekit.formats.executorch.backends.xnnpack.delta_net import DeltaRule
 from edgekit.formats.executorch.backends.xnnpack.states import Start, States
 from edgekit.formats.executorch.contents import SLICE
@@ -159,17 +159,9 @@ def _is_first_half(spec: DecoderSpec, part: str) -> bool:
     if name in {"gate", "up", "down", "xielu_positive", "xielu_negative", "mlp_post_norm"}:
         return spec.residual == "parallel"
     return name in {
-        "attention_norm", "query", "key", "value", "query_norm", "key_norm", "conv_in",
-        "delta_qkv", "delta_beta", "delta_alpha", "delta_decay", "delta_gate", "head_gate",
+        "attention_norm", "query", "key", "value", "query_norm", "key_norm", "head_gate", "conv_in",
+        "delta_qkv", "delta_beta", "delta_alpha", "delta_decay", "delta_gate",
     }  # fmt: skip
-
-
-def _gated(a: Attention, mixed: Tensor, gate: Tensor) -> Tensor:
-    """Multiply what is mixed with a gate for each channel, or for each head."""
-    if a.has_output_gate:
-        return mixed * gate
-    heads = mixed.reshape(-1, a.heads, a.head_dim) * gate.reshape(-1, a.heads, 1)
-    return heads.reshape(-1, a.query_width)
 
 
 class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any here
@@ -239,12 +231,12 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
         """Return queries, keys and values, as the cache or attention wants them, and the gate."""
         a = half.attention
         query = self._project_heads(a, "query", read, a.heads)
-        gates: list[Tensor] = []
+        opened: list[Tensor] = []
         if a.has_output_gate:
             asked = query[..., a.head_dim :].reshape(-1, a.query_width)
-            query, gates = query[..., : a.head_dim], [torch.sigmoid(asked)]
+            query, opened = query[..., : a.head_dim], [torch.sigmoid(asked)]
         if a.has_head_gate:
-            gates = [torch.sigmoid(self._linear("head_gate", read, has_bias=False))]
+            opened = [torch.sigmoid(self._linear("head_gate", read, has_bias=False))]
         value = None
         heads = {"query_norm": query}  # by the norm that they get
         if a.has_cache:
@@ -265,7 +257,7 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
             made += (
                 [key.permute(1, 2, 0), value.permute(1, 0, 2)] if half.feeds_mix else [key, value]
             )
-        return (*made, *gates)
+        return (*made, *opened)
 
     def _values(self, a: Attention, read: Tensor, key: Tensor) -> Tensor:
         """Return the values of each head; ``key`` is not normalized or rotated yet."""
@@ -302,7 +294,7 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
                 return None, ()
             case SecondHalf(attention=a) as half:
                 mixed = self._mix(half, take(5)) if half.mixes else left.pop(0)
-                mixed = _gated(a, mixed, left.pop(0)) if a.gate_width else mixed
+                mixed = self._gated(a, mixed, left.pop(0)) if gates(a) else mixed
                 return self._linear("attention_output", mixed, has_bias=a.has_output_bias), ()
             case ShortConv() as conv:
                 return self._mix_conv(conv, take(1 + conv.taps)), ()
@@ -312,6 +304,13 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
                 return mixed, (state,)
             case other:
                 assert_never(other)
+
+    def _gated(self, a: Attention, mixed: Tensor, opened: Tensor) -> Tensor:
+        """Return what heads have mixed times their gates, one for each channel or for all."""
+        if not a.has_head_gate:
+            return mixed * opened
+        by_head = self._split_heads(mixed, a.heads, a.head_dim)
+        return self._join_heads(by_head * opened.view(-1, a.heads, 1), a.heads, a.head_dim)
 
     def _mix_conv(self, conv: ShortConv, given: Sequence[Tensor]) -> Tensor:
         after, *slices = given
@@ -605,12 +604,12 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
                 return self.states.read(index, start, x, *made)
             attend = here if is_here else there
             assert attend is not None  # noqa: S101 - see above
-            gates = []
+            opened = []
             query, *own = made
-            if attention(self.spec, index).gate_width:
+            if gates(attention(self.spec, index)):
                 *own, gate = own
-                gates = [gate[-1:] if index == last else gate]
-            return (*attend(index, x, query, own), *gates)
+                opened = [gate[-1:] if index == last else gate]
+            return (*attend(index, x, query, own), *opened)
 
         return read
 

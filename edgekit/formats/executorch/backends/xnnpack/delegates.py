@@ -18,6 +18,7 @@ from edgekit.formats.executorch import lowering, tensor_types
 from edgekit.formats.executorch.assembly import Slice
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.formats.executorch.backends.xnnpack import decoder, limits
+from edgekit.formats.executorch.backends.xnnpack.attention import gates
 from edgekit.formats.executorch.backends.xnnpack.decoder import (
     FirstHalf,
     SecondHalf,
@@ -155,8 +156,8 @@ def _begun(
                 all_heads = (a.heads, a.num_kv_heads, a.num_kv_heads)
                 made = [(tokens, heads, a.head_dim) for heads in all_heads]
             yield from made if a.has_cache else made[:1]
-            if a.gate_width:
-                yield (tokens, a.gate_width)
+            if count := gates(a):
+                yield (tokens, count)
         case _:
             assert_never(begins)
 
@@ -296,8 +297,8 @@ def _example_of_attention(half: SecondHalf, tokens: Any, filled: Any) -> Iterato
         yield (1, _TRACED_FILLED), {1: filled}
     else:
         yield (count, a.query_width), {0: tokens} if tokens else {}
-    if a.gate_width:
-        yield (count, a.gate_width), {0: tokens} if tokens else {}
+    if gates(a):
+        yield (count, gates(a)), {0: tokens} if tokens else {}
 
 
 def _example_of_rule(spec: DecoderSpec, net: DeltaNet, tokens: Any) -> Iterator[Example]:

@@ -31,14 +31,15 @@ _GROWTH_BYTES = 1_850  # of queries
 _BORDER_BYTES = 2_100  # a choice between two rotations
 _PAIRED_BYTES = 750  # what pairs of an embedding of four bits
 _LLM_BYTES = -1_100  # fewer operators between the delegates, where they compute every layer
-_CONV_BYTES, _NET_BYTES = 500, 2_100  # of a layer, for the state that it keeps
+_CONV_BYTES, _NET_BYTES = -280, 2_100  # of a layer, for the state that it keeps
+_TAP_BYTES = 260  # of each tap of a short convolution
 _LOG_DECAY_OPERATORS = 13
 _LOOKUP_BYTES = 400  # of a layer's row of a table
 _LAYER_PAIRED_BYTES = 350  # what its pairs take apart
 _EMBEDDING_NAMES = 5  # in a delegate: a norm of all layers, a mean, three numbers
 _SLICED = "layer_embedding_projection"
 _ACTIVATIONS = {"silu": 2, "gelu_tanh": 6, "relu2": RELU2_OPERATORS, "xielu": XIELU_OPERATORS}
-_VALUE_NORM = 5  # operators
+_VALUE_NORM, _HEADS_GATED = 5, 4  # operators
 _CONSTANTS_BYTES = 5 * ALIGNMENT + 256  # numbers, means and frequencies
 
 
@@ -70,7 +71,9 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part], *, uses_llm_operators: 
     head_bytes += _BORDER_BYTES if spec.original_max_position_embeddings is not None else 0
     head_bytes += _PAIRED_BYTES if has_pairs("token_embedding", spec, parts) else 0
     mixers = [spec.mixer(index) for index in range(depth)]
-    head_bytes += _CONV_BYTES * sum(isinstance(mixer, ShortConv) for mixer in mixers)
+    head_bytes += sum(
+        _CONV_BYTES + _TAP_BYTES * mixer.taps for mixer in mixers if isinstance(mixer, ShortConv)
+    )
     head_bytes += _NET_BYTES * sum(isinstance(mixer, DeltaNet) for mixer in mixers)
     head_bytes += limits.masks_bytes(spec)
     # Fewer where some layers go without the operator, and none of them where all do.
@@ -144,7 +147,7 @@ def _second_half(spec: DecoderSpec, index: int, *, mixes: bool) -> int:
     match spec.mixer(index):
         case Attention() as a:
             count += _mix(a, spec.layers[index].window_tokens) if mixes else 0
-            count += 4 if a.has_head_gate else a.has_output_gate
+            count += a.has_output_gate + (_HEADS_GATED if a.has_head_gate else 0)
         case ShortConv() as conv:
             count += _convolution(conv.taps) + conv.has_bias + 1
         case DeltaNet() as net:
