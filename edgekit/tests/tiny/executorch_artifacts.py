@@ -20,7 +20,7 @@ CONTEXT_TOKENS = 192
 IDS = [1, 87, 85, 303, 201, 57, 74, 272, 447, 271, 2, 201]  # of the tokenizer, in no language
 # Kinds that each ask something of a back-end that none before them does. The others differ from
 # these in names, in voices and in sizes; the support matrix has them all.
-KINDS = (
+ALIKE_KINDS = (  # all layers attend, and have one shape
     "llama", "llama3-rope-tied", "llama-linear-rope", "llama-bias", "odd-head-width", "odd-sizes",
     "one-kv-head", "mistral-window", "qwen2-window", "qwen3", "phi3", "phi3-longrope",
     "phi3.5-longrope", "phi4-mini", "gemma2", "gemma2-wide-heads", "gemma3", "stablelm-1.6b",
@@ -32,6 +32,9 @@ KINDS = (
     "apertus",  # xIELU
     "cohere2",  # a LayerNorm without bias, layers without a rope beside windows
     "ministral3",  # queries that grow
+)  # fmt: skip
+KINDS = (
+    *ALIKE_KINDS,
     "gemma4",  # shared caches, two widths of heads and of MLPs, embeddings and scales of layers
     "gemma4-31b",  # values that are keys
     "lfm2-bias",  # short convolutions, the last layer's among them

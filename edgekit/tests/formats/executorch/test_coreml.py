@@ -22,7 +22,7 @@ from edgekit.source.checkpoint import Checkpoint
 from edgekit.target import load as load_target
 from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import WINDOW_TOKENS, write_tiny_checkpoint
-from edgekit.tests.tiny.executorch_artifacts import KINDS
+from edgekit.tests.tiny.executorch_artifacts import ALIKE_KINDS
 from edgekit.tests.witnesses.coreml_interpreter import Interpreter
 
 
@@ -105,7 +105,7 @@ def converted(home: Path, kind: str, recipe: str = "F16", *, seed: int = 0) -> C
     return convert(checkpoint, home / "artifact", recipe, context)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=ALIKE_KINDS)
 def of_each_kind(request, tmp_path_factory) -> Converted:
     return converted(tmp_path_factory.mktemp("coreml"), request.param)
 
