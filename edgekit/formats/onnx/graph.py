@@ -33,7 +33,6 @@ FIRST_LOGIT = "first_logit"  # logits are wanted from this token of the input on
 TEXT_TOKENS = "text_tokens"  # how long the text will be, if longer than what has been read
 
 NEEDED_VERSION = "edgekit.onnxruntime"  # metadata: the first one that has all operators
-COPIES_CACHES = "edgekit.copies_caches"  # metadata: a token takes copies of what is cached
 ROPE_BORDER = "edgekit.rope_border_tokens"  # metadata: a longer text has other frequencies
 # The first has 8 binary digits: float32 holds its products with whole numbers below 2 ** 16.
 _PI_PARTS = (3.140625, math.pi - 3.140625)
@@ -102,8 +101,6 @@ def build(
     found, border = dict(metadata), spec.original_max_position_embeddings
     if border is not None:
         found[ROPE_BORDER] = str(border)
-    if any(not attention.has_cache for _, _, attention in spec.attentions()):
-        found[COPIES_CACHES] = "yes"
     if spec.has_states:
         found[NEEDED_VERSION] = recurrence.FIRST_VERSION
     return OnnxGraph(
