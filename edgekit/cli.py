@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 import click
 
@@ -172,7 +172,8 @@ def choice_options(command: Decorated) -> Decorated:
         click.option("--context", "context_tokens", type=int, metavar="N",
                      help="Context length in tokens; default: the target's."),
         click.option("--quant", metavar="Q",
-                     help="Recipe, e.g. Q4_K_M; default: the most faithful one that fits."),
+                     help="Recipe, e.g. Q4_K_M, or with changes Q4_K_M,down=Q6_K; default: the "
+                     "most faithful one that fits."),
         click.option("--format", metavar="F",
                      help="Artifact format; default: the target's best that fits."),
         click.option("--target", "target_name", required=True, metavar="NAME|FILE.toml",
@@ -370,7 +371,8 @@ def _recipe_document(recipe: "Recipe") -> dict[str, Any]:
         for rule in recipe.rules
     ]
     fields = {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
-    return fields | {"rules": rules}
+    changes = {change.role: change.tensor_type for change in recipe.changes}
+    return fields | {"rules": rules, "changes": changes}
 
 
 def _layout_document(layout: "Layout") -> dict[str, Any]:
@@ -395,7 +397,7 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
 
     estimate, budget, memory = made.estimate, target.budget, made.estimate.memory
     exact = "exactly" if made.layout.is_exact else "about"
-    yield f"{made.format} {made.recipe.name} for {target.title}, {made.context_tokens} tokens"
+    yield f"{made.format} {made.recipe.full_name} for {target.title}, {made.context_tokens} tokens"
     yield f"{'':<24}{'expected':<34}limit"
     yield (
         f"{'to download':<24}{exact + ' ' + format_bytes(estimate.artifact_bytes):<34}"
@@ -958,8 +960,11 @@ def _ending_on_signals() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with the status of the refusal, if there was one."""
     _open_streams()
-    with _ending_on_signals():
-        _run(argv)
+    try:
+        with _ending_on_signals():
+            _run(argv)
+    finally:
+        _drop_unwritten_words()
     sys.exit(0)
 
 
@@ -984,16 +989,24 @@ def _refusing_full_streams() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        _drop_output()
+        _lead_nowhere(sys.stdout)
         raise EdgekitError(
             f"cannot write: {error.strerror}", hint="free some space, or write it elsewhere"
         ) from error
 
 
-def _drop_output() -> None:
-    """Lead what is still to be written nowhere, so that the end does not fail over it again."""
+def _drop_unwritten_words() -> None:
+    """Forget what stderr does not take: Python 3.13 and 3.14 end with 120 over it."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _lead_nowhere(sys.stderr)
+
+
+def _lead_nowhere(stream: TextIO) -> None:
+    """Drop what is still to be written, so that the end does not fail over it again."""
     with suppress(OSError):  # of a stream that is no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(argv: Sequence[str] | None) -> None:
@@ -1018,8 +1031,8 @@ def _run(argv: Sequence[str] | None) -> None:
             echo("interrupted", err=True)
         raise
     except BrokenPipeError:
-        _drop_output()
-        sys.stderr.close()  # whoever read has left; so do we
+        for stream in (sys.stdout, sys.stderr):  # whoever read has left; so do we
+            _lead_nowhere(stream)
         sys.exit(141)
     except BaseException as error:
         from edgekit.text.guarded import is_panic

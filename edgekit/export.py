@@ -260,7 +260,7 @@ def default_out(checkpoint: Checkpoint, chosen: Plan, to: Target) -> Path:
 
 
 def _choice(chosen: Plan) -> list[str]:
-    return [*filter(None, (chosen.format, chosen.recipe.name, chosen.variant))]
+    return [*filter(None, (chosen.format, chosen.recipe.full_name, chosen.variant))]
 
 
 def _artifact(work: Path, entry: str, chosen: Plan) -> Artifact:
@@ -268,7 +268,7 @@ def _artifact(work: Path, entry: str, chosen: Plan) -> Artifact:
         work,
         entry,
         format=chosen.format,
-        recipe=chosen.recipe.name,
+        recipe=chosen.recipe.full_name,
         substitutions=tuple(substitutions(chosen.layout)),
         split_bytes=chosen.split_bytes,
         calibration=chosen.layout.calibration,

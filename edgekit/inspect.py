@@ -99,6 +99,8 @@ def _bundle_lines(bundle: Bundle) -> Iterator[str]:
     if text.template_variables:
         fixed = (f"{name} = {value}" for name, value in text.template_variables.items())
         yield f"chat template: with {', '.join(fixed)}"
+    if text.thoughts is not None:
+        yield f"thoughts: between {text.thoughts.opens!r} and {text.thoughts.closes!r}"
     yield from (f"substituted: {line}" for line in bundle.artifact.substitutions)
     if bundle.artifact.calibration:
         yield f"calibrated on a text with SHA-256 {bundle.artifact.calibration[:16]}…"

@@ -1,14 +1,14 @@
 """Plans: what to make for a target, decided by arithmetic before anything slow starts."""
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from edgekit import formats
+from edgekit import formats, recipes
 from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, ReadableRunning
+from edgekit.model.spec import DecoderSpec
 from edgekit.progress import Listener
 from edgekit.proof.calibration import announce
 from edgekit.quant.recipe import Recipe
@@ -90,7 +90,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """``gguf Q4_K_M``."""
-        return f"{self.format} {self.recipe.name}"
+        return f"{self.format} {self.recipe.full_name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -
                 split_bytes=choice.split_bytes,
                 variant=choice.variant or next(iter(target.variants.get(name, ())), None),
             )
-            for recipe in _recipes(name, choice.quant)
+            for recipe in _recipes(name, choice.quant, checkpoint.spec)
         )
         assessed = [
             assess(checkpoint, request, target, format=name, held=held) for request in requests
@@ -253,7 +253,7 @@ def _format_names(target: Target, choice: Choice) -> list[str]:
     usable: list[str] = [name for name in target.formats if name in formats.names()]
     usable = _taken(target, _with_variant(usable, variant), variant)
     if quant is not None:
-        with_recipe = [name for name in usable if quant.lower() in _by_lower(name)]
+        with_recipe = [name for name in usable if recipes.has(name, quant)]
         usable = with_recipe or usable[:1]  # which then says what it has
     if not usable:
         raise UsageError(
@@ -289,22 +289,13 @@ def _taken(target: Target, names: list[str], variant: str | None) -> list[str]:
     return found
 
 
-def _by_lower(format_name: str) -> dict[str, str]:
-    return {name.lower(): name for name in formats.get(format_name).RECIPES}
-
-
-def _recipes(format_name: str, quant: str | None) -> list[Recipe]:
+def _recipes(format_name: str, quant: str | None, spec: DecoderSpec) -> list[Recipe]:
     fmt = formats.get(format_name)
     if quant is None:
         return [fmt.RECIPES[name] for name in fmt.DEFAULT_RECIPES]
-    by_lower = _by_lower(format_name)
-    if quant.lower() not in by_lower:
-        near = difflib.get_close_matches(quant.lower(), by_lower, n=3, cutoff=0.5)
-        names = [by_lower[name] for name in near] or list(fmt.RECIPES)
-        raise UsageError(
-            f"{format_name} has no quant named {quant!r}", hint=f"did you mean {', '.join(names)}?"
-        )
-    return [fmt.RECIPES[by_lower[quant.lower()]]]
+    found = recipes.find(format_name, quant)
+    recipes.refuse_misfits(found, spec)
+    return [found]
 
 
 def _context(limit: ContextLimit, target: Target, *, asked: int | None) -> int:

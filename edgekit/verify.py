@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgekit import formats
+from edgekit import formats, recipes
 from edgekit.bundle.manifest import Agreement, Bundle
 from edgekit.encodings.json_files import parse
 from edgekit.errors import UsageError
@@ -63,7 +63,7 @@ def verify(  # noqa: PLR0913 - the request, spelled out for Python users
         checkpoint = replace(checkpoint, calibration=calibration)
     artifact = bundle.artifact
     request = BuildRequest(
-        recipe=formats.get(artifact.format).RECIPES[artifact.recipe],
+        recipe=recipes.find(artifact.format, artifact.recipe),
         context_tokens=bundle.context_tokens,
         split_bytes=artifact.split_bytes,
         variant=artifact.variant,

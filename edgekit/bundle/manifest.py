@@ -219,7 +219,15 @@ class Bundle:
             origin=directory / MANIFEST, refusal=BundleError, hint="copy the bundle again"
         )
         fields = {name: value for name, value in manifest.items() if name != "schema_version"}
-        return reader.read(cls, fields, directory=directory)
+        bundle = reader.read(cls, fields, directory=directory)
+        marks = bundle.text.thoughts
+        if marks is not None and not (marks.opens.strip() and marks.closes.strip()):
+            raise BundleError(
+                f"{directory / MANIFEST}: text.thoughts opens with {marks.opens!r} and closes with "
+                f"{marks.closes!r}, expected two marks that are not blank",
+                hint="copy the bundle again",
+            )
+        return bundle
 
     def check_files(self, *, check_hashes: bool = True) -> None:
         """Compare what lies in the directory with the manifest.

@@ -59,7 +59,7 @@ def refuse_existing(out: Path, *, replaces: str | None = None) -> None:
         return
     if replaces is None:
         raise UsageError(f"{out} exists", hint="remove it, or choose another with -o")
-    if out.is_symlink() or not (out / replaces).is_file():
+    if out.is_symlink() or not os.path.isfile(out / replaces):  # noqa: PTH113 - never an error
         raise UsageError(
             f"{out} exists and is not what would replace it: it has no {replaces}",
             hint="choose another with -o",
@@ -88,8 +88,8 @@ def _create_sibling(out: Path) -> Path:
         work = parent / f".{out.name}.{os.getpid()}.part"
         work.mkdir()
         _OURS.add(work)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, ValueError, RecursionError) as error:  # a null byte, a thousand levels
+        reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(
             f"cannot write into {parent}: {reason}", hint="choose another place with -o"
         ) from error
@@ -98,7 +98,10 @@ def _create_sibling(out: Path) -> Path:
 
 def _remove_orphans(out: Path) -> None:
     """Remove what killed processes left of this same output."""
-    for path in out.absolute().parent.glob(f".{glob.escape(out.name)}.*.*"):
+    found: list[Path] = []
+    with suppress(OSError, ValueError):  # a place that there cannot be: a name that is too long
+        found = [*out.absolute().parent.glob(f".{glob.escape(out.name)}.*.*")]
+    for path in found:
         pid, kind = path.name.rsplit(".", 2)[1:]
         if kind not in {"part", "old"} or not pid.isdigit() or path in _OURS:
             continue

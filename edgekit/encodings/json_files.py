@@ -7,11 +7,13 @@ and what a runtime reads could be two models. Therefore a repeated key is refuse
 import json
 import re
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from edgekit.encodings.files import is_file, readable, require_file
 from edgekit.encodings.limits import (
+    NESTING,
     SETTINGS_BYTES,
     SETTINGS_MEMORY_BYTES,
     TOKENIZER_BYTES,
@@ -36,9 +38,9 @@ def parse(text: str | bytes, *, memory_bytes: int = SETTINGS_MEMORY_BYTES) -> An
         memory_bytes: What its value may take.
 
     Raises:
-        ValueError: If it is not JSON in UTF-8, has a key twice in one object, is nested too deeply,
-            would take more memory, or has an integer of more than 4,300 digits or half a surrogate
-            pair.
+        ValueError: If it is not JSON in UTF-8, has a key twice in one object, is nested in more
+            than `NESTING` levels, would take more memory, or has an integer of more than 4,300
+            digits or half a surrogate pair.
     """
     if isinstance(text, bytes):
         text = text.decode()  # json would guess at other encodings
@@ -48,6 +50,8 @@ def parse(text: str | bytes, *, memory_bytes: int = SETTINGS_MEMORY_BYTES) -> An
         value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    if _is_deeper(value, NESTING):  # how much Python itself reads depends on its version
+        raise ValueError(f"it is nested too deeply, in more than {NESTING} levels")
     if _HALF_PAIR.search(text):
         _refuse_half_pairs(value)
     return value
@@ -57,6 +61,15 @@ def _memory_bytes(text: str) -> int:
     """Return about what the text and its value take in Python, rather too much than too little."""
     letter_bytes = 1 if text.isascii() else 4
     return letter_bytes * len(text) + sum(cost * text.count(at) for at, cost in _COSTS.items())
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Tell whether something is within more lists and objects than that, without recursion."""
+    level: list[Any] = [[value]]
+    for _ in range(levels + 1):
+        items = chain.from_iterable(it.values() if type(it) is dict else it for it in level)
+        level = [item for item in items if type(item) in {dict, list}]
+    return bool(level)
 
 
 def _refuse_half_pairs(value: Any) -> None:

@@ -24,6 +24,7 @@ PROMPT_CHARACTERS = 8 << 20  # of standard input: the longest contexts hold an e
 CALIBRATION_BYTES = 8 * _MIB  # of text that a user names; 16,384 tokens of it are taken
 
 # In a file.
+NESTING = 200  # levels of JSON; Python has 1,000 frames for what walks them
 SETTINGS_MEMORY_BYTES = 192 * _MIB  # of Python, for JSON; that of 80,000 tensors takes 130
 VOCABULARY_MEMORY_BYTES = 512 * _MIB  # for a tokenizer.json; Gemma's takes 340
 IDS_BEYOND = 65_536  # how far ids of added tokens may go beyond a model's rows; usual: some dozens

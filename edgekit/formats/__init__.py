@@ -118,6 +118,7 @@ class Format(Protocol):
     TENSOR_TYPES: Mapping[str, TensorType]  # by name; the support matrix is made from these
     RECIPES: Mapping[str, Recipe]  # the values of --quant, most faithful first
     DEFAULT_RECIPES: tuple[str, ...]  # those a plan considers by default, most faithful first
+    MIXES_TENSOR_TYPES: bool  # whether any matrix may have any of them
     ENDING: str  # of the name of the file that `Running.load` opens
     VARIANTS: tuple[str, ...]  # builds for different programs on the device, the usual one first
     RUNTIME: str  # what opens the artifacts, as people call it

@@ -49,6 +49,7 @@ class Attention:
     # Qwen3.5: each head's rows of the query matrix are its query, then as many of a gate, whose
     # sigmoid multiplies what the head has mixed.
     has_output_gate: bool = False
+    has_head_gate: bool = False  # LFM3: a sigmoid of one row of ``head_gate`` multiplies each head
     values_are_keys: bool = False  # Gemma 4 31B: values are keys before their norm and rope
     cache_of: int | None = None  # Gemma 4: the earlier layer whose keys and values it reads
 
@@ -86,6 +87,8 @@ class Attention:
                 yield from linear_weights(
                     role, self.key_value_width, hidden_size, self.has_qkv_bias
                 )
+        if self.has_head_gate:
+            yield "head_gate", (self.heads, hidden_size)
         if self.query_key_norm:
             normalized = [("query_norm", self.heads)]
             normalized += [("key_norm", self.num_kv_heads)] if self.has_cache else []

@@ -167,10 +167,6 @@ class DecoderSpec:
         if self.has_head_bias:
             yield "output_head_bias", (self.vocab_size,)
 
-    def is_looked_up(self, role: str) -> bool:
-        """Tell whether a weight is read by row, one for each token, and multiplied with nothing."""
-        return role == "layer_embedding" or (role == "token_embedding" and not self.is_tied)
-
     def within(self, context_tokens: int) -> Self:
         """Return the decoder of texts this long at most: what none of them reaches is left out."""
         growth = self.attention.query_growth

@@ -4,7 +4,6 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
 from typing import Any, Literal
 
 from edgekit.errors import UsageError
@@ -19,11 +18,13 @@ _THOUGHT = "edgekit-7d-thought"
 _QUESTION: Message = {"role": "user", "content": _ASK}
 _AGREED: Message = {"role": "assistant", "content": _ANSWER}
 _CALL = {"type": "function", "id": "edgekit7d", "function": {"name": "f", "arguments": {"x": 1}}}
-_TAG = re.compile(r"<[^<>\s'\"{}]+>|\[[^\[\]\s'\"{}]+\]|◁[^◁▷\s]+▷")
+_TAG = re.compile(r"<[^<>\s'\"{}]{1,99}>|\[[^\[\]\s'\"{}]{1,99}\]|◁[^◁▷\s]{1,99}▷")
 _IS_DUMPED = re.compile(r"""(['"])thinking\1""")  # a list of parts, written as a list
 _BRACKETS = ("<", "[", "◁")
 _OF_THOUGHTS = re.compile("think|thought|reason", re.IGNORECASE)
 _TURNS_OFF = re.compile("(no|disable|skip|without)_", re.IGNORECASE)
+_LONGEST_MARK = 200  # characters
+_MOST_TAGS = 100
 _MOST_TRIED = 32  # variables, and pairs of tags; real templates have fewer
 
 # Where a prompt leaves the model: within a thought, after one, or before it could begin one.
@@ -139,7 +140,9 @@ class _Questions:
             opens = _after(before, [self._heading(), *self._replies()])
             closes = after.partition(_ANSWER)[0] if _ANSWER in after else closes
         opens, closes = opens.strip(), closes.strip()
-        return ThoughtMarks(opens=opens, closes=closes) if opens and closes else None
+        if not (0 < len(opens) <= _LONGEST_MARK and 0 < len(closes) <= _LONGEST_MARK):
+            return None
+        return ThoughtMarks(opens=opens, closes=closes)
 
     def _heading(self) -> str:
         """Return a conversation up to an earlier answer without a thought."""
@@ -153,13 +156,15 @@ class _Questions:
 
     def _pairs(self) -> list[ThoughtMarks]:
         """Return the tags in the template that differ in their brackets only."""
-        tags = list(dict.fromkeys(_TAG.findall(self._source)))
-        pairs = (
+        tags = list(dict.fromkeys(_TAG.findall(self._source)))[:_MOST_TAGS]
+        ends = {tag: _name(tag) for tag in tags if _is_end(tag)}
+        pairs = [
             ThoughtMarks(opens=opens, closes=closes)
-            for opens, closes in permutations(tags, 2)
-            if _name(opens) == _name(closes) != "" and _is_end(closes) and not _is_end(opens)
-        )
-        return list(pairs)[:_MOST_TRIED]
+            for opens in tags
+            for closes, name in ends.items()
+            if opens not in ends and _name(opens) == name != ""
+        ]
+        return pairs[:_MOST_TRIED]
 
     def _strips_inline(self, marks: ThoughtMarks) -> bool:
         return self._loses_thought(f"{marks.opens}\n{_THOUGHT}\n{marks.closes}\n\n{_ANSWER}")
@@ -177,9 +182,9 @@ class _Questions:
     def _speaks_of(self, marks: ThoughtMarks) -> bool:
         """Tell whether a prompt opens such a thought, or says how to."""
         return any(
-            marks.opened_by(prompt) or marks.opens in prompt.partition(marks.closes)[0]
+            marks.opened_by(prompt) or (marks.opens in before and marks.closes in prompt)
             for prompt in self._replies()
-            if marks.opened_by(prompt) or marks.closes in prompt
+            for before in [prompt.partition(marks.closes)[0]]
         )
 
     def _switch(self, marks: ThoughtMarks | None) -> Switch | None:
@@ -240,9 +245,9 @@ def _difference(thoughtful: str, plain: str) -> tuple[str, str]:
     end = _shared(rest[::-1], plain[start:][::-1])
     opens, closes = thoughtful[start:at], rest[: len(rest) - end]
     # `<|` may belong to what was added or to what follows, if both begin so.
-    for shift in range(min(start, len(closes)) + 1):
+    for shift in range(min(start, len(closes), _LONGEST_MARK) + 1):
         moved = closes[len(closes) - shift :]
-        if not thoughtful[:start].endswith(moved):
+        if not thoughtful.endswith(moved, 0, start):
             break
         if (moved + opens).lstrip().startswith(_BRACKETS):
             return moved + opens, closes[: len(closes) - shift]
@@ -259,7 +264,7 @@ def _after(text: str, others: Sequence[str]) -> str:
     """Return the end of a text, from where the first of the others goes on without its tags."""
     ends = sorted((text[_shared(text, other) :] for other in others), key=len)
     tagged = (end for end in ends if end.lstrip().startswith(_BRACKETS))
-    last = re.search(rf"({_TAG.pattern})\s*$", text)
+    last = re.search(rf"({_TAG.pattern})\s*$", text[-_LONGEST_MARK:])
     return next(tagged, last[0] if last else "")
 
 

@@ -33,7 +33,16 @@ class Weights:
         return self._kept[role]
 
     def project(self, role: str, x: "torch.Tensor", *, has_bias: bool = False) -> "torch.Tensor":
-        """Multiply with a matrix, and add its bias."""
+        """Multiply with a matrix, and add its bias.
+
+        Args:
+            role: Of the matrix, without its layer.
+            x: Float32 ``(tokens, columns)``.
+            has_bias: Whether there is one.
+
+        Returns:
+            Of shape ``(tokens, rows)``, float32.
+        """
         from torch.nn import functional
 
         if self._observe:
@@ -42,7 +51,10 @@ class Weights:
 
 
 def normalize(norm: Norm, weights: Weights, role: str, x: "torch.Tensor") -> "torch.Tensor":
-    """Normalize the last axis; a weight of two dimensions is one row for each head."""
+    """Normalize the last axis of a float32 array; the result has its shape.
+
+    A weight of two dimensions is one row for each head.
+    """
     if norm.kind == "layer":
         x = x - x.mean(-1, keepdim=True)
     x = x * (x.square().mean(-1, keepdim=True) + norm.epsilon).rsqrt()
@@ -52,5 +64,5 @@ def normalize(norm: Norm, weights: Weights, role: str, x: "torch.Tensor") -> "to
 
 
 def soften(x: "torch.Tensor", cap: float) -> "torch.Tensor":
-    """Keep what is within a cap, softly."""
+    """Return a float32 array of the same shape, softly kept within a cap."""
     return cap * (x / cap).tanh()

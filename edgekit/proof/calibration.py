@@ -48,7 +48,7 @@ VERSION = 1  # counts up when the same text would give other numbers
 
 # Weights that read the same, by the first of them that a decoder has.
 _SHARING = {
-    "query": ("query", "key", "value"),
+    "query": ("query", "key", "value", "head_gate"),
     "attention_output": ("attention_output",),
     "gate": ("gate", "up"),
     "up": ("up",),  # without a gate

@@ -29,6 +29,9 @@ def mix(
         weights: Of the layer.
         x: What it reads, ``(tokens, hidden_size)``.
         caches: Keys and values of earlier layers that a later one reads; this one's join them.
+
+    Returns:
+        Of shape ``(tokens, hidden_size)``, float32.
     """
     match mixer := spec.mixer(index):
         case Attention():
@@ -66,6 +69,8 @@ def _attend(
     mixed = _weigh(a, layer.window_tokens, query, key, value).transpose(0, 1)
     if gate is not None:
         mixed = mixed * gate.sigmoid()
+    if a.has_head_gate:
+        mixed = mixed * weights.project("head_gate", x).sigmoid()[..., None]
     joined = mixed.reshape(len(x), a.query_width)
     return weights.project("attention_output", joined, has_bias=a.has_output_bias)
 

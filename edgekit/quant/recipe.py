@@ -1,10 +1,11 @@
 """Recipes: which tensor type each weight gets. Nothing here knows a format or a device."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
+from edgekit.model.mixers import DeltaNet
 from edgekit.model.spec import DecoderSpec
 
 
@@ -25,7 +26,7 @@ class TensorType:
 
 
 Layers = Literal["all", "sensitive", "first_two", "first_four", "first_eighth", "first_sixteenth"]
-Decoders = Literal["all", "tied", "grouped"]
+Decoders = Literal["all", "tied", "grouped", "delta"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,8 @@ class Rule:
     pattern: str  # a regular expression for the whole role: "value|down"
     tensor_type: str
     layers: Layers = "all"
-    decoders: Decoders = "all"  # tied: the head is the embedding; grouped: 4 or more queries a key
+    # tied: the head is the embedding; grouped: 4 or more queries a key; delta: with delta nets
+    decoders: Decoders = "all"
 
     def applies_to(self, role: str, spec: DecoderSpec) -> bool:
         """Tell whether this rule is about one weight of a decoder."""
@@ -44,7 +46,18 @@ class Rule:
             return False
         if layer is None:  # the embedding, the head, the last norm
             return self.layers == "all"
-        return _is_chosen(self.layers, layer, depth=len(spec.layers))
+        if self.layers == "all":
+            return True
+        layers = _layers_with(part, layer, spec)
+        return _is_chosen(self.layers, layers.index(layer), depth=len(layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A role that has, in every layer, another tensor type than a recipe gives it."""
+
+    role: str
+    tensor_type: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +67,25 @@ class Recipe:
     name: str
     default: str
     rules: tuple[Rule, ...] = ()
+    changes: tuple[Change, ...] = ()  # a user's, which come before all rules
     max_mean_kl_nats: float  # above, an artifact does not say what the checkpoint says
     min_same_top_token: float  # share of positions, 0 to 1
 
     def tensor_type_for(self, role: str, spec: DecoderSpec) -> str:
         """Return the tensor type this recipe wants for one weight of a decoder."""
+        part = split_role(role)[1]
+        for change in self.changes:
+            if change.role == part:
+                return change.tensor_type
         for rule in self.rules:
             if rule.applies_to(role, spec):
                 return rule.tensor_type
         return self.default
+
+    @property
+    def full_name(self) -> str:
+        """As a user writes it: ``Q4_K_M,down=Q8_0``."""
+        return ",".join([self.name, *(f"{it.role}={it.tensor_type}" for it in self.changes)])
 
 
 def with_limits(limits: Mapping[str, tuple[float, float]], *always: Rule) -> Callable[..., Recipe]:
@@ -87,6 +110,22 @@ def with_limits(limits: Mapping[str, tuple[float, float]], *always: Rule) -> Cal
     return make
 
 
+def _layers_with(part: str, layer: int, spec: DecoderSpec) -> Sequence[int]:
+    """Return the layers that have such a weight; one that makes values is like any other."""
+    every = range(len(spec.layers))
+    if spec.is_uniform or not _has(spec, layer, {part}):  # of the MLP, which all have
+        return every
+    parts = _MAKE_VALUES if part in _MAKE_VALUES else {part}
+    return [other for other in every if _has(spec, other, parts)]
+
+
+_MAKE_VALUES = {"value", "delta_qkv"}
+
+
+def _has(spec: DecoderSpec, layer: int, parts: Container[str]) -> bool:
+    return any(part in parts for part, _ in spec.mixer(layer).weights(spec.hidden_size))
+
+
 def _is_meant(decoders: Decoders, spec: DecoderSpec) -> bool:
     match decoders:
         case "all":
@@ -95,8 +134,15 @@ def _is_meant(decoders: Decoders, spec: DecoderSpec) -> bool:
             return spec.is_tied
         case "grouped":
             return spec.attention.heads // spec.attention.num_kv_heads >= 4
+        case "delta":
+            return has_delta_nets(spec)
         case _:
             assert_never(decoders)
+
+
+def has_delta_nets(spec: DecoderSpec) -> bool:
+    """Tell whether a layer keeps a state that rounding errors add up in."""
+    return any(isinstance(layer.mixer, DeltaNet) for layer in spec.layers)
 
 
 def _is_chosen(layers: Layers, layer: int, *, depth: int) -> bool:

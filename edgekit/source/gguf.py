@@ -1,6 +1,7 @@
 """A GGUF file as an ordinary checkpoint, so that a model found as GGUF can go to every format."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import TYPE_CHECKING
 
 from edgekit import scratch
 from edgekit.errors import UsageError
-from edgekit.formats.gguf import hyperparameters, layout, parts
+from edgekit.formats.gguf import hyperparameters, layout, parts, value_heads
 from edgekit.formats.gguf.architectures import Architecture
-from edgekit.formats.gguf.hyperparameters import Facts
+from edgekit.formats.gguf.facts import Facts
 from edgekit.formats.gguf.layout import GgufFile, TensorInfo
+from edgekit.formats.gguf.value_heads import ValueHeads
 from edgekit.model.checkpoint_protocol import Tensor
+from edgekit.model.mixers import Attention
 from edgekit.model.shapes import Shape
 from edgekit.model.spec import DecoderSpec
 from edgekit.model.tokenizer_files import TokenizerFiles
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 
 _SMALL = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_LAYER = re.compile(r"blk\.(\d+)\.")
 _COMPUTED = (*_SMALL, "attn_rot_embd.weight")  # tables made from the metadata
 
 
@@ -159,6 +163,59 @@ class ConcatenatedTensor:
 
 
 @dataclass(frozen=True)
+class GroupedHeads:
+    """A weight whose value heads follow each other as in a checkpoint, by the key head they read.
+
+    Whatever the tensor type: the blocks of the file are decoded before anything changes places.
+    """
+
+    base: Tensor
+    heads: ValueHeads
+
+    @property
+    def shape(self) -> Shape:
+        """That of the base."""
+        return self.base.shape
+
+    @property
+    def size_bytes(self) -> int:
+        """That of the base."""
+        return self.base.size_bytes
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "Rows":
+        """Return some rows, or all, in float32."""
+        import numpy as np
+
+        rows = self.shape[0] - first_row if rows is None else rows
+        if self.heads.axis == 1:
+            return self.heads.columns(self.base.read(first_row, rows), "checkpoint")
+        runs = self.heads.runs(first_row, rows, "checkpoint")
+        return np.concatenate([self.base.read(*run) for run in runs])
+
+
+@dataclass(frozen=True)
+class DepthwiseTaps:
+    """Taps by channel with the axis that a checkpoint has between: the one input channel."""
+
+    base: Tensor  # (channels, taps)
+
+    @property
+    def shape(self) -> Shape:
+        """Channels, one, taps."""
+        channels, taps = self.base.shape
+        return channels, 1, taps
+
+    @property
+    def size_bytes(self) -> int:
+        """That of the base."""
+        return self.base.size_bytes
+
+    def read(self, first_row: int = 0, rows: int | None = None) -> "Rows":
+        """Return some channels, or all, in float32."""
+        return self.base.read(first_row, rows)[:, None]
+
+
+@dataclass(frozen=True)
 class RowTensor:
     """One row of a tensor, as a tensor of its own."""
 
@@ -209,12 +266,16 @@ def _tensors(
     pieces: dict[str, list[tuple[int, Tensor]]] = {}
     for role, shape in spec.weights():
         layer, part = split_role(role)
-        tensor = (
-            KeyTensor(facts.each_layer(parts.KEYS[part])[layer])
-            if layer is not None and part in parts.KEYS
-            else _role_tensor(file, infos, role, shape, spec, graph)
-        )
+        tensor: Tensor
+        if layer is not None and part in parts.KEYS:
+            tensor = KeyTensor(facts.each_layer(parts.KEYS[part])[layer])
+        elif part == "layer_scale" and _place(infos, role, spec, graph).name not in infos:
+            tensor = KeyTensor(1.0)  # llama.cpp does without
+        else:
+            tensor = _role_tensor(file, infos, role, shape, spec, graph)
         source = family.source(role, spec)
+        if source.is_depthwise:
+            tensor = DepthwiseTaps(tensor)
         if source.neighbours:
             tensor = PairOrder(base=tensor, pairs=source.neighbours, to="neighbours")
         if source.siblings:
@@ -236,12 +297,29 @@ def _refuse_unused(
     }
     if graph.has_sinks:
         used |= {hyperparameters.sinks_name(layer) for layer in range(len(spec.layers))}
+    used |= _leftovers(infos, spec)
     unused = sorted(name for name in infos.keys() - used if not name.endswith(_COMPUTED))
     if unused:
         raise UsageError(
             f"{file.path} holds {unused[0]}, which no {graph.name} decoder of edgekit uses",
             hint="a mixture of experts, or another kind of model under the same name?",
         )
+
+
+def _leftovers(infos: Mapping[str, TensorInfo], spec: DecoderSpec) -> set[str]:
+    """Return what llama.cpp passes over: keys and values that nothing reads, layers that draft."""
+    unread = {
+        f"blk.{layer}.{part}"
+        for layer, _, attention in spec.attentions()
+        if not attention.has_cache
+        for part in ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight")
+    }
+    drafting = {
+        name
+        for name in infos
+        if (found := _LAYER.match(name)) and int(found[1]) >= len(spec.layers)
+    }
+    return unread | drafting
 
 
 def _refuse_sinks(
@@ -284,8 +362,10 @@ def _role_tensor(  # noqa: PLR0913, PLR0917 - the file, the weight, and the two 
         info=info,
         shape=shape,
         first_row=place.first_row,
-        restore=_restore(role, graph),
+        restore=_restore(role, spec),
     )
+    if heads := value_heads.value_heads(role, spec):
+        return GroupedHeads(tensor, heads)
     pairs = spec.rotated_pairs(role) if graph.rope_pairs == "neighbours" else None
     return PairOrder(base=tensor, pairs=pairs, to="halves") if pairs else tensor
 
@@ -303,11 +383,13 @@ def _place(
     infos: Mapping[str, TensorInfo], role: str, spec: DecoderSpec, graph: Architecture
 ) -> _Place:
     layer, part = split_role(role)
-    name = parts.tensor_name(role)
+    name = parts.tensor_name(role, graph)
     kind, _, bias = part.partition("_")
     fused = parts.qkv_name(layer, is_bias=bias == "bias")
     if kind in {"query", "key", "value"} and bias in {"", "bias"} and fused in infos:
-        queries, keys = spec.attention.query_width, spec.attention.key_value_width
+        mixer = spec.attention if layer is None else spec.mixer(layer)
+        a = mixer if isinstance(mixer, Attention) else spec.attention
+        queries, keys = a.query_rows, a.key_value_width
         first_row = {"query": 0, "key": queries, "value": queries + keys}[kind]
         return _Place(fused, first_row, queries + 2 * keys)
     if graph.fuses_mlp and part in {"gate", "up"}:
@@ -316,7 +398,11 @@ def _place(
     return _Place(name)
 
 
-def _restore(role: str, graph: Architecture) -> Callable[["Rows"], "Rows"]:
-    if split_role(role)[1].endswith("norm") and graph.norm_adds_one:
+def _restore(role: str, spec: DecoderSpec) -> Callable[["Rows"], "Rows"]:
+    import numpy as np
+
+    if spec.unit_offset(role):
         return lambda rows: rows - 1
+    if split_role(role)[1] == "delta_decay":
+        return lambda rows: np.log(-rows)
     return lambda rows: rows

@@ -19,6 +19,7 @@ from edgekit.formats.gguf.pretokenizers import (
     to_tokenizer_json,
 )
 from edgekit.formats.gguf.vocabulary import (
+    ANSWER_ENDS,
     CONTROL,
     MESSAGE_ENDS,
     NORMAL,
@@ -43,7 +44,7 @@ _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 class _Vocabulary:
     """The ``tokenizer.*`` metadata of a file, checked."""
 
-    model: str  # gpt2 or llama
+    model: str  # gpt2, llama or gemma4
     tokens: Sequence[str]
     types: Sequence[int]
     metadata: Mapping[str, Any]
@@ -51,10 +52,10 @@ class _Vocabulary:
     @classmethod
     def parse(cls, metadata: Mapping[str, Any]) -> "_Vocabulary":
         model = metadata.get("tokenizer.ggml.model")
-        if model not in ("gpt2", "llama"):
+        if model not in ("gpt2", "llama", "gemma4"):
             raise UsageError(
-                f"the file has a {model!r} tokenizer, edgekit reads 'gpt2' (byte-level BPE) and "
-                "'llama' (SentencePiece BPE)",
+                f"the file has a {model!r} tokenizer, edgekit reads 'gpt2' (byte-level BPE), "
+                "'llama' (SentencePiece BPE) and 'gemma4' (the same with its merges)",
                 hint="start from the Hugging Face checkpoint instead",
             )
         tokens = _array(metadata, "tokens", str)
@@ -194,7 +195,7 @@ def _stop_ids(vocabulary: _Vocabulary) -> dict[int, None]:
     declared = [vocabulary.id(name) for name in ("eos", "eot", "eom")]
     by_text = [
         vocabulary.ids[token]
-        for token in (*TURN_ENDS, *MESSAGE_ENDS)
+        for token in (*TURN_ENDS, *MESSAGE_ENDS, *ANSWER_ENDS)
         if token in vocabulary.ids and vocabulary.types[vocabulary.ids[token]] == CONTROL
     ]
     found = dict.fromkeys(id for id in [*declared, *by_text] if id is not None)
@@ -266,7 +267,7 @@ def _bpe(
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": unknown is not None,
-        "byte_fallback": vocabulary.model == "llama",
+        "byte_fallback": vocabulary.model != "gpt2",
         "ignore_merges": ignores_merges,
         "vocab": dict(vocabulary.ids),
         "merges": [list(pair) for pair in merges],
@@ -289,6 +290,8 @@ def _listed_merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
 def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
     to_mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     to_space = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    has_merges = vocabulary.model == "gemma4"
+    merges = _listed_merges(vocabulary) if has_merges else _scored_merges(vocabulary)
     normalizers = [to_mark]
     decoders = [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
     if vocabulary.adds_space:
@@ -297,7 +300,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
     return {
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _bpe(vocabulary, _scored_merges(vocabulary), unknown=vocabulary.token("unknown")),
+        "model": _bpe(vocabulary, merges, unknown=vocabulary.token("unknown")),
     }
 
 
@@ -321,7 +324,7 @@ def _post_processor(vocabulary: _Vocabulary) -> dict[str, Any] | None:
     before = vocabulary.token("bos") if vocabulary.adds_bos else None
     after = vocabulary.token("eos") if vocabulary.adds_eos else None
     if before is None and after is None:
-        if vocabulary.model == "llama":
+        if vocabulary.model != "gpt2":
             return None
         return {
             "type": "ByteLevel",

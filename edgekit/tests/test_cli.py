@@ -494,7 +494,7 @@ def test_a_plan_for_programs_keeps_the_keys_it_was_first_written_with(tmp_path, 
         "split_bytes",
     }  # fmt: skip
     assert document["recipe"].keys() == {
-        "name", "default", "rules", "max_mean_kl_nats", "min_same_top_token",
+        "name", "default", "rules", "changes", "max_mean_kl_nats", "min_same_top_token",
     }  # fmt: skip
     assert {key for rule in document["recipe"]["rules"] for key in rule} == {
         "pattern", "storage", "layers", "decoders",

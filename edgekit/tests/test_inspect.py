@@ -13,7 +13,7 @@ from edgekit.cli import cli
 from edgekit.errors import BundleError, UsageError
 from edgekit.formats.gguf.layout import TensorEntry, Writer
 from edgekit.inspect import lines
-from edgekit.text.rules import TextRules
+from edgekit.text.rules import TextRules, ThoughtMarks
 
 
 def write_gguf(path):
@@ -98,6 +98,12 @@ def test_a_bundle_shows_stop_strings_and_what_was_fixed_in_its_template(bundle):
     shown = list(lines(inspect(bundle.directory)))
     assert "context: 512 tokens, stops at [2, 7], and before ['END']" in shown
     assert 'chat template: with effort = "low", enable_thinking = false' in shown
+
+
+def test_a_bundle_shows_what_stands_around_a_thought(bundle):
+    marks = ThoughtMarks(opens="<think>", closes="</think>")
+    replace(bundle, text=replace(bundle.text, thoughts=marks)).save()
+    assert "thoughts: between '<think>' and '</think>'" in lines(inspect(bundle.directory))
 
 
 def test_an_unproven_bundle_says_so(bundle):

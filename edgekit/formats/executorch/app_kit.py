@@ -173,11 +173,24 @@ def _head(app_kit: AppKit) -> str:
 |---|---|
 | program | `{app_kit.entry}`, variant {app_kit.variant} ({app_kit.build.kind}) |
 | context | {app_kit.context_tokens} tokens, prompt and answer together |
-| an answer ends at | {_spelt_stops(app_kit)} |
+| an answer ends at | {_spelt_stops(app_kit)} |{_thoughts_row(app_kit)}
 | to check an app with | `{PROMPTS}`: prompts, and the ids they must become |
 
 {f"It {here}." if device else f"{here} this directory."}
 """
+
+
+def _thoughts_row(app_kit: AppKit) -> str:
+    marks = app_kit.text.rules.thoughts
+    if marks is None or not (marks.opens + marks.closes).isprintable():
+        return ""
+    opens, closes = (
+        mark.replace("|", "\\|").replace("`", "'") for mark in (marks.opens, marks.closes)
+    )
+    return (
+        f"\n| before an answer | what the model thinks, if it does, between `{opens}` and "
+        f"`{closes}`: not part of it |"
+    )
 
 
 def _spelt_stops(app_kit: AppKit) -> str:

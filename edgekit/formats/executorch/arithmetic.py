@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Generic, Literal, TypeVar, assert_never
 
+from edgekit.model.mixers import Attention, QueryGrowth
 from edgekit.model.norm import Norm
 from edgekit.model.rope import Rope
 from edgekit.model.spec import XIELU_BETA, DecoderSpec
@@ -35,6 +36,11 @@ def ropes(spec: DecoderSpec) -> tuple[Rope, ...]:
     return tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
 
 
+def query_growth(spec: DecoderSpec) -> QueryGrowth | None:
+    """Return how queries grow with their positions, in the layers where they do."""
+    return next((a.query_growth for _, _, a in spec.attentions() if a.query_growth), None)
+
+
 class Arithmetic(ABC, Generic[V]):
     """A decoder in the operators of a back-end.
 
@@ -52,9 +58,10 @@ class Arithmetic(ABC, Generic[V]):
         """Return what is added to the residual stream of what attention or the MLP gives."""
         return self._normalize(self.spec.norm, role, x) if self.spec.has_post_norms else x
 
-    def _steps_of_heads(self, *, rotates: bool) -> Iterator[Literal["normalize", "rotate"]]:
+    def _steps_of_heads(
+        self, a: Attention, *, rotates: bool
+    ) -> Iterator[Literal["normalize", "rotate"]]:
         """Yield what is done with queries and keys, in this order."""
-        a = self.spec.attention
         if a.query_key_norm and not a.normalizes_after_rope:
             yield "normalize"
         if rotates:
@@ -62,13 +69,12 @@ class Arithmetic(ABC, Generic[V]):
         if a.query_key_norm and a.normalizes_after_rope:
             yield "normalize"
 
-    def _normalize_heads(self, role: str, x: V, heads: int) -> V:
+    def _normalize_heads(self, a: Attention, role: str, x: V, heads: int) -> V:
         """Return queries or keys after their norm, which sees the heads apart or all at once."""
-        a = self.spec.attention
         assert a.query_key_norm is not None  # noqa: S101 - else it is no step
         if a.head_norms == "together":
-            joined = self._normalize(a.query_key_norm, role, self._join_heads(x, heads))
-            return self._split_heads(joined, heads)
+            joined = self._normalize(a.query_key_norm, role, self._join_heads(x, heads, a.head_dim))
+            return self._split_heads(joined, heads, a.head_dim)
         return self._normalize(a.query_key_norm, role, x)
 
     def _activate(self, prefix: str, x: V) -> V:
@@ -106,11 +112,11 @@ class Arithmetic(ABC, Generic[V]):
         """Normalize the last axis; Gemma's ones are in its weights already."""
 
     @abstractmethod
-    def _split_heads(self, x: V, heads: int) -> V:
-        """Return the channels of all heads with an axis for the heads."""
+    def _split_heads(self, x: V, heads: int, width: int) -> V:
+        """Return the channels of all heads with an axis for the heads, ``width`` channels each."""
 
     @abstractmethod
-    def _join_heads(self, x: V, heads: int) -> V:
+    def _join_heads(self, x: V, heads: int, width: int) -> V:
         """Return heads as the channels of all."""
 
     @abstractmethod

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edgekit.formats.executorch import tensor_types
+from edgekit.formats.executorch.contents import SLICE
 from edgekit.formats.executorch.coverage import Coverage
 from edgekit.formats.executorch.tensor_types import ALIGNMENT
 
@@ -21,11 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Named data that is a part of a weight's."""
+    """Named data that is a part of a weight's; `slice_key` makes its key."""
 
     of: str  # the key of the whole
     first_byte: int
     size_bytes: int
+
+
+def slice_key(key: str, first_row: int) -> str:
+    """Return the key of the rows of a weight, or of its scales, that begin with this one."""
+    return f"{key}{SLICE}{first_row}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +40,7 @@ class Lowered:
 
     program: Any  # of executorch.exir.schema
     numbers: Mapping[str, bytes]  # named data that is not a weight
-    table: tuple[int, ...]  # which constants are the embedding and its scales
+    tables: Mapping[int, str]  # which constants are parts of tables, and the keys of those
     coverage: Coverage
     slices: Mapping[str, Slice] = field(default_factory=dict)
 
@@ -129,16 +135,16 @@ class _Assembly:
         from executorch.exir.schema import SubsegmentOffsets
 
         offsets, end = [], 0
-        keys = ("token_embedding", "token_embedding" + tensor_types.SCALE)
-        table = dict(zip(self._lowered.table, keys, strict=False))
         for index, buffer in enumerate(self._program.constant_buffer):
             end = _aligned(end, _TENSOR_ALIGNMENT)
             offsets.append(end)
-            if index in table:
-                self._places[table[index]] = end
-            else:
+            key = self._lowered.tables.get(index)
+            if key is None:
                 self._pieces.append((end, buffer.storage))
-            end += len(buffer.storage)
+                end += len(buffer.storage)
+            else:
+                self._places[key] = end
+                end += self._sizes[key]
         index = self._segment(end)
         self._program.constant_segment = SubsegmentOffsets(segment_index=index, offsets=offsets)
         self._program.constant_buffer = []

@@ -8,7 +8,7 @@ from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest, Layout
 from edgekit.formats.executorch import app_kit, backends
 from edgekit.formats.executorch.backends import Backend
-from edgekit.formats.executorch.planned import Job, ProgramWeight
+from edgekit.formats.executorch.planned import Job, ProgramWeight, shapes
 from edgekit.model.spec import DecoderSpec
 from edgekit.model.tokenizer_files import added_tokens
 from edgekit.progress import Advance
@@ -36,7 +36,7 @@ def weights(spec: DecoderSpec, recipe: Recipe, backend: Backend) -> tuple[Progra
             hint=f"its recipes: {', '.join(backend.recipes)}",
         )
     found = []
-    for role, shape in spec.weights():
+    for role, shape in shapes(spec):
         wanted = backend.writing.meant_by(recipe.tensor_type_for(role, spec), recipe=recipe.name)
         stored = backend.writing.stored_as(wanted, shape, recipe=recipe.name)
         found.append(ProgramWeight.of(role, shape, wanted=wanted, stored=stored))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ToolchainError
+from edgekit.formats.executorch.planned import TABLES
 
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def report(
     """
     inside = [weight for weight in planned if weight.role in found.delegated_weights]
     outside = [weight for weight in planned if weight.role not in found.delegated_weights]
-    multiplied = [w.role for w in outside if len(w.shape) > 1 and w.role != "token_embedding"]
+    multiplied = [w.role for w in outside if len(w.shape) > 1 and w.role not in TABLES]
     if multiplied:
         raise ToolchainError(f"{name} does not multiply by {', '.join(multiplied)}")
     return {

@@ -1,35 +1,98 @@
-"""Token embeddings, a module of torch for each tensor type."""
+"""Tables that tokens are looked up in, a module of torch for each tensor type.
+
+A program is made with tables of one row, and told how many rows there are when it is done: no
+table need be in memory, and what looks up a row does not ask.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 from torch.nn import functional  # noqa: TID253
 
-from edgekit.formats.executorch.tensor_types import TENSOR_TYPES, VULKAN_FOUR_BITS
-from edgekit.model.spec import DecoderSpec
+from edgekit.formats.executorch.planned import TABLES
+from edgekit.formats.executorch.tensor_types import SCALE, TENSOR_TYPES, VULKAN_FOUR_BITS
+from edgekit.model.shapes import Shape
 
 
-def empty(spec: DecoderSpec, stored: str) -> nn.Module:
-    """Return what makes rows of tokens, with a table that has no content yet."""
-    shape = (spec.vocab_size, spec.hidden_size)
+@dataclass(frozen=True, kw_only=True)
+class StandIn:
+    """What a program is made with where part of a table will be."""
+
+    key: str  # of the part
+    content: bytes  # which no other constant has
+    shape: Shape  # of the part
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmptyTable:
+    """A table without content."""
+
+    module: nn.Module
+    stand_ins: Sequence[StandIn]
+
+
+_MARK = 100  # what the first table is full of; the next of one more
+_SCALE_MARK = 2.0**80  # its scales of so much times that
+
+
+def empty(role: str, shape: Shape, stored: str) -> EmptyTable:
+    """Return what makes rows of tokens.
+
+    Args:
+        role: One of `TABLES`.
+        shape: Rows and columns.
+        stored: The tensor type.
+    """
     rows, columns = shape
+    mark = _MARK + TABLES.index(role)
     if stored in {"F32", "F16"}:
         dtype = torch.float32 if stored == "F32" else torch.float16
-        return FloatEmbedding(torch.zeros(shape, dtype=dtype))
+        table = torch.full((1, columns), mark, dtype=dtype)
+        return _of(role, FloatEmbedding(table), [(table, shape)])
     from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401 - operators
 
     if stored == "INT8":
-        table = torch.zeros(shape, dtype=torch.int8)
-        return Int8Embedding(table, torch.ones(rows))
+        table = torch.full((1, columns), mark, dtype=torch.int8)
+        scales = torch.full((1,), mark * _SCALE_MARK)
+        return _of(role, Int8Embedding(table, scales), [(table, shape), (scales, (rows,))])
     groups = columns // TENSOR_TYPES[stored].block_weights
+    pairs = torch.full((1, columns // 2), mark, dtype=torch.uint8)
+    parts = [(pairs, (rows, columns // 2))]
     if stored in VULKAN_FOUR_BITS:
-        return AcrossInt4Embedding(
-            torch.zeros(rows, columns // 2, dtype=torch.uint8), torch.ones(groups, rows)
-        )
-    return Int4Embedding(
-        torch.zeros(rows, columns // 2, dtype=torch.uint8),
-        torch.ones(rows, groups, dtype=torch.bfloat16),
-    )
+        scales = torch.full((groups, 1), mark * _SCALE_MARK)
+        across = AcrossInt4Embedding(pairs, scales)
+        return _of(role, across, [*parts, (scales, (groups, rows))])
+    scales = torch.full((1, groups), mark * _SCALE_MARK, dtype=torch.bfloat16)
+    return _of(role, Int4Embedding(pairs, scales), [*parts, (scales, (rows, groups))])
+
+
+def _of(role: str, module: nn.Module, parts: Sequence[tuple[Tensor, Shape]]) -> EmptyTable:
+    keys = (role, role + SCALE)
+    made = [
+        StandIn(key=key, content=part.view(torch.uint8).numpy().tobytes(), shape=shape)
+        for key, (part, shape) in zip(keys, parts, strict=False)
+    ]
+    return EmptyTable(module=module, stand_ins=made)
+
+
+class LayerEmbedding(nn.Module):  # type: ignore[misc]  # it is Any here
+    """A table with a row for each layer of each token, those of a token next to each other."""
+
+    def __init__(self, table: nn.Module, layers: int) -> None:
+        super().__init__()
+        self.table, self.layers = table, layers
+
+    def places(self, tokens: Tensor) -> Tensor:
+        """Return the first row of each token."""
+        return tokens * self.layers
+
+    def forward(self, places: Tensor, layer: int) -> Tensor:
+        """Return the row of a layer for each token, given the first of each."""
+        rows: Tensor = self.table(places + layer)
+        return rows
 
 
 class Int8Embedding(nn.Module):  # type: ignore[misc]  # it is Any here

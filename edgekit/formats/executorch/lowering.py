@@ -1,14 +1,14 @@
 """From modules of torch to an ExecuTorch program around what a back-end computes."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
 from torch import Tensor, fx, nn  # noqa: TID253
 
-from edgekit.model.spec import DecoderSpec
+from edgekit.formats.executorch.embeddings import StandIn
 
 
 TRACED_TOKENS = 3  # any number but those of a model's axes
@@ -121,14 +121,18 @@ def _tensors(program: Any) -> Iterator[Any]:
             yield value.val
 
 
-def table_constants(program: Any, spec: DecoderSpec) -> tuple[int, ...]:
-    """Return which constants are the embedding and, if it has them, its smaller scales."""
-    found = {
-        tensor.data_buffer_idx: _size_bytes(tensor)
-        for tensor in _tensors(program)
-        if tensor.data_buffer_idx > 0 and spec.vocab_size in tensor.sizes
-    }
-    return tuple(sorted(found, key=lambda index: -found[index]))
+def spread_tables(program: Any, stand_ins: Iterable[StandIn]) -> dict[int, str]:
+    """Give tables the shapes that they will have.
+
+    Returns:
+        Which constants are parts of them, and the keys of those.
+    """
+    contents = [buffer.storage for buffer in program.constant_buffer]
+    found = {contents.index(stand_in.content): stand_in for stand_in in stand_ins}
+    for tensor in _tensors(program):
+        if tensor.data_buffer_idx in found and not tensor.allocation_info:
+            tensor.sizes = list(found[tensor.data_buffer_idx].shape)
+    return {index: stand_in.key for index, stand_in in found.items()}
 
 
 def portable_calls(program: Any) -> dict[str, int]:

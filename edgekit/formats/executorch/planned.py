@@ -21,6 +21,24 @@ if TYPE_CHECKING:
     Rows = npt.NDArray[np.float32]
 
 
+# What tokens are looked up in, by role; no back-end need have them.
+TABLES = ("token_embedding", "layer_embedding")
+
+
+def shapes(spec: "DecoderSpec") -> Iterator[tuple[str, Shape]]:
+    """Yield every weight by role, in the shape that programs hold it in.
+
+    That of the checkpoint, but for the embeddings of layers: a row of theirs is one layer's, for
+    one token. It can be looked up when the layer is there, and no token's rows for all layers need
+    be kept.
+    """
+    for role, shape in spec.weights():
+        if role == "layer_embedding" and spec.layer_embedding:
+            yield role, (shape[0] * len(spec.layers), spec.layer_embedding.width)
+        else:
+            yield role, shape
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProgramWeight(PlannedWeight):
     """One weight of the checkpoint, and what holds it."""
@@ -69,7 +87,8 @@ class Job:
     def blocks(self, weight: ProgramWeight) -> "Iterator[tuple[int, Rows]]":
         """Yield first rows and float32 ``(rows, …)`` as programs hold them; tell the progress."""
         for first, rows in self.checkpoint.blocks(weight.role):
-            yield first, slopes.to_slopes(weight.role, rows)
+            held = rows.reshape(-1, *weight.shape[1:])
+            yield first * (len(held) // len(rows)), slopes.to_slopes(weight.role, held)
             self.progress(rows.size)
 
     def encoded(

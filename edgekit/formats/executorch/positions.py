@@ -4,7 +4,7 @@
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
-from edgekit.formats.executorch.arithmetic import ropes
+from edgekit.formats.executorch.arithmetic import query_growth, ropes
 from edgekit.model.rope import Rope
 from edgekit.model.spec import DecoderSpec
 
@@ -14,7 +14,7 @@ class Positions(nn.Module):  # type: ignore[misc]  # it is Any here
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
-        self.query_growth = spec.attention.query_growth
+        self.query_growth = query_growth(spec)
         self.ropes = ropes(spec)
         for number, rope in enumerate(self.ropes):
             self._keep(f"frequencies_{number}", frequencies(rope, text_tokens=1))

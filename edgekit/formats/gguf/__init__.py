@@ -4,6 +4,7 @@ from edgekit.formats.gguf import tensor_types
 
 
 TENSOR_TYPES, RECIPES = tensor_types.TENSOR_TYPES, tensor_types.RECIPES
+MIXES_TENSOR_TYPES = True
 ENDING = ".gguf"
 VARIANTS = ()
 RUNTIME = "llama.cpp"

@@ -9,23 +9,25 @@ commit inside llama-cpp-python 0.3.36.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from edgekit.errors import UsageError
 from edgekit.formats import ContextLimit
-from edgekit.model.mixers import Attention, QueryGrowth
+from edgekit.model.mixers import DELTA_EPSILON, Attention, DeltaNet, QueryGrowth, ShortConv
 from edgekit.model.norm import Norm
 from edgekit.model.rope import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    ProportionalScaling,
     Rope,
     RopeScaling,
     YarnScaling,
 )
-from edgekit.model.spec import Activation, DecoderSpec
+from edgekit.model.spec import Activation, DecoderSpec, LayerEmbedding
+from edgekit.quant.recipe import split_role
 
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS in llama-hparams.h; more make it abort
@@ -81,6 +83,19 @@ class Architecture:
     head_width_is_free: bool = False  # else heads x head width must be the hidden width
     fuses_attention: bool = False  # queries, keys and values in one tensor
     fuses_mlp: bool = False  # gate and up in one tensor
+    state_mixer: type[ShortConv | DeltaNet] | None = None  # of one layer at least
+    gates_attention: bool = False
+    differs_by_window: bool = False  # heads of layers with a window and of the others
+    normalizes_values: bool = False
+    values_may_be_keys: bool = False
+    shares_caches: bool = False  # of the last two layers that have one, the second to last windowed
+    softmax_scale: float | None = None  # whatever the width of the heads
+    has_divisors: bool = False  # of the frequencies without a window, even if they change nothing
+    has_rope_sections: bool = False  # for the positions of what is seen
+    has_layer_embedding: bool = False
+    has_layer_scales: bool = False
+    mlp_widths_differ: bool = False
+    tensor_names: Mapping[str, str] = field(default_factory=dict)  # by role, where they are others
     ties: Literal["optional", "always", "never"] = "optional"
     note: str | None = None  # what a user of the file should know
 
@@ -100,6 +115,8 @@ class Architecture:
 
     def score_scale(self, *, depth: int, head_dim: int, hidden_size: int, heads: int) -> float:
         """Return what multiplies scores: graphs read no key for it."""
+        if self.softmax_scale is not None:
+            return self.softmax_scale
         is_by_hidden = depth == self.scales_scores_by_hidden_at
         return float((hidden_size // heads if is_by_hidden else head_dim) ** -0.5)
 
@@ -110,7 +127,9 @@ class Architecture:
         """
         if not spec.scales_queries(role):
             return 1.0
-        a = spec.attention
+        layer, _ = split_role(role)
+        mixer = spec.attention if layer is None else spec.mixer(layer)
+        a = mixer if isinstance(mixer, Attention) else spec.attention
         scale = self.score_scale(
             depth=len(spec.layers),
             head_dim=a.head_dim,
@@ -122,8 +141,17 @@ class Architecture:
     def refusals(self, spec: DecoderSpec) -> Iterator[str]:
         """Yield what this graph would compute otherwise than ``spec`` asks."""
         yield from self._refuse_norms(spec)
-        yield from self._refuse_head_norms(spec)
-        yield from self._refuse_attention(spec)
+        yield from self._refuse_states(spec)
+        kinds = attention_kinds(spec)
+        yield from dict.fromkeys(
+            refusal
+            for a in kinds
+            for refuse in (self._refuse_head_norms, self._refuse_attention)
+            for refusal in refuse(spec, a)
+        )
+        yield from self._refuse_kinds(spec, kinds)
+        yield from self._refuse_caches(spec)
+        yield from self._refuse_windows(spec)
         yield from self._refuse_ropes(spec)
         yield from self._refuse_mlp(spec)
         yield from self._refuse_ends(spec)
@@ -138,15 +166,78 @@ class Architecture:
         if spec.has_post_norms != self.has_post_norms:
             yield "norms after attention and MLP" if spec.has_post_norms else "no post norms"
 
-    def _refuse_head_norms(self, spec: DecoderSpec) -> Iterator[str]:
-        norm = spec.attention.query_key_norm
+    def _refuse_states(self, spec: DecoderSpec) -> Iterator[str]:
+        mixers = {spec.mixer(index) for index in range(len(spec.layers))}
+        found = [mixer for mixer in mixers if not isinstance(mixer, Attention)]
+        if len(found) == len(mixers):  # it aborts
+            yield "no layer that attends"
+        elif found and not all(isinstance(mixer, self.state_mixer or ()) for mixer in found):
+            yield f"layers that are {_mixer_name(type(found[0]))}s"
+        elif self.state_mixer and not found:
+            yield f"no layer that is a {_mixer_name(self.state_mixer)}"
+        elif len(found) > 1:
+            yield f"{_mixer_name(type(found[0]))}s that differ between layers"
+        else:
+            for mixer in found:
+                yield from self._refuse_mixer(spec, mixer)
+
+    def _refuse_mixer(self, spec: DecoderSpec, mixer: ShortConv | DeltaNet) -> Iterator[str]:
+        if isinstance(mixer, ShortConv):
+            if mixer.has_bias:
+                yield "short convolutions with bias"
+            return
+        if mixer.key_head_dim != mixer.value_head_dim:
+            yield (
+                f"delta nets whose keys are {mixer.key_head_dim} wide and whose values "
+                f"{mixer.value_head_dim}"
+            )
+        if mixer.norm != Norm(kind="rms", epsilon=spec.norm.epsilon):
+            yield "another norm in the delta nets than elsewhere"
+        elif mixer.norm.epsilon != DELTA_EPSILON:
+            # Small queries and keys show it: 1e-5 changed a random Qwen 3.5 by up to 2e-4 nats.
+            yield (
+                f"norms with epsilon {mixer.norm.epsilon:g} (it would add that to the squares of "
+                f"delta nets' queries and keys too, to which this model adds {DELTA_EPSILON:g})"
+            )
+
+    def _refuse_kinds(self, spec: DecoderSpec, kinds: Sequence[Attention]) -> Iterator[str]:
+        by_window = {
+            (layer.window_tokens is not None, replace(a, cache_of=None))
+            for _, layer, a in spec.attentions()
+        }
+        if len(kinds) > 1 and not (self.differs_by_window and len(by_window) == len(kinds) == 2):
+            yield "attention that differs between layers"
+        widths = {spec.mlp(index).intermediate_size for index in range(len(spec.layers))}
+        if len(widths) > 1 and not self.mlp_widths_differ:
+            yield "MLPs of several widths"
+
+    def _refuse_caches(self, spec: DecoderSpec) -> Iterator[str]:
+        own = [index for index, _, _ in spec.caches()]
+        shared = [(layer, a.cache_of) for _, layer, a in spec.attentions() if not a.has_cache]
+        if not self.shares_caches:
+            if shared:
+                yield "layers that read the keys and values of others"
+            return
+        first = len(own)
+        if first < 2:  # it aborts
+            yield "fewer than two layers with keys and values of their own"
+        elif own != list(range(first)) or any(
+            donor != first - (1 if layer.window_tokens is None else 2) for layer, donor in shared
+        ):
+            yield (
+                f"keys and values shared otherwise than from layer {first - 2} to the layers with "
+                f"a window and from {first - 1} to the others"
+            )
+
+    def _refuse_head_norms(self, spec: DecoderSpec, a: Attention) -> Iterator[str]:
+        norm = a.query_key_norm
         if norm is None:
             if self.has_head_norms_at(len(spec.layers)) and not self.head_norms_are_optional:
                 yield "no norms on queries and keys"
             return
         if norm.epsilon != spec.norm.epsilon:
             yield "another epsilon in the norms of queries and keys"
-        yield from self._refuse_kind_of_head_norms(spec.attention, norm, len(spec.layers))
+        yield from self._refuse_kind_of_head_norms(a, norm, len(spec.layers))
 
     def _refuse_kind_of_head_norms(self, a: Attention, norm: Norm, depth: int) -> Iterator[str]:
         if not self.has_head_norms_at(depth):
@@ -158,8 +249,7 @@ class Architecture:
         if a.normalizes_after_rope != self.normalizes_after_rope:
             yield f"these norms {'after' if a.normalizes_after_rope else 'before'} the rotation"
 
-    def _refuse_attention(self, spec: DecoderSpec) -> Iterator[str]:
-        a = spec.attention
+    def _refuse_attention(self, spec: DecoderSpec, a: Attention) -> Iterator[str]:
         if not self.head_width_is_free and a.query_width != spec.hidden_size:
             yield f"{a.heads} heads of width {a.head_dim} in {spec.hidden_size} columns"
         if self.needs_qkv_bias and not a.has_qkv_bias:
@@ -169,11 +259,26 @@ class Architecture:
         )
         if a.attn_logit_softcap is not None and not self.caps_scores:
             yield "a cap on the scores"
+        if a.query_growth and not self._grows(spec, a.query_growth):
+            yield "queries that grow with their position"
+        if a.has_output_gate != self.gates_attention:
+            yield f"attention {_with(a.has_output_gate)} a gate"
+        if a.value_norm_epsilon != (spec.norm.epsilon if self.normalizes_values else None):
+            yield (
+                "no norm of the values"
+                if a.value_norm_epsilon is None
+                else f"a norm of the values with epsilon {a.value_norm_epsilon:g}"
+            )
+        if a.values_are_keys and not self.values_may_be_keys:
+            yield "values that are keys"
+
+    def _refuse_windows(self, spec: DecoderSpec) -> Iterator[str]:
         windows = {layer.window_tokens for layer in spec.layers} - {None}
         if len(windows) > 1:
             yield "windows of several lengths"
-        if a.query_growth and not self._grows(spec, a.query_growth):
-            yield "queries that grow with their position"
+        rope = first_rope(spec)
+        if not windows and self.needs_window and self.has_divisors and rope and rope.scaling:
+            yield f"rope with {_scaling_name(rope.scaling)} scaling in every layer"
 
     def _grows(self, spec: DecoderSpec, growth: QueryGrowth) -> bool:
         """Whether queries grow as asked: in steps of YaRN's original context, if there is one."""
@@ -192,17 +297,23 @@ class Architecture:
             yield "ropes that differ between layers"
         if self.has_windows and not self._scales_windows_alike(spec):
             yield "other rope scaling in the layers with a window"
+        for width, head_dim in self._partial_ropes(spec):
+            yield f"rope on {width} of {head_dim} channels"
         for rope in ropes:
-            if rope.width != spec.attention.head_dim and not self.has_partial_rope:
-                yield f"rope on {rope.width} of {spec.attention.head_dim} channels"
             if rope.scaling is not None and not isinstance(rope.scaling, self.scalings):
                 yield f"rope with {_scaling_name(rope.scaling)} scaling"
             elif isinstance(rope.scaling, YarnScaling):
                 yield from self._refuse_yarn(rope.scaling)
 
+    def _partial_ropes(self, spec: DecoderSpec) -> Iterator[tuple[int, int]]:
+        turned = {(it.rope.width, a.head_dim) for _, it, a in spec.attentions() if it.rope}
+        if not self.has_partial_rope:
+            yield from sorted(pair for pair in turned if pair[0] != pair[1])
+
     def _refuse_positions(self, spec: DecoderSpec) -> Iterator[str]:
-        depth, layers = len(spec.layers), spec.layers
-        is_nowhere = not any(layer.rope for layer in layers)
+        depth = len(spec.layers)
+        layers = {index: layer for index, layer, _ in spec.attentions()}
+        is_nowhere = bool(layers) and not any(layer.rope for layer in layers.values())
         if self.positions == "by layer" or (
             self.positions == "everywhere or nowhere" and is_nowhere
         ):
@@ -210,7 +321,7 @@ class Architecture:
         if is_nowhere:
             yield "no positions"
             return
-        for index, layer in enumerate(layers):
+        for index, layer in layers.items():
             has_window = layer.window_tokens is not None
             has_positions = self.has_positions(index, depth=depth, has_window=has_window)
             if (layer.rope is not None) != has_positions:
@@ -232,13 +343,13 @@ class Architecture:
         They say what no keys say: Llama 3's scaling, and any ramp of YaRN.
         """
         if not isinstance(scaling, YarnScaling):
-            return isinstance(scaling, Llama3Scaling)
+            return isinstance(scaling, Llama3Scaling | ProportionalScaling)
         is_usual = (scaling.fast_turns, scaling.slow_turns) == YARN_TURNS
         return not scaling.is_truncated or not (is_usual or self.reads_yarn_ramp)
 
     def _has_two_ropes(self, spec: DecoderSpec) -> bool:
         """Whether layers with a window may have one rope and the others another (Gemma 3)."""
-        pairs = {(layer.window_tokens is not None, layer.rope) for layer in spec.layers}
+        pairs = {(it.window_tokens is not None, it.rope) for _, it, _ in spec.attentions()}
         thetas = {rope.theta for _, rope in pairs if rope}
         return (
             self.has_windows_at(len(spec.layers))
@@ -270,6 +381,12 @@ class Architecture:
             yield "an output head of its own"
         if spec.has_head_bias != self.has_head_bias:
             yield f"an output head {_with(spec.has_head_bias)} bias"
+        if (own := spec.layer_embedding) and not self.has_layer_embedding:
+            yield "embeddings for every layer"
+        elif own and not _has_usual_scales(own, spec.hidden_size):
+            yield "embeddings for every layer with other scales"
+        if spec.has_layer_scales and not self.has_layer_scales:
+            yield "layers that are multiplied by a number"
 
 
 _HEAD_NORMS = {
@@ -532,6 +649,48 @@ ARCHITECTURES = (  # of several that fit, the first is taken
         is_gated=False,
         head_width_is_free=True,
     ),
+    Architecture(
+        name="lfm2",
+        model_types=("lfm2",),
+        state_mixer=ShortConv,
+        head_norms="alike",
+        tensor_names={"final_norm": "token_embd_norm.weight"},
+    ),
+    Architecture(
+        name="qwen35",
+        model_types=("qwen3_5_text",),
+        has_partial_rope=True,
+        norm_adds_one=True,
+        head_norms="alike",
+        state_mixer=DeltaNet,
+        gates_attention=True,
+        has_rope_sections=True,
+        head_width_is_free=True,
+        tensor_names={"mlp_norm": "post_attention_norm.weight"},
+    ),
+    Architecture(
+        name="gemma4",
+        model_types=("gemma4_text",),
+        scalings=(ProportionalScaling,),
+        head_norms="alike",
+        has_windows=True,
+        needs_window=True,
+        has_local_theta=True,
+        caps_logits="always",
+        has_post_norms=True,
+        scales_embedding=True,
+        activation="gelu_tanh",
+        differs_by_window=True,
+        normalizes_values=True,
+        values_may_be_keys=True,
+        shares_caches=True,
+        softmax_scale=1.0,
+        has_divisors=True,
+        has_layer_embedding=True,
+        has_layer_scales=True,
+        mlp_widths_differ=True,
+        head_width_is_free=True,
+    ),
     Architecture(  # Granite's, with windows and positions as each layer has them
         name="granite_swa",
         note="the file's architecture is granite_swa, the only one of llama.cpp with these windows "
@@ -612,6 +771,11 @@ def context_limit(spec: DecoderSpec, graph: Architecture | None = None) -> Conte
     return limit
 
 
+def attention_kinds(spec: DecoderSpec) -> list[Attention]:
+    """Return each attention that a layer has, whoever keeps its keys and values."""
+    return list(dict.fromkeys(replace(a, cache_of=None) for _, _, a in spec.attentions()))
+
+
 def first_rope(spec: DecoderSpec) -> Rope | None:
     """Return the rope of the layers without a window, or of the first that has one, or None."""
     ropes = [layer.rope for layer in spec.layers if layer.rope and not layer.window_tokens]
@@ -656,6 +820,16 @@ def _with(has_it: bool) -> str:
 
 def _no(has_it: bool) -> str:
     return "" if has_it else "no "
+
+
+def _mixer_name(kind: type[ShortConv | DeltaNet]) -> str:
+    return {ShortConv: "short convolution", DeltaNet: "delta net"}[kind]
+
+
+def _has_usual_scales(own: LayerEmbedding, hidden_size: int) -> bool:
+    found = (own.scale, own.projection_scale, own.sum_scale)
+    usual = (math.sqrt(own.width), hidden_size**-0.5, math.sqrt(0.5))
+    return all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(found, usual, strict=True))
 
 
 def _scaling_name(scaling: RopeScaling) -> str:

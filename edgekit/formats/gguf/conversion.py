@@ -23,12 +23,15 @@ from edgekit.formats.gguf import (
     speed,
     split,
     tensor_types,
+    value_heads,
     vocabulary,
 )
 from edgekit.formats.gguf.architectures import Architecture
 from edgekit.formats.gguf.layout import TensorEntry, Value
 from edgekit.formats.gguf.parts import FileTensor
 from edgekit.formats.gguf.split import FilesWriter, PlannedFile
+from edgekit.formats.gguf.value_heads import ValueHeads
+from edgekit.model.checkpoint_protocol import row_chunks
 from edgekit.model.spec import DecoderSpec, Pairs
 from edgekit.progress import Advance
 from edgekit.quant.planned import calibration_sha256
@@ -91,6 +94,7 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         notes=(
             *([split_note] if count > 1 else []),
             *([planned.architecture.note] if planned.architecture.note else []),
+            *tensor_types.notes(request.recipe, checkpoint.spec),
             *_differences(checkpoint.text),
         ),
         calibration=calibration_sha256(checkpoint.calibration, planned.parts),
@@ -211,7 +215,7 @@ def convert(
         The name of the file to open, the first of several.
     """
     planned = plan(checkpoint, request, pre=pre)
-    weights = dict(importance.weights(checkpoint.calibration, planned.parts))
+    weights = dict(importance.weights(checkpoint.calibration, planned.parts, checkpoint.spec))
     with FilesWriter(directory, planned.files) as writer:
         _write_made(writer, checkpoint.spec, planned.architecture)
         blocks = (
@@ -248,12 +252,45 @@ def _blocks(
 
     spec = checkpoint.spec
     for role in part.roles:
+        heads = value_heads.value_heads(role, spec)
+        if heads is not None or split_role(role)[1] == "delta_decay":
+            yield from _delta_blocks(checkpoint, role, heads)
+            continue
         pairs = spec.rotated_pairs(role) if architecture.rope_pairs == "neighbours" else None
         multiplier = np.float32(architecture.multiplier(role, spec))
         multiple = pairs.head_dim if pairs and pairs.axis == 0 else 1
-        for _, rows in checkpoint.blocks(role, row_multiple=multiple):
-            scaled = rows if multiplier == 1 else rows * multiplier
-            yield interleave_halves(scaled, pairs) if pairs else scaled
+        for first, rows in checkpoint.blocks(role, row_multiple=multiple):
+            kept = rows[: part.shape[0] - first] if len(part.roles) == 1 else rows
+            scaled = kept if multiplier == 1 else kept * multiplier
+            if len(scaled):
+                yield interleave_halves(scaled, pairs) if pairs else scaled
+
+
+def _delta_blocks(
+    checkpoint: "CheckpointProtocol", role: str, heads: ValueHeads | None
+) -> Iterator["Rows"]:
+    """Yield a weight of a delta net with its value heads where ggml looks for them."""
+    import numpy as np
+
+    is_gathered = heads is not None and heads.axis == 0
+    blocks = (
+        _gathered(checkpoint, role, heads)
+        if heads and is_gathered
+        else (rows for _, rows in checkpoint.blocks(role))
+    )
+    for rows in blocks:
+        moved = heads.columns(rows, "file") if heads and not is_gathered else rows
+        yield -np.exp(moved) if split_role(role)[1] == "delta_decay" else moved
+
+
+def _gathered(checkpoint: "CheckpointProtocol", role: str, heads: ValueHeads) -> Iterator["Rows"]:
+    """Yield rows from where they stand in a checkpoint, some million weights at a time."""
+    import numpy as np
+
+    shape = dict(checkpoint.spec.weights())[role]
+    for first, count in row_chunks(shape):
+        runs = heads.runs(first, count, "file")
+        yield np.concatenate([checkpoint.weight(role, *run) for run in runs])
 
 
 def interleave_halves(rows: "Rows", pairs: Pairs) -> "Rows":

@@ -5,14 +5,15 @@ becomes a `DecoderSpec` again, and from that an ordinary checkpoint.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from edgekit.errors import UsageError
 from edgekit.formats.gguf import architectures
 from edgekit.formats.gguf.architectures import Architecture
-from edgekit.model.mixers import Attention, QueryGrowth
+from edgekit.formats.gguf.facts import Facts, shortest
+from edgekit.model.mixers import Attention, DeltaNet, Mixer, QueryGrowth, ShortConv
 from edgekit.model.norm import Norm
 from edgekit.model.rope import (
     LinearScaling,
@@ -24,7 +25,15 @@ from edgekit.model.rope import (
     YarnScaling,
     yarn_attention_factor,
 )
-from edgekit.model.spec import XIELU_BETA, XIELU_EPSILON, DecoderSpec, Layer, Multipliers
+from edgekit.model.spec import (
+    XIELU_BETA,
+    XIELU_EPSILON,
+    DecoderSpec,
+    Layer,
+    LayerEmbedding,
+    Mlp,
+    Multipliers,
+)
 
 
 if TYPE_CHECKING:
@@ -33,27 +42,28 @@ if TYPE_CHECKING:
 
 def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
     """Return the keys of a decoder, typed; without the weights that are `parts.KEYS`."""
-    a, rope = spec.attention, architectures.first_rope(spec)
+    a, rope = _global_attention(spec), architectures.first_rope(spec)
     epsilon = "layer_norm_epsilon" if spec.norm.kind == "layer" else "layer_norm_rms_epsilon"
     keys: dict[str, Value] = {
         "vocab_size": ("uint32", spec.vocab_size),
         "context_length": ("uint32", architectures.context_limit(spec, architecture).tokens),
         "embedding_length": ("uint32", spec.hidden_size),
         "block_count": ("uint32", len(spec.layers)),
-        "feed_forward_length": ("uint32", spec.intermediate_size),
+        "feed_forward_length": _by_layer(
+            [spec.mlp(index).intermediate_size for index in range(len(spec.layers))]
+        ),
         "attention.head_count": ("uint32", a.heads),
-        "attention.head_count_kv": ("uint32", a.num_kv_heads),
+        "attention.head_count_kv": _by_layer(_key_value_heads(spec, architecture)),
         "attention.key_length": ("uint32", a.head_dim),
         "attention.value_length": ("uint32", a.head_dim),
         f"attention.{epsilon}": ("float32", spec.norm.epsilon),
         "rope.dimension_count": ("uint32", rope.width if rope else a.head_dim),
     }
     keys |= _rope_keys(rope, architecture)
+    keys |= _state_keys(spec)
+    keys |= _graph_keys(spec, architecture)
     if architecture.has_windows_at(len(spec.layers)):
         keys |= _window_keys(spec, architecture)
-    if architecture.positions == "by layer":
-        pattern = [layer.rope is not None for layer in spec.layers]
-        keys[_ROPE_PATTERN] = ("array[bool]", pattern)
     if a.query_growth:
         keys["attention.temperature_scale"] = ("float32", a.query_growth.rate)
         keys["rope.scaling.original_context_length"] = ("uint32", a.query_growth.step_tokens)
@@ -61,15 +71,99 @@ def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
         keys["attn_logit_softcapping"] = ("float32", a.attn_logit_softcap or NO_CAP)
     if spec.final_logit_softcap is not None or architecture.caps_logits == "always":
         keys["final_logit_softcapping"] = ("float32", spec.final_logit_softcap or NO_CAP)
-    if architecture.multiplies != "never":  # it is in the weights, but the key must be there
-        keys["logit_scale"] = ("float32", 1.0)
-    if architecture.residual == "either":
-        keys["use_parallel_residual"] = ("bool", spec.residual == "parallel")
     named = {f"{architecture.name}.{key}": value for key, value in keys.items()}
     if spec.activation == "xielu":
         for key, constant in _XIELU.items():
             named[key] = ("array[float32]", [constant] * len(spec.layers))
     return named
+
+
+def _graph_keys(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
+    """Return what one graph or another reads."""
+    keys: dict[str, Value] = {}
+    if architecture.positions == "by layer":
+        pattern = [layer.rope is not None for layer in spec.layers]
+        keys[_ROPE_PATTERN] = ("array[bool]", pattern)
+    if architecture.multiplies != "never":  # it is in the weights, but the key must be there
+        keys["logit_scale"] = ("float32", 1.0)
+    if architecture.residual == "either":
+        keys["use_parallel_residual"] = ("bool", spec.residual == "parallel")
+    if architecture.has_rope_sections:
+        sections = _rope_sections(architectures.first_rope(spec))
+        keys["rope.dimension_sections"] = ("array[int32]", sections)
+    if architecture.has_layer_embedding:
+        own = spec.layer_embedding
+        keys["embedding_length_per_layer_input"] = ("uint32", own.width if own else 0)
+    if architecture.shares_caches:
+        keys["attention.shared_kv_layers"] = ("uint32", len(spec.layers) - len([*spec.caches()]))
+    if architecture.differs_by_window:
+        keys |= _local_keys(spec)
+    return keys
+
+
+def _global_attention(spec: DecoderSpec) -> Attention:
+    """Return the attention of the layers without a window, or of all."""
+    found = (a for _, layer, a in spec.attentions() if layer.window_tokens is None)
+    return next(found, spec.attention)
+
+
+def _by_layer(counts: Sequence[int]) -> "Value":
+    """Return a count for each layer, or one for all."""
+    is_alike = len(set(counts)) == 1
+    return ("uint32", counts[0]) if is_alike else ("array[int32]", list(counts))
+
+
+def _key_value_heads(spec: DecoderSpec, architecture: Architecture) -> list[int]:
+    """Return how many each layer has; in LFM2 none is what makes it a convolution."""
+    mixers = [spec.mixer(index) for index in range(len(spec.layers))]
+    absent = 0 if architecture.state_mixer is ShortConv else spec.attention.num_kv_heads
+    return [it.num_kv_heads if isinstance(it, Attention) else absent for it in mixers]
+
+
+def _state_keys(spec: DecoderSpec) -> dict[str, "Value"]:
+    """Return what says how layers that do not attend mix, and which they are."""
+    mixers = [spec.mixer(index) for index in range(len(spec.layers))]
+    match next((it for it in mixers if not isinstance(it, Attention)), None):
+        case ShortConv(taps=taps):
+            return {"shortconv.l_cache": ("uint32", taps)}
+        case DeltaNet() as net:
+            pattern = [isinstance(it, DeltaNet) for it in mixers]
+            return {
+                "ssm.conv_kernel": ("uint32", net.taps),
+                "ssm.state_size": ("uint32", net.key_head_dim),
+                "ssm.group_count": ("uint32", net.key_heads),
+                "ssm.time_step_rank": ("uint32", net.value_heads),
+                "ssm.inner_size": ("uint32", net.value_width),
+                # Programs older than the second key read the first.
+                _INTERVAL: ("uint32", pattern.index(False) + 1 if False in pattern else 4),
+                _RECURRENT: ("array[bool]", pattern),
+            }
+        case _:
+            return {}
+
+
+_INTERVAL, _RECURRENT = "full_attention_interval", "attention.recurrent_layers"
+
+
+def _rope_sections(rope: Rope | None) -> list[int]:
+    """Return how many pairs turn by each position of what is seen; of text all are the same.
+
+    They take turns, and a pair beyond its section would not turn at all.
+    """
+    pairs = rope.width // 2 if rope else 1
+    return [-(-(pairs - section) // 3) for section in range(3)] + [0]
+
+
+def _local_keys(spec: DecoderSpec) -> dict[str, "Value"]:
+    """Return what the layers with a window have otherwise: their heads, and their rope."""
+    local = [(layer, a) for _, layer, a in spec.attentions() if layer.window_tokens]
+    layer, a = local[0] if local else (spec.layers[0], _global_attention(spec))
+    rope = layer.rope
+    return {
+        "attention.key_length_swa": ("uint32", a.head_dim),
+        "attention.value_length_swa": ("uint32", a.head_dim),
+        "rope.dimension_count_swa": ("uint32", rope.width if rope else a.head_dim),
+    }
 
 
 _XIELU = {"xielu.beta": XIELU_BETA, "xielu.eps": XIELU_EPSILON}
@@ -160,8 +254,12 @@ def made_tensors(spec: DecoderSpec, architecture: Architecture) -> dict[str, Seq
     """
     rope = architectures.first_rope(spec)
     made: dict[str, Sequence[float]] = {}
-    if rope and architecture.takes_divisors(rope.scaling):
-        made["rope_freqs.weight"] = rope.divisors(spec.context_tokens)
+    is_global = any(layer.window_tokens is None for _, layer, _ in spec.attentions())
+    if rope and (
+        architecture.takes_divisors(rope.scaling) or (architecture.has_divisors and is_global)
+    ):
+        divisors = rope.divisors(spec.context_tokens)
+        made["rope_freqs.weight"] = [min(divisor, NO_TURN) for divisor in divisors]
     if rope and isinstance(rope.scaling, LongRopeScaling):
         made["rope_factors_long.weight"] = rope.scaling.long_factors
         made["rope_factors_short.weight"] = rope.scaling.short_factors
@@ -171,86 +269,13 @@ def made_tensors(spec: DecoderSpec, architecture: Architecture) -> dict[str, Seq
     return made
 
 
+NO_TURN = 1e30  # what divides a frequency of which no text sees anything
 NO_SINK = -1e30  # the exponential of a score this low is 0
 
 
 def sinks_name(layer: int) -> str:
     """Return the name of the tensor with a layer's sinks."""
     return f"blk.{layer}.attn_sinks.weight"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What a GGUF file says about its decoder, without the weights themselves."""
-
-    metadata: Mapping[str, Any]
-    tensors: Collection[str]
-    vocab_size: int
-    rope_factors: Mapping[str, Sequence[float]]  # the small tensors named by `made_tensors`
-
-    @property
-    def architecture(self) -> Architecture:
-        """The graph it was written for."""
-        return architectures.get(str(self.metadata.get("general.architecture")))
-
-    def value(self, key: str, default: Any) -> Any:
-        """Return a key of the architecture."""
-        return self.metadata.get(f"{self.architecture.name}.{key}", default)
-
-    def number(self, key: str, default: float | None = None) -> Any:
-        """Return a number; a float32 as the shortest decimal that rounds to it.
-
-        Raises:
-            UsageError: If it is missing, or not one number.
-        """
-        value = self.value(key, default)
-        if value is None:
-            raise UsageError(f"the GGUF file lacks {self.architecture.name}.{key}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UsageError(
-                f"{self.architecture.name}.{key} = {value!r} in the GGUF file, expected one number"
-            )
-        return shortest(value) if isinstance(value, float) else value
-
-    def count(self, key: str, default: int | None = None, *, most: int = 2**31 - 1) -> int:
-        """Return how many there are of something: at least one, in every layer alike.
-
-        Raises:
-            UsageError: If it is missing, not an integer, or not between 1 and ``most``.
-        """
-        each = self.value(key, default)
-        is_alike = isinstance(each, list) and len(set(each)) == 1
-        value = each[0] if is_alike else self.number(key, default)
-        if not isinstance(value, int) or not 0 < value <= most:
-            raise UsageError(
-                f"{self.architecture.name}.{key} = {value!r} in the GGUF file, "
-                f"expected a count up to {most}"
-            )
-        return value
-
-    def each_layer(self, key: str) -> list[float]:
-        """Return a number for each layer, of a key of no architecture; a file may give one for all.
-
-        Raises:
-            UsageError: If it is missing, or not as many numbers.
-        """
-        depth = self.count("block_count", most=len(self.tensors))
-        value = self.metadata.get(key)
-        values: list[Any] = value if isinstance(value, list) else [value] * depth
-        if len(values) < depth or not all(isinstance(each, int | float) for each in values):
-            raise UsageError(f"{key} = {value!r} in the GGUF file, expected {depth} numbers")
-        return values[:depth]
-
-    def has_tensor(self, part: str) -> bool:
-        """Whether the first layer has such a tensor."""
-        return f"blk.0.{part}" in self.tensors
-
-
-def shortest(value: float) -> float:
-    """Return the shortest decimal that rounds to the same float32: 9.99999975e-06 is 1e-05."""
-    import numpy as np
-
-    return float(str(np.float32(value)))
 
 
 def read(facts: Facts) -> DecoderSpec:
@@ -268,13 +293,16 @@ def read(facts: Facts) -> DecoderSpec:
     )
     if architecture.activation == "xielu":
         _refuse_other_xielu(facts)
+    mixers = _read_mixers(facts, head_dim=head_dim, epsilon=epsilon)
+    attention = mixers.local if any(mixers.windows) else mixers.everywhere
+    attention = replace(attention, values_are_keys=False)  # some layers may have it
     return DecoderSpec(
         vocab_size=facts.vocab_size,
         hidden_size=hidden,
-        intermediate_size=facts.count("feed_forward_length"),
+        intermediate_size=mixers.mlp_widths[0],
         context_tokens=facts.count("context_length"),
-        layers=_read_layers(facts, head_dim),
-        attention=_read_attention(facts, head_dim=head_dim, epsilon=epsilon),
+        layers=_read_layers(facts, mixers, attention),
+        attention=attention,
         norm=Norm(
             kind=architecture.norm,
             epsilon=epsilon,
@@ -296,6 +324,23 @@ def read(facts: Facts) -> DecoderSpec:
             30.0 if architecture.caps_logits == "always" else 0.0,
         ),
         is_tied="output.weight" not in facts.tensors,
+        layer_embedding=_read_layer_embedding(facts, hidden),
+        has_layer_scales=architecture.has_layer_scales,
+    )
+
+
+def _read_layer_embedding(facts: Facts, hidden: int) -> LayerEmbedding | None:
+    if not facts.architecture.has_layer_embedding:
+        return None
+    width = facts.number("embedding_length_per_layer_input")
+    if width == 0:
+        return None
+    return LayerEmbedding(
+        width=facts.count("embedding_length_per_layer_input"),
+        vocab_size=facts.vocab_size,
+        scale=width**0.5,
+        projection_scale=hidden**-0.5,
+        sum_scale=0.5**0.5,
     )
 
 
@@ -333,20 +378,14 @@ def _refuse_other_xielu(facts: Facts) -> None:
 
 def _read_attention(facts: Facts, *, head_dim: int, epsilon: float) -> Attention:
     architecture, heads = facts.architecture, facts.count("attention.head_count")
-    depth = facts.count("block_count")
+    depth = facts.depth
     has_norms = facts.has_tensor("attn_q_norm.weight") and architecture.has_head_norms_at(depth)
     cap = _read_cap(facts, "attn_logit_softcapping", 50.0) if architecture.caps_scores else None
-    scale = architecture.score_scale(
-        depth=depth,
-        head_dim=head_dim,
-        hidden_size=facts.count("embedding_length"),
-        heads=heads,
-    )
     return Attention(
         heads=heads,
-        num_kv_heads=facts.count("attention.head_count_kv", heads),
+        num_kv_heads=heads,
         head_dim=head_dim,
-        softmax_scale=scale,
+        softmax_scale=1.0,
         attn_logit_softcap=cap,
         query_key_norm=Norm(
             kind=architecture.norm, epsilon=epsilon, unit_offset=architecture.norm_adds_one
@@ -358,6 +397,8 @@ def _read_attention(facts: Facts, *, head_dim: int, epsilon: float) -> Attention
         else "alike",
         normalizes_after_rope=has_norms and architecture.normalizes_after_rope,
         query_growth=_read_growth(facts),
+        value_norm_epsilon=epsilon if architecture.normalizes_values else None,
+        has_output_gate=architecture.gates_attention,
         has_qkv_bias=facts.has_tensor("attn_q.bias") or facts.has_tensor("attn_qkv.bias"),
         has_output_bias=facts.has_tensor("attn_output.bias"),
     )
@@ -376,32 +417,148 @@ def _read_growth(facts: Facts) -> QueryGrowth | None:
     return QueryGrowth(rate=rate, step_tokens=steps)
 
 
-def _read_layers(facts: Facts, head_dim: int) -> tuple[Layer, ...]:
-    # Every layer has tensors of its own.
-    architecture = facts.architecture
-    depth = facts.count("block_count", most=len(facts.tensors))
+@dataclass(frozen=True, kw_only=True)
+class _Mixers:
+    """What each layer has that not all have."""
+
+    everywhere: Attention  # of the layers without a window
+    local: Attention  # of the others
+    windows: list[int | None]
+    states: list[Mixer | None]  # where a layer does not attend
+    donors: list[int | None]  # whose keys and values are read
+    mlp_widths: list[int]
+
+
+def _read_mixers(facts: Facts, *, head_dim: int, epsilon: float) -> _Mixers:
+    architecture, depth = facts.architecture, facts.depth
+    attention = _read_attention(facts, head_dim=head_dim, epsilon=epsilon)
+    windows, states = _read_windows(facts, depth), _read_states(facts, epsilon)
+    heads = facts.count("attention.head_count")
+    if architecture.differs_by_window or architecture.state_mixer is ShortConv:
+        kv_heads = facts.counts("attention.head_count_kv", heads, least=0)
+    else:
+        kv_heads = [facts.count("attention.head_count_kv", heads)] * depth
+    donors = _read_donors(facts, windows)
+    kinds: dict[bool, set[Attention]] = {False: set(), True: set()}
+    for index, (window, donor) in enumerate(zip(windows, donors, strict=True)):
+        if states[index] is not None:
+            continue
+        is_local = window is not None and architecture.differs_by_window
+        width = facts.count("attention.key_length_swa", head_dim) if is_local else head_dim
+        has_values = f"blk.{index if donor is None else donor}.attn_v.weight" in facts.tensors
+        kinds[window is not None].add(
+            replace(
+                attention,
+                num_kv_heads=kv_heads[index],
+                head_dim=width,
+                softmax_scale=_read_scale(facts, width),
+                values_are_keys=architecture.values_may_be_keys and not has_values,
+            )
+        )
+    if max(map(len, kinds.values())) > 1 or not any(kinds.values()):
+        raise UsageError(
+            "the GGUF file has no layer that attends, or layers of one kind that attend otherwise"
+        )
+    everywhere, local = (next(iter(kinds[it] or kinds[not it])) for it in (False, True))
+    return _Mixers(
+        everywhere=everywhere,
+        local=local,
+        windows=windows,
+        states=states,
+        donors=donors,
+        mlp_widths=facts.counts("feed_forward_length")
+        if architecture.mlp_widths_differ
+        else [facts.count("feed_forward_length")] * depth,
+    )
+
+
+def _read_scale(facts: Facts, head_dim: int) -> float:
+    return facts.architecture.score_scale(
+        depth=facts.depth,
+        head_dim=head_dim,
+        hidden_size=facts.count("embedding_length"),
+        heads=facts.count("attention.head_count"),
+    )
+
+
+def _read_states(facts: Facts, epsilon: float) -> list[Mixer | None]:
+    """Return what the layers have that do not attend."""
+    kind, depth = facts.architecture.state_mixer, facts.depth
+    if kind is None:
+        return [None] * depth
+    if kind is ShortConv:
+        conv = ShortConv(taps=facts.count("shortconv.l_cache"))
+        heads = facts.counts("attention.head_count_kv", least=0)
+        return [None if count else conv for count in heads]
+    net = DeltaNet(
+        key_heads=facts.count("ssm.group_count"),
+        value_heads=facts.count("ssm.time_step_rank"),
+        key_head_dim=facts.count("ssm.state_size"),
+        value_head_dim=facts.count("ssm.state_size"),
+        taps=facts.count("ssm.conv_kernel"),
+        norm=Norm(kind="rms", epsilon=epsilon),
+    )
+    interval = facts.count(_INTERVAL, 4)
+    pattern = facts.flags(_RECURRENT) or [(index + 1) % interval != 0 for index in range(depth)]
+    return [net if is_recurrent else None for is_recurrent in pattern]
+
+
+def _read_donors(facts: Facts, windows: Sequence[int | None]) -> list[int | None]:
+    """Return whose keys and values each layer reads, None for its own."""
+    if not facts.architecture.shares_caches:
+        return [None] * facts.depth
+    shared = facts.number("attention.shared_kv_layers", 0)
+    first = facts.depth - shared
+    if not isinstance(shared, int) or not 2 <= first <= facts.depth:
+        raise UsageError(f"the GGUF file's attention.shared_kv_layers = {shared!r}")
+    return [
+        None if index < first else first - (1 if window is None else 2)
+        for index, window in enumerate(windows)
+    ]
+
+
+def _read_layers(facts: Facts, mixers: _Mixers, attention: Attention) -> tuple[Layer, ...]:
+    """Return the layers, with what they have otherwise than the decoder."""
+    architecture, depth = facts.architecture, facts.depth
+    everywhere, local = mixers.everywhere, mixers.local
     rope = Rope(
-        width=facts.count("rope.dimension_count", head_dim),
+        width=facts.count("rope.dimension_count", everywhere.head_dim),
         theta=float(facts.number("rope.freq_base", 10_000.0)),
         scaling=None,
     )
     rope = replace(rope, scaling=_read_scaling(facts, rope))
     rotates = _read_positions(facts, depth)
+    width = (
+        facts.count("rope.dimension_count_swa", local.head_dim)
+        if architecture.differs_by_window
+        else rope.width
+    )
     local_rope = replace(
         rope,
+        width=width,
         theta=_read_local_theta(facts, rope),
         scaling=rope.scaling if architecture.local_rope_scaling == "shared" else None,
     )
 
-    def layer(index: int, window: int | None) -> Layer:
+    def layer(index: int) -> Layer:
+        window, mixer = mixers.windows[index], mixers.states[index]
+        mlp = Mlp(intermediate_size=mixers.mlp_widths[index])
+        own_mlp = mlp if mlp.intermediate_size != mixers.mlp_widths[0] else None
+        if mixer is not None:
+            return Layer(mixer=mixer, mlp=own_mlp)
         has_window = window is not None
         has_positions = rotates[index] and architecture.has_positions(
             index, depth=depth, has_window=has_window
         )
-        own = local_rope if has_window else rope
-        return Layer(rope=own if has_positions else None, window_tokens=window)
+        own = replace(local if has_window else everywhere, cache_of=mixers.donors[index])
+        return Layer(
+            rope=(local_rope if has_window else rope) if has_positions else None,
+            window_tokens=window,
+            mixer=None if own == attention else own,
+            mlp=own_mlp,
+        )
 
-    return tuple(layer(*each) for each in enumerate(_read_windows(facts, depth)))
+    return tuple(layer(index) for index in range(depth))
 
 
 def _read_positions(facts: Facts, depth: int) -> list[bool]:
@@ -410,12 +567,7 @@ def _read_positions(facts: Facts, depth: int) -> list[bool]:
         case "everywhere or nowhere":
             return [facts.value("rope.scaling.finetuned", True) is not False] * depth
         case "by layer":
-            pattern = facts.value(_ROPE_PATTERN, [True] * depth)
-            if not isinstance(pattern, list) or len(pattern) < depth:
-                raise UsageError(
-                    f"the GGUF file's {_ROPE_PATTERN} = {pattern!r}, expected {depth} layers"
-                )
-            return [bool(rotates) for rotates in pattern]
+            return facts.flags(_ROPE_PATTERN) or [True] * depth
         case _:
             return [True] * depth
 
@@ -459,10 +611,7 @@ def _read_scaling(facts: Facts, rope: Rope) -> RopeScaling | None:
             attention_factor=facts.number("rope.scaling.attn_factor", 1.0),
         )
     if "rope_freqs.weight" in facts.rope_factors:
-        divisors = facts.rope_factors["rope_freqs.weight"]
-        if kind == "none" and facts.value(_FAST, None) is not None:
-            return _read_divided_yarn(facts, rope, divisors)
-        return _read_llama3(rope, divisors)
+        return _read_divisors(facts, rope, facts.rope_factors["rope_freqs.weight"])
     factor = facts.number("rope.scaling.factor", facts.number("rope.scale_linear", 0.0))
     if kind == "yarn" and factor != 0.0:
         return _read_yarn(facts, factor)
@@ -521,6 +670,29 @@ def _are_close(expected: Sequence[float], found: Sequence[float]) -> bool:
     return len(expected) == len(found) and all(
         math.isclose(a, b, rel_tol=1e-5) for a, b in zip(expected, found, strict=True)
     )
+
+
+def _read_divisors(facts: Facts, rope: Rope, divisors: Sequence[float]) -> RopeScaling | None:
+    if ProportionalScaling in facts.architecture.scalings:
+        return _read_proportional(divisors)
+    is_yarn = facts.value("rope.scaling.type", "linear") == "none"
+    if is_yarn and facts.value(_FAST, None) is not None:
+        return _read_divided_yarn(facts, rope, divisors)
+    return _read_llama3(rope, divisors)
+
+
+def _read_proportional(divisors: Sequence[float]) -> ProportionalScaling | None:
+    """Return the scaling that leaves out the pairs that do not turn.
+
+    Raises:
+        UsageError: If the others are not divided alike.
+    """
+    turned = [shortest(divisor) for divisor in divisors if divisor < NO_TURN / 2]
+    if set(turned) <= {1.0} and len(turned) == len(divisors):
+        return None
+    if len(set(turned)) != 1 or any(divisor < NO_TURN / 2 for divisor in divisors[len(turned) :]):
+        raise UsageError("the GGUF file's rope_freqs are not those of a Gemma 4 model")
+    return ProportionalScaling(factor=turned[0], rotated_pairs=len(turned))
 
 
 def _read_llama3(rope: Rope, factors: Sequence[float]) -> Llama3Scaling | None:

@@ -7,6 +7,8 @@ The choice of tensor types stays as it is without a calibration; llama-quantize 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from edgekit.formats.gguf.value_heads import value_heads
+from edgekit.model.spec import DecoderSpec
 from edgekit.quant.planned import PlannedWeight, calibration_sha256, damped, importance_of
 
 
@@ -40,7 +42,7 @@ def keys(calibration: "Calibration | None", planned: Sequence[PlannedWeight]) ->
 
 
 def weights(
-    calibration: "Calibration | None", parts: "Sequence[FileTensor]"
+    calibration: "Calibration | None", parts: "Sequence[FileTensor]", spec: DecoderSpec
 ) -> "Iterator[tuple[str, npt.NDArray[np.float32]]]":
     """Yield the name of a tensor and how much an error counts: float32, shape ``(columns,)``."""
     import numpy as np
@@ -49,5 +51,8 @@ def weights(
         importance = importance_of(calibration, part)
         if importance is not None:
             weighting = damped(importance.astype(np.float64), share=DAMPING)
-            # ggml rounds differently without weights than with equal ones.
-            yield part.name, np.ones_like(importance) if weighting is None else weighting
+            if weighting is None:  # ggml rounds differently without weights than with equal ones
+                weighting = np.ones_like(importance)
+            heads = value_heads(part.role, spec)
+            is_moved = heads is not None and heads.axis == 1  # with the columns it weights
+            yield part.name, heads.columns(weighting, "file") if heads and is_moved else weighting

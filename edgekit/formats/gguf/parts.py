@@ -18,6 +18,9 @@ TENSOR_NAMES = {
     "final_norm_bias": "output_norm.bias",
     "output_head": "output.weight",
     "output_head_bias": "output.bias",
+    "layer_embedding": "per_layer_token_embd.weight",
+    "layer_embedding_projection": "per_layer_model_proj.weight",
+    "layer_embedding_norm": "per_layer_proj_norm.weight",
 }
 LAYER_TENSOR_NAMES = {
     "attention_norm": "attn_norm.weight",
@@ -42,15 +45,33 @@ LAYER_TENSOR_NAMES = {
     "down": "ffn_down.weight",
     "down_bias": "ffn_down.bias",
     "mlp_post_norm": "post_ffw_norm.weight",
+    "conv_in": "shortconv.in_proj.weight",
+    "conv_taps": "shortconv.conv.weight",
+    "conv_output": "shortconv.out_proj.weight",
+    "delta_qkv": "attn_qkv.weight",
+    "delta_taps": "ssm_conv1d.weight",
+    "delta_beta": "ssm_beta.weight",
+    "delta_alpha": "ssm_alpha.weight",
+    "delta_decay": "ssm_a",
+    "delta_decay_bias": "ssm_dt.bias",
+    "delta_gate": "attn_gate.weight",
+    "delta_norm": "ssm_norm.weight",
+    "delta_output": "ssm_out.weight",
+    "layer_gate": "inp_gate.weight",
+    "layer_output": "proj.weight",
+    "layer_norm": "post_norm.weight",
+    "layer_scale": "layer_output_scale.weight",
 }
 # Weights that are no tensors but numbers in an array with one for each layer, by its key.
 KEYS = {"xielu_positive": "xielu.alpha_p", "xielu_negative": "xielu.alpha_n"}
 
 
-def tensor_name(role: str) -> str:
+def tensor_name(role: str, architecture: Architecture) -> str:
     """Return llama.cpp's name of a weight."""
     layer, part = split_role(role)
-    return TENSOR_NAMES[part] if layer is None else f"blk.{layer}.{LAYER_TENSOR_NAMES[part]}"
+    if layer is None:
+        return architecture.tensor_names.get(part, TENSOR_NAMES[part])
+    return f"blk.{layer}.{architecture.tensor_names.get(part, LAYER_TENSOR_NAMES[part])}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +90,11 @@ class FileTensor(PlannedWeight):
 def of(spec: DecoderSpec, recipe: Recipe, architecture: Architecture) -> Iterator[FileTensor]:
     """Yield every tensor made from weights, in the order of the file."""
     for roles, shape in _stacked(spec, architecture):
-        yield _part(_stacked_name(roles), roles, shape, recipe, spec)
+        yield _part(_stacked_name(roles, architecture), roles, shape, recipe, spec)
     if architecture.ties == "never" and spec.is_tied:
         shape = (spec.vocab_size, spec.hidden_size)
-        yield _part(tensor_name("output_head"), ("token_embedding",), shape, recipe, spec)
+        name = tensor_name("output_head", architecture)
+        yield _part(name, ("token_embedding",), shape, recipe, spec)
 
 
 def _stacked(
@@ -80,6 +102,8 @@ def _stacked(
 ) -> Iterator[tuple[tuple[str, ...], Shape]]:
     """Yield weights with their shape, where they share a tensor all of it together."""
     shapes = dict(spec.weights())
+    if spec.layer_embedding:  # llama.cpp reads as many rows of it as there are tokens
+        shapes["layer_embedding"] = (spec.vocab_size, shapes["layer_embedding"][1])
     stacks = {stack[-1]: stack for stack in _stacks(architecture)}
     stacked = {part for stack in stacks.values() for part in stack}
     for role, shape in shapes.items():
@@ -107,11 +131,11 @@ def qkv_name(layer: int | None, *, is_bias: bool = False) -> str:
     return f"blk.{layer}.attn_qkv.{'bias' if is_bias else 'weight'}"
 
 
-def _stacked_name(roles: tuple[str, ...]) -> str:
+def _stacked_name(roles: tuple[str, ...], architecture: Architecture) -> str:
     layer, part = split_role(roles[-1])
     if len(roles) > 1 and part.startswith("value"):
         return qkv_name(layer, is_bias=part.endswith("bias"))
-    return tensor_name(roles[-1])
+    return tensor_name(roles[-1], architecture)
 
 
 def _part(

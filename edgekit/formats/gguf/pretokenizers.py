@@ -267,9 +267,9 @@ def find_pre(tokenizer: TokenizerFiles, *, corpus: Sequence[str]) -> str:
 
 def _search(source: TokenizerSource, corpus: Sequence[str]) -> dict[str, str]:
     """Return the ``name`` that agrees, or in words the ``difference`` of the closest."""
-    if source.kind == "llama":
+    if source.kind != "gpt2":
         # What llama.cpp takes for a vocabulary without cuts, whatever it is told.
-        tried = [["default"]]
+        tried = [["gemma4" if source.kind == "gemma4" else "default"]]
     else:
         names = dict.fromkeys([*_candidates(source), *PRE_TOKENIZERS, *_SEARCHED_ONLY])
         likeliest, *others = names
@@ -283,7 +283,7 @@ def _search(source: TokenizerSource, corpus: Sequence[str]) -> dict[str, str]:
                     return {"name": name}
                 if closest is None or difference.texts < closest.texts:
                     closest = difference
-    if closest is None or source.kind == "llama":
+    if closest is None or source.kind != "gpt2":
         return {"difference": str(closest or "")}
     return {"difference": f"of its pre-tokenizers {closest.name!r} is the closest, where {closest}"}
 

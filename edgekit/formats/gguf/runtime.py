@@ -102,6 +102,8 @@ def open_model(path: Path, *, vocabulary_only: bool = False) -> Any:
     parameters.vocab_only = vocabulary_only
     # Plain reads: with a memory map the pages of repacked weights would be held twice.
     parameters.load_mode = 0  # LLAMA_LOAD_MODE_NONE
+    # Gemma 4's embeddings for the layers are larger than the rest; a token reads one row of them.
+    parameters.lazy_mode = 2  # LLAMA_LAZY_MODE_ON
     model = llama.llama_model_load_from_file(os.fsencode(path), parameters)
     if not model:
         raise BundleError(f"llama.cpp refuses {path}: {said.tail or 'no reason given'}")
@@ -215,6 +217,7 @@ class GgufSession:
         parameters.n_outputs_max = rows
         parameters.n_threads = parameters.n_threads_batch = self._threads
         parameters.no_perf = True
+        parameters.swa_full = False  # a layer with a window keeps no more than it sees
         if self._has_exact_cache:
             # GGML_TYPE_F32 instead of F16, and no flash attention: that rounds to float16 inside.
             parameters.type_k = parameters.type_v = parameters.flash_attn_type = 0

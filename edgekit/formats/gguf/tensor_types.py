@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.formats.gguf.layout import ALL_TENSOR_TYPES, TENSOR_TYPE_NUMBERS
+from edgekit.model.spec import DecoderSpec
 from edgekit.quant import rounding
-from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits
+from edgekit.quant.recipe import Recipe, Rule, TensorType, has_delta_nets, with_limits
 
 
 if TYPE_CHECKING:
@@ -50,14 +51,52 @@ FILE_TYPES: Mapping[str, int] = {  # general.file_type: enum llama_ftype in llam
     "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "BF16": 32,
 }  # fmt: skip
 
-# ggml adds biases and multiplies norms in float32, and they are small.
-_EXACT = Rule(pattern=".*(norm|bias)", tensor_type="F32")
+# ggml adds biases, multiplies norms and convolves in float32, and they are small. So is what says
+# how long a delta net remembers, where every error counts again with the next token.
+_EXACT = Rule(
+    pattern=".*(norm|bias)|.*_taps|delta_(decay|alpha|beta)|layer_scale", tensor_type="F32"
+)
 # The matrix that makes the logits is the one where rounding hurts most.
 _HEAD = (
-    _EXACT,
     Rule(pattern="output_head", tensor_type="Q6_K"),
-    Rule(pattern="token_embedding", tensor_type="Q6_K", decoders="tied"),
+    Rule(pattern="(token|layer)_embedding", tensor_type="Q6_K", decoders="tied"),
 )
+# llama-quantize leaves it alone; it is small.
+_PROJECTION = Rule(pattern="layer_embedding_projection", tensor_type="F16")
+# What a grade up is below 5 bits. In 150 GGUF files of Qwen 3.5 that Unsloth measured, a coarse
+# delta_output cost the most by far and saved little, and attention beside delta nets came next.
+_UP = {
+    "Q4_K": "Q5_K", "Q4_1": "Q5_K", "IQ4_NL": "Q5_K", "Q4_0": "Q5_K", "Q3_K": "Q4_K",
+    "Q2_K": "Q3_K",
+}  # fmt: skip
+_ATTENDING = "delta_(qkv|gate|output)|query|key|value|attention_output"
+
+
+def _finer(default: str) -> Rule:
+    """Return what keeps the mixers of a decoder with delta nets a grade finer than the rest."""
+    return Rule(pattern=_ATTENDING, tensor_type=_UP[default], decoders="delta")
+
+
+def notes(recipe: Recipe, spec: DecoderSpec) -> Iterator[str]:
+    """Yield in sentences what a recipe keeps fine in decoders like this one."""
+    if has_delta_nets(spec):
+        if recipe.default in _UP:
+            yield (
+                "the matrices of delta nets and of attention are a grade finer than the others, "
+                f"{_UP[recipe.default]} or more where those are {recipe.default}: what their "
+                "rounding errs by adds up in the state"
+            )
+        if recipe.default != "F32":
+            yield (
+                "ssm_alpha, ssm_beta, the taps and the decay of delta nets are float32: they "
+                "decide how long a state lasts"
+            )
+    if spec.layer_embedding:
+        stored = recipe.tensor_type_for("layer_embedding", spec)
+        yield (
+            f"the embeddings of the layers (per_layer_token_embd) are {stored}; a token reads one "
+            "row of them, and edgekit run leaves the others on disk"
+        )
 
 
 # What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.
@@ -85,39 +124,44 @@ RECIPES: Mapping[str, Recipe] = {
         _recipe("F32", "F32"),
         _recipe("F16", "F16", _EXACT),
         _recipe("BF16", "BF16", _EXACT),
-        _recipe("Q8_0", "Q8_0", _EXACT),
-        _recipe("Q6_K", "Q6_K", _EXACT),
+        _recipe("Q8_0", "Q8_0", _EXACT, _PROJECTION),
+        _recipe("Q6_K", "Q6_K", _EXACT, _PROJECTION),
         _recipe(
-            "Q5_K_M", "Q5_K", *_HEAD,
-            Rule(pattern="value|down", tensor_type="Q6_K", layers="sensitive"),
+            "Q5_K_M", "Q5_K", _EXACT, _PROJECTION, *_HEAD,
+            Rule(pattern="value|delta_qkv|down", tensor_type="Q6_K", layers="sensitive"),
         ),
-        _recipe("Q5_K_S", "Q5_K", *_HEAD),
+        _recipe("Q5_K_S", "Q5_K", _EXACT, _PROJECTION, *_HEAD),
         _recipe(
-            "Q4_K_M", "Q4_K", *_HEAD,
-            Rule(pattern="value|down", tensor_type="Q6_K", layers="sensitive"),
+            "Q4_K_M", "Q4_K", _EXACT, _PROJECTION, *_HEAD,
+            Rule(pattern="value|delta_qkv|down", tensor_type="Q6_K", layers="sensitive"),
+            _finer("Q4_K"),
         ),
         _recipe(
-            "Q4_K_S", "Q4_K", *_HEAD,
+            "Q4_K_S", "Q4_K", _EXACT, _PROJECTION, *_HEAD,
             Rule(pattern="value", tensor_type="Q5_K", layers="first_four"),
             Rule(pattern="down", tensor_type="Q5_K", layers="first_eighth"),
+            _finer("Q4_K"),
         ),
-        _recipe("Q4_1", "Q4_1", *_HEAD),
+        _recipe("Q4_1", "Q4_1", _EXACT, _PROJECTION, *_HEAD, _finer("Q4_1")),
         _recipe(
-            "IQ4_NL", "IQ4_NL", *_HEAD,
+            "IQ4_NL", "IQ4_NL", _EXACT, _PROJECTION, *_HEAD,
             Rule(pattern="value", tensor_type="Q5_K", decoders="grouped"),
             Rule(pattern="down", tensor_type="Q5_K", layers="first_eighth"),
+            _finer("IQ4_NL"),
         ),
-        _recipe("Q4_0", "Q4_0", *_HEAD),
+        _recipe("Q4_0", "Q4_0", _EXACT, _PROJECTION, *_HEAD, _finer("Q4_0")),
         _recipe(
-            "Q3_K_M", "Q3_K", *_HEAD,
+            "Q3_K_M", "Q3_K", _EXACT, _PROJECTION, *_HEAD,
             Rule(pattern="value", tensor_type="Q5_K", layers="first_two"),
             Rule(pattern="down", tensor_type="Q5_K", layers="first_sixteenth"),
             Rule(pattern="value|down|attention_output", tensor_type="Q4_K"),
+            _finer("Q3_K"),
         ),
         _recipe(
-            "Q2_K", "Q2_K", *_HEAD,
+            "Q2_K", "Q2_K", _EXACT, _PROJECTION, *_HEAD,
             Rule(pattern="value", tensor_type="Q4_K", decoders="grouped"),
             Rule(pattern="value|down|attention_output", tensor_type="Q3_K"),
+            _finer("Q2_K"),
         ),
     )
 }  # fmt: skip

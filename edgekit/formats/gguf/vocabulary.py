@@ -3,7 +3,7 @@
 Two kinds of BPE exist among small models. Byte-level BPE becomes llama.cpp's ``gpt2``, which
 follows the merges as they are listed. SentencePiece's BPE becomes its ``llama``, which knows no
 merges: it joins the two neighbours whose union has the best score, so the scores here are the
-ranks of the merges.
+ranks of the merges. Gemma 4's, SentencePiece's too, becomes ``gemma4``, which follows the merges.
 """
 
 import functools
@@ -29,13 +29,24 @@ BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 # one in which they are preferred as `eot`. Source: impl::load in src/llama-vocab.cpp, 0c1e57098.
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
 MESSAGE_ENDS = ("<|eom_id|>",)
-_KNOWN_ENDS = (*TURN_ENDS, *MESSAGE_ENDS, "</s>", "<eos>", "<EOT>", "<|end_of_text|>", "[EOS]")
+ANSWER_ENDS = ("<turn|>",)  # never preferred as either
+_KNOWN_ENDS = (
+    *TURN_ENDS, *MESSAGE_ENDS, *ANSWER_ENDS, "</s>", "<eos>", "<EOT>", "<|end_of_text|>", "[EOS]",
+    "<|tool_response>",
+)  # fmt: skip
+# What opens and closes the turns of Gemma 4 and no other, and what of it a program that reads its
+# answers must see: a control token is not printed. Source: Gemma4Model in conversion/gemma.py.
+GEMMA4_TURNS = {"<|turn>", "<turn|>"}
+_GEMMA4_VISIBLE = {
+    "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>",
+    "<tool_response|>", '<|"|>',
+}  # fmt: skip
 # llama.cpp lets the special tokens of a model *named* so swallow the spaces after them, but for
 # three; it fails to load one that lacks any of the four.
 PHI3_NAMES = ("phi-3", "phi3")
 PHI3_STAYING = ("<unk>", "<s>", "<|endoftext|>")
 
-TokenizerKind = Literal["gpt2", "llama"]
+TokenizerKind = Literal["gpt2", "llama", "gemma4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +166,8 @@ def _kind(fields: Mapping[str, Any], model: Mapping[str, Any], path: Path) -> To
             "llama.cpp has no tokenizer for it",
             hint="export to another format, which ships the tokenizer.json itself",
         )
-    return "llama"
+    added = {token.get("content") for token in fields.get("added_tokens", [])}
+    return "gemma4" if added >= GEMMA4_TURNS else "llama"
 
 
 def _added_tokens(fields: Mapping[str, Any]) -> Iterator[_AddedToken]:
@@ -211,8 +223,9 @@ def vocabulary_of(
     _refuse_half_characters(source, tokens)
     _refuse_foreign_merges(source)
     metadata: dict[str, Value] = {"tokenizer.ggml.model": ("string", source.kind)}
-    if source.kind == "llama":
-        metadata["tokenizer.ggml.pre"] = ("string", "default")
+    if source.kind != "gpt2":
+        name = "gemma4" if source.kind == "gemma4" else "default"
+        metadata["tokenizer.ggml.pre"] = ("string", name)
     elif pre is not None:
         metadata["tokenizer.ggml.pre"] = ("string", pre)
     metadata["tokenizer.ggml.tokens"] = ("array[string]", tokens)
@@ -240,7 +253,9 @@ def _refuse_foreign_steps(source: TokenizerSource) -> None:
                 f"{source.path} sets {setting} = {source.model[setting]!r}, which llama.cpp lacks",
                 hint="export to another format, which ships the tokenizer.json itself",
             )
-    allowed = {"gpt2": ("NFC",), "llama": ("Prepend", "Replace")}[source.kind]
+    allowed = {"gpt2": ("NFC",), "llama": ("Prepend", "Replace"), "gemma4": ("Replace",)}[
+        source.kind
+    ]
     for step in source.steps("normalizer"):
         is_space = step.get("type") == "Replace" and (
             step.get("pattern") != {"String": " "} or step.get("content") != SPACE
@@ -273,11 +288,13 @@ def _tokens(source: TokenizerSource, vocabulary_tokens: int) -> tuple[list[str],
 
 
 def _is_byte(source: TokenizerSource, token: str) -> bool:
-    return source.kind == "llama" and BYTE_TOKEN.fullmatch(token) is not None
+    return source.kind != "gpt2" and BYTE_TOKEN.fullmatch(token) is not None
 
 
 def _type_of(source: TokenizerSource, added: _AddedToken) -> int:
-    if source.kind == "llama":
+    if source.kind == "gemma4" and added.content in _GEMMA4_VISIBLE:
+        return USER_DEFINED
+    if source.kind != "gpt2":
         if added.content == source.model.get("unk_token"):
             return UNKNOWN
         # Gemma's runs of spaces: they are merged like any word, and only a normal token is
@@ -386,7 +403,7 @@ def _other_ends(source: TokenizerSource, stops: Sequence[int]) -> dict[str, int]
     Those that llama.cpp knows by their text need no place, so the others go first.
     """
     texts = {id: token for token, id in source.all_ids.items()}
-    by_text = [id for id in stops if texts.get(id) in (*TURN_ENDS, *MESSAGE_ENDS)]
+    by_text = [id for id in stops if texts.get(id) in (*TURN_ENDS, *MESSAGE_ENDS, *ANSWER_ENDS)]
     unknown = [id for id in stops if id not in by_text]
     turn_ends = sorted(
         (id for id in by_text if texts[id] in TURN_ENDS), key=lambda id: TURN_ENDS.index(texts[id])
@@ -520,7 +537,7 @@ def known_differences(tokenizer: TokenizerFiles) -> list[str]:
 def _text_differences(source: TokenizerSource) -> Iterator[str]:
     if any(step.get("type") == "NFC" for step in source.steps("normalizer")):
         yield "it composes characters (NFC) first; llama.cpp takes them as they are"
-    if source.kind == "gpt2":
+    if source.kind != "llama":
         return
     front = spaces(source)
     if _space_scheme(source) == "first":

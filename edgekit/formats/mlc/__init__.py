@@ -4,6 +4,7 @@ from edgekit.formats.mlc import packing, shards
 
 
 TENSOR_TYPES, RECIPES = packing.TENSOR_TYPES, packing.RECIPES
+MIXES_TENSOR_TYPES = False
 ENDING = shards.CACHE
 VARIANTS = ("chat", "raw-prompt")
 RUNTIME = "MLC's runtime (TVM)"

@@ -96,6 +96,7 @@ def convert(
         model_id=model_id,
         largest_buffer=layout.largest_buffer,
         needs_shader_f16=layout.needs_shader_f16,
+        has_states=checkpoint.spec.has_states,
     )
     package = package_config(checkpoint, layout, model_id=model_id, context_tokens=context_tokens)
     _write_json(directory / PACKAGE, package)

@@ -12,7 +12,7 @@ from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import BundleError
 from edgekit.formats.mlc import decoders, packing, shards, tokenizer_info
 from edgekit.formats.mlc.memory import prefill_chunk_tokens
-from edgekit.model.mixers import Attention
+from edgekit.model.mixers import Attention, DeltaNet
 from edgekit.model.norm import Norm
 from edgekit.model.rope import Llama3Scaling, LongRopeScaling, Rope
 from edgekit.model.spec import DecoderSpec, Layer
@@ -119,6 +119,7 @@ def model_config(
 
 def _shape(spec: DecoderSpec) -> dict[str, Any]:
     attention = spec.attention
+    net = next((it.mixer for it in spec.layers if isinstance(it.mixer, DeltaNet)), None)
     return {
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
@@ -137,14 +138,25 @@ def _shape(spec: DecoderSpec) -> dict[str, Any]:
             ("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon"), spec.norm.epsilon
         ),
         **dict.fromkeys(("hidden_act", "hidden_activation"), _ACTIVATIONS.get(spec.activation)),
+        "full_attention_interval": decoders.full_attention_interval(spec),
+        **{name: getattr(net, field) for name, field in _DELTA_NET.items() if net},
     }
+
+
+_DELTA_NET = {
+    "linear_key_head_dim": "key_head_dim",
+    "linear_value_head_dim": "value_head_dim",
+    "linear_num_key_heads": "key_heads",
+    "linear_num_value_heads": "value_heads",
+    "linear_conv_kernel_dim": "taps",
+}
 
 
 _ACTIVATIONS: Mapping[str, str] = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 def _positions(spec: DecoderSpec, *, context_tokens: int) -> dict[str, Any]:
-    rope = spec.layers[0].rope
+    rope = next(layer.rope for _, layer, _ in spec.attentions())
     assert rope is not None  # noqa: S101 - `decoders.refuse` was asked
     scaling = _scaling(rope, spec)
     original = scaling["original_max_position_embeddings"] if scaling else spec.context_tokens
@@ -217,6 +229,12 @@ _FIELDS: Mapping[str, str] = {
         num_hidden_layers num_key_value_heads rms_norm_eps rope_theta vocab_size
         tie_word_embeddings context_window_size prefill_chunk_size tensor_parallel_shards head_dim
         dtype max_batch_size weight_block_size""",
+    "qwen3_5_text": """hidden_size intermediate_size num_attention_heads num_hidden_layers
+        num_key_value_heads rms_norm_eps vocab_size rope_theta head_dim hidden_act attention_bias
+        tie_word_embeddings linear_key_head_dim linear_value_head_dim linear_num_key_heads
+        linear_num_value_heads linear_conv_kernel_dim full_attention_interval
+        partial_rotary_factor context_window_size prefill_chunk_size tensor_parallel_shards dtype
+        max_batch_size""",
     "phi3": """model_type hidden_size vocab_size num_hidden_layers num_attention_heads
         intermediate_size rms_norm_eps num_key_value_heads max_position_embeddings
         position_embedding_base rope_scaling original_max_position_embeddings context_window_size
@@ -336,12 +354,20 @@ def shapes(path: Path, config: Mapping[str, Any], tensors: Collection[str]) -> D
     model = decoders.MODELS[config["model_type"]]
     norm = Norm(kind=model.norm, epsilon=1.0, has_bias=model.has_norm_bias)
     is_tied = not has("lm_head.weight", "lm_head.q_weight") if model.can_be_tied else False
+    layers = (Layer(),) * size("num_hidden_layers", most=MOST_LAYERS)
+    if model.has_delta_nets:
+        interval = size("full_attention_interval", most=len(layers))
+        sizes = {field: size(name) for name, field in _DELTA_NET.items()}
+        net = Layer(mixer=DeltaNet(**sizes, norm=norm))
+        layers = tuple(
+            net if (index + 1) % interval else layer for index, layer in enumerate(layers)
+        )
     return DecoderSpec(
         vocab_size=size("vocab_size"),
         hidden_size=size("hidden_size"),
         intermediate_size=size("intermediate_size"),
         context_tokens=config["context_window_size"],
-        layers=(Layer(rope=None),) * size("num_hidden_layers", most=MOST_LAYERS),
+        layers=layers,
         attention=Attention(
             heads=size("num_attention_heads"),
             num_kv_heads=size("num_key_value_heads"),
@@ -351,6 +377,7 @@ def shapes(path: Path, config: Mapping[str, Any], tensors: Collection[str]) -> D
             head_norms=model.query_key_norm or "alike",
             has_qkv_bias=has("qkv_proj.bias", "c_attn.bias", "Wqkv.bias", "wqkv_pack.bias"),
             has_output_bias=has("o_proj.bias", "out_proj.bias"),
+            has_output_gate=model.has_delta_nets,
         ),
         norm=norm,
         residual=model.residual,

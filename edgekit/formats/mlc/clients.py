@@ -3,7 +3,7 @@
 WebLLM, in the browser, tokenizes the system part, each message and the reply's header on their own.
 MLC's engine, on phones, joins them and tokenizes once. Neither adds a BOS token.
 
-Source: ``getPromptArrayInternal`` and ``getInputData`` of @mlc-ai/web-llm 0.2.85, and
+Source: ``getPromptArrayInternal`` and ``getInputData`` of @mlc-ai/web-llm 0.2.86, and
 ``CreatePrompt`` in cpp/json_ffi/conv_template.cc of mlc-llm.
 """
 

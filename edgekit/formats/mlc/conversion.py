@@ -116,7 +116,7 @@ def _weight(
         placements={
             role: PlannedWeight(
                 role=role,
-                shape=(rows, *parameter.shape[1:]),
+                shape=parameter.part_shape(rows),
                 wanted=recipe.tensor_type_for(role, spec),
                 tensor_type=tensor_type,
                 size_bytes=rows * row_bytes,
@@ -156,19 +156,27 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         placements=planned.placements,
         artifact_bytes=planned.size_bytes,
         is_exact=True,
-        notes=(*decoders.notes(checkpoint.spec), *_notes(checkpoint)),
+        notes=(*decoders.notes(checkpoint.spec), *_notes(checkpoint, planned)),
         calibration=calibration_sha256(checkpoint.calibration, planned.placements),
         largest_buffer=GpuBuffer(name=largest.name, size_bytes=largest.memory_bytes),
         needs_shader_f16=scheme_of(recipe).dtype == "float16",
+        state_kl_nats=packing.state_kl_nats(recipe.name) if checkpoint.spec.has_states else 0.0,
     )
 
 
-def _notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
+def _notes(checkpoint: "CheckpointProtocol", planned: MlcPlan) -> Iterator[str]:
+    spec = checkpoint.spec
+    model = decoders.MODELS[decoders.model_type(checkpoint.architecture, spec)]
     is_bf16 = "BF16" in {getattr(tensor, "dtype", "") for tensor in checkpoint.tensors.values()}
-    if checkpoint.spec.norm.unit_offset and is_bf16:
+    if spec.norm.unit_offset and is_bf16 and not model.widens_norms:
         yield (
             "norms are stored as 1 + w without rounding it to bfloat16, as mlc_llm does; they are "
             "closer to the checkpoint than its own converter's"
+        )
+    if any(it.is_coarse and it.role.endswith(".delta_alpha") for it in planned.placements):
+        yield (
+            "MLC's libraries take in_proj_a and in_proj_b, which decide what a delta net forgets "
+            "and writes, as coarse as every other matrix; q0f16 and q0f32 keep them whole"
         )
 
 

@@ -13,8 +13,9 @@ from edgekit.encodings.json_files import read_object
 from edgekit.encodings.typed_json import FieldReader, check_version
 from edgekit.errors import BundleError
 from edgekit.model import rope as ropes
+from edgekit.model.mixers import Attention, DeltaNet, Mixer, ShortConv
 from edgekit.model.rope import Rope, RopeScaling
-from edgekit.model.spec import DecoderSpec, Layer
+from edgekit.model.spec import DecoderSpec, Layer, Mlp
 
 
 NAME = "decoder.json"
@@ -23,30 +24,53 @@ _HINT = "export it again"
 _SCALINGS: dict[str, type[RopeScaling]] = {
     scaling.__name__.removesuffix("Scaling").lower(): scaling
     for scaling in (
-        ropes.LinearScaling, ropes.Llama3Scaling, ropes.LongRopeScaling, ropes.YarnScaling
+        ropes.LinearScaling, ropes.Llama3Scaling, ropes.LongRopeScaling, ropes.YarnScaling,
+        ropes.ProportionalScaling,
     )
 }  # fmt: skip
+_MIXERS: dict[str, type[Mixer]] = {
+    mixer.__name__.lower(): mixer for mixer in (Attention, ShortConv, DeltaNet)
+}
+_YOUNGER = frozenset(
+    {"mixer", "mlp", "layer_embedding", "has_layer_scales"}
+    | {"has_output_gate", "has_head_gate", "value_norm_epsilon", "values_are_keys", "cache_of"}
+)
 
 
 def fields(spec: DecoderSpec) -> dict[str, Any]:
-    """Return a decoder as JSON holds it; layers that are alike are written once."""
+    """Return a decoder as JSON holds it; layers that are alike are written once.
+
+    What older decoders never have is left out where it is absent: they are written as before.
+    """
     kinds = list(dict.fromkeys(spec.layers))
+    found = _without_absent(dataclasses.asdict(dataclasses.replace(spec, layers=())))
+    found["attention"] = _without_absent(found["attention"])
+    found["layers"] = {
+        "kinds": [_layer(kind) for kind in kinds],
+        "kind_of_each": [kinds.index(layer) for layer in spec.layers],
+    }
+    return found
+
+
+def _without_absent(found: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        **dataclasses.asdict(dataclasses.replace(spec, layers=())),
-        "layers": {
-            "kinds": [_layer(kind) for kind in kinds],
-            "kind_of_each": [kinds.index(layer) for layer in spec.layers],
-        },
+        name: value
+        for name, value in found.items()
+        if name not in _YOUNGER or not (value is None or value is False)
     }
 
 
 def _layer(layer: Layer) -> dict[str, Any]:
-    rope, found = layer.rope, dataclasses.asdict(layer)
+    rope, found = layer.rope, _without_absent(dataclasses.asdict(layer))
     if rope and rope.scaling:
-        found["rope"]["scaling"]["kind"] = next(
-            name for name, scaling in _SCALINGS.items() if isinstance(rope.scaling, scaling)
-        )
+        found["rope"]["scaling"]["kind"] = _kind(rope.scaling, _SCALINGS)
+    if layer.mixer:
+        found["mixer"]["kind"] = _kind(layer.mixer, _MIXERS)
     return found
+
+
+def _kind(value: object, kinds: Mapping[str, type]) -> str:
+    return next(name for name, kind in kinds.items() if isinstance(value, kind))
 
 
 def write(directory: Path, spec: DecoderSpec) -> None:
@@ -83,15 +107,31 @@ class _Layers:
 class _Kind:
     rope: dict[str, Any] | None
     window_tokens: int | None
+    mixer: dict[str, Any] | None = None
+    mlp: Mlp | None = None
 
 
 def _read_layer(reader: FieldReader, found: Mapping[str, Any]) -> Layer:
     kind = reader.read(_Kind, dict(found))
-    if kind.rope is None:
-        return Layer(rope=None, window_tokens=kind.window_tokens)
-    rope = dict(kind.rope)
-    scaling = _read_scaling(reader, rope.pop("scaling", None))
-    return Layer(rope=reader.read(Rope, rope, scaling=scaling), window_tokens=kind.window_tokens)
+    return Layer(
+        rope=None if kind.rope is None else _read_rope(reader, dict(kind.rope)),
+        window_tokens=kind.window_tokens,
+        mixer=None if kind.mixer is None else _read_mixer(reader, dict(kind.mixer)),
+        mlp=kind.mlp,
+    )
+
+
+def _read_mixer(reader: FieldReader, found: dict[str, Any]) -> Mixer:
+    name = found.pop("kind", None)
+    if name not in _MIXERS:
+        raise BundleError(f"{reader.origin}: no layer mixes tokens as {name!r}", hint=_HINT)
+    read: Mixer = reader.read(_MIXERS[name], found)
+    return read
+
+
+def _read_rope(reader: FieldReader, found: dict[str, Any]) -> Rope:
+    scaling = _read_scaling(reader, found.pop("scaling", None))
+    return reader.read(Rope, found, scaling=scaling)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,13 @@ from typing import Literal
 
 from edgekit.errors import UsageError
 from edgekit.formats import ContextLimit
-from edgekit.model.mixers import Attention
+from edgekit.model.mixers import Attention, DeltaNet, ShortConv
 from edgekit.model.norm import Norm
 from edgekit.model.rope import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    ProportionalScaling,
     Rope,
     RopeScaling,
     YarnScaling,
@@ -53,6 +54,10 @@ class MlcModel:
     mlp_biases: bool | None = False
     has_head_bias: bool = False
     has_square_heads: bool = False  # all heads together are as wide as the hidden state
+    # Whether every n-th layer attends, with a gate on what a head has mixed; the others are delta
+    # nets.
+    has_delta_nets: bool = False
+    widens_norms: bool = False  # mlc_llm adds Gemma's 1 in float32, not in the checkpoint's type
     is_bound_to_vocabulary: bool = True  # whether a compiled library has the number of rows in it
     # Whether memory for the logits of a whole chunk is planned: their width is known when compiled.
     plans_logits: bool = True
@@ -68,6 +73,10 @@ MODELS = {
     "mistral": replace(_ANY_VOCABULARY, can_be_tied=False),
     "qwen2": MlcModel(qkv_biases=True, has_square_heads=True),
     "qwen3": MlcModel(qkv_biases=None, output_bias=None, query_key_norm="alike"),
+    "qwen3_5_text": MlcModel(
+        rotates_in_part=True, qkv_biases=None, output_bias=None, query_key_norm="alike",
+        has_delta_nets=True, widens_norms=True,
+    ),
     "phi3": MlcModel(scaling=LongRopeScaling, rotates_in_part=True, has_square_heads=True),
     "gemma": _GEMMA,
     "gemma2": replace(_GEMMA, has_post_norms=True, caps=True),
@@ -124,7 +133,7 @@ def refuse(architecture: str, spec: DecoderSpec) -> None:
     Raises:
         UsageError: If it does not; the message says what it would compute.
     """
-    for problem in _beyond_all(spec):
+    for problem in _beyond_all(architecture, spec):
         raise UsageError(f"MLC {problem}", hint=_HINT)
     name = model_type(architecture, spec)
     nearest = "" if name == architecture else f", the nearest to {architecture},"
@@ -132,10 +141,23 @@ def refuse(architecture: str, spec: DecoderSpec) -> None:
         raise UsageError(f"MLC's {name} model{nearest} {problem}", hint=_HINT)
 
 
-def _beyond_all(spec: DecoderSpec) -> Iterator[str]:
+def _beyond_all(architecture: str, spec: DecoderSpec) -> Iterator[str]:
     """Yield what no model of MLC's computes."""
-    ropes = {layer.rope for layer in spec.layers}
-    if None in ropes:
+    if any(isinstance(layer.mixer, ShortConv) for layer in spec.layers):
+        yield f"has no model of {architecture}: none has short convolutions"
+    if (
+        any(isinstance(layer.mixer, Attention) or layer.mlp for layer in spec.layers)
+        or spec.layer_embedding
+        or spec.has_layer_scales
+    ):
+        yield (
+            f"has no model of {architecture} whose weights can be written: none has layers of "
+            "different shapes, and WebLLM's Gemma 4 takes tensors that only its library names"
+        )
+    ropes = set(_ropes(spec))
+    if not ropes:
+        yield "has no model without attention"
+    elif None in ropes:
         yield "has no model with layers that have no positions"
     elif len(ropes) > 1:
         yield f"has one rope for all layers in a browser, the checkpoint has {len(ropes)}"
@@ -146,15 +168,19 @@ def _beyond_all(spec: DecoderSpec) -> Iterator[str]:
         yield "has no model whose MLP computes xIELU"
     if spec.attention.normalizes_after_rope:
         yield "has no model that normalizes queries and keys after their rotation"
+    if spec.attention.has_head_gate:
+        yield "has no model with one gate for all channels of a head"
 
 
 def _problems(name: str, spec: DecoderSpec) -> Iterator[str]:
-    model, rope = MODELS[name], spec.layers[0].rope
+    model, ropes = MODELS[name], set(_ropes(spec))
     if model.lacks:
         yield model.lacks
-    if rope is None or any(layer.rope != rope for layer in spec.layers):
+    rope = ropes.pop() if len(ropes) == 1 else None
+    if rope is None:
         yield "rotates every layer alike, the checkpoint does not"
         return
+    yield from _mixer_problems(model, spec)
     yield from _rope_problems(model, spec, rope)
     yield from _block_problems(model, spec)
     yield from _mlp_problems(model, spec)
@@ -169,6 +195,36 @@ def _problems(name: str, spec: DecoderSpec) -> Iterator[str]:
         )
 
 
+def _ropes(spec: DecoderSpec) -> Iterator[Rope | None]:
+    return (layer.rope for _, layer, _ in spec.attentions())
+
+
+def _mixer_problems(model: MlcModel, spec: DecoderSpec) -> Iterator[str]:
+    nets = {layer.mixer for layer in spec.layers if isinstance(layer.mixer, DeltaNet)}
+    attends = [index for index, _, _ in spec.attentions()]
+    if model.has_delta_nets != bool(nets):
+        yield f"has {'' if model.has_delta_nets else 'no '}delta nets, the checkpoint is otherwise"
+    elif nets:
+        interval = full_attention_interval(spec)
+        if attends != list(range(interval - 1, len(spec.layers), interval)):
+            yield (
+                f"attends in every n-th layer, the checkpoint in {', '.join(map(str, attends))} of "
+                f"0 to {len(spec.layers) - 1}"
+            )
+    if len(nets) > 1:
+        yield "has delta nets of one shape, the checkpoint of several"
+    if model.has_delta_nets != spec.attention.has_output_gate:
+        yield (
+            f"has {'a' if model.has_delta_nets else 'no'} gate on what attention has mixed, the "
+            "checkpoint is otherwise"
+        )
+
+
+def full_attention_interval(spec: DecoderSpec) -> int:
+    """Return n where every n-th layer attends, and there are layers that do."""
+    return next(index for index, _, _ in spec.attentions()) + 1
+
+
 def _block_problems(model: MlcModel, spec: DecoderSpec) -> Iterator[str]:
     if spec.residual != model.residual:
         how = {"serial": "adds attention before the MLP reads", "parallel": "runs both in parallel"}
@@ -180,6 +236,7 @@ def _block_problems(model: MlcModel, spec: DecoderSpec) -> Iterator[str]:
     if model.adds_one and not spec.norm.unit_offset:
         yield "adds 1 to the weights of its norms, the checkpoint does not"
     norms += [spec.attention.query_key_norm] if spec.attention.query_key_norm else []
+    norms += [layer.mixer.norm for layer in spec.layers if isinstance(layer.mixer, DeltaNet)]
     if len({norm.epsilon for norm in norms}) > 1:
         yield "has one epsilon for all norms, the checkpoint has two"
     for what, has, may_have in (
@@ -236,7 +293,7 @@ def _rope_problems(model: MlcModel, spec: DecoderSpec, rope: Rope) -> Iterator[s
 
 def _kind(scaling: RopeScaling) -> str:
     kinds = {LinearScaling: "linear", Llama3Scaling: "llama3", LongRopeScaling: "longrope",
-             YarnScaling: "YaRN"}  # fmt: skip
+             YarnScaling: "YaRN", ProportionalScaling: "proportional"}  # fmt: skip
     return kinds[type(scaling)]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from edgekit.formats.mlc import decoders
+from edgekit.model.mixers import DeltaNet
 from edgekit.model.rope import (
     LinearScaling,
     Llama3Scaling,
@@ -52,12 +53,13 @@ class Shape:
     has_qkv_bias: bool
     final_logit_softcap: float | None = None
     vocab_size: int | None = None  # None: any
+    delta_nets: str | None = None  # as `delta_text` says them
 
     @classmethod
     def of(cls, architecture: str, spec: "DecoderSpec") -> Self:
         """Return the shape of a decoder."""
         is_bound = decoders.MODELS[architecture].is_bound_to_vocabulary
-        rope = spec.layers[0].rope
+        rope = next(layer.rope for _, layer, _ in spec.attentions())
         return cls(
             architecture=architecture,
             hidden_size=spec.hidden_size,
@@ -72,6 +74,7 @@ class Shape:
             has_qkv_bias=spec.attention.has_qkv_bias,
             final_logit_softcap=spec.final_logit_softcap,
             vocab_size=spec.vocab_size if is_bound else None,
+            delta_nets=delta_text(spec),
         )
 
     def differences(self, other: "Shape") -> Iterator[str]:
@@ -80,6 +83,18 @@ class Shape:
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
             if ours != theirs:
                 yield f"{field.name.removeprefix('is_').replace('_', ' ')} {theirs}, not {ours}"
+
+
+def delta_text(spec: "DecoderSpec") -> str | None:
+    """Return all that the delta nets of a decoder are, and where they are, on one line."""
+    net = next((it.mixer for it in spec.layers if isinstance(it.mixer, DeltaNet)), None)
+    return (
+        f"{net.key_heads} keys of {net.key_head_dim}, {net.value_heads} values of "
+        f"{net.value_head_dim}, {net.taps} taps, 1 of {decoders.full_attention_interval(spec)} "
+        "attends"
+        if net
+        else None
+    )
 
 
 def rope_text(rope: Rope) -> str:

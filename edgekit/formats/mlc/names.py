@@ -77,6 +77,17 @@ _OTHERWISE: dict[str, dict[str, str]] = {
         "attention_output_bias": "self_attn.dense.bias",
     },
     "phi3": _PHI3,
+    "qwen3_5_text": {
+        "delta_qkv": "linear_attn.in_proj_qkv.weight",
+        "delta_gate": "linear_attn.in_proj_z.weight",
+        "delta_beta": "linear_attn.in_proj_b.weight",
+        "delta_alpha": "linear_attn.in_proj_a.weight",
+        "delta_taps": "linear_attn.conv1d.weight",
+        "delta_decay": "linear_attn.A_log",
+        "delta_decay_bias": "linear_attn.dt_bias",
+        "delta_norm": "linear_attn.norm.weight",
+        "delta_output": "linear_attn.out_proj.weight",
+    },
     "starcoder2": _ungated("mlp.c_fc", "mlp.c_proj"),
 }
 _OTHERWISE_OUTER = {
@@ -94,7 +105,7 @@ _QUERY_KEY_VALUE = {
         ("llama", "mistral", "stablelm", "gemma", "gemma2", "olmo2", "nemotron", "cohere"),
         "qkv_proj",
     ),
-    **dict.fromkeys(("qwen2", "qwen3"), "c_attn"),
+    **dict.fromkeys(("qwen2", "qwen3", "qwen3_5_text"), "c_attn"),
     "phi": "Wqkv",
     "starcoder2": "wqkv_pack",
 }
@@ -120,6 +131,7 @@ _MODULES = {
         ("self_attn.o_proj", "mixer.out_proj"),
         ("self_attn.qkv_proj", "mixer.qkv_proj"),
     ),
+    "qwen3_5_text": (("conv1d.weight", "conv1d_weight"),),
 }
 _HEAD = "lm_head.weight"
 
@@ -132,17 +144,22 @@ class Parameter:
     roles: tuple[str, ...]
     rows: tuple[int, ...]  # of each role
     columns: int | None  # None: a vector
+    is_depthwise: bool = False  # taps by channel, with an axis of one input channel between
 
     @property
     def shape(self) -> Shape:
         """Its dimensions before it is packed."""
-        whole = sum(self.rows)
-        return (whole,) if self.columns is None else (whole, self.columns)
+        rows, *columns = self.part_shape(sum(self.rows))
+        return (rows, 1, *columns) if self.is_depthwise else (rows, *columns)
+
+    def part_shape(self, rows: int) -> Shape:
+        """Return the dimensions of a weight that is so many rows of it."""
+        return (rows,) if self.columns is None else (rows, self.columns)
 
     @property
     def is_matrix(self) -> bool:
         """Whether a scheme may quantize it."""
-        return self.columns is not None
+        return self.columns is not None and not self.is_depthwise
 
     @property
     def is_embedding(self) -> bool:
@@ -187,12 +204,13 @@ def _tensor(architecture: str, role: str) -> str:
 
 
 def _parameter(name: str, weights: list[tuple[str, Shape]]) -> Parameter:
-    _, shape = weights[0]
+    role, shape = weights[0]
     return Parameter(
         name=name,
         roles=tuple(role for role, _ in weights),
         rows=tuple(shape[0] for _, shape in weights),
         columns=shape[1] if shape[1:] else None,
+        is_depthwise=role.endswith(".delta_taps"),
     )
 
 

@@ -55,7 +55,8 @@ class MlcWeights:
                 else tensor[first : first + rows]
             )
             stored.append(part)
-        return packing.decode(stored, held.tensor_type, columns=held.parameter.columns)
+        values = packing.decode(stored, held.tensor_type, columns=held.parameter.columns)
+        return values.reshape(held.parameter.part_shape(rows))
 
 
 def open_weights(path: Path, spec: DecoderSpec) -> MlcWeights:
@@ -74,7 +75,7 @@ def open_weights(path: Path, spec: DecoderSpec) -> MlcWeights:
     name = config["model_type"]
     parameters = names.parameters(name, spec)
     held: dict[str, tuple[StoredParameter, int, int]] = {}
-    for where in _find(path, parameters.values(), found, packing.SCHEMES[config["quantization"]]):
+    for where in _find(path, parameters.values(), found, spec, config["quantization"]):
         for role, first, rows in where.parameter.parts():
             held[role] = (where, first, rows)
     return MlcWeights(directory=path.parent, spec=decoders.computed(name, spec), held=held)
@@ -94,21 +95,28 @@ def contents(path: Path) -> list[tuple[str, Shape, str]]:
     spec = chat_config.shapes(settings, config, tensors)
     parameters = names.parameters(config["model_type"], spec)
     return [
-        (role, (rows, *where.parameter.shape[1:]), where.tensor_type)
-        for where in _find(
-            path, parameters.values(), found, packing.SCHEMES[config["quantization"]]
-        )
+        (role, where.parameter.part_shape(rows), where.tensor_type)
+        for where in _find(path, parameters.values(), found, spec, config["quantization"])
         for role, _, rows in where.parameter.parts()
         if not where.parameter.is_copy
     ]
 
 
 def _find(
-    path: Path, parameters: Iterable[Parameter], found: Iterable[Shard], scheme: Scheme
+    path: Path,
+    parameters: Iterable[Parameter],
+    found: Iterable[Shard],
+    spec: DecoderSpec,
+    scheme_name: str,
 ) -> list[StoredParameter]:
     """Return where each parameter is; every tensor must be of one."""
     records = {record.tensor.name: record for shard in found for record in shard.records}
-    held = [_held(path, parameter, records, scheme) for parameter in parameters]
+    scheme, recipe = packing.SCHEMES[scheme_name], packing.RECIPES[scheme_name]
+    held = []
+    for parameter in parameters:
+        vector = recipe.tensor_type_for(parameter.roles[0], spec)
+        tensor_types = scheme.tensor_types if parameter.is_matrix else (vector,)
+        held.append(_held(path, parameter, records, scheme, tensor_types))
     left = records.keys() - {record.tensor.name for where in held for record in where.records}
     if left:
         raise BundleError(f"{path} has a tensor that the model does not use: {min(left)}")
@@ -116,10 +124,14 @@ def _find(
 
 
 def _held(
-    path: Path, parameter: Parameter, records: Mapping[str, Record], scheme: Scheme
+    path: Path,
+    parameter: Parameter,
+    records: Mapping[str, Record],
+    scheme: Scheme,
+    tensor_types: Iterable[str],
 ) -> StoredParameter:
-    """Find the tensors of a parameter, in whatever tensor type they are."""
-    for tensor_type in scheme.tensor_types if parameter.is_matrix else scheme.tensor_types[:1]:
+    """Find the tensors of a parameter, in whichever of some tensor types they are."""
+    for tensor_type in tensor_types:
         expected = packing.tensors(parameter, tensor_type, scheme)
         found = [records[tensor.name] for tensor in expected if tensor.name in records]
         if [record.tensor for record in found] == expected:

@@ -58,6 +58,7 @@ class MlcSession:
         _prepare_threads()
         shape = shape_of(path)
         self._chunk_tokens = shape.chunk_tokens
+        self._state_sizes = [size for _, _, size in shape.spec.states()]
         self._device = tvm.cpu()
         self.vocabulary_tokens, self.context_tokens = shape.spec.vocab_size, context_tokens
         library = cpu.compiled(shape)
@@ -113,15 +114,20 @@ class MlcSession:
         return False
 
     def reset(self) -> None:
-        """Empty the cache."""
+        """Empty the cache, and what layers keep besides."""
+        import numpy as np
+        import tvm
+
         with failing():
+            zeros = [self._tensor(np.zeros(size, np.float32)) for size in self._state_sizes]
+            self._states = tvm.runtime.convert(zeros)
             self._clear(self._cache)
             self._add(self._cache, _SEQUENCE)
         self._read = 0
 
     def close(self) -> None:
         """Give the memory back."""
-        self._cache = self._weights = self._machine = None
+        self._cache = self._states = self._weights = self._machine = None
 
     def _run(self, function: str, ids: Sequence[int]) -> "Logits":
         """Read some tokens; return float32 logits, a row for the last one or for each."""
@@ -132,7 +138,9 @@ class MlcSession:
             embedded = self._machine["embed"](self._tensor(np.array(ids, np.int32)), self._weights)
             x = embedded.numpy().reshape(1, len(ids), -1)
             self._begin(self._cache, Shape([_SEQUENCE]), Shape([len(ids)]))
-            said, _ = self._machine[function](self._tensor(x), self._cache, self._weights)
+            said, _, self._states = self._machine[function](
+                self._tensor(x), self._cache, self._states, self._weights
+            )
             self._end(self._cache)
             logits: Logits = said.numpy()[0]
         self._read += len(ids)

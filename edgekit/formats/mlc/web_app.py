@@ -18,7 +18,7 @@ SETTINGS = "webllm.json"
 PAGE_DIRECTORY = Path(__file__).parent
 PAGE_FILES = ("webllm.mjs", "index.html")
 OWN_LIBRARY = "model-webgpu.wasm"  # where the page looks for a library that the user compiled
-PREBUILT_FOR = "0.2.85"  # the version of WebLLM that the page was tested with
+PREBUILT_FOR = "0.2.86"  # the version of WebLLM that the page was tested with
 # Which models WebLLM's own list offers to phones; it has no sharp bound, half of them are below.
 LOW_RESOURCE_BYTES = 2 << 30
 
@@ -52,6 +52,7 @@ def write(  # noqa: PLR0913 - what the page has to know
     vram_bytes: int,
     largest_buffer: GpuBuffer | None = None,
     needs_shader_f16: bool = False,
+    has_states: bool = False,
 ) -> None:
     """Write the settings, the module and the page.
 
@@ -64,6 +65,7 @@ def write(  # noqa: PLR0913 - what the page has to know
         vram_bytes: What the model will take of the GPU's memory.
         largest_buffer: The largest array that the GPU must bind at once.
         needs_shader_f16: Whether the scheme computes in 16 bits.
+        has_states: Whether layers keep a state, of which WebLLM then holds the current one alone.
     """
     record: dict[str, Any] = {
         "model": "./",
@@ -74,6 +76,8 @@ def write(  # noqa: PLR0913 - what the page has to know
         "required_features": ["shader-f16"] if needs_shader_f16 else [],
         "overrides": {"context_window_size": config["context_window_size"]},
     }
+    if has_states:
+        record["overrides"]["max_history_size"] = 1
     if largest_buffer is not None:
         record["buffer_size_required_bytes"] = largest_buffer.size_bytes
     settings = {

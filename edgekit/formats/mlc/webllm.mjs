@@ -76,8 +76,8 @@ export class Model {
   }
 
   /**
-   * WebLLM goes on from its cache, which lacks what the template writes after an answer, the last
-   * token of an answer that was cut off, and has the stop string of one that was ended by it.
+   * WebLLM goes on from its cache, which lacks what the template writes after an answer, and has
+   * the stop string of one that was ended by it. It reads anew after one that was cut off.
    */
   #noteEnd(reason, { stop }) {
     const keeps = this.hasSystem ? "keeps_cache_with_system" : "keeps_cache";

@@ -14,6 +14,7 @@ from edgekit.formats.onnx import tensor_types
 
 
 TENSOR_TYPES, RECIPES = tensor_types.TENSOR_TYPES, tensor_types.RECIPES
+MIXES_TENSOR_TYPES = True
 ENDING = ".onnx"
 VARIANTS = ()
 RUNTIME = "ONNX Runtime"

@@ -70,6 +70,11 @@ def notes(checkpoint: "CheckpointProtocol") -> Iterator[str]:
             f"{' or '.join(map(repr, strings))}: no setting of theirs holds stop strings"
         )
     spec = checkpoint.spec
+    if len({(a.num_kv_heads, cache_width(a)) for _, _, a in spec.caches()}) > 1:
+        yield (
+            "Optimum gives the caches of all layers one shape, and cannot run this model, whose "
+            "layers differ in it"
+        )
     if spec.has_states:
         yield STATES_NOTE
     border = spec.original_max_position_embeddings
@@ -144,7 +149,7 @@ def transformers_files(
             "quantization_config": None,
             "eos_token_id": stops,
             "vocab_size": checkpoint.spec.vocab_size,
-            "num_hidden_layers": len(checkpoint.spec.layers),
+            "num_hidden_layers": _layers(checkpoint.spec),
             "transformers.js_config": _transformers_js(recipe, data_files=data_files),
             **({"layer_types": layer_types(checkpoint.spec)} if checkpoint.spec.has_states else {}),
         },
@@ -191,6 +196,11 @@ def _config(checkpoint: "CheckpointProtocol") -> Mapping[str, Any]:
         "num_key_value_heads": attention.num_kv_heads,
         "tie_word_embeddings": spec.is_tied,
     }
+
+
+def _layers(spec: "DecoderSpec") -> int:
+    """Return how many layers clients ask for what they keep; the last of Gemma 4 keep nothing."""
+    return 1 + max(index for index, *_ in (*spec.caches(), *spec.states()))
 
 
 def layer_types(spec: "DecoderSpec") -> list[str]:
@@ -271,7 +281,7 @@ def _decoder(checkpoint: "CheckpointProtocol", entry: str) -> dict[str, Any]:
         "head_size": cache_width(attention),
         "hidden_size": spec.hidden_size,
         "num_attention_heads": attention.heads,
-        "num_hidden_layers": len(spec.layers),
+        "num_hidden_layers": _layers(spec),
         "num_key_value_heads": attention.num_kv_heads,
         "inputs": inputs,
         "outputs": outputs,

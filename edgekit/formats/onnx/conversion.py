@@ -20,6 +20,7 @@ from edgekit.model.spec import DecoderSpec
 from edgekit.progress import Advance
 from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
 from edgekit.quant.recipe import Recipe
+from edgekit.units import format_bytes
 
 
 if TYPE_CHECKING:
@@ -194,13 +195,24 @@ def _notes(checkpoint: "CheckpointProtocol", planned: OnnxPlan) -> Iterator[str]
         yield tensor_types.DELTA_NOTE
     if any(weight.tensor_type in tensor_types.BLOCKS for weight in planned.weights):
         yield tensor_types.ACTIVATIONS_NOTE
+    yield from (_table_note(it) for it in planned.weights if it.role == "layer_embedding")
+
+
+def _table_note(weight: OnnxWeight) -> str:
+    rows, count = weight.shape[0], len(weight.table_columns)
+    tables = "one table" if count == 1 else f"{count} tables, so that no GPU must bind it whole"
+    return (
+        f"the embeddings for all layers take {format_bytes(weight.size_bytes)} as "
+        f"{weight.tensor_type}, of which a token reads {format_bytes(weight.size_bytes / rows)}; "
+        f"they are in {tables}"
+    )
 
 
 def _largest_buffer(spec: DecoderSpec, planned: OnnxPlan) -> GpuBuffer:
     """Return the largest tensor on a GPU; one converted to float32 at load is as large as that."""
     sizes = {tensor.name: tensor.size_bytes for tensor in planned.frequencies}
     for weight in planned.weights:
-        is_converted = not planned.how.is_half and not spec.is_looked_up(weight.role)
+        is_converted = not planned.how.is_half and weight.role not in spec.looked_up
         for tensor in weight.tensors:
             grown = 2 if is_converted and tensor.dtype == "float16" else 1
             sizes[tensor.name] = grown * tensor.size_bytes

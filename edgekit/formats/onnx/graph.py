@@ -474,6 +474,10 @@ class _Builder(Operators):
         mixed = self._weigh(query, index, a)
         if gate:
             mixed = self.op("Mul", mixed, self.op("Sigmoid", gate))
+        if a.has_head_gate:
+            mixed = self._gate_heads(
+                mixed, self._multiply(prefix + "head_gate", x, a.heads, hidden), a
+            )
         return self._project(
             prefix + "attention_output", mixed, hidden, a.query_width, a.has_output_bias
         )
@@ -488,6 +492,12 @@ class _Builder(Operators):
         flat = self.constant(0, 0, a.query_width)
         query, gate = (self.op("Reshape", part, flat) for part in parts)
         return query, gate
+
+    def _gate_heads(self, mixed: str, gate: str, a: Attention) -> str:
+        """Multiply what each head has mixed with one sigmoid."""
+        gate = self.op("Unsqueeze", self.op("Sigmoid", gate), self.constant(-1))
+        heads = self.op("Reshape", mixed, self.constant(0, 0, a.heads, a.head_dim))
+        return self.op("Reshape", self.op("Mul", heads, gate), self.constant(0, 0, a.query_width))
 
     def _keys_and_values(self, prefix: str, x: str, a: Attention) -> tuple[str, str]:
         """Return keys before their norm and rope, and values."""

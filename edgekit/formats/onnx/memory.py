@@ -47,8 +47,9 @@ def weight_bytes(spec: DecoderSpec, placement: PlannedWeight, *, is_half: bool) 
     a float32 graph float16 is converted at once, in one of float16 layers are held in both.
     """
     is_head = placement.role == ("token_embedding" if spec.is_tied else "output_head")
-    is_read_only_by_row = placement.role == "token_embedding" and not is_head
-    if placement.tensor_type == "F16" and not is_read_only_by_row:
+    if placement.role in spec.looked_up:
+        return placement.size_bytes
+    if placement.tensor_type == "F16":
         layers_item_bytes, head_item_bytes = (6, 4) if is_half else (4, 8)
         return placement.parameters * (head_item_bytes if is_head else layers_item_bytes)
     held = placement.size_bytes
@@ -61,17 +62,27 @@ def weight_bytes(spec: DecoderSpec, placement: PlannedWeight, *, is_half: bool) 
 def cache_bytes(spec: DecoderSpec, *, context_tokens: int, is_half: bool) -> int:
     """Return the size of all keys and values, and of states, which are written beside the last."""
     item_bytes = 2 if is_half else 4
-    token_bytes = sum(2 * a.num_kv_heads * cache_width(a) for _, _, a in spec.caches()) * item_bytes
+    token_bytes = sum(_key_value_width(a) for _, _, a in spec.caches()) * item_bytes
     states_bytes = sum(2 * 4 * math.prod(shape) for _, _, shape in spec.states())
     return token_bytes * context_tokens + states_bytes
+
+
+def _key_value_width(attention: Attention) -> int:
+    """Return how many numbers of a token a layer caches, or copies from the layer that does."""
+    return 2 * attention.num_kv_heads * cache_width(attention)
 
 
 def compute_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     """Return the size of what one batch of a prompt needs: activations and attention scores."""
     batch = min(BATCH_TOKENS, context_tokens)
     widest = 2 * spec.hidden_size + max(_widest(spec, index) for index in range(len(spec.layers)))
+    if own := spec.layer_embedding:  # as codes and float32, and what is added to it
+        widest += 3 * own.width * len(spec.layers)
     scores = max((a.heads for _, _, a in spec.attentions()), default=0) * context_tokens
-    return 4 * (batch * (widest + scores) + spec.vocab_size)
+    copied = max(
+        (_key_value_width(a) for _, _, a in spec.attentions() if not a.has_cache), default=0
+    )
+    return 4 * (batch * (widest + scores) + copied * context_tokens + spec.vocab_size)
 
 
 def _widest(spec: DecoderSpec, index: int) -> int:

@@ -153,7 +153,9 @@ def _read_overrides(
     by_layer = config.section("per_layer_config")
     found: dict[str, set[tuple[int | None, int | None]]] = {}
     for index, kind in enumerate(kinds):
-        own = by_layer.section(str(index))
+        # transformers 5 writes all of them with as many digits as the last.
+        spellings = (str(index).zfill(digits) for digits in range(1, len(str(len(kinds))) + 1))
+        own = by_layer.section(next(filter(by_layer.__contains__, spellings), str(index)))
         shape = own.optional_integer("head_dim"), own.optional_integer("num_key_value_heads")
         own.refuse_unread()
         found.setdefault(kind, set()).add(shape)

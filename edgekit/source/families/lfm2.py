@@ -35,12 +35,7 @@ def describe(config: Config) -> DecoderSpec:
     rope = _rope.read_rope(config, head_dim, theta=THETA)
     spec = _common.read_decoder(config, DEFAULTS, rope=rope)
     norm = Norm(kind="rms", epsilon=config.number("norm_eps", DEFAULTS.norm_epsilon))
-    conv = ShortConv(
-        taps=config.optional_integer("conv_L_cache") or 3,
-        has_bias=config.get("conv_bias", default=False),
-    )
-    if conv.taps < 2:
-        raise UsageError(f"{config.origin}: conv_L_cache = {conv.taps}, expected 2 or more")
+    conv = read_conv(config, taps=3)
     kinds = _read_kinds(config, len(spec.layers))
     return replace(
         spec,
@@ -50,6 +45,27 @@ def describe(config: Config) -> DecoderSpec:
         is_tied=config.get("tie_embedding", spec.is_tied),
         layers=tuple(Layer(mixer=conv) if kind == "conv" else Layer(rope=rope) for kind in kinds),
     )
+
+
+def read_conv(config: Config, *, taps: int) -> ShortConv:
+    """Read the convolutions; ``taps`` where the config does not say.
+
+    Raises:
+        UsageError: If they would see one token only.
+    """
+    conv = ShortConv(
+        taps=config.optional_integer("conv_L_cache") or taps,
+        has_bias=config.get("conv_bias", default=False),
+    )
+    if conv.taps < 2:
+        raise UsageError(f"{config.origin}: conv_L_cache = {conv.taps}, expected 2 or more")
+    return conv
+
+
+def write_conv(spec: DecoderSpec) -> dict[str, Any]:
+    """Return the fields that `read_conv` reads."""
+    conv = next((it.mixer for it in spec.layers if isinstance(it.mixer, ShortConv)), None)
+    return {"conv_L_cache": conv.taps, "conv_bias": conv.has_bias} if conv else {}
 
 
 def _read_kinds(config: Config, layers: int) -> list[str]:
@@ -74,7 +90,6 @@ def _read_intermediate_size(config: Config) -> int:
 
 def config(spec: DecoderSpec) -> dict[str, Any]:
     """Return the LFM2 config of a decoder."""
-    conv = next((it.mixer for it in spec.layers if isinstance(it.mixer, ShortConv)), None)
     fields = _common.write_decoder(
         spec, model_type="lfm2", architecture="Lfm2ForCausalLM", epsilon="norm_eps"
     )
@@ -84,10 +99,9 @@ def config(spec: DecoderSpec) -> dict[str, Any]:
         | _rope.write_rope(spec)
         | {
             "block_auto_adjust_ff_dim": False,
-            "conv_L_cache": conv.taps if conv else 3,
-            "conv_bias": bool(conv and conv.has_bias),
             "layer_types": kinds,
         }
+        | write_conv(spec)
     )
 
 

@@ -17,7 +17,9 @@ from edgekit.tests.tiny.random_checkpoints import random_checkpoint
 TARGET = "raspberry-pi-5-8gb"
 CONTEXT_TOKENS = 64
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}"
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content | trim }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 CARD = """---

@@ -40,6 +40,11 @@ def _leave(place):
     (place / "temporary" / "something").mkdir()
 
 
+def _leave_and_hang(place):
+    _leave(place)
+    time.sleep(60)
+
+
 def _hold(_):
     assert bytearray(b"x") * (64 << 20)
 
@@ -61,13 +66,15 @@ ENDINGS: tuple[Callable[[Any], object], ...] = (
     _hold,  # so is this
     _lose,
     _refuse,
+    _leave_and_hang,
+    lambda _: None,  # as it was only busy, what it left is nobody's fault
 )
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="it asks Linux")
 def test_every_ending_of_a_case_is_counted(tmp_path):
-    count = run(_Every(tmp_path), seed=1, seconds=60, numbers=range(10))
-    assert (count.tried, count.refused, count.accepted) == (10, 3, 1)
+    count = run(_Every(tmp_path), seed=1, seconds=60, numbers=range(11))
+    assert (count.tried, count.refused, count.accepted) == (11, 3, 2)
     assert [(fault.number, fault.kind) for fault in count.faults] == [
         (2, "traceback"), (3, "crash"), (5, "hang"), (6, "left behind"), (7, "memory"),
         (8, "left behind"),

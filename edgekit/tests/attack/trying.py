@@ -43,7 +43,8 @@ def try_cases(
 ) -> None:
     """Try cases, one at least, in this process, which is changed by it: limits, directories."""
     temporary = attack.place / "temporary"
-    temporary.mkdir(exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed while it worked
+    temporary.mkdir()
     os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
     os.environ["EDGEKIT_CACHE"] = str(attack.place / "cache")
     attack.open()

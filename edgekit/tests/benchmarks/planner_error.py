@@ -11,6 +11,7 @@ Source of the cells: PocketPal, e2e/baselines, May 2026, llama.rn 0.12-rc9, a pr
 and an answer of 64 in a context of 2,048 (https://github.com/a-ghorbani/pocketpal-ai/pull/722).
 """
 
+import argparse
 import csv
 import math
 import statistics
@@ -113,6 +114,10 @@ class Cell:
 
 def main() -> None:
     """Print three tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     measured = list(cells())
     print("errors of the plans: decode median, worst; memory lowest, highest")
     for name, some in _by(measured, lambda cell: f"{cell.model}, {cell.target.name}"):

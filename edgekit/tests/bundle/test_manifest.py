@@ -100,6 +100,16 @@ def test_a_bundle_from_before_stop_strings_has_none(bundle):
     assert Bundle.load(bundle.directory).text == text
 
 
+@pytest.mark.parametrize("blank", ["", " \n"])
+@pytest.mark.parametrize("mark", ["opens", "closes"])
+def test_a_thought_without_a_mark_is_refused(bundle, mark, blank):
+    edit_manifest(bundle.directory, lambda fields: fields["text"]["thoughts"].update({mark: blank}))
+    with pytest.raises(
+        BundleError, match=r"text.thoughts opens with .*, expected two marks that are not"
+    ):
+        Bundle.load(bundle.directory)
+
+
 def test_a_bundle_may_be_moved(bundle, tmp_path):
     shutil.move(bundle.directory, tmp_path / "elsewhere")
     loaded = Bundle.load(tmp_path / "elsewhere")

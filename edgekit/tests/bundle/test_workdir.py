@@ -157,10 +157,29 @@ def test_a_parent_that_is_a_file_is_refused(tmp_path):
         pytest.fail("the work began")
 
 
-def test_a_name_that_is_too_long_is_refused(tmp_path):
+@pytest.mark.parametrize("replaces", [None, "manifest.json"])
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [("x" * 300, "File name too long"), ("x" * 300 + "/out", "File name too long"),
+     ("x/" * 3000 + "out", "File name too long"), ("x/" * 1500 + "out", "recursion"),
+     ("nul\0byte", "embedded null"), ("nul\0byte/out", "embedded null")],
+    ids=["name", "parent", "path", "levels", "nul", "nul in the parent"],
+)  # fmt: skip
+def test_a_place_that_there_cannot_be_is_refused(tmp_path, out, said, replaces):
     with (
-        pytest.raises(UsageError, match="File name too long"),
-        new_directory(tmp_path / ("x" * 300)),
+        pytest.raises(UsageError, match=f"cannot write into .*{said}"),
+        new_directory(tmp_path / out, replaces=replaces),
+    ):
+        pytest.fail("the work began")
+    assert names(tmp_path) == []
+
+
+def test_what_exists_but_cannot_be_looked_into_is_refused(tmp_path):
+    """As of a directory of another user: a name within it that is too long stands for that."""
+    (tmp_path / "out").mkdir()
+    with (
+        pytest.raises(UsageError, match="is not what would replace it"),
+        new_directory(tmp_path / "out", replaces="x" * 300),
     ):
         pytest.fail("the work began")
 

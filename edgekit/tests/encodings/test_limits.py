@@ -71,8 +71,9 @@ def test_a_header_larger_than_any_is_not_read(tmp_path):
         ("[" + "[]," * 2**21 + "0]", "takes more than 192 MiB of memory"),
         ('{"a": "' + "," * 2**22 + '"}', "takes more than 192 MiB of memory"),
         ('{"a": -' + "1" * 5000 + "}", "5000 digits"),
-        ("[" * 50_000, "nested too deeply"),
-        ('{"a":' * 50_000, "nested too deeply"),
+        ("[" * 201 + "]" * 201, "nested too deeply"),
+        ("[" * 50_000 + "]" * 50_000, "nested too deeply"),
+        ('{"a":' * 50_000 + "1" + "}" * 50_000, "nested too deeply"),
         (r'{"a": "\ud800"}', "half a surrogate pair"),
         (r'{"\uDFFF": 1}', "half a surrogate pair"),
         (r'["\ude80\ud83d"]', "half a surrogate pair"),
@@ -88,6 +89,8 @@ def test_what_programs_write_is_within_the_limits():
     text = json.dumps({"model_max_length": no_limit, "emoji": "🚀", "a": [1.5e300, -(2**63)]})
     assert parse(text) == json.loads(text)  # the emoji is a whole pair, escaped
     assert r"\ud83d\ude80" in text
+    nested = '{"a": [' * 100 + "1" + "]}" * 100
+    assert parse(nested) == json.loads(nested)
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_a_context_limit_is_within_the_model_and_has_a_reason(fmt, plain):
 def test_memory_grows_with_the_context_and_with_the_weights(fmt, plain):
     def use(recipe, context_tokens):
         layout = fmt.lay_out(plain, asked(fmt.RECIPES[recipe]))
-        return fmt.memory_use(plain, layout, context_tokens=context_tokens, repacks=True)
+        return fmt.memory_use(plain, layout, context_tokens=context_tokens, by_app=False)
 
     large, small = fmt.DEFAULT_RECIPES[0], fmt.DEFAULT_RECIPES[-1]
     found = use(small, 512)
@@ -349,6 +349,7 @@ RECIPES = {
     "loud": Recipe(name="loud", default="word", max_mean_kl_nats=1.0, min_same_top_token=0.5)
 }
 DEFAULT_RECIPES = ("loud",)
+MIXES_TENSOR_TYPES = False
 EXTRA = RUN_EXTRA = "demo"
 RUNTIME = "an echo"
 ENDING = ".echo"
@@ -379,7 +380,7 @@ def context_limit(checkpoint):
     return ContextLimit(tokens=64, reason="an echo fades")
 
 
-def memory_use(checkpoint, layout, *, context_tokens, repacks):
+def memory_use(checkpoint, layout, *, context_tokens, by_app):
     return MemoryUse(
         weights_bytes=layout.artifact_bytes, cache_bytes=context_tokens, compute_bytes=1,
         runtime_bytes=1,

@@ -45,6 +45,16 @@ def test_gguf_holds_the_file_a_cache_in_steps_of_256_and_one_batch():
     assert short == 10 * (4 * (320 + 64) + 256 * (4 + 2)) + 4 * 1000
 
 
+def test_gguf_leaves_on_disk_what_a_token_reads_a_row_of_unless_an_app_maps_it_whole():
+    table = placement("layer_embedding", "Q6_K", size_bytes=7000)
+    larger = placement("layer_embedding", "Q6_K", size_bytes=2**32 + 1)
+    rest = layout(5000).placements
+    for held, in_app in ((table, 12_000), (larger, 5000)):
+        found = replace(layout(), placements=(*rest, held))
+        assert gguf.use(SPEC, found, context_tokens=256).weights_bytes == 5000
+        assert gguf.use_by_app(SPEC, found, context_tokens=256).weights_bytes == in_app
+
+
 @pytest.mark.parametrize(("is_half", "item_bytes"), [(False, 4), (True, 2)])
 def test_onnx_keeps_a_cache_as_wide_as_its_graph_computes(is_half, item_bytes):
     found = onnx.use(SPEC, layout(5000, 700, is_half=is_half), context_tokens=100)
@@ -84,3 +94,20 @@ def test_executorch_sets_a_whole_context_aside_and_packs_while_the_file_is_there
     assert found.compute_bytes - ungated.compute_bytes == 2 * 4 * 100 * 128
     packing = executorch.use(SPEC, layout(5000, reading + 1), context_tokens=100)
     assert packing.compute_bytes == between + reading + 1
+
+
+def test_executorch_holds_what_a_text_reads_of_the_embeddings_of_layers():
+    def table(size_bytes):
+        return replace(
+            layout(5000),
+            placements=(
+                *layout(5000).placements,
+                placement("layer_embedding", "INT8", size_bytes=size_bytes),
+            ),
+        )
+
+    plain = executorch.use(SPEC, layout(5000), context_tokens=100)
+    for size_bytes, counted in ((2**30, 100 * 2**16), (2**20, 2**20)):
+        found = executorch.use(SPEC, table(size_bytes), context_tokens=100)
+        assert found.weights_bytes == 5000 + counted
+        assert found.compute_bytes == plain.compute_bytes  # it is not packed

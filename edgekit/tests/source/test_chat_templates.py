@@ -12,6 +12,8 @@ from edgekit.source.writer import write_checkpoint
 from edgekit.tests.tiny.random_checkpoints import random_checkpoint
 from edgekit.tests.tiny.tokenizers import VOICES
 from edgekit.tests.tiny.voices import speak
+from edgekit.tests.witnesses.tiny_runner import THINKING
+from edgekit.text.rules import ThoughtMarks
 
 
 CHATML = VOICES["smollm"].template
@@ -189,3 +191,22 @@ def test_what_is_written_has_the_chosen_template_and_keeps_the_others(model, tmp
     assert written.chat_template == checkpoint.text.template_source
     assert {*written.templates} == {"default", "a", "b"}
     assert written.templates["b"] == checkpoint.text.templates["b"]
+
+
+def test_a_plan_tells_how_thinking_is_switched_and_a_fixed_switch_needs_no_note(model):
+    target = "raspberry-pi-5-8gb"
+    (model / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
+    note = (
+        "the chat template's enable_thinking is on by default: --template-var "
+        "enable_thinking=false has the model answer without thinking; earlier answers are read "
+        "without their thoughts"
+    )
+    assert note in edgekit.plan(model, target).notes
+    fixed = edgekit.plan(model, target, template_variables={"enable_thinking": False})
+    assert not any("think" in said for said in fixed.notes)
+
+
+def test_what_stands_around_a_thought_is_in_the_rules_of_a_bundle(tmp_path):
+    files = with_template(files_of(tmp_path, {"default": THINKING}))
+    assert files.rules().thoughts == ThoughtMarks(opens="<think>", closes="</think>")
+    assert with_template(files_of(tmp_path / "plain", NAMES)).rules().thoughts is None

@@ -262,6 +262,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_heads": 6, "pad_token_id": 0, "rope_theta": 1000000.0, "theta": 1000000.0,
         "tie_embedding": True, "use_cache": True, "use_pos_enc": True,
     },
+    "lfm3": SIZES | {
+        "attention_bias": False, "attention_dropout": 0.0, "conv_L_cache": 7, "conv_bias": False,
+        "head_dim": 8, "hidden_act": "silu", "model_type": "lfm3", "norm_eps": 1e-05,
+        "layer_types": ["conv", "conv", "full_attention", "conv", "sliding_attention", "conv"],
+        "rope_parameters": {
+            "full_attention": {"partial_rotary_factor": 0.5, "rope_theta": 1000000.0,
+                               "rope_type": "proportional"},
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+        "sliding_window": 8, "tie_word_embeddings": True, "use_attention_gate": True,
+        "use_sandwich_norm": True,
+    },
     "qwen3_5_text": SIZES | {
         "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True,
         "full_attention_interval": 4, "head_dim": 16, "hidden_act": "silu",
@@ -324,6 +336,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4.5-bias": ("ernie4_5", {"use_bias": True}),
     "lfm2-all-attention": ("lfm2", {"full_attn_idxs": None, "block_auto_adjust_ff_dim": False}),
     "lfm2-bias": ("lfm2", {"conv_bias": True, "conv_L_cache": 5, "tie_embedding": False}),
+    "lfm3-plain": ("lfm3", {
+        "use_attention_gate": False, "use_sandwich_norm": False, "attention_bias": True,
+        "rope_parameters": None, "layer_types": None,
+    }),
     "qwen3.5-bias": ("qwen3_5_text", {"attention_bias": True, "layer_types": None}),
     "gemma4-values-are-keys": ("gemma4_text", {
         "attention_k_eq_v": True, "num_global_key_value_heads": 1, "num_kv_shared_layers": 0,
@@ -406,7 +422,7 @@ def test_a_field_nobody_knows_is_refused(model_type):
 @pytest.mark.parametrize("model_type", families.names())
 def test_a_rope_parameter_nobody_knows_is_refused(model_type):
     rope = {"rope_type": "default", "rope_theta": 1e4, "mystery_factor": 2.0}
-    if model_type in {"gemma3_text", "gemma4_text", "olmo3"}:
+    if model_type in {"gemma3_text", "gemma4_text", "lfm3", "olmo3"}:
         rope = {"full_attention": rope}
     fields = without(model_type, "rope_scaling", "rope_theta", "rope_local_base_freq")
     with pytest.raises(UsageError, match="mystery_factor"):
@@ -550,6 +566,23 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "nothing to divide by": ("granite", {"logits_scaling": 0}, "logits_scaling = 0"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", ["{}", "{:02}"])
+def test_heads_are_those_of_a_layer_however_its_number_is_written(spelling):
+    """As ``Gemma4TextConfig(num_hidden_layers=12).to_dict()`` of transformers 5.24 has it: 02."""
+    full = [index for index in range(12) if index % 3 == 2]
+    overrides = {
+        spelling.format(index): {"head_dim": 48, "num_key_value_heads": 1} for index in full
+    }
+    spec = published(
+        "gemma4_text", num_hidden_layers=12, global_head_dim=None, per_layer_config=overrides,
+        layer_types=[*["sliding_attention"] * 2, "full_attention"] * 4,
+    )  # fmt: skip
+    found = [(a.head_dim, a.num_kv_heads) for _, _, a in spec.attentions()]
+    usual = spec.attention.head_dim, spec.attention.num_kv_heads
+    assert found == [(48, 1) if index in full else usual for index in range(12)]
+    assert usual != (48, 1)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -27,7 +27,6 @@ REASONS: dict[str, tuple[dict[str, Any], str]] = {
         "embeddings of their own (hidden_size_per_layer_input = 256)",
     ),
     "lfm2_moe": ({"num_experts": 32, "layer_types": ["conv"]}, "(num_experts = 32)"),
-    "lfm3": ({"layer_types": ["conv", "full_attention"]}, "layer_types has 'conv'"),
     "qwen3_next": ({"linear_num_key_heads": 16, "num_experts": 512}, "(num_experts = 512)"),
     "bamba": ({"mamba_n_heads": 128}, "attention (mamba_n_heads = 128)"),
     "t5": ({"is_encoder_decoder": True}, "it has an encoder"),

@@ -59,6 +59,9 @@ _TIED = {"tie_word_embeddings": True}
 _STRETCHED = {"max_position_embeddings": 512, "original_max_position_embeddings": 256}
 _GEMMA = _TIED | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW_TOKENS}
 
+# Whose norms of queries learn what others divide scores by; without it no two runtimes agree, as
+# every head sees one token alone.
+_SCALES_NO_SCORES = {"gemma4_text"}
 # Whose norms multiply by one more than they store.
 _ADDS_ONE = {"gemma", "gemma2", "gemma3_text", "vaultgemma", "nemotron", "qwen3_5_text"}
 _MUP = {
@@ -295,6 +298,11 @@ TINY: dict[str, TinyCase] = {
         fields=_TIED | {"conv_bias": True, "block_auto_adjust_ff_dim": False,
                         "layer_types": ["conv", "full_attention", "conv"]},
     ),
+    "lfm3": TinyCase(
+        model_type="lfm3", voice="llama3",
+        fields=_TIED | {"num_hidden_layers": 6, "head_dim": 24, "sliding_window": WINDOW_TOKENS,
+                        "conv_L_cache": 7},
+    ),
     "qwen3.5": TinyCase(  # 4B and 9B: two value heads to a key head
         model_type="qwen3_5_text", voice="qwen3",
         fields=_DELTA | {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
@@ -312,20 +320,20 @@ TINY: dict[str, TinyCase] = {
                              "full_attention", "linear_attention"]},
     ),
     "gemma4": TinyCase(  # E2B: the last layers read keys and values of earlier ones
-        model_type="gemma4_text", voice="gemma",
+        model_type="gemma4_text", voice="gemma4",
         fields=_GEMMA4 | {"num_hidden_layers": 8, "num_kv_shared_layers": 3,
                           "use_double_wide_mlp": True, "hidden_size_per_layer_input": 32,
                           "final_logit_softcapping": 6.0,
                           "layer_types": [*_FIVE_KINDS, *_FIVE_KINDS[2:]]},
     ),
     "gemma4-other-donors": TinyCase(
-        model_type="gemma4_text", voice="gemma",
+        model_type="gemma4_text", voice="gemma4",
         fields=_GEMMA4 | {"num_hidden_layers": 7, "num_kv_shared_layers": 2,
                           "hidden_size_per_layer_input": 24,
                           "layer_types": [*_FIVE_KINDS[::-1], *_FIVE_KINDS[-2:]]},
     ),
     "gemma4-31b": TinyCase(  # values that are keys, and no embeddings for the layers
-        model_type="gemma4_text", voice="gemma",
+        model_type="gemma4_text", voice="gemma4",
         fields=_GEMMA4 | {"num_hidden_layers": 7, "attention_k_eq_v": True,
                           "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
     ),
@@ -390,12 +398,12 @@ def _build(case: TinyCase, *, seed: int, stops: list[int], overrides: Mapping[st
     fields = sizes | unset | special | dict(case.fields) | dict(overrides)
     config = AutoConfig.for_model(case.model_type, **json.loads(json.dumps(fields)))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _randomize(model, seed=seed, adds_one=case.model_type in _ADDS_ONE)
+    _randomize(model, case.model_type, seed=seed)
     model.generation_config = GenerationConfig(**(special | {"eos_token_id": stops}))
     return model.eval()
 
 
-def _randomize(model: Any, *, seed: int, adds_one: bool) -> None:
+def _randomize(model: Any, model_type: str, *, seed: int) -> None:
     """Give every weight a value whose loss would be seen."""
     import torch
 
@@ -408,10 +416,12 @@ def _randomize(model: Any, *, seed: int, adds_one: bool) -> None:
                 std = 0.5
             weight.normal_(std=std, generator=source)
             is_norm = "norm" in name and name.endswith("weight")
-            if is_norm and (not adds_one or name.endswith("linear_attn.norm.weight")):
+            if is_norm and (
+                model_type not in _ADDS_ONE or name.endswith("linear_attn.norm.weight")
+            ):
                 weight.add_(1.0)
-            if name.endswith("q_norm.weight") and model.config.model_type == "gemma4_text":
-                weight.mul_(0.25)  # nothing else makes scores smaller
+            if name.endswith("q_norm.weight") and model_type in _SCALES_NO_SCORES:
+                weight.div_(len(weight) ** 0.5)
             if name.endswith("A_log"):  # states that last for some tokens, and for many
                 weight.uniform_(0.02, 3.0, generator=source).log_()
         for name, scale in model.named_buffers():

@@ -32,6 +32,10 @@ KINDS = (
     "apertus",  # xIELU
     "cohere2",  # a LayerNorm without bias, layers without a rope beside windows
     "ministral3",  # queries that grow
+    "gemma4",  # shared caches, two widths of heads and of MLPs, embeddings and scales of layers
+    "gemma4-31b",  # values that are keys
+    "lfm2-bias",  # short convolutions, the last layer's among them
+    "qwen3.5-pattern",  # delta nets, and gates on attention
 )  # fmt: skip
 # Refuses torch as a device without it does.
 WITHOUT_TORCH = """

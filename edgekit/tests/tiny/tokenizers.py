@@ -155,6 +155,14 @@ _GEMMA = """{{ bos_token }}
 {%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}
 """
 
+_GEMMA4 = """{{ bos_token }}
+{%- for message in messages -%}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {{ '<|turn>' + role + '\\n' + message['content'] | trim + '<turn|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|turn>model\\n' }}{%- endif -%}
+"""
+
 _SENTENCEPIECE_TOKENS = ("<unk>", "<s>", "</s>")
 VOICES = {
     "smollm": Voice(
@@ -243,6 +251,17 @@ VOICES = {
         adds_bos=True,
         stops=("<eos>", "<end_of_turn>"),
         template=_GEMMA,
+    ),
+    "gemma4": Voice(
+        pipeline="gemma",
+        first_tokens=("<pad>", "<eos>", "<bos>", "<unk>", "<|tool_call>", "<tool_call|>",
+                      "<|tool_response>", "<tool_response|>", '<|"|>', "<|channel>", "<channel|>",
+                      "<|turn>", "<turn|>"),
+        plain_tokens=("\n\n", "<table>"),
+        bos="<bos>", eos="<eos>", pad="<pad>", unk="<unk>",
+        adds_bos=True,
+        stops=("<eos>", "<turn|>"),
+        template=_GEMMA4,
     ),
 }  # fmt: skip
 

@@ -10,8 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from edgekit.formats.mlc.compiling import cpu_delta_kernels
 from edgekit.formats.mlc.compiling.model import Kernels
 from edgekit.formats.mlc.compiling.shape import StoredWeight
+from edgekit.model.mixers import DeltaNet
 
 
 _OPAQUE = 8  # TVM's kOpaque: fused with nothing
@@ -54,6 +56,17 @@ class CpuKernels(Kernels):
         from tvm.relax.frontend.nn import op
 
         return op.tensor_expr_op(taken_rows(weight, dtype), "rows", [ids, *tensors])
+
+    def recur(self, net: DeltaNet, tensors: list[Any]) -> tuple[Any, Any]:
+        """Return what is read from the states of a delta net, and the states after the tokens."""
+        from tvm.relax.frontend.nn import Tensor, op
+
+        _, _, value, _, _, states = tensors
+        out = [Tensor.placeholder(it.shape, "float32") for it in (value, states)]
+        read, new = op.tensor_ir_op(
+            cpu_delta_kernels.recurrence(net), "recur", tensors, out=tuple(out)
+        )
+        return read, new
 
 
 def taken_rows(weight: StoredWeight, dtype: str) -> Callable[..., Any]:

@@ -18,15 +18,16 @@ def written(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
     packed = {"param_mode": "packed", "effect_mode": "none"}
     plain = {"param_mode": "none", "effect_mode": "none"}
     hidden, cache = shape.spec.hidden_size, nn_spec.Object(object_type=PagedKVCache)
+    states = [nn_spec.Tensor(list(size), "float32") for _, _, size in shape.spec.states()]
 
     def embeds(tokens: Any) -> Any:
         return nn_spec.Tensor([1, tokens, hidden], shape.dtype)
 
     methods = {
         "embed": {"ids": nn_spec.Tensor(["tokens"], "int32"), "$": packed},
-        "prefill": {"x": embeds("tokens"), "cache": cache, "$": packed},
-        "decode": {"x": embeds(1), "cache": cache, "$": packed},
-        "all_logits": {"x": embeds("tokens"), "cache": cache, "$": packed},
+        "prefill": {"x": embeds("tokens"), "cache": cache, "states": states, "$": packed},
+        "decode": {"x": embeds(1), "cache": cache, "states": states, "$": packed},
+        "all_logits": {"x": embeds("tokens"), "cache": cache, "states": states, "$": packed},
         "create_tir_paged_kv_cache": {
             "max_batch_size": int,
             "max_total_seq_len": int,
@@ -58,13 +59,13 @@ def _module(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
         def embed(self, ids: Any) -> Any:
             return self._decoder().embed(ids)
 
-        def prefill(self, x: Any, cache: Any) -> Any:
-            said = self._decoder().hidden(x, cache)
-            return self._decoder().logits(_last(said)), cache
+        def prefill(self, x: Any, cache: Any, states: Any) -> Any:
+            said, states = self._decoder().hidden(x, cache, states)
+            return self._decoder().logits(_last(said)), cache, states
 
-        def decode(self, x: Any, cache: Any) -> Any:
-            said = self._decoder().hidden(x, cache)
-            return self._decoder().logits(said), cache
+        def decode(self, x: Any, cache: Any, states: Any) -> Any:
+            said, states = self._decoder().hidden(x, cache, states)
+            return self._decoder().logits(said), cache, states
 
         all_logits = decode  # of any number of tokens
 
@@ -78,8 +79,8 @@ def _module(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
         ) -> Any:
             from tvm import relax
 
-            a, layers = shape.spec.attention, shape.spec.layers
-            kinds = ["mha_sliding" if layer.window_tokens else "mha" for layer in layers]
+            a, caches = shape.spec.attention, shape.spec.caches()
+            kinds = ["mha_sliding" if layer.window_tokens else "mha" for _, layer, _ in caches]
             if "mha" not in kinds:  # TVM 0.27 makes room for queries only where a layer sees all
                 kinds.append("mha")
             return kv_cache.TIRPagedKVCache(

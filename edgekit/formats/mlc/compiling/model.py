@@ -4,10 +4,12 @@ Its parameters have the names, shapes and tensor types of MLC's bundles. Positio
 and not in the cache, for every layer may have a rope of its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, assert_never
 
 from edgekit.errors import UsageError
+from edgekit.formats.mlc.compiling import delta_net
+from edgekit.model.mixers import Attention, DeltaNet, ShortConv
 from edgekit.model.norm import Norm
 from edgekit.model.rope import Rope
 
@@ -28,6 +30,15 @@ class Kernels:
 
     def rows(self, ids: Any, tensors: list[Any], weight: "StoredWeight", *, dtype: str) -> Any:
         """Return the rows of a stored matrix that ``ids`` name."""
+        raise NotImplementedError
+
+    def recur(self, net: DeltaNet, tensors: list[Any]) -> tuple[Any, Any]:
+        """Return what is read from the states of a delta net, and the states after the tokens.
+
+        Args:
+            net: What it is.
+            tensors: Queries, keys, values, decay, strength, states; float32.
+        """
         raise NotImplementedError
 
 
@@ -52,15 +63,22 @@ class Decoder:
         weight, tensors = self._weight("token_embedding")
         return self._kernels.rows(ids, tensors, weight, dtype=self.dtype)
 
-    def hidden(self, x: Any, cache: Any) -> Any:
-        """Return what the output head reads of ``(batch, tokens, hidden_size)``."""
+    def hidden(self, x: Any, cache: Any, states: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """Return what the output head reads of ``(batch, tokens, hidden_size)``.
+
+        The states are those of `DecoderSpec.states`; also return them as the tokens leave them.
+        """
         spec, (batch, tokens, _) = self.spec, x.shape
+        self._states = {
+            (index, name): state
+            for (index, name, _), state in zip(spec.states(), states, strict=True)
+        }
         if spec.embedding_scale != 1.0:
             x = _scaled(x, spec.embedding_scale)
         positions = cache.get_query_positions(batch * tokens)
         for index in range(len(spec.layers)):
             x = self._layer(x, index, positions, cache)
-        return self._norm(x, spec.norm, "final_norm")
+        return self._norm(x, spec.norm, "final_norm"), list(self._states.values())
 
     def logits(self, x: Any) -> Any:
         """Return float32 logits of what `hidden` returned."""
@@ -79,7 +97,7 @@ class Decoder:
     def _layer(self, x: Any, index: int, positions: Any, cache: Any) -> Any:
         spec, at = self.spec, f"layers.{index}."
         inner = self._norm(x, spec.norm, f"{at}attention_norm") if spec.has_pre_norms else x
-        added = self._attention(inner, index, positions, cache)
+        added = self._mix(inner, index, positions, cache)
         if spec.has_post_norms:
             added = self._norm(added, spec.norm, f"{at}attention_post_norm")
         if spec.residual == "parallel":
@@ -91,6 +109,43 @@ class Decoder:
             added = self._norm(added, spec.norm, f"{at}mlp_post_norm")
         return x + added
 
+    def _mix(self, x: Any, index: int, positions: Any, cache: Any) -> Any:
+        match mixer := self.spec.mixer(index):
+            case Attention():
+                return self._attention(x, index, positions, cache)
+            case DeltaNet():
+                return self._delta_net(mixer, x, index)
+            case ShortConv():
+                raise UsageError("MLC has no names for the weights of a short convolution")
+            case other:
+                assert_never(other)
+
+    def _delta_net(self, net: DeltaNet, x: Any, index: int) -> Any:
+        from tvm.relax.frontend.nn import op
+
+        at = f"layers.{index}."
+        qkv, gate, alpha, beta = (
+            self._linears(x, at, (role,), has_bias=False)
+            for role in ("delta_qkv", "delta_gate", "delta_alpha", "delta_beta")
+        )
+        seen, self._states[index, "conv"] = op.tensor_expr_op(
+            delta_net.convolved(net),
+            "convolve",
+            [qkv, self._vector(f"{at}delta_taps"), self._states[index, "conv"]],
+        )
+        query, key = op.tensor_expr_op(delta_net.queries_and_keys(net), "queries_and_keys", [seen])
+        value = op.tensor_expr_op(delta_net.values(net), "values", [seen])
+        rate, bias = (self._vector(f"{at}delta_{role}") for role in ("decay", "decay_bias"))
+        decay = op.tensor_expr_op(delta_net.decay, "decay", [alpha, rate, bias])
+        strength = op.tensor_expr_op(delta_net.strength, "strength", [beta])
+        read, self._states[index, "recurrent"] = self._kernels.recur(
+            net, [query, key, value, decay, strength, self._states[index, "recurrent"]]
+        )
+        said = op.tensor_expr_op(
+            delta_net.gated(net, self.dtype), "gate", [read, gate, self._vector(f"{at}delta_norm")]
+        )
+        return self._linears(said, at, ("delta_output",), has_bias=False)
+
     def _attention(self, x: Any, index: int, positions: Any, cache: Any) -> Any:
         from tvm.relax.frontend.nn import op
 
@@ -98,6 +153,13 @@ class Decoder:
         batch, tokens, _ = x.shape
         heads = a.heads + 2 * a.num_kv_heads
         qkv = self._linears(x, at, ("query", "key", "value"), has_bias=a.has_qkv_bias)
+        gate = None
+        if a.has_output_gate:
+            query, rest = op.split(qkv, [a.query_rows], axis=-1)
+            query = op.reshape(query, (batch, tokens, a.heads, 2 * a.head_dim))
+            query, gate = op.split(query, 2, axis=-1)
+            query, gate = (op.reshape(it, (batch, tokens, a.query_width)) for it in (query, gate))
+            qkv = op.concat([query, rest], dim=-1)
         qkv = op.reshape(qkv, (batch, tokens, heads, a.head_dim))
         if a.query_key_norm and not a.normalizes_after_rope:
             qkv = self._head_norms(qkv, a.query_key_norm, at)
@@ -105,8 +167,11 @@ class Decoder:
             qkv = _rotated(qkv, positions, layer.rope, heads=a.heads + a.num_kv_heads)
         if a.query_key_norm and a.normalizes_after_rope:
             qkv = self._head_norms(qkv, a.query_key_norm, at)
-        said = cache.attention_with_fused_qkv(index, qkv, a.heads, a.softmax_scale)
+        place = [at for at, _, _ in self.spec.caches()].index(index)
+        said = cache.attention_with_fused_qkv(place, qkv, a.heads, a.softmax_scale)
         said = op.reshape(said, (batch, tokens, a.query_width))
+        if gate is not None:
+            said = said * op.sigmoid(gate)
         return self._linears(said, at, ("attention_output",), has_bias=a.has_output_bias)
 
     def _head_norms(self, qkv: Any, norm: Norm, at: str) -> Any:

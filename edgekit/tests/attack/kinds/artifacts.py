@@ -71,7 +71,8 @@ class ExecutorchArtifacts(_Artifacts):
     share = 2.0
 
     def prepare(self) -> None:
-        installed.require("executorch", purpose="programs to damage", extra="executorch")
+        for package in ("executorch", "torch"):
+            installed.require(package, purpose="programs to damage", extra="executorch")
         for variant in ("portable", "vulkan", "coreml"):
             subprocess.run(
                 [sys.executable, "-c", _EXPORT, str(self.whole / variant), variant],

@@ -29,7 +29,7 @@ _ANSWERS_AT_ONCE = (
 class Kills(Attack):
     """kill -9"""
 
-    share = 5.0
+    share = 26.0  # 2 s for each
     limit_s = OTHER_PROGRAMS_S
 
     def prepare(self) -> None:
@@ -45,7 +45,7 @@ class Kills(Attack):
         if random.random() < 0.5:
             shutil.rmtree(self.place / "kept", ignore_errors=True)
         words = random.choice(self._commands())
-        signal_number = random.choice((signal.SIGKILL,) * 3 + (signal.SIGTERM, signal.SIGHUP))
+        signal_number = random.choice((signal.SIGKILL,) * 9 + (signal.SIGTERM, signal.SIGHUP))
         self._end(words, random.random() * _SLOWER * self._undisturbed_s(words), signal_number)
         if self.out.exists():
             Bundle.load(self.out)

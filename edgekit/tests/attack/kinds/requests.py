@@ -34,7 +34,7 @@ _HEADER_VALUES = ("", "x", "evil.example", "-1", "99999999999", "chunked", "Bear
 class Requests(Attack):
     """requests to a server"""
 
-    share = 1.0
+    share = 2.0
 
     def prepare(self) -> None:
         for package in ("llama_cpp", "starlette", "uvicorn"):

@@ -1,5 +1,6 @@
 """Targets, addresses of devices and words of the command line."""
 
+import os
 import shutil
 from pathlib import Path
 from random import Random
@@ -78,6 +79,9 @@ class CommandLines(Attack):
 
     def open(self) -> None:
         self.out = self.place / "temporary" / "out"
+        here = self.place / "here"  # where a damaged path may lead to
+        here.mkdir(exist_ok=True)
+        os.chdir(here)
 
     def case(self, random: Random) -> None:
         words = random.choice(_LINES).split()

@@ -9,8 +9,9 @@ from contextlib import suppress
 import pytest
 
 from edgekit.bundle.manifest import Artifact, Bundle, ModelRecord
+from edgekit.encodings.flatbuffer import Table
 from edgekit.errors import BundleError, ToolchainError, UsageError
-from edgekit.formats.executorch import program, shim_build
+from edgekit.formats.executorch import program, running, shim_build
 from edgekit.formats.executorch.runtime import ExecutorchSession
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.proof import load_probe
@@ -92,6 +93,22 @@ def test_a_changed_header_is_refused_or_does_not_matter(byte, tmp_path, content,
 def test_what_follows_a_program_is_refused(tmp_path, content):
     with pytest.raises(BundleError, match="is longer than it says"):
         open_(tmp_path / "model.pte", content + b"\0")
+
+
+@pytest.mark.parametrize(
+    ("is_of_method", "field"),
+    [(False, 1), (False, 4), (False, 7), (True, 7)],
+    ids=["methods", "segments", "weights by name", "delegates"],
+)
+def test_an_empty_list_is_refused(tmp_path, content, is_of_method, field):
+    root = Table.root(content)
+    table = next(root.tables(1)) if is_of_method else root
+    first, count = table._vector(field, size=4)
+    assert count
+    path = tmp_path / "model.pte"
+    path.write_bytes(content[: first - 4] + bytes(4) + content[first:])
+    with pytest.raises(BundleError, match=r"model\.pte"):
+        running.contents(path)
 
 
 def test_an_operator_the_runtime_lacks_is_named(tmp_path, content):

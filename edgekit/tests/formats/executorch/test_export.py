@@ -362,7 +362,9 @@ def test_what_is_set_aside_grows_with_the_context_and_no_faster(checkpoint, floa
     ]
     assert planned[1] < 8.1 * planned[0]
     cache = memory.cache_bytes(checkpoint.spec, context_tokens=8 * CONTEXT_TOKENS)
-    between = memory.planned_bytes(checkpoint.spec, context_tokens=8 * CONTEXT_TOKENS)
+    between = memory.planned_bytes(
+        checkpoint.spec, context_tokens=8 * CONTEXT_TOKENS, call_tokens=8 * CONTEXT_TOKENS
+    )
     assert planned[1] == pytest.approx(cache + between, rel=0.2)
 
 

@@ -10,11 +10,23 @@ import pytest
 
 from edgekit import formats
 from edgekit.formats import BuildRequest
-from edgekit.formats.executorch import conversion, running, slopes, tensor_types, writing
+from edgekit.formats.executorch import (
+    conversion,
+    memory,
+    planned,
+    program,
+    running,
+    slopes,
+    tensor_types,
+    writing,
+)
 from edgekit.formats.executorch.backends import xnnpack
-from edgekit.formats.executorch.backends.xnnpack import size
+from edgekit.formats.executorch.backends.xnnpack import limits, size
+from edgekit.formats.executorch.contents import SLICE
+from edgekit.model.spec import DecoderSpec
 from edgekit.proof import transformers_logits
 from edgekit.proof.fidelity import Comparison, Fidelity
+from edgekit.runtime import reading
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.needs import needs
@@ -42,6 +54,9 @@ pytestmark = [
 ]
 
 MAX_KL_NATS = 1e-10
+NETS_MAX_KL_NATS = 1e-9  # transformers differs as much from itself in float64
+# Its scores are not divided by the root of a head's width, so what rounding leaves of them counts.
+UNSCALED_MAX_KL_NATS = {"gemma4-31b": 1e-8}
 MIN_POSITIONS = 300
 SMALL = {"num_hidden_layers": 2}
 executorch = formats.get("executorch")
@@ -67,6 +82,10 @@ def steps(ids: list[int]) -> Iterator[Step]:
         count = prompts.get(at, 1)
         yield Step(ids=tuple(ids[at : at + count]), position=at)
         at += count
+
+
+def max_kl_nats(spec: DecoderSpec) -> float:
+    return NETS_MAX_KL_NATS if limits.has_nets(spec) else MAX_KL_NATS
 
 
 def texts(checkpoint: Checkpoint) -> list[list[int]]:
@@ -113,6 +132,7 @@ class Converted:
 
     checkpoint: Checkpoint
     path: Path
+    max_kl_nats: float
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -128,7 +148,11 @@ def converted(request, tmp_path_factory) -> Converted:
         directory,
         progress=lambda _: None,
     )
-    return Converted(checkpoint=checkpoint, path=directory / entry)
+    return Converted(
+        checkpoint=checkpoint,
+        path=directory / entry,
+        max_kl_nats=UNSCALED_MAX_KL_NATS.get(request.param, MAX_KL_NATS),
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,7 +169,7 @@ def test_the_program_says_what_transformers_says(converted):
     checkpoint, positions = converted.checkpoint, 0
     for ids in texts(checkpoint):
         found = found_in(converted.path, checkpoint, ids, checkpoint.spec.context_tokens)
-        assert found.mean_kl_nats <= MAX_KL_NATS
+        assert found.mean_kl_nats <= converted.max_kl_nats
         assert found.same_top_token == 1
         positions += found.positions
     assert positions >= MIN_POSITIONS
@@ -154,7 +178,7 @@ def test_the_program_says_what_transformers_says(converted):
 def test_the_file_holds_every_weight_as_planned(converted):
     spec = converted.checkpoint.spec
     held = {name: (shape, kind) for name, shape, kind in running.contents(converted.path)}
-    assert held == {role: (shape, "F32") for role, shape in spec.weights()}
+    assert held == {role: (shape, "F32") for role, shape in planned.shapes(spec)}
 
 
 def test_the_size_is_predicted_within_one_percent(converted):
@@ -176,7 +200,7 @@ def test_every_operator_is_counted_and_every_matrix_in_the_backend(converted):
     ("name", "words"),
     [
         ("gemma2", "INT4_G32"), ("phi3", "INT4_G32"), ("odd-sizes", "INT8"),  # 72 fill no group
-        ("phi", "INT4_G32"),
+        ("phi", "INT4_G32"), ("gemma4", "INT4_G32"),
     ],
 )  # fmt: skip
 def test_four_bits_everywhere_say_nearly_what_transformers_says(name, words, tmp_path):
@@ -196,6 +220,64 @@ def test_four_bits_everywhere_say_nearly_what_transformers_says(name, words, tmp
     said, expected = session.all_logits(ids), expected_logits(checkpoint, ids)
     session.close()
     assert abs(said - expected).mean() < 0.6 * abs(expected).mean()
+
+
+@pytest.fixture(scope="module")
+def shared_caches(tmp_path_factory) -> Converted:
+    """A Gemma 4 of four layers, the last two of which read what the first two keep."""
+    directory = tmp_path_factory.mktemp("gemma4")
+    path = write_tiny_checkpoint(
+        directory / "model", "gemma4", num_hidden_layers=4, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    checkpoint = opening.open_checkpoint(path)
+    return Converted(
+        checkpoint=checkpoint,
+        path=for_phones(checkpoint, directory, context_tokens=checkpoint.spec.context_tokens),
+        max_kl_nats=MAX_KL_NATS,
+    )
+
+
+def test_a_text_is_read_in_any_parts_after_another_by_layers_that_share_caches(shared_caches):
+    checkpoint = shared_caches.checkpoint
+    spec = checkpoint.spec
+    session = running.load(shared_caches.path, context_tokens=spec.context_tokens, threads=1)
+    parts = [[spec.context_tokens], [1, 7, 1, 8, 9, 63, 64, 65], [1] * spec.context_tokens]
+    positions = 0
+    for ids in texts(checkpoint):
+        said, ends = [], []
+        for counts in parts:
+            session.reset()
+            for end, count in zip(np.cumsum(counts), counts, strict=True):
+                said.append(session.prefill(ids[end - count : end]).copy())
+                ends.append(end)
+        rows = np.array(ends) - 1
+        found = agreement(expected_logits(checkpoint, ids), said, rows, ids)
+        assert found.max_kl_nats <= 10 * MAX_KL_NATS
+        assert found.same_top_token == 1
+        positions += found.positions
+    session.close()
+    assert positions >= 2 * spec.context_tokens
+
+
+def test_only_layers_with_caches_of_their_own_get_any(shared_caches):
+    report = json.loads((shared_caches.path.parent / conversion.COVERAGE).read_text())
+    calls = report["operator_calls_outside"]
+    assert calls["llama::custom_sdpa.out"] == 2
+    assert calls["llama::update_cache.out"] == 2  # keys and values of one layer
+    assert calls["aten::index_put_"] == 2
+    assert calls["aten::embedding.out"] == 1 + 4  # tokens, and a row for each layer
+
+
+def test_what_a_program_sets_aside_is_planned_for(shared_caches):
+    spec, context = shared_caches.checkpoint.spec, shared_caches.checkpoint.spec.context_tokens
+    method = program.read(shared_caches.path).method("forward")
+    assert method is not None
+    caches = memory.cache_bytes(spec, context_tokens=context)
+    widths = 2 * 2 * 16 + 2 * 2 * 32  # keys and values of two layers
+    assert caches == 4 * widths * context
+    planned_bytes = caches + memory.planned_bytes(spec, context_tokens=context, call_tokens=context)
+    assert method.planned_bytes <= planned_bytes <= 1.3 * method.planned_bytes
 
 
 def test_yarn_is_computed_past_its_original_context(tmp_path):
@@ -228,8 +310,11 @@ def layers_that_call_it(path: Path) -> int:
 
 @pytest.mark.parametrize(
     ("name", "layers_by_operator"),
-    [("gemma3", 1), ("gemma2", 0), ("qwen2-window", 1), ("ministral3", 3)],
-)
+    [
+        ("gemma3", 1), ("gemma2", 0), ("qwen2-window", 1), ("ministral3", 3),
+        ("gemma4-other-donors", 2),
+    ],
+)  # fmt: skip
 def test_programs_for_phones_say_it_past_every_window(name, layers_by_operator, tmp_path):
     checkpoint = opening.open_checkpoint(write_tiny_checkpoint(tmp_path / "model", name))
     context = 6 * WINDOW_TOKENS
@@ -270,8 +355,13 @@ def eager(checkpoint: Checkpoint) -> "XnnpackDecoder":
 
     spec = checkpoint.spec
 
-    def weight(role: str):
+    def weight(key: str):
+        role, _, first = key.partition(SLICE)
         values = np.concatenate([rows for _, rows in checkpoint.blocks(role)])
+        if (
+            first and spec.layer_embedding
+        ):  # of what makes the embeddings of all layers, what makes one's
+            values = values[int(first) :][: spec.layer_embedding.width]
         return torch.from_numpy(slopes.to_slopes(role, values))
 
     segments = []
@@ -281,7 +371,11 @@ def eager(checkpoint: Checkpoint) -> "XnnpackDecoder":
         segments.append(decoder.Segment(spec, shape, weights))
     return decoder.XnnpackDecoder(
         spec,
-        embedding=embeddings.FloatEmbedding(weight("token_embedding")),
+        tables={
+            role: embeddings.FloatEmbedding(weight(role).reshape(shape))
+            for role, shape in planned.shapes(spec)
+            if role in planned.TABLES
+        },
         segments=segments,
         context_tokens=spec.context_tokens,
     )
@@ -296,10 +390,14 @@ def test_the_module_says_what_transformers_says(name, tmp_path):
     ids = texts(checkpoint)[0][:border]
     module, said, rows = eager(checkpoint), [], []
     with torch.inference_mode():
+        longest = limits.call_tokens(checkpoint.spec, context_tokens=len(ids))
         for step in steps(ids):
-            positions = torch.arange(step.position, step.position + len(step.ids))
-            said.append(module(torch.tensor([step.ids]), positions)[0].numpy())
+            for first, part in reading.batches(step.ids, longest):
+                positions = step.position + torch.arange(first, first + len(part))
+                made = module(torch.tensor([part]), positions)[0].numpy()
+                if first + len(part) == len(step.ids):
+                    said.append(made)
             rows.append(step.last)
     found = agreement(expected_logits(checkpoint, ids), said, rows, ids)
-    assert found.mean_kl_nats <= MAX_KL_NATS
+    assert found.mean_kl_nats <= UNSCALED_MAX_KL_NATS.get(name, MAX_KL_NATS)
     assert found.same_top_token == 1

@@ -142,10 +142,14 @@ def stock_answers(directory, prompts, *, tokens):
 
 
 @pytest.mark.parametrize(
-    ("variant", "recipe"), [("portable", "F32"), ("llm-ops", "F32"), ("llm-ops", "8da4w_all")]
-)
-def test_the_stock_runner_says_the_same_from_our_copy_of_the_tokenizer(variant, recipe):
-    directory = tiny(variant, recipe=recipe)
+    ("variant", "recipe", "kind"),
+    [
+        ("portable", "F32", "llama"), ("llm-ops", "F32", "llama"),
+        ("llm-ops", "8da4w_all", "llama"), ("llm-ops", "8da4w_all", "gemma4"),
+    ],
+)  # fmt: skip
+def test_the_stock_runner_says_the_same_from_our_copy_of_the_tokenizer(variant, recipe, kind):
+    directory = tiny(variant, recipe=recipe, kind=kind)
     found = json.loads((directory / app_kit.PROMPTS).read_text())
     prompts = [entry["prompt"] for entry in found["prompts"]]
     answers = stock_answers(directory, prompts, tokens=ANSWER_TOKENS)

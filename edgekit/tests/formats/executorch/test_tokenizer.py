@@ -15,6 +15,7 @@ from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 from edgekit.tests.tiny.tokenizers import VOICES, train
 from edgekit.tests.witnesses.tiny_runner import sentencepiece_tokenizer
 from edgekit.text import corpus
+from edgekit.text.rules import ThoughtMarks
 from edgekit.text.template import TemplateCall
 
 
@@ -152,6 +153,13 @@ def test_the_lines_for_kotlin_and_swift_prepare_a_prompt_as_edgekit_does(checkpo
         re.findall(r'  of: "(.*)", with: "\$1"', readme)[0],
     ):
         assert re.sub(json.loads(f'"{pattern}"'), r"\1", text) == prepared
+
+
+def test_the_readme_says_what_stands_around_a_thought(checkpoint, tmp_path):
+    assert "before an answer" not in hand_over(checkpoint, tmp_path)
+    marks = ThoughtMarks(opens="<|channel>thought", closes="<channel|>")
+    thinking = replace(checkpoint, text=replace(checkpoint.text, thoughts=marks))
+    assert r"between `<\|channel>thought` and `<channel\|>`" in hand_over(thinking, tmp_path)
 
 
 def test_a_template_does_not_leave_its_place_in_the_readme(checkpoint, tmp_path):

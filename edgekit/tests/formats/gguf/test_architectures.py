@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from edgekit.errors import UsageError
-from edgekit.formats.gguf import architectures, conversion, hyperparameters, memory, parts
-from edgekit.formats.gguf.hyperparameters import Facts
+from edgekit.formats.gguf import architectures, conversion, facts, hyperparameters, memory, parts
+from edgekit.formats.gguf.facts import Facts
 from edgekit.model.norm import Norm
 from edgekit.model.rope import LinearScaling, LongRopeScaling, Rope
 from edgekit.model.spec import Multipliers, Pairs
@@ -28,6 +28,7 @@ GRAPHS = {  # of each family
     "ernie4_5": "ernie4_5", "exaone": "exaone", "exaone4": "exaone4", "gemma": "gemma",
     "gemma2": "gemma2", "gemma3_text": "gemma3", "glm": "chatglm", "glm4": "glm4",
     "granite": "granite", "granitemoehybrid": "granite", "helium": "llama",
+    "gemma4_text": "gemma4", "lfm2": "lfm2", "qwen3_5_text": "qwen35",
     "hunyuan_v1_dense": "hunyuan-dense", "hyperclovax": "glm4", "internlm3": "llama",
     "jais2": "jais2", "llama": "llama", "ministral": "llama", "ministral3": "mistral3",
     "mistral": "llama", "nemotron": "nemotron", "olmo2": "olmo2", "olmo3": "olmo2", "phi": "phi2",
@@ -43,6 +44,10 @@ HAVE_NO_GRAPH = {
     "nemotron": "4 heads of width 24 in 64 columns",
     "cohere-norms": "norms on queries and keys in fewer than 64 layers",
     "vaultgemma": "no post norms",
+    "lfm2-bias": "short convolutions with bias",
+    "lfm3": "norms after attention and MLP; layers that are short convolutions",
+    "qwen3.5-pattern": "norms with epsilon 1e-05",
+    "gemma4-other-donors": "from layer 3 to the layers with a window and from 4 to the others",
 }
 LONG = {"original_max_position_embeddings": 4096, "max_position_embeddings": 131072}
 
@@ -96,7 +101,7 @@ def test_a_phi_that_is_a_llama_too_takes_the_graph_of_its_name():
 
 
 def test_every_family_has_a_graph():
-    assert GRAPHS.keys() == set(families.names())
+    assert GRAPHS.keys() == set(families.names()) - {"lfm3"}  # which llama.cpp does not know
 
 
 @pytest.mark.parametrize("name", HAVE_NO_GRAPH)
@@ -283,7 +288,7 @@ def facts_of(spec):
     """Return what a file of this decoder says, floats rounded as the file rounds them."""
     graph = architectures.choose(spec)
     keys = hyperparameters.write(spec, graph)
-    tensors = {parts.tensor_name(roles[-1]) for roles, _ in parts._stacked(spec, graph)}
+    tensors = {parts.tensor_name(roles[-1], graph) for roles, _ in parts._stacked(spec, graph)}
     factors = {
         name: [to_float32(value) for value in values]
         for name, values in hyperparameters.made_tensors(spec, graph).items()
@@ -306,7 +311,7 @@ def as_the_graph_sees_it(spec, graph=None):
     and come back as the shortest decimals of their float32.
     """
 
-    shortest = hyperparameters.shortest
+    shortest = facts.shortest
 
     def change(rope):
         rope, scaling = replace(rope, theta=shortest(rope.theta)), rope.scaling
@@ -330,6 +335,8 @@ def as_the_graph_sees_it(spec, graph=None):
     spec = replace(spec, attention=replace(spec.attention, softmax_scale=scale))
     if not graph.has_windows:
         spec = change_layers(spec, window_tokens=None)
+    if own := spec.layer_embedding:  # what no token reads is left out
+        spec = replace(spec, layer_embedding=replace(own, vocab_size=spec.vocab_size))
     plain = replace(spec, context_tokens=limit, multipliers=Multipliers())
     return change_ropes(plain, change)
 
@@ -410,6 +417,28 @@ CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
         "attention.value_length": 16, "rope.dimension_count": 8,
     }),
     "starcoder2": ("starcoder2", {"attention.layer_norm_epsilon": 1e-5}),
+    "lfm2": ("lfm2", {
+        "block_count": 4, "attention.head_count_kv": [0, 0, 2, 0], "rope.freq_base": 1e6,
+        "attention.layer_norm_rms_epsilon": 1e-5, "shortconv.l_cache": 3,
+    }),
+    "qwen3.5": ("qwen35", {
+        "block_count": 4, "rope.dimension_sections": [2, 1, 1, 0], "rope.freq_base": 1e7,
+        "attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 32,
+        "attention.value_length": 32, "ssm.conv_kernel": 4, "ssm.state_size": 16,
+        "ssm.group_count": 2, "ssm.time_step_rank": 4, "ssm.inner_size": 64,
+        "attention.recurrent_layers": [True, True, True, False], "full_attention_interval": 4,
+        "rope.dimension_count": 8,
+    }),
+    "gemma4-31b": ("gemma4", {
+        "block_count": 7, "attention.head_count_kv": [2, 2, 2, 2, 2, 1, 1],
+        "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4, "attention.shared_kv_layers": 0,
+        "attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 32,
+        "attention.value_length": 32, "attention.key_length_swa": 16,
+        "attention.value_length_swa": 16, "attention.sliding_window": 16,
+        "attention.sliding_window_pattern": [True] * 5 + [False] * 2,
+        "embedding_length_per_layer_input": 0, "rope.dimension_count": 32,
+        "rope.dimension_count_swa": 16, "final_logit_softcapping": 0.0,
+    }),
 }  # fmt: skip
 
 
@@ -426,19 +455,21 @@ def test_the_keys_of_llama_cpps_converter_say_what_the_config_said(name):
         f"{graph_name}.{key}": to_float32(value) if isinstance(value, float) else value
         for key, value in (sizes | own).items()
     }
-    facts = Facts(
+    converted = Facts(
         metadata={"general.architecture": graph_name} | keys,
-        tensors=frozenset(parts.tensor_name(roles[-1]) for roles, _ in parts._stacked(spec, graph)),
+        tensors=frozenset(
+            parts.tensor_name(roles[-1], graph) for roles, _ in parts._stacked(spec, graph)
+        ),
         vocab_size=spec.vocab_size,
-        rope_factors={},
+        rope_factors=hyperparameters.made_tensors(spec, graph),
     )
-    assert hyperparameters.read(facts) == spec
+    assert hyperparameters.read(converted) == spec
 
 
 @pytest.mark.parametrize("value", [1e-5, 1e-6, 1 / 3, 500_000.0, 0.1])
 def test_a_float_is_read_as_the_decimal_it_was_written_from(value):
     pytest.importorskip("numpy")
-    read = hyperparameters.shortest(to_float32(value))
+    read = facts.shortest(to_float32(value))
     assert to_float32(read) == to_float32(value)
     assert len(repr(read)) < len(repr(to_float32(value))) or to_float32(value) == value
     assert read == pytest.approx(value, rel=1e-7)
@@ -446,11 +477,11 @@ def test_a_float_is_read_as_the_decimal_it_was_written_from(value):
 
 def damaged(spec=LLAMA, **changes):
     """Return a file's facts with some keys changed, or removed if None."""
-    facts = facts_of(spec)
-    graph = facts.architecture.name
+    found = facts_of(spec)
+    graph = found.architecture.name
     changed = {f"{graph}.{key.replace('__', '.')}": value for key, value in changes.items()}
-    metadata = {k: v for k, v in (facts.metadata | changed).items() if v is not None}
-    return replace(facts, metadata=metadata)
+    metadata = {k: v for k, v in (found.metadata | changed).items() if v is not None}
+    return replace(found, metadata=metadata)
 
 
 DAMAGES = {
@@ -489,9 +520,9 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_metadata_that_make_no_sense_are_refused(name):
     pytest.importorskip("numpy")
-    facts, message = DAMAGES[name]
+    damaged_facts, message = DAMAGES[name]
     with pytest.raises(UsageError) as refusal:
-        hyperparameters.read(facts)
+        hyperparameters.read(damaged_facts)
     assert message in str(refusal.value)
 
 
@@ -524,7 +555,58 @@ def test_without_a_pattern_the_graphs_own_holds(spec, is_local):
     assert [layer.window_tokens is not None for layer in read.layers] == is_local
 
 
+QWEN35, LFM2, GEMMA4 = describe("qwen3.5"), describe("lfm2"), describe("gemma4")
+
+
+@pytest.mark.parametrize(("pairs", "sections"), [
+    (32, [11, 11, 10, 0]), (4, [2, 1, 1, 0]), (3, [1, 1, 1, 0]), (1, [1, 0, 0, 0]),
+])  # fmt: skip
+def test_every_pair_that_turns_is_in_a_section(pairs, sections):
+    """The first two are what is published, and what the tiny config says."""
+    spec = change_ropes(QWEN35, lambda rope: replace(rope, width=2 * pairs))
+    keys = hyperparameters.write(spec, architectures.get("qwen35"))
+    assert keys["qwen35.rope.dimension_sections"] == ("array[int32]", sections)
+
+
+def test_layers_that_draft_tokens_are_no_layers_of_the_decoder():
+    pytest.importorskip("numpy")
+    drafting = damaged(
+        QWEN35, block_count=5, nextn_predict_layers=1,
+        attention__recurrent_layers=[True, True, True, False, False],
+    )  # fmt: skip
+    assert hyperparameters.read(drafting) == QWEN35
+
+
+def test_without_a_pattern_every_fourth_layer_of_a_qwen_attends_and_without_a_cap_gemma_has_one():
+    pytest.importorskip("numpy")
+    silent = damaged(QWEN35, attention__recurrent_layers=None, full_attention_interval=None)
+    assert hyperparameters.read(silent) == QWEN35
+    uncapped = damaged(GEMMA4, final_logit_softcapping=None)
+    assert hyperparameters.read(uncapped).final_logit_softcap == 30
+
+
+def test_a_graph_of_states_needs_a_layer_that_attends_and_one_that_does_not():
+    (conv,) = {layer.mixer for layer in LFM2.layers} - {None}
+    states = change_layers(LFM2, mixer=conv, rope=None)
+    with pytest.raises(UsageError, match="no layer that attends"):
+        architectures.choose(states, family="lfm2")
+    rope = LFM2.layers[2].rope
+    assert architectures.choose(change_layers(LFM2, mixer=None, rope=rope)).name == "qwen3"
+    gated = change_layers(QWEN35, mixer=None, rope=QWEN35.layers[3].rope)
+    with pytest.raises(UsageError, match="no layer that is a delta net"):
+        architectures.choose(gated, family="qwen3_5_text")
+
+
 # What it holds in memory
+
+
+def test_states_are_float32_and_only_layers_with_keys_of_their_own_have_a_cache():
+    cells = 2 * 2 * 2  # keys and values, float16
+    state = 4 * (128 * 3 + 4 * 16 * 16)  # what three taps before saw, and a matrix for each head
+    assert memory.cache_bytes(QWEN35, context_tokens=256) == 256 * 32 * cells + 3 * state
+    assert memory.cache_bytes(LFM2, context_tokens=256) == 256 * 16 * cells + 3 * 4 * 64 * 2
+    # Four layers of 16 channels a head and a wider one; the last three read theirs.
+    assert memory.cache_bytes(GEMMA4, context_tokens=256) == 256 * (4 * 16 + 32) * cells
 
 
 def test_the_cache_has_two_bytes_for_every_key_and_value():

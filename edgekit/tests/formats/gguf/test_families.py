@@ -82,6 +82,11 @@ CASES = {
     "gemma2-without-caps": Case(
         tiny="gemma2", fields={"attn_logit_softcapping": None, "final_logit_softcapping": None}
     ),
+    "qwen3.5-pattern": Case(tiny="qwen3.5-pattern", fields={"rms_norm_eps": 1e-6}),
+    "gemma4-donors": Case(
+        tiny="gemma4-other-donors",
+        fields={"layer_types": [*["sliding_attention"] * 4, *["full_attention"] * 3]},
+    ),
     # The score's scale is not that of the head, and llama.cpp tells by the depth.
     "gemma2-27b": Case(
         tiny="gemma2-wide-heads",
@@ -253,16 +258,38 @@ def test_read_back_the_file_is_a_checkpoint_of_the_same_weights_and_ids(
         original.spec, graph
     )
     for role, shape in original.spec.weights():
-        stored = read.weight(role)
-        assert stored.shape == shape
-        expected = original.weight(role) * graph.multiplier(role, original.spec)
-        np.testing.assert_allclose(stored, expected, rtol=0, atol=1e-7)
+        stored, kept = read.weight(role), shape
+        if role == "layer_embedding":  # the file has a row for each token, and no more
+            kept = (original.spec.vocab_size, *shape[1:])
+        assert stored.shape == kept
+        expected = original.weight(role)[: kept[0]] * graph.multiplier(role, original.spec)
+        np.testing.assert_allclose(stored, expected, rtol=0, atol=2e-7)
     ours, theirs = transformers_logits.tokenizer(read), transformers_logits.tokenizer(original)
     assert all(
         transformers_logits.ids(ours, line) == transformers_logits.ids(theirs, line)
         for line in corpus.lines()
     )
     assert set(read.text.declared_stop_ids) >= set(original.text.declared_stop_ids)
+
+
+def test_what_llama_cpp_passes_over_in_a_gemma_4_is_no_reason_to_refuse_it(tmp_path, monkeypatch):
+    """Keys that nothing reads, as older checkpoints hold them; and no scales, which are then 1."""
+    made = make(tmp_path, "gemma4")
+    file = layout.read(made.path)
+    kept = {it.name: layout.read_tensor(file, it) for it in file.tensors
+            if not it.name.endswith("layer_output_scale.weight")}  # fmt: skip
+    kept |= {f"blk.7.{part}.weight": kept[f"blk.4.{part}.weight"] for part in ("attn_k", "attn_v")}
+    keys = conversion.metadata(made.checkpoint, F32, architectures.get("gemma4"), (), pre="gemma4")
+    entries = [layout.TensorEntry(name=name, shape=values.shape, tensor_type="F32")
+               for name, values in kept.items()]  # fmt: skip
+    with layout.Writer(tmp_path / "other.gguf", keys, entries) as writer:
+        for name, values in kept.items():
+            writer.write(name, values.tobytes())
+    runtime.library().llama_model_free(runtime.open_model(tmp_path / "other.gguf"))
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
+    read = opening.open_checkpoint(tmp_path / "other.gguf")
+    assert read.weight("layers.7.layer_scale") == [1.0]
+    assert "layers.7.key" not in dict(read.spec.weights())
 
 
 @pytest.mark.parametrize(
@@ -290,7 +317,7 @@ def test_yarn_is_computed_past_its_original_context_and_read_back(
 # Texts longer than what a test above could hold
 
 
-@pytest.mark.parametrize("name", ["llama3-rope-tied", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama3-rope-tied", "gemma2", "gemma3", "gemma4", "qwen3.5"])
 def test_a_text_of_several_batches_and_many_windows_is_read_alike(name, tmp_path):
     made = make(tmp_path, name, max_position_embeddings=600)
     assert runtime.BATCH_TOKENS < made.limit.tokens == 600
@@ -315,6 +342,12 @@ def test_reading_token_by_token_past_the_window_says_what_reading_at_once_says(t
     ("name", "fields", "reason"),
     [
         ("qwen3", {"attention_bias": True}, "a bias after attention"),
+        ("qwen3.5", {"attention_bias": True}, "a bias after attention"),
+        ("qwen3.5", {"rms_norm_eps": 1e-5}, "to which this model adds 1e-06"),
+        ("qwen3.5", {"linear_value_head_dim": 32}, "keys are 16 wide and whose values 32"),
+        ("lfm2-bias", {}, "short convolutions with bias"),
+        ("gemma4-other-donors", {}, "keys and values shared otherwise than from layer 3"),
+        ("gemma4", {"attention_bias": True}, "a bias after attention"),
         ("phi3-longrope", {}, "made for 64"),
         ("qwen3", {"rope_parameters": YARN | {"truncate": False}}, "turns without truncation"),
         ("qwen3", {"rope_parameters": YARN | {"beta_fast": 8}}, "YaRN's ramp from 8 to 1 turns"),
@@ -491,7 +524,8 @@ def test_rows_that_fill_no_block_are_stored_otherwise_and_that_is_reported(
         checkpoint, BuildRequest(recipe=chosen), tmp_path, pre="smollm", progress=lambda _: None
     )
     stored = {name: tensor_type for name, _, tensor_type in running.contents(tmp_path / entry)}
-    assert stored == {tensor_name(p.role): p.tensor_type for p in planned.placements}
+    graph = architectures.choose(checkpoint.spec, family=checkpoint.architecture)
+    assert stored == {tensor_name(p.role, graph): p.tensor_type for p in planned.placements}
     matrices = [p for p in planned.placements if p.parameters > 1000]
     assert {p.tensor_type for p in matrices} & {substitute} == {substitute} - {None}
     is_whole = substitute is None and recipe == "Q8_0"

@@ -10,10 +10,10 @@ import pytest
 from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest, GpuBuffer
 from edgekit.formats.mlc import chat_config, decoders, packing, writing
-from edgekit.model.mixers import Attention, QueryGrowth
+from edgekit.model.mixers import Attention, DeltaNet, QueryGrowth, ShortConv
 from edgekit.model.norm import Norm
 from edgekit.model.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
-from edgekit.model.spec import DecoderSpec, Layer
+from edgekit.model.spec import DecoderSpec, Layer, LayerEmbedding, Mlp
 
 
 pytest.importorskip("numpy")
@@ -150,6 +150,10 @@ GEMMA: dict[str, Any] = {
 }  # fmt: skip
 UNGATED: dict[str, Any] = {"is_gated": False, "activation": "gelu_tanh", "norm": LAYER}
 PART = with_rope(width=8).layers
+NET = DeltaNet(
+    key_heads=2, value_heads=4, key_head_dim=8, value_head_dim=8, taps=4, norm=RMS
+)  # fmt: skip
+ATTENDING, FORGETTING = Layer(rope=Rope(width=4, theta=1e7)), Layer(mixer=NET)
 # A decoder that each of MLC's models computes.
 COMPUTED = {
     "llama": tiny_spec(),
@@ -175,6 +179,10 @@ COMPUTED = {
         layers=PART, is_gated=False, activation="relu2", norm=replace(LAYER, unit_offset=True)
     ),
     "cohere": tiny_spec(residual="parallel", norm=replace(LAYER, has_bias=False), is_tied=True),
+    "qwen3_5_text": replace(
+        with_attention(query_key_norm=PLUS_ONE, has_output_gate=True), norm=PLUS_ONE,
+        layers=(FORGETTING, FORGETTING, ATTENDING) * 2,
+    ),
     "starcoder2": replace(
         with_attention(has_qkv_bias=True, has_output_bias=True), has_mlp_bias=True, is_tied=True,
         **UNGATED,
@@ -245,6 +253,7 @@ def changed(name, **changes):
         ("ministral3", with_rope(scaling=YARN), "two halves of a head by different angles"),
         ("apertus", changed("nemotron", activation="xielu"), "no model whose MLP computes xIELU"),
         ("hunyuan_v1_dense", changed("qwen3", normalizes_after_rope=True), "after their rotation"),
+        ("lfm3", with_attention(has_head_gate=True), "one gate for all channels of a head"),
         ("gpt2", changed("phi", residual="serial"), "MLC's phi model, the nearest to gpt2, runs"),
         ("llama", with_rope(scaling=LINEAR), "MLC's llama model has no linear rope"),
         ("qwen2", changed("qwen2", layers=with_rope(scaling=LLAMA3).layers), "has no llama3 rope"),
@@ -275,6 +284,31 @@ def changed(name, **changes):
         ("nemotron", changed("nemotron", norm=LAYER), "adds 1 to the weights of its norms"),
         ("gemma", changed("gemma", embedding_scale=1.0), "multiplies embeddings by 8.0000"),
         ("vaultgemma", changed("gemma", attn_logit_softcap=50.0), "caps neither scores nor logits"),
+        ("lfm2", tiny_spec(layers=(Layer(mixer=ShortConv(taps=3)), *tiny_spec().layers)),
+         "MLC has no model of lfm2: none has short convolutions"),
+        ("gemma4_text", changed("gemma", has_layer_scales=True), "no model of gemma4_text whose"),
+        ("gemma4_text", changed("gemma", layer_embedding=LayerEmbedding(
+            width=8, vocab_size=96, scale=1.0, projection_scale=1.0, sum_scale=1.0)),
+         "WebLLM's Gemma 4 takes tensors that only its library names"),
+        ("gemma4_text", changed("gemma", layers=(
+            Layer(rope=Rope(width=16, theta=1e4), mlp=Mlp(intermediate_size=192)),)),
+         "none has layers of different shapes"),
+        ("gemma4_text", changed("gemma", layers=(
+            Layer(rope=Rope(width=16, theta=1e4), mixer=COMPUTED["gemma"].attention),)),
+         "none has layers of different shapes"),
+        ("qwen3_5_text", changed("qwen3_5_text", layers=(ATTENDING, FORGETTING, FORGETTING)),
+         "attends in every n-th layer, the checkpoint in 0 of 0 to 2"),
+        ("qwen3_5_text", changed("qwen3_5_text", layers=(FORGETTING, ATTENDING, ATTENDING)),
+         "attends in every n-th layer, the checkpoint in 1, 2 of 0 to 2"),
+        ("qwen3_5_text", changed("qwen3_5_text", layers=(FORGETTING,)), "no model without attenti"),
+        ("qwen3_5_text", changed("qwen3_5_text", layers=(
+            Layer(mixer=replace(NET, taps=3)), FORGETTING, ATTENDING)), "of one shape"),
+        ("qwen3_5_text", changed("qwen3_5_text", has_output_gate=False), "has a gate on what atte"),
+        ("qwen3_5_text", changed("qwen3_5_text", layers=(ATTENDING,)), "has delta nets, the chec"),
+        ("qwen3_5_text", changed("qwen3_5_text", layers=(FORGETTING, replace(
+            ATTENDING, rope=Rope(width=4, theta=1e7, scaling=LINEAR)))), "has no linear rope"),
+        ("qwen3_5_text", changed("qwen3_5_text", layers=(Layer(
+            mixer=replace(NET, norm=replace(RMS, epsilon=1e-5))), ATTENDING)), "has two"),
     ],
 )  # fmt: skip
 def test_what_mlc_computes_otherwise_is_refused_in_one_sentence(architecture, spec, words):

@@ -7,10 +7,17 @@ import pytest
 
 from edgekit.errors import BundleError
 from edgekit.formats.mlc import decoder_file
-from edgekit.model.mixers import Attention, QueryGrowth
+from edgekit.model.mixers import Attention, DeltaNet, QueryGrowth, ShortConv
 from edgekit.model.norm import Norm
-from edgekit.model.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
-from edgekit.model.spec import DecoderSpec, Layer
+from edgekit.model.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    ProportionalScaling,
+    Rope,
+    YarnScaling,
+)
+from edgekit.model.spec import DecoderSpec, Layer, LayerEmbedding, Mlp
 
 
 PLAIN = DecoderSpec(
@@ -79,6 +86,39 @@ def test_what_attention_and_norms_are_comes_back(tmp_path):
     assert decoder_file.read(written(tmp_path, spec)) == spec
 
 
+MIXERS = [
+    DeltaNet(
+        key_heads=2, value_heads=4, key_head_dim=8, value_head_dim=12, taps=4,
+        norm=Norm(kind="rms", epsilon=1e-6),
+    ),
+    ShortConv(taps=3, has_bias=True),
+    replace(PLAIN.attention, head_dim=32, cache_of=0, values_are_keys=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=lambda it: type(it).__name__)
+def test_what_mixes_the_tokens_of_a_layer_comes_back(tmp_path, mixer):
+    rope = Rope(width=16, theta=1e6, scaling=ProportionalScaling(factor=1.0, rotated_pairs=4))
+    spec = replace(
+        layered(Layer(rope=rope), Layer(mixer=mixer, mlp=Mlp(intermediate_size=192))),
+        attention=replace(PLAIN.attention, has_output_gate=True, value_norm_epsilon=1e-6),
+        layer_embedding=LayerEmbedding(
+            width=8, vocab_size=257, scale=1.0, projection_scale=0.5, sum_scale=0.25
+        ),
+        has_layer_scales=True,
+    )
+    assert decoder_file.read(written(tmp_path, spec)) == spec
+
+
+def test_a_decoder_without_what_younger_ones_have_is_written_as_before(tmp_path):
+    found = json.loads(written(tmp_path, PLAIN).read_text())
+    assert not {"layer_embedding", "has_layer_scales"} & found.keys()
+    assert not {"has_output_gate", "cache_of", "values_are_keys"} & found["attention"].keys()
+    assert found["layers"]["kinds"] == [
+        {"rope": {"width": 16, "theta": 10_000.0, "scaling": None}, "window_tokens": None}
+    ]
+
+
 def damaged(path, change):
     fields = json.loads(path.read_text())
     change(fields)
@@ -101,6 +141,14 @@ def damaged(path, change):
             "no rope is scaled as 'spiral'",
         ),
         (lambda it: it["layers"]["kinds"][0].update(rope=3), "rope = 3, expected an object"),
+        (
+            lambda it: it["layers"]["kinds"][0].update(mixer={"kind": "stirring"}),
+            "no layer mixes tokens as 'stirring'",
+        ),
+        (
+            lambda it: it["layers"]["kinds"][0].update(mixer={"kind": "shortconv"}),
+            "has no field 'taps'",
+        ),
         (
             lambda it: it["layers"]["kinds"][0]["rope"].update(scaling=[1]),
             r"scaling = \[1\], expected an object",

@@ -8,7 +8,7 @@ import pytest
 
 from edgekit.formats.mlc import decoders, libraries
 from edgekit.formats.mlc.packing import SCHEMES
-from edgekit.model.mixers import Attention
+from edgekit.model.mixers import Attention, DeltaNet
 from edgekit.model.norm import Norm
 from edgekit.model.rope import Llama3Scaling, Rope
 from edgekit.model.spec import DecoderSpec, Layer
@@ -110,6 +110,37 @@ PHI = DecoderSpec(  # Phi-2
 )  # fmt: skip
 
 
+def qwen3_5(*, value_heads=16, layers=24, **changes):
+    """Return Qwen3.5-0.8B, or another size of it."""
+    norm = Norm(kind="rms", epsilon=1e-6)
+    net = DeltaNet(
+        key_heads=16, value_heads=value_heads, key_head_dim=128, value_head_dim=128, taps=4,
+        norm=norm,
+    )  # fmt: skip
+    attention = Attention(
+        heads=8, num_kv_heads=2, head_dim=256, softmax_scale=1 / 16,
+        query_key_norm=replace(norm, unit_offset=True), has_output_gate=True,
+    )  # fmt: skip
+    attends = Layer(rope=Rope(width=64, theta=1e7))
+    spec = DecoderSpec(
+        vocab_size=248_320,
+        hidden_size=1024,
+        intermediate_size=3584,
+        context_tokens=262_144,
+        layers=(*[Layer(mixer=net)] * 3, attends) * (layers // 4),
+        attention=attention,
+        norm=replace(norm, unit_offset=True),
+        is_tied=True,
+    )
+    return replace(spec, **changes)
+
+
+QWEN3_5_9B = replace(
+    qwen3_5(value_heads=32, layers=32), hidden_size=4096, intermediate_size=12_288, is_tied=False,
+    attention=replace(qwen3_5().attention, heads=16, num_kv_heads=4),
+)  # fmt: skip
+
+
 def found_for(checkpoint, scheme):
     """Return the library for a model, which there must be."""
     found = libraries.find(checkpoint, scheme)
@@ -138,15 +169,17 @@ def checkpoint(tmp_path):
         ("gemma", GEMMA, "q4f16_1", "gemma-2b-it-q4f16_1_cs1k-webgpu.wasm"),
         ("olmo2", OLMO, "q4f32_1", "OLMo-2-0425-1B-Instruct-q4f32_1_cs1k-webgpu.wasm"),
         ("phi", PHI, "q4f16_1", "phi-2-q4f16_1_cs1k-webgpu.wasm"),
+        ("qwen3_5_text", qwen3_5(), "q0f16", "Qwen3.5-0.8B-q0f16_cs1k-webgpu.wasm"),
+        ("qwen3_5_text", QWEN3_5_9B, "q4f32_1", "Qwen3.5-9B-q4f32_1_cs1k-webgpu.wasm"),
         ("exaone", LLAMA, "q4f16_1", "Llama-3.2-1B-Instruct-q4f16_1_cs1k-webgpu.wasm"),
     ],
 )
 def test_a_fine_tune_takes_the_library_of_its_base(checkpoint, architecture, spec, scheme, name):
     found = found_for(checkpoint(architecture, spec), scheme)
     assert found.name == name
-    assert found.webllm_version == "0.2.85"
+    assert found.webllm_version == "0.2.86"
     assert found.url.startswith("https://")
-    assert found.url.endswith(f"/v0_2_84/base/{name}")
+    assert found.url.endswith(f"/v0_2_86/base/{name}")
 
 
 def test_added_tokens_leave_a_library_that_is_bound_to_the_vocabulary(checkpoint):
@@ -156,6 +189,22 @@ def test_added_tokens_leave_a_library_that_is_bound_to_the_vocabulary(checkpoint
         "no WebGPU library is prebuilt for this shape: Qwen2-0.5B-Instruct-q4f16_1_cs1k-webgpu.wasm"
         " has vocab size 151936, not 151968"
     )
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (qwen3_5(vocab_size=248_384), "has vocab size 248320, not 248384"),
+        (
+            qwen3_5(value_heads=32),
+            "16 values of 128, 4 taps, 1 of 4 attends, not 16 keys of 128, 32",
+        ),
+    ],
+)
+def test_delta_nets_and_their_vocabulary_are_compiled_in(checkpoint, spec, words):
+    model = checkpoint("qwen3_5_text", spec)
+    assert libraries.find(model, "q4f16_1") is None
+    assert words in libraries.missing(model, "q4f16_1")
 
 
 def test_added_tokens_keep_one_whose_embedding_may_have_any_size(checkpoint):
@@ -191,7 +240,7 @@ def test_a_shape_like_no_other_has_no_near_miss(checkpoint):
 
 def test_the_table_says_where_it_comes_from_and_has_no_two_for_one_model():
     table = tomllib.loads(libraries.TABLE.read_text(encoding="utf-8"))
-    assert str(table["date"]) == "2026-11-24"
+    assert str(table["date"]) == "2026-11-28"
     assert all(entry["shape_source"] for entry in table["library"])
     known = [(library.shape, library.scheme) for library in libraries.prebuilt()]
     assert len(known) == len(set(known))

@@ -41,9 +41,12 @@ pytestmark = [
 
 CONTEXT_TOKENS = 64
 IDS = [72, 11, 8, 8, 11, 22, 4, 9, 90, 3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32]
-# Windows, norms on queries and keys, layer norms, biases, parallel blocks and MLPs without gates:
+# Windows, norms on queries and keys, layer norms, biases, parallel blocks, MLPs without gates and
+# delta nets:
 # among these, everything in which the models that MLC has differ.
-GOLDEN = ["gemma2_f32", "nemotron_f32", "olmo2_f32", "phi_f32", "qwen3_tied_f32"]
+GOLDEN = [
+    "gemma2_f32", "nemotron_f32", "olmo2_f32", "phi_f32", "qwen3_5_untied_f32", "qwen3_tied_f32",
+]  # fmt: skip
 SHORT, LONG = Rope(width=16, theta=10_000.0), Rope(width=8, theta=500_000.0)
 
 
@@ -129,6 +132,11 @@ def test_queries_and_keys_may_be_normalized_after_their_rotation(tmp_path):
 )
 def test_weights_are_read_as_every_kind_of_scheme_stores_them(tmp_path, scheme, within):
     assert_alike(*write_tiny(tmp_path, scheme), within=within)
+
+
+def test_a_delta_net_is_computed_in_float16_too(tmp_path):
+    path, spec = write_golden("qwen3_5_tied_f32", "q4f16_0", tmp_path)
+    assert_alike(path, spec, within=2e-2)
 
 
 def test_a_second_fine_tune_of_a_shape_takes_the_library_of_the_first(tmp_path):

@@ -65,6 +65,12 @@ def test_webllm_json_is_an_app_config_with_one_model(tmp_path):
     ]
 
 
+def test_webllm_is_told_to_hold_one_state_of_a_model_that_keeps_any(tmp_path):
+    bundle = write_app(tmp_path, has_states=True)
+    (record,) = settings_of(bundle)["model_list"]
+    assert record["overrides"] == {"context_window_size": 2048, "max_history_size": 1}
+
+
 def test_a_template_that_takes_two_forms_gives_two_models(tmp_path):
     plain, with_system = settings_of(write_app(tmp_path, "stablelm"))["model_list"]
 
@@ -155,7 +161,7 @@ def test_a_library_for_another_shape_is_refused_before_it_is_loaded(tmp_path):
 @pytest.mark.toolchain
 def test_a_library_of_another_version_of_webllm_is_named_with_its_version(tmp_path):
     assert visit(write_app(tmp_path, library=PREBUILT))["page"] == (
-        "The library is of version v0_2_80, this WebLLM takes v0_2_84/base: "
+        "The library is of version v0_2_80, this WebLLM takes v0_2_86/base: "
         "use @mlc-ai/web-llm 0.2.80."
     )
 

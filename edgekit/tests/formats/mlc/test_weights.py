@@ -10,7 +10,7 @@ import pytest
 
 import edgekit.source.checkpoint
 from edgekit.doctor import _tiny_checkpoint
-from edgekit.errors import UsageError
+from edgekit.errors import BundleError, UsageError
 from edgekit.formats import BuildRequest
 from edgekit.formats.mlc import (
     chat_config,
@@ -242,9 +242,9 @@ def test_a_led_artifact_has_other_codes_and_the_same_size(tmp_path):
 
 def stored_rows(checkpoint, scheme, role, shape: Shape):
     """Return what an artifact must hold of a weight, computed on the whole of it at once."""
-    computed = decoders.computed(checkpoint.architecture, checkpoint.spec)
-    norm = computed != checkpoint.spec and "norm" in role
-    values = checkpoint.weight(role) + (1 if norm else 0)
+    adds_one = decoders.MODELS[checkpoint.architecture].adds_one
+    is_offset = checkpoint.spec.unit_offset(role) and not adds_one
+    values = checkpoint.weight(role) + (1 if is_offset else 0)
     tensor_type = RECIPES[scheme].tensor_type_for(role, checkpoint.spec)
     encoded = packing.encode(values, tensor_type)
     return packing.decode(encoded, tensor_type, columns=shape[1] if shape[1:] else None)
@@ -252,7 +252,7 @@ def stored_rows(checkpoint, scheme, role, shape: Shape):
 
 READ_BACK = [
     "llama_odd_f32", "phi3_f32", "gemma2_f32", "olmo2_f32", "phi_f32", "nemotron_f32",
-    "starcoder2_tied_f32", "cohere_f32",
+    "starcoder2_tied_f32", "cohere_f32", "qwen3_5_tied_f32",
 ]  # fmt: skip
 
 
@@ -269,13 +269,41 @@ def test_every_weight_is_read_back_as_it_was_stored(name, scheme, tmp_path):
     for role, shape in spec.weights():
         found = model.weight(role)
         np.testing.assert_array_equal(found, stored_rows(checkpoint, scheme, role, shape))
-        some = model.weight(role, 3, 2)
-        np.testing.assert_array_equal(some, found[3:5])
+        some = model.weight(role, 1, 2)
+        np.testing.assert_array_equal(some, found[1:3])
     listed = {role: (shape, tensor_type) for role, shape, tensor_type in running.contents(
         tmp_path / "out" / entry)}  # fmt: skip
     assert listed == {
         role: (shape, RECIPES[scheme].tensor_type_for(role, spec)) for role, shape in spec.weights()
     }
+
+
+def test_what_a_delta_net_forgets_by_is_float32_in_every_scheme(tmp_path):
+    checkpoint = open_golden("qwen3_5_tied_f32", tmp_path / "checkpoint")
+    for scheme in ("q0f16", "q4f16_1", "q4f32_1"):
+        planned = conversion.plan(checkpoint, RECIPES[scheme])
+        found = {tensor.name: tensor for weight in planned.weights for tensor in weight.tensors}
+        net = "model.layers.0.linear_attn"
+        assert found[f"{net}.A_log"].dtype == found[f"{net}.dt_bias"].dtype == "float32"
+        assert found[f"{net}.conv1d_weight"].shape == (80, 1, 4)
+
+
+def test_delta_nets_whose_small_matrices_are_packed_are_told_of(tmp_path):
+    checkpoint = open_golden("qwen3_5_tied_f32", tmp_path / "checkpoint")
+    told = {
+        scheme: " ".join(conversion.lay_out(checkpoint, BuildRequest(recipe=RECIPES[scheme])).notes)
+        for scheme in ("q0f16", "q4f16_1")
+    }
+    assert "in_proj_a and in_proj_b" in told["q4f16_1"]
+    assert "in_proj_a" not in told["q0f16"]
+
+
+def test_rounded_states_are_judged_by_limits_of_their_own(tmp_path):
+    checkpoint = open_golden("qwen3_5_tied_f32", tmp_path / "checkpoint")
+    plain = open_golden("llama_odd_f32", tmp_path / "plain")
+    request = BuildRequest(recipe=RECIPES["q0f16"])
+    assert conversion.lay_out(checkpoint, request).state_kl_nats == 1e-3
+    assert conversion.lay_out(plain, request).state_kl_nats == 0
 
 
 def test_norms_that_add_one_are_stored_with_it_and_computed_without(tmp_path):
@@ -327,8 +355,10 @@ def test_a_weight_that_no_model_has_is_refused_by_name():
 
 @pytest.mark.toolchain
 @pytest.mark.parametrize(
-    "name", ["stablelm_f32", "olmo2_f32", "phi_f32", "nemotron_f32", "starcoder2_tied_f32"]
-)
+    "name",
+    ["stablelm_f32", "olmo2_f32", "phi_f32", "nemotron_f32", "starcoder2_tied_f32",
+     "qwen3_5_untied_f32"],
+)  # fmt: skip
 def test_the_model_that_is_read_back_says_what_the_checkpoint_says(name, tmp_path):
     pytest.importorskip("torch")
     from edgekit.proof import interpreter
@@ -342,3 +372,30 @@ def test_the_model_that_is_read_back_says_what_the_checkpoint_says(name, tmp_pat
     texts = [[1, 5, 60, 17, 33]]
     (expected,), (found,) = (list(interpreter.logits(m, texts)) for m in (checkpoint, model))
     assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("full_attention_interval", 0, "full_attention_interval of model_config is 0"),
+        ("full_attention_interval", 5, "full_attention_interval of model_config is 5"),
+        ("full_attention_interval", 4, "lacks the tensor model.layers.1.linear_attn"),
+        ("linear_num_value_heads", "4", "linear_num_value_heads of model_config is '4'"),
+        ("linear_conv_kernel_dim", 3, "which does not hold"),
+    ],
+)
+def test_settings_that_say_other_delta_nets_than_are_stored_are_refused(
+    tmp_path, field, value, words
+):
+    checkpoint = open_golden("qwen3_5_tied_f32", tmp_path / "checkpoint")
+    out = tmp_path / "out"
+    out.mkdir()
+    path = out / writing.convert(
+        checkpoint, BuildRequest(recipe=RECIPES["q0f16"]), out, progress=quiet
+    )
+    settings = out / chat_config.NAME
+    config = json.loads(settings.read_text())
+    config["model_config"][field] = value
+    settings.write_text(json.dumps(config))
+    with pytest.raises(BundleError, match=words):
+        running.contents(path)

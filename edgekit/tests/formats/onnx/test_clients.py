@@ -41,7 +41,10 @@ READ_OTHERWISE = {
 }
 # Types that clients know for what they are, and of those that are Llamas to them some whose graphs
 # have operators of their own. ONNX Runtime GenAI and transformers.js opened all kinds once.
-LLAMAS = ("apertus", "exaone4-windows", "granite4", "hunyuan", "ministral3", "olmo2", "phi")
+LLAMAS = (
+    "apertus", "exaone4-windows", "gemma4", "gemma4-31b", "granite4", "hunyuan", "ministral3",
+    "olmo2", "phi",
+)  # fmt: skip
 HYBRIDS = [name for name, case in TINY.items() if case.model_type in {"lfm2", "qwen3_5_text"}]
 KINDS = [
     name
@@ -481,7 +484,7 @@ def positions_of(mask):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     ("name", "longest"),
-    [("llama", 40), ("odd-head-width", 40), ("gemma2", 40), ("phi4-mini", 40),
+    [("llama", 40), ("odd-head-width", 40), ("gemma2", 40), ("gemma4", 40), ("phi4-mini", 40),
      ("exaone4-windows", 40), ("ministral3", 90), ("lfm2-five-taps", 40), ("lfm2-bias", 40),
      ("qwen3.5", 40), ("qwen3.5-pattern", 40)],
 )  # fmt: skip

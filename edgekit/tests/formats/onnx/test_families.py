@@ -27,8 +27,9 @@ np = pytest.importorskip("numpy")
 F32 = tensor_types.RECIPES["F32"]
 MIN_POSITIONS = 500
 MAX_KL_NATS = 1e-9
-# Found: 3e-7 to 2e-5, and 6e-6 to 5e-3 where activations are rounded to 8 bits too.
-MAX_HALF_KL_NATS = {"F16_GPU": 5e-5, "UINT4_GPU": 1e-2}
+# Found: 3e-7 to 2e-5, and 6e-6 to 5e-3 where activations are rounded to 8 bits too, which random
+# convolutions of seven taps make 1.5e-2.
+MAX_HALF_KL_NATS = {"F16_GPU": 5e-5, "UINT4_GPU": 2e-2}
 # Where tiny random delta nets add it up.
 MAX_HALF_KL_NATS_OF_STATES = {"F16_GPU": 1e-3, "UINT4_GPU": 0.1}
 STRETCHED = ("phi3-longrope", "phi3.5-longrope", "phi4-mini")
@@ -166,7 +167,7 @@ def test_half_precision_loses_no_more_than_its_digits(recipe, made, tmp_path):
     assert compare(said[1], said[0], ids).mean_kl_nats <= limits[recipe]
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma4"])
 def test_what_outgrows_float16_between_layers_is_kept_in_float32(name, tmp_path):
     """Gemma's sums over layers pass 65504; here they are made to."""
     checkpoint, scale = open_tiny(tmp_path, name), 2e5

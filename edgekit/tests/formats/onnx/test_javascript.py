@@ -347,8 +347,8 @@ def test_the_demo_answers_in_a_browser(demo):
 
 
 KINDS_ON_WEBGPU = (
-    "llama", "qwen3", "phi4-mini", "gemma3", "stablelm-12b", "smollm3-pattern", "olmo2", "phi",
-    "apertus", "ministral3", "lfm2-five-taps", "qwen3.5-pattern",
+    "llama", "qwen3", "phi4-mini", "gemma3", "gemma4", "stablelm-12b", "smollm3-pattern", "olmo2",
+    "phi", "apertus", "ministral3", "lfm2-five-taps", "qwen3.5-pattern",
 )  # fmt: skip
 CAPPED = ("gemma2", "gemma2-wide-heads")  # attention with capped scores
 ON_WEBGPU = [

@@ -71,6 +71,7 @@ function pretendPipeline({ LLMChatPipeline, getConversation }, tokenizer, config
     tvm: { beginScope: nothing, endScope: nothing, detachFromCurrentScope: (value) => value },
     device: { sync: async () => {} },
     imageDataCache: new Map(),
+    artifactImagePixelCache: new Map(),
     appearedTokensFreq: new Map(),
     contextWindowSize: config.context_window_size,
     slidingWindowSize: -1,
@@ -86,7 +87,7 @@ function pretendPipeline({ LLMChatPipeline, getConversation }, tokenizer, config
       this.filledKVCacheLength += length;
       return { dispose: nothing };
     },
-    async sampleTokenFromLogits() {
+    async sampleFromRawLogits() {
       return this.says.shift();
     },
   });

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgekit.formats.executorch import tensor_types
-from edgekit.formats.executorch.arithmetic import SQUARES, Arithmetic, bias_of, ropes
+from edgekit.formats.executorch.arithmetic import (
+    SQUARES,
+    Arithmetic,
+    bias_of,
+    query_growth,
+    ropes,
+)
 from edgekit.formats.executorch.backends.coreml.mil import Blob, FunctionWriter, Value
 from edgekit.model.mixers import QueryGrowth
 from edgekit.model.norm import Norm
@@ -86,7 +92,7 @@ def tables(spec: DecoderSpec) -> "Iterator[tuple[str, npt.NDArray[np.float32]]]"
             angles = np.arange(rows)[:, None] * stride * frequencies.astype(np.float64)
             yield f"cosine.{name}", (np.cos(angles) * factor).astype(np.float32)
             yield f"sine.{name}", (np.sin(angles) * factor).astype(np.float32)
-    growth = spec.attention.query_growth
+    growth = query_growth(spec)
     if growth:
         steps = np.arange(_growth_steps(spec, growth))[:, None]
         yield GROWTH, (1 + growth.rate * np.log1p(steps)).astype(np.float32)
@@ -188,7 +194,7 @@ class _Decoder(Arithmetic[Value]):
         return steps, self._subtract(position, apply("mul", (1,), x=steps, y=STEP))
 
     def _grown(self) -> Value | None:
-        growth = self.spec.attention.query_growth
+        growth = query_growth(self.spec)
         if growth is None:
             return None
         step = self._writer.apply("floor_div", (1,), x=self._position, y=growth.step_tokens)
@@ -261,13 +267,13 @@ class _Decoder(Arithmetic[Value]):
         a = self.spec.attention
         heads = a.heads if name == "query" else a.num_kv_heads
         x = self._linear(f"{prefix}{name}", read, has_bias=a.has_qkv_bias)
-        x = self._split_heads(x, heads)
-        for step in self._steps_of_heads(rotates=rotation is not None):
+        x = self._split_heads(x, heads, a.head_dim)
+        for step in self._steps_of_heads(a, rotates=rotation is not None):
             if step == "rotate":
                 assert rotation is not None  # noqa: S101 - else it is no step
                 x = self._rotated(x, rotation)
             else:
-                x = self._normalize_heads(f"{prefix}{name}_norm", x, heads)
+                x = self._normalize_heads(a, f"{prefix}{name}_norm", x, heads)
         return x
 
     def _rotated(self, x: Value, rotation: _Rotation) -> Value:
@@ -386,11 +392,11 @@ class _Decoder(Arithmetic[Value]):
         x = self._multiply(self._multiply(x, inverse), self._vector(role))
         return self._add(x, self._vector(f"{role}_bias")) if norm.has_bias else x
 
-    def _split_heads(self, x: Value, heads: int) -> Value:
-        return self._reshape(x, (heads, self.spec.attention.head_dim))
+    def _split_heads(self, x: Value, heads: int, width: int) -> Value:
+        return self._reshape(x, (heads, width))
 
-    def _join_heads(self, x: Value, heads: int) -> Value:
-        return self._reshape(x, (1, heads * self.spec.attention.head_dim))
+    def _join_heads(self, x: Value, heads: int, width: int) -> Value:
+        return self._reshape(x, (1, heads * width))
 
     def _vector(self, role: str) -> Value:
         return self._writer.stored(role, "fp32", self._shapes[role])

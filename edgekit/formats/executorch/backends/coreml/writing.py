@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edgekit.errors import UsageError
 from edgekit.formats import MemoryUse
-from edgekit.formats.executorch import assembly, coverage, lowering, memory, tensor_types
+from edgekit.formats.executorch import (
+    assembly,
+    coverage,
+    kinds,
+    lowering,
+    memory,
+    tensor_types,
+)
 from edgekit.formats.executorch.backends import coreml
 from edgekit.formats.executorch.backends._writing import BackendWriting
 from edgekit.formats.executorch.backends.coreml import decoder, mil, package
@@ -35,17 +42,19 @@ _ROUNDED = tensor_types.FOUR_BITS | {"INT8"}
 
 
 class CoreMLWriting(BackendWriting):
-    """Every decoder can be said in Core ML's operators."""
+    """Every decoder whose layers are alike can be said in Core ML's operators."""
 
     backend = coreml.BACKEND
 
     def refuse(self, spec: "DecoderSpec", variant: str, *, context_tokens: int) -> None:
-        """Check that a text so long is rotated as its beginning is.
+        """Check that all layers attend alike, and a text so long is rotated as its beginning is.
 
         Raises:
-            UsageError: If not; it says from where on.
+            UsageError: If not; it names a layer, or says from where on.
         """
         del variant
+        hint = "take --variant portable: XNNPACK computes it on the phone's CPU"
+        kinds.refuse(spec, self.backend.name, hint=hint)
         border = spec.original_max_position_embeddings
         if border is not None and context_tokens > border:
             raise UsageError(

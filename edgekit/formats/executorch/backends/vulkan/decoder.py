@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgekit.formats.executorch import tensor_types
-from edgekit.formats.executorch.arithmetic import Arithmetic, bias_of, ropes
-from edgekit.formats.executorch.assembly import Slice
+from edgekit.formats.executorch.arithmetic import Arithmetic, bias_of, query_growth, ropes
+from edgekit.formats.executorch.assembly import Slice, slice_key
 from edgekit.formats.executorch.backends.vulkan import limits
 from edgekit.formats.executorch.backends.vulkan.graph import ITEM_BYTES, Dtype, Value, VulkanGraph
+from edgekit.model.mixers import Attention
 from edgekit.model.norm import Norm
 from edgekit.model.rope import Rope
 from edgekit.model.shapes import Shape
@@ -36,14 +37,9 @@ class Delegate:
     operators: int
 
 
-def slice_key(key: str, first_row: int) -> str:
-    """Return the key of the rows of a weight, or of its scales, that begin with this one."""
-    return f"{key}@{first_row}"
-
-
-def query_factor(spec: DecoderSpec) -> float | None:
+def query_factor(a: Attention) -> float | None:
     """Return what the scale of scores asks for beyond attention's own, None if nothing."""
-    factor = spec.attention.softmax_scale * math.sqrt(spec.attention.head_dim)
+    factor = a.softmax_scale * math.sqrt(a.head_dim)
     return None if math.isclose(factor, 1) else factor
 
 
@@ -84,7 +80,7 @@ class _Decoder(Arithmetic[Value]):
         spec, graph = self.spec, self._graph
         x = self._input((1, self._tokens, spec.hidden_size))
         waves = {rope: (self._wave(rope), self._wave(rope)) for rope in ropes(spec)}
-        if spec.attention.query_growth:
+        if query_growth(spec):
             self._growth = self._input((1, self._tokens, 1, 1))
         positions = graph.tensor((self._tokens,), is_buffer=True, dtype="INT32")
         inputs = [x, *(wave for pair in waves.values() for wave in pair)]
@@ -116,28 +112,29 @@ class _Decoder(Arithmetic[Value]):
     ) -> Value:
         prefix = f"layers.{index}."
         read = self._before(prefix + "attention_norm", x)
-        attended = self._attend(prefix, read, waves, first)
+        attended = self._attend(index, read, waves, first)
         x = self._add(x, self._after(prefix + "attention_post_norm", attended))
         if self.spec.residual == "serial":
             read = self._before(prefix + "mlp_norm", x)
         return self._add(x, self._after(prefix + "mlp_post_norm", self._mlp(prefix, read)))
 
     def _attend(
-        self, prefix: str, read: Value, waves: tuple[Value, Value] | None, first: Value
+        self, index: int, read: Value, waves: tuple[Value, Value] | None, first: Value
     ) -> Value:
-        a = self.spec.attention
-        query = self._split_heads(self._linear(prefix + "query", read), a.heads)
-        key = self._split_heads(self._linear(prefix + "key", read), a.num_kv_heads)
-        value = self._split_heads(self._linear(prefix + "value", read), a.num_kv_heads)
-        for step in self._steps_of_heads(rotates=waves is not None):
+        a, prefix = self.spec.attention, f"layers.{index}."
+        query = self._split_heads(self._linear(prefix + "query", read), a.heads, a.head_dim)
+        key = self._split_heads(self._linear(prefix + "key", read), a.num_kv_heads, a.head_dim)
+        value = self._split_heads(self._linear(prefix + "value", read), a.num_kv_heads, a.head_dim)
+        for step in self._steps_of_heads(a, rotates=waves is not None):
             if step == "rotate":
                 assert waves is not None  # noqa: S101 - else it is no step
                 query, key = self._rotation(query, key, waves)
             else:
-                query = self._normalize_heads(prefix + "query_norm", query, a.heads)
-                key = self._normalize_heads(prefix + "key_norm", key, a.num_kv_heads)
-        mixed = self._mix(self._scaled(query), key, value, first)
-        return self._linear(prefix + "attention_output", self._join_heads(mixed, a.heads))
+                query = self._normalize_heads(a, prefix + "query_norm", query, a.heads)
+                key = self._normalize_heads(a, prefix + "key_norm", key, a.num_kv_heads)
+        mixed = self._mix(a, self._scaled(a, query), key, value, first)
+        joined = self._join_heads(mixed, a.heads, a.head_dim)
+        return self._linear(prefix + "attention_output", joined)
 
     def _rotation(
         self, query: Value, key: Value, waves: tuple[Value, Value]
@@ -150,16 +147,16 @@ class _Decoder(Arithmetic[Value]):
         )  # fmt: skip
         return rotated
 
-    def _scaled(self, query: Value) -> Value:
+    def _scaled(self, a: Attention, query: Value) -> Value:
         """Return queries times what makes attention's own scale the decoder's, and as grown."""
-        factor = query_factor(self.spec)
+        factor = query_factor(a)
         if factor is not None:
             query = self._multiply(query, factor)
         return query if self._growth is None else self._multiply(query, self._growth)
 
-    def _mix(self, query: Value, key: Value, value: Value, first: Value) -> Value:
+    def _mix(self, a: Attention, query: Value, key: Value, value: Value, first: Value) -> Value:
         """Return what attention gathers; the operator has caches of its own, of the shape given."""
-        a, graph = self.spec.attention, self._graph
+        graph = self._graph
         shape = (1, self._context_tokens, a.num_kv_heads, a.head_dim)
         caches = [graph.tensor(shape, is_buffer=self._is_buffer) for _ in range(2)]
         self._caches += caches
@@ -298,11 +295,11 @@ class _Decoder(Arithmetic[Value]):
         )  # fmt: skip
         return made
 
-    def _split_heads(self, x: Value, heads: int) -> Value:
-        return self._view(x, (1, self._tokens, heads, self.spec.attention.head_dim))
+    def _split_heads(self, x: Value, heads: int, width: int) -> Value:
+        return self._view(x, (1, self._tokens, heads, width))
 
-    def _join_heads(self, x: Value, heads: int) -> Value:
-        return self._view(x, (1, self._tokens, heads * self.spec.attention.head_dim))
+    def _join_heads(self, x: Value, heads: int, width: int) -> Value:
+        return self._view(x, (1, self._tokens, heads * width))
 
     def _vector(self, role: str) -> Value:
         self._used.add(role)

@@ -1,6 +1,6 @@
 """Programs for Vulkan, read back: which weights they hold, and the numbers those stand for."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 from edgekit.encodings.flatbuffer import refuse
 from edgekit.errors import BundleError
 from edgekit.formats.executorch import program, slopes, tensor_types
-from edgekit.formats.executorch.contents import CONSTANT, NamedWeight, delegate_graph, named_weights
+from edgekit.formats.executorch.contents import (
+    CONSTANT,
+    NamedWeight,
+    delegate_graph,
+    named_weights,
+    whole,
+)
 from edgekit.model.shapes import Shape
 from edgekit.model.spec import DecoderSpec
 
@@ -27,7 +33,7 @@ _PAIRS = 1  # UINT8
 
 def delegated(payload: bytes) -> Iterator[NamedWeight]:
     """Yield the weights of a delegate."""
-    found = _whole(_constants(payload))
+    found = whole(_constants(payload))
     for key, (shape, kind) in found.items():
         if key.startswith(CONSTANT) or key.endswith(tensor_types.SCALE):
             continue
@@ -53,18 +59,6 @@ def _constants(payload: bytes) -> Iterator[tuple[str, tuple[Shape, int]]]:
             refuse(f"a delegate has a constant {keys[index]} without axes")
         if index >= 0:
             yield keys[index], (shape, tensor.number(0, "b"))
-
-
-def _whole(
-    constants: Iterable[tuple[str, tuple[Shape, int]]],
-) -> dict[str, tuple[Shape, int]]:
-    """Return them by key, the slices of a weight together."""
-    found: dict[str, tuple[Shape, int]] = {}
-    for key, ((rows, *columns), kind) in constants:
-        whole, _, first = key.partition("@")
-        before = found[whole][0][0] if first and whole in found else 0
-        found[whole] = (before + rows, *columns), kind
-    return found
 
 
 def _grouped(key: str, shape: Shape, found: Mapping[str, tuple[Shape, int]]) -> tuple[Shape, str]:

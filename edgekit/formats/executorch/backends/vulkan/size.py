@@ -2,7 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
-from edgekit.formats.executorch.arithmetic import RELU2_OPERATORS, XIELU_OPERATORS, ropes
+from edgekit.formats.executorch.arithmetic import (
+    RELU2_OPERATORS,
+    XIELU_OPERATORS,
+    query_growth,
+    ropes,
+)
 from edgekit.formats.executorch.backends.vulkan.decoder import query_factor
 from edgekit.formats.executorch.tensor_types import ALIGNMENT, Part, has_pairs
 from edgekit.model.norm import Norm
@@ -26,8 +31,8 @@ def file_bytes(spec: DecoderSpec, parts: Sequence[Part]) -> int:
     turns = len(ropes(spec))
     kernels = _KERNELS + (_TURN_KERNELS if turns else 0) + _ROPE_KERNELS * turns
     kernels += 0 if spec.original_max_position_embeddings is None else _BORDER_KERNELS
-    kernels += _GROWTH_KERNELS if spec.attention.query_growth else 0
-    kernels += _PAIR_KERNELS if has_pairs(spec, parts) else 0
+    kernels += _GROWTH_KERNELS if query_growth(spec) else 0
+    kernels += _PAIR_KERNELS if has_pairs("token_embedding", spec, parts) else 0
     norms_bytes = sum(
         _LAYER_NORM_BYTES + (0 if norm.has_bias else _ZEROS_BYTES)
         for norm in _norms(spec)
@@ -48,7 +53,7 @@ def operators(spec: DecoderSpec) -> int:
     a = spec.attention
     views = 8 if a.query_key_norm and a.head_norms == "together" else 4  # joined, split again
     bent = {"silu": 2, "gelu_tanh": 1, "relu2": RELU2_OPERATORS, "xielu": XIELU_OPERATORS}
-    scales = sum(it is not None for it in (a.query_growth, query_factor(spec)))
+    scales = sum(it is not None for it in (a.query_growth, query_factor(a)))
     layer = 4 + scales + views + 1  # attention's matrices, and itself
     layer += 2 + bent[spec.activation] + (4 if spec.is_gated else 2)  # residuals, the MLP
     turned = sum(layer.rope is not None for layer in spec.layers)

@@ -38,9 +38,14 @@ def lower(
         made = decoder.delegate(
             spec, tensor_types, context_tokens=context_tokens, batch_tokens=batch_tokens
         )
+        table = embeddings.empty(
+            "token_embedding",
+            (spec.vocab_size, spec.hidden_size),
+            tensor_types["token_embedding"],
+        )
         whole = VulkanDecoder(
             spec,
-            embedding=embeddings.empty(spec, tensor_types["token_embedding"]),
+            embedding=table.module,
             inner=_delegate(spec, made.content),
             context_tokens=context_tokens,
         )
@@ -48,7 +53,7 @@ def lower(
     return Lowered(
         program=program,
         numbers=made.numbers,
-        table=lowering.table_constants(program, spec),
+        tables=lowering.spread_tables(program, table.stand_ins),
         slices=made.slices,
         coverage=Coverage(
             delegated_operators=made.operators,

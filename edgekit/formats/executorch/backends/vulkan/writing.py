@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import UsageError
-from edgekit.formats.executorch import assembly, coverage, tensor_types
+from edgekit.formats.executorch import assembly, coverage, kinds, tensor_types
 from edgekit.formats.executorch.backends import vulkan
 from edgekit.formats.executorch.backends._writing import BackendWriting
 from edgekit.formats.executorch.backends.vulkan import limits, memory, size
@@ -35,12 +35,11 @@ class VulkanWriting(BackendWriting):
             UsageError: If not; it names what the delegate lacks, or how far it goes.
         """
         del variant
+        hint = "take --variant portable: XNNPACK computes it on the phone's CPU"
+        kinds.refuse(spec, self.backend.name, hint=hint)
         lacks = next(_lacks(spec), None)
         if lacks:
-            raise UsageError(
-                f"the Vulkan delegate of ExecuTorch has no {lacks}",
-                hint="take --variant portable: XNNPACK computes it on the phone's CPU",
-            )
+            raise UsageError(f"the Vulkan delegate of ExecuTorch has no {lacks}", hint=hint)
         _refuse_context(spec, context_tokens)
 
     def meant_by(self, wanted: str, *, recipe: str) -> str:

@@ -3,7 +3,8 @@
 The decoder is cut where a layer's keys and values enter its cache. What lies between two cuts is a
 `Segment`: the rest of one layer after its cache was read, and the next layer up to its queries,
 keys and values. All of a segment is arithmetic that XNNPACK has, so each becomes one delegate;
-segments of the same `SegmentShape` are the same program with other weights.
+segments of the same `SegmentShape` are the same program with other weights. Layers with a
+convolution or a delta net are cut where they read the state that they keep of a text.
 
 The operator of ExecuTorch's LLM runners may compute attention between two segments, in the layers
 whose attention it has (`mixed_here`); the others compute their own.
@@ -14,7 +15,8 @@ is a product with a vector of 1 / n, and tanh(x) is 2 sigmoid(2 x) - 1.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import assert_never
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
@@ -22,35 +24,59 @@ from torch import Tensor, nn  # noqa: TID253
 from torch.nn import functional  # noqa: TID253
 
 from edgekit.formats.executorch.arithmetic import Arithmetic
-from edgekit.formats.executorch.backends.xnnpack.attention import mixed_here
+from edgekit.formats.executorch.assembly import slice_key
+from edgekit.formats.executorch.backends.xnnpack import delta_net, short_conv
+from edgekit.formats.executorch.backends.xnnpack.attention import attention, mixed_here
+from edgekit.formats.executorch.backends.xnnpack.delta_net import DeltaRule
+from edgekit.formats.executorch.backends.xnnpack.states import Start, States
+from edgekit.formats.executorch.contents import SLICE
+from edgekit.formats.executorch.embeddings import LayerEmbedding
 from edgekit.formats.executorch.positions import Positions
-from edgekit.model.mixers import Attention
+from edgekit.model.mixers import Attention, DeltaNet, ShortConv
 from edgekit.model.norm import Norm
 from edgekit.model.rope import Rope
+from edgekit.model.shapes import Shape
 from edgekit.model.spec import XIELU_BETA, DecoderSpec
+from edgekit.model.spec import LayerEmbedding as LayerEmbeddingShape
 
 
 _GELU = 2 * math.sqrt(2 / math.pi)  # GELU's tanh is of half of _GELU x + _GELU_CUBE x^3
 _GELU_CUBE = 0.044715 * _GELU
 # What positions are multiplied with, for masks: exp(-2 ** 30) is 0, and whole numbers stay exact.
 HIDDEN = 2.0**30
-Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+_ANY = 0  # a layer: which one it is makes no other program of the half of a layer
+Attend = Callable[[int, Tensor, Tensor, Sequence[Tensor]], tuple[Tensor, ...]]
 LayerTensors = Mapping[
     str, Tensor
 ]  # by role within a layer; the last segment has those without a layer
 
 
 @dataclass(frozen=True, kw_only=True)
+class FirstHalf:
+    """What makes the first halves of two layers the same program, up to the cache."""
+
+    attention: Attention
+    rope_width: int | None  # None: it has none
+    feeds_mix: bool  # the next segment computes attention; else a custom operator
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondHalf:
+    """What makes the second halves of two layers the same program, from the cache on."""
+
+    attention: Attention
+    mixes: bool  # it computes attention; else a custom operator did
+    window_tokens: int | None  # of that attention
+
+
+@dataclass(frozen=True, kw_only=True)
 class SegmentShape:
     """What makes two segments the same program."""
 
-    reads_cache: bool  # has the second half of a layer
-    fills_cache: bool  # has the first half of a layer; else the output head
-    rope_width: int | None  # of the first half; None: it has none
-    mixes: bool  # the second half computes attention; else a custom operator did
-    feeds_mix: bool  # the next segment computes that of the first half; else a custom operator
-    window_tokens: int | None  # of that attention
+    ends: SecondHalf | ShortConv | DeltaNet | None  # of a layer; None: nothing is before
+    begins: FirstHalf | ShortConv | DeltaNet | None  # of the next; None: the output head
     changes_x: bool
+    weights: tuple[tuple[str, Shape], ...]  # by their name within the segment
 
 
 def segment_shapes(spec: DecoderSpec, *, uses_llm_operators: bool) -> Iterator[SegmentShape]:
@@ -58,38 +84,84 @@ def segment_shapes(spec: DecoderSpec, *, uses_llm_operators: bool) -> Iterator[S
     depth = len(spec.layers)
     mixes = mixed_here(spec, uses_llm_operators=uses_llm_operators)
     for index in range(depth + 1):
-        rope = spec.layers[index].rope if index < depth else None
         yield SegmentShape(
-            reads_cache=index > 0,
-            fills_cache=index < depth,
-            rope_width=rope.width if rope else None,
-            mixes=index > 0 and mixes[index - 1],
-            feeds_mix=index < depth and mixes[index],
-            window_tokens=spec.layers[index - 1].window_tokens if index > 0 else None,
+            ends=_second_half(spec, index - 1, mixes=bool(mixes[index - 1])) if index else None,
+            begins=_first_half(spec, index, mixes=bool(mixes[index])) if index < depth else None,
             changes_x=index > 0 or spec.residual == "parallel",
+            weights=tuple(_weight_shapes(spec, index)),
         )
 
 
+def _first_half(spec: DecoderSpec, index: int, *, mixes: bool) -> FirstHalf | ShortConv | DeltaNet:
+    mixer, rope = spec.mixer(index), spec.layers[index].rope
+    if not isinstance(mixer, Attention):
+        return mixer
+    return FirstHalf(
+        attention=mixer if mixer.has_cache else replace(mixer, cache_of=_ANY),
+        rope_width=rope.width if rope else None,
+        feeds_mix=mixes,
+    )
+
+
+def _second_half(
+    spec: DecoderSpec, index: int, *, mixes: bool
+) -> SecondHalf | ShortConv | DeltaNet:
+    mixer = spec.mixer(index)
+    if not isinstance(mixer, Attention):
+        return mixer
+    return SecondHalf(
+        attention=replace(mixer, cache_of=None),  # it is given all it reads
+        mixes=mixes,
+        window_tokens=spec.layers[index].window_tokens,
+    )
+
+
 def segment_roles(spec: DecoderSpec, index: int) -> dict[str, str]:
-    """Return the roles of the weights of a segment, by their name within it."""
-    depth = len(spec.layers)
+    """Return the weights of a segment by their name within it: roles, or keys of slices."""
     roles: dict[str, str] = {}
     for role, _ in spec.weights():
         layer, _, part = role.removeprefix("layers.").partition(".")
         if not role.startswith("layers."):
-            if index == depth and not (role == "token_embedding" and not spec.is_tied):
-                roles["output_head" if role == "token_embedding" else role] = role
+            roles.update(_of_no_layer(spec, index, role))
         elif int(layer) == (index if _is_first_half(spec, part) else index - 1):
             roles[part] = role
     return roles
 
 
+def _of_no_layer(spec: DecoderSpec, index: int, role: str) -> Iterator[tuple[str, str]]:
+    """Yield the name in a segment and the key of a weight that belongs to no layer, if it is there.
+
+    What makes the embeddings of all layers is there in slices, each with the layer it is for.
+    """
+    own = spec.layer_embedding
+    if role in {"layer_embedding_projection", "layer_embedding_norm"}:
+        assert own is not None  # noqa: S101 - they are its
+        if index > 0:
+            is_whole = role == "layer_embedding_norm"
+            yield role, role if is_whole else slice_key(role, (index - 1) * own.width)
+    elif index == len(spec.layers) and role != "layer_embedding":
+        if role == "token_embedding":
+            yield from [("output_head", role)] if spec.is_tied else []
+        else:
+            yield role, role
+
+
+def _weight_shapes(spec: DecoderSpec, index: int) -> Iterator[tuple[str, Shape]]:
+    shapes, own = dict(spec.weights()), spec.layer_embedding
+    for name, key in segment_roles(spec, index).items():
+        role, _, first = key.partition(SLICE)
+        yield name, (own.width, *shapes[role][1:]) if first and own else shapes[role]
+
+
 def _is_first_half(spec: DecoderSpec, part: str) -> bool:
-    """Tell whether a weight of a layer is used before its cache is."""
+    """Tell whether a weight of a layer is used before its cache or state is."""
     name = part.removesuffix("_bias")
     if name in {"gate", "up", "down", "xielu_positive", "xielu_negative", "mlp_post_norm"}:
         return spec.residual == "parallel"
-    return name in {"attention_norm", "query", "key", "value", "query_norm", "key_norm"}
+    return name in {
+        "attention_norm", "query", "key", "value", "query_norm", "key_norm", "conv_in",
+        "delta_qkv", "delta_beta", "delta_alpha", "delta_decay", "delta_gate",
+    }  # fmt: skip
 
 
 class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any here
@@ -101,9 +173,12 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
         self.shape = shape
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-        for width in _normalized_widths(spec):
+        for width in _normalized_widths(spec, shape):
             mean = torch.full((1, width), 1 / width)
             self.register_buffer(f"mean_{width}", mean, persistent=False)
+        if isinstance(shape.ends, DeltaNet):
+            ones = torch.ones(1, shape.ends.values_per_key, 1, 1)
+            self.register_buffer("ones", ones, persistent=False)
         self._numbers: dict[float, str] = {}
         for value in dict.fromkeys(_numbers(spec, shape)):
             self._numbers[value] = f"number_{len(self._numbers)}"
@@ -114,79 +189,193 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
         return self.get_buffer(self._numbers[value])
 
     def forward(self, x: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return the logits, or what the next cache and the next segment need.
+        """Return the logits, or what the next cache or state and the next segment need.
+
+        The new state of a delta net comes before all else.
 
         Args:
             x: ``(tokens, hidden width)``.
-            inputs: Query, keys, values and the positions of queries and keys, or what attention
-                made of them, where the cache is read; cosine and sine where queries and keys are
-                rotated; the factor of queries where it grows.
+            inputs: What `XnnpackDecoder` gives the second half of a layer, if there is one; tokens
+                as embedded, and as the layer that ends embeds them, where one does; cosine and sine
+                where queries and keys are rotated; the factor of queries where it grows.
         """
         left = list(inputs)
-        if self.shape.reads_cache:
-            mixed = self._mix(*(left.pop(0) for _ in range(5))) if self.shape.mixes else left.pop(0)
+        mixed, kept = self._mixed(left)
+        if mixed is not None:
             x = self._finish_layer(x, mixed)
-        if not self.shape.fills_cache:
-            return (self._head(x),)
-        return self._begin_layer(x, *left)
+            if own := self.spec.layer_embedding:
+                x = self._add_embedding(own, x, left.pop(0), left.pop(0))
+            if self.spec.has_layer_scales:
+                x = x * self._vector("layer_scale")
+        if self.shape.begins is None:
+            return (*kept, self._head(x))
+        return (*kept, *self._begin_layer(x, *left))
 
     def _begin_layer(self, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        """Return x, queries, keys and values, each as the cache or attention wants them."""
+        """Return x, and what the cache or state and the second half want."""
         read = self._before("attention_norm", x)
-        a = self.spec.attention
-        query = self._project_heads("query", read, a.heads)
-        key = self._project_heads("key", read, a.num_kv_heads)
-        value = self._project_heads("value", read, a.num_kv_heads)
-        for step in self._steps_of_heads(rotates=self.shape.rope_width is not None):
-            if step == "rotate":
-                query, key = (_rotation(them, *given[:2]) for them in (query, key))
-            else:
-                query = self._normalize_heads("query_norm", query, a.heads)
-                key = self._normalize_heads("key_norm", key, a.num_kv_heads)
+        made: tuple[Tensor, ...]
+        match self.shape.begins:
+            case FirstHalf() as half:
+                made = self._begin_attention(half, read, *given)
+            case ShortConv() as conv:
+                made = self._begin_conv(conv, read)
+            case _:
+                made = self._begin_delta(read)
         if self.spec.residual == "parallel":
             x = x + self._after("mlp_post_norm", self._mlp(read))
-        query = query * self._number(a.softmax_scale)
-        if a.query_growth:
-            query = query * given[-1]
-        made = (query, key, value)
-        if self.shape.feeds_mix:
-            made = _grouped(a, query), key.permute(1, 2, 0), value.permute(1, 0, 2)
         # A delegate may not hand back what it was given.
         return (x, *made) if self.shape.changes_x else made
 
-    def _mix(
-        self, query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, columns: Tensor
-    ) -> Tensor:
+    def _begin_attention(self, half: FirstHalf, read: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values, as the cache or attention wants them, and the gate."""
+        a = half.attention
+        query = self._project_heads(a, "query", read, a.heads)
+        gates: list[Tensor] = []
+        if a.has_output_gate:
+            asked = query[..., a.head_dim :].reshape(-1, a.query_width)
+            query, gates = query[..., : a.head_dim], [torch.sigmoid(asked)]
+        value = None
+        heads = {"query_norm": query}  # by the norm that they get
+        if a.has_cache:
+            heads["key_norm"] = self._project_heads(a, "key", read, a.num_kv_heads)
+            value = self._values(a, read, heads["key_norm"])
+        for step in self._steps_of_heads(a, rotates=half.rope_width is not None):
+            for role, them in heads.items():
+                if step == "rotate":
+                    heads[role] = _rotation(them, *given[:2])
+                else:
+                    heads[role] = self._normalize_heads(a, role, them, them.shape[1])
+        query = heads["query_norm"] * self._number(a.softmax_scale)
+        if a.query_growth:
+            query = query * given[-1]
+        made = [_grouped(a, query) if half.feeds_mix else query]
+        if value is not None:
+            key = heads["key_norm"]
+            made += (
+                [key.permute(1, 2, 0), value.permute(1, 0, 2)] if half.feeds_mix else [key, value]
+            )
+        return (*made, *gates)
+
+    def _values(self, a: Attention, read: Tensor, key: Tensor) -> Tensor:
+        """Return the values of each head; ``key`` is not normalized or rotated yet."""
+        value = key
+        if not a.values_are_keys:
+            value = self._project_heads(a, "value", read, a.num_kv_heads)
+        if a.value_norm_epsilon is None:
+            return value
+        return self._over_its_root(value, a.value_norm_epsilon)
+
+    def _begin_conv(self, conv: ShortConv, read: Tensor) -> tuple[Tensor, ...]:
+        """Return what multiplies the result, and what the convolution sees."""
+        made, width = self._linear("conv_in", read, has_bias=conv.has_bias), self.spec.hidden_size
+        before, after, x = (made[:, part * width : (part + 1) * width] for part in range(3))
+        return after, before * x
+
+    def _begin_delta(self, read: Tensor) -> tuple[Tensor, ...]:
+        """Return the gate, beta, the logarithm of the decay, and what the convolution sees."""
+        gate = self._silu(self._linear("delta_gate", read, has_bias=False))
+        beta = torch.sigmoid(self._linear("delta_beta", read, has_bias=False))
+        step = self._linear("delta_alpha", read, has_bias=False)
+        step = step + self._vector("delta_decay_bias")
+        decay = delta_net.log_decay(step, self._vector("delta_decay"), self._number)
+        return gate, beta, decay, self._linear("delta_qkv", read, has_bias=False)
+
+    def _mixed(self, left: list[Tensor]) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """Return what the first of ``left``, taken out, gives in a layer; and its new state."""
+
+        def take(count: int) -> list[Tensor]:
+            return [left.pop(0) for _ in range(count)]
+
+        match self.shape.ends:
+            case None:
+                return None, ()
+            case SecondHalf(attention=a) as half:
+                mixed = self._mix(half, take(5)) if half.mixes else left.pop(0)
+                mixed = mixed * left.pop(0) if a.has_output_gate else mixed
+                return self._linear("attention_output", mixed, has_bias=a.has_output_bias), ()
+            case ShortConv() as conv:
+                return self._mix_conv(conv, take(1 + conv.taps)), ()
+            case DeltaNet() as net:
+                count = 5 + net.taps + (self.shape.begins is None)
+                mixed, state = self._mix_delta(net, take(count))
+                return mixed, (state,)
+            case other:
+                assert_never(other)
+
+    def _mix_conv(self, conv: ShortConv, given: Sequence[Tensor]) -> Tensor:
+        after, *slices = given
+        mixed = short_conv.convolve(self.get_parameter("conv_taps"), slices)
+        if conv.has_bias:
+            mixed = mixed + self._vector("conv_taps_bias")
+        return self._linear("conv_output", after * mixed, has_bias=conv.has_bias)
+
+    def _mix_delta(self, net: DeltaNet, given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what is read from the state, and the state after it.
+
+        Where only the last token is wanted, the last of ``given`` says which that is.
+        """
+        gate, beta, log_decay, masks, state, *slices = given
+        taps = self.get_parameter("delta_taps")
+        mixed = self._silu(short_conv.convolve(taps, slices[: net.taps]))
+        mean = self.get_buffer(f"mean_{net.key_head_dim}")
+        rule = DeltaRule(net=net, number=self._number, mean=mean, ones=self.get_buffer("ones"))
+        found, state = rule.read(mixed, log_decay, beta, masks, state)
+        if self.shape.begins is None:
+            joined = found.reshape(1, -1, net.value_width)
+            found = torch.bmm(slices[-1], joined).view(-1, net.value_heads, net.value_head_dim)
+        found = self._normalize(net.norm, "delta_norm", found).reshape(-1, net.value_width)
+        return self._linear("delta_output", found * gate, has_bias=False), state
+
+    def _mix(self, half: SecondHalf, given: Sequence[Tensor]) -> Tensor:
         """Return what attention gathers, of shape ``(tokens, query width)``.
 
         A mask for all layers would be planned for the longest prompt, and take the square of the
         context; here it is as long as it must.
         """
-        a = self.spec.attention
+        query, keys, values, rows, columns = given
+        a = half.attention
         scores = torch.bmm(query, keys)
         if a.attn_logit_softcap is not None:
             scores = self._cap(scores, a.attn_logit_softcap)
-        shares = functional.softmax(scores + self._mask(rows, columns), -1)
+        shares = functional.softmax(scores + self._mask(half, rows, columns), -1)
         mixed = torch.bmm(shares, values)  # (key heads, tokens * shared, head width)
-        shared = a.heads // a.num_kv_heads
+        shared = _queries_of_a_key(a)
         mixed = mixed.view(a.num_kv_heads, -1, shared * a.head_dim)
         return mixed.permute(1, 0, 2).reshape(-1, a.query_width)
 
-    def _mask(self, rows: Tensor, columns: Tensor) -> Tensor:
+    def _mask(self, half: SecondHalf, rows: Tensor, columns: Tensor) -> Tensor:
         """Return zero where a query sees a key, else minus `HIDDEN` for each token too far."""
         mask = torch.minimum(rows - columns, self._number(0.0))
-        if self.shape.window_tokens is None:
+        if half.window_tokens is None:
             return mask
-        reach = self._number((self.shape.window_tokens - 1) * HIDDEN)
+        reach = self._number((half.window_tokens - 1) * HIDDEN)
         return mask + torch.minimum(columns + reach - rows, self._number(0.0))
 
     def _finish_layer(self, x: Tensor, mixed: Tensor) -> Tensor:
-        a = self.spec.attention
-        attended = self._linear("attention_output", mixed, has_bias=a.has_output_bias)
-        x = x + self._after("attention_post_norm", attended)
+        x = x + self._after("attention_post_norm", mixed)
         if self.spec.residual == "parallel":
             return x
         return x + self._after("mlp_post_norm", self._mlp(self._before("mlp_norm", x)))
+
+    def _add_embedding(
+        self, own: LayerEmbeddingShape, x: Tensor, embedded: Tensor, row: Tensor
+    ) -> Tensor:
+        """Return x and what a layer makes of its own embedding of the tokens.
+
+        Args:
+            own: What multiplies what.
+            x: What the layer has made.
+            embedded: The tokens, as the first layer read them.
+            row: The layer's row for each of them.
+        """
+        seen = self._linear("layer_embedding_projection", embedded, has_bias=False)
+        seen = seen * self._number(own.projection_scale)
+        seen = self._normalize(self.spec.norm, "layer_embedding_norm", seen)
+        read = (seen + row * self._number(own.scale)) * self._number(own.sum_scale)
+        gate = self._activate("", self._linear("layer_gate", x, has_bias=False))
+        added = self._linear("layer_output", gate * read, has_bias=False)
+        return x + self._normalize(self.spec.norm, "layer_norm", added)
 
     def _mlp(self, x: Tensor) -> Tensor:
         has_bias = self.spec.has_mlp_bias
@@ -214,26 +403,29 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
         bias = self.get_parameter(f"{name}_bias") if has_bias else None
         return functional.linear(x, self.get_parameter(name), bias)
 
-    def _project_heads(self, name: str, x: Tensor, heads: int) -> Tensor:
-        return self._split_heads(
-            self._linear(name, x, has_bias=self.spec.attention.has_qkv_bias), heads
-        )
+    def _project_heads(self, a: Attention, name: str, x: Tensor, heads: int) -> Tensor:
+        made = self._linear(name, x, has_bias=a.has_qkv_bias)
+        rows = a.query_rows if name == "query" else a.key_value_width
+        return self._split_heads(made, heads, rows // heads)
 
     # The operators of `Arithmetic`
 
     def _normalize(self, norm: Norm, role: str, x: Tensor) -> Tensor:
-        mean = self.get_buffer(f"mean_{x.shape[-1]}")
         if norm.kind == "layer":
-            x = x - functional.linear(x, mean)
-        x = x * torch.rsqrt(functional.linear(x * x, mean) + self._number(norm.epsilon))
-        x = x * self._vector(role)
+            x = x - functional.linear(x, self.get_buffer(f"mean_{x.shape[-1]}"))
+        x = self._over_its_root(x, norm.epsilon) * self._vector(role)
         return x + self._vector(f"{role}_bias") if norm.has_bias else x
 
-    def _split_heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.view(-1, heads, self.spec.attention.head_dim)
+    def _over_its_root(self, x: Tensor, epsilon: float) -> Tensor:
+        """Return x over the root of the mean of its squares: an RMS norm without weights."""
+        mean = self.get_buffer(f"mean_{x.shape[-1]}")
+        return x * torch.rsqrt(functional.linear(x * x, mean) + self._number(epsilon))
 
-    def _join_heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.view(-1, heads * self.spec.attention.head_dim)
+    def _split_heads(self, x: Tensor, heads: int, width: int) -> Tensor:
+        return x.view(-1, heads, width)
+
+    def _join_heads(self, x: Tensor, heads: int, width: int) -> Tensor:
+        return x.view(-1, heads * width)
 
     def _vector(self, role: str) -> Tensor:
         return self.get_parameter(role)
@@ -264,26 +456,51 @@ class Segment(nn.Module, Arithmetic[Tensor]):  # type: ignore[misc]  # it is Any
         return x * torch.sigmoid(x * scaled)
 
 
-def _normalized_widths(spec: DecoderSpec) -> tuple[int, ...]:
-    """Return how many channels are normalized at once, here and there."""
-    a = spec.attention
-    if a.query_key_norm and a.head_norms == "together":
-        return spec.hidden_size, a.query_width, a.key_value_width
-    return spec.hidden_size, a.head_dim
+def _attentions(shape: SegmentShape) -> Iterator[Attention]:
+    """Yield those of the layer that a segment ends, and of the one it begins."""
+    for half in (shape.ends, shape.begins):
+        if isinstance(half, FirstHalf | SecondHalf):
+            yield half.attention
+
+
+def _nets(shape: SegmentShape) -> Iterator[DeltaNet]:
+    """Yield the delta nets likewise."""
+    yield from (half for half in (shape.ends, shape.begins) if isinstance(half, DeltaNet))
+
+
+def _normalized_widths(spec: DecoderSpec, shape: SegmentShape) -> Iterator[int]:
+    """Yield how many channels are normalized at once, here and there."""
+    yield spec.hidden_size
+    if own := spec.layer_embedding:
+        yield own.width
+    for a in _attentions(shape):
+        if a.query_key_norm and a.head_norms == "together":
+            yield from (a.query_width, a.key_value_width)
+        else:
+            yield a.head_dim
+    for net in _nets(shape):
+        yield from (net.key_head_dim, net.value_head_dim)
 
 
 def _numbers(spec: DecoderSpec, shape: SegmentShape) -> Iterator[float]:
     """Yield every number that a segment may want, in an order that only these two decide."""
     yield 0.0
-    if shape.window_tokens is not None:
-        yield (shape.window_tokens - 1) * HIDDEN
-    a = spec.attention
-    yield a.softmax_scale
-    yield from dict.fromkeys(norm.epsilon for norm in (spec.norm, a.query_key_norm) if norm)
-    for cap in dict.fromkeys(
-        cap for cap in (a.attn_logit_softcap, spec.final_logit_softcap) if cap is not None
-    ):
-        yield from (2 / cap, 2 * cap, cap)
+    if isinstance(shape.ends, SecondHalf) and shape.ends.window_tokens is not None:
+        yield (shape.ends.window_tokens - 1) * HIDDEN
+    yield spec.norm.epsilon
+    caps = [spec.final_logit_softcap]
+    for a in _attentions(shape):
+        yield a.softmax_scale
+        yield from (norm.epsilon for norm in (a.query_key_norm,) if norm)
+        yield from (epsilon for epsilon in (a.value_norm_epsilon,) if epsilon is not None)
+        caps.append(a.attn_logit_softcap)
+    for net in _nets(shape):
+        yield from (*delta_net.numbers(net), net.norm.epsilon)
+    for cap in caps:
+        if cap is not None:
+            yield from (2 / cap, 2 * cap, cap)
+    if own := spec.layer_embedding:
+        yield from (own.projection_scale, own.scale, own.sum_scale)
     if spec.activation == "gelu_tanh":
         yield from (_GELU, _GELU_CUBE)
     if spec.activation == "xielu":
@@ -299,11 +516,10 @@ def _rotation(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat((x[..., :width] * cosine + swapped * sine, x[..., width:]), -1)
 
 
-def _grouped(attention: Attention, query: Tensor) -> Tensor:
+def _grouped(a: Attention, query: Tensor) -> Tensor:
     """Return ``(key heads, tokens * queries of a key, head width)``: no key is copied."""
-    shared = attention.heads // attention.num_kv_heads
-    rows = query.view(-1, attention.num_kv_heads, shared * attention.head_dim)
-    return rows.permute(1, 0, 2).reshape(attention.num_kv_heads, -1, attention.head_dim)
+    rows = query.view(-1, a.num_kv_heads, _queries_of_a_key(a) * a.head_dim)
+    return rows.permute(1, 0, 2).reshape(a.num_kv_heads, -1, a.head_dim)
 
 
 class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
@@ -313,7 +529,7 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         self,
         spec: DecoderSpec,
         *,
-        embedding: nn.Module,
+        tables: Mapping[str, nn.Module],
         segments: Sequence[nn.Module],
         context_tokens: int,
         uses_llm_operators: bool = False,
@@ -321,16 +537,20 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         super().__init__()
         self.spec, self.context_tokens = spec, context_tokens
         self.mixed_here = mixed_here(spec, uses_llm_operators=uses_llm_operators)
-        self.embedding = embedding
+        self.embedding = tables["token_embedding"]
+        self.layer_embedding = None
+        if spec.layer_embedding:
+            self.layer_embedding = LayerEmbedding(tables["layer_embedding"], len(spec.layers))
         self.positions = Positions(spec)
         self.segments = nn.ModuleList(segments)
+        self.states = States(spec)
         for name in ("keys", "values"):
-            for index in range(len(spec.layers)):
+            for index, _, _ in spec.caches():
                 shape = self._cache_shape(name, index)
                 self.register_buffer(f"{name}_{index}", torch.zeros(shape), persistent=False)
 
     def _cache_shape(self, name: str, index: int) -> tuple[int, ...]:
-        a = self.spec.attention
+        a = attention(self.spec, index)
         if not self.mixed_here[index]:
             return (1, self.context_tokens, a.num_kv_heads, a.head_dim)
         if name == "keys":  # as the products of attention want them
@@ -346,44 +566,72 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         """
         rotations = self.positions.rotations(input_pos)
         growth = self.positions.growth(input_pos)
-        x = self._embed(tokens)
-        *changed, query, keys, values = self.segments[0](x, *self._where(0, rotations, growth))
-        x = changed[0] if changed else x
+        x = embedded = self._embed(tokens)
+        places = None
+        if self.layer_embedding is not None:
+            places = self.layer_embedding.places(tokens.reshape(-1))
+        made = self.segments[0](x, *self._where(0, rotations, growth))
+        if self.spec.residual == "serial":  # nothing was added to x
+            made = (x, *made)
+        read = self._reading(input_pos)
+        for index in range(len(self.spec.layers)):
+            given = () if places is None else self._layer_rows(index, embedded, places)
+            where = self._where(index + 1, rotations, growth)
+            made = self.segments[index + 1](*read(index, *made), *given, *where)
+            made = self.states.keep(index, *made)
+        logits: Tensor = made[0]  # the last segment has the head
+        return logits
+
+    def _reading(self, input_pos: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+        """Return what makes of the outputs of a segment the first inputs of the next."""
         here = self._attend_here(input_pos) if True in self.mixed_here else None
         there = self._attend_there(input_pos) if False in self.mixed_here else None
-        for index, is_here in enumerate(self.mixed_here):
+        start = Start(input_pos)
+        last = len(self.spec.layers) - 1
+
+        def read(index: int, x: Tensor, *made: Tensor) -> tuple[Tensor, ...]:
+            is_here = self.mixed_here[index]
+            if is_here is None:
+                return self.states.read(index, start, x, *made)
             attend = here if is_here else there
             assert attend is not None  # noqa: S101 - see above
-            x, *mixed = attend(index, x, query, keys, values)
-            made = self.segments[index + 1](x, *mixed, *self._where(index + 1, rotations, growth))
-            if len(made) == 1:
-                return made[0]
-            x, query, keys, values = made
-        raise AssertionError("the last segment has the head")
+            gates = []
+            query, *own = made
+            if attention(self.spec, index).has_output_gate:
+                *own, gate = own
+                gates = [gate[-1:] if index == last else gate]
+            return (*attend(index, x, query, own), *gates)
+
+        return read
 
     def _attend_here(self, input_pos: Tensor) -> Attend:
         """Return what keeps keys and values, and gives a segment all that attention needs."""
         filled = self._filled(input_pos)
-        rows, columns = self._places(input_pos, filled)
+        scaled = input_pos.to(torch.float32)[:, None] * HIDDEN
+        rows = {count: _repeated(scaled, count) for count in self._queries_of_a_key()}
+        columns = torch.arange(filled, dtype=torch.float32)[None] * HIDDEN
         last = len(self.spec.layers) - 1
-        shared = self.spec.attention.heads // self.spec.attention.num_kv_heads
+
+        caches: dict[int, tuple[Tensor, Tensor]] = {}
 
         def attend(
-            index: int, x: Tensor, query: Tensor, keys: Tensor, values: Tensor
+            index: int, x: Tensor, query: Tensor, own: Sequence[Tensor]
         ) -> tuple[Tensor, ...]:
-            keys, values = self._cache(index, keys, values, input_pos, filled)
+            a = attention(self.spec, index)
+            if own:
+                caches[index] = self._cache(index, own, input_pos, filled)
+            keys, values = caches[_holder(a, index)]
+            shared = _queries_of_a_key(a)
             if index == last:  # only the last token's logits are wanted
-                return x[-1:], query[:, -shared:], keys, values, rows[-shared:], columns
-            return x, query, keys, values, rows, columns
+                return x[-1:], query[:, -shared:], keys, values, rows[shared][-shared:], columns
+            return x, query, keys, values, rows[shared], columns
 
         return attend
 
-    def _places(self, input_pos: Tensor, filled: int) -> tuple[Tensor, Tensor]:
-        """Return the positions of queries and of keys, for masks."""
-        shared = self.spec.attention.heads // self.spec.attention.num_kv_heads
-        scaled = input_pos.to(torch.float32)[:, None] * HIDDEN
-        rows = scaled.expand(-1, shared).reshape(-1, 1)
-        return rows, torch.arange(filled, dtype=torch.float32)[None] * HIDDEN
+    def _queries_of_a_key(self) -> Iterator[int]:
+        """Yield how many queries share a key, each number once."""
+        here = (a for index, _, a in self.spec.attentions() if self.mixed_here[index])
+        yield from dict.fromkeys(_queries_of_a_key(a) for a in here)
 
     def _attend_there(self, input_pos: Tensor) -> Attend:
         """Return what leaves cache and attention to the operators of ExecuTorch's LLM runners."""
@@ -393,14 +641,16 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         last = len(self.spec.layers) - 1
 
         def attend(
-            index: int, x: Tensor, query: Tensor, keys: Tensor, values: Tensor
+            index: int, x: Tensor, query: Tensor, own: Sequence[Tensor]
         ) -> tuple[Tensor, ...]:
-            caches = self.get_buffer(f"keys_{index}"), self.get_buffer(f"values_{index}")
-            for made, cache in zip((keys, values), caches, strict=True):
+            a = attention(self.spec, index)
+            holder = _holder(a, index)
+            caches = self.get_buffer(f"keys_{holder}"), self.get_buffer(f"values_{holder}")
+            for made, cache in zip(own, caches, strict=False):
                 torch.ops.llama.update_cache(made[None], cache, first)
             mixed = torch.ops.llama.custom_sdpa(
                 query[None], *caches, first, None, 0.0, True, 1.0
-            ).reshape(-1, self.spec.attention.query_width)
+            ).reshape(-1, a.query_width)
             return (x[-1:], mixed[-1:]) if index == last else (x, mixed)
 
         return attend
@@ -417,6 +667,13 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         scale = self.spec.embedding_scale
         return rows if scale == 1 else rows * scale
 
+    def _layer_rows(self, index: int, embedded: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a layer's own embedding of the tokens is made of."""
+        assert self.layer_embedding is not None  # noqa: S101 - else there are no places
+        if index == len(self.spec.layers) - 1:  # only the last token's logits are wanted
+            embedded, places = embedded[-1:], places[-1:]
+        return embedded, self.layer_embedding(places, index)
+
     def _where(
         self, index: int, rotations: Mapping[Rope, tuple[Tensor, Tensor]], growth: Tensor | None
     ) -> tuple[Tensor, ...]:
@@ -424,17 +681,34 @@ class XnnpackDecoder(nn.Module):  # type: ignore[misc]  # it is Any here
         if index == len(self.spec.layers):
             return ()
         rope = self.spec.layers[index].rope
-        return (*(rotations[rope] if rope else ()), *(() if growth is None else (growth,)))
+        mixer = self.spec.mixer(index)
+        grown = growth if isinstance(mixer, Attention) and mixer.query_growth else None
+        return (*(rotations[rope] if rope else ()), *(() if grown is None else (grown,)))
 
     def _cache(
-        self, index: int, keys: Tensor, values: Tensor, input_pos: Tensor, filled: int
+        self, index: int, made: Sequence[Tensor], input_pos: Tensor, filled: int
     ) -> tuple[Tensor, Tensor]:
+        keys, values = made
         all_keys, all_values = self.get_buffer(f"keys_{index}"), self.get_buffer(f"values_{index}")
         # Not as an assignment: that drops leading axes of length 1, which ExecuTorch wants.
         aten = torch.ops.aten
         aten.index_put_(all_keys, [None, None, input_pos], keys)
         aten.index_put_(all_values, [None, input_pos], values)
         return all_keys[:, :, :filled], all_values[:, :filled]
+
+
+def _holder(a: Attention, index: int) -> int:
+    """Return which layer holds the keys and values that a layer reads."""
+    return index if a.cache_of is None else a.cache_of
+
+
+def _queries_of_a_key(a: Attention) -> int:
+    return a.heads // a.num_kv_heads
+
+
+def _repeated(rows: Tensor, count: int) -> Tensor:
+    """Return every row so many times."""
+    return rows.expand(-1, count).reshape(-1, 1)
 
 
 def _promise(is_true: bool) -> None:

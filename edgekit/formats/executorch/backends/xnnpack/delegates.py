@@ -7,24 +7,31 @@ tensor types.
 
 import copy
 import functools
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias, assert_never
 
 # This is the workstation's half: nothing that runs on a device imports it.
 import torch  # noqa: TID253
 from torch import Tensor, fx, nn  # noqa: TID253
 
 from edgekit.formats.executorch import lowering, tensor_types
+from edgekit.formats.executorch.assembly import Slice
 from edgekit.formats.executorch.backends import xnnpack
-from edgekit.formats.executorch.backends.xnnpack import decoder
-from edgekit.formats.executorch.backends.xnnpack.decoder import Segment, SegmentShape
+from edgekit.formats.executorch.backends.xnnpack import decoder, limits
+from edgekit.formats.executorch.backends.xnnpack.decoder import (
+    FirstHalf,
+    SecondHalf,
+    Segment,
+    SegmentShape,
+)
+from edgekit.formats.executorch.contents import SLICE
 from edgekit.formats.executorch.lowering import TRACED_TOKENS
+from edgekit.model.mixers import DeltaNet, ShortConv
+from edgekit.model.shapes import Shape
 from edgekit.model.spec import DecoderSpec
 
 
-if TYPE_CHECKING:
-    from edgekit.model.shapes import Shape
-
+Example: TypeAlias = tuple[Shape, dict[int, Any]]  # and which axes have any length
 
 aten = torch.ops.aten
 # What XNNPACK's serializer calls an operator of the exported graph.
@@ -34,6 +41,7 @@ _NAMES = {
     aten.cat.default: "aten.cat.default",
     aten.exp.default: "aten.exp.default",
     aten.linear.default: "aten.linear.default",
+    aten.log.default: "aten.log.default",
     aten.minimum.default: "aten.minimum.default",
     aten.mul.Tensor: "aten.mul.Tensor",
     aten.permute.default: "aten.permute_copy.default",
@@ -61,10 +69,11 @@ class Segments:
         uses_llm_operators: bool,
     ) -> None:
         self._spec, self._tensor_types = spec, tensor_types
-        self._context_tokens = context_tokens
+        self._context_tokens, self._shapes = context_tokens, dict(spec.weights())
         self.numbers: dict[str, bytes] = {}
         self.operators = 0
         self.weights: set[str] = set()  # by role
+        self.slices: dict[str, Slice] = {}
         self.modules = [
             self._delegate(shape, decoder.segment_roles(spec, index))
             for index, shape in enumerate(
@@ -81,34 +90,78 @@ class Segments:
         graph = template.instance(roles, self._tensor_types)
         self.numbers |= template.numbers
         self.operators += len(graph.xnodes)
-        self.weights.update(template.weights(roles))
+        used = template.weights(roles)
+        self.weights.update(key.partition(SLICE)[0] for key in used)
+        for key in used:
+            if SLICE in key:
+                self.slices.update(self._slices(key))
         return lowering.delegate(
             xnnpack.BACKEND.id,
             serialize_xnnpack_binary(graph, bytearray()),
             functools.partial(_outputs, self._spec, shape),
         )
 
+    def _slices(self, key: str) -> Iterator[tuple[str, Slice]]:
+        """Yield the parts of some rows of a weight: one layer's of what makes embeddings of all."""
+        role, _, first = key.partition(SLICE)
+        own, shape = self._spec.layer_embedding, self._shapes[role]
+        assert own is not None  # noqa: S101 - nothing else is there in slices
+        for part in tensor_types.parts(role, shape, self._tensor_types[role]):
+            row_bytes = part.size_bytes // shape[0]
+            yield (
+                key + part.key.removeprefix(role),
+                Slice(
+                    of=part.key,
+                    first_byte=int(first) * row_bytes,
+                    size_bytes=own.width * row_bytes,
+                ),
+            )
+
 
 def _outputs(spec: DecoderSpec, shape: SegmentShape, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
     """Return tensors of the shapes that a segment gives."""
-    if not shape.fills_cache:
-        return (x.new_empty(1, spec.vocab_size),)
-    a, tokens = spec.attention, x.shape[0]
-    made: list[Shape]
-    if shape.feeds_mix:
-        shared = a.heads // a.num_kv_heads
-        made = [
-            (a.num_kv_heads, tokens * shared, a.head_dim),
-            (a.num_kv_heads, a.head_dim, tokens),
-            (a.num_kv_heads, tokens, a.head_dim),
-        ]
+    net, tokens = shape.ends, x.shape[0]
+    made: list[Shape] = []
+    if isinstance(net, DeltaNet):
+        made.append(net.states(spec.hidden_size)["recurrent"])
+    if shape.begins is None:
+        made.append((1, spec.vocab_size))
     else:
-        made = [(tokens, heads, a.head_dim) for heads in (a.heads, a.num_kv_heads, a.num_kv_heads)]
-    changed = (torch.empty_like(x),) if shape.changes_x else ()
-    return (*changed, *(x.new_empty(size) for size in made))
+        made += [(tokens, spec.hidden_size)] if shape.changes_x else []
+        made += _begun(spec, shape.begins, tokens)
+    return tuple(x.new_empty(size) for size in made)
 
 
-@functools.lru_cache(maxsize=8)
+def _begun(
+    spec: DecoderSpec, begins: FirstHalf | ShortConv | DeltaNet, tokens: int
+) -> Iterator[Shape]:
+    """Yield the shapes of what the first half of a layer gives."""
+    match begins:
+        case ShortConv():
+            yield from [(tokens, spec.hidden_size)] * 2
+        case DeltaNet():
+            yield (tokens, begins.value_width)
+            yield from [(tokens, begins.value_heads)] * 2
+            yield (tokens, begins.channels)
+        case FirstHalf(attention=a):
+            made: list[Shape]
+            if begins.feeds_mix:
+                made = [
+                    (a.num_kv_heads, tokens * (a.heads // a.num_kv_heads), a.head_dim),
+                    (a.num_kv_heads, a.head_dim, tokens),
+                    (a.num_kv_heads, tokens, a.head_dim),
+                ]
+            else:
+                all_heads = (a.heads, a.num_kv_heads, a.num_kv_heads)
+                made = [(tokens, heads, a.head_dim) for heads in all_heads]
+            yield from made if a.has_cache else made[:1]
+            if a.has_output_gate:
+                yield (tokens, a.query_width)
+        case _:
+            assert_never(begins)
+
+
+@functools.lru_cache(maxsize=32)  # a decoder with two kinds of layers has a dozen
 def _template(spec: DecoderSpec, shape: SegmentShape, context_tokens: int) -> "_Template":
     return _Template(spec, shape, context_tokens)
 
@@ -132,6 +185,8 @@ class _Template:
             version="0", xnodes=[], xvalues=[], num_externs=len(externals), input_ids=[],
             output_ids=[], constant_data=[schema.ConstantDataOffset(0, 0)],
         )  # fmt: skip
+        for name in exported.graph_signature.parameters:
+            exported.state_dict[name] = torch.empty(1)  # a visitor copies what a weight holds
         visitors = get_node_visitors(exported, externals, NamedDataStore())
         ids: dict[fx.Node, int] = {}
         for node in exported.graph.nodes:
@@ -159,25 +214,23 @@ class _Template:
             self.numbers[key] = content
 
     def weights(self, roles: Mapping[str, str]) -> set[str]:
-        """Return the roles of the weights that are operands of the graph."""
+        """Return the roles of the weights that are operands of the graph, or keys of slices."""
         return {roles[name] for name in self._weights}
 
     def instance(self, roles: Mapping[str, str], stored: Mapping[str, str]) -> Any:
         """Return the graph with the weights of one layer, stored as told."""
         graph = copy.deepcopy(self._graph)
         for name, id in self._weights.items():
-            role = roles[name]
+            key = roles[name]
+            kind = stored[key.partition(SLICE)[0]]
             data = graph.constant_data[graph.xvalues[id].xvalue_union.constant_buffer_idx]
             tensor = graph.xvalues[id].xvalue_union
-            sizes = [
-                part.size_bytes
-                for part in tensor_types.parts(role, tuple(tensor.dims), stored[role])
-            ]
-            data.named_key, data.size = role, sizes[0]
-            if stored[role] == "F16":
+            sizes = [part.size_bytes for part in tensor_types.parts(key, tuple(tensor.dims), kind)]
+            data.named_key, data.size = key, sizes[0]
+            if kind == "F16":
                 tensor.datatype = _half()
             elif sizes[1:]:
-                _quantize(graph, id, stored[role], role + tensor_types.SCALE, sizes[1])
+                _quantize(graph, id, kind, key + tensor_types.SCALE, sizes[1])
         return _with_rounded_inputs(graph)
 
 
@@ -188,11 +241,7 @@ def _half() -> Any:
 
 
 def _export_segment(spec: DecoderSpec, shape: SegmentShape, context_tokens: int) -> Any:
-    depth = len(spec.layers)
-    index = 0 if not shape.reads_cache else depth if not shape.fills_cache else 1
-    shapes = dict(spec.weights())
-    roles = decoder.segment_roles(spec, index)
-    weights = {name: torch.empty(shapes[role]) for name, role in roles.items()}
+    weights = {name: torch.empty(size) for name, size in shape.weights}
     inputs, (first, *others) = _example(spec, shape, context_tokens)
     return torch.export.export(
         Segment(spec, shape, weights),
@@ -206,28 +255,58 @@ def _example(
     spec: DecoderSpec, shape: SegmentShape, context_tokens: int
 ) -> tuple[list[Tensor], list[dict[int, Any]]]:
     """Return inputs of a segment, and which of their axes have any length."""
-    a, shared = spec.attention, spec.attention.heads // spec.attention.num_kv_heads
-    tokens = torch.export.Dim("tokens", min=1, max=context_tokens)
+    longest = limits.call_tokens(spec, context_tokens=context_tokens)
+    tokens = torch.export.Dim("tokens", min=1, max=longest)
     filled = torch.export.Dim("filled", min=1, max=context_tokens)
-    rows, count = ({0: tokens}, TRACED_TOKENS) if shape.fills_cache else ({}, 1)
-    queries = shared * tokens if shape.fills_cache else None
-    given: list[tuple[Shape, dict[int, Any]]] = [((count, spec.hidden_size), rows)]
-    if shape.reads_cache and shape.mixes:
-        heads, width = a.num_kv_heads, a.head_dim
-        given += [
-            ((heads, shared * count, width), {1: queries} if queries else {}),
-            ((heads, width, _TRACED_FILLED), {2: filled}),
-            ((heads, _TRACED_FILLED, width), {1: filled}),
-            ((shared * count, 1), {0: queries} if queries else {}),
-            ((1, _TRACED_FILLED), {1: filled}),
-        ]
-    elif shape.reads_cache:
-        given.append(((count, a.query_width), rows))
-    if shape.rope_width is not None:
-        given += [((count, 1, shape.rope_width), rows)] * 2
-    if shape.fills_cache and a.query_growth:
-        given.append(((count, 1, 1), rows))
+    begins = shape.begins
+    rows, count = ({0: tokens}, TRACED_TOKENS) if begins else ({}, 1)
+    given: list[Example] = [((count, spec.hidden_size), rows)]
+    match shape.ends:
+        case None:
+            pass
+        case ShortConv(taps=taps):
+            given += given * (1 + taps)
+        case DeltaNet() as net:
+            given.append(((count, net.value_width), rows))
+            given += _example_of_rule(spec, net, tokens)
+            given += [] if begins else [((1, 1, TRACED_TOKENS), {2: tokens})]
+        case SecondHalf() as half:
+            given += _example_of_attention(half, tokens if begins else None, filled)
+        case other:
+            assert_never(other)
+    if shape.ends and (own := spec.layer_embedding):
+        given += [((count, width), rows) for width in (spec.hidden_size, own.width)]
+    if isinstance(begins, FirstHalf):
+        if begins.rope_width is not None:
+            given += [((count, 1, begins.rope_width), rows)] * 2
+        if begins.attention.query_growth:
+            given.append(((count, 1, 1), rows))
     return [torch.zeros(size) for size, _ in given], [axes for _, axes in given]
+
+
+def _example_of_attention(half: SecondHalf, tokens: Any, filled: Any) -> Iterator[Example]:
+    """Yield what the second half of attention reads, of one token if ``tokens`` is None."""
+    a, count = half.attention, TRACED_TOKENS if tokens else 1
+    heads, width, shared = a.num_kv_heads, a.head_dim, a.heads // a.num_kv_heads
+    if half.mixes:
+        yield (heads, shared * count, width), {1: shared * tokens} if tokens else {}
+        yield (heads, width, _TRACED_FILLED), {2: filled}
+        yield (heads, _TRACED_FILLED, width), {1: filled}
+        yield (shared * count, 1), {0: shared * tokens} if tokens else {}
+        yield (1, _TRACED_FILLED), {1: filled}
+    else:
+        yield (count, a.query_width), {0: tokens} if tokens else {}
+    if a.has_output_gate:
+        yield (count, a.query_width), {0: tokens} if tokens else {}
+
+
+def _example_of_rule(spec: DecoderSpec, net: DeltaNet, tokens: Any) -> Iterator[Example]:
+    """Yield what the gated delta rule reads: of all tokens, whichever are wanted."""
+    rows, count = {0: tokens}, TRACED_TOKENS
+    yield from [((count, net.value_heads), rows)] * 2
+    yield (limits.MASKS, count, count), {1: tokens, 2: tokens}
+    yield net.states(spec.hidden_size)["recurrent"], {}
+    yield from [((count, net.channels), rows)] * net.taps
 
 
 def _constants(exported: Any) -> dict[str, str]:

@@ -14,9 +14,11 @@ import torch  # noqa: TID253
 
 from edgekit.formats.executorch import embeddings, lowering
 from edgekit.formats.executorch.assembly import Lowered
+from edgekit.formats.executorch.backends.xnnpack import limits
 from edgekit.formats.executorch.backends.xnnpack.decoder import XnnpackDecoder
 from edgekit.formats.executorch.backends.xnnpack.delegates import Segments
 from edgekit.formats.executorch.coverage import Coverage
+from edgekit.formats.executorch.planned import TABLES, shapes
 from edgekit.model.spec import DecoderSpec
 from edgekit.runtime.silence import silence
 
@@ -40,21 +42,31 @@ def lower(
     """
     with silence(), torch.no_grad():
         made = Segments(spec, tensor_types, context_tokens, uses_llm_operators=uses_llm_operators)
+        held = dict(shapes(spec))
+        tables = {
+            role: embeddings.empty(role, held[role], tensor_types[role])
+            for role in TABLES
+            if role in held
+        }
         decoder = XnnpackDecoder(
             spec,
-            embedding=embeddings.empty(spec, tensor_types["token_embedding"]),
+            tables={role: table.module for role, table in tables.items()},
             segments=made.modules,
             context_tokens=context_tokens,
             uses_llm_operators=uses_llm_operators,
         )
         if uses_llm_operators:
             from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - operators
-        program = lowering.emit(decoder, constants, longest_tokens=context_tokens)
+        longest = limits.call_tokens(spec, context_tokens=context_tokens)
+        program = lowering.emit(decoder, constants, longest_tokens=longest)
         lowering.close_gaps(program)
         return Lowered(
             program=program,
             numbers=made.numbers,
-            table=lowering.table_constants(program, spec),
+            slices=made.slices,
+            tables=lowering.spread_tables(
+                program, [part for table in tables.values() for part in table.stand_ins]
+            ),
             coverage=Coverage(
                 delegated_operators=made.operators,
                 delegated_weights=frozenset(made.weights),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit.formats.executorch import assembly, coverage, memory
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.formats.executorch.backends._writing import BackendWriting
-from edgekit.formats.executorch.backends.xnnpack import attention, size
+from edgekit.formats.executorch.backends.xnnpack import attention, limits, size
 
 
 if TYPE_CHECKING:
@@ -22,9 +22,17 @@ class XnnpackWriting(BackendWriting):
     backend = xnnpack.BACKEND
 
     def notes(self, spec: "DecoderSpec", variant: str) -> Iterator[str]:
-        """Yield which layers the operator of LLM runners leaves to others."""
+        """Yield which layers the operator of LLM runners leaves to others, and what stays fine."""
         found = attention.note(spec) if variant == xnnpack.LLM else None
         yield from () if found is None else (found,)
+        if limits.has_nets(spec):
+            yield (
+                f"a call reads at most {limits.CALL_TOKENS} tokens of a prompt; taps, decays, "
+                "betas and alphas of delta nets are float32 in every recipe, their other matrices "
+                "of eight bits at least"
+            )
+        elif spec.has_states:
+            yield "the taps of convolutions are float32 in every recipe"
 
     def file_bytes(
         self, spec: "DecoderSpec", planned: tuple["ProgramWeight", ...], variant: str
@@ -33,11 +41,19 @@ class XnnpackWriting(BackendWriting):
         parts = [part for weight in planned for part in weight.parts]
         return size.file_bytes(spec, parts, uses_llm_operators=variant == xnnpack.LLM)
 
+    def constants(
+        self, spec: "DecoderSpec", variant: str, *, context_tokens: int
+    ) -> Mapping[str, Any]:
+        """Tell a runner how many tokens it may have read at once."""
+        longest = limits.call_tokens(spec, context_tokens=context_tokens)
+        return {**self.backend.builds[variant].constants, "get_max_seq_len": longest}
+
     def memory_use(
         self, spec: "DecoderSpec", layout: "Layout", *, context_tokens: int
     ) -> "MemoryUse":
         """Return what ExecuTorch will hold."""
-        return memory.use(spec, layout, context_tokens=context_tokens)
+        longest = limits.call_tokens(spec, context_tokens=context_tokens)
+        return memory.use(spec, layout, context_tokens=context_tokens, call_tokens=longest)
 
     def write(self, job: "Job", path: Path) -> Mapping[str, Any]:
         """Write the program, one block of rows in memory at a time."""
