@@ -50,6 +50,10 @@ _KNOWN_TYPES = frozenset(
     {"gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3", "stablelm"}
 )
 _TYPES_WITH_STATES = frozenset({"lfm2", "qwen3_5_text"})  # where a layer has one; else a Llama too
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", "lfm2": "Lfm2ForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+}  # fmt: skip
 # What transformers and transformers.js call layers, which the latter gives states accordingly.
 _LAYER_TYPES: Mapping[type[Mixer], str] = {
     Attention: "full_attention", ShortConv: "conv", DeltaNet: "linear_attention"
@@ -179,13 +183,14 @@ def _config(checkpoint: "CheckpointProtocol") -> Mapping[str, Any]:
     """Return a config.json that all clients know, or none where the checkpoint has none."""
     said, spec = checkpoint.config, checkpoint.spec
     known = _TYPES_WITH_STATES if spec.has_states else _KNOWN_TYPES
+    kind = _genai_type(spec) if spec.has_states else "llama"
     if not said or checkpoint.architecture in known:
         return said
     attention = next((it for _, _, it in spec.caches()), spec.attention)
     width = cache_width(attention)
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [_ARCHITECTURES[kind]],
+        "model_type": kind,
         **{field: said[field] for field in _ID_FIELDS if field in said},
         "head_dim": width,
         # Of all heads together: Optimum divides it to know the cache.

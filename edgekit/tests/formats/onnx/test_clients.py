@@ -45,7 +45,9 @@ LLAMAS = (
     "apertus", "exaone4-windows", "gemma4", "gemma4-31b", "granite4", "hunyuan", "ministral3",
     "olmo2", "phi",
 )  # fmt: skip
-HYBRIDS = [name for name, case in TINY.items() if case.model_type in {"lfm2", "qwen3_5_text"}]
+HYBRIDS = [
+    name for name, case in TINY.items() if case.model_type in {"lfm2", "lfm3", "qwen3_5_text"}
+]
 KINDS = [
     name
     for name, case in TINY.items()
