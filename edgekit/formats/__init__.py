@@ -51,7 +51,6 @@ class Layout:
     largest_buffer: GpuBuffer | None = None  # what a browser must be able to bind
     needs_shader_f16: bool = False  # whether a browser's GPU must know float16
     kernel_kl_nats: float = 0.0  # mean KL that the runtime's own kernels add to any weights
-    state_kl_nats: float = 0.0  # mean KL that rounded weights cost more where states add it up
     is_half: bool = False  # whether products are computed and the cache is kept in float16
     overhead_bytes: int = (
         0  # what a token takes besides reading weights, as bytes that take as long

@@ -275,7 +275,7 @@ def _check_logits(
             cache_kl_nats.append(golden.mean_kl_nats(said[: len(golden.ids)]))
     fidelity, limits = comparison.result(), subject.recipe
     max_mean_kl_nats = max_logit_kl_nats(limits, subject.layout)
-    least = min_same_top_token(limits, subject.layout)
+    least = limits.min_same_top_token
     max_cache_kl_nats = max(limits.max_mean_kl_nats, MAX_CACHE_KL_NATS)
     found.add(
         "logits",
@@ -292,13 +292,7 @@ def _check_logits(
 
 def max_logit_kl_nats(recipe: Recipe, layout: Layout) -> float:
     """Return the mean KL of an artifact at most: its weights' and the runtime's kernels'."""
-    return recipe.max_mean_kl_nats + layout.state_kl_nats + layout.kernel_kl_nats
-
-
-def min_same_top_token(recipe: Recipe, layout: Layout) -> float:
-    """Return the share of equal top tokens at least; others grow with the root of the KL."""
-    grown = math.sqrt(1 + layout.state_kl_nats / recipe.max_mean_kl_nats)
-    return max(0.0, 1 - grown * (1 - recipe.min_same_top_token))
+    return recipe.max_mean_kl_nats + layout.kernel_kl_nats
 
 
 def _both(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest, Layout
-from edgekit.formats.executorch import app_kit, backends, tensor_types
+from edgekit.formats.executorch import app_kit, backends
 from edgekit.formats.executorch.backends import Backend
 from edgekit.formats.executorch.planned import Job, ProgramWeight, shapes
 from edgekit.model.spec import DecoderSpec
@@ -80,7 +80,6 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         variant=variant,
         is_half=recipe.name in backend.half_recipes,
         reads_by_token=backend.reads_by_token,
-        state_kl_nats=tensor_types.state_kl_nats(recipe, spec),
     )
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edgekit.model.mixers import DeltaNet
 from edgekit.model.shapes import Shape
 from edgekit.model.spec import DecoderSpec
 from edgekit.quant import grid, rounding
@@ -79,10 +78,6 @@ _LIMITS = {
     "F32": (1e-9, 0.999), "F16": (1e-4, 0.97), "8da8w": (0.06, 0.83), "8da4w": (0.8, 0.25),
     "8da4w_g64": (0.9, 0.23), "8da4w_g128": (1.05, 0.22), "8da4w_all": (1.1, 0.21),
 }  # fmt: skip
-# What delta nets, which normalize what they read of small states, may have more. Measured on two
-# tiny random ones with 8da8w: 0.114 with 78.2 % of the top tokens, and 0.034 with 85.1 %; of that,
-# rounded weights alone make more than four fifths. With F16 7e-5.
-_NET_KL_NATS = {"F16": 3e-4, "8da8w": 0.1}
 _recipe = with_limits(_LIMITS)
 
 RECIPES: Mapping[str, Recipe] = {
@@ -97,13 +92,6 @@ RECIPES: Mapping[str, Recipe] = {
         _recipe("8da4w_all", "INT4_G32", _EXACT, *_EIGHT_BITS),
     )
 }
-
-
-def state_kl_nats(recipe: Recipe, spec: DecoderSpec) -> float:
-    """Return what rounded weights cost more, in mean KL, where a decoder has delta nets."""
-    mixers = (spec.mixer(index) for index in range(len(spec.layers)))
-    has_nets = any(isinstance(mixer, DeltaNet) for mixer in mixers)
-    return _NET_KL_NATS.get(recipe.name, 0.0) if has_nets else 0.0
 
 
 def stored_as(wanted: str, columns: int) -> str:

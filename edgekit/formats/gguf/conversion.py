@@ -99,7 +99,6 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         ),
         calibration=calibration_sha256(checkpoint.calibration, planned.parts),
         kernel_kl_nats=_kernel_kl_nats(checkpoint.spec),
-        state_kl_nats=tensor_types.state_kl_nats(request.recipe, checkpoint.spec),
         overhead_bytes=speed.overhead_bytes(checkpoint.spec),
     )
 

@@ -116,17 +116,7 @@ _LIMITS = {
     "Q4_K_S": (0.66, 0.35), "Q4_1": (0.9, 0.29), "IQ4_NL": (0.75, 0.32), "Q4_0": (1.1, 0.28),
     "Q3_K_M": (0.8, 0.31), "Q2_K": (1.6, 0.24),
 }  # fmt: skip
-# What states add to that mean KL: random delta nets have short keys, and outputs from nearly empty
-# states, which norms lengthen. Twice what four tiny Qwen 3.5 and LFM2 showed at most: F16 6.8e-4,
-# BF16 0.024, Q8_0 and Q6_K 0.11, Q5_K_M and Q4_K_M 1.1, Q4_0 1.7, Q2_K 2.0.
-_STATE_KL_NATS = {"F32": 0.0, "F16": 1.4e-3, "BF16": 0.05, "Q8_0": 0.2, "Q6_K": 0.2}
-_COARSE_STATE_KL_NATS = 2.0  # below 6 bits
 _recipe = with_limits(_LIMITS)
-
-
-def state_kl_nats(recipe: Recipe, spec: DecoderSpec) -> float:
-    """Return what rounding costs more in a decoder that keeps states."""
-    return _STATE_KL_NATS.get(recipe.name, _COARSE_STATE_KL_NATS) if spec.has_states else 0.0
 
 
 RECIPES: Mapping[str, Recipe] = {

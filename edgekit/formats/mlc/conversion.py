@@ -160,7 +160,6 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         calibration=calibration_sha256(checkpoint.calibration, planned.placements),
         largest_buffer=GpuBuffer(name=largest.name, size_bytes=largest.memory_bytes),
         needs_shader_f16=scheme_of(recipe).dtype == "float16",
-        state_kl_nats=packing.state_kl_nats(recipe.name) if checkpoint.spec.has_states else 0.0,
     )
 
 

@@ -111,10 +111,6 @@ _LIMITS = {
     "q0f16": (1e-4, 0.97), "q0f32": (1e-3, 0.97), "q4f16_2": (0.6, 0.29), "q4f32_1": (0.8, 0.25),
     "q4f16_1": (0.8, 0.25), "q4f16_0": (0.8, 0.25), "q3f16_1": (4.0, 0.06),
 }  # fmt: skip
-# What delta nets, which normalize what they read of small states, may have more. Measured on two
-# tiny random ones: q0f16 up to 8e-4, q0f32 2.4e-2, four bits 2.3, with 13 % of the top tokens.
-_STATE_KL_NATS = {"q0f16": 1e-3, "q0f32": 0.03}
-_COARSE_STATE_KL_NATS = 2.5
 _recipe = with_limits(_LIMITS, _FORGETTING)
 
 RECIPES: Mapping[str, Recipe] = {
@@ -161,11 +157,6 @@ class PackedTensor:
     def size_bytes(self) -> int:
         """What it takes in a file, where a float32 is a bfloat16."""
         return self.items * (4 if self.dtype == "uint32" else 2)
-
-
-def state_kl_nats(scheme_name: str) -> float:
-    """Return what rounded weights cost more, in mean KL, where a decoder keeps states."""
-    return _STATE_KL_NATS.get(scheme_name, _COARSE_STATE_KL_NATS)
 
 
 def is_transposed(parameter: Parameter, tensor_type: str, scheme: Scheme) -> bool:

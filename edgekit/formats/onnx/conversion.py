@@ -185,7 +185,6 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         largest_buffer=_largest_buffer(checkpoint.spec, planned),
         needs_shader_f16=any(tensor.dtype == "float16" for tensor in planned.tensors),
         is_half=planned.how.is_half,
-        state_kl_nats=tensor_types.state_kl_nats(request.recipe, checkpoint.spec),
     )
 
 

@@ -245,18 +245,7 @@ _LIMITS = {
     "UINT4": (0.75, 0.3), "INT4": (0.85, 0.27), "UINT4_GPU": (0.75, 0.3), "UINT4_128": (1.0, 0.25),
     "INT4_128": (1.3, 0.22), "UINT4_ALL": (0.9, 0.25),
 }  # fmt: skip
-# What states add to that mean KL, as they add up over a text what rounding errs by, and as norms
-# lengthen what is read from a state that is nearly empty. Of tiny random delta nets with 4 to 14
-# seeds the worst had: F16 and F16_GPU 6e-4, INT8 0.12 (77.3 % of top tokens), UINT4 1.2, INT4 1.3,
-# UINT4_ALL 2.0; convolutions of five taps 1.0 as UINT4, 1.5 as UINT4_ALL.
-_STATE_KL_NATS = {"F32": 0.0, "F16": 1e-3, "F16_GPU": 1e-3, "INT8": 0.15}
-_COARSE_STATE_KL_NATS = 1.5  # below 8 bits
 _recipe = with_limits(_LIMITS, _FINE)
-
-
-def state_kl_nats(recipe: Recipe, spec: DecoderSpec) -> float:
-    """Return what rounding costs more in a decoder that keeps states."""
-    return _STATE_KL_NATS.get(recipe.name, _COARSE_STATE_KL_NATS) if spec.has_states else 0.0
 
 
 RECIPES: Mapping[str, Recipe] = {

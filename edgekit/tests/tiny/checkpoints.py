@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CONTEXT_TOKENS = 256
 ORIGINAL_TOKENS = 64  # the context before a rope was stretched
 WINDOW_TOKENS = 16
+ALIKE = 0.9  # correlation of a delta net's queries and keys
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3,
@@ -422,11 +423,24 @@ def _randomize(model: Any, model_type: str, *, seed: int) -> None:
                 weight.add_(1.0)
             if name.endswith("q_norm.weight") and model_type in _SCALES_NO_SCORES:
                 weight.div_(len(weight) ** 0.5)
+            if name.endswith(("linear_attn.in_proj_qkv.weight", "linear_attn.conv1d.weight")):
+                _align(weight, model.config)
             if name.endswith("A_log"):  # states that last for some tokens, and for many
                 weight.uniform_(0.02, 3.0, generator=source).log_()
         for name, scale in model.named_buffers():
             if name.endswith("layer_scalar"):
                 scale.uniform_(0.5, 1.5, generator=source)
+
+
+def _align(weight: "torch.Tensor", config: Any) -> None:
+    """Give keys of delta nets something of the queries, as trained ones have.
+
+    What is read of a nearly empty state would else be of either sign by chance, and a norm makes it
+    as loud as any: no rounding of weights leaves that alone.
+    """
+    count = config.linear_num_key_heads * config.linear_key_head_dim
+    query, key = weight[:count], weight[count : 2 * count]
+    key.mul_((1 - ALIKE**2) ** 0.5).add_(query, alpha=ALIKE)
 
 
 @functools.cache

@@ -169,13 +169,6 @@ def test_four_bits_leave_delta_nets_eight_and_what_decays_exact(checkpoint):
     assert any("delta nets are float32" in note for note in layout.notes)
 
 
-@pytest.mark.parametrize(("recipe", "has_more"), [("F32", False), ("8da8w", True)])
-def test_rounded_delta_nets_are_judged_by_limits_of_their_own(checkpoint, recipe, has_more):
-    request = BuildRequest(recipe=tensor_types.RECIPES[recipe], variant=xnnpack.PORTABLE)
-    more_kl_nats = writing.lay_out(checkpoint, request).state_kl_nats
-    assert (more_kl_nats > 0) == (has_more and limits.has_nets(checkpoint.spec))
-
-
 def test_runners_are_told_how_much_a_call_may_read(checkpoint):
     found = conversion.metadata(checkpoint, CONTEXT_TOKENS, xnnpack.PORTABLE)
     has_nets = limits.has_nets(checkpoint.spec)

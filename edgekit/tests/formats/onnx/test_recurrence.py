@@ -9,7 +9,7 @@ from edgekit.formats import BuildRequest
 from edgekit.formats.onnx import conversion, memory, tensor_types, writing
 from edgekit.proof import transformers_logits
 from edgekit.source import opening
-from edgekit.tests.formats.onnx.test_families import F32, MAX_KL_NATS, compare, decoded, make
+from edgekit.tests.formats.onnx.test_families import MAX_KL_NATS, compare, decoded, make
 from edgekit.tests.needs import needs
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 
@@ -151,8 +151,3 @@ def test_four_bits_leave_eight_to_the_matrices_of_delta_nets_and_say_so(tmp_path
         }  # fmt: skip
         assert kinds == {"UINT4" if recipe == "UINT4_ALL" else "INT8"}
     assert told == [False, True, False]
-
-
-def test_a_decoder_without_states_is_judged_as_before(tmp_path):
-    checkpoint = opening.open_checkpoint(write_tiny_checkpoint(tmp_path, "qwen3"))
-    assert writing.lay_out(checkpoint, BuildRequest(recipe=F32)).state_kl_nats == 0
