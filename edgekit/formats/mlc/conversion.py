@@ -158,6 +158,7 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         is_exact=True,
         notes=(*decoders.notes(checkpoint.spec), *_notes(checkpoint, planned)),
         calibration=calibration_sha256(checkpoint.calibration, planned.placements),
+        kernel_kl_nats=packing.library_kl_nats(request.recipe, checkpoint.spec),
         largest_buffer=GpuBuffer(name=largest.name, size_bytes=largest.memory_bytes),
         needs_shader_f16=scheme_of(recipe).dtype == "float16",
     )

@@ -16,7 +16,7 @@ from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest
 from edgekit.proof import transformers_logits
 from edgekit.proof.fidelity import Comparison, Fidelity
-from edgekit.proof.gates import max_logit_kl_nats, min_same_top_token
+from edgekit.proof.gates import max_logit_kl_nats
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.tiny.checkpoints import TINY, write_tiny_checkpoint
@@ -66,7 +66,7 @@ def share(checkpoint: Checkpoint, format: str, quant: str, directory: Path, *, s
     found = fidelity(checkpoint, format, directory / entry, context_tokens=context, seed=seed)
     return max(
         found.mean_kl_nats / max_logit_kl_nats(recipe, layout),
-        (1 - found.same_top_token) / (1 - min_same_top_token(recipe, layout)),
+        (1 - found.same_top_token) / (1 - recipe.min_same_top_token),
     )
 
 

@@ -290,9 +290,9 @@ TINY: dict[str, TinyCase] = {
     ),
     "lfm2-five-taps": TinyCase(
         model_type="lfm2", voice="llama3",
-        fields={"num_hidden_layers": 4, "conv_L_cache": 5, "block_auto_adjust_ff_dim": False,
+        fields={"conv_L_cache": 5, "block_auto_adjust_ff_dim": False,
                 "norm_eps": 1e-3, "tie_word_embeddings": False,
-                "layer_types": ["full_attention", "conv", "conv", "full_attention"]},
+                "layer_types": ["full_attention", "conv", "full_attention"]},
     ),
     "lfm2-bias": TinyCase(
         model_type="lfm2", voice="llama3",
@@ -411,36 +411,44 @@ def _randomize(model: Any, model_type: str, *, seed: int) -> None:
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            # Sharper logits than weights inside: then small errors inside move the answer.
-            std = 0.3 if "embed" in name or "lm_head" in name else 0.15
-            if "conv" in name:  # few numbers are added up there
-                std = 0.5
-            weight.normal_(std=std, generator=source)
+            weight.normal_(std=_spread(name, weight), generator=source)
             is_norm = "norm" in name and name.endswith("weight")
             if is_norm and (
                 model_type not in _ADDS_ONE or name.endswith("linear_attn.norm.weight")
             ):
                 weight.add_(1.0)
-            if name.endswith("q_norm.weight") and model_type in _SCALES_NO_SCORES:
-                weight.div_(len(weight) ** 0.5)
-            if name.endswith(("linear_attn.in_proj_qkv.weight", "linear_attn.conv1d.weight")):
-                _align(weight, model.config)
             if name.endswith("A_log"):  # states that last for some tokens, and for many
                 weight.uniform_(0.02, 3.0, generator=source).log_()
+            _calm(name, weight, model.config)
         for name, scale in model.named_buffers():
             if name.endswith("layer_scalar"):
                 scale.uniform_(0.5, 1.5, generator=source)
 
 
-def _align(weight: "torch.Tensor", config: Any) -> None:
-    """Give keys of delta nets something of the queries, as trained ones have.
+def _spread(name: str, weight: "torch.Tensor") -> float:
+    if "embed" in name or "lm_head" in name:
+        # Sharper logits than weights inside: then small errors inside move the answer.
+        return 0.3
+    if weight.ndim == 3:  # taps, of which few are added up
+        return 0.85 / weight.shape[-1] ** 0.5
+    return 0.3 if ".conv." in name else 0.15  # around convolutions three are multiplied
 
-    What is read of a nearly empty state would else be of either sign by chance, and a norm makes it
-    as loud as any: no rounding of weights leaves that alone.
+
+def _calm(name: str, weight: "torch.Tensor", config: Any) -> None:
+    """Take away what makes random weights chaotic, and trained ones not.
+
+    Scores that nothing makes small; what convolutions give, which is seldom near its mean, made
+    loud by a norm; and what is read of a nearly empty state, which would be of either sign by
+    chance, and which a norm makes as loud as any: so keys have something of the queries.
     """
-    count = config.linear_num_key_heads * config.linear_key_head_dim
-    query, key = weight[:count], weight[count : 2 * count]
-    key.mul_((1 - ALIKE**2) ** 0.5).add_(query, alpha=ALIKE)
+    if name.endswith("q_norm.weight") and config.model_type in _SCALES_NO_SCORES:
+        weight.div_(len(weight) ** 0.5)
+    if name.endswith(("post_operator_norm.weight", "post_ffn_norm.weight")):
+        weight.mul_(0.25)
+    if name.endswith(("linear_attn.in_proj_qkv.weight", "linear_attn.conv1d.weight")):
+        count = config.linear_num_key_heads * config.linear_key_head_dim
+        query, key = weight[:count], weight[count : 2 * count]
+        key.mul_((1 - ALIKE**2) ** 0.5).add_(query, alpha=ALIKE)
 
 
 @functools.cache
