@@ -11,7 +11,7 @@ from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.model.rope import LinearScaling, Rope
 from edgekit.model.spec import DecoderSpec, Layer
-from edgekit.proof import interpreter
+from edgekit.proof import interpreter, mixing
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.tiny.checkpoints import (
     CONTEXT_TOKENS,
@@ -308,7 +308,7 @@ def test_logits_do_not_depend_on_the_block_sizes(tmp_path, monkeypatch):
     checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path, "qwen2-window"))
     texts = random_texts(checkpoint.spec.vocab_size, lengths=(100,))
     whole = list(interpreter.logits(checkpoint, texts))
-    monkeypatch.setattr(interpreter, "QUERY_BLOCK_TOKENS", 7)
+    monkeypatch.setattr(mixing, "QUERY_BLOCK_TOKENS", 7)
     monkeypatch.setattr(interpreter, "HEAD_BLOCK_BYTES", 4096)
     divergence, _ = compare(whole, list(interpreter.logits(checkpoint, texts)))
     assert divergence < 1e-12

@@ -6,6 +6,7 @@ whatever an export forgets shows in the logits.
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -430,7 +431,7 @@ def _spread(name: str, weight: "torch.Tensor") -> float:
         # Sharper logits than weights inside: then small errors inside move the answer.
         return 0.3
     if weight.ndim == 3:  # taps, of which few are added up
-        return 0.85 / weight.shape[-1] ** 0.5
+        return 0.85 / math.sqrt(weight.shape[-1])
     return 0.3 if ".conv." in name else 0.15  # around convolutions three are multiplied
 
 
