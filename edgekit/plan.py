@@ -294,7 +294,7 @@ def _recipes(format_name: str, quant: str | None, spec: DecoderSpec) -> list[Rec
     if quant is None:
         return [fmt.RECIPES[name] for name in fmt.DEFAULT_RECIPES]
     found = recipes.find(format_name, quant)
-    recipes.refuse_misfits(found, spec)
+    recipes.refuse_misfits(found, spec, format=format_name)
     return [found]
 
 

@@ -36,14 +36,13 @@ def has(format_name: str, text: str) -> bool:
     return text.partition(",")[0].lower() in names
 
 
-def refuse_misfits(recipe: Recipe, spec: DecoderSpec) -> None:
-    """Check that every change of a recipe is about a matrix of this decoder that is rounded.
+def refuse_misfits(recipe: Recipe, spec: DecoderSpec, *, format: str) -> None:
+    """Check that every change of a recipe is about a matrix of this decoder that can be rounded.
 
     Raises:
-        UsageError: If there is no such role, or the recipe keeps it exact.
+        UsageError: If there is no such role, or no recipe of the format rounds it.
     """
     shapes = {split_role(role)[1]: (role, shape) for role, shape in spec.weights()}
-    plain = replace(recipe, changes=())
     for change in recipe.changes:
         if change.role not in shapes:
             raise UsageError(
@@ -51,11 +50,11 @@ def refuse_misfits(recipe: Recipe, spec: DecoderSpec) -> None:
                 hint=_near(change.role, shapes) or f"its roles: {', '.join(shapes)}",
             )
         role, shape = shapes[change.role]
-        stored = plain.tensor_type_for(role, spec)
-        if len(shape) < 2 or (stored != recipe.default and stored in _EXACT):
+        others = formats.get(format).RECIPES.values()
+        stored = {other.tensor_type_for(role, spec) for other in others}
+        if len(shape) < 2 or stored <= _EXACT:
             raise UsageError(
-                f"{change.role} stays {stored} in every recipe: it is small, and computed with "
-                "exactly",
+                f"no recipe rounds {change.role}: it is small, and computed with exactly",
                 hint=f"leave {change.role}={change.tensor_type} out of --quant",
             )
 

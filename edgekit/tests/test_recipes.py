@@ -80,20 +80,20 @@ def test_a_format_of_one_type_for_all_says_so():
     [
         ("delta_outptu=Q8_0", "no weight of this model has the role 'delta_outptu'"),
         ("conv_output=Q8_0", "no weight of this model has the role 'conv_output'"),
-        ("attention_norm=Q8_0", "attention_norm stays F32 in every recipe"),
-        ("delta_taps=Q8_0", "delta_taps stays F32 in every recipe"),
+        ("attention_norm=Q8_0", "no recipe rounds attention_norm"),
+        ("delta_taps=Q8_0", "no recipe rounds delta_taps"),
     ],
 )
-def test_a_change_of_what_is_not_there_or_stays_exact_is_refused(change, message):
+@pytest.mark.parametrize("recipe", ["Q4_K_M", "F32"])
+def test_a_change_of_what_is_not_there_or_stays_exact_is_refused(recipe, change, message):
+    found = recipes.find("gguf", f"{recipe},{change}")
     with pytest.raises(UsageError) as refusal:
-        recipes.refuse_misfits(
-            recipes.find("gguf", f"Q4_K_M,{change}"), spec_of("Qwen/Qwen3.5-0.8B")
-        )
+        recipes.refuse_misfits(found, spec_of("Qwen/Qwen3.5-0.8B"), format="gguf")
     assert message in str(refusal.value)
 
 
 def test_a_change_of_a_matrix_is_taken():
     spec = spec_of("Qwen/Qwen3.5-0.8B")
     found = recipes.find("gguf", "Q4_K_M,delta_output=Q8_0")
-    recipes.refuse_misfits(found, spec)
+    recipes.refuse_misfits(found, spec, format="gguf")
     assert found.tensor_type_for("layers.3.delta_output", spec) == "Q8_0"
