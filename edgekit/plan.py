@@ -1,5 +1,6 @@
 """Plans: what to make for a target, decided by arithmetic before anything slow starts."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -355,7 +356,10 @@ def estimate(
         if placement.role not in checkpoint.spec.looked_up
     )
     token_s = _token_s(
-        streamed_bytes + layout.overhead_bytes, memory, target, context_tokens=context_tokens
+        streamed_bytes + _overhead_bytes(checkpoint.spec, layout),
+        memory,
+        target,
+        context_tokens=context_tokens,
     )
     looked_up = checkpoint.spec.looked_up | {"token_embedding"}
     flop = 2 * sum(p.parameters for p in layout.placements if p.role not in looked_up)
@@ -369,6 +373,11 @@ def estimate(
             for limit in target.budget.first_token
         },
     )
+
+
+def _overhead_bytes(spec: DecoderSpec, layout: Layout) -> int:
+    """Return what a token takes besides weights: what the format knows, or states, both ways."""
+    return layout.overhead_bytes or 2 * sum(4 * math.prod(shape) for _, _, shape in spec.states())
 
 
 def _token_s(
