@@ -52,9 +52,7 @@ class Layout:
     needs_shader_f16: bool = False  # whether a browser's GPU must know float16
     kernel_kl_nats: float = 0.0  # mean KL that the runtime's own kernels add to any weights
     is_half: bool = False  # whether products are computed and the cache is kept in float16
-    overhead_bytes: int = (
-        0  # what a token takes besides reading weights, as bytes that take as long
-    )
+    overhead_bytes: int = 0  # as many weights take as long as the rest of a token's work
     reads_by_token: bool = False  # whether a prompt takes a call of the program for each token
 
     @property

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-from edgekit.model.mixers import Attention, Mixer
+from edgekit.model.mixers import Attention, DeltaNet, Mixer
 from edgekit.model.norm import Norm, norm_weights
 from edgekit.model.rope import Rope
 from edgekit.model.shapes import Shape, linear_weights
@@ -137,6 +137,11 @@ class DecoderSpec:
     def has_states(self) -> bool:
         """Whether a text, once read, cannot be taken back by a token."""
         return any(True for _ in self.states())
+
+    @property
+    def has_delta_nets(self) -> bool:
+        """Whether a layer keeps a state in which rounding errors add up."""
+        return any(isinstance(layer.mixer, DeltaNet) for layer in self.layers)
 
     @property
     def is_uniform(self) -> bool:

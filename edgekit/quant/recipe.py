@@ -5,7 +5,6 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
-from edgekit.model.mixers import DeltaNet
 from edgekit.model.spec import DecoderSpec
 
 
@@ -135,14 +134,9 @@ def _is_meant(decoders: Decoders, spec: DecoderSpec) -> bool:
         case "grouped":
             return spec.attention.heads // spec.attention.num_kv_heads >= 4
         case "delta":
-            return has_delta_nets(spec)
+            return spec.has_delta_nets
         case _:
             assert_never(decoders)
-
-
-def has_delta_nets(spec: DecoderSpec) -> bool:
-    """Tell whether a layer keeps a state that rounding errors add up in."""
-    return any(isinstance(layer.mixer, DeltaNet) for layer in spec.layers)
 
 
 def _is_chosen(layers: Layers, layer: int, *, depth: int) -> bool:

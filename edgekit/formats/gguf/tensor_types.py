@@ -20,7 +20,7 @@ from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.formats.gguf.layout import ALL_TENSOR_TYPES, TENSOR_TYPE_NUMBERS
 from edgekit.model.spec import DecoderSpec
 from edgekit.quant import rounding
-from edgekit.quant.recipe import Recipe, Rule, TensorType, has_delta_nets, with_limits
+from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits
 
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _finer(default: str) -> Rule:
 
 def notes(recipe: Recipe, spec: DecoderSpec) -> Iterator[str]:
     """Yield in sentences what a recipe keeps fine in decoders like this one."""
-    if has_delta_nets(spec):
+    if spec.has_delta_nets:
         if recipe.default in _UP:
             yield (
                 "the matrices of delta nets and of attention are a grade finer than the others, "

@@ -85,7 +85,7 @@ def steps(ids: list[int]) -> Iterator[Step]:
 
 
 def max_kl_nats(spec: DecoderSpec) -> float:
-    return NETS_MAX_KL_NATS if limits.has_nets(spec) else MAX_KL_NATS
+    return NETS_MAX_KL_NATS if spec.has_delta_nets else MAX_KL_NATS
 
 
 def texts(checkpoint: Checkpoint) -> list[list[int]]:

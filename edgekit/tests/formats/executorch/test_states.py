@@ -154,7 +154,7 @@ def test_what_is_set_aside_is_predicted(path, checkpoint):
 
 
 def test_four_bits_leave_delta_nets_eight_and_what_decays_exact(checkpoint):
-    if not limits.has_nets(checkpoint.spec):
+    if not checkpoint.spec.has_delta_nets:
         pytest.skip("it has none")
     request = BuildRequest(recipe=tensor_types.RECIPES["8da4w"], variant=xnnpack.PORTABLE)
     layout = writing.lay_out(checkpoint, request)
@@ -171,7 +171,7 @@ def test_four_bits_leave_delta_nets_eight_and_what_decays_exact(checkpoint):
 
 def test_runners_are_told_how_much_a_call_may_read(checkpoint):
     found = conversion.metadata(checkpoint, CONTEXT_TOKENS, xnnpack.PORTABLE)
-    has_nets = limits.has_nets(checkpoint.spec)
+    has_nets = checkpoint.spec.has_delta_nets
     assert found["get_max_seq_len"] == (limits.CALL_TOKENS if has_nets else CONTEXT_TOKENS)
     assert found["get_max_context_len"] == CONTEXT_TOKENS
 

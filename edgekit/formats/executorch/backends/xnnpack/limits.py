@@ -1,6 +1,5 @@
 """How much of a text a program for XNNPACK reads at once."""
 
-from edgekit.model.mixers import DeltaNet
 from edgekit.model.spec import DecoderSpec
 
 
@@ -8,16 +7,11 @@ CALL_TOKENS = 64  # where there is a delta net, whose products grow with the cub
 MASKS = 3 + (CALL_TOKENS - 1).bit_length()  # that say which tokens of a call see which, and halves
 
 
-def has_nets(spec: DecoderSpec) -> bool:
-    """Tell whether there is a delta net."""
-    return any(isinstance(spec.mixer(index), DeltaNet) for index in range(len(spec.layers)))
-
-
 def call_tokens(spec: DecoderSpec, *, context_tokens: int) -> int:
     """Return how many tokens a call may have."""
-    return min(CALL_TOKENS, context_tokens) if has_nets(spec) else context_tokens
+    return min(CALL_TOKENS, context_tokens) if spec.has_delta_nets else context_tokens
 
 
 def masks_bytes(spec: DecoderSpec) -> int:
     """Return what a program's masks take, which it has where there is a delta net."""
-    return 4 * MASKS * (CALL_TOKENS + 1) ** 2 if has_nets(spec) else 0
+    return 4 * MASKS * (CALL_TOKENS + 1) ** 2 if spec.has_delta_nets else 0

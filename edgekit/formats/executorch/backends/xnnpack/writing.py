@@ -25,7 +25,7 @@ class XnnpackWriting(BackendWriting):
         """Yield which layers the operator of LLM runners leaves to others, and what stays fine."""
         found = attention.note(spec) if variant == xnnpack.LLM else None
         yield from () if found is None else (found,)
-        if limits.has_nets(spec):
+        if spec.has_delta_nets:
             yield (
                 f"a call reads at most {limits.CALL_TOKENS} tokens of a prompt; taps, decays, "
                 "betas and alphas of delta nets are float32 in every recipe, their other matrices "
