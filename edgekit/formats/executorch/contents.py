@@ -89,7 +89,8 @@ def _tables(root: Table, plan: Table, head: program.Program) -> Iterator[NamedWe
     found = {
         key: constants[index]
         for key, segment in head.named_data
-        if (index := places.get(head.segments[segment][0])) in constants
+        # A slice that a delegate reads may begin where the whole table does.
+        if SLICE not in key and (index := places.get(head.segments[segment][0])) in constants
     }
     for key, (shape, kind) in found.items():
         if kind == _PAIRS:
