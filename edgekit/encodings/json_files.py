@@ -50,7 +50,9 @@ def parse(text: str | bytes, *, memory_bytes: int = SETTINGS_MEMORY_BYTES) -> An
         value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if _is_deeper(value, NESTING):  # how much Python itself reads depends on its version
+    opened = text.count("[") + text.count("{")
+    # How much Python itself reads depends on its version.
+    if opened > NESTING and _is_deeper(value, NESTING):
         raise ValueError(f"it is nested too deeply, in more than {NESTING} levels")
     if _HALF_PAIR.search(text):
         _refuse_half_pairs(value)
