@@ -247,7 +247,7 @@ def test_the_runtime_multiplies_with_what_the_codes_stand_for(kind, weights, tmp
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_rows_of_an_embedding_are_those_the_head_multiplies_with(kind, weights, tmp_path):
     built = builder(tmp_path, kind)
-    built._rows("w", "ids")
+    built._rows("w", "ids", tables=["w"])
     fed = {"ids": np.array([[5, 0, 2], [1, 1, 4]])}
     found = run(
         tmp_path, built,
