@@ -4,10 +4,10 @@ Needs: pip install 'edgekit[gguf,demo]'
 Run: python 03_custom_target.py [OUT]
 Writes: OUT/greenhouse, a bundle of 104 MiB; OUT is ./out unless you name it
 Prints:
-    Greenhouse controller takes 110 MiB, 280 MiB of memory, 29 tokens/s or more
-    no  gguf Q8_0: 138 MiB > 110 MiB to download; ... tokens/s < 29 tokens/s
-    no  gguf Q6_K: 132 MiB > 110 MiB to download; ... tokens/s < 29 tokens/s
-    no  gguf Q5_K_M: ... tokens/s < 29 tokens/s
+    Greenhouse controller takes 110 MiB, 280 MiB of memory, 25 tokens/s or more
+    no  gguf Q8_0: 138 MiB > 110 MiB to download
+    no  gguf Q6_K: 132 MiB > 110 MiB to download
+    no  gguf Q5_K_M: ... tokens/s < 25 tokens/s
     yes gguf Q4_K_M: 101 MiB, ... MiB of memory, about ... tokens/s
     refused: SmolLM2-135M-Instruct does not fit Greenhouse controller
       gguf F16: 258 MiB > 110 MiB to download; ... MiB > 280 MiB of memory; ...

@@ -359,6 +359,9 @@ CASES = {name: (name, fields) for name, fields in PUBLISHED.items()} | {
 }
 
 
+NEW_IN_VERSION_5 = {"lfm3", "qwen3_5_text", "gemma4_text"}
+
+
 def describe(model_type, fields):
     config = Config(json.loads(json.dumps(fields)), origin="config.json")
     spec = families.get(model_type).describe(config)
@@ -960,7 +963,9 @@ def in_version_4(fields):
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name", [name for name, case in TINY.items() if case.model_type not in NEW_IN_VERSION_5]
+)
 def test_configs_of_both_versions_describe_one_decoder(name, tmp_path):
     from transformers import AutoConfig
 
@@ -987,7 +992,8 @@ def test_transformers_reads_the_configs_that_families_write(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(families.get(model_type).config(spec)))
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     expected = [math.prod(shape) for _, shape in spec.weights()]
-    assert sum(weight.numel() for weight in model.parameters()) == sum(expected)
+    scales = [it for name, it in model.named_buffers() if name.endswith("layer_scalar")]
+    assert sum(it.numel() for it in [*model.parameters(), *scales]) == sum(expected)
     read_back = json.loads(model.config.to_json_string())
     assert describe(model_type, read_back) == spec
 

@@ -224,15 +224,16 @@ def test_every_kind_of_model_comes_back_from_gguf_with_the_same_weights(name, tm
     write_from_gguf(to_gguf(written, tmp_path / "gguf"), tmp_path / "back", listener=Witness())
     back = Checkpoint.open(tmp_path / "back")
     graph = architectures.choose(written.spec, family=written.architecture)
-    assert back.spec == as_the_graph_sees_it(written.spec, graph)
-    assert dict(back.spec.weights()) == dict(written.spec.weights())
-    for role, _ in written.spec.weights():
-        expected = written.weight(role) * graph.multiplier(role, written.spec)
+    kept = as_the_graph_sees_it(written.spec, graph)
+    assert back.spec == kept
+    assert dict(back.spec.weights()) == dict(kept.weights())
+    for role, shape in kept.weights():
+        expected = written.weight(role)[: shape[0]] * graph.multiplier(role, written.spec)
         found = back.weight(role)
-        if written.spec.norm.unit_offset and role.endswith(
-            "norm"
-        ):  # stored as 1 + w, rounded there
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1.2e-7)
+        is_sum = written.spec.norm.unit_offset and role.endswith("norm")
+        # Of the first 1 + w is stored, of the second its exponential; both are rounded there.
+        if is_sum or role.endswith("delta_decay"):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=3e-7)
         else:
             assert np.array_equal(found, expected), role
     assert back.text.rules().stop_ids
