@@ -209,7 +209,11 @@ class Runner:
         text = Text.open(bundle.directory, bundle.text)  # cheap, so that its refusals come first
         text.check_variables(template_variables or {})
         session = _load(
-            bundle, device, context_tokens=context_tokens or bundle.context_tokens, threads=threads
+            bundle,
+            text,
+            device,
+            context_tokens=context_tokens or bundle.context_tokens,
+            threads=threads,
         )
         return cls(
             session=session,
@@ -316,11 +320,13 @@ class Runner:
         return Reply(generation=generation, reader=reader)
 
 
-def _load(bundle: Bundle, device: str, *, context_tokens: int, threads: int | None) -> Session:
+def _load(
+    bundle: Bundle, text: Text, device: str, *, context_tokens: int, threads: int | None
+) -> Session:
     artifact = bundle.artifact
     if is_browser(device):
         return BrowserSession.open(
-            bundle.artifact_path, artifact.format, BrowserOptions.parse(device),
+            bundle.artifact_path, artifact.format, BrowserOptions.parse(device), text=text,
             context_tokens=context_tokens, threads=threads,
         )  # fmt: skip
     if device != "this":

@@ -18,6 +18,7 @@ from edgekit.browser.server import Site, serving
 from edgekit.errors import BudgetError, ToolchainError
 from edgekit.formats import BrowserRequest, Browsing
 from edgekit.runtime import reading
+from edgekit.text.tokenizer import Text
 
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Loaded:
     vocabulary_tokens: int
     threads: int | None
     check: SelfCheck | None  # None: the runtime has none for this back-end
+    reads_text: bool  # and no ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,11 +262,14 @@ class Page:
             vocabulary_tokens=found["vocabulary"],
             threads=found["threads"],
             check=found["check"] and SelfCheck(**found["check"]),
+            reads_text=request.reads_text,
         )
 
-    def generate(self, ids: Sequence[int], count: int) -> Timed:
+    def generate(
+        self, ids: Sequence[int], count: int, texts: Mapping[str, str] | None = None
+    ) -> Timed:
         """Return a timed answer of so many tokens, from an empty cache."""
-        said = self.ask("generate", list(ids), count)
+        said = self.ask("generate", list(ids), count, texts)
         return Timed(
             ids=tuple(said["ids"]),
             first_token_s=said["first_token_s"],
@@ -282,36 +287,53 @@ class Page:
         self.close()
 
 
+@dataclass(frozen=True)
+class _Request:
+    path: Path
+    format: str
+    text: Text
+    context_tokens: int
+    threads: int | None
+
+
 class BrowserSession:
     """A model in a page; satisfies `edgekit.runtime.session.Session`."""
 
-    def __init__(self, page: Page, loaded: Loaded, *, context_tokens: int) -> None:
-        self.page, self.loaded = page, loaded
+    def __init__(self, page: Page, loaded: Loaded, text: Text, *, context_tokens: int) -> None:
+        self.page, self.loaded, self.text = page, loaded, text
         self.vocabulary_tokens, self.context_tokens = loaded.vocabulary_tokens, context_tokens
         self.note: str | None = None  # what a reader of its answers should know
-        self._read = 0
+        self._read: list[int] = []  # what is cached
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913 - what is opened, and how
         cls,
         path: Path,
         format: str,
         options: BrowserOptions,
         *,
+        text: Text,
         context_tokens: int,
         threads: int | None = None,
     ) -> Self:
-        """Start a browser and open an artifact in it; errors are those of `Page`."""
-        opened = cls._open(path, format, options, context_tokens=context_tokens, threads=threads)
+        """Start a browser and open an artifact in it; errors are those of `Page`.
+
+        Args:
+            path: The artifact's entry.
+            format: Its format.
+            options: What of the browser is not left to it.
+            text: The model's, for runtimes that take no ids.
+            context_tokens: How many tokens the cache must hold.
+            threads: Of WebAssembly; None: the runtime decides.
+        """
+        request = _Request(path, format, text, context_tokens, threads)
+        opened = cls._open(request, options)
         check = opened.loaded.check
         if check is None or check.is_right or not opened.page.has_feature(SUBGROUPS[0]):
             return opened
         opened.close()
         limits = replace(options.limits, hidden=(*options.limits.hidden, *SUBGROUPS))
-        again = cls._open(
-            path, format, replace(options, limits=limits), context_tokens=context_tokens,
-            threads=threads,
-        )  # fmt: skip
+        again = cls._open(request, replace(options, limits=limits))
         again.note = (
             f"{again.page.runtime} answers wrongly with the subgroups of this GPU ("
             f"{check.differs:.1f} off in the logits of 48 tokens read at once); they are hidden "
@@ -320,25 +342,17 @@ class BrowserSession:
         return again
 
     @classmethod
-    def _open(
-        cls,
-        path: Path,
-        format: str,
-        options: BrowserOptions,
-        *,
-        context_tokens: int,
-        threads: int | None,
-    ) -> Self:
-        page = Page.open(path, format, options)
+    def _open(cls, request: "_Request", options: BrowserOptions) -> Self:
+        page = Page.open(request.path, request.format, options)
         try:
             loaded = page.load(
-                path, format, context_tokens=context_tokens, threads=threads,
-                backend=options.backend,
+                request.path, request.format, context_tokens=request.context_tokens,
+                threads=request.threads, backend=options.backend,
             )  # fmt: skip
         except BaseException:
             page.close()
             raise
-        return cls(page, loaded, context_tokens=context_tokens)
+        return cls(page, loaded, request.text, context_tokens=request.context_tokens)
 
     def prefill(self, ids: Sequence[int]) -> "Logits":
         """Read ``ids`` after what is cached; return float32 ``(vocabulary_tokens,)`` logits.
@@ -347,16 +361,18 @@ class BrowserSession:
             UsageError: If ``ids`` is empty, has an unknown id, or outgrows the context.
         """
         reading.refuse_empty(ids)
-        reading.refuse(self, ids, cached_tokens=self._read)
-        row = self._row(self.page.ask("prefill", list(ids)))
-        self._read += len(ids)
+        reading.refuse(self, ids, cached_tokens=len(self._read))
+        read = [*self._read, *ids]
+        row = self._row(self.page.ask("prefill", list(ids), self._texts(read)))
+        self._read = read
         return row
 
     def decode(self, token: int) -> "Logits":
         """Read one token after what is cached; return float32 ``(vocabulary_tokens,)`` logits."""
-        reading.refuse(self, [token], cached_tokens=self._read)
-        row = self._row(self.page.ask("decode", token))
-        self._read += 1
+        reading.refuse(self, [token], cached_tokens=len(self._read))
+        read = [*self._read, token]
+        row = self._row(self.page.ask("decode", token, self._texts(read)))
+        self._read = read
         return row
 
     def all_logits(self, ids: Sequence[int]) -> "Logits":
@@ -375,14 +391,34 @@ class BrowserSession:
         self.reset()
         return np.stack(rows)
 
+    def generate(self, ids: Sequence[int], count: int) -> Timed:
+        """Return an answer of so many tokens, chosen greedily and timed in the page."""
+        self._read = []
+        return self.page.generate(ids, count, self._texts(ids))
+
+    def can_read(self, ids: Sequence[int]) -> bool:
+        """Tell whether the runtime can be given exactly these ids."""
+        return not self.loaded.reads_text or self._ids(self._text(ids)) == list(ids)
+
     def rewind(self, tokens: int) -> bool:
         """Return whether nothing has to be forgotten: runtimes of the web forget all or nothing."""
-        return tokens == self._read
+        return tokens == len(self._read)
 
     def reset(self) -> None:
         """Empty the cache."""
         self.page.ask("reset")
-        self._read = 0
+        self._read = []
+
+    def _texts(self, ids: Sequence[int]) -> dict[str, str] | None:
+        if not self.loaded.reads_text:
+            return None
+        return {"text": self._text(ids), "rest": self._text(ids[1:])}
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.text.tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def _ids(self, text: str) -> list[int]:
+        return self.text.encode(text, adds_bos=False)
 
     @property
     def backend(self) -> Backend:

@@ -132,6 +132,7 @@ class BrowserRequest:
     features: tuple[str, ...] = ()  # of WebGPU
     largest_buffer: GpuBuffer | None = None  # what the GPU must bind at once
     runs_in_wasm: bool = True  # whether the runtime can do without a GPU
+    reads_text: bool = False  # whether the runtime takes text, and not ids
     settings: Mapping[str, Any] = field(default_factory=dict)  # what the format's own module reads
     connects_to: tuple[str, ...] = ()  # other origins that it fetches from
 

@@ -1,8 +1,8 @@
 """Measure a bundle in a browser: one fresh browser for each repetition.
 
 ``python -m edgekit.measuring.in_browser BUNDLE …`` takes what `edgekit.measuring.measure`
-takes, and options. What is timed is timed in the page; memory is that of all the browser's processes, from
-outside.
+takes, and options. What is timed is timed in the page; memory is that of all the browser's
+processes, from outside.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from edgekit.browser.session import BrowserSession, Page, Timed
 from edgekit.bundle.goldens import Goldens, LogitGolden
 from edgekit.bundle.manifest import Bundle
 from edgekit.encodings.json_files import parse
-from edgekit.errors import BundleError
+from edgekit.errors import BundleError, ToolchainError
 from edgekit.measuring import measure
 from edgekit.measuring.machine import Machine, Watch, forget
 from edgekit.measuring.measurement import (
@@ -38,11 +38,14 @@ from edgekit.measuring.measurement import (
     Workload,
     read_fields,
 )
+from edgekit.text import corpus
+from edgekit.text.tokenizer import Text
 
 
 _LOOK_S = 0.25  # between two looks at a tree of processes, which take milliseconds each
 _GOLDEN_TOKENS = 40  # of a text; runtimes that read them one by one take up to a second for each
 _GOLDEN_ANSWER_TOKENS = 8
+_SHIFTS = 64  # places of a text at which a prompt is tried to begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +91,7 @@ def repeat(directory: Path, workload: Workload, options: BrowserOptions) -> Repe
             watch.begin()
             generations = tuple(
                 _generation(
-                    page.generate(
-                        measure.prompt_ids(session.vocabulary_tokens, length),
-                        workload.answer_tokens,
-                    ),
-                    length,
+                    session.generate(_prompt(session, length), workload.answer_tokens), length
                 )
                 for length in workload.prompt_lengths_tokens
                 for _ in range(workload.generations)
@@ -163,6 +162,7 @@ class _Place:
 def _open(bundle: Bundle, workload: Workload, options: BrowserOptions) -> _Place:
     session = BrowserSession.open(
         bundle.artifact_path, bundle.artifact.format, options,
+        text=Text.open(bundle.directory, bundle.text),
         context_tokens=workload.context_tokens, threads=workload.threads,
     )  # fmt: skip
     return _Place(page=session.page, session=session)
@@ -170,9 +170,24 @@ def _open(bundle: Bundle, workload: Workload, options: BrowserOptions) -> _Place
 
 def _warm_up(session: BrowserSession, workload: Workload) -> Generation:
     length = min(workload.prompt_lengths_tokens)
-    ids = measure.prompt_ids(session.vocabulary_tokens, length)
     count = min(measure.WARM_UP_TOKENS, workload.answer_tokens)
-    return _generation(session.page.generate(ids, count), length)
+    return _generation(session.generate(_prompt(session, length), count), length)
+
+
+def _prompt(session: BrowserSession, length: int) -> list[int]:
+    """Return a prompt of that length; of real text where the runtime makes the ids itself."""
+    if not session.loaded.reads_text:
+        return measure.prompt_ids(session.vocabulary_tokens, length)
+    lines = [line for line in corpus.lines() if line.isascii()]
+    ids = session.text.encode("\n".join(lines), parses_special=False, adds_bos=False)
+    while len(ids) < length + _SHIFTS:
+        ids += ids
+    bos = session.text.encode("")  # what the runtime puts before every text
+    tries = ([*bos, *ids[first : first + length - len(bos)]] for first in range(_SHIFTS))
+    found = next((each for each in tries if session.can_read(each)), None)
+    if found is None:
+        raise ToolchainError(f"no text was found that is {length} tokens to {session.page.runtime}")
+    return found
 
 
 def _generation(timed: Timed, prompt_tokens: int) -> Generation:
@@ -197,11 +212,11 @@ def _answers(bundle: Bundle, session: BrowserSession) -> Answers | None:
         goldens = Goldens.load(bundle.directory)
     except BundleError:  # exported without proof
         return None
-    texts = [_shortened(golden) for golden in goldens.logits]
-    kls = [text.mean_kl_nats(session.all_logits(text.ids)) for text in texts]
+    compared = [_compare(_shortened(golden), session) for golden in goldens.logits]
+    positions, kls = [count for count, _ in compared], [kl for _, kl in compared]
     expected = goldens.answer_ids[:_GOLDEN_ANSWER_TOKENS]
-    said = session.page.generate(goldens.answer_prompt_ids, len(expected)) if expected else None
-    positions = [len(text.ids) for text in texts]
+    prompt = goldens.answer_prompt_ids
+    said = session.generate(prompt, len(expected)) if expected else None
     return Answers(
         positions=sum(positions),
         mean_kl_nats=max(0.0, sum(kl * n for kl, n in zip(kls, positions, strict=True))
@@ -209,6 +224,28 @@ def _answers(bundle: Bundle, session: BrowserSession) -> Answers | None:
         expected_ids=expected,
         said_ids=said.ids if said else (),
     )  # fmt: skip
+
+
+def _compare(golden: LogitGolden, session: BrowserSession) -> tuple[int, float]:
+    """Return at how many positions of a text distributions were compared, and their mean KL."""
+    import numpy as np
+
+    if not session.loaded.reads_text:
+        return len(golden.ids), golden.mean_kl_nats(session.all_logits(golden.ids))
+    # Where the beginning of the text is what the runtime would make of it.
+    ends = [end for end in range(1, len(golden.ids) + 1) if session.can_read(golden.ids[:end])]
+    if not ends:
+        return 0, 0.0
+    rows = []
+    for end in ends:
+        session.reset()
+        rows.append(session.prefill(golden.ids[:end]))
+    some = LogitGolden(
+        ids=tuple(golden.ids[end - 1] for end in ends),
+        top_ids=tuple(golden.top_ids[end - 1] for end in ends),
+        top_log_probabilities=tuple(golden.top_log_probabilities[end - 1] for end in ends),
+    )
+    return len(ends), some.mean_kl_nats(np.stack(rows))
 
 
 def _shortened(golden: LogitGolden) -> LogitGolden:

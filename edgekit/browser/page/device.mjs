@@ -2,6 +2,8 @@
  * The page of `--device browser`: opens a model in its format's runtime, and answers what DevTools
  * asks through `edgekit`. Ids go in and logits come out; text is read and written outside.
  *
+ * `texts`, where the runtime reads no ids: { text, rest }, of all ids so far, and without the first.
+ *
  * /format/runtime.mjs exports open(request, { backend }), which gives { vocabulary, prefill(ids),
  * decode(id), reset() }; logits are a Float32Array after the last id, and what was read stays until
  * a reset. A model may have a `generate(ids, count, onToken)` that is its runtime's own loop, an
@@ -43,12 +45,12 @@ globalThis.edgekit = {
     };
   },
 
-  async prefill(ids) {
-    return toBase64(await model.prefill(ids));
+  async prefill(ids, texts) {
+    return toBase64(await model.prefill(ids, texts));
   },
 
-  async decode(id) {
-    return toBase64(await model.decode(id));
+  async decode(id, texts) {
+    return toBase64(await model.decode(id, texts));
   },
 
   /** The logits after each of the ids, read at once; null where the runtime gives the last only. */
@@ -61,7 +63,7 @@ globalThis.edgekit = {
   },
 
   /** A timed answer, chosen greedily. */
-  async generate(ids, count) {
+  async generate(ids, count, texts) {
     await model.reset();
     const started = performance.now();
     const times = [];
@@ -70,7 +72,8 @@ globalThis.edgekit = {
       times.push(performance.now());
       said.push(id);
     };
-    await (model.generate ?? generate)(ids, count, onToken);
+    if (model.generate) await model.generate(ids, count, onToken, texts);
+    else await generate(ids, count, onToken);
     const spans = times.map((time, index) => (time - (times[index - 1] ?? started)) / 1000);
     return { ids: said, first_token_s: spans[0], decode_s: spans.slice(1) };
   },

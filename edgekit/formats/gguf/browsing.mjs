@@ -1,0 +1,148 @@
+/**
+ * wllama, which takes text and not ids: what it reads is counted against the ids that are meant. Its
+ * server gives the logarithms of the most likely tokens, one answer as a stream.
+ *
+ * Request: `url` of the first file, `data` (urls of the others), `context_tokens`, `threads`.
+ */
+import { Wllama } from "@wllama/wllama";
+
+const TOP_TOKENS = 256; // whose probability is known; the rest is shared by all others
+
+export async function open(request, { backend }) {
+  const lines = [];
+  const note = (...words) => lines.push(words.join(" "));
+  const logger = { debug: note, log: note, warn: note, error: note };
+  const wllama = new Wllama({ default: "/npm/@wllama/wllama/esm/wasm/wllama.wasm" }, { logger });
+  const blobs = [];
+  for (const url of [request.url, ...request.data]) blobs.push(await (await fetch(url)).blob());
+  try {
+    await wllama.loadModel(blobs, {
+      n_ctx: request.context_tokens,
+      n_threads: request.threads ?? undefined,
+      n_gpu_layers: backend === "webgpu" ? undefined : 0,
+      n_parallel: 1,
+    });
+  } catch (error) {
+    throw new Error(`${error.message} (${lines.slice(-4).join("; ")})`);
+  }
+  return new Model(wllama);
+}
+
+class Model {
+  #read = []; // the ids of the text so far
+  #stream = null; // the answer to it, as far as it came
+
+  constructor(wllama) {
+    this.wllama = wllama;
+    const { n_vocab, n_ctx, add_bos_token, token_bos } = wllama.getLoadedContextInfo();
+    Object.assign(this, { vocabulary: n_vocab, context: n_ctx });
+    this.bos = add_bos_token ? token_bos : null;
+    this.threads = wllama.getNumThreads();
+  }
+
+  /** `text` is that of all ids so far, `rest` without that of the first. */
+  async prefill(ids, { text, rest }) {
+    await this.reset(this.#read);
+    this.#read = [...this.#read, ...ids];
+    const prompt = this.#read[0] === this.bos ? rest : text;
+    this.#stream = new Answer(this.wllama, prompt, this.context - this.#read.length);
+    const row = await this.#next();
+    this.#stream.refuseOther(this.#read.length);
+    return row;
+  }
+
+  async decode(id, texts) {
+    if (id !== this.#stream?.last) return this.prefill([id], texts);
+    this.#read.push(id);
+    return this.#next();
+  }
+
+  async reset(read = []) {
+    await this.#stream?.stop();
+    this.#stream = null;
+    this.#read = read;
+  }
+
+  async generate(ids, count, onToken, texts) {
+    await this.reset();
+    const answer = new Answer(this.wllama, ids[0] === this.bos ? texts.rest : texts.text, count + 1);
+    for (let index = 0; index < count; index += 1) {
+      await answer.next();
+      onToken(answer.last);
+    }
+    await answer.stop();
+    answer.refuseOther(ids.length);
+  }
+
+  async #next() {
+    const top = await this.#stream.next();
+    const known = top.reduce((sum, { logprob }) => sum + Math.exp(logprob), 0);
+    const others = Math.max(1, this.vocabulary - top.length);
+    const values = new Float32Array(this.vocabulary).fill(Math.log(Math.max(1e-9, 1 - known) / others));
+    for (const { id, logprob } of top) values[id] = logprob;
+    return values;
+  }
+}
+
+/** One answer, token by token. */
+class Answer {
+  last = null; // the token that came last
+
+  constructor(wllama, prompt, count) {
+    this.waiting = [];
+    this.wake = () => {};
+    this.ending = new AbortController();
+    const options = {
+      prompt,
+      max_tokens: count,
+      temperature: 0,
+      top_k: 1,
+      logprobs: TOP_TOKENS,
+      ignore_eos: true,
+      timings_per_token: true,
+      stream: true,
+      abortSignal: this.ending.signal,
+      onData: (chunk) => this.#add(chunk),
+    };
+    this.done = wllama.createCompletion(options).then(
+      () => this.#add(null),
+      (error) => {
+        // Its worker writes an answer as JSON and dies over bytes that are no text (wllama 3.13).
+        const isNoText = /Invalid typed array length/.test(error.message);
+        this.error = isNoText ? new Error("the answer is not valid UTF-8, which ends wllama") : error;
+        this.#add(null);
+      },
+    );
+  }
+
+  #add(chunk) {
+    this.promptTokens = chunk?.usage?.prompt_tokens ?? this.promptTokens;
+    const timings = chunk?.timings;
+    if (timings) this.promptTokens ??= (timings.cache_n ?? 0) + timings.prompt_n;
+    for (const token of chunk?.choices[0]?.logprobs?.content ?? []) this.waiting.push(token);
+    this.isOver = chunk === null;
+    this.wake();
+  }
+
+  async next() {
+    while (this.waiting.length === 0) {
+      if (this.isOver) throw this.error ?? new Error("the answer ended before its length");
+      await new Promise((resolve) => (this.wake = resolve));
+    }
+    const token = this.waiting.shift();
+    this.last = token.id;
+    return token.top_logprobs;
+  }
+
+  /** Check that what was read are as many tokens as were meant. */
+  refuseOther(count) {
+    if (this.promptTokens !== undefined && this.promptTokens !== count) {
+      throw new Error(`the text is ${this.promptTokens} tokens to wllama, ${count} were meant`);
+    }
+  }
+
+  async stop() {
+    this.ending.abort();
+    await this.done;
+  }
+}
