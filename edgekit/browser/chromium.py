@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from edgekit import scratch
 from edgekit.browser.devtools import DevTools, Event
@@ -38,7 +39,6 @@ _FLAGS = (
     "--disable-extensions",
     "--enable-unsafe-webgpu",  # on Linux it is not on everywhere
     "--disable-features=OptimizationGuideModelDownloading,Translate,MediaRouter",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
 )
 # A WebGPU of the processor's. With flags for ANGLE next to this, Chromium 156 has no GPU process.
 SOFTWARE_ADAPTER = "--use-webgpu-adapter=swiftshader"
@@ -77,6 +77,13 @@ def find() -> Path:
             f"no Chromium or Chrome is installed: looked for {', '.join(NAMES)}", hint=INSTALL_LINE
         )
     return found[0]
+
+
+def reaching_only(origins: Sequence[str]) -> str:
+    """Return the flag by which it finds this machine and these origins, and nothing else."""
+    hosts = ["127.0.0.1", "localhost", *(urlsplit(origin).hostname or "" for origin in origins)]
+    excluded = ", ".join(f"EXCLUDE {host}" for host in hosts)
+    return f"--host-resolver-rules=MAP * ~NOTFOUND, {excluded}"
 
 
 @dataclass(frozen=True, kw_only=True)

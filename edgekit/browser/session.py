@@ -88,31 +88,35 @@ class Page:
     _workers: list[str] = field(default_factory=list)  # DevTools' sessions of the page's workers
 
     @classmethod
-    def open(cls, path: Path, format: str, options: BrowserOptions) -> Self:
+    def open(
+        cls, path: Path, browsing: Browsing, request: BrowserRequest, options: BrowserOptions
+    ) -> Self:
         """Start a browser at a page for artifacts of a format.
 
         Args:
             path: The artifact's entry; its directory is served.
-            format: Its format.
+            browsing: What opens its format.
+            request: What it will be told to open.
             options: How.
 
         Raises:
             MissingDependencyError: If there is no browser, or no npm to fetch the runtime with.
             ToolchainError: If the runtime cannot be fetched or the browser does not start.
-            UsageError: If no browser opens the format.
         """
-        page = cls._open(path, format, options, is_software=options.adapter == "software")
+        chromium.find()  # before anything is fetched
+        site = _site(path.parent, browsing, request)
+        page = cls._open(site, browsing, options, is_software=options.adapter == "software")
         if page.gpu is None and options.backend != "wasm" and options.adapter is None:
             page.close()  # this machine has no GPU: a WebGPU of the processor's is better than none
-            page = cls._open(path, format, options, is_software=True)
+            page = cls._open(site, browsing, options, is_software=True)
         return page
 
     @classmethod
-    def _open(cls, path: Path, format: str, options: BrowserOptions, *, is_software: bool) -> Self:
-        browsing = formats.browsing(format)
-        chromium.find()  # before anything is fetched
-        site = _site(path.parent, browsing)
-        flags = [chromium.SOFTWARE_ADAPTER] if is_software else []
+    def _open(
+        cls, site: Site, browsing: Browsing, options: BrowserOptions, *, is_software: bool
+    ) -> Self:
+        flags = [chromium.reaching_only(site.connects_to)]
+        flags += [chromium.SOFTWARE_ADAPTER] if is_software else []
         workers: list[str] = []
         hook = _hook(options)
 
@@ -234,8 +238,7 @@ class Page:
 
     def load(
         self,
-        path: Path,
-        format: str,
+        request: BrowserRequest,
         *,
         context_tokens: int,
         threads: int | None,
@@ -244,11 +247,9 @@ class Page:
         """Open the model.
 
         Raises:
-            BundleError: If the artifact is damaged.
             LackingError: If the browser lacks what the model needs.
             ToolchainError: If the runtime fails.
         """
-        request = formats.browsing(format).request(path, context_tokens=context_tokens)
         told = _as_told(request, context_tokens=context_tokens, threads=threads)
         found = self.ask("open", told, backend)
         if found["reason"] is not None:
@@ -288,9 +289,10 @@ class Page:
 
 
 @dataclass(frozen=True)
-class _Request:
+class _Wanted:
     path: Path
-    format: str
+    browsing: Browsing
+    request: BrowserRequest
     text: Text
     context_tokens: int
     threads: int | None
@@ -326,14 +328,16 @@ class BrowserSession:
             context_tokens: How many tokens the cache must hold.
             threads: Of WebAssembly; None: the runtime decides.
         """
-        request = _Request(path, format, text, context_tokens, threads)
-        opened = cls._open(request, options)
+        browsing = formats.browsing(format)
+        request = browsing.request(path, context_tokens=context_tokens)
+        wanted = _Wanted(path, browsing, request, text, context_tokens, threads)
+        opened = cls._open(wanted, options)
         check = opened.loaded.check
         if check is None or check.is_right or not opened.page.has_feature(SUBGROUPS[0]):
             return opened
         opened.close()
         limits = replace(options.limits, hidden=(*options.limits.hidden, *SUBGROUPS))
-        again = cls._open(request, replace(options, limits=limits))
+        again = cls._open(wanted, replace(options, limits=limits))
         again.note = (
             f"{again.page.runtime} answers wrongly with the subgroups of this GPU ("
             f"{check.differs:.1f} off in the logits of 48 tokens read at once); they are hidden "
@@ -342,17 +346,17 @@ class BrowserSession:
         return again
 
     @classmethod
-    def _open(cls, request: "_Request", options: BrowserOptions) -> Self:
-        page = Page.open(request.path, request.format, options)
+    def _open(cls, wanted: "_Wanted", options: BrowserOptions) -> Self:
+        page = Page.open(wanted.path, wanted.browsing, wanted.request, options)
         try:
             loaded = page.load(
-                request.path, request.format, context_tokens=request.context_tokens,
-                threads=request.threads, backend=options.backend,
+                wanted.request, context_tokens=wanted.context_tokens, threads=wanted.threads,
+                backend=options.backend,
             )  # fmt: skip
         except BaseException:
             page.close()
             raise
-        return cls(page, loaded, request.text, context_tokens=request.context_tokens)
+        return cls(page, loaded, wanted.text, context_tokens=wanted.context_tokens)
 
     def prefill(self, ids: Sequence[int]) -> "Logits":
         """Read ``ids`` after what is cached; return float32 ``(vocabulary_tokens,)`` logits.
@@ -391,14 +395,28 @@ class BrowserSession:
         self.reset()
         return np.stack(rows)
 
+    def last_logits(self, ids: Sequence[int]) -> "Logits":
+        """Read ``ids`` alone; return float32 ``(vocabulary_tokens,)`` logits after the last."""
+        self._read = []
+        row = self._row(self.page.ask("last", list(ids), self._texts(ids)))
+        self.reset()
+        return row
+
     def generate(self, ids: Sequence[int], count: int) -> Timed:
         """Return an answer of so many tokens, chosen greedily and timed in the page."""
         self._read = []
         return self.page.generate(ids, count, self._texts(ids))
 
     def can_read(self, ids: Sequence[int]) -> bool:
-        """Tell whether the runtime can be given exactly these ids."""
-        return not self.loaded.reads_text or self._ids(self._text(ids)) == list(ids)
+        """Tell whether the runtime can be given exactly these ids.
+
+        One that takes text must make the same ids of it. It is ASCII here, since wllama 3.13 dies
+        over half a letter, which models say in the middle of others.
+        """
+        if not self.loaded.reads_text:
+            return True
+        text = self._text(ids)
+        return text.isascii() and self._ids(text) == list(ids)
 
     def rewind(self, tokens: int) -> bool:
         """Return whether nothing has to be forgotten: runtimes of the web forget all or nothing."""
@@ -453,7 +471,7 @@ class BrowserSession:
         return row
 
 
-def _site(bundle: Path, browsing: Browsing) -> Site:
+def _site(bundle: Path, browsing: Browsing, request: BrowserRequest) -> Site:
     roots = {f"/npm/{package.name}/": packages.directory(package) for package in browsing.PACKAGES}
     html = _HTML.substitute(imports=json.dumps({"imports": dict(browsing.IMPORTS)}))
     return Site(
@@ -461,7 +479,7 @@ def _site(bundle: Path, browsing: Browsing) -> Site:
         roots={
             **roots, "/edgekit/": PAGE, "/format/runtime.mjs": browsing.MODULE, "/files/": bundle,
         },
-        connects_to=getattr(browsing, "CONNECTS_TO", ()),
+        connects_to=request.connects_to,
     )  # fmt: skip
 
 

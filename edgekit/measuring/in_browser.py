@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from edgekit import formats
 from edgekit.browser.chromium import Browser
@@ -41,6 +42,9 @@ from edgekit.measuring.measurement import (
 from edgekit.text import corpus
 from edgekit.text.tokenizer import Text
 
+
+if TYPE_CHECKING:
+    from edgekit.runtime.session import Logits
 
 _LOOK_S = 0.25  # between two looks at a tree of processes, which take milliseconds each
 _GOLDEN_TOKENS = 40  # of a text; runtimes that read them one by one take up to a second for each
@@ -128,10 +132,9 @@ def start_cold(directory: Path, workload: Workload, options: BrowserOptions) -> 
 def describe(directory: Path, options: BrowserOptions) -> Environment:
     """Start a browser, and say what it and this machine are."""
     bundle = Bundle.load(directory, check_hashes=False)
-    name = bundle.artifact.format
-    browsing = formats.browsing(name)
+    browsing = formats.browsing(bundle.artifact.format)
     request = browsing.request(bundle.artifact_path, context_tokens=bundle.context_tokens)
-    with Page.open(bundle.artifact_path, name, options) as page:
+    with Page.open(bundle.artifact_path, browsing, request, options) as page:
         found = Machine().environment(())
         return dataclasses.replace(
             found,
@@ -214,7 +217,9 @@ def _answers(bundle: Bundle, session: BrowserSession) -> Answers | None:
         return None
     compared = [_compare(_shortened(golden), session) for golden in goldens.logits]
     positions, kls = [count for count, _ in compared], [kl for _, kl in compared]
-    expected = goldens.answer_ids[:_GOLDEN_ANSWER_TOKENS]
+    stops = bundle.text.stop_ids
+    expected = tuple(takewhile(lambda id: id not in stops, goldens.answer_ids))
+    expected = expected[:_GOLDEN_ANSWER_TOKENS]
     prompt = goldens.answer_prompt_ids
     said = session.generate(prompt, len(expected)) if expected else None
     return Answers(
@@ -228,24 +233,28 @@ def _answers(bundle: Bundle, session: BrowserSession) -> Answers | None:
 
 def _compare(golden: LogitGolden, session: BrowserSession) -> tuple[int, float]:
     """Return at how many positions of a text distributions were compared, and their mean KL."""
-    import numpy as np
-
     if not session.loaded.reads_text:
         return len(golden.ids), golden.mean_kl_nats(session.all_logits(golden.ids))
     # Where the beginning of the text is what the runtime would make of it.
     ends = [end for end in range(1, len(golden.ids) + 1) if session.can_read(golden.ids[:end])]
     if not ends:
         return 0, 0.0
-    rows = []
-    for end in ends:
-        session.reset()
-        rows.append(session.prefill(golden.ids[:end]))
-    some = LogitGolden(
-        ids=tuple(golden.ids[end - 1] for end in ends),
-        top_ids=tuple(golden.top_ids[end - 1] for end in ends),
-        top_log_probabilities=tuple(golden.top_log_probabilities[end - 1] for end in ends),
+    kls = [_kl_nats(golden, end - 1, session.last_logits(golden.ids[:end])) for end in ends]
+    return len(ends), sum(kls) / len(kls)
+
+
+def _kl_nats(golden: LogitGolden, position: int, row: "Logits") -> float:
+    """Return how far one distribution is, of which only the most likely tokens may be known."""
+    pairs = zip(golden.top_ids[position], golden.top_log_probabilities[position], strict=True)
+    known = [(id, logarithm) for id, logarithm in pairs if row[id] > row.min()]
+    one = LogitGolden(
+        ids=(golden.ids[position],),
+        top_ids=(tuple(id for id, _ in known) or golden.top_ids[position][:1],),
+        top_log_probabilities=(
+            tuple(it for _, it in known) or golden.top_log_probabilities[position][:1],
+        ),
     )
-    return len(ends), some.mean_kl_nats(np.stack(rows))
+    return one.mean_kl_nats(row[None])
 
 
 def _shortened(golden: LogitGolden) -> LogitGolden:

@@ -178,7 +178,7 @@ def _check_memory(measurement: Measurement, budget: Budget) -> Check:
 def _check_gpu(measurement: Measurement) -> Iterator[Check]:
     """Yield what a model needs of a browser's GPU, and whether it has that."""
     browser = measurement.environment.browser
-    if browser is None or browser.gpu is None:
+    if browser is None or browser.gpu is None or not _ran_on_gpu(measurement):
         return
     gpu, buffer = browser.gpu, browser.buffer_needed
     if buffer is not None:
@@ -399,9 +399,12 @@ def _reasons_to_ignore_speed(measurement: Measurement) -> Iterator[str]:
 def _is_software(measurement: Measurement) -> bool:
     """Tell whether a WebGPU of the processor's did the work."""
     browser = measurement.environment.browser
+    return browser is not None and browser.is_software and _ran_on_gpu(measurement)
+
+
+def _ran_on_gpu(measurement: Measurement) -> bool:
     runs = [repetition.browser for repetition in measurement.repetitions]
-    ran = any(run is not None and run.backend == "webgpu" for run in runs)
-    return browser is not None and browser.is_software and ran
+    return any(run is not None and run.backend == "webgpu" for run in runs)
 
 
 def throttling_in_words(bits: int) -> str:

@@ -6,8 +6,8 @@
  *
  * /format/runtime.mjs exports open(request, { backend }), which gives { vocabulary, prefill(ids),
  * decode(id), reset() }; logits are a Float32Array after the last id, and what was read stays until
- * a reset. A model may have a `generate(ids, count, onToken)` that is its runtime's own loop, an
- * `all(ids)` that gives the logits of a text read at once, one row after the other, and a
+ * a reset. A model may have a `generate(ids, count, onToken)` that is its runtime's own loop, a
+ * `last(ids, texts)`, where the logits after a text can be had for less, an `all(ids)` that gives the logits of a text read at once, one row after the other, and a
  * `selfCheck()` that gives { differs, is_right }, where its runtime errs on some GPUs.
  */
 import { open } from "/format/runtime.mjs";
@@ -56,6 +56,13 @@ globalThis.edgekit = {
   /** The logits after each of the ids, read at once; null where the runtime gives the last only. */
   async all(ids) {
     return model.all ? toBase64(await model.all(ids)) : null;
+  },
+
+  /** The logits after these ids alone. */
+  async last(ids, texts) {
+    if (model.last) return toBase64(await model.last(ids, texts));
+    await model.reset();
+    return toBase64(await model.prefill(ids, texts));
   },
 
   async reset() {

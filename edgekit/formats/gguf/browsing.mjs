@@ -6,7 +6,10 @@
  */
 import { Wllama } from "@wllama/wllama";
 
-const TOP_TOKENS = 256; // whose probability is known; the rest is shared by all others
+// Whose probability is known. More of them would have tokens among them that are half a letter, over
+// which wllama 3.13 dies.
+const TOP_TOKENS = 16;
+const NEVER = 30; // nats below the last of them, where a token is to be chosen
 
 export async function open(request, { backend }) {
   const lines = [];
@@ -25,17 +28,18 @@ export async function open(request, { backend }) {
   } catch (error) {
     throw new Error(`${error.message} (${lines.slice(-4).join("; ")})`);
   }
-  return new Model(wllama);
+  return new Model(wllama, lines);
 }
 
 class Model {
   #read = []; // the ids of the text so far
   #stream = null; // the answer to it, as far as it came
 
-  constructor(wllama) {
-    this.wllama = wllama;
-    const { n_vocab, n_ctx, add_bos_token, token_bos } = wllama.getLoadedContextInfo();
-    Object.assign(this, { vocabulary: n_vocab, context: n_ctx });
+  constructor(wllama, lines) {
+    Object.assign(this, { wllama, lines });
+    const { n_vocab, n_ctx, add_bos_token, token_bos, list_tokens_eog } =
+      wllama.getLoadedContextInfo();
+    Object.assign(this, { vocabulary: n_vocab, context: n_ctx, ends: list_tokens_eog });
     this.bos = add_bos_token ? token_bos : null;
     this.threads = wllama.getNumThreads();
   }
@@ -44,10 +48,19 @@ class Model {
   async prefill(ids, { text, rest }) {
     await this.reset(this.#read);
     this.#read = [...this.#read, ...ids];
-    const prompt = this.#read[0] === this.bos ? rest : text;
-    this.#stream = new Answer(this.wllama, prompt, this.context - this.#read.length);
+    const count = this.context - this.#read.length;
+    this.#stream = this.#answer(this.#read, { text, rest }, { count });
     const row = await this.#next();
     this.#stream.refuseOther(this.#read.length);
+    return row;
+  }
+
+  /** The logits after a text, without an answer to it. */
+  async last(ids, texts) {
+    await this.reset();
+    const answer = this.#answer(ids, texts, { count: 1 });
+    const row = this.#shared(await answer.next());
+    await answer.stop();
     return row;
   }
 
@@ -65,7 +78,7 @@ class Model {
 
   async generate(ids, count, onToken, texts) {
     await this.reset();
-    const answer = new Answer(this.wllama, ids[0] === this.bos ? texts.rest : texts.text, count + 1);
+    const answer = this.#answer(ids, texts, { count: count + 1, ignoresEnd: true });
     for (let index = 0; index < count; index += 1) {
       await answer.next();
       onToken(answer.last);
@@ -74,11 +87,30 @@ class Model {
     answer.refuseOther(ids.length);
   }
 
+  #answer(ids, { text, rest }, options) {
+    const prompt = ids[0] === this.bos ? rest : text; // wllama puts it there itself
+    return new Answer(this.wllama, this.lines, prompt, { ends: this.ends, ...options });
+  }
+
   async #next() {
-    const top = await this.#stream.next();
+    return this.#row(await this.#stream.next());
+  }
+
+  /** Logits by which only a known token is ever chosen. */
+  #row(top) {
+    const least = Math.min(...top.map(({ logprob }) => logprob));
+    return this.#filled(top, least - NEVER);
+  }
+
+  /** Logits to compare with others: all other tokens share the rest of the probability. */
+  #shared(top) {
     const known = top.reduce((sum, { logprob }) => sum + Math.exp(logprob), 0);
     const others = Math.max(1, this.vocabulary - top.length);
-    const values = new Float32Array(this.vocabulary).fill(Math.log(Math.max(1e-9, 1 - known) / others));
+    return this.#filled(top, Math.log(Math.max(1e-9, 1 - known) / others));
+  }
+
+  #filled(top, others) {
+    const values = new Float32Array(this.vocabulary).fill(others);
     for (const { id, logprob } of top) values[id] = logprob;
     return values;
   }
@@ -88,7 +120,8 @@ class Model {
 class Answer {
   last = null; // the token that came last
 
-  constructor(wllama, prompt, count) {
+  constructor(wllama, lines, prompt, { count, ends, ignoresEnd = false }) {
+    this.end = ends[0];
     this.waiting = [];
     this.wake = () => {};
     this.ending = new AbortController();
@@ -98,7 +131,7 @@ class Answer {
       temperature: 0,
       top_k: 1,
       logprobs: TOP_TOKENS,
-      ignore_eos: true,
+      ignore_eos: ignoresEnd,
       timings_per_token: true,
       stream: true,
       abortSignal: this.ending.signal,
@@ -107,9 +140,9 @@ class Answer {
     this.done = wllama.createCompletion(options).then(
       () => this.#add(null),
       (error) => {
-        // Its worker writes an answer as JSON and dies over bytes that are no text (wllama 3.13).
-        const isNoText = /Invalid typed array length/.test(error.message);
-        this.error = isNoText ? new Error("the answer is not valid UTF-8, which ends wllama") : error;
+        // Its worker writes an answer as JSON, and dies over bytes that are no text (3.13.0).
+        const why = lines.findLast((line) => line.includes("json.exception"));
+        this.error = why ? new Error(`wllama cannot write what the model said: ${why}`) : error;
         this.#add(null);
       },
     );
@@ -126,7 +159,9 @@ class Answer {
 
   async next() {
     while (this.waiting.length === 0) {
-      if (this.isOver) throw this.error ?? new Error("the answer ended before its length");
+      if (this.isOver && this.error) throw this.error;
+      // The token that ends an answer is not told.
+      if (this.isOver) return [{ id: (this.last = this.end), logprob: 0 }];
       await new Promise((resolve) => (this.wake = resolve));
     }
     const token = this.waiting.shift();
