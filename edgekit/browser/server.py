@@ -16,6 +16,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 
+TYPES = {
+    ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript",
+    ".json": "application/json", ".wasm": "application/wasm",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """What is served."""
@@ -26,13 +32,31 @@ class Site:
     connects_to: Sequence[str] = ()  # the only others that the page may fetch from
 
     @property
-    def policy(self) -> str:
-        """Whom the page may ask: this server, and those that are named."""
+    def headers(self) -> dict[str, str]:
+        """What every answer has."""
         others = " ".join(self.connects_to)
-        return (
+        policy = (
             "default-src 'self' 'unsafe-inline' 'unsafe-eval' blob: data:; "
             f"connect-src 'self' blob: data: {others}"
-        ).strip()
+        )
+        return {
+            "Cross-Origin-Opener-Policy": "same-origin",
+            "Cross-Origin-Embedder-Policy": "require-corp",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Content-Security-Policy": policy.strip(),
+            "Cache-Control": "no-cache",
+        }
+
+    def file(self, path: str) -> Path | None:
+        """Return the file that a path means, None for what is not served."""
+        wanted = unquote(path)
+        prefixes = [prefix for prefix in self.roots if wanted.startswith(prefix)]
+        if not prefixes or ".." in wanted.split("/") or "\0" in wanted:
+            return None
+        prefix = max(prefixes, key=len)
+        rest = wanted.removeprefix(prefix)
+        found = self.roots[prefix] / rest if rest else self.roots[prefix]
+        return found if found.is_file() else None
 
 
 class SiteServer(http.server.ThreadingHTTPServer):
@@ -77,10 +101,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     extensions_map = {  # noqa: RUF012 - the base class has it so
         **http.server.SimpleHTTPRequestHandler.extensions_map,
-        ".js": "text/javascript",
-        ".mjs": "text/javascript",
-        ".json": "application/json",
-        ".wasm": "application/wasm",
+        **TYPES,
     }
 
     def do_GET(self) -> None:
@@ -103,22 +124,13 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
     def translate_path(self, path: str) -> str:
         """Return the file that a path means; one that is not there for what is not served."""
-        wanted = unquote(urlsplit(path).path)
-        roots = self.server.site.roots
-        prefixes = [prefix for prefix in roots if wanted.startswith(prefix)]
-        if not prefixes or ".." in wanted.split("/") or "\0" in wanted:
-            return os.devnull + "/none"
-        prefix = max(prefixes, key=len)
-        rest = wanted.removeprefix(prefix)
-        return str(roots[prefix] / rest) if rest else str(roots[prefix])
+        found = self.server.site.file(urlsplit(path).path)
+        return os.devnull + "/none" if found is None else str(found)
 
     def end_headers(self) -> None:
         """Add what every answer has."""
-        self.send_header("Cross-Origin-Opener-Policy", "same-origin")
-        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
-        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
-        self.send_header("Content-Security-Policy", self.server.site.policy)
-        self.send_header("Cache-Control", "no-cache")
+        for name, value in self.server.site.headers.items():
+            self.send_header(name, value)
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:

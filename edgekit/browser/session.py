@@ -473,11 +473,16 @@ class BrowserSession:
 
 def _site(bundle: Path, browsing: Browsing, request: BrowserRequest) -> Site:
     roots = {f"/npm/{package.name}/": packages.directory(package) for package in browsing.PACKAGES}
-    html = _HTML.substitute(imports=json.dumps({"imports": dict(browsing.IMPORTS)}))
+    imports = {name: f"/npm/{file}" for name, file in browsing.IMPORTS.items()}
+    html = _HTML.substitute(imports=json.dumps({"imports": imports}))
     return Site(
         pages={"/": ("text/html", html.encode())},
         roots={
-            **roots, "/edgekit/": PAGE, "/format/runtime.mjs": browsing.MODULE, "/files/": bundle,
+            **roots,
+            "/edgekit/": PAGE,
+            "/edgekit/gpu.mjs": formats.PAGE / "gpu.mjs",
+            "/format/runtime.mjs": browsing.MODULE,
+            "/files/": bundle,
         },
         connects_to=request.connects_to,
     )  # fmt: skip
@@ -489,7 +494,7 @@ def _runtime(browsing: Browsing) -> str:
 
 def _hook(options: BrowserOptions) -> str:
     forced = {"limits": dict(options.limits.at_most), "hidden": list(options.limits.hidden)}
-    script = (PAGE / "gpu.js").read_text(encoding="utf-8")
+    script = (formats.PAGE / "gpu.js").read_text(encoding="utf-8")
     return f"globalThis.edgekitForced = {json.dumps(forced)};\n{script}"
 
 
@@ -524,7 +529,11 @@ def _as_told(
     return {
         **request.settings,
         "url": f"/files/{request.entry}",
-        "data": [f"/files/{name}" for name in request.files if name != request.entry],
+        "data": [
+            {"path": name, "data": f"/files/{name}"}
+            for name in request.files
+            if name != request.entry
+        ],
         "features": list(request.features),
         "largest_buffer": buffer and asdict(buffer),
         "runs_in_wasm": request.runs_in_wasm,

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from edgekit.model.spec import DecoderSpec
 
 
+PAGE = Path(__file__).parent / "page"  # what pages of all formats have
+
+
 @dataclass(frozen=True, kw_only=True)
 class GpuBuffer:
     """An array that a GPU must hold and bind as a whole."""
@@ -294,9 +297,10 @@ class Browsing(Protocol):
     """What the module ``browsing`` of a format offers, where a browser opens its artifacts."""
 
     RUNTIME: str  # as people call it
-    PACKAGES: tuple[NpmPackage, ...]  # served below ``/npm/NAME/``
-    IMPORTS: Mapping[str, str]  # what the module imports by name, and from which path
+    PACKAGES: tuple[NpmPackage, ...]  # the runtime first
+    IMPORTS: Mapping[str, str]  # what JavaScript imports by name, and which file of a package it is
     MODULE: Path  # JavaScript that opens an artifact; see ``browser/page/device.mjs``
+    CHAT: Path | None  # JavaScript of a bundle's page; see ``page/app.mjs``. None: it has its own
 
     def request(self, path: Path, *, context_tokens: int) -> BrowserRequest:
         """Return what the page is told to open.

@@ -31,7 +31,8 @@ globalThis.edgekit = {
     const reason = lackingOf(await describeGpu(), request);
     if (reason !== null && (backend === "webgpu" || !request.runs_in_wasm)) return { reason };
     const chosen = backend ?? (reason === null ? "webgpu" : "wasm");
-    model = await open(request, { backend: chosen });
+    const packages = new URL("/npm/", location.href).href;
+    model = await open({ ...request, packages }, { backend: chosen });
     const load_s = (performance.now() - started) / 1000;
     const check = chosen === "webgpu" && model.selfCheck ? await model.selfCheck() : null;
     return {

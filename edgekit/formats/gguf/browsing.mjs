@@ -2,10 +2,12 @@
  * wllama, which takes text and not ids: what it reads is counted against the ids that are meant. Its
  * server gives the logarithms of the most likely tokens, one answer as a stream.
  *
- * Request: `url` of the first file, `data` (urls of the others), `context_tokens`, `threads`.
+ * Request: `url` of the first file, `data`: { data } with the urls of the others, `packages`: npm's,
+ * `context_tokens`, `threads`.
  */
 import { Wllama } from "@wllama/wllama";
 
+const WASM = "@wllama/wllama/esm/wasm/wllama.wasm";
 // Whose probability is known. More of them would have tokens among them that are half a letter, over
 // which wllama 3.13 dies.
 const TOP_TOKENS = 16;
@@ -15,9 +17,11 @@ export async function open(request, { backend }) {
   const lines = [];
   const note = (...words) => lines.push(words.join(" "));
   const logger = { debug: note, log: note, warn: note, error: note };
-  const wllama = new Wllama({ default: "/npm/@wllama/wllama/esm/wasm/wllama.wasm" }, { logger });
+  const wllama = new Wllama({ default: `${request.packages}${WASM}` }, { logger });
   const blobs = [];
-  for (const url of [request.url, ...request.data]) blobs.push(await (await fetch(url)).blob());
+  for (const url of [request.url, ...request.data.map(({ data }) => data)]) {
+    blobs.push(await (await fetch(url)).blob());
+  }
   try {
     await wllama.loadModel(blobs, {
       n_ctx: request.context_tokens,

@@ -17,8 +17,9 @@ PACKAGES = (
         ),
     ),
 )
-IMPORTS = {"@wllama/wllama": "/npm/@wllama/wllama/esm/index.min.js"}
+IMPORTS = {"@wllama/wllama": "@wllama/wllama/esm/index.min.js"}
 MODULE = Path(__file__).with_name("browsing.mjs")
+CHAT = Path(__file__).with_name("chat.mjs")
 
 
 def request(path: Path, *, context_tokens: int) -> BrowserRequest:

@@ -21,8 +21,9 @@ PACKAGES = (
         ),
     ),
 )
-IMPORTS = {"@mlc-ai/web-llm": "/npm/@mlc-ai/web-llm/lib/index.js"}
+IMPORTS = {"@mlc-ai/web-llm": "@mlc-ai/web-llm/lib/index.js"}
 MODULE = Path(__file__).with_name("browsing.mjs")
+CHAT = None  # `web_app` writes a page of its own
 
 
 def request(path: Path, *, context_tokens: int) -> BrowserRequest:

@@ -1,18 +1,19 @@
 /**
  * ONNX Runtime Web, driven token by token.
  *
- * Request: `url` of the graph, `data` (urls of the files of its weights), `border` (tokens, or null).
+ * Request: `url` of the graph, or its bytes; `data`: { path, data } of its weights' files, alike;
+ * `border`: tokens, or null; `outputs`: what is kept for the next token; `packages`: npm's.
  */
 import * as ort from "onnxruntime-web/webgpu";
 
 const BATCH_TOKENS = 128; // of a prompt at once: this many rows of logits are there at a time
 
 export async function open(request, { backend }) {
-  ort.env.wasm.wasmPaths = new URL("/npm/onnxruntime-web/dist/", location.href).href;
+  ort.env.wasm.wasmPaths = new URL("onnxruntime-web/dist/", request.packages).href;
   ort.env.wasm.numThreads = crossOriginIsolated ? request.threads ?? 0 : 1;
   const session = await ort.InferenceSession.create(request.url, {
     executionProviders: [backend],
-    externalData: request.data.map((url) => ({ path: url.split("/").at(-1), data: url })),
+    externalData: request.data,
     // Keys and values stay where they are read again.
     ...(backend === "webgpu" ? { preferredOutputLocation: placesOf(request.outputs) } : {}),
   });

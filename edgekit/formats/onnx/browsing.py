@@ -18,9 +18,21 @@ PACKAGES = (
             "tDeF6g=="
         ),
     ),
+    NpmPackage(  # of the page in a bundle, which reads and writes text
+        name="@huggingface/transformers",
+        version="4.3.1",
+        integrity=(
+            "sha512-5+voSeUCFK6PCKlY15dPhNOKq3/zOTxDN7oC+Wy9dFb1QZ0TSQomZRRy7URRK8YRuUoE9fGMQTTPC5d/"
+            "pWBJhA=="
+        ),
+    ),
 )
-IMPORTS = {"onnxruntime-web/webgpu": "/npm/onnxruntime-web/dist/ort.webgpu.bundle.min.mjs"}
+IMPORTS = {
+    "onnxruntime-web/webgpu": "onnxruntime-web/dist/ort.webgpu.bundle.min.mjs",
+    "@huggingface/transformers": "@huggingface/transformers/dist/transformers.min.js",
+}
 MODULE = Path(__file__).with_name("browsing.mjs")
+CHAT = Path(__file__).with_name("chat.mjs")
 
 
 def request(path: Path, *, context_tokens: int) -> BrowserRequest:

@@ -1,10 +1,19 @@
 /**
  * Runs before anything else in a page or a worker: notes what is really done with WebGPU, and holds
- * the GPU to the limits and features of another one, where `edgekitForced` says so.
+ * the GPU to the limits and features of another one, where `edgekitForced` says so, or what the page
+ * itself wrote down.
  */
 (() => {
+  function keptOf(name) {
+    try {
+      return JSON.parse(sessionStorage.getItem(name)) ?? [];
+    } catch {
+      return []; // a worker has none, nor a page whose cookies are blocked
+    }
+  }
+
   if (globalThis.edgekitGpu) return;
-  const forced = globalThis.edgekitForced ?? { limits: {}, hidden: [] };
+  const forced = globalThis.edgekitForced ?? { limits: {}, hidden: keptOf("edgekit-hidden") };
   const seen = { submits: 0, adapter: null, lost: null, errors: [] };
   globalThis.edgekitGpu = seen;
   if (!globalThis.GPUAdapter) return;
