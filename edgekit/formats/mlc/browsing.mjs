@@ -2,15 +2,16 @@
  * WebLLM, driven token by token through its public interface: a logit processor is given the logits
  * after the last id.
  *
- * Request: `record` (of WebLLM's model list, with addresses below the bundle), `vocabulary`.
+ * Request: `record` (of WebLLM's model list), `address` (that the bundle has in it), `vocabulary`.
  */
 import * as webllm from "@mlc-ai/web-llm";
 
 export async function open(request) {
   const record = { ...request.record };
-  // WebLLM adds "resolve/main/" to an address that has none; ".." takes it away again.
-  record.model = `${location.origin}/files/resolve/main/../../`;
-  record.model_lib = new URL(record.model_lib, `${location.origin}/files/`).href;
+  const here = `${location.origin}/files/`;
+  for (const name of ["model", "model_lib"]) {
+    record[name] = record[name].replace(request.address, here);
+  }
   // Else every call samples, over a sort of the whole vocabulary.
   record.overrides = { ...record.overrides, temperature: 0 };
   const listener = new Listener();

@@ -51,7 +51,11 @@ def request(path: Path, *, context_tokens: int) -> BrowserRequest:
         features=tuple(features),
         largest_buffer=buffer,
         runs_in_wasm=False,
-        settings={"record": record, "vocabulary": config["vocab_size"]},
+        settings={
+            "record": record,
+            "address": web_app.ADDRESS,
+            "vocabulary": config["vocab_size"],
+        },
         connects_to=(origin,) if origin else (),
     )
 
@@ -69,12 +73,13 @@ def _origin(path: Path, library: str, version: str) -> str | None:
             f"{web_app.PREBUILT_FOR}",
             hint="export it again",
         )
-    parts = urlsplit(library)
-    if parts.scheme:
+    name = library.removeprefix(web_app.ADDRESS)
+    if name == library:
+        parts = urlsplit(library)
         return f"{parts.scheme}://{parts.netloc}"
-    if not (path.parent / library).is_file():
+    if not (path.parent / name).is_file():
         raise UsageError(
-            f"{path.parent} has no library for WebLLM: {library} is not there, and none that is "
+            f"{path.parent} has no library for WebLLM: {name} is not there, and none that is "
             "prebuilt fits the model",
             hint="run it without --device browser, or export it as onnx or gguf for a browser",
         )
