@@ -438,6 +438,12 @@ class BrowserSession:
     def _ids(self, text: str) -> list[int]:
         return self.text.encode(text, adds_bos=False)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @property
     def backend(self) -> Backend:
         """What did the work so far: WebGPU if anything was handed to it."""
