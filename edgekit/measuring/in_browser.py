@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import formats
 from edgekit.browser.chromium import Browser
+from edgekit.browser.devtools import KilledError
 from edgekit.browser.options import BrowserOptions, Limits
 from edgekit.browser.session import BrowserSession, Page, Timed
 from edgekit.bundle.goldens import Goldens, LogitGolden
@@ -39,6 +40,7 @@ from edgekit.measuring.measurement import (
     Workload,
     read_fields,
 )
+from edgekit.runtime.child import KILLED
 from edgekit.text import corpus
 from edgekit.text.tokenizer import Text
 
@@ -283,7 +285,10 @@ def main(words: Sequence[str] | None = None) -> int:
     for name in ("SIGTERM", "SIGHUP"):  # so that the browser is ended with it
         with suppress(AttributeError, ValueError):
             signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
-    return measure.report(_perform(words))
+    try:
+        return measure.report(_perform(words))
+    except KilledError:
+        return KILLED  # as of a process that holds the model itself
 
 
 if __name__ == "__main__":
