@@ -30,7 +30,7 @@ class Visit:
 
     def state(self, *, after=("Loading", "Starting"), timeout_s=90):
         """Return what the page says once it no longer loads."""
-        limit = time.monotonic() + timeout_s
+        limit, text = time.monotonic() + timeout_s, ""
         while time.monotonic() < limit:
             text = self.evaluate("document.querySelector('#state')?.textContent") or "Loading"
             if not text.startswith(after) and " of " not in text:
@@ -53,6 +53,7 @@ class Visit:
 @contextlib.contextmanager
 def visit(directory, format="onnx", *, script="", flags=()):
     site = web_page.site(directory, format)
+    assert site is not None
     flags = [chromium.reaching_only(()), *flags]
     with (
         serving(site) as server,
