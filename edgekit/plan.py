@@ -1,6 +1,5 @@
 """Plans: what to make for a target, decided by arithmetic before anything slow starts."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -377,7 +376,7 @@ def estimate(
 
 def _overhead_bytes(spec: DecoderSpec, layout: Layout) -> int:
     """Return what a token takes besides weights: what the format knows, or states, both ways."""
-    return layout.overhead_bytes or 2 * sum(4 * math.prod(shape) for _, _, shape in spec.states())
+    return layout.overhead_bytes or 2 * spec.states_bytes
 
 
 def _token_s(

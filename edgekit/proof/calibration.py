@@ -246,7 +246,7 @@ def _read(out: Path, checkpoint: Checkpoint) -> "dict[str, Columns] | None":
         return None
     shapes_found = {role: columns.shape for role, columns in _spread(found, checkpoint)}
     shapes = dict(checkpoint.spec.weights())
-    is_whole = all(shapes.get(role, (0,))[1:] == shape for role, shape in shapes_found.items())
+    is_whole = all(shapes[role][1:] == shape for role, shape in shapes_found.items())
     return found if is_whole and _head(checkpoint) in shapes_found else None
 
 

@@ -67,7 +67,7 @@ def hidden_states(
         _refuse_text(model.spec, text)
     with torch.inference_mode():
         states = [_embed(model, text) for text in texts]
-        embedded = [_embed_layers(model, text, x) for text, x in zip(texts, states, strict=True)]
+        embedded = _embed_layers(model, texts, states)
         caches: list[Caches] = [{} for _ in texts]
         for index in range(len(model.spec.layers)):
             weights = Weights(model, prefix=f"layers.{index}.", observe=observe)
@@ -159,12 +159,15 @@ def _refuse_text(spec: DecoderSpec, ids: Sequence[int]) -> None:
 
 
 def _embed(model: DecoderWeights, ids: Sequence[int]) -> "torch.Tensor":
-    """Return the rows of the embedding that a text needs, and read no others."""
+    return _look_up(model, "token_embedding", ids) * model.spec.embedding_scale
+
+
+def _look_up(model: DecoderWeights, role: str, ids: Sequence[int]) -> "torch.Tensor":
+    """Return the rows of a table that a text needs, and read no others."""
     import torch
 
-    rows = {id: model.weight("token_embedding", id, 1)[0] for id in set(ids)}
-    found = torch.stack([torch.from_numpy(rows[id]) for id in ids])
-    return found * model.spec.embedding_scale
+    rows = {id: model.weight(role, id, 1)[0] for id in set(ids)}
+    return torch.stack([torch.from_numpy(rows[id]) for id in ids])
 
 
 def apply_head(model: DecoderWeights, states: "torch.Tensor") -> "torch.Tensor":
@@ -185,22 +188,21 @@ def apply_head(model: DecoderWeights, states: "torch.Tensor") -> "torch.Tensor":
 
 
 def _embed_layers(
-    model: DecoderWeights, ids: Sequence[int], x: "torch.Tensor"
-) -> "torch.Tensor | None":
-    """Return what each layer is given of its own embedding: ``(tokens, layers, width)``."""
-    import torch
+    model: DecoderWeights, texts: Sequence[Sequence[int]], states: "Sequence[torch.Tensor]"
+) -> "Sequence[torch.Tensor | None]":
+    """Return what layers are given of their own embedding, by text: ``(tokens, layers, width)``."""
     from torch.nn import functional
 
     spec, own = model.spec, model.spec.layer_embedding
     if own is None:
-        return None
-    rows = {id: model.weight("layer_embedding", id, 1)[0] for id in set(ids)}
-    looked_up = torch.stack([torch.from_numpy(rows[id]) for id in ids]) * own.scale
-    weights = Weights(model, prefix="")
-    seen = functional.linear(x, weights["layer_embedding_projection"]) * own.projection_scale
-    by_layer = (len(spec.layers), own.width)
-    seen = normalize(spec.norm, weights, "layer_embedding_norm", seen.unflatten(-1, by_layer))
-    return (seen + looked_up.unflatten(-1, by_layer)) * own.sum_scale
+        return [None] * len(texts)
+    weights, by_layer, found = Weights(model, prefix=""), (len(spec.layers), own.width), []
+    for ids, x in zip(texts, states, strict=True):
+        looked_up = _look_up(model, "layer_embedding", ids) * own.scale
+        seen = functional.linear(x, weights["layer_embedding_projection"]) * own.projection_scale
+        seen = normalize(spec.norm, weights, "layer_embedding_norm", seen.unflatten(-1, by_layer))
+        found.append((seen + looked_up.unflatten(-1, by_layer)) * own.sum_scale)
+    return found
 
 
 def _apply_layer(

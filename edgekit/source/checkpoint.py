@@ -306,7 +306,7 @@ class Checkpoint:
         if source.siblings:
             tensor = StackedTensors(tuple(self.tensors[name] for name in source.tensors))
         if source.is_depthwise:
-            return Taps(tensor)
+            return Taps(base=tensor)
         if source.neighbours is None:
             return tensor
         return PairOrder(base=tensor, pairs=source.neighbours, to="halves")

@@ -1,7 +1,5 @@
 """What llama.cpp does for a token besides reading weights, as the bytes that take as long."""
 
-import math
-
 from edgekit.model.spec import DecoderSpec
 
 
@@ -13,6 +11,5 @@ _CAPPED_LOGIT_BYTES = 500
 
 def overhead_bytes(spec: DecoderSpec) -> int:
     """Return them for one token."""
-    states = sum(4 * math.prod(shape) for _, _, shape in spec.states())
     capped = spec.vocab_size if spec.final_logit_softcap is not None else 0
-    return _STATE_PASSES * states + _CAPPED_LOGIT_BYTES * capped
+    return _STATE_PASSES * spec.states_bytes + _CAPPED_LOGIT_BYTES * capped
