@@ -28,6 +28,7 @@ from edgekit.errors import BudgetError, EdgekitError, ToolchainError, UnstableEr
 
 
 if TYPE_CHECKING:
+    from edgekit.compare import Row
     from edgekit.formats import Layout
     from edgekit.plan import Plan
     from edgekit.progress import Advance
@@ -316,11 +317,21 @@ def plan_command(
     template_variables: dict[str, Any], variant: str | None, no_calibration: bool,
     tokenizer: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Show what `export` would make of MODEL, what it would cost, and why the rest is rejected."""
+    """Show what `export` would make of MODEL, what it would cost, and why the rest is rejected.
+
+    MODEL may also be a directory with nothing but a config.json, the name of a published model
+    (Qwen2.5-1.5B), or a size (3b): then all published models of that size are compared.
+    """
+    from edgekit.compare import compare, is_size
     from edgekit.plan import plan
     from edgekit.target import load
 
     target = load(target_name)
+    if is_size(model):
+        rows = compare([model], [target], format=format, quant=quant,
+                       context_tokens=context_tokens, calibrate=not no_calibration)  # fmt: skip
+        print_rows(rows, as_json=as_json)
+        return
     made = plan(
         model, target, adapters=adapters, format=format, quant=quant,
         context_tokens=context_tokens, chat_template=chat_template,
@@ -420,6 +431,116 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
         between = f"{format_duration(first.low)} to {format_duration(first.high)}"
         yield f"{name:<24}{between:<34}{format_duration(limit.limit_s)}"
     yield from remarks(made)
+
+
+@cli.command("compare")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--target", "target_names", multiple=True, metavar="NAME|FILE.toml",
+              help=f"{TARGET_HELP} May be given several times.")  # fmt: skip
+@click.option("--all-targets", is_flag=True, help="Every target that edgekit knows.")
+@click.option("--all-quants", is_flag=True,
+              help="A row for each recipe of each format, instead of the one that a plan takes.",
+              )  # fmt: skip
+@click.option("--format", metavar="F", help="Consider only this artifact format.")
+@click.option("--quant", metavar="Q", help="Consider only this recipe.")
+@click.option("--context", "context_tokens", type=int, metavar="N",
+              help="Context length in tokens; default: each target's.")  # fmt: skip
+@no_calibration_option
+@click.option("--csv", "as_csv", is_flag=True, help="Print one table as CSV, in plain units.")
+@json_option
+def compare_command(
+    models: tuple[str, ...], target_names: tuple[str, ...], all_targets: bool, all_quants: bool,
+    format: str | None, quant: str | None, context_tokens: int | None, no_calibration: bool,
+    as_csv: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Compare what could be made of each MODEL for each target.
+
+    MODEL is what `plan` takes: weights are not needed.
+
+    \b
+    Examples:
+      edgekit compare 3b --target raspberry-pi-5-8gb
+      edgekit compare Qwen3-1.7B SmolLM2-1.7B --target android-mid-8gb --all-quants
+      edgekit compare ./my-model --all-targets --csv
+    """
+    from edgekit import target
+    from edgekit.compare import compare
+
+    if bool(target_names) == all_targets:
+        raise UsageError("say which targets: --target NAME, or --all-targets")
+    names = target.names() if all_targets else target_names
+    rows = compare(
+        models, names, format=format, quant=quant, context_tokens=context_tokens,
+        every_recipe=all_quants, calibrate=not no_calibration, listener=Terminal(),
+    )  # fmt: skip
+    print_rows(rows, as_json=as_json, as_csv=as_csv)
+
+
+def print_rows(rows: "Sequence[Row]", *, as_json: bool, as_csv: bool = False) -> None:
+    """Print a comparison: for people, or for programs, where every number has a plain unit."""
+    if as_json:
+        print_json([row_document(row) for row in rows])
+    elif as_csv:
+        import csv
+
+        writer = csv.DictWriter(sys.stdout, row_document(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row_document(row) for row in rows)
+    else:
+        for line in comparison_lines(rows):
+            echo(line)
+
+
+def row_document(row: "Row") -> dict[str, Any]:
+    """Return one row of a comparison for programs."""
+    estimate = row.estimate
+    rate = estimate.decode_tokens_per_s if estimate else None
+    first = next(iter(estimate.first_token_s.items())) if estimate else None
+    return {
+        "model": row.model,
+        "parameters": row.parameters,
+        "target": row.target,
+        "format": row.format,
+        "recipe": row.recipe,
+        "bits_per_weight": round(row.bits_per_weight, 2),
+        "context_tokens": row.context_tokens,
+        "artifact_bytes": estimate and estimate.artifact_bytes,
+        "memory_bytes": estimate and estimate.memory.peak_bytes,
+        "decode_tokens_per_s": rate and round(rate.likely, 2),
+        "first_token_prompt_tokens": first and first[0],
+        "first_token_s": first and round(first[1].likely, 3),
+        "fits": row.fits,
+        "is_chosen": row.is_chosen,
+        "misses": "; ".join(row.misses),
+    }
+
+
+def comparison_lines(rows: "Sequence[Row]") -> Iterator[str]:
+    """Yield a comparison as a table: what a plan would choose has a star."""
+    from edgekit.units import format_bytes, format_duration, format_rate
+
+    head = ("model", "target", "recipe", "to download", "memory", "decode", "first token", "fits")
+    table = [head]
+    for row in rows:
+        costs = ("", "", "", "")
+        if estimate := row.estimate:
+            costs = (
+                format_bytes(estimate.artifact_bytes),
+                format_bytes(estimate.memory.peak_bytes),
+                format_rate(estimate.decode_tokens_per_s.likely),
+                format_duration(next(iter(estimate.first_token_s.values())).likely),
+            )
+        star = " *" if row.is_chosen else ""
+        fits = "; ".join((row.fits, *row.misses))
+        table.append(
+            (row.model, row.target, f"{row.format} {row.recipe}{star}".strip(), *costs, fits)
+        )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        padded = (f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
+        yield "  ".join(padded).rstrip()
+    if any(row.is_chosen for row in rows):
+        yield "* what a plan takes"
 
 
 def piped_prompt() -> str:

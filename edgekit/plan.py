@@ -1,7 +1,7 @@
 """Plans: what to make for a target, decided by arithmetic before anything slow starts."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from edgekit.units import format_bytes, format_duration, format_rate
 # How far an uncalibrated estimate may be off. Six published rows of one phone and runtime lie
 # within 9 % of one effective bandwidth, four boards within 35 %.
 SPEED_UNCERTAINTY = 0.35
+_FOUR_BITS = 4.0
 TOKEN_OVERHEAD_S = 0.0002  # sampling and text, per token
 
 
@@ -34,6 +35,7 @@ class Choice:
     context_tokens: int | None = None  # how many the runner must hold; None: the budget's
     split_bytes: int | None = None  # the most that one file may take; None: one file
     variant: str | None = None  # consider only formats with this build
+    has_every_recipe: bool = False  # consider those too that a plan does not take by itself
 
 
 FREE_CHOICE = Choice()
@@ -92,6 +94,18 @@ class Candidate:
         """``gguf Q4_K_M``."""
         return f"{self.format} {self.recipe.full_name}"
 
+    @property
+    def is_usual(self) -> bool:
+        """Whether a plan considers the recipe without being asked for it."""
+        return self.recipe.name in formats.get(self.format).DEFAULT_RECIPES
+
+    @property
+    def bits_per_weight(self) -> float:
+        """How many bits of the artifact are for one weight, on average; 0 without a layout."""
+        placements = self.layout.placements if self.layout else ()
+        parameters = sum(placement.parameters for placement in placements)
+        return 8 * sum(placement.size_bytes for placement in placements) / max(1, parameters)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -103,6 +117,7 @@ class Plan:
     layout: Layout
     estimate: Estimate
     rejected: tuple[Candidate, ...]
+    four_bit: Candidate | None = None  # what else fits, for what it saves
     notes: tuple[str, ...] = ()  # what a user should know: a shortened context, substitutions
 
     @property
@@ -139,24 +154,41 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
 ) -> Plan:
     """Return what `edgekit export` would make of a model; nothing is changed.
 
-    The arguments and errors are those of `edgekit.export`.
+    The arguments and errors are those of `edgekit.export`, but that the model may also be a
+    directory with a config.json and no weights, or the name of a published model. Such a model is
+    planned as it is, so that adapters and what is said about its text are refused.
+
+    Raises:
+        UsageError: As `edgekit.export`, and if a model without weights is given one of those.
+        BudgetError: If nothing fits.
     """
     target = load_target(target_name)
-    checkpoint = opening.open_checkpoint(
-        model,
-        adapters=adapters,
-        chat_template=chat_template,
-        template_variables=template_variables,
-        tokenizer=tokenizer,
-        listener=listener,
-    )
+    checkpoint = opening.open_shape(model)
+    if checkpoint is None:
+        checkpoint = opening.open_checkpoint(
+            model,
+            adapters=adapters,
+            chat_template=chat_template,
+            template_variables=template_variables,
+            tokenizer=tokenizer,
+            listener=listener,
+        )
+    elif adapters or chat_template or template_variables or tokenizer != "file":
+        raise UsageError(
+            f"there are no weights of {checkpoint.name}: a plan of its shape takes neither "
+            "adapters nor anything about its text",
+            hint="a LoRA adapter that is merged changes nothing in a plan: leave it out",
+        )
     if calibrate:
         checkpoint = announce(checkpoint)
     choice = Choice(
         format=format, quant=quant, context_tokens=context_tokens, split_bytes=split_bytes,
         variant=variant,
     )  # fmt: skip
-    return make(checkpoint, target, choice)
+    made = make(checkpoint, target, choice)
+    if checkpoint.has_weights:
+        return made
+    return replace(made, layout=replace(made.layout, is_exact=False))
 
 
 def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -> Plan:
@@ -175,8 +207,30 @@ def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -
             the model itself cannot be converted, whatever the recipe.
         BudgetError: If nothing fits; the message lists every candidate with its numbers.
     """
+    found = candidates(checkpoint, target, choice)
+    chosen = first_fitting(found)
+    if chosen is None:
+        _refuse_bad_input(found)
+        raise BudgetError(
+            f"{checkpoint.name} does not fit {target.title}\n"
+            + "\n".join(f"  {c.name}: {'; '.join(c.misses)}" for c in found),
+            hint="take a smaller model, a shorter --context, or a target file with a wider budget",
+        )
+    return _plan(chosen, found, target, notes=checkpoint.remarks)
+
+
+def candidates(
+    checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE
+) -> list[Candidate]:
+    """Return everything that could be made, best first: by format, then by size.
+
+    The arguments are those of `make`.
+
+    Raises:
+        UsageError: As `make`.
+    """
     checkpoint.text.refuse_unreadable()
-    candidates: list[Candidate] = []
+    found: list[Candidate] = []
     for name in _format_names(target, choice):
         limit = formats.writing(name).context_limit(checkpoint)
         context = _context(limit, target, asked=choice.context_tokens)
@@ -188,21 +242,13 @@ def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -
                 split_bytes=choice.split_bytes,
                 variant=choice.variant or next(iter(target.variants.get(name, ())), None),
             )
-            for recipe in _recipes(name, choice.quant, checkpoint.spec)
+            for recipe in _recipes(name, choice, checkpoint.spec)
         )
         assessed = [
             assess(checkpoint, request, target, format=name, held=held) for request in requests
         ]
-        candidates += sorted(assessed, key=_faithful_first)
-    chosen = _choose(candidates)
-    if chosen is None:
-        _refuse_bad_input(candidates)
-        raise BudgetError(
-            f"{checkpoint.name} does not fit {target.title}\n"
-            + "\n".join(f"  {c.name}: {'; '.join(c.misses)}" for c in candidates),
-            hint="take a smaller model, a shorter --context, or a target file with a wider budget",
-        )
-    return _plan(chosen, candidates, target, notes=checkpoint.remarks)
+        found += sorted(assessed, key=_faithful_first)
+    return found
 
 
 def _faithful_first(candidate: Candidate) -> tuple[int, int]:
@@ -213,7 +259,7 @@ def _faithful_first(candidate: Candidate) -> tuple[int, int]:
     return -weights_bytes, candidate.estimate.memory.peak_bytes
 
 
-def _choose(candidates: Sequence[Candidate]) -> Candidate | None:
+def first_fitting(candidates: Sequence[Candidate]) -> Candidate | None:
     """Return the first that most likely fits, or else the first that may."""
     for candidate in candidates:
         if not candidate.misses:
@@ -233,8 +279,16 @@ def _plan(
         layout=chosen.layout,
         estimate=chosen.estimate,
         rejected=tuple(candidates[: candidates.index(chosen)]),
+        four_bit=_four_bit(chosen, candidates),
         notes=(*notes, *_notes(chosen, target)),
     )
+
+
+def _four_bit(chosen: Candidate, candidates: Sequence[Candidate]) -> Candidate | None:
+    """Return the smallest recipe of 4 bits and more that fits, if that is a smaller one."""
+    after = candidates[candidates.index(chosen) + 1 :]
+    fitting = [it for it in after if it.format == chosen.format and not it.misses]
+    return next((it for it in reversed(fitting) if it.bits_per_weight >= _FOUR_BITS), None)
 
 
 def _refuse_bad_input(rejected: Sequence[Candidate]) -> None:
@@ -289,11 +343,12 @@ def _taken(target: Target, names: list[str], variant: str | None) -> list[str]:
     return found
 
 
-def _recipes(format_name: str, quant: str | None, spec: DecoderSpec) -> list[Recipe]:
+def _recipes(format_name: str, choice: Choice, spec: DecoderSpec) -> list[Recipe]:
     fmt = formats.get(format_name)
-    if quant is None:
-        return [fmt.RECIPES[name] for name in fmt.DEFAULT_RECIPES]
-    found = recipes.find(format_name, quant)
+    if choice.quant is None:
+        usual = fmt.RECIPES if choice.has_every_recipe else fmt.DEFAULT_RECIPES
+        return [fmt.RECIPES[name] for name in usual]
+    found = recipes.find(format_name, choice.quant)
     recipes.refuse_misfits(found, spec, format=format_name)
     return [found]
 
@@ -463,7 +518,19 @@ def _elsewhere(format: str, variant: str | None) -> Iterator[str]:
 def remarks(made: Plan) -> Iterator[str]:
     """Yield what a person should know besides the choice: what was rejected, and why; notes."""
     yield from (f"rejected {c.name}: {'; '.join(c.misses)}" for c in made.rejected)
+    if made.four_bit and made.four_bit.estimate:
+        yield f"or {made.four_bit.name}: {_savings(made.estimate, made.four_bit.estimate)}"
     yield from (f"note: {note}" for note in made.notes)
+
+
+def _savings(now: Estimate, then: Estimate) -> str:
+    """Say what another recipe would take, and what it would change."""
+    faster = then.decode_tokens_per_s.likely / now.decode_tokens_per_s.likely
+    return (
+        f"{format_bytes(then.artifact_bytes)} instead of {format_bytes(now.artifact_bytes)}, "
+        f"{format_bytes(then.memory.peak_bytes)} of memory instead of "
+        f"{format_bytes(now.memory.peak_bytes)}, {faster:.2g} times as fast, less faithful"
+    )
 
 
 def substitutions(layout: Layout) -> Iterator[str]:
