@@ -36,10 +36,14 @@ if TYPE_CHECKING:
 # the benchmark planner_error. The others are guessed from those of as many bits.
 _DECODE_COSTS = {
     "F32": 0.8, "F16": 0.8, "BF16": 0.8, "Q8_0": 0.8, "Q6_K": 1.3, "Q5_K": 1.3, "Q5_1": 1.3,
-    "Q5_0": 1.3, "Q4_K": 1.0, "Q4_1": 1.0, "Q4_0": 1.0, "IQ4_NL": 1.0, "Q3_K": 2.2, "Q2_K": 2.6,
+    "Q5_0": 1.3, "Q4_K": 1.0, "Q4_1": 1.0, "Q4_0": 1.0, "IQ4_NL": 1.0, "Q3_K": 1.0, "Q2_K": 1.0,
 }  # fmt: skip
+# What takes longer to unpack than to read, by the same fit: on each phone as much longer as its
+# bandwidth is greater beside the arithmetic with which it reads prompts.
+_DECODE_FLOP = {"Q3_K": 17.0, "Q2_K": 15.3}
 TENSOR_TYPES: Mapping[str, TensorType] = {
-    name: replace(ALL_TENSOR_TYPES[name], decode_cost=cost) for name, cost in _DECODE_COSTS.items()
+    name: replace(ALL_TENSOR_TYPES[name], decode_cost=cost, decode_flop=_DECODE_FLOP.get(name, 0.0))
+    for name, cost in _DECODE_COSTS.items()
 }
 
 # Coarse enough for importance weighting: how much an error counts, column by column.
