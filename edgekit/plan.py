@@ -352,9 +352,9 @@ def estimate(
     )
     types = formats.get(format).TENSOR_TYPES
     weights_s = sum(
-        _weight_s(placement, types[placement.tensor_type], target)
+        checkpoint.spec.share_read(placement.role)
+        * _weight_s(placement, types[placement.tensor_type], target)
         for placement in layout.placements
-        if placement.role not in checkpoint.spec.looked_up
     )
     token_s = (
         weights_s
@@ -363,8 +363,11 @@ def estimate(
         + _cache_s(memory, target, context_tokens=context_tokens)
         + TOKEN_OVERHEAD_S
     )
-    looked_up = checkpoint.spec.looked_up | {"token_embedding"}
-    flop = 2 * sum(p.parameters for p in layout.placements if p.role not in looked_up)
+    flop = 2 * sum(
+        checkpoint.spec.share_read(p.role) * p.parameters
+        for p in layout.placements
+        if p.role != "token_embedding"
+    )
     read_s = token_s if layout.reads_by_token else flop / target.prefill_flop_per_s
     return Estimate(
         artifact_bytes=layout.artifact_bytes,

@@ -3,7 +3,7 @@
 Which weight gets which tensor type is decided here, from its role; the arithmetic of the quantized
 tensor types is ggml's own, called through the library that ships inside llama-cpp-python.
 Source: ``llama_tensor_get_type_impl`` and ``tensor_type_fallback`` in src/llama-quant.cpp of
-llama.cpp 0c1e57098. What concerns mixtures of experts, Falcon and 70B models is not reproduced.
+llama.cpp 0c1e57098. What concerns mixtures of 8 experts, Falcon and 70B models is not reproduced.
 """
 
 import ctypes
@@ -56,9 +56,10 @@ FILE_TYPES: Mapping[str, int] = {  # general.file_type: enum llama_ftype in llam
 }  # fmt: skip
 
 # ggml adds biases, multiplies norms and convolves in float32, and they are small. So is what says
-# how long a delta net remembers, where every error counts again with the next token.
+# how long a delta net remembers, where every error counts again with the next token, and what
+# chooses the experts of a token, where a small one takes another.
 _EXACT = Rule(
-    pattern=".*(norm|bias)|.*_taps|delta_(decay|alpha|beta)|layer_scale", tensor_type="F32"
+    pattern=".*(norm|bias)|.*_taps|delta_(decay|alpha|beta)|layer_scale|router", tensor_type="F32"
 )
 # The matrix that makes the logits is the one where rounding hurts most.
 _HEAD = (
@@ -133,39 +134,39 @@ RECIPES: Mapping[str, Recipe] = {
         _recipe("Q6_K", "Q6_K", _EXACT, _PROJECTION),
         _recipe(
             "Q5_K_M", "Q5_K", _EXACT, _PROJECTION, *_HEAD,
-            Rule(pattern="value|delta_qkv|down", tensor_type="Q6_K", layers="sensitive"),
+            Rule(pattern="value|delta_qkv|(expert_)?down", tensor_type="Q6_K", layers="sensitive"),
         ),
         _recipe("Q5_K_S", "Q5_K", _EXACT, _PROJECTION, *_HEAD),
         _recipe(
             "Q4_K_M", "Q4_K", _EXACT, _PROJECTION, *_HEAD,
-            Rule(pattern="value|delta_qkv|down", tensor_type="Q6_K", layers="sensitive"),
+            Rule(pattern="value|delta_qkv|(expert_)?down", tensor_type="Q6_K", layers="sensitive"),
             _finer("Q4_K"),
         ),
         _recipe(
             "Q4_K_S", "Q4_K", _EXACT, _PROJECTION, *_HEAD,
             Rule(pattern="value", tensor_type="Q5_K", layers="first_four"),
-            Rule(pattern="down", tensor_type="Q5_K", layers="first_eighth"),
+            Rule(pattern="(expert_)?down", tensor_type="Q5_K", layers="first_eighth"),
             _finer("Q4_K"),
         ),
         _recipe("Q4_1", "Q4_1", _EXACT, _PROJECTION, *_HEAD, _finer("Q4_1")),
         _recipe(
             "IQ4_NL", "IQ4_NL", _EXACT, _PROJECTION, *_HEAD,
             Rule(pattern="value", tensor_type="Q5_K", decoders="grouped"),
-            Rule(pattern="down", tensor_type="Q5_K", layers="first_eighth"),
+            Rule(pattern="(expert_)?down", tensor_type="Q5_K", layers="first_eighth"),
             _finer("IQ4_NL"),
         ),
         _recipe("Q4_0", "Q4_0", _EXACT, _PROJECTION, *_HEAD, _finer("Q4_0")),
         _recipe(
             "Q3_K_M", "Q3_K", _EXACT, _PROJECTION, *_HEAD,
             Rule(pattern="value", tensor_type="Q5_K", layers="first_two"),
-            Rule(pattern="down", tensor_type="Q5_K", layers="first_sixteenth"),
-            Rule(pattern="value|down|attention_output", tensor_type="Q4_K"),
+            Rule(pattern="(expert_)?down", tensor_type="Q5_K", layers="first_sixteenth"),
+            Rule(pattern="value|(expert_)?down|attention_output", tensor_type="Q4_K"),
             _finer("Q3_K"),
         ),
         _recipe(
             "Q2_K", "Q2_K", _EXACT, _PROJECTION, *_HEAD,
             Rule(pattern="value", tensor_type="Q4_K", decoders="grouped"),
-            Rule(pattern="value|down|attention_output", tensor_type="Q3_K"),
+            Rule(pattern="value|(expert_)?down|attention_output", tensor_type="Q3_K"),
             _finer("Q2_K"),
         ),
     )

@@ -532,6 +532,25 @@ PUBLISHED: dict[str, Published] = {
         sizes=(65536, 1536, 10240, 16, 24, 8, 128000),
         fields=_LFM2 | {"full_attn_idxs": _SIX_ATTEND},
     ),
+    "LiquidAI/LFM2-8B-A1B": Published(
+        model_type="lfm2_moe",
+        parameters="8.3B",
+        sizes=(65536, 2048, 7168, 24, 32, 8, 128000),
+        fields={
+            "conv_L_cache": 3,
+            "layer_types": [
+                "full_attention" if index in {2, 6, 10, 14, 18, 21} else "conv"
+                for index in range(24)
+            ],
+            "moe_intermediate_size": 1792,
+            "norm_eps": 1e-5,
+            "num_dense_layers": 2,
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "rope_theta": 1_000_000.0,
+            "tie_embedding": True,
+        },
+    ),
     "LiquidAI/LFM2.5-1.2B-Instruct": Published(
         model_type="lfm2",
         parameters="1,170,340,608",
