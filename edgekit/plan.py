@@ -11,7 +11,8 @@ from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, Reada
 from edgekit.model.spec import DecoderSpec
 from edgekit.progress import Listener
 from edgekit.proof.calibration import announce
-from edgekit.quant.recipe import Recipe
+from edgekit.quant.planned import PlannedWeight
+from edgekit.quant.recipe import Recipe, TensorType
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.target import Target
@@ -404,19 +405,23 @@ def estimate(
         checkpoint, layout, context_tokens=context_tokens, by_app=target.by_app
     )
     types = formats.get(format).TENSOR_TYPES
-    streamed_bytes = sum(
-        placement.size_bytes * types[placement.tensor_type].decode_cost
+    weights_s = sum(
+        checkpoint.spec.share_read(placement.role)
+        * _weight_s(placement, types[placement.tensor_type], target)
         for placement in layout.placements
-        if placement.role not in checkpoint.spec.looked_up
     )
-    token_s = _token_s(
-        streamed_bytes + _overhead_bytes(checkpoint.spec, layout),
-        memory,
-        target,
-        context_tokens=context_tokens,
+    token_s = (
+        weights_s
+        + _overhead_bytes(checkpoint.spec, layout) / target.decode_bandwidth_bytes_per_s
+        + layout.overhead_s
+        + _cache_s(memory, target, context_tokens=context_tokens)
+        + TOKEN_OVERHEAD_S
     )
-    looked_up = checkpoint.spec.looked_up | {"token_embedding"}
-    flop = 2 * sum(p.parameters for p in layout.placements if p.role not in looked_up)
+    flop = 2 * sum(
+        checkpoint.spec.share_read(p.role) * p.parameters
+        for p in layout.placements
+        if p.role != "token_embedding"
+    )
     read_s = token_s if layout.reads_by_token else flop / target.prefill_flop_per_s
     return Estimate(
         artifact_bytes=layout.artifact_bytes,
@@ -434,14 +439,17 @@ def _overhead_bytes(spec: DecoderSpec, layout: Layout) -> int:
     return layout.overhead_bytes or 2 * spec.states_bytes
 
 
-def _token_s(
-    streamed_bytes: float, memory: MemoryUse, target: Target, *, context_tokens: int
-) -> float:
-    """Return the time for one token: all weights are read, and the cache as far as filled."""
+def _weight_s(weight: PlannedWeight, stored_as: TensorType, target: Target) -> float:
+    """Return the time a token takes for one weight: to read it, or to unpack it if that is more."""
+    read_s = weight.size_bytes * stored_as.decode_cost / target.decode_bandwidth_bytes_per_s
+    return max(read_s, weight.parameters * stored_as.decode_flop / target.prefill_flop_per_s)
+
+
+def _cache_s(memory: MemoryUse, target: Target, *, context_tokens: int) -> float:
+    """Return the time a token takes to read the cache, in the middle of an answer."""
     budget = target.budget
     filled = min(context_tokens, budget.first_token[0].prompt_tokens + budget.answer_tokens // 2)
-    cache_bytes = memory.cache_bytes * filled / context_tokens
-    return (streamed_bytes + cache_bytes) / target.decode_bandwidth_bytes_per_s + TOKEN_OVERHEAD_S
+    return memory.cache_bytes * filled / context_tokens / target.decode_bandwidth_bytes_per_s
 
 
 def _beyond_gpu(layout: Layout, target: Target) -> Iterator[str]:

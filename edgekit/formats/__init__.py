@@ -52,7 +52,8 @@ class Layout:
     needs_shader_f16: bool = False  # whether a browser's GPU must know float16
     kernel_kl_nats: float = 0.0  # mean KL that the runtime's own kernels add to any weights
     is_half: bool = False  # whether products are computed and the cache is kept in float16
-    overhead_bytes: int = 0  # as many weights take as long as the rest of a token's work
+    overhead_bytes: int = 0  # as many weights take as long as the states that a token changes
+    overhead_s: float = 0.0  # the rest of a token's work, which no processor shortens
     reads_by_token: bool = False  # whether a prompt takes a call of the program for each token
 
     @property

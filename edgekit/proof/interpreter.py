@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, assert_never
 
 from edgekit.errors import UsageError
 from edgekit.formats import DecoderWeights
-from edgekit.model.spec import XIELU_BETA, XIELU_EPSILON, Activation, DecoderSpec
+from edgekit.model.spec import (
+    EXPERT_EPSILON,
+    XIELU_BETA,
+    XIELU_EPSILON,
+    Activation,
+    DecoderSpec,
+    Experts,
+    Mlp,
+)
 from edgekit.progress import Advance
 from edgekit.proof.arithmetic import Weights, normalize, soften
 from edgekit.proof.mixing import mix
@@ -215,7 +223,7 @@ def _apply_layer(
     if spec.residual == "serial":
         x = x + mixed
         read = normalize(spec.norm, weights, "mlp_norm", x) if spec.has_pre_norms else x
-    changed = _apply_mlp(spec, weights, read)
+    changed = _apply_mlp(spec, spec.mlp(index), weights, read)
     if spec.has_post_norms:
         changed = normalize(spec.norm, weights, "mlp_post_norm", changed)
     return x + changed if spec.residual == "serial" else x + mixed + changed
@@ -236,7 +244,9 @@ def _end_layer(
     return x * weights["layer_scale"] if spec.has_layer_scales else x
 
 
-def _apply_mlp(spec: DecoderSpec, weights: Weights, x: "torch.Tensor") -> "torch.Tensor":
+def _apply_mlp(spec: DecoderSpec, mlp: Mlp, weights: Weights, x: "torch.Tensor") -> "torch.Tensor":
+    if mlp.experts:
+        return _apply_experts(spec, mlp.experts, weights, x)
     up = weights.project("up", x, has_bias=spec.has_mlp_bias)
     if spec.is_gated:
         gate = weights.project("gate", x, has_bias=spec.has_mlp_bias)
@@ -244,6 +254,30 @@ def _apply_mlp(spec: DecoderSpec, weights: Weights, x: "torch.Tensor") -> "torch
     else:
         activated = _activate(spec.activation, weights, up)
     return weights.project("down", activated, has_bias=spec.has_mlp_bias)
+
+
+def _apply_experts(
+    spec: DecoderSpec, experts: Experts, weights: Weights, x: "torch.Tensor"
+) -> "torch.Tensor":
+    """Let each expert see the tokens that take it, and add up what they say of a token."""
+    import torch
+
+    scores = weights.project("router", x).sigmoid()
+    biased = scores + weights["expert_bias"] if experts.has_bias else scores
+    taken = biased.topk(experts.used, dim=-1).indices
+    shares = scores.gather(-1, taken)
+    if experts.normalizes:
+        shares = shares / (shares.sum(-1, keepdim=True) + EXPERT_EPSILON)
+    found = torch.zeros_like(x)
+    for expert in taken.unique().tolist():
+        tokens, places = torch.where(taken == expert)
+        read = x[tokens]
+        gate = weights.project("expert_gate", read, expert=expert)
+        up = weights.project("expert_up", read, expert=expert)
+        bent = _activate(spec.activation, weights, gate) * up
+        made = weights.project("expert_down", bent, expert=expert)
+        found.index_add_(0, tokens, made * shares[tokens, places, None])
+    return found
 
 
 def _activate(activation: Activation, weights: Weights, x: "torch.Tensor") -> "torch.Tensor":

@@ -17,6 +17,8 @@ class TensorType:
     block_bytes: int  # scales included
     pads_rows: bool = False  # it need not: a last block that is not filled is stored whole
     decode_cost: float = 1.0  # time that a byte takes when decoding; 1: as in the usual 4-bit type
+    # Unpacking a weight, in FLOP of reading a prompt, where that takes longer than its bytes.
+    decode_flop: float = 0.0
 
     @property
     def bits_per_weight(self) -> float:

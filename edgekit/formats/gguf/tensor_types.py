@@ -3,7 +3,7 @@
 Which weight gets which tensor type is decided here, from its role; the arithmetic of the quantized
 tensor types is ggml's own, called through the library that ships inside llama-cpp-python.
 Source: ``llama_tensor_get_type_impl`` and ``tensor_type_fallback`` in src/llama-quant.cpp of
-llama.cpp 0c1e57098. What concerns mixtures of experts, Falcon and 70B models is not reproduced.
+llama.cpp 0c1e57098. What concerns mixtures of 8 experts, Falcon and 70B models is not reproduced.
 """
 
 import ctypes
@@ -36,10 +36,14 @@ if TYPE_CHECKING:
 # the benchmark planner_error. The others are guessed from those of as many bits.
 _DECODE_COSTS = {
     "F32": 0.8, "F16": 0.8, "BF16": 0.8, "Q8_0": 0.8, "Q6_K": 1.3, "Q5_K": 1.3, "Q5_1": 1.3,
-    "Q5_0": 1.3, "Q4_K": 1.0, "Q4_1": 1.0, "Q4_0": 1.0, "IQ4_NL": 1.0, "Q3_K": 2.2, "Q2_K": 2.6,
+    "Q5_0": 1.3, "Q4_K": 1.0, "Q4_1": 1.0, "Q4_0": 1.0, "IQ4_NL": 1.0, "Q3_K": 1.0, "Q2_K": 1.0,
 }  # fmt: skip
+# What takes longer to unpack than to read, by the same fit: on each phone as much longer as its
+# bandwidth is greater beside the arithmetic with which it reads prompts.
+_DECODE_FLOP = {"Q3_K": 17.0, "Q2_K": 15.3}
 TENSOR_TYPES: Mapping[str, TensorType] = {
-    name: replace(ALL_TENSOR_TYPES[name], decode_cost=cost) for name, cost in _DECODE_COSTS.items()
+    name: replace(ALL_TENSOR_TYPES[name], decode_cost=cost, decode_flop=_DECODE_FLOP.get(name, 0.0))
+    for name, cost in _DECODE_COSTS.items()
 }
 
 # Coarse enough for importance weighting: how much an error counts, column by column.
@@ -52,9 +56,10 @@ FILE_TYPES: Mapping[str, int] = {  # general.file_type: enum llama_ftype in llam
 }  # fmt: skip
 
 # ggml adds biases, multiplies norms and convolves in float32, and they are small. So is what says
-# how long a delta net remembers, where every error counts again with the next token.
+# how long a delta net remembers, where every error counts again with the next token, and what
+# chooses the experts of a token, where a small one takes another.
 _EXACT = Rule(
-    pattern=".*(norm|bias)|.*_taps|delta_(decay|alpha|beta)|layer_scale", tensor_type="F32"
+    pattern=".*(norm|bias)|.*_taps|delta_(decay|alpha|beta)|layer_scale|router", tensor_type="F32"
 )
 # The matrix that makes the logits is the one where rounding hurts most.
 _HEAD = (
@@ -129,39 +134,39 @@ RECIPES: Mapping[str, Recipe] = {
         _recipe("Q6_K", "Q6_K", _EXACT, _PROJECTION),
         _recipe(
             "Q5_K_M", "Q5_K", _EXACT, _PROJECTION, *_HEAD,
-            Rule(pattern="value|delta_qkv|down", tensor_type="Q6_K", layers="sensitive"),
+            Rule(pattern="value|delta_qkv|(expert_)?down", tensor_type="Q6_K", layers="sensitive"),
         ),
         _recipe("Q5_K_S", "Q5_K", _EXACT, _PROJECTION, *_HEAD),
         _recipe(
             "Q4_K_M", "Q4_K", _EXACT, _PROJECTION, *_HEAD,
-            Rule(pattern="value|delta_qkv|down", tensor_type="Q6_K", layers="sensitive"),
+            Rule(pattern="value|delta_qkv|(expert_)?down", tensor_type="Q6_K", layers="sensitive"),
             _finer("Q4_K"),
         ),
         _recipe(
             "Q4_K_S", "Q4_K", _EXACT, _PROJECTION, *_HEAD,
             Rule(pattern="value", tensor_type="Q5_K", layers="first_four"),
-            Rule(pattern="down", tensor_type="Q5_K", layers="first_eighth"),
+            Rule(pattern="(expert_)?down", tensor_type="Q5_K", layers="first_eighth"),
             _finer("Q4_K"),
         ),
         _recipe("Q4_1", "Q4_1", _EXACT, _PROJECTION, *_HEAD, _finer("Q4_1")),
         _recipe(
             "IQ4_NL", "IQ4_NL", _EXACT, _PROJECTION, *_HEAD,
             Rule(pattern="value", tensor_type="Q5_K", decoders="grouped"),
-            Rule(pattern="down", tensor_type="Q5_K", layers="first_eighth"),
+            Rule(pattern="(expert_)?down", tensor_type="Q5_K", layers="first_eighth"),
             _finer("IQ4_NL"),
         ),
         _recipe("Q4_0", "Q4_0", _EXACT, _PROJECTION, *_HEAD, _finer("Q4_0")),
         _recipe(
             "Q3_K_M", "Q3_K", _EXACT, _PROJECTION, *_HEAD,
             Rule(pattern="value", tensor_type="Q5_K", layers="first_two"),
-            Rule(pattern="down", tensor_type="Q5_K", layers="first_sixteenth"),
-            Rule(pattern="value|down|attention_output", tensor_type="Q4_K"),
+            Rule(pattern="(expert_)?down", tensor_type="Q5_K", layers="first_sixteenth"),
+            Rule(pattern="value|(expert_)?down|attention_output", tensor_type="Q4_K"),
             _finer("Q3_K"),
         ),
         _recipe(
             "Q2_K", "Q2_K", _EXACT, _PROJECTION, *_HEAD,
             Rule(pattern="value", tensor_type="Q4_K", decoders="grouped"),
-            Rule(pattern="value|down|attention_output", tensor_type="Q3_K"),
+            Rule(pattern="value|(expert_)?down|attention_output", tensor_type="Q3_K"),
             _finer("Q2_K"),
         ),
     )

@@ -28,15 +28,17 @@ def write_headers(
     spec = families.get(model.model_type).describe(Config(dict(model.config), origin="published"))
     rows: dict[str, tuple[int, ...]] = {}
     for role, shape in spec.weights():
-        for name in families.get(model.model_type).source(role, spec).tensors:
-            rows[name] = (rows.get(name, (0,))[0] + shape[0], *shape[1:])
+        source = families.get(model.model_type).source(role, spec)
+        stored = shape[1:] if source.siblings else shape
+        for name in source.tensors:
+            rows[name] = (rows.get(name, (0,))[0] + stored[0], *stored[1:])
     header: dict[str, Any] = {}
     end = 0
     prefix = "language_model." if model.wrapper else ""
     for name, shape in rows.items():
-        stored = prefix + families.stored_name(model.model_type, name)
+        stored_name = prefix + families.stored_name(model.model_type, name)
         size = 2 * math.prod(shape)
-        header[stored] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        header[stored_name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(edit(header)).encode()
     with (directory / "model.safetensors").open("wb") as file:

@@ -27,7 +27,7 @@ GRAPHS = {  # of each family
     "ernie4_5": "ernie4_5", "exaone": "exaone", "exaone4": "exaone4", "gemma": "gemma",
     "gemma2": "gemma2", "gemma3_text": "gemma3", "glm": "chatglm", "glm4": "glm4",
     "granite": "granite", "granitemoehybrid": "granite", "helium": "llama",
-    "gemma4_text": "gemma4", "lfm2": "lfm2", "qwen3_5_text": "qwen35",
+    "gemma4_text": "gemma4", "lfm2": "lfm2", "lfm2_moe": "lfm2moe", "qwen3_5_text": "qwen35",
     "hunyuan_v1_dense": "hunyuan-dense", "hyperclovax": "glm4", "internlm3": "llama",
     "jais2": "jais2", "llama": "llama", "ministral": "llama", "ministral3": "mistral3",
     "mistral": "llama", "nemotron": "nemotron", "olmo2": "olmo2", "olmo3": "olmo2", "phi": "phi2",
@@ -335,10 +335,21 @@ def as_the_graph_sees_it(spec, graph=None):
     spec = replace(spec, attention=replace(spec.attention, softmax_scale=scale))
     if not graph.has_windows:
         spec = change_layers(spec, window_tokens=None)
+    if spec.has_experts:  # without a bias it is written as zeros
+        spec = replace(spec, layers=tuple(_with_plain_experts(layer) for layer in spec.layers))
     if own := spec.layer_embedding:  # what no token reads is left out
         spec = replace(spec, layer_embedding=replace(own, vocab_size=spec.vocab_size))
     plain = replace(spec, context_tokens=limit, multipliers=Multipliers())
     return change_ropes(plain, change)
+
+
+def _with_plain_experts(layer):
+    experts = layer.mlp.experts if layer.mlp else None
+    if experts is None:
+        return layer
+    return replace(
+        layer, mlp=replace(layer.mlp, experts=replace(experts, scale=1.0, has_bias=True))
+    )
 
 
 @pytest.mark.parametrize("name", TINY.keys() - HAVE_NO_GRAPH)
@@ -420,6 +431,12 @@ CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("lfm2", {
         "block_count": 4, "attention.head_count_kv": [0, 0, 2, 0], "rope.freq_base": 1e6,
         "attention.layer_norm_rms_epsilon": 1e-5, "shortconv.l_cache": 3,
+    }),
+    "lfm2-moe": ("lfm2moe", {
+        "block_count": 5, "attention.head_count_kv": [0, 0, 2, 0, 2], "rope.freq_base": 1e6,
+        "attention.layer_norm_rms_epsilon": 1e-5, "shortconv.l_cache": 3,
+        "leading_dense_block_count": 2, "expert_count": 7, "expert_used_count": 3,
+        "expert_feed_forward_length": 48, "expert_gating_func": 2,
     }),
     "qwen3.5": ("qwen35", {
         "block_count": 4, "rope.dimension_sections": [2, 1, 1, 0], "rope.freq_base": 1e7,
