@@ -447,11 +447,12 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
               help="Context length in tokens; default: each target's.")  # fmt: skip
 @no_calibration_option
 @click.option("--csv", "as_csv", is_flag=True, help="Print one table as CSV, in plain units.")
+@click.option("--html", type=DIRECTORY, metavar="FILE", help="Also write a page with a picture.")
 @json_option
 def compare_command(
     models: tuple[str, ...], target_names: tuple[str, ...], all_targets: bool, all_quants: bool,
     format: str | None, quant: str | None, context_tokens: int | None, no_calibration: bool,
-    as_csv: bool, as_json: bool,
+    as_csv: bool, html: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare what could be made of each MODEL for each target.
 
@@ -474,6 +475,10 @@ def compare_command(
         every_recipe=all_quants, calibrate=not no_calibration, listener=Terminal(),
     )  # fmt: skip
     print_rows(rows, as_json=as_json, as_csv=as_csv)
+    if html is not None:
+        from edgekit.comparison_page import as_html
+
+        write_report(html, as_html(rows))
 
 
 def print_rows(rows: "Sequence[Row]", *, as_json: bool, as_csv: bool = False) -> None:
@@ -503,6 +508,7 @@ def row_document(row: "Row") -> dict[str, Any]:
         "format": row.format,
         "recipe": row.recipe,
         "bits_per_weight": round(row.bits_per_weight, 2),
+        "demo_kl_nats": row.demo_kl_nats,
         "context_tokens": row.context_tokens,
         "artifact_bytes": estimate and estimate.artifact_bytes,
         "memory_bytes": estimate and estimate.memory.peak_bytes,

@@ -11,7 +11,7 @@ from edgekit.progress import Listener
 from edgekit.proof.calibration import announce
 from edgekit.source import opening, published
 from edgekit.source.checkpoint import Checkpoint
-from edgekit.target import Target
+from edgekit.target import Budget, Target
 from edgekit.target import load as load_target
 
 
@@ -26,6 +26,8 @@ class Row:
     recipe: str
     context_tokens: int
     bits_per_weight: float
+    demo_kl_nats: float | None  # what the recipe costs a small model; see `Recipe.demo_kl_nats`
+    limits: Budget  # of the target
     estimate: Estimate | None  # None: the format cannot hold the model
     misses: tuple[str, ...]  # limits of the target that it most likely misses, or that reason
     fits: Literal["yes", "maybe", "no"]  # maybe: if the estimate is as far off as it may be
@@ -94,7 +96,8 @@ def _rows(checkpoint: Checkpoint, target: Target, choice: Choice) -> Iterator[Ro
         yield Row(
             model=checkpoint.name, parameters=checkpoint.parameters, target=target.name,
             format=choice.format or "", recipe=choice.quant or "", context_tokens=0,
-            bits_per_weight=0, estimate=None, misses=(str(error),), fits="no", is_chosen=False,
+            bits_per_weight=0, demo_kl_nats=None, limits=target.budget, estimate=None,
+            misses=(str(error),), fits="no", is_chosen=False,
         )  # fmt: skip
         return
     chosen = first_fitting([it for it in found if choice.quant or it.is_usual])
@@ -108,6 +111,8 @@ def _rows(checkpoint: Checkpoint, target: Target, choice: Choice) -> Iterator[Ro
             recipe=candidate.recipe.full_name,
             context_tokens=candidate.context.tokens,
             bits_per_weight=candidate.bits_per_weight,
+            demo_kl_nats=candidate.recipe.demo_kl_nats,
+            limits=target.budget,
             estimate=candidate.estimate,
             misses=candidate.misses,
             fits="no" if candidate.certain_misses else "maybe" if candidate.misses else "yes",

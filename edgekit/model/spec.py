@@ -61,7 +61,7 @@ class Experts:
     scale: float = 1.0  # already in the weights
 
     def weights(self, hidden_size: int, intermediate_size: int) -> Iterator[tuple[str, Shape]]:
-        """Yield the weights by role, in the order of use; those of all experts are one behind another.
+        """Yield the weights by role, in the order of use; those of experts are one behind another.
 
         Their matrices are ``(experts, rows out, columns in)``.
         """

@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from edgekit.cli import main
 from edgekit.compare import compare
+from edgekit.comparison_page import as_html
 from edgekit.errors import UsageError
 from edgekit.plan import plan
 from edgekit.source import opening, published, stand_in
@@ -249,3 +251,43 @@ def test_a_comparison_is_told_its_targets(words, capsys):
     status, _, err = run(capsys, "compare", "SmolLM2-135M", *words)
     assert status == 2
     assert "--all-targets" in err
+
+
+# As a page
+
+
+def test_a_page_shows_every_row_and_the_limits(shapes, capsys, tmp_path):
+    path = tmp_path / "page.html"
+    words = ("compare", shapes / "small", "--target", PI, "--target", "pi4", "--all-quants")
+    status, _, _ = run(capsys, *words, "--html", path)
+    assert status == 0
+    page = path.read_text("utf-8")
+    rows = compare([shapes / "small"], [PI, "pi4"], every_recipe=True)
+    assert page.count("<tr class=") == len(rows)
+    assert page.count("<svg") == page.count("<h2>") == 2
+    costly = [row for row in rows if row.demo_kl_nats and row.demo_kl_nats >= 1e-3]
+    assert page.count("<circle") == len(costly)
+    assert "default-src 'none'" in page
+
+
+def test_a_page_draws_the_memory_limit_where_it_is_near(shapes):
+    rows = compare([shapes / "small"], [PI], quant="Q8_0")
+    assert rows[0].estimate is not None
+    peak_bytes = rows[0].estimate.memory.peak_bytes
+    assert "memory limit" not in as_html(rows)  # megabytes below one of gigabytes
+    near = replace(rows[0].limits, peak_memory_bytes=2 * peak_bytes)
+    assert "memory limit" in as_html([replace(rows[0], limits=near)])
+
+
+def test_no_name_is_markup_on_the_page(shapes):
+    (row,) = compare([shapes / "small"], [PI], quant="Q8_0")
+    page = as_html([replace(row, model="<script>alert(1)</script>\x1b[2J", misses=("<b>",))])
+    assert "<script" not in page
+    assert "<b>" not in page
+    assert "\x1b" not in page
+
+
+def test_a_recipe_that_was_not_measured_has_a_row_and_no_dot(shapes):
+    (row,) = compare([shapes / "small"], [PI], quant="Q8_0,down=F16")
+    assert row.demo_kl_nats is None
+    assert "<circle" not in as_html([row])
