@@ -39,6 +39,8 @@ class Multipliers:
     logits: float = 1.0
 
 
+# The weights that hold a matrix of each expert.
+EXPERT_MATRICES = ("expert_gate", "expert_up", "expert_down")
 # Added to the sum of the scores that a token's experts are weighted by: a constant of LFM2.
 EXPERT_EPSILON = 1e-6
 
@@ -60,16 +62,17 @@ class Experts:
     scale: float = 1.0  # already in the weights
 
     def weights(self, hidden_size: int, intermediate_size: int) -> Iterator[tuple[str, Shape]]:
-        """Yield the weights by role, in the order of use; those of all experts are one behind another.
+        """Yield the weights by role, in the order of use.
 
-        Their matrices are ``(experts, rows out, columns in)``.
+        Those of all experts are one weight, ``(experts, rows out, columns in)``.
         """
         yield "router", (self.count, hidden_size)
         if self.has_bias:
             yield "expert_bias", (self.count,)
-        for role in ("expert_gate", "expert_up"):
+        *first, last = EXPERT_MATRICES
+        for role in first:
             yield role, (self.count, intermediate_size, hidden_size)
-        yield "expert_down", (self.count, hidden_size, intermediate_size)
+        yield last, (self.count, hidden_size, intermediate_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +164,7 @@ class DecoderSpec:
     def _experts_of(self, role: str) -> Experts | None:
         """Return the experts that a weight holds matrices of."""
         prefix, _, part = role.rpartition(".")
-        if part not in {"expert_gate", "expert_up", "expert_down"}:
+        if part not in EXPERT_MATRICES:
             return None
         return self.mlp(int(prefix.removeprefix("layers."))).experts
 
@@ -329,7 +332,6 @@ class DecoderSpec:
             yield from norm_weights("layer_norm", self.norm, hidden)
         if self.has_layer_scales:
             yield "layer_scale", (1,)
-
 
     def _mlp_weights(self, mlp: Mlp) -> Iterator[tuple[str, Shape]]:
         hidden, wide = self.hidden_size, mlp.intermediate_size

@@ -242,9 +242,7 @@ def _end_layer(
     return x * weights["layer_scale"] if spec.has_layer_scales else x
 
 
-def _apply_mlp(
-    spec: DecoderSpec, mlp: Mlp, weights: Weights, x: "torch.Tensor"
-) -> "torch.Tensor":
+def _apply_mlp(spec: DecoderSpec, mlp: Mlp, weights: Weights, x: "torch.Tensor") -> "torch.Tensor":
     if mlp.experts:
         return _apply_experts(spec, mlp.experts, weights, x)
     up = weights.project("up", x, has_bias=spec.has_mlp_bias)

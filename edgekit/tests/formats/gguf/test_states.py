@@ -29,7 +29,15 @@ pytestmark = [pytest.mark.toolchain, needs("torch", "tokenizers", "llama_cpp")]
 np = pytest.importorskip("numpy")
 
 RECIPES = formats.get("gguf").RECIPES
-TAPS = {"lfm2": 3, "lfm2-five-taps": 5, "lfm2-moe": 3, "lfm2-moe-scaled": 5, "qwen3.5": 4, "qwen3.5-tied": 4, "gemma4": 2}
+TAPS = {
+    "lfm2": 3,
+    "lfm2-five-taps": 5,
+    "lfm2-moe": 3,
+    "lfm2-moe-scaled": 5,
+    "qwen3.5": 4,
+    "qwen3.5-tied": 4,
+    "gemma4": 2,
+}
 MAX_KL_NATS = 1e-6
 STATUS = Path("/proc/self/status")
 
