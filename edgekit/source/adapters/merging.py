@@ -360,9 +360,10 @@ def _refuse_experts(fit: _Fit) -> None:
     """Stop if experts, or what chooses them, are changed: by PEFT all of a layer at once."""
     modules = _modules_of_experts(fit.base)
     for changed in sorted(fit.parts):
-        if any(f"{module}.".startswith(f"{changed}.") for module in modules):
+        whole = changed.removesuffix(".base_layer")
+        if any(f"{module}.".startswith(f"{whole}.") for module in modules):
             raise UsageError(
-                f"{fit.path} changes {changed}: edgekit merges no update of experts, or of what "
+                f"{fit.path} changes {whole}: edgekit merges no update of experts, or of what "
                 "chooses them",
                 hint="merge it with PEFT, and pass the whole model",
             )
