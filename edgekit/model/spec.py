@@ -6,7 +6,6 @@ keys, graph or module. Neither knows the other.
 Weights carry format-neutral role names: ``token_embedding``, ``layers.3.query``, ``final_norm``.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -40,6 +39,8 @@ class Multipliers:
     logits: float = 1.0
 
 
+# The weights that hold a matrix of each expert.
+EXPERT_MATRICES = ("expert_gate", "expert_up", "expert_down")
 # Added to the sum of the scores that a token's experts are weighted by: a constant of LFM2.
 EXPERT_EPSILON = 1e-6
 
@@ -61,16 +62,17 @@ class Experts:
     scale: float = 1.0  # already in the weights
 
     def weights(self, hidden_size: int, intermediate_size: int) -> Iterator[tuple[str, Shape]]:
-        """Yield the weights by role, in the order of use; those of experts are one behind another.
+        """Yield the weights by role, in the order of use.
 
-        Their matrices are ``(experts, rows out, columns in)``.
+        Those of all experts are one weight, ``(experts, rows out, columns in)``.
         """
         yield "router", (self.count, hidden_size)
         if self.has_bias:
             yield "expert_bias", (self.count,)
-        for role in ("expert_gate", "expert_up"):
+        *first, last = EXPERT_MATRICES
+        for role in first:
             yield role, (self.count, intermediate_size, hidden_size)
-        yield "expert_down", (self.count, hidden_size, intermediate_size)
+        yield last, (self.count, hidden_size, intermediate_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,7 @@ class DecoderSpec:
     def _experts_of(self, role: str) -> Experts | None:
         """Return the experts that a weight holds matrices of."""
         prefix, _, part = role.rpartition(".")
-        if part not in {"expert_gate", "expert_up", "expert_down"}:
+        if part not in EXPERT_MATRICES:
             return None
         return self.mlp(int(prefix.removeprefix("layers."))).experts
 
@@ -186,11 +188,6 @@ class DecoderSpec:
         for index in range(len(self.layers)):
             for name, shape in self.mixer(index).states(self.hidden_size).items():
                 yield index, name, shape
-
-    @property
-    def states_bytes(self) -> int:
-        """The size of all states."""
-        return sum(4 * math.prod(shape) for _, _, shape in self.states())
 
     @property
     def has_states(self) -> bool:

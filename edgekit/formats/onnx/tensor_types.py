@@ -180,10 +180,10 @@ class GraphBuild:
 
 
 # Small, and computed in float32 always. A few rows decide what a delta net forgets and learns, and
-# what they err by adds up over the whole text.
+# what they err by adds up over the whole text; a few others which experts a token takes.
 _FINE = Rule(
     pattern=".*norm(_bias)?|layer_scale|xielu_(positive|negative)|conv_taps(_bias)?"
-    "|head_gate|delta_(taps|beta|alpha|decay|decay_bias)",
+    "|head_gate|delta_(taps|beta|alpha|decay|decay_bias)|router|expert_bias",
     tensor_type="F32",
 )
 _BIASES = Rule(pattern=".*bias", tensor_type="F32")
@@ -289,14 +289,16 @@ def tensors(role: str, shape: Shape, tensor_type: str) -> Iterator[External]:
     if tensor_type in FLOATS:
         yield External(name=role, dtype=FLOATS[tensor_type], shape=shape)
         return
-    rows, columns = shape
+    *rows, columns = shape
     blocks = BLOCKS[tensor_type]
     count = columns // blocks.weights
-    codes = (rows, count, blocks.weights * blocks.bits // 8)
+    block_bytes = blocks.weights * blocks.bits // 8
+    of_experts = len(rows) > 1  # whose operator wants the bytes of a row in one axis
+    codes = (*rows, count * block_bytes) if of_experts else (*rows, count, block_bytes)
     yield External(name=role, dtype="uint8", shape=codes)
-    yield External(name=role + SCALES, dtype=blocks.scales, shape=(rows, count))
+    yield External(name=role + SCALES, dtype=blocks.scales, shape=(*rows, count))
     if not blocks.is_symmetric:
-        yield External(name=role + ZERO_POINTS, dtype="uint8", shape=(rows, count // 2))
+        yield External(name=role + ZERO_POINTS, dtype="uint8", shape=(*rows, count // 2))
 
 
 def contents(path: Path) -> list[tuple[str, Shape, str]]:
@@ -343,6 +345,7 @@ def _possible(tensor: External) -> Iterator[tuple[str, Shape]]:
     for name, blocks in BLOCKS.items():
         if block_bytes * 8 == blocks.weights * blocks.bits:
             yield name, (rows, count * blocks.weights)
+        yield name, (rows, count, block_bytes * 8 // blocks.bits)  # of experts
 
 
 def encode(
@@ -365,7 +368,7 @@ def encode(
         return [values.astype("<f4", copy=False)]
     if tensor_type == "F16":
         return [rounding.float16(values, hint="take F32 or INT8")]
-    blocks = BLOCKS[tensor_type]
+    blocks, values = BLOCKS[tensor_type], values.reshape(-1, values.shape[-1])
     if blocks.is_coarse:
         found = grid.fit(values, importance, blocks.grid)
     else:

@@ -307,10 +307,10 @@ TINY: dict[str, TinyCase] = {
                         "layer_types": ["conv", "conv", "full_attention", "conv",
                                         "full_attention"]},
     ),
-    "lfm2-moe-scaled": TinyCase(  # no bias to choose by, one dense layer, five taps
+    "lfm2-moe-scaled": TinyCase(  # no bias to choose by, one dense layer, five taps, whole blocks
         model_type="lfm2_moe", voice="llama3",
-        fields={"num_dense_layers": 1, "num_experts": 4, "num_experts_per_tok": 1,
-                "moe_intermediate_size": 80, "use_expert_bias": False, "conv_L_cache": 5,
+        fields={"num_dense_layers": 1, "num_experts": 6, "num_experts_per_tok": 4,
+                "moe_intermediate_size": 64, "use_expert_bias": False, "conv_L_cache": 5,
                 "routed_scaling_factor": 1.75, "norm_eps": 1e-3, "tie_word_embeddings": False,
                 "layer_types": ["full_attention", "conv", "full_attention"]},
     ),
