@@ -589,13 +589,16 @@ def piped_prompt() -> str:
 @template_variables_option
 @click.option("--context", "context_tokens", type=int, metavar="N", help=CONTEXT_HELP)
 @click.option("--threads", type=int, metavar="N", help=THREADS_HELP)
+@click.option("--device", default="this", show_default=True, metavar="this|browser",
+              help="What computes; browser?backend=wasm does without its GPU.")  # fmt: skip
 @trusted_option
 @json_option
 def run_command(
     bundle: Path, prompt: str | None, system: str | None, max_tokens: int, temperature: float,
     top_k: int, top_p: float, min_p: float, repetition_penalty: float, seed: int | None,
     stop: tuple[str, ...], raw: bool, no_reasoning: bool, template_variables: dict[str, Any],
-    context_tokens: int | None, threads: int | None, trusted: Path | None, as_json: bool,
+    context_tokens: int | None, threads: int | None, device: str, trusted: Path | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Answer PROMPT with BUNDLE; without PROMPT, chat.
 
@@ -604,6 +607,7 @@ def run_command(
       edgekit run out "Name the capital of France."
       echo "Translate: good morning" | edgekit run out --json
       edgekit run out --temperature 0.7 --top-p 0.9
+      edgekit run out "Hi" --device browser
     """
     from edgekit.run import Runner, answer
     from edgekit.runtime.generate import Sampling
@@ -618,7 +622,7 @@ def run_command(
         prompt = piped_prompt()
     with Runner.open(
         bundle, context_tokens=context_tokens, threads=threads, trusted=trusted,
-        template_variables=template_variables,
+        template_variables=template_variables, device=device,
     ) as runner:  # fmt: skip
         if prompt is None:
             chat(runner, system=system, max_tokens=max_tokens, sampling=sampling, stop=stop,
@@ -635,6 +639,8 @@ def run_command(
             print_json(reply.answer)
         else:
             print_stream(iter(reply.next_part, None), shows_reasoning=not no_reasoning)
+        for note in runner.device_notes():
+            echo(f"note: {note}", err=True)
 
 
 def print_stream(parts: Iterable["Part"], *, shows_reasoning: bool = True) -> None:
@@ -690,7 +696,7 @@ def say(reply: "Reply", *, shows_reasoning: bool = True) -> None:
 @click.argument("bundle", type=DIRECTORY)
 @click.option("--target", "target_name", metavar="NAME|FILE.toml",
               help="Whose budget to enforce; default: the target it was exported for.")  # fmt: skip
-@click.option("--device", default="this", show_default=True, metavar="this|ssh://USER@HOST",
+@click.option("--device", default="this", show_default=True, metavar="this|browser|ssh://USER@HOST",
               help="Where to measure.")  # fmt: skip
 @click.option("--repetitions", type=int, default=5, show_default=True,
               help="Fresh processes to start with; doubled while more may decide.")  # fmt: skip
@@ -716,6 +722,7 @@ def validate_command(
     Examples:
       edgekit validate out
       edgekit validate out --device ssh://pi@raspberrypi.local --html report.html
+      edgekit validate out --device browser
       edgekit validate out --measurement phone.json
     """
     from edgekit.bundle.manifest import Bundle

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import formats, installed, target
+from edgekit.browser import web_page
 from edgekit.bundle import workdir
 from edgekit.bundle.manifest import MANIFEST, Agreement, Artifact, Bundle, ModelRecord
 from edgekit.bundle.signature import require_signing
@@ -204,6 +205,11 @@ def _fill(
             context_tokens=chosen.context_tokens,
         )
         agreement = _prove(subject, listener)
+    if request.target.webgpu:
+        web_page.write(
+            work, entry, chosen.format, context_tokens=chosen.context_tokens,
+            stop_ids=rules.stop_ids,
+        )  # fmt: skip
     bundle = Bundle(
         directory=work,
         model=_record(checkpoint),
