@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ class Choice:
     context_tokens: int | None = None  # how many the runner must hold; None: the budget's
     split_bytes: int | None = None  # the most that one file may take; None: one file
     variant: str | None = None  # consider only formats with this build
+    compiles: bool | None = None  # see `BuildRequest.compiles`
 
 
 FREE_CHOICE = Choice()
@@ -132,6 +133,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     context_tokens: int | None = None,
     split_bytes: int | None = None,
     variant: str | None = None,
+    compile: bool | None = None,
     chat_template: str | Path | None = None,
     template_variables: Mapping[str, Any] | None = None,
     calibrate: bool = True,
@@ -155,7 +157,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
         checkpoint = announce(checkpoint)
     choice = Choice(
         format=format, quant=quant, context_tokens=context_tokens, split_bytes=split_bytes,
-        variant=variant,
+        variant=variant, compiles=compile,
     )  # fmt: skip
     return make(checkpoint, target, choice)
 
@@ -179,7 +181,7 @@ def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -
     checkpoint.text.refuse_unreadable()
     candidates: list[Candidate] = []
     for name in _format_names(target, choice):
-        limit = formats.writing(name).context_limit(checkpoint)
+        limit = formats.writing(name).context_limit(checkpoint, compiles=choice.compiles)
         context = _context(limit, target, asked=choice.context_tokens)
         held = ContextLimit(tokens=context, reason=limit.reason if context == limit.tokens else "")
         requests = (
@@ -188,6 +190,7 @@ def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -
                 context_tokens=context,
                 split_bytes=choice.split_bytes,
                 variant=choice.variant or next(iter(target.variants.get(name, ())), None),
+                compiles=choice.compiles,
             )
             for recipe in _recipes(name, choice.quant, checkpoint.spec)
         )
@@ -215,11 +218,17 @@ def _faithful_first(candidate: Candidate) -> tuple[int, int]:
 
 
 def _choose(candidates: Sequence[Candidate]) -> Candidate | None:
-    """Return the first that most likely fits, or else the first that may."""
-    for candidate in candidates:
-        if not candidate.misses:
+    """Return the first that most likely fits, or else the first that may.
+
+    One that runs as it is comes before one for which a user has to compile something.
+    """
+    likely = [candidate for candidate in candidates if not candidate.misses]
+    possible = [candidate for candidate in candidates if not candidate.certain_misses]
+    for fitting in (likely, possible):
+        ready = (it for it in fitting if it.layout and not it.layout.lacks_library)
+        for candidate in (*ready, *fitting):
             return candidate
-    return next((candidate for candidate in candidates if not candidate.certain_misses), None)
+    return None
 
 
 def _plan(
@@ -233,9 +242,18 @@ def _plan(
         context_tokens=chosen.context.tokens,
         layout=chosen.layout,
         estimate=chosen.estimate,
-        rejected=tuple(candidates[: candidates.index(chosen)]),
+        rejected=tuple(_passed_over(candidates[: candidates.index(chosen)])),
         notes=(*notes, *_notes(chosen, target)),
     )
+
+
+def _passed_over(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+    """Yield what another was preferred to, with the reason where it fits."""
+    for candidate in candidates:
+        if candidate.misses:
+            yield candidate
+        else:
+            yield replace(candidate, misses=("nothing runs it before a library is compiled",))
 
 
 def _refuse_bad_input(rejected: Sequence[Candidate]) -> None:
@@ -250,9 +268,12 @@ def _format_names(target: Target, choice: Choice) -> list[str]:
     format, quant, variant = choice.format, choice.quant, choice.variant
     if format is not None:
         formats.get(format)  # refuses an unknown name
-        return _taken(target, _with_variant([format], variant), variant)
+        named = _taken(target, _with_variant([format], variant), variant)
+        return _compiled(named) if choice.compiles else named
     usable: list[str] = [name for name in target.formats if name in formats.names()]
     usable = _taken(target, _with_variant(usable, variant), variant)
+    if choice.compiles:
+        usable = _compiled(usable)
     if quant is not None:
         with_recipe = [name for name in usable if recipes.has(name, quant)]
         usable = with_recipe or usable[:1]  # which then says what it has
@@ -263,6 +284,18 @@ def _format_names(target: Target, choice: Choice) -> list[str]:
             hint="choose one with --format",
         )
     return usable
+
+
+def _compiled(names: list[str]) -> list[str]:
+    """Return the formats that have something to compile."""
+    found = [name for name in names if formats.get(name).COMPILES]
+    if not found:
+        known = [f"{name} has {fmt.COMPILES}" for name, fmt in formats.get_all() if fmt.COMPILES]
+        raise UsageError(
+            f"nothing is compiled for {' or '.join(names)}",
+            hint=f"leave out --compile: {'; '.join(known)}",
+        )
+    return found
 
 
 def _with_variant(names: list[str], variant: str | None) -> list[str]:

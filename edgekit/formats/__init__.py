@@ -54,6 +54,7 @@ class Layout:
     is_half: bool = False  # whether products are computed and the cache is kept in float16
     overhead_bytes: int = 0  # as many weights take as long as the rest of a token's work
     reads_by_token: bool = False  # whether a prompt takes a call of the program for each token
+    lacks_library: bool = False  # whether a user has to compile something before anything runs it
 
     @property
     def substituted(self) -> tuple[PlannedWeight, ...]:
@@ -107,6 +108,9 @@ class BuildRequest:
     context_tokens: int | None = None  # what a runner must hold; None: all that the format can
     split_bytes: int | None = None  # the most that one file may take; None: one file
     variant: str | None = None  # one of the format's `VARIANTS`; None: the usual one
+    # Whether to compile what the format's runtime wants besides weights; None: where none is offered
+    # already and the tools are there.
+    compiles: bool | None = False
 
 
 class Format(Protocol):
@@ -118,6 +122,7 @@ class Format(Protocol):
     MIXES_TENSOR_TYPES: bool  # whether any matrix may have any of them
     ENDING: str  # of the name of the file that `Running.load` opens
     VARIANTS: tuple[str, ...]  # builds for different programs on the device, the usual one first
+    COMPILES: str  # what `BuildRequest.compiles` is about; empty where there is no such thing
     RUNTIME: str  # what opens the artifacts, as people call it
     EXTRA: str  # `pip install 'edgekit[EXTRA]'` makes and proves artifacts
     RUN_EXTRA: str  # `pip install 'edgekit[RUN_EXTRA]'` runs them
@@ -134,8 +139,13 @@ class Writing(Protocol):
         """
         ...
 
-    def context_limit(self, checkpoint: "CheckpointProtocol") -> ContextLimit:
-        """Return the longest context in which the runtime says what the checkpoint says."""
+    def context_limit(
+        self, checkpoint: "CheckpointProtocol", *, compiles: bool | None = False
+    ) -> ContextLimit:
+        """Return the longest context in which the runtime says what the checkpoint says.
+
+        ``compiles`` is that of `BuildRequest`: what is compiled for a model may hold more of it.
+        """
         ...
 
     def memory_use(

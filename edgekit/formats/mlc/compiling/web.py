@@ -1,12 +1,16 @@
 """A library for browsers with WebGPU, compiled once for each shape: WebAssembly and its shaders."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekit.errors import UsageError
 from edgekit.formats.mlc.compiling import (
     attention,
     cpu,
+    tools,
     web_library,
+    web_runtime,
     webgpu_attention_kernels,
 )
 from edgekit.formats.mlc.compiling.webgpu_kernels import WebGpuKernels
@@ -15,8 +19,9 @@ from edgekit.formats.mlc.compiling.webgpu_kernels import WebGpuKernels
 if TYPE_CHECKING:
     from edgekit.formats.mlc.compiling.shape import LibraryShape
 
-# As old an instruction set as Debian's linker expects.
+# As few instructions as every browser, and Debian's linker, knows.
 HOST = {"kind": "llvm", "mtriple": "wasm32-unknown-unknown-wasm", "mcpu": "mvp"}
+# What WebLLM never asks of a cache: several continuations of a text at once, and latent attention.
 _UNUSED = ("batch_tree_attn", "tree_attn_paged_kv", "tir_kv_cache_transpose_append_mla")
 
 
@@ -27,44 +32,58 @@ def target() -> Any:
     return tvm.target.Target({"kind": "webgpu"}, host=HOST)
 
 
-def module(shape, where):
+def compiled(shape: "LibraryShape") -> Path:
+    """Return a library, compiled now unless one of this shape is kept."""
+    return tools.library(
+        shape.key(str(HOST)), "model.wasm", lambda path: compile_to(path, shape)
+    )
+
+
+def refuse(shape: "LibraryShape") -> None:
+    """Check that a library for browsers can hold a model.
+
+    Raises:
+        UsageError: If it cannot.
+    """
+    if shape.spec.has_states:
+        raise UsageError(
+            "a library for browsers has no states of delta nets yet",
+            hint="another format has them: --format gguf",
+        )
+
+
+def compile_to(path: Path, shape: "LibraryShape") -> None:
+    """Compile a library and link it with TVM's runtime."""
     import tvm
     from tvm import relax
     from tvm.s_tir import dlight
 
-    m = web_library.written(shape, WebGpuKernels(), where)
-    attention.replace_own(m, shape, webgpu_attention_kernels.attend)
-    for name in _UNUSED:
-        m[m.get_global_var(name)] = _nothing().with_attr("global_symbol", name)
-    return m
-
-
-def compile_object(path: Path, shape: "LibraryShape") -> None:
-    """Compile a library and write it, an object of WebAssembly that is not linked yet."""
-    import tvm
-    from tvm import relax
-    from tvm.s_tir import dlight as dl
-
     where = target()
     with where:
-        m = module(shape, where)
+        module = web_library.written(shape, WebGpuKernels(), where)
+        attention.replace_own(module, shape, webgpu_attention_kernels.attend)
+        for name in _UNUSED:
+            module[module.get_global_var(name)] = _nothing().with_attr("global_symbol", name)
         with tvm.transform.PassContext(opt_level=3):
-            m = cpu.kernels_of(m)
-            m = dl.ApplyDefaultSchedule(
-                dl.gpu.Reduction(), dl.gpu.GeneralReduction(), dl.gpu.Fallback()
-            )(m)
-            built = relax.build(m, target=where, relax_pipeline="default_build", system_lib=True)
-    def fc(output, objects, **options):
-        print(output, objects, options)
-        import subprocess
-        rt = "/tmp/h-web/rt/"
-        subprocess.run(["em++", "-O1", "-std=c++17", "--no-entry", "-sWASM_BIGINT=1", "-sERROR_ON_UNDEFINED_SYMBOLS=0", "-sSTANDALONE_WASM=1", "-sALLOW_MEMORY_GROWTH=1", "-sTOTAL_MEMORY=160MB", "-o", output, rt+"wasm_runtime.o", rt+"tvmjs_support.o", rt+"webgpu_runtime.o", *objects], check=True)
-
-    fc.object_format = "o"
-    built.export_library(str(path), fcompile=fc)
+            schedule = dlight.ApplyDefaultSchedule(
+                dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback()
+            )
+            module = schedule(cpu.kernels_of(module))
+            built = relax.build(
+                module, target=where, relax_pipeline="default_build", system_lib=True
+            )
+    built.export_library(str(path), fcompile=_linked)
 
 
-def _nothing():
+def _linked(out: str, objects: Sequence[str], **options: Any) -> None:
+    del options
+    web_runtime.link(objects, Path(out))
+
+
+_linked.object_format = "o"  # type: ignore[attr-defined] # Emscripten cannot read a newer bitcode
+
+
+def _nothing() -> Any:
     from tvm.script import tirx as T
 
     @T.prim_func(private=True, s_tir=True)

@@ -1,7 +1,7 @@
 """What a browser's GPU computes in kernels of edgekit's own: products, and the states of delta nets.
 
-They are small, for an adapter without a GPU compiles a long shader for minutes. A single row of
-``x`` takes a workgroup for each row of a matrix; many rows take tiles in the workgroup's memory, of
+They are small, for an adapter without a GPU compiles a long shader for minutes. With a single row of
+``x``, a few threads share each row of a matrix; many rows take tiles in the workgroup's memory, of
 which a thread multiplies four by four.
 """
 
@@ -15,8 +15,8 @@ from edgekit.model.mixers import DeltaNet
 
 
 _OPAQUE = 8  # TVM's kOpaque: fused with nothing
-_THREADS = 64
-_LEVELS = 6  # in which the sums of as many threads become one
+_ROWS = 8  # of a matrix that a workgroup multiplies with one row of x
+_ROW_THREADS = 8  # which share one of them: few sums to add where they wait for each other
 _TILE = 32  # rows of x and of the matrix, and columns, in a workgroup's memory at once
 _EACH = 4  # rows of both that a thread multiplies
 _SIDE = _TILE // _EACH
@@ -62,6 +62,15 @@ class WebGpuKernels(Kernels):
         return read, new
 
 
+def _code(word, place, groups):
+    """Return the number of a word's code at a place, not scaled yet, as an expression of float32."""
+    from tvm.script import tirx as T
+
+    shifted = T.shift_right(word, T.Cast("uint32", place * groups.bits))
+    code = T.bitwise_and(shifted, T.uint32(2**groups.bits - 1))
+    return T.Cast("float32", T.Cast("int32", code) - groups.zero)
+
+
 def _reader(groups, is_transposed):
     """Return what reads one number of a stored matrix, as an expression of float32."""
     from tvm.script import tirx as T
@@ -74,9 +83,7 @@ def _reader(groups, is_transposed):
         group = column // groups.weights
         found = w[word, row] if is_transposed else w[row, word]
         scale = s[group, row] if is_transposed else s[row, group]
-        shifted = T.shift_right(found, T.Cast("uint32", place * groups.bits))
-        code = T.bitwise_and(shifted, T.uint32(2**groups.bits - 1))
-        return T.Cast("float32", T.Cast("int32", code) - groups.zero) * T.Cast("float32", scale)
+        return _code(found, place, groups) * T.Cast("float32", scale)
 
     return packed if groups else plain
 
@@ -86,32 +93,62 @@ def _single(rows, columns, groups, is_transposed, shapes, dtypes, x_dtype, out_d
     """Return the product of one row of ``x``."""
     from tvm.script import tirx as T
 
-    read = _reader(groups, is_transposed)
     places = groups.codes_per_word if groups else 4  # neighbours that a thread takes: one word
-    steps = -(-columns // (places * _THREADS))
+    words = -(-columns // places)
+    steps, is_whole = -(-words // _ROW_THREADS), columns % places == 0
+
+    def number(x, column):
+        """Return a number of the row, none behind its end."""
+        if is_whole:
+            return T.Cast("float32", x[0, column])
+        inside = T.Cast("float32", x[0, T.min(column, columns - 1)])
+        return T.if_then_else(column < columns, inside, T.float32(0))
+
+    @T.macro
+    def add_packed(x, w, s, row, word, total, part):
+        part[0] = T.float32(0)
+        found: T.let[T.uint32] = w[word, row] if is_transposed else w[row, word]
+        for p in T.unroll(places):
+            part[0] = part[0] + number(x, word * places + p) * _code(found, p, groups)
+        total[0] = total[0] + part[0] * T.Cast(
+            "float32",
+            s[word * places // groups.weights, row]
+            if is_transposed
+            else s[row, word * places // groups.weights],
+        )
+
+    @T.macro
+    def add_plain(x, w, _s, row, word, total, _part):
+        for p in T.unroll(places):
+            total[0] = total[0] + number(x, word * places + p) * T.Cast(
+                "float32", w[row, T.min(word * places + p, columns - 1)]
+            )
+
+    add = add_packed if groups else add_plain
 
     @T.macro
     def multiply(x, w, s, out):
-        for bx in T.thread_binding(rows, thread="blockIdx.x"):
-            for tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
-                with T.sblock("row"):
-                    total = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                    parts = T.sblock_alloc_buffer((_THREADS,), "float32", scope="shared")
-                    total[0] = T.float32(0)
-                    for i in T.serial(steps):
-                        for p in T.serial(places):
-                            if (i * _THREADS + tx) * places + p < columns:
-                                total[0] = total[0] + T.Cast(
-                                    "float32", x[0, (i * _THREADS + tx) * places + p]
-                                ) * read(w, s, bx, (i * _THREADS + tx) * places + p)
-                    parts[tx] = total[0]
-                    T.tvm_storage_sync("shared")
-                    for level in T.unroll(_LEVELS):
-                        if tx < T.shift_right(_THREADS // 2, level):
-                            parts[tx] = parts[tx] + parts[tx + T.shift_right(_THREADS // 2, level)]
+        for bx in T.thread_binding(-(-rows // _ROWS), thread="blockIdx.x"):
+            for ty in T.thread_binding(_ROWS, thread="threadIdx.y"):
+                for tx in T.thread_binding(_ROW_THREADS, thread="threadIdx.x"):
+                    with T.sblock("rows"):
+                        total = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        part = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        parts = T.sblock_alloc_buffer(
+                            (_ROWS, _ROW_THREADS), "float32", scope="shared"
+                        )
+                        row: T.let[T.int64] = T.min(T.Cast("int64", bx * _ROWS + ty), rows - 1)
+                        total[0] = T.float32(0)
+                        for i in T.serial(steps):
+                            word: T.let[T.int64] = T.Cast("int64", i * _ROW_THREADS + tx)
+                            if word < words:
+                                add(x, w, s, row, word, total, part)
+                        parts[ty, tx] = total[0]
                         T.tvm_storage_sync("shared")
-                    if tx == 0:
-                        out[0, bx] = T.Cast(out_dtype, parts[0])
+                        if T.And(tx == 0, bx * _ROWS + ty < rows):
+                            for i in T.serial(1, _ROW_THREADS):
+                                total[0] = total[0] + parts[ty, i]
+                            out[0, bx * _ROWS + ty] = T.Cast(out_dtype, total[0])
 
     @T.prim_func(private=True, s_tir=True)
     def packed(var_x: T.handle, var_w: T.handle, var_s: T.handle, var_out: T.handle):
@@ -151,8 +188,10 @@ def _many(rows, columns, groups, is_transposed, shapes, dtypes, x_dtype, out_dty
                             total = T.sblock_alloc_buffer((_EACH, _EACH), "float32", scope="local")
                             xs = T.sblock_alloc_buffer((_TILE, _TILE), "float32", scope="shared")
                             ws = T.sblock_alloc_buffer((_TILE, _TILE), "float32", scope="shared")
-                            for i, j in T.grid(_EACH, _EACH):
-                                total[i, j] = T.float32(0)
+                            own = T.sblock_alloc_buffer((2, _EACH), "float32", scope="local")
+                            for i in T.unroll(_EACH):
+                                for j in T.unroll(_EACH):
+                                    total[i, j] = T.float32(0)
                             for k in T.serial((columns + _TILE - 1) // _TILE):
                                 for i in T.serial(half):
                                     r: T.let[T.int64] = T.Cast("int64", ty * _EACH + tx // 2)
@@ -181,20 +220,23 @@ def _many(rows, columns, groups, is_transposed, shapes, dtypes, x_dtype, out_dty
                                     )
                                 T.tvm_storage_sync("shared")
                                 for c in T.serial(_TILE):
-                                    for i, j in T.grid(_EACH, _EACH):
-                                        total[i, j] = (
-                                            total[i, j]
-                                            + xs[ty * _EACH + i, c] * ws[tx * _EACH + j, c]
-                                        )
+                                    for i in T.unroll(_EACH):
+                                        own[0, i] = xs[ty * _EACH + i, c]
+                                        own[1, i] = ws[tx * _EACH + i, c]
+                                    for i in T.unroll(_EACH):
+                                        for j in T.unroll(_EACH):
+                                            total[i, j] = total[i, j] + own[0, i] * own[1, j]
                                 T.tvm_storage_sync("shared")
-                            for i, j in T.grid(_EACH, _EACH):
-                                if T.And(
-                                    by * _TILE + ty * _EACH + i < count,
-                                    bx * _TILE + tx * _EACH + j < rows,
-                                ):
-                                    out[
-                                        by * _TILE + ty * _EACH + i, bx * _TILE + tx * _EACH + j
-                                    ] = T.Cast(out_dtype, total[i, j])
+                            for i in T.unroll(_EACH):
+                                for j in T.unroll(_EACH):
+                                    if T.And(
+                                        by * _TILE + ty * _EACH + i < count,
+                                        bx * _TILE + tx * _EACH + j < rows,
+                                    ):
+                                        out[
+                                            by * _TILE + ty * _EACH + i,
+                                            bx * _TILE + tx * _EACH + j,
+                                        ] = T.Cast(out_dtype, total[i, j])
 
     @T.prim_func(private=True, s_tir=True)
     def packed(var_x: T.handle, var_w: T.handle, var_s: T.handle, var_out: T.handle):

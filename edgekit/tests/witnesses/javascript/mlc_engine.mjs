@@ -31,6 +31,7 @@ async function run({ record: given, chats, ids }) {
     const start = performance.now();
     const found = await promise;
     seconds[name] = (performance.now() - start) / 1000;
+    console.info(`${name}: ${seconds[name].toFixed(1)} s`); // for the log of one that hangs
     return found;
   };
   const rows = [];
