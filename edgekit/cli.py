@@ -213,6 +213,15 @@ def variant_option(command: Decorated) -> Decorated:
     )(command)  # fmt: skip
 
 
+def compile_option(command: Decorated) -> Decorated:
+    """Add ``--compile`` and ``--no-compile``."""
+    return click.option(
+        "--compile/--no-compile", "compiles", default=None,
+        help="Compile the library with which WebLLM runs an MLC bundle; default: where none is "
+             "prebuilt, and TVM and Emscripten are installed.",
+    )(command)  # fmt: skip
+
+
 def size_bytes(text: str, *, of: str) -> int:
     """Read ``512 MB``; the space is hard to type in a shell, so it may be left out."""
     from edgekit.units import parse_quantity
@@ -246,6 +255,7 @@ def json_option(command: Decorated) -> Decorated:
 @trained_on_option
 @split_option
 @variant_option
+@compile_option
 @click.option("--calibration", type=DIRECTORY, metavar="FILE",
               help="Text like what the model will read, to calibrate on in addition to edgekit's "
                    "own.",
@@ -268,8 +278,8 @@ def export_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
     quant: str | None, context_tokens: int | None, chat_template: str | None,
     template_variables: dict[str, Any], trained_on: Path | None,
-    split_bytes: int | None, variant: str | None, calibration: Path | None,
-    no_calibration: bool, tokenizer: str, out: Path | None,
+    split_bytes: int | None, variant: str | None, compiles: bool | None,
+    calibration: Path | None, no_calibration: bool, tokenizer: str, out: Path | None,
     replace: bool, no_verify: bool, sign: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Export MODEL for a device, and prove that the artifact says what MODEL says.
@@ -290,7 +300,7 @@ def export_command(
 
     bundle = export(
         model, target_name, adapters=adapters, format=format, quant=quant,
-        context_tokens=context_tokens, split_bytes=split_bytes, variant=variant,
+        context_tokens=context_tokens, split_bytes=split_bytes, variant=variant, compile=compiles,
         chat_template=chat_template, template_variables=template_variables,
         trained_on=trained_on, calibration=calibration, calibrate=not no_calibration,
         tokenizer=tokenizer, out=out, replace=replace, verify=not no_verify, sign=sign,
@@ -308,13 +318,15 @@ def export_command(
 @chat_template_option
 @template_variables_option
 @variant_option
+@compile_option
 @no_calibration_option
 @tokenizer_option
 @json_option
 def plan_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
     quant: str | None, context_tokens: int | None, chat_template: str | None,
-    template_variables: dict[str, Any], variant: str | None, no_calibration: bool,
+    template_variables: dict[str, Any], variant: str | None, compiles: bool | None,
+    no_calibration: bool,
     tokenizer: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what `export` would make of MODEL, what it would cost, and why the rest is rejected.
@@ -335,7 +347,8 @@ def plan_command(
     made = plan(
         model, target, adapters=adapters, format=format, quant=quant,
         context_tokens=context_tokens, chat_template=chat_template,
-        template_variables=template_variables, variant=variant, calibrate=not no_calibration,
+        template_variables=template_variables, variant=variant, compile=compiles,
+        calibrate=not no_calibration,
         tokenizer=tokenizer, listener=Terminal(),
     )  # fmt: skip
     if as_json:

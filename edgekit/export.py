@@ -53,6 +53,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
     context_tokens: int | None = None,
     split_bytes: int | None = None,
     variant: str | None = None,
+    compile: bool | None = None,
     chat_template: str | Path | None = None,
     template_variables: Mapping[str, Any] | None = None,
     trained_on: str | Path | None = None,
@@ -77,6 +78,8 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         split_bytes: The most that one file of the artifact may take; None makes one file.
         variant: Which build of the format, where it has several for different programs on the
             device; None takes the one the target's program reads.
+        compile: Whether to compile what the format's runtime wants besides weights: for MLC, the
+            library that WebLLM runs. None compiles it where none is prebuilt and the tools are here.
         chat_template: The name of one of the model's templates, or a file; None: the default one.
         template_variables: What the template reads, by name, fixed in the bundle: JSON values, as
             ``{"enable_thinking": False}``.
@@ -110,6 +113,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
             context_tokens=context_tokens,
             split_bytes=split_bytes,
             variant=variant,
+            compiles=compile,
         ),
         chat_template=chat_template,
         template_variables=template_variables or {},

@@ -37,6 +37,7 @@ class Choice:
     split_bytes: int | None = None  # the most that one file may take; None: one file
     variant: str | None = None  # consider only formats with this build
     has_every_recipe: bool = False  # consider those too that a plan does not take by itself
+    compiles: bool | None = None  # see `BuildRequest.compiles`
 
 
 FREE_CHOICE = Choice()
@@ -147,6 +148,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     context_tokens: int | None = None,
     split_bytes: int | None = None,
     variant: str | None = None,
+    compile: bool | None = None,
     chat_template: str | Path | None = None,
     template_variables: Mapping[str, Any] | None = None,
     calibrate: bool = True,
@@ -184,7 +186,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
         checkpoint = announce(checkpoint)
     choice = Choice(
         format=format, quant=quant, context_tokens=context_tokens, split_bytes=split_bytes,
-        variant=variant,
+        variant=variant, compiles=compile,
     )  # fmt: skip
     made = make(checkpoint, target, choice)
     if checkpoint.has_weights:
@@ -233,7 +235,7 @@ def candidates(
     checkpoint.text.refuse_unreadable()
     found: list[Candidate] = []
     for name in _format_names(target, choice):
-        limit = formats.writing(name).context_limit(checkpoint)
+        limit = formats.writing(name).context_limit(checkpoint, compiles=choice.compiles)
         context = _context(limit, target, asked=choice.context_tokens)
         held = ContextLimit(tokens=context, reason=limit.reason if context == limit.tokens else "")
         requests = (
@@ -242,6 +244,7 @@ def candidates(
                 context_tokens=context,
                 split_bytes=choice.split_bytes,
                 variant=choice.variant or next(iter(target.variants.get(name, ())), None),
+                compiles=choice.compiles,
             )
             for recipe in _recipes(name, choice, checkpoint.spec)
         )
@@ -261,11 +264,17 @@ def _faithful_first(candidate: Candidate) -> tuple[int, int]:
 
 
 def first_fitting(candidates: Sequence[Candidate]) -> Candidate | None:
-    """Return the first that most likely fits, or else the first that may."""
-    for candidate in candidates:
-        if not candidate.misses:
+    """Return the first that most likely fits, or else the first that may.
+
+    One that runs as it is comes before one for which a user has to compile something.
+    """
+    likely = [candidate for candidate in candidates if not candidate.misses]
+    possible = [candidate for candidate in candidates if not candidate.certain_misses]
+    for fitting in (likely, possible):
+        ready = (it for it in fitting if it.layout and not it.layout.lacks_library)
+        for candidate in (*ready, *fitting):
             return candidate
-    return next((candidate for candidate in candidates if not candidate.certain_misses), None)
+    return None
 
 
 def _plan(
@@ -279,7 +288,7 @@ def _plan(
         context_tokens=chosen.context.tokens,
         layout=chosen.layout,
         estimate=chosen.estimate,
-        rejected=tuple(candidates[: candidates.index(chosen)]),
+        rejected=tuple(_passed_over(candidates[: candidates.index(chosen)])),
         four_bit=_four_bit(chosen, candidates),
         notes=(*notes, *_notes(chosen, target)),
     )
@@ -290,6 +299,15 @@ def _four_bit(chosen: Candidate, candidates: Sequence[Candidate]) -> Candidate |
     after = candidates[candidates.index(chosen) + 1 :]
     fitting = [it for it in after if it.format == chosen.format and not it.misses]
     return next((it for it in reversed(fitting) if it.bits_per_weight >= _FOUR_BITS), None)
+
+
+def _passed_over(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+    """Yield what another was preferred to, with the reason where it fits."""
+    for candidate in candidates:
+        if candidate.misses:
+            yield candidate
+        else:
+            yield replace(candidate, misses=("nothing runs it before a library is compiled",))
 
 
 def _refuse_bad_input(rejected: Sequence[Candidate]) -> None:
@@ -304,9 +322,12 @@ def _format_names(target: Target, choice: Choice) -> list[str]:
     format, quant, variant = choice.format, choice.quant, choice.variant
     if format is not None:
         formats.get(format)  # refuses an unknown name
-        return _taken(target, _with_variant([format], variant), variant)
+        named = _taken(target, _with_variant([format], variant), variant)
+        return _compiled(named) if choice.compiles else named
     usable: list[str] = [name for name in target.formats if name in formats.names()]
     usable = _taken(target, _with_variant(usable, variant), variant)
+    if choice.compiles:
+        usable = _compiled(usable)
     if quant is not None:
         with_recipe = [name for name in usable if recipes.has(name, quant)]
         usable = with_recipe or usable[:1]  # which then says what it has
@@ -317,6 +338,18 @@ def _format_names(target: Target, choice: Choice) -> list[str]:
             hint="choose one with --format",
         )
     return usable
+
+
+def _compiled(names: list[str]) -> list[str]:
+    """Return the formats that have something to compile."""
+    found = [name for name in names if formats.get(name).COMPILES]
+    if not found:
+        known = [f"{name} has {fmt.COMPILES}" for name, fmt in formats.get_all() if fmt.COMPILES]
+        raise UsageError(
+            f"nothing is compiled for {' or '.join(names)}",
+            hint=f"leave out --compile: {'; '.join(known)}",
+        )
+    return found
 
 
 def _with_variant(names: list[str], variant: str | None) -> list[str]:
