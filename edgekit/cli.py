@@ -183,12 +183,19 @@ def choice_options(command: Decorated) -> Decorated:
     return adapter_option(command)
 
 
-def no_calibration_option(command: Decorated) -> Decorated:
-    """Add ``--no-calibration``."""
-    return click.option(
-        "--no-calibration", is_flag=True,
-        help="Round to nearest, without weighting errors by the size of the inputs.",
-    )(command)  # fmt: skip
+def quant_method_options(command: Decorated) -> Decorated:
+    """Add ``--quant-method`` and ``--no-calibration``."""
+    for option in (
+        click.option("--no-calibration", is_flag=True,
+                     help="Round to nearest, without weighting errors by the size of the inputs: "
+                     "--quant-method native."),
+        click.option("--quant-method", type=click.Choice(["native", "weighted", "feedback"]),
+                     help="How weights of few bits find their codes: as the format's own tool "
+                     "rounds, with errors weighted by the size of the inputs (the default), or so "
+                     "that codes make up for each other's errors: the closest, and the slowest."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 def split_option(command: Decorated) -> Decorated:
@@ -249,7 +256,7 @@ def json_option(command: Decorated) -> Decorated:
               help="Text like what the model will read, to calibrate on in addition to edgekit's "
                    "own.",
               )  # fmt: skip
-@no_calibration_option
+@quant_method_options
 @tokenizer_option
 @click.option("-o", "--out", type=DIRECTORY, help="Bundle directory to create.")
 @click.option(
@@ -268,7 +275,7 @@ def export_command(
     quant: str | None, context_tokens: int | None, chat_template: str | None,
     template_variables: dict[str, Any], trained_on: Path | None,
     split_bytes: int | None, variant: str | None, calibration: Path | None,
-    no_calibration: bool, tokenizer: str, out: Path | None,
+    no_calibration: bool, quant_method: str | None, tokenizer: str, out: Path | None,
     replace: bool, no_verify: bool, sign: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Export MODEL for a device, and prove that the artifact says what MODEL says.
@@ -292,6 +299,7 @@ def export_command(
         context_tokens=context_tokens, split_bytes=split_bytes, variant=variant,
         chat_template=chat_template, template_variables=template_variables,
         trained_on=trained_on, calibration=calibration, calibrate=not no_calibration,
+        quant_method=quant_method,
         tokenizer=tokenizer, out=out, replace=replace, verify=not no_verify, sign=sign,
         listener=Terminal(),
     )  # fmt: skip
@@ -307,14 +315,14 @@ def export_command(
 @chat_template_option
 @template_variables_option
 @variant_option
-@no_calibration_option
+@quant_method_options
 @tokenizer_option
 @json_option
 def plan_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
     quant: str | None, context_tokens: int | None, chat_template: str | None,
     template_variables: dict[str, Any], variant: str | None, no_calibration: bool,
-    tokenizer: str, as_json: bool,
+    quant_method: str | None, tokenizer: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what `export` would make of MODEL, what it would cost, and why the rest is rejected."""
     from edgekit.plan import plan
@@ -325,6 +333,7 @@ def plan_command(
         model, target, adapters=adapters, format=format, quant=quant,
         context_tokens=context_tokens, chat_template=chat_template,
         template_variables=template_variables, variant=variant, calibrate=not no_calibration,
+        quant_method=quant_method,
         tokenizer=tokenizer, listener=Terminal(),
     )  # fmt: skip
     if as_json:
@@ -342,6 +351,7 @@ def plan_document(made: "Plan") -> dict[str, Any]:
         "context_tokens": made.context_tokens,
         "layout": _layout_document(made.layout),
         "estimate": made.estimate,
+        "quant_method": made.quant_method,
         "rejected": [
             {
                 "format": candidate.format,
@@ -398,6 +408,8 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
     estimate, budget, memory = made.estimate, target.budget, made.estimate.memory
     exact = "exactly" if made.layout.is_exact else "about"
     yield f"{made.format} {made.recipe.full_name} for {target.title}, {made.context_tokens} tokens"
+    if made.quant_method:
+        yield f"quant method: {made.quant_method}"
     yield f"{'':<24}{'expected':<34}limit"
     yield (
         f"{'to download':<24}{exact + ' ' + format_bytes(estimate.artifact_bytes):<34}"

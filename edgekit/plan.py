@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from edgekit import formats, recipes
 from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, ReadableRunning
+from edgekit.model.checkpoint_protocol import QuantMethod
 from edgekit.model.spec import DecoderSpec
 from edgekit.progress import Listener
 from edgekit.proof.calibration import announce
@@ -105,6 +106,7 @@ class Plan:
     estimate: Estimate
     rejected: tuple[Candidate, ...]
     notes: tuple[str, ...] = ()  # what a user should know: a shortened context, substitutions
+    quant_method: QuantMethod | None = None  # None: no weight is coarse enough for one
 
     @property
     def recipe(self) -> Recipe:
@@ -135,6 +137,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     chat_template: str | Path | None = None,
     template_variables: Mapping[str, Any] | None = None,
     calibrate: bool = True,
+    quant_method: str | None = None,
     tokenizer: str = "file",
     listener: Listener | None = None,
 ) -> Plan:
@@ -143,6 +146,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     The arguments and errors are those of `edgekit.export`.
     """
     target = load_target(target_name)
+    method = recipes.method(quant_method, calibrate=calibrate)
     checkpoint = opening.open_checkpoint(
         model,
         adapters=adapters,
@@ -151,8 +155,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
         tokenizer=tokenizer,
         listener=listener,
     )
-    if calibrate:
-        checkpoint = announce(checkpoint)
+    checkpoint = announce(checkpoint, method=method)
     choice = Choice(
         format=format, quant=quant, context_tokens=context_tokens, split_bytes=split_bytes,
         variant=variant,
@@ -203,7 +206,15 @@ def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -
             + "\n".join(f"  {c.name}: {'; '.join(c.misses)}" for c in candidates),
             hint="take a smaller model, a shorter --context, or a target file with a wider budget",
         )
-    return _plan(chosen, candidates, target, notes=checkpoint.remarks)
+    made = _plan(chosen, candidates, target, notes=checkpoint.remarks)
+    return replace(made, quant_method=_quant_method(checkpoint, made.layout))
+
+
+def _quant_method(checkpoint: Checkpoint, layout: Layout) -> QuantMethod | None:
+    """Return how coarse weights of layers find their codes; None if there are none."""
+    if not any(weight.is_calibrated for weight in layout.placements):
+        return None
+    return checkpoint.calibration.method if checkpoint.calibration else "native"
 
 
 def _faithful_first(candidate: Candidate) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from edgekit.plan import plan
 from edgekit.progress import Silent
 from edgekit.proof import calibration
 from edgekit.proof.fidelity import Comparison
-from edgekit.quant.planned import damped
+from edgekit.quant.damping import damped
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
