@@ -14,8 +14,7 @@ from edgekit.model.checkpoint_protocol import QuantMethod
 from edgekit.plan import FREE_CHOICE, Choice, Plan, remarks, substitutions
 from edgekit.plan import make as make_plan
 from edgekit.progress import Listener, Silent
-from edgekit.proof import qlora, transformers_logits
-from edgekit.proof.calibration import announce, read_own_text, require
+from edgekit.proof import calibration, qlora, transformers_logits
 from edgekit.proof.gates import Subject, check
 from edgekit.solver.methods import prepare
 from edgekit.source import opening
@@ -151,7 +150,7 @@ def make(request: Request, *, listener: Listener) -> Bundle:
     )
     if request.is_verified:
         transformers_logits.require_for(checkpoint)
-    checkpoint = announce(checkpoint, own_text=own_text, method=request.quant_method)
+    checkpoint = calibration.announce(checkpoint, own_text=own_text, method=request.quant_method)
     chosen = make_plan(checkpoint, request.target, request.choice)
     _refuse_unused(request, chosen)
     out = request.out or default_out(checkpoint, chosen, request.target)
@@ -161,6 +160,9 @@ def make(request: Request, *, listener: Listener) -> Bundle:
     )
     for line in describe(checkpoint, chosen, request.target):
         listener.say(line)
+    short = calibration.note(checkpoint, own_text)
+    if short:
+        listener.say(f"note: {short}")
     if chosen.layout.calibration:
         checkpoint = prepare(
             checkpoint, chosen.layout.placements, own_text=own_text, listener=listener
@@ -180,12 +182,12 @@ def _own_text(request: Request) -> str | None:
         raise UsageError(
             "--calibration and --no-calibration, or --quant-method native, exclude each other"
         )
-    return read_own_text(request.calibration)
+    return calibration.read_own_text(request.calibration)
 
 
 def _refuse_unused(request: Request, chosen: Plan) -> None:
     if chosen.layout.calibration:
-        require()
+        calibration.require()
     elif request.calibration is not None:
         raise UsageError(
             f"--calibration has no effect on {chosen.recipe.name}, which rounds finely",

@@ -44,6 +44,7 @@ CHAT = "chat"  # this text is turns of a user and a model, pair by pair
 TURN = "\n----\n"
 PIECE_TOKENS = 512  # as many as llama-imatrix takes
 MAX_OWN_TOKENS = 16384  # of a user's text: some minutes for a model of a billion weights
+FEW_OWN_TOKENS = 1024  # of a user's text: less than a tenth of all is hardly heard
 _FILE = "importance.npz"
 VERSION = 1  # counts up when the same text would give other numbers
 
@@ -164,6 +165,20 @@ def read_own_text(path: Path) -> str:
     if not text.strip():
         raise UsageError(f"{path} holds no text to calibrate on")
     return text
+
+
+def note(checkpoint: Checkpoint, own_text: str | None) -> str | None:
+    """Return what a user should know of a text that is too short to lead anything; else None."""
+    if own_text is None:
+        return None
+    own = len(checkpoint.text.loaded().encode(own_text))
+    if own >= FEW_OWN_TOKENS:
+        return None
+    built_in = sum(map(len, pieces(checkpoint)))
+    return (
+        f"--calibration has {own} tokens next to the {built_in} of edgekit's own text, so it "
+        f"changes little: {FEW_OWN_TOKENS} or more lead the rounding"
+    )
 
 
 def built_in_texts() -> list[tuple[str, str]]:
