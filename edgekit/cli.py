@@ -184,12 +184,19 @@ def choice_options(command: Decorated) -> Decorated:
     return adapter_option(command)
 
 
-def no_calibration_option(command: Decorated) -> Decorated:
-    """Add ``--no-calibration``."""
-    return click.option(
-        "--no-calibration", is_flag=True,
-        help="Round to nearest, without weighting errors by the size of the inputs.",
-    )(command)  # fmt: skip
+def quant_method_options(command: Decorated) -> Decorated:
+    """Add ``--quant-method`` and ``--no-calibration``."""
+    for option in (
+        click.option("--no-calibration", is_flag=True,
+                     help="Round to nearest, without weighting errors by the size of the inputs: "
+                     "--quant-method native."),
+        click.option("--quant-method", type=click.Choice(["native", "weighted", "feedback"]),
+                     help="How weights of few bits find their codes: as the format's own tool "
+                     "rounds, with errors weighted by the size of the inputs (the default), or so "
+                     "that codes make up for each other's errors: the closest, and the slowest."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 def split_option(command: Decorated) -> Decorated:
@@ -260,7 +267,7 @@ def json_option(command: Decorated) -> Decorated:
               help="Text like what the model will read, to calibrate on in addition to edgekit's "
                    "own.",
               )  # fmt: skip
-@no_calibration_option
+@quant_method_options
 @tokenizer_option
 @click.option("-o", "--out", type=DIRECTORY, help="Bundle directory to create.")
 @click.option(
@@ -279,7 +286,8 @@ def export_command(
     quant: str | None, context_tokens: int | None, chat_template: str | None,
     template_variables: dict[str, Any], trained_on: Path | None,
     split_bytes: int | None, variant: str | None, compiles: bool | None,
-    calibration: Path | None, no_calibration: bool, tokenizer: str, out: Path | None,
+    calibration: Path | None, no_calibration: bool, quant_method: str | None, tokenizer: str,
+    out: Path | None,
     replace: bool, no_verify: bool, sign: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Export MODEL for a device, and prove that the artifact says what MODEL says.
@@ -303,6 +311,7 @@ def export_command(
         context_tokens=context_tokens, split_bytes=split_bytes, variant=variant, compile=compiles,
         chat_template=chat_template, template_variables=template_variables,
         trained_on=trained_on, calibration=calibration, calibrate=not no_calibration,
+        quant_method=quant_method,
         tokenizer=tokenizer, out=out, replace=replace, verify=not no_verify, sign=sign,
         listener=Terminal(),
     )  # fmt: skip
@@ -319,15 +328,14 @@ def export_command(
 @template_variables_option
 @variant_option
 @compile_option
-@no_calibration_option
+@quant_method_options
 @tokenizer_option
 @json_option
 def plan_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
     quant: str | None, context_tokens: int | None, chat_template: str | None,
     template_variables: dict[str, Any], variant: str | None, compiles: bool | None,
-    no_calibration: bool,
-    tokenizer: str, as_json: bool,
+    no_calibration: bool, quant_method: str | None, tokenizer: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what `export` would make of MODEL, what it would cost, and why the rest is rejected.
 
@@ -341,14 +349,15 @@ def plan_command(
     target = load(target_name)
     if is_size(model):
         rows = compare([model], [target], format=format, quant=quant,
-                       context_tokens=context_tokens, calibrate=not no_calibration)  # fmt: skip
+                       context_tokens=context_tokens, calibrate=not no_calibration,
+                       quant_method=quant_method)  # fmt: skip
         print_rows(rows, as_json=as_json)
         return
     made = plan(
         model, target, adapters=adapters, format=format, quant=quant,
         context_tokens=context_tokens, chat_template=chat_template,
         template_variables=template_variables, variant=variant, compile=compiles,
-        calibrate=not no_calibration,
+        calibrate=not no_calibration, quant_method=quant_method,
         tokenizer=tokenizer, listener=Terminal(),
     )  # fmt: skip
     if as_json:
@@ -366,6 +375,7 @@ def plan_document(made: "Plan") -> dict[str, Any]:
         "context_tokens": made.context_tokens,
         "layout": _layout_document(made.layout),
         "estimate": made.estimate,
+        "quant_method": made.quant_method,
         "rejected": [
             {
                 "format": candidate.format,
@@ -422,6 +432,8 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
     estimate, budget, memory = made.estimate, target.budget, made.estimate.memory
     exact = "exactly" if made.layout.is_exact else "about"
     yield f"{made.format} {made.recipe.full_name} for {target.title}, {made.context_tokens} tokens"
+    if made.quant_method:
+        yield f"quant method: {made.quant_method}"
     yield f"{'':<24}{'expected':<34}limit"
     yield (
         f"{'to download':<24}{exact + ' ' + format_bytes(estimate.artifact_bytes):<34}"
@@ -458,13 +470,14 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
 @click.option("--quant", metavar="Q", help="Consider only this recipe.")
 @click.option("--context", "context_tokens", type=int, metavar="N",
               help="Context length in tokens; default: each target's.")  # fmt: skip
-@no_calibration_option
+@quant_method_options
 @click.option("--csv", "as_csv", is_flag=True, help="Print one table as CSV, in plain units.")
 @click.option("--html", type=DIRECTORY, metavar="FILE", help="Also write a page with a picture.")
 @json_option
 def compare_command(
     models: tuple[str, ...], target_names: tuple[str, ...], all_targets: bool, all_quants: bool,
     format: str | None, quant: str | None, context_tokens: int | None, no_calibration: bool,
+    quant_method: str | None,
     as_csv: bool, html: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare what could be made of each MODEL for each target.
@@ -485,7 +498,8 @@ def compare_command(
     names = target.names() if all_targets else target_names
     rows = compare(
         models, names, format=format, quant=quant, context_tokens=context_tokens,
-        every_recipe=all_quants, calibrate=not no_calibration, listener=Terminal(),
+        every_recipe=all_quants, calibrate=not no_calibration, quant_method=quant_method,
+        listener=Terminal(),
     )  # fmt: skip
     print_rows(rows, as_json=as_json, as_csv=as_csv)
     if html is not None:

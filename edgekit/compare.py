@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from edgekit import recipes
 from edgekit.errors import UsageError
 from edgekit.plan import Candidate, Choice, Estimate, candidates, first_fitting
 from edgekit.progress import Listener
@@ -43,6 +44,7 @@ def compare(  # noqa: PLR0913 - the request, spelled out for Python users
     context_tokens: int | None = None,
     every_recipe: bool = False,
     calibrate: bool = True,
+    quant_method: str | None = None,
     listener: Listener | None = None,
 ) -> list[Row]:
     """Return what could be made of each model for each target; nothing is changed.
@@ -57,6 +59,7 @@ def compare(  # noqa: PLR0913 - the request, spelled out for Python users
         every_recipe: One row for each recipe of each format of the target; else one for each model
             and target: what a plan would choose or, where nothing fits, what takes least memory.
         calibrate: Whether an export would be calibrated.
+        quant_method: How weights would find their codes; None: as an export chooses.
         listener: Who is told what takes long.
 
     Raises:
@@ -66,10 +69,11 @@ def compare(  # noqa: PLR0913 - the request, spelled out for Python users
     choice = Choice(
         format=format, quant=quant, context_tokens=context_tokens, has_every_recipe=every_recipe
     )
+    method = recipes.method(quant_method, calibrate=calibrate)
     rows: list[Row] = []
     for model in _of_sizes(models):
         checkpoint = opening.open_shape(model) or opening.open_checkpoint(model, listener=listener)
-        checkpoint = announce(checkpoint) if calibrate else checkpoint
+        checkpoint = announce(checkpoint, method=method)
         for target in known:
             rows += _rows(checkpoint, target, choice)
     return rows

@@ -8,6 +8,7 @@ from typing import Any, cast
 from edgekit import formats, recipes
 from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, ReadableRunning
+from edgekit.model.checkpoint_protocol import QuantMethod
 from edgekit.model.spec import DecoderSpec
 from edgekit.progress import Listener
 from edgekit.proof.calibration import announce
@@ -121,6 +122,7 @@ class Plan:
     rejected: tuple[Candidate, ...]
     four_bit: Candidate | None = None  # what else fits, for what it saves
     notes: tuple[str, ...] = ()  # what a user should know: a shortened context, substitutions
+    quant_method: QuantMethod | None = None  # None: no weight is coarse enough for one
 
     @property
     def recipe(self) -> Recipe:
@@ -152,6 +154,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     chat_template: str | Path | None = None,
     template_variables: Mapping[str, Any] | None = None,
     calibrate: bool = True,
+    quant_method: str | None = None,
     tokenizer: str = "file",
     listener: Listener | None = None,
 ) -> Plan:
@@ -166,6 +169,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
         BudgetError: If nothing fits.
     """
     target = load_target(target_name)
+    method = recipes.method(quant_method, calibrate=calibrate)
     checkpoint = opening.open_shape(model)
     if checkpoint is None:
         checkpoint = opening.open_checkpoint(
@@ -182,8 +186,7 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
             "adapters nor anything about its text",
             hint="a LoRA adapter that is merged changes nothing in a plan: leave it out",
         )
-    if calibrate:
-        checkpoint = announce(checkpoint)
+    checkpoint = announce(checkpoint, method=method)
     choice = Choice(
         format=format, quant=quant, context_tokens=context_tokens, split_bytes=split_bytes,
         variant=variant, compiles=compile,
@@ -219,7 +222,8 @@ def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -
             + "\n".join(f"  {c.name}: {'; '.join(c.misses)}" for c in found),
             hint="take a smaller model, a shorter --context, or a target file with a wider budget",
         )
-    return _plan(chosen, found, target, notes=checkpoint.remarks)
+    made = _plan(chosen, found, target, notes=checkpoint.remarks)
+    return replace(made, quant_method=_quant_method(checkpoint, made.layout))
 
 
 def candidates(
@@ -253,6 +257,13 @@ def candidates(
         ]
         found += sorted(assessed, key=_faithful_first)
     return found
+
+
+def _quant_method(checkpoint: Checkpoint, layout: Layout) -> QuantMethod | None:
+    """Return how coarse weights of layers find their codes; None if there are none."""
+    if not any(weight.is_calibrated for weight in layout.placements):
+        return None
+    return checkpoint.calibration.method if checkpoint.calibration else "native"
 
 
 def _faithful_first(candidate: Candidate) -> tuple[int, int]:

@@ -69,22 +69,64 @@ def hidden_states(
     Raises:
         UsageError: As `logits`.
     """
-    import torch
+    stream = Stream(model, texts)
+    for index in range(len(model.spec.layers)):
+        stream.pass_through(index, observe=observe, advance=advance)
+    return stream.end()
 
-    for text in texts:
-        _refuse_text(model.spec, text)
-    with torch.inference_mode():
-        states = [_embed(model, text) for text in texts]
-        embedded = _embed_layers(model, texts, states)
-        caches: list[Caches] = [{} for _ in texts]
-        for index in range(len(model.spec.layers)):
-            weights = Weights(model, prefix=f"layers.{index}.", observe=observe)
-            for at, read in enumerate(states):
-                x = _apply_layer(model.spec, index, weights, read, caches[at])
-                states[at] = _end_layer(model.spec, index, weights, x, embedded[at])
-                advance(len(x))
-        final = Weights(model, prefix="")
-        return [normalize(model.spec.norm, final, "final_norm", x) for x in states]
+
+class Stream:
+    """All texts on their way through a decoder, layer by layer, in float32.
+
+    Raises:
+        UsageError: As `logits`.
+    """
+
+    def __init__(self, model: DecoderWeights, texts: Sequence[Sequence[int]]) -> None:
+        import torch
+
+        for text in texts:
+            _refuse_text(model.spec, text)
+        self._model = model
+        with torch.inference_mode():
+            self._states = [_embed(model, text) for text in texts]
+            self._embedded = _embed_layers(model, texts, self._states)
+        self._caches: list[Caches] = [{} for _ in texts]
+
+    def pass_through(
+        self, index: int, *, observe: "Observer | None" = None, advance: Advance = lambda _: None
+    ) -> None:
+        """Take all texts through a layer; the arguments are those of `hidden_states`."""
+        for at, x in enumerate(self.layer(index, observe=observe)):
+            self._states[at] = x
+            advance(len(x))
+
+    def look_through(
+        self, index: int, *, observe: "Observer", advance: Advance = lambda _: None
+    ) -> None:
+        """Observe a layer at work, and leave all texts before it."""
+        for x in self.layer(index, observe=observe):
+            advance(len(x))
+
+    def layer(self, index: int, *, observe: "Observer | None" = None) -> "Iterator[torch.Tensor]":
+        """Yield what a layer makes of each text: float32 ``(tokens, hidden_size)``."""
+        import torch
+
+        spec = self._model.spec
+        weights = Weights(self._model, prefix=f"layers.{index}.", observe=observe)
+        for x, embedded, caches in zip(self._states, self._embedded, self._caches, strict=True):
+            with torch.inference_mode():
+                mixed = _apply_layer(spec, index, weights, x, caches)
+                found = _end_layer(spec, index, weights, mixed, embedded)
+            yield found
+
+    def end(self) -> "list[torch.Tensor]":
+        """Return what the output head reads: for each text float32 ``(tokens, hidden_size)``."""
+        import torch
+
+        final = Weights(self._model, prefix="")
+        with torch.inference_mode():
+            return [normalize(self._model.spec.norm, final, "final_norm", x) for x in self._states]
 
 
 class InterpreterSession:

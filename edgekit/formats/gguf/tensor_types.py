@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     _Rows = npt.NDArray[np.float32]
     _Bytes = npt.NDArray[np.uint8]
+    _Encoded = npt.NDArray[np.generic]
     _Started = tuple[_Bytes, list[Future[None]]]
 
 
@@ -219,7 +220,9 @@ def quantize(
 
 
 def quantize_each(
-    blocks: "Iterable[tuple[str, _Rows, str]]", *, importance: "Mapping[str, _Rows] | None" = None
+    blocks: "Iterable[tuple[str, _Rows | _Encoded, str]]",
+    *,
+    importance: "Mapping[str, _Rows] | None" = None,
 ) -> "Iterator[tuple[str, _Bytes]]":
     """Encode one block of rows after another, as `quantize` does.
 
@@ -227,7 +230,8 @@ def quantize_each(
     that reading and writing cost no time of their own; two blocks are in memory at a time.
 
     Args:
-        blocks: A tensor's name, some of its rows, and their tensor type.
+        blocks: A tensor's name, some of its rows, and their tensor type. Rows of uint8 are encoded
+            already.
         importance: By name of the tensor, where it is known.
 
     Yields:
@@ -257,11 +261,16 @@ def _finish_named(name: str, started: "_Started") -> "tuple[str, _Bytes]":
 
 
 def _start(
-    pool: ThreadPoolExecutor, values: "_Rows", tensor_type: str, importance: "_Rows | None"
+    pool: ThreadPoolExecutor,
+    values: "_Rows | _Encoded",
+    tensor_type: str,
+    importance: "_Rows | None",
 ) -> "_Started":
     """Return where the bytes will be and what fills it; numpy and ggml let go of Python's lock."""
     import numpy as np
 
+    if values.dtype == np.uint8:
+        return values.view(np.uint8), []
     rows = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, values.shape[-1])
     count, columns = rows.shape
     block = TENSOR_TYPES[tensor_type]

@@ -15,6 +15,7 @@ from edgekit.formats.mlc.names import Parameter
 from edgekit.model.shapes import Shape
 from edgekit.model.spec import DecoderSpec
 from edgekit.quant import grid, rounding
+from edgekit.quant.lattice import GridLattice, Lattice
 from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits
 
 
@@ -223,8 +224,36 @@ def encode(
         codes, scales = _fitted(values, groups, importance, is_half=is_half)
     else:
         codes, scales = _rounded(values, groups, is_half=is_half)
-    codes[:, values.shape[1] :] = 0  # what fills the last group up is not a weight of 0
+    return _stored(codes, scales, groups, columns=values.shape[1], is_half=is_half)
+
+
+def _stored(
+    codes: "npt.NDArray[np.uint8]", scales: "Rows", groups: Groups, *, columns: int, is_half: bool
+) -> "list[Stored]":
+    codes[:, columns:] = 0  # what fills the last group up is not a weight of 0
     return [_packed(codes, groups), _to_f16(scales) if is_half else to_bf16(scales)]
+
+
+def lattice(tensor_type: str) -> Lattice | None:
+    """Return what a solver can round a weight to; None where rounding is fine as it is."""
+    groups, is_half = GROUPS.get(tensor_type), tensor_type.endswith("_F16")
+    if groups is None:
+        return None
+
+    def write(found: grid.Fitted, columns: int) -> "list[Stored]":
+        codes = found.codes.astype(np.uint8).reshape(len(found.codes), -1)
+        return _stored(codes, found.scales, groups, columns=columns, is_half=is_half)
+
+    import numpy as np
+
+    return GridLattice(grid=_grid(groups, is_half=is_half), write=write)
+
+
+def _grid(groups: Groups, *, is_half: bool) -> grid.Grid:
+    return grid.Grid(
+        block_weights=groups.weights, bottom=0, top=2 * groups.zero, zero=groups.zero,
+        scales="float16" if is_half else "bfloat16", has_negative_scales=False,
+    )  # fmt: skip
 
 
 def _to_f16(values: "Rows") -> "npt.NDArray[np.float16]":
@@ -275,10 +304,7 @@ def _fitted(
 ) -> "tuple[npt.NDArray[np.uint8], Rows]":
     import numpy as np
 
-    ours = grid.Grid(
-        block_weights=groups.weights, bottom=0, top=2 * groups.zero, zero=groups.zero,
-        scales="float16" if is_half else "bfloat16", has_negative_scales=False,
-    )  # fmt: skip
+    ours = _grid(groups, is_half=is_half)
     counted = None if importance is None else _padded(importance[None], groups)[0]
     found = grid.fit(_padded(values, groups), counted, ours)
     return found.codes.astype(np.uint8).reshape(len(values), -1), found.scales

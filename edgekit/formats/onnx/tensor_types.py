@@ -18,6 +18,7 @@ from edgekit.model.shapes import Shape
 from edgekit.model.spec import DecoderSpec
 from edgekit.quant import grid, rounding
 from edgekit.quant.grid import Grid
+from edgekit.quant.lattice import GridLattice, Lattice
 from edgekit.quant.planned import PlannedWeight
 from edgekit.quant.recipe import Recipe, Rule, TensorType, split_role, with_limits
 
@@ -374,6 +375,14 @@ def encode(
     else:
         found = grid.nearest(values, blocks.grid)
     return [*_parts(found, blocks)]
+
+
+def lattice(tensor_type: str) -> Lattice | None:
+    """Return what a solver can round a weight to; None where rounding is fine as it is."""
+    blocks = BLOCKS.get(tensor_type)
+    if blocks is None or not blocks.is_coarse:
+        return None
+    return GridLattice(grid=blocks.grid, write=lambda found, _: [*_parts(found, blocks)])
 
 
 def _parts(found: grid.Fitted, blocks: Blocks) -> "Iterator[npt.NDArray[np.generic]]":
