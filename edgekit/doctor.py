@@ -74,6 +74,15 @@ def _system() -> Iterator[Finding]:
         found=compiler or "none; llama.cpp is compiled when installed, ExecuTorch's shim when used",
         way_out="" if compiler else "apt install g++ (Debian), xcode-select --install (macOS)",
     )
+    emscripten = shutil.which("em++")
+    yield Finding(
+        name="Emscripten",
+        state="ok" if emscripten else "missing",
+        found=emscripten or "none; it links the libraries that WebLLM runs MLC bundles with",
+        way_out=""
+        if emscripten
+        else "apt install emscripten (Debian), brew install emscripten (macOS)",
+    )
     yield _program("browser", chromium.find, "for `--device browser`")
     yield _program("npm", npm, "for what runs in browsers")
 

@@ -56,8 +56,10 @@ class Layout:
     needs_shader_f16: bool = False  # whether a browser's GPU must know float16
     kernel_kl_nats: float = 0.0  # mean KL that the runtime's own kernels add to any weights
     is_half: bool = False  # whether products are computed and the cache is kept in float16
-    overhead_bytes: int = 0  # as many weights take as long as the rest of a token's work
+    overhead_bytes: int = 0  # as many weights take as long as the states that a token changes
+    overhead_s: float = 0.0  # the rest of a token's work, which no processor shortens
     reads_by_token: bool = False  # whether a prompt takes a call of the program for each token
+    lacks_library: bool = False  # whether a user has to compile something before anything runs it
 
     @property
     def substituted(self) -> tuple[PlannedWeight, ...]:
@@ -111,6 +113,9 @@ class BuildRequest:
     context_tokens: int | None = None  # what a runner must hold; None: all that the format can
     split_bytes: int | None = None  # the most that one file may take; None: one file
     variant: str | None = None  # one of the format's `VARIANTS`; None: the usual one
+    # Whether to compile what the format's runtime wants besides weights; None: where none is offered
+    # already and the tools are there.
+    compiles: bool | None = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +166,7 @@ class Format(Protocol):
     MIXES_TENSOR_TYPES: bool  # whether any matrix may have any of them
     ENDING: str  # of the name of the file that `Running.load` opens
     VARIANTS: tuple[str, ...]  # builds for different programs on the device, the usual one first
+    COMPILES: str  # what `BuildRequest.compiles` is about; empty where there is no such thing
     RUNTIME: str  # what opens the artifacts, as people call it
     EXTRA: str  # `pip install 'edgekit[EXTRA]'` makes and proves artifacts
     RUN_EXTRA: str  # `pip install 'edgekit[RUN_EXTRA]'` runs them
@@ -177,8 +183,13 @@ class Writing(Protocol):
         """
         ...
 
-    def context_limit(self, checkpoint: "CheckpointProtocol") -> ContextLimit:
-        """Return the longest context in which the runtime says what the checkpoint says."""
+    def context_limit(
+        self, checkpoint: "CheckpointProtocol", *, compiles: bool | None = False
+    ) -> ContextLimit:
+        """Return the longest context in which the runtime says what the checkpoint says.
+
+        ``compiles`` is that of `BuildRequest`: what is compiled for a model may hold more of it.
+        """
         ...
 
     def memory_use(
