@@ -426,7 +426,7 @@ def _layout_document(layout: "Layout") -> dict[str, Any]:
 
 def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
     """Yield a plan as a table: each limit of the target next to what is expected."""
-    from edgekit.plan import remarks
+    from edgekit.plan import grounds, remarks
     from edgekit.units import format_bytes, format_duration, format_rate
 
     estimate, budget, memory = made.estimate, target.budget, made.estimate.memory
@@ -455,6 +455,7 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
         name = f"first token after {limit.prompt_tokens}"
         between = f"{format_duration(first.low)} to {format_duration(first.high)}"
         yield f"{name:<24}{between:<34}{format_duration(limit.limit_s)}"
+    yield grounds(target)
     yield from remarks(made)
 
 
