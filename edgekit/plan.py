@@ -577,9 +577,7 @@ def grounds(target: Target) -> str:
     for name, meaning in _SPEED_FIGURES.items():
         origin = target.origins[name]
         parts.append(f"{meaning} is {origin.basis} ({origin.source}, {origin.date})")
-    return f"speeds are within {SPEED_UNCERTAINTY:.0%} as far as they rest on this: " + "; ".join(
-        parts
-    )
+    return f"speeds may be {SPEED_UNCERTAINTY:.0%} off: {'; '.join(parts)}"
 
 
 def remarks(made: Plan) -> Iterator[str]:
