@@ -24,7 +24,7 @@ from edgekit.browser import web_page
 from edgekit.browser.server import TYPES, Site, SiteServer
 from edgekit.bundle.manifest import Bundle
 from edgekit.encodings.visible import visible
-from edgekit.errors import EdgekitError, MissingDependencyError, UsageError
+from edgekit.errors import EdgekitError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.progress import Listener
 from edgekit.run import Answer, Reply, Runner
 from edgekit.runtime.generate import Sampling
@@ -443,11 +443,13 @@ def serve(  # noqa: PLR0913 - a request in full
             hint="add --allow-remote if that is intended",
         )
     _check_key_policy(api_key, is_local=is_local, no_key=no_key)
-    page = _page(Path(bundle_directory), trusted)
-    if page is None:
+    has_page = (Path(bundle_directory) / web_page.INDEX).is_file()
+    if not has_page:
         check_installed()
     say = listener.say if listener else say or (lambda line: sys.stderr.write(f"{visible(line)}\n"))
     with ExitStack() as stack:
+        listening = stack.enter_context(_listen(host, port))
+        page = _page(Path(bundle_directory), trusted, say) if has_page else None
         try:
             check_installed()
             runner = stack.enter_context(
@@ -460,11 +462,11 @@ def serve(  # noqa: PLR0913 - a request in full
                 )
             )
         except MissingDependencyError as error:
-            if page is None:
+            if page is None or not is_local:
                 raise
+            listening.close()
             _serve_page(page, host, port, say, f"the page alone: {error}")
             return
-        listening = stack.enter_context(_listen(host, port))
         service = Service(
             runner=runner,
             page=page,
@@ -478,10 +480,17 @@ def serve(  # noqa: PLR0913 - a request in full
         _run_server(service, listening)
 
 
-def _page(directory: Path, trusted: str | Path | None) -> Site | None:
-    """Return what shows the page of a bundle for browsers, None for any other."""
-    bundle = Bundle.load(directory, check_hashes=False, trusted=trusted)
-    return web_page.site(bundle.directory, bundle.artifact.format)
+def _page(directory: Path, trusted: str | Path | None, say: Callable[[str], object]) -> Site | None:
+    """Return what shows the page of a bundle for browsers, None where its runtime is not to be had.
+
+    It is as what made the manifest said, since a browser executes it.
+    """
+    bundle = Bundle.load(directory, trusted=trusted)
+    try:
+        return web_page.site(bundle.directory, bundle.artifact.format)
+    except (MissingDependencyError, ToolchainError) as error:
+        say(f"note: served without its page: {error}" + (f" ({error.hint})" if error.hint else ""))
+        return None
 
 
 def _serve_page(

@@ -201,10 +201,10 @@ def _open_page(tools: DevTools, process: subprocess.Popen[bytes], program: Path,
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill it with all of its group; what left the group goes with the pipes and their parent."""
-    tree = _tree(process.pid)
+    processes = tree(process.pid)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    for pid in tree:
+    for pid in processes:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
@@ -213,7 +213,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def tree_memory(pid: int) -> Held | None:
     """Return what a process and all that it started hold, None where the system does not tell."""
     pss = kept = 0
-    for each in _tree(pid):
+    for each in tree(pid):
         try:
             text = Path(f"/proc/{each}/smaps_rollup").read_text(encoding="ascii")
         except ProcessLookupError:
@@ -227,7 +227,7 @@ def tree_memory(pid: int) -> Held | None:
     return Held(pss_bytes=pss * 1024, unreclaimable_bytes=kept * 1024) if pss else None
 
 
-def _tree(pid: int) -> list[int]:
+def tree(pid: int) -> list[int]:
     """Return a process and all that descend from it."""
     parents: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):

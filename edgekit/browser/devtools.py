@@ -24,6 +24,10 @@ class ClosedError(ToolchainError):
     """The browser is gone."""
 
 
+class KilledError(ClosedError):
+    """The system killed the page's process, as it does when memory runs out."""
+
+
 class CallError(ToolchainError):
     """The browser refused a call."""
 
@@ -46,7 +50,7 @@ class DevTools:
         self._answers: dict[int, Event] = {}
         self._last_id = 0
         self._is_closed = False
-        self._failure: str | None = None
+        self._failure: ClosedError | None = None
         self._thread = threading.Thread(target=self._listen, name="edgekit-devtools", daemon=True)
         self._thread.start()
 
@@ -102,8 +106,8 @@ class DevTools:
         found: dict[str, Any] = answer["result"]
         return found
 
-    def fail(self, reason: str) -> None:
-        """End all calls that wait, and those to come, with this sentence."""
+    def fail(self, reason: ClosedError) -> None:
+        """End all calls that wait, and those to come, with this refusal."""
         with self._changed:
             self._failure = self._failure or reason
             self._changed.notify_all()
@@ -115,7 +119,7 @@ class DevTools:
         self._thread.join(timeout=5)
 
     def _closed(self) -> ClosedError:
-        return ClosedError(self._failure or "the browser was closed")
+        return self._failure or ClosedError("the browser was closed")
 
     def _listen(self) -> None:
         rest = b""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from edgekit import formats
 from edgekit.browser import chromium, packages
-from edgekit.browser.devtools import CallError, DevTools, Event
+from edgekit.browser.devtools import CallError, ClosedError, DevTools, Event, KilledError
 from edgekit.browser.gpu import Gpu
 from edgekit.browser.options import Backend, BrowserOptions
 from edgekit.browser.server import Site, serving
@@ -438,6 +438,12 @@ class BrowserSession:
     def _ids(self, text: str) -> list[int]:
         return self.text.encode(text, adds_bos=False)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @property
     def backend(self) -> Backend:
         """What did the work so far: WebGPU if anything was handed to it."""
@@ -515,11 +521,11 @@ def _on_event(tools: DevTools, event: Event, hook: str, workers: list[str]) -> N
             pass
 
 
-def _crash(params: Mapping[str, Any]) -> str:
+def _crash(params: Mapping[str, Any]) -> ClosedError:
     status = params.get("status", "")
     if status in {"oom", "killed", "oom-killed"}:
-        return "the page's process was killed, as the system does when memory runs out"
-    return "the page's process died" + (f" ({status})" if status else "")
+        return KilledError("the page's process was killed, as the system does when memory runs out")
+    return ClosedError("the page's process died" + (f" ({status})" if status else ""))
 
 
 def _as_told(

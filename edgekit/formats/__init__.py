@@ -145,6 +145,18 @@ class BrowserRequest:
     connects_to: tuple[str, ...] = ()  # other origins that it fetches from
 
 
+@dataclass(frozen=True, kw_only=True)
+class BrowserMemory:
+    """What all processes of a browser hold at most while a page answers."""
+
+    base_bytes: int  # with a model of a few layers
+    copies: float  # of the artifact's bytes, beyond that
+
+    def peak_bytes(self, artifact_bytes: int) -> int:
+        """Return what it takes with an artifact of this size."""
+        return round(self.base_bytes + self.copies * artifact_bytes)
+
+
 class Format(Protocol):
     """The face of a format: what a user chooses from, known without importing anything else."""
 
@@ -312,6 +324,9 @@ class Browsing(Protocol):
     IMPORTS: Mapping[str, str]  # what JavaScript imports by name, and which file of a package it is
     MODULE: Path  # JavaScript that opens an artifact; see ``browser/page/device.mjs``
     CHAT: Path | None  # JavaScript of a bundle's page; see ``page/app.mjs``. None: it has its own
+
+    # By back-end, in Chromium 156; on WebGPU with an adapter of software, whose memory is counted.
+    MEMORY: Mapping[str, BrowserMemory]
 
     def request(self, path: Path, *, context_tokens: int) -> BrowserRequest:
         """Return what the page is told to open.

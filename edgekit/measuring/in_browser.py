@@ -15,10 +15,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from edgekit import formats
 from edgekit.browser.chromium import Browser
+from edgekit.browser.devtools import KilledError
 from edgekit.browser.options import BrowserOptions, Limits
 from edgekit.browser.session import BrowserSession, Page, Timed
 from edgekit.bundle.goldens import Goldens, LogitGolden
@@ -39,6 +40,7 @@ from edgekit.measuring.measurement import (
     Workload,
     read_fields,
 )
+from edgekit.runtime.child import KILLED
 from edgekit.text import corpus
 from edgekit.text.tokenizer import Text
 
@@ -87,9 +89,8 @@ def repeat(directory: Path, workload: Workload, options: BrowserOptions) -> Repe
     started = time.perf_counter()
     bundle = Bundle.load(directory, check_hashes=False)
     cached = measure.cached_share_of(bundle)
-    with _open(bundle, workload, options) as place:
-        page, session = place.page, place.session
-        machine = BrowserMachine(browser=page.browser)
+    with _open(bundle, workload, options) as session:
+        machine = BrowserMachine(browser=session.page.browser)
         with BrowserWatch(machine, started=started, interval_s=_LOOK_S) as watch:
             warm_up = _warm_up(session, workload)
             watch.begin()
@@ -118,14 +119,14 @@ def start_cold(directory: Path, workload: Workload, options: BrowserOptions) -> 
     for name in bundle.artifact.files:
         forget(bundle.directory / name)
     cached = measure.cached_share_of(bundle)
-    with _open(bundle, workload, options) as place:
-        first = _warm_up(place.session, workload)
+    with _open(bundle, workload, options) as session:
+        first = _warm_up(session, workload)
         return ColdStart(
-            load_s=place.session.loaded.load_s,
+            load_s=session.loaded.load_s,
             first_token_s=first.first_token_s,
             prompt_tokens=first.prompt_tokens,
             cached_before_load=cached,
-            answers=_answers(bundle, place.session),
+            answers=_answers(bundle, session),
         )
 
 
@@ -150,25 +151,12 @@ def describe(directory: Path, options: BrowserOptions) -> Environment:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    page: Page
-    session: BrowserSession
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.session.close()
-
-
-def _open(bundle: Bundle, workload: Workload, options: BrowserOptions) -> _Place:
-    session = BrowserSession.open(
+def _open(bundle: Bundle, workload: Workload, options: BrowserOptions) -> BrowserSession:
+    return BrowserSession.open(
         bundle.artifact_path, bundle.artifact.format, options,
         text=Text.open(bundle.directory, bundle.text),
         context_tokens=workload.context_tokens, threads=workload.threads,
     )  # fmt: skip
-    return _Place(page=session.page, session=session)
 
 
 def _warm_up(session: BrowserSession, workload: Workload) -> Generation:
@@ -297,7 +285,10 @@ def main(words: Sequence[str] | None = None) -> int:
     for name in ("SIGTERM", "SIGHUP"):  # so that the browser is ended with it
         with suppress(AttributeError, ValueError):
             signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
-    return measure.report(_perform(words))
+    try:
+        return measure.report(_perform(words))
+    except KilledError:
+        return KILLED  # as of a process that holds the model itself
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import formats, installed
+from edgekit.browser.devtools import KilledError
 from edgekit.bundle.manifest import Artifact, Bundle
 from edgekit.encodings.json_files import parse
 from edgekit.errors import (
@@ -344,6 +345,8 @@ def report(perform: Callable[[], dict[str, Any]]) -> int:
     """Perform a task and print its result, or its refusal, as one line; return its status."""
     try:
         answer, status = perform(), 0
+    except KilledError:
+        raise
     except EdgekitError as error:
         status = error.exit_status
         fields = {"message": str(error), "hint": error.hint, "log": getattr(error, "log", "")}

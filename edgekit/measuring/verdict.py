@@ -22,6 +22,7 @@ from edgekit.measuring.statistics import (
     drift,
 )
 from edgekit.target import Budget, Target
+from edgekit.units import format_bytes
 
 
 Outcome = Literal["pass", "fail", "unstable"]
@@ -438,7 +439,7 @@ def _notes(measurement: Measurement, bundle: Bundle, target: Target) -> Iterator
             f"not a {target.title} (it lacks {foreign[0]}): the verdict holds for the machine "
             "measured"
         )
-    yield from _browser_notes(measurement)
+    yield from _browser_notes(measurement, bundle)
     if bundle.target != target.name:
         yield f"the bundle was exported for {bundle.target}"
     if bundle.context_tokens != budget.context_tokens:
@@ -457,7 +458,21 @@ def _notes(measurement: Measurement, bundle: Bundle, target: Target) -> Iterator
         yield "parts of the artifact were not in the page cache and were read from storage on load"
 
 
-def _browser_notes(measurement: Measurement) -> Iterator[str]:
+def _browser_memory(measurement: Measurement, bundle: Bundle, backend: str) -> Iterator[str]:
+    """Yield what was to be expected of the browser's processes, where that is known."""
+    known = formats.browsing(bundle.artifact.format).MEMORY.get(backend)
+    peak = max(measurement.memory_peaks_bytes("process_tree_pss"), default=None)
+    browser = measurement.environment.browser
+    is_as_known = backend == "wasm" or (browser is not None and browser.is_software)
+    if known is not None and peak is not None and is_as_known:
+        predicted = known.peak_bytes(bundle.artifact.size_bytes)
+        yield (
+            f"{format_bytes(predicted)} of memory was predicted for this browser, "
+            f"{format_bytes(peak)} measured: {peak / predicted:.2f} of it"
+        )
+
+
+def _browser_notes(measurement: Measurement, bundle: Bundle) -> Iterator[str]:
     """Yield what computed in a browser, and what its runtime had to be helped with."""
     browser = measurement.environment.browser
     runs = [it.browser for it in measurement.repetitions if it.browser is not None]
@@ -467,6 +482,7 @@ def _browser_notes(measurement: Measurement) -> Iterator[str]:
     where = gpu.name if runs[0].backend == "webgpu" and gpu else "WebAssembly"
     yield f"computed by {browser.runtime} in {where}, {browser.agent}"
     yield from dict.fromkeys(run.note for run in runs if run.note)
+    yield from _browser_memory(measurement, bundle, runs[0].backend)
     answers = measurement.cold_start and measurement.cold_start.answers
     if answers and answers.said_ids != answers.expected_ids:
         yield (

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from edgekit.formats import BrowserRequest, GpuBuffer, NpmPackage
+from edgekit.formats import BrowserMemory, BrowserRequest, GpuBuffer, NpmPackage
 from edgekit.formats.onnx import model
 from edgekit.formats.onnx.graph import ROPE_BORDER
 
@@ -33,6 +33,14 @@ IMPORTS = {
 }
 MODULE = Path(__file__).with_name("browsing.mjs")
 CHAT = Path(__file__).with_name("chat.mjs")
+
+# Measured: wasm 624 MiB with a model of 1 MiB, 760 with 97 (UINT4), 823 with 146 (INT8), 1838 with
+# 515 (F32), which gives 562, 783, 896 and 1745; WebGPU 890, 1202, 1268 and 2372: 913, 1186, 1326
+# and 2378.
+MEMORY = {
+    "wasm": BrowserMemory(base_bytes=560 * 2**20, copies=2.3),
+    "webgpu": BrowserMemory(base_bytes=910 * 2**20, copies=2.85),
+}
 
 
 def request(path: Path, *, context_tokens: int) -> BrowserRequest:
