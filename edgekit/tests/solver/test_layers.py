@@ -225,22 +225,22 @@ def test_exporting_twice_gives_the_same_bytes(tiny_checkpoint, tmp_path):
     assert first == second
 
 
-def test_a_method_that_cannot_be_had_is_refused_before_anything_is_written(
-    tiny_checkpoint, tmp_path
-):
-    own = tmp_path / "own.txt"
-    own.write_text("Bring tea and a hat.\n", encoding="utf-8")
-    refused: list[tuple[dict[str, Any], str]] = [
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
         ({"quant_method": "gptq"}, "no quant method 'gptq'"),
         ({"quant_method": "feedback", "calibrate": False}, "exclude each other"),
-        ({"quant_method": "native", "calibration": own}, "exclude each other"),
+        ({"quant_method": "native", "calibration": "own.txt"}, "exclude each other"),
         ({"quant_method": "feedback", "quant": "Q8_0"}, "has no effect on Q8_0"),
-    ]
-    for wishes, message in refused:
-        with pytest.raises(UsageError, match=message):
-            export(tiny_checkpoint, TARGET, **{"quant": "Q4_0", **wishes}, context_tokens=128,
-                   verify=False, out=tmp_path / "out")  # fmt: skip
-        assert not (tmp_path / "out").exists()
+    ],
+)
+def test_a_method_that_cannot_be_had_is_refused_before_anything_is_written(
+    wishes, message, tiny_checkpoint, tmp_path
+):
+    with pytest.raises(UsageError, match=message):
+        export(tiny_checkpoint, TARGET, **{"quant": "Q4_0", **wishes}, context_tokens=128,
+               verify=False, out=tmp_path / "out")  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_input_that_overflows_is_named(tmp_path):
