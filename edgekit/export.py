@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import formats, installed, recipes, target
+from edgekit.browser import web_page
 from edgekit.bundle import workdir
 from edgekit.bundle.manifest import MANIFEST, Agreement, Artifact, Bundle, ModelRecord
 from edgekit.bundle.signature import require_signing
@@ -53,6 +54,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
     context_tokens: int | None = None,
     split_bytes: int | None = None,
     variant: str | None = None,
+    compile: bool | None = None,
     chat_template: str | Path | None = None,
     template_variables: Mapping[str, Any] | None = None,
     trained_on: str | Path | None = None,
@@ -78,6 +80,8 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         split_bytes: The most that one file of the artifact may take; None makes one file.
         variant: Which build of the format, where it has several for different programs on the
             device; None takes the one the target's program reads.
+        compile: Whether to compile what the format's runtime wants besides weights: for MLC, the
+            library that WebLLM runs. None compiles it where none is prebuilt and the tools are here.
         chat_template: The name of one of the model's templates, or a file; None: the default one.
         template_variables: What the template reads, by name, fixed in the bundle: JSON values, as
             ``{"enable_thinking": False}``.
@@ -115,6 +119,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
             context_tokens=context_tokens,
             split_bytes=split_bytes,
             variant=variant,
+            compiles=compile,
         ),
         chat_template=chat_template,
         template_variables=template_variables or {},
@@ -221,6 +226,11 @@ def _fill(
             context_tokens=chosen.context_tokens,
         )
         agreement = _prove(subject, listener)
+    if request.target.webgpu:
+        web_page.write(
+            work, entry, chosen.format, context_tokens=chosen.context_tokens,
+            stop_ids=rules.stop_ids,
+        )  # fmt: skip
     bundle = Bundle(
         directory=work,
         model=_record(checkpoint),

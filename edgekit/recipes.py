@@ -30,7 +30,8 @@ def find(format_name: str, text: str) -> Recipe:
             f"{format_name} has one tensor type for each recipe, so no role can have another",
             hint=f"--quant {recipe.name}",
         )
-    return replace(recipe, changes=tuple(_change(format_name, change) for change in changes))
+    changed = tuple(_change(format_name, change) for change in changes)
+    return replace(recipe, changes=changed, demo_kl_nats=None) if changed else recipe
 
 
 def method(name: str | None, *, calibrate: bool = True) -> QuantMethod:

@@ -202,7 +202,15 @@ def format_value(value: float | None, unit: Unit) -> str:
     """Return a measured number or a limit for people."""
     if value is None:
         return "n/a"
-    return format_quantity(value, "seconds" if unit == "s" else unit)
+    match unit:
+        case "s":
+            return format_duration(value)
+        case "nats":
+            return f"{value:.1e} nats"
+        case "features":
+            return "yes" if value else "no"
+        case _:
+            return format_quantity(value, unit)
 
 
 def budget_used(check: Check, value: float | None) -> float | None:

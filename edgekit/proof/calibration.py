@@ -55,6 +55,9 @@ _SHARING = {
     "gate": ("gate", "up"),
     "up": ("up",),  # without a gate
     "down": ("down",),
+    "router": ("router",),
+    "expert_gate": ("expert_gate", "expert_up"),  # of all experts together
+    "expert_down": ("expert_down",),
     "conv_in": ("conv_in",),
     "conv_output": ("conv_output",),
     "delta_qkv": ("delta_qkv", "delta_gate", "delta_beta", "delta_alpha"),
@@ -283,7 +286,7 @@ def _read(out: Path, checkpoint: Checkpoint) -> "dict[str, Columns] | None":
         return None
     shapes_found = {role: columns.shape for role, columns in _spread(found, checkpoint)}
     shapes = dict(checkpoint.spec.weights())
-    is_whole = all(shapes.get(role, (0,))[1:] == shape for role, shape in shapes_found.items())
+    is_whole = all(shapes[role][-1:] == shape for role, shape in shapes_found.items())
     return found if is_whole and _head(checkpoint) in shapes_found else None
 
 

@@ -17,7 +17,7 @@ ON_A_DEVICE = [
     "target", "text.template", "text.tokenizer", "validate",
 ]  # fmt: skip
 ON_A_WORKSTATION = [
-    "doctor", "export", "merge", "plan", "proof.gates", "source.adapters.merging",
+    "compare", "doctor", "export", "merge", "plan", "proof.gates", "source.adapters.merging",
     "source.checkpoint", "source.families", "source.gguf", "source.opening",
 ]  # fmt: skip
 NEVER_ON_A_DEVICE = {

@@ -101,6 +101,7 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
         calibration=calibration_sha256(checkpoint.calibration, planned.parts),
         kernel_kl_nats=_kernel_kl_nats(checkpoint.spec),
         overhead_bytes=speed.overhead_bytes(checkpoint.spec),
+        overhead_s=speed.overhead_s(checkpoint.spec),
     )
 
 

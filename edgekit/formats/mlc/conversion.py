@@ -135,13 +135,20 @@ def _stored_parameters(checkpoint: "CheckpointProtocol") -> int:
     return checkpoint.parameters + (spec.vocab_size * spec.hidden_size if is_extra else 0)
 
 
-def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
+def lay_out(
+    checkpoint: "CheckpointProtocol", request: BuildRequest, *, has_own: bool = False
+) -> Layout:
     """Return what the files will hold and their exact size, from headers alone.
+
+    Args:
+        checkpoint: The model.
+        request: How it is stored.
+        has_own: Whether a library is compiled for it.
 
     Raises:
         UsageError: If MLC has no model for this decoder, or files of a size were asked for.
     """
-    decoders.refuse(checkpoint.architecture, checkpoint.spec)
+    decoders.refuse(checkpoint.architecture, checkpoint.spec, has_own=has_own)
     if request.split_bytes is not None:
         raise UsageError(
             f"MLC's files are {shards.SHARD_BYTES // 2**20} MiB each, or one tensor",

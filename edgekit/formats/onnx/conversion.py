@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest, GpuBuffer, Layout
-from edgekit.formats.onnx import clients, graph, model, tensor_types
+from edgekit.formats.onnx import clients, experts, graph, model, tensor_types
 from edgekit.formats.onnx.model import External
 from edgekit.formats.onnx.tensor_types import GraphBuild
 from edgekit.model.rope import Rope
-from edgekit.model.spec import DecoderSpec
+from edgekit.model.spec import EXPERT_MATRICES, DecoderSpec
 from edgekit.progress import Advance
 from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of, solved_of
 from edgekit.quant.recipe import Recipe
@@ -78,10 +78,12 @@ def plan(checkpoint: "CheckpointProtocol", request: BuildRequest) -> OnnxPlan:
     spec, recipe = checkpoint.spec, request.recipe
     refuse(spec)
     weights = tuple(_weights(spec, recipe))
+    how = tensor_types.BUILDS[recipe.name]
+    if spec.has_experts:
+        _refuse_experts(spec, weights, is_half=how.is_half)
     frequencies = tuple(_frequency_tensors(spec))
     loose = [*frequencies, *(tensor for weight in weights for tensor in weight.tensors)]
     _refuse_split(loose, request.split_bytes)
-    how = tensor_types.BUILDS[recipe.name]
     placing = model.place(loose, stem=f"{how.file}_data", split_bytes=request.split_bytes)
     placed = {tensor.name: tensor for tensor in placing}
     stored = {weight.role: weight.tensor_type for weight in weights}
@@ -114,11 +116,35 @@ def refuse(spec: DecoderSpec) -> None:
         raise UsageError(f"longrope with several original contexts: {sorted(borders)}")
 
 
+def _refuse_experts(spec: DecoderSpec, weights: Sequence[OnnxWeight], *, is_half: bool) -> None:
+    """Check that the operators of experts take them as they are stored.
+
+    Raises:
+        UsageError: If they do not; the message says why.
+    """
+    if spec.activation != "silu":
+        raise UsageError(f"ONNX Runtime has no experts with the activation {spec.activation}")
+    if is_half:
+        raise UsageError(
+            "experts are computed in float32, on a CPU: edgekit writes none in float16",
+            hint="take --quant INT4 or F16",
+        )
+    for index in range(len(spec.layers)):
+        roles = {f"layers.{index}.{part}" for part in EXPERT_MATRICES}
+        found = [it.tensor_type for it in weights if it.role in roles]
+        if len(set(found)) > 1:
+            raise UsageError(
+                f"the experts of layer {index} have several tensor types, "
+                f"{', '.join(dict.fromkeys(found))}, and their operator takes one",
+                hint=f"give {', '.join(EXPERT_MATRICES)} the same",
+            )
+
+
 def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[OnnxWeight]:
     for role, shape in spec.weights():
         wanted = recipe.tensor_type_for(role, spec)
         parted = tensor_types.part_columns(role, shape, spec)
-        stored = tensor_types.stored_as(wanted, parted)
+        stored = tensor_types.stored_as(wanted, experts.stored_columns(role, spec, columns=parted))
         tables = tensor_types.tables(role, shape, stored, part_columns=parted)
         tensors = tuple(
             tensor
@@ -191,6 +217,12 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
 
 def _notes(checkpoint: "CheckpointProtocol", planned: OnnxPlan) -> Iterator[str]:
     yield from clients.notes(checkpoint)
+    if checkpoint.spec.has_experts:
+        stored = {weight.role: weight.tensor_type for weight in planned.weights}
+        yield (
+            "experts are computed on processors only, by operators of ONNX Runtime "
+            f"{experts.needed_version(checkpoint.spec, stored)} and later"
+        )
     if tensor_types.spares_delta_nets(planned.weights):
         yield tensor_types.DELTA_NOTE
     if any(weight.tensor_type in tensor_types.BLOCKS for weight in planned.weights):
