@@ -40,6 +40,8 @@ def solve_layers(
 ) -> "dict[str, list[Stored]]":
     """Return what an artifact stores of every matrix, an array with the rows first for each part.
 
+    Experts are solved for what all of them read together.
+
     Args:
         model: The decoder and its weights.
         texts: Token ids of a calibration text, in pieces.
@@ -61,12 +63,13 @@ def solve_layers(
             moments = _Moments({reads_as(role) for role in here})
             stream.look_through(index, observe=moments.observe, advance=advance)
             for role, factored in _factored(here, moments, lattices, reads_as):
+                weight = model.weight(role)  # the matrices of experts, one below the other
                 try:
-                    solved = solve(model.weight(role), factored, lattices[role])
+                    solved = solve(weight.reshape(-1, weight.shape[-1]), factored, lattices[role])
                 except UsageError as error:
                     raise UsageError(f"{role}: {error}", hint=error.hint) from error
                 stored[role] = solved.stored
-                partly.solved[role] = solved.values
+                partly.solved[role] = solved.values.reshape(weight.shape)
             stream.pass_through(index, advance=advance)
             partly.solved.clear()
     return stored
