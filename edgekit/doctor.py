@@ -75,7 +75,9 @@ def _system() -> Iterator[Finding]:
         name="Emscripten",
         state="ok" if emscripten else "missing",
         found=emscripten or "none; it links the libraries that WebLLM runs MLC bundles with",
-        way_out="" if emscripten else "apt install emscripten (Debian), brew install emscripten (macOS)",
+        way_out=""
+        if emscripten
+        else "apt install emscripten (Debian), brew install emscripten (macOS)",
     )
 
 

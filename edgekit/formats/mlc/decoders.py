@@ -153,9 +153,7 @@ def is_computed(architecture: str, spec: DecoderSpec) -> bool:
     return not any(_found(architecture, spec, has_own=False))
 
 
-def _found(
-    architecture: str, spec: DecoderSpec, *, has_own: bool
-) -> Iterator[tuple[str, bool]]:
+def _found(architecture: str, spec: DecoderSpec, *, has_own: bool) -> Iterator[tuple[str, bool]]:
     """Yield what is in the way, and whether a library of the model's own is a way around it."""
     for problem in _beyond_all(architecture, spec):
         yield f" {problem}", False

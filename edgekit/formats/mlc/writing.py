@@ -44,9 +44,7 @@ def convert(
     progress: Advance,
 ) -> str:
     """Write the weights, the settings, and what an app pastes."""
-    context = (
-        request.context_tokens or context_limit(checkpoint, compiles=request.compiles).tokens
-    )
+    context = request.context_tokens or context_limit(checkpoint, compiles=request.compiles).tokens
     return artifact.convert(
         checkpoint, request, directory, progress=progress, context_tokens=context
     )
