@@ -426,7 +426,7 @@ def _layout_document(layout: "Layout") -> dict[str, Any]:
 
 def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
     """Yield a plan as a table: each limit of the target next to what is expected."""
-    from edgekit.plan import remarks
+    from edgekit.plan import grounds, remarks
     from edgekit.units import format_bytes, format_duration, format_rate
 
     estimate, budget, memory = made.estimate, target.budget, made.estimate.memory
@@ -455,6 +455,7 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
         name = f"first token after {limit.prompt_tokens}"
         between = f"{format_duration(first.low)} to {format_duration(first.high)}"
         yield f"{name:<24}{between:<34}{format_duration(limit.limit_s)}"
+    yield grounds(target)
     yield from remarks(made)
 
 
@@ -941,6 +942,33 @@ def targets_command(name: str | None, schema: bool, as_json: bool) -> None:
     else:
         for line in target_lines(target.load(name)):
             echo(line)
+
+
+@cli.command("calibrate-target")
+@click.argument("reports", nargs=-1, required=True, type=DIRECTORY, metavar="REPORT.json...")
+@click.option("--target", "target_name", metavar="NAME|FILE.toml",
+              help="What they were measured as, if that is a file of your own.")  # fmt: skip
+@click.option("--title", metavar="TEXT", help="What the device is called.")
+def calibrate_target_command(
+    reports: tuple[Path, ...], target_name: str | None, title: str | None
+) -> None:
+    """Print a target file with the speeds that a device was measured at.
+
+    Each REPORT.json is what `validate BUNDLE --json` printed on the device, for a bundle that was
+    exported for the target nearest to it. Bundles of different sizes and recipes make the fit
+    better; how far it is from each of them is told.
+
+    \b
+    Examples:
+      edgekit calibrate-target q8.json q4.json --title "My board" > my-board.toml
+    """
+    from edgekit.calibrate_target import calibrate_target
+
+    fit = calibrate_target(reports, target=target_name, title=title)
+    for bundle, error in fit.decode_errors.items():
+        faster = "faster" if error >= 0 else "slower"
+        echo(f"{bundle}: a plan is {abs(error):.0%} {faster} than what was measured", err=True)
+    echo_lines(fit.text.rstrip("\n"))
 
 
 def target_table() -> Iterator[str]:

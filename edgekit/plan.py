@@ -24,6 +24,10 @@ from edgekit.units import format_bytes, format_duration, format_rate
 # How far an uncalibrated estimate may be off. Six published rows of one phone and runtime lie
 # within 9 % of one effective bandwidth, four boards within 35 %.
 SPEED_UNCERTAINTY = 0.35
+_SPEED_FIGURES = {
+    "decode_bandwidth_bytes_per_s": "the bandwidth of decoding",
+    "prefill_flop_per_s": "the arithmetic of prompts",
+}
 _FOUR_BITS = 4.0
 TOKEN_OVERHEAD_S = 0.0002  # sampling and text, per token
 
@@ -565,6 +569,15 @@ def _elsewhere(format: str, variant: str | None) -> Iterator[str]:
     if not running.is_run_here(variant):
         needed = cast("ReadableRunning", running).runs_on(variant)
         yield f"not executed here: it needs {needed}; speeds are guessed from the target's figures"
+
+
+def grounds(target: Target) -> str:
+    """Say what the speeds of a plan rest on, and how far they may be off."""
+    parts = []
+    for name, meaning in _SPEED_FIGURES.items():
+        origin = target.origins[name]
+        parts.append(f"{meaning} is {origin.basis} ({origin.source}, {origin.date})")
+    return f"speeds may be {SPEED_UNCERTAINTY:.0%} off: {'; '.join(parts)}"
 
 
 def remarks(made: Plan) -> Iterator[str]:

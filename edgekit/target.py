@@ -253,9 +253,18 @@ def load(name_or_path: str | Path | Target) -> Target:
     """
     if isinstance(name_or_path, Target):
         return name_or_path
+    return Target.from_file(path_of(name_or_path))
+
+
+def path_of(name_or_path: str | Path) -> Path:
+    """Return the file of the target of that name or alias, or the path if it ends in ``.toml``.
+
+    Raises:
+        UsageError: If there is no target of that name.
+    """
     name = str(name_or_path)
     if name.endswith(".toml"):
-        return Target.from_file(name)
+        return Path(name)
     files = _files()
     path = files.get(name) or _file_with_alias(name, files)
     if path is None:
@@ -264,7 +273,7 @@ def load(name_or_path: str | Path | Target) -> Target:
             hint=f"{_near_names(name, sorted(files))}`edgekit targets` lists all; "
             "a file of your own ends in .toml",
         )
-    return Target.from_file(path)
+    return path
 
 
 @dataclass(frozen=True, kw_only=True)

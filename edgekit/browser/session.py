@@ -3,7 +3,7 @@
 import base64
 import json
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -296,6 +296,7 @@ class _Wanted:
     text: Text
     context_tokens: int
     threads: int | None
+    on_start: Callable[[chromium.Browser], object] | None
 
 
 class BrowserSession:
@@ -317,6 +318,7 @@ class BrowserSession:
         text: Text,
         context_tokens: int,
         threads: int | None = None,
+        on_start: Callable[[chromium.Browser], object] | None = None,
     ) -> Self:
         """Start a browser and open an artifact in it; errors are those of `Page`.
 
@@ -327,10 +329,11 @@ class BrowserSession:
             text: The model's, for runtimes that take no ids.
             context_tokens: How many tokens the cache must hold.
             threads: Of WebAssembly; None: the runtime decides.
+            on_start: Is told each browser that is started, before the artifact is opened.
         """
         browsing = formats.browsing(format)
         request = browsing.request(path, context_tokens=context_tokens)
-        wanted = _Wanted(path, browsing, request, text, context_tokens, threads)
+        wanted = _Wanted(path, browsing, request, text, context_tokens, threads, on_start)
         opened = cls._open(wanted, options)
         check = opened.loaded.check
         if check is None or check.is_right or not opened.page.has_feature(SUBGROUPS[0]):
@@ -349,6 +352,8 @@ class BrowserSession:
     def _open(cls, wanted: "_Wanted", options: BrowserOptions) -> Self:
         page = Page.open(wanted.path, wanted.browsing, wanted.request, options)
         try:
+            if wanted.on_start:
+                wanted.on_start(page.browser)
             loaded = page.load(
                 wanted.request, context_tokens=wanted.context_tokens, threads=wanted.threads,
                 backend=options.backend,

@@ -11,11 +11,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from edgekit import formats
 from edgekit.browser.chromium import Browser
@@ -89,11 +89,10 @@ def repeat(directory: Path, workload: Workload, options: BrowserOptions) -> Repe
     started = time.perf_counter()
     bundle = Bundle.load(directory, check_hashes=False)
     cached = measure.cached_share_of(bundle)
-    with _open(bundle, workload, options) as session:
-        machine = BrowserMachine(browser=session.page.browser)
-        with BrowserWatch(machine, started=started, interval_s=_LOOK_S) as watch:
+    with _Watching(started) as watching:
+        with _open(bundle, workload, options, on_start=watching.begin) as session:
             warm_up = _warm_up(session, workload)
-            watch.begin()
+            watching.watch.begin()
             generations = tuple(
                 _generation(
                     session.generate(_prompt(session, length), workload.answer_tokens), length
@@ -101,16 +100,43 @@ def repeat(directory: Path, workload: Workload, options: BrowserOptions) -> Repe
                 for length in workload.prompt_lengths_tokens
                 for _ in range(workload.generations)
             )
-        return Repetition(
-            load_s=session.loaded.load_s,
-            cached_before_load=cached,
-            warm_up=warm_up,
-            generations=generations,
-            memory_peaks_bytes=watch.peaks_bytes(),
-            memory_over_time=watch.points,
-            conditions=watch.conditions,
-            browser=_run_of(session),
-        )
+            watch = watching.end()
+            return Repetition(
+                load_s=session.loaded.load_s,
+                cached_before_load=cached,
+                warm_up=warm_up,
+                generations=generations,
+                memory_peaks_bytes=watch.peaks_bytes(),
+                memory_over_time=watch.points,
+                conditions=watch.conditions,
+                browser=_run_of(session),
+            )
+
+
+class _Watching:
+    """Looks at the browser that was started last, from before it opens a model."""
+
+    def __init__(self, started: float) -> None:
+        self._started = started
+        self._stack = ExitStack()
+
+    def begin(self, browser: Browser) -> None:
+        """Watch this one, and no other any more."""
+        self._stack.close()
+        machine = BrowserMachine(browser=browser)
+        watch = BrowserWatch(machine, started=self._started, interval_s=_LOOK_S)
+        self.watch = self._stack.enter_context(watch)
+
+    def end(self) -> BrowserWatch:
+        """Stop looking, while the browser is still there."""
+        self._stack.close()
+        return self.watch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
 
 def start_cold(directory: Path, workload: Workload, options: BrowserOptions) -> ColdStart:
@@ -151,11 +177,17 @@ def describe(directory: Path, options: BrowserOptions) -> Environment:
         )
 
 
-def _open(bundle: Bundle, workload: Workload, options: BrowserOptions) -> BrowserSession:
+def _open(
+    bundle: Bundle,
+    workload: Workload,
+    options: BrowserOptions,
+    *,
+    on_start: Callable[[Browser], object] | None = None,
+) -> BrowserSession:
     return BrowserSession.open(
         bundle.artifact_path, bundle.artifact.format, options,
         text=Text.open(bundle.directory, bundle.text),
-        context_tokens=workload.context_tokens, threads=workload.threads,
+        context_tokens=workload.context_tokens, threads=workload.threads, on_start=on_start,
     )  # fmt: skip
 
 

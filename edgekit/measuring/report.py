@@ -95,6 +95,7 @@ def as_json(result: Result) -> str:
             "model": bundle.model.name,
             "format": bundle.artifact.format,
             "recipe": bundle.artifact.recipe,
+            "target": bundle.target,
             "predicted": bundle.predicted,
         },
         "target": {"name": result.target.name, "budget": dataclasses.asdict(result.target.budget)},

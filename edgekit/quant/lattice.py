@@ -112,7 +112,7 @@ class GridLattice:
 
     @cached_property
     def levels(self) -> "Rows":
-        """The codes of the grid."""
+        """The codes of the grid: float32, shape ``(codes,)``."""
         import numpy as np
 
         return np.arange(self.grid.bottom, self.grid.top + 1, dtype=np.float32)

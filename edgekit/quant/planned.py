@@ -60,7 +60,10 @@ def lattices(weights: Iterable[PlannedWeight]) -> dict[str, Lattice]:
 def solved_of(
     calibration: "Calibration | None", role: str
 ) -> "Sequence[npt.NDArray[np.generic]] | None":
-    """Return what is stored of a weight that is solved already; None: it is not."""
+    """Return what is stored of a weight that is solved already; None: it is not.
+
+    The arrays of its format's own encoding, shapes ``(rows, …)``.
+    """
     return None if calibration is None else calibration.solved.get(role)
 
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     Moment: TypeAlias = npt.NDArray[np.float64]
 
 
+_TOKENS_AT_ONCE = 2048  # for a second moment: 50 MiB for a width of 6,144
+
+
 def solve_layers(
     model: DecoderWeights,
     texts: Sequence[Sequence[int]],
@@ -36,6 +39,8 @@ def solve_layers(
     listener: Listener,
 ) -> "dict[str, list[Stored]]":
     """Return what an artifact stores of every matrix, an array with the rows first for each part.
+
+    Experts are solved for what all of them read together.
 
     Args:
         model: The decoder and its weights.
@@ -58,12 +63,13 @@ def solve_layers(
             moments = _Moments({reads_as(role) for role in here})
             stream.look_through(index, observe=moments.observe, advance=advance)
             for role, factored in _factored(here, moments, lattices, reads_as):
+                weight = model.weight(role)  # the matrices of experts, one below the other
                 try:
-                    solved = solve(model.weight(role), factored, lattices[role])
+                    solved = solve(weight.reshape(-1, weight.shape[-1]), factored, lattices[role])
                 except UsageError as error:
                     raise UsageError(f"{role}: {error}", hint=error.hint) from error
                 stored[role] = solved.stored
-                partly.solved[role] = solved.values
+                partly.solved[role] = solved.values.reshape(weight.shape)
             stream.pass_through(index, advance=advance)
             partly.solved.clear()
     return stored
@@ -80,30 +86,43 @@ def _factored(
     for role in roles:
         key = reads_as(role), lattices[role].block_weights
         if key not in made:
-            made[key] = Feedback.of(moments.sums[key[0]], block_weights=key[1])
+            made[key] = Feedback.of(moments.of(key[0]), block_weights=key[1])
         yield role, made[key]
 
 
 class _Moments:
-    """Sums of x x^T, by the role that reads x, float64."""
+    """Sums of x x^T, by the role that reads x."""
 
     def __init__(self, roles: set[str]) -> None:
         self._roles = roles
-        self.sums: dict[str, Moment] = {}
+        self._waiting: dict[str, list[torch.Tensor]] = {}  # added at once: sums take long to write
+        self._sums: dict[str, Moment] = {}
 
     def observe(self, role: str, x: "torch.Tensor") -> None:
         if role not in self._roles:
             return
-        moment = (x.T @ x).double().numpy()
         if not bool(x.isfinite().all()):
             raise UsageError(
                 f"what {role} is multiplied with is NaN or infinite on the calibration text",
                 hint="the model overflows float32; --quant-method native needs no calibration",
             )
-        if role in self.sums:
-            self.sums[role] += moment
-        else:
-            self.sums[role] = moment
+        waiting = self._waiting.setdefault(role, [])
+        waiting.append(x)
+        if sum(map(len, waiting)) >= _TOKENS_AT_ONCE:
+            self._add(role)
+
+    def of(self, role: str) -> "Moment":
+        """Return the sum over all that was observed: float64 ``(columns, columns)``."""
+        if self._waiting.get(role):
+            self._add(role)
+        return self._sums[role]
+
+    def _add(self, role: str) -> None:
+        import torch
+
+        x = torch.cat(self._waiting.pop(role))
+        moment = (x.T @ x).double().numpy()
+        self._sums[role] = self._sums[role] + moment if role in self._sums else moment
 
 
 class _PartlySolved:

@@ -12,7 +12,8 @@ HEAVY = {
     "safetensors", "starlette", "tokenizers", "torch", "transformers", "uvicorn",
 }  # fmt: skip
 ON_A_DEVICE = [
-    "bundle.goldens", "bundle.manifest", "errors", "formats", "formats.gguf", "inspect",
+    "bundle.goldens", "bundle.manifest", "calibrate_target",
+    "errors", "formats", "formats.gguf", "inspect",
     "measuring.measure", "measuring.verdict", "run", "runtime.generate", "runtime.session", "serve",
     "target", "text.template", "text.tokenizer", "validate",
 ]  # fmt: skip

@@ -64,7 +64,7 @@ class GgmlLattice:
 
     @cached_property
     def levels(self) -> "Rows":
-        """The values of the codes."""
+        """The values of the codes: float32, shape ``(codes,)``."""
         import numpy as np
 
         return np.array(self.values, np.float32)

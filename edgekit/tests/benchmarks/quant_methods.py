@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 
 DOCUMENT_TOKENS = 96
-MOST_DOCUMENTS = 5  # of a kind
+MOST_DOCUMENTS = 4  # of a kind
 CONTEXT_TOKENS = 128
 RESAMPLES = 2000
 
@@ -70,33 +71,20 @@ class Dithered:
 
     def read(self, first_row: int = 0, rows: int | None = None) -> "Rows":
         """Return some rows, or all."""
+        return self._all[first_row : None if rows is None else first_row + rows]
+
+    @cached_property
+    def _all(self) -> "Rows":
         import numpy as np
 
         whole = self.tensor.read()
-        last_row = None if rows is None else first_row + rows
         if whole.ndim < 2:
-            return whole[first_row:last_row]
+            return whole
         blocks = whole.reshape(-1, 32)
         steps = (blocks.max(1, keepdims=True) - blocks.min(1, keepdims=True)) / 15
-        noise = np.random.default_rng(self.seed).uniform(-0.5, 0.5, blocks.shape)
-        moved: Rows = (blocks + noise.astype(np.float32) * steps).reshape(whole.shape)
-        return moved[first_row:last_row]
-
-
-class Held:
-    """A model whose weights are read once."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.spec = checkpoint.spec
-        self._checkpoint = checkpoint
-        self._kept: dict[str, Any] = {}
-
-    def weight(self, role: str, first_row: int = 0, rows: int | None = None) -> "Rows":
-        """Return some rows of a weight, or all."""
-        if role not in self._kept:
-            self._kept[role] = self._checkpoint.weight(role)
-        found: Rows = self._kept[role][first_row : None if rows is None else first_row + rows]
-        return found
+        noise = np.random.default_rng(self.seed).random(blocks.shape, np.float32) - np.float32(0.5)
+        moved: Rows = (blocks + noise * steps).reshape(whole.shape)
+        return moved
 
 
 def main() -> None:
@@ -114,12 +102,10 @@ def main() -> None:
     own_cache = tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR"))
     os.environ["EDGEKIT_CACHE"] = own_cache.name
     texts = documents(checkpoint)
-    held = Held(checkpoint)
     reference = {
-        kind: [kept(log_softmax(rows)) for rows in interpreter.logits(held, ids)]
+        kind: [kept(log_softmax(rows)) for rows in interpreter.logits(checkpoint, ids)]
         for kind, ids in texts.items()
     }
-    del held
     found = {}
     for name in options.recipes:
         format, _, recipe = name.partition(":")
@@ -165,17 +151,6 @@ def kinds() -> Iterator[tuple[str, str]]:
     yield "Python docs", "".join(topics[name][:600] for name in sorted(topics)[::9])
 
 
-@dataclass
-class Judged:
-    """What one method made of a recipe."""
-
-    size_bytes: int
-    bits_per_weight: float
-    solve_s: float
-    kl_nats: dict[str, list[float]]  # by kind, the mean of each document
-    same_top: dict[str, float]  # by kind, a share of positions
-
-
 def judged(  # noqa: PLR0917 - one cell of the table
     plain: Checkpoint,
     format: str,
@@ -203,7 +178,8 @@ def judged(  # noqa: PLR0917 - one cell of the table
             Path(directory) / entry, context_tokens=CONTEXT_TOKENS, has_exact_cache=True
         )
         with contextlib.closing(session):
-            kl, top = {}, {}
+            kl: dict[str, list[float]] = {}
+            top: dict[str, float] = {}
             for kind, parts in texts.items():
                 kl[kind], same = [], []
                 for ids, p in zip(parts, reference[kind], strict=True):

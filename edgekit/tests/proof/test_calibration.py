@@ -222,9 +222,12 @@ def test_the_text_shares_no_sentence_with_what_judges():
     assert ours & judging == set()
 
 
+ENDS = r"[.!?;\n\u3002\uff01\uff1f\u061f\u0964]+"  # of sentences, in some scripts
+
+
 def sentences(texts):
-    """Return what stands between ends of sentences and lines, if it is long enough to say a thing."""
-    parts = {part.strip() for text in texts for part in re.split(r"[.!?。！？؟।;\n]+", text)}
+    """Return what stands between ends of sentences and lines, but for words alone."""
+    parts = {part.strip() for text in texts for part in re.split(ENDS, text)}
     return {part for part in parts if len(part) >= 12}
 
 

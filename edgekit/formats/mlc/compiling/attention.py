@@ -9,12 +9,12 @@ of a token is its own.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from edgekit.formats.mlc.compiling.model import PAGE_TOKENS
-
-
 if TYPE_CHECKING:
+    from edgekit.model.mixers import Attention
+    from edgekit.model.spec import Layer
     from edgekit.formats.mlc.compiling.shape import LibraryShape
 
+PAGE_TOKENS = 16
 NEVER = -5e4  # the logarithm of nothing, as TVM's own kernels write it
 
 # From heads, heads of keys, their width and what they are stored in to a macro of TVMScript:
@@ -25,25 +25,59 @@ NEVER = -5e4  # the logarithm of nothing, as TVM's own kernels write it
 Attend = Callable[[int, int, int, str], Any]
 
 
+def scale_of(attention: "Attention", layer: "Layer") -> float:
+    """Return what a layer multiplies scores with, as functions here read it: below 0 with a window.
+
+    TVM 0.27 has windows for some layers of a cache, but loses the pages of the others wherever it
+    does not keep its tables in one piece, as on WebGPU.
+    """
+    return -attention.softmax_scale if layer.window_tokens else attention.softmax_scale
+
+
 def replace_own(module: Any, shape: "LibraryShape", attend: Attend, *, suffix: str = "") -> None:
     """Put functions that attend as a target does in the place of TVM's functions."""
-    a, window = shape.spec.attention, shape.window_tokens or 1024
-    macro = attend(a.heads, a.num_kv_heads, a.head_dim, shape.dtype)
+    a, window = shape.spec.attention, shape.window_tokens
     sizes = (a.heads, a.num_kv_heads, a.head_dim, shape.dtype)
-    prefill, decode = _paged(macro, *sizes, window=window, is_windowed=False)
-    windowed_prefill, windowed_decode = _paged(macro, *sizes, window=window, is_windowed=True)
+    macro = attend(*sizes)
+    prefill, decode = _paged(macro, *sizes, window)
     found = {
-        "batch_prefill_ragged_kv": _ragged(macro, *sizes),
+        "batch_prefill_ragged_kv": _ragged(macro, *sizes, window),
         f"batch_prefill_paged_kv{suffix}": prefill,
         f"batch_decode_paged_kv{suffix}": decode,
-        f"batch_prefill_paged_kv{suffix}_sliding_window": windowed_prefill,
-        f"batch_decode_paged_kv{suffix}_sliding_window": windowed_decode,
+        f"batch_prefill_paged_kv{suffix}_sliding_window": nothing(),
+        f"batch_decode_paged_kv{suffix}_sliding_window": nothing(),
     }
     for name, function in found.items():
-        module[module.get_global_var(name)] = function.with_attr("global_symbol", name)
+        put(module, name, function)
 
 
-def _ragged(attend, heads, kv_heads, width, dtype):
+def put(module: Any, name: str, function: Any) -> None:
+    """Put a function in the place of another."""
+    module[module.get_global_var(name)] = function.with_attr("global_symbol", name)
+
+
+def nothing() -> Any:
+    """Return a function that is never called."""
+    from tvm.script import tirx as T
+
+    @T.prim_func(private=True, s_tir=True)
+    def function():
+        T.func_attr({"tirx.is_scheduled": True})
+        T.evaluate(0)
+
+    return function
+
+
+def _first(scale, window, position):
+    """Return the first key that a token sees, counted from the first that there is."""
+    from tvm.script import tirx as T
+
+    if window is None:
+        return T.int32(0)
+    return T.if_then_else(scale < 0, T.max(position - (window - 1), 0), 0)
+
+
+def _ragged(attend, heads, kv_heads, width, dtype, window):
     """Return attention of a prompt's chunk over itself."""
     from tvm.script import tirx as T
 
@@ -79,49 +113,32 @@ def _ragged(attend, heads, kv_heads, width, dtype):
             out,
             lse,
             count,
-            lambda _row: T.int32(0),
+            lambda row: _first(sm_scale, window, row),
             lambda row: T.if_then_else(causal > 0, row + 1, kv_count),
-            sm_scale,
+            T.abs(sm_scale),
         )
 
     return ragged
 
 
-def _paged(attend, heads, kv_heads, width, dtype, *, window, is_windowed):
-    """Return attention of a chunk over what is cached; ``window`` counts the chunk in."""
+def _paged(attend, heads, kv_heads, width, dtype, window):
+    """Return attention over what is cached: of a chunk that is not, and of a token that is."""
     from tvm.script import tirx as T
 
-    infos = (3, 1) if is_windowed else (1,)
-
     def length(indptr, info):
-        whole = (indptr[1] - indptr[0] - 1) * PAGE_TOKENS
-        if is_windowed:
-            whole = whole + info[0, 0] - info[1, 0] + info[2, 0]
-        else:
-            whole = whole + info[0]
+        whole = (indptr[1] - indptr[0] - 1) * PAGE_TOKENS + info[0]
         return T.if_then_else(indptr[0] != indptr[1], whole, 0)
 
-    def place(info, pos):
-        if not is_windowed:
-            return pos
-        return T.if_then_else(pos < info[2, 0], pos, pos - info[2, 0] + info[1, 0])
-
-    def first(causal, row, cached):
-        if not is_windowed:
-            return T.int32(0)
-        seen = T.max(window - row - 1, 0)
-        return T.if_then_else(causal > 0, T.max(cached - seen, 0), 0)
-
-    def reader(pages, indptr, values, info, part):
+    def reader(pages, indptr, values, part):
         def read(pos, h, d):
-            at = place(info, pos)
-            return pages[values[indptr[0] + at // PAGE_TOKENS], part, h, at % PAGE_TOKENS, d]
+            page = values[indptr[0] + pos // PAGE_TOKENS]
+            return pages[page, part, h, pos % PAGE_TOKENS, d]
 
         return read
 
     @T.macro
     def attend_cached(
-        var_q, var_pages, var_indptr, var_values, var_info, var_out, var_lse, causal, sm_scale
+        var_q, var_pages, var_indptr, var_values, var_info, var_out, var_lse, is_cached, sm_scale
     ):
         count = T.int32()
         page_count = T.int32()
@@ -139,19 +156,22 @@ def _paged(attend, heads, kv_heads, width, dtype, *, window, is_windowed):
         )
         indptr = T.match_buffer(var_indptr, (2,), "int32", elem_offset=indptr_offset)
         values = T.match_buffer(var_values, (value_count,), "int32", elem_offset=values_offset)
-        info = T.match_buffer(var_info, infos, "int32", elem_offset=info_offset)
+        info = T.match_buffer(var_info, (1,), "int32", elem_offset=info_offset)
         out = T.match_buffer(var_out, (count, heads, width), dtype)
         lse = T.match_buffer(var_lse, (count, heads), "float32")
         attend(
             query,
-            reader(pages, indptr, values, info, 0),
-            reader(pages, indptr, values, info, 1),
+            reader(pages, indptr, values, 0),
+            reader(pages, indptr, values, 1),
             out,
             lse,
             count,
-            lambda row: first(causal, row, length(indptr, info)),
+            lambda row: T.min(
+                _first(sm_scale, window, length(indptr, info) + (-1 if is_cached else row)),
+                length(indptr, info),
+            ),
             lambda _row: length(indptr, info),
-            sm_scale,
+            T.abs(sm_scale),
         )
 
     @T.prim_func(private=True, s_tir=True)
@@ -174,7 +194,7 @@ def _paged(attend, heads, kv_heads, width, dtype, *, window, is_windowed):
     ):
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         attend_cached(
-            var_q, var_pages, var_indptr, var_values, var_info, var_out, var_lse, causal, sm_scale
+            var_q, var_pages, var_indptr, var_values, var_info, var_out, var_lse, False, sm_scale
         )
 
     @T.prim_func(private=True, s_tir=True)
@@ -202,7 +222,7 @@ def _paged(attend, heads, kv_heads, width, dtype, *, window, is_windowed):
             var_info,
             var_out,
             var_lse,
-            T.int32(0),
+            True,
             sm_scale,
         )
 

@@ -3,8 +3,7 @@
 import math
 from typing import Any
 
-from edgekit.formats.mlc.compiling.attention import NEVER
-from edgekit.formats.mlc.compiling.model import PAGE_TOKENS
+from edgekit.formats.mlc.compiling.attention import NEVER, PAGE_TOKENS
 
 
 _MOST_LANES = 16

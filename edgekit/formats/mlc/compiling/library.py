@@ -91,19 +91,16 @@ def model_class(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
         ) -> Any:
             from tvm import relax
 
-            a, caches = shape.spec.attention, shape.spec.caches()
-            kinds = ["mha_sliding" if layer.window_tokens else "mha" for _, layer, _ in caches]
-            if "mha" not in kinds:  # TVM 0.27 makes room for queries only where a layer sees all
-                kinds.append("mha")
+            a, layers = shape.spec.attention, len(list(shape.spec.caches()))
             return kv_cache.TIRPagedKVCache(
-                attn_kind=kinds,
+                attn_kind="mha",
                 max_batch_size=max_batch_size,
                 max_total_seq_len=max_total_seq_len,
                 prefill_chunk_size=prefill_chunk_size,
                 page_size=page_size,
                 support_sliding_window=support_sliding_window,
-                layer_partition=relax.ShapeExpr([0, len(kinds)]),
-                num_hidden_layers=len(kinds),
+                layer_partition=relax.ShapeExpr([0, layers]),
+                num_hidden_layers=layers,
                 num_attention_heads=a.heads,
                 num_key_value_heads=a.num_kv_heads,
                 qk_head_dim=a.head_dim,
@@ -119,7 +116,6 @@ def model_class(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
                 enable_disaggregation=False,
                 dtype=shape.dtype,
                 target=target,
-                layer_sliding_window_size=shape.window_tokens or 1024,
             )
 
     return Model

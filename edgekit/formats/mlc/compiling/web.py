@@ -61,7 +61,7 @@ def compile_to(path: Path, shape: "LibraryShape") -> None:
         module = web_library.written(shape, WebGpuKernels(), where)
         attention.replace_own(module, shape, webgpu_attention_kernels.attend)
         for name in _UNUSED:
-            module[module.get_global_var(name)] = _nothing().with_attr("global_symbol", name)
+            attention.put(module, name, attention.nothing())
         with tvm.transform.PassContext(opt_level=3):
             schedule = dlight.ApplyDefaultSchedule(
                 dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback()
@@ -79,14 +79,3 @@ def _linked(out: str, objects: Sequence[str], **options: Any) -> None:
 
 
 _linked.object_format = "o"  # type: ignore[attr-defined] # Emscripten cannot read a newer bitcode
-
-
-def _nothing() -> Any:
-    from tvm.script import tirx as T
-
-    @T.prim_func(private=True, s_tir=True)
-    def nothing():
-        T.func_attr({"tirx.is_scheduled": True})
-        T.evaluate(0)
-
-    return nothing

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.formats.mlc.compiling import library, webgpu_sampling
 from edgekit.formats.mlc.compiling.model import Kernels
+from edgekit.formats.mlc.libraries import PREFILL_CHUNK_TOKENS
 
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def metadata(shape: "LibraryShape") -> dict[str, Any]:
             {"name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype}
             for tensor in shape.tensors
         ],
-        "prefill_chunk_size": shape.chunk_tokens,
+        "prefill_chunk_size": PREFILL_CHUNK_TOKENS,
         "kv_state_kind": "kv_cache",
     }
 

@@ -1,9 +1,9 @@
 /**
- * Runs a model in an unmodified WebLLM. The bundle is under /files/.
+ * Runs models in an unmodified WebLLM, one after the other. Each is in a directory under /files/.
  *
- * Request: { record, chats: [{ body, chatOptions }], ids: [[id, …]] }: an entry of WebLLM's model
- * list, what is asked through `chat.completions.create`, and texts whose logits are wanted.
- * Answer: { adapter, answers, logits: [base64 of float32 (tokens, vocabulary)], seconds }.
+ * Request: [{ directory, overrides, chats: [body], ids: [[id, …]] }]: what is asked through
+ * `chat.completions.create`, and texts whose logits are wanted.
+ * Answer: [{ answers, logits: [base64 of float32 (tokens, vocabulary)], seconds }].
  */
 import * as webllm from "@mlc-ai/web-llm";
 import { answer, toBase64 } from "./answer.mjs";
@@ -21,17 +21,27 @@ GPUAdapter.prototype.requestDevice = async function (...args) {
   return device;
 };
 
-async function run({ record: given, chats, ids }) {
-  // WebLLM adds "resolve/main/" to an address that has none; ".." takes it away again.
-  const here = new URL("/files/", location).href;
-  const model = `${here}resolve/main/../../`;
-  const record = { ...given, model, model_lib: new URL(given.model_lib, here).href };
+async function run(models) {
+  const found = [];
+  for (const model of models) found.push(await runOne(model));
+  return found;
+}
+
+async function runOne({ directory, overrides, chats, ids }) {
+  const here = new URL(`/files/${directory}/`, location).href;
+  const record = {
+    model: `${here}resolve/main/../../`, // WebLLM adds what is missing of this, ".." takes it away
+    model_id: directory,
+    model_lib: `${here}model-webgpu.wasm`,
+    overrides,
+  };
   const seconds = {};
   const timed = async (name, promise) => {
     const start = performance.now();
     const found = await promise;
     seconds[name] = (performance.now() - start) / 1000;
-    console.info(`${name}: ${seconds[name].toFixed(1)} s`); // for the log of one that hangs
+    // For the log of one that hangs.
+    console.info(`${directory}, ${name}: ${seconds[name].toFixed(1)} s`);
     return found;
   };
   const rows = [];
@@ -54,6 +64,7 @@ async function run({ record: given, chats, ids }) {
     await timed(`logits ${index}`, readOneByOne(engine, text));
     logits.push(toBase64(joined(rows)));
   }
+  await engine.unload();
   return { answers, logits, seconds };
 }
 
