@@ -1,6 +1,5 @@
 """Plans: what to make for a target, decided by arithmetic before anything slow starts."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,10 +8,12 @@ from typing import Any, cast
 from edgekit import formats, recipes
 from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, ReadableRunning
+from edgekit.model.checkpoint_protocol import QuantMethod
 from edgekit.model.spec import DecoderSpec
 from edgekit.progress import Listener
 from edgekit.proof.calibration import announce
-from edgekit.quant.recipe import Recipe
+from edgekit.quant.planned import PlannedWeight
+from edgekit.quant.recipe import Recipe, TensorType
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.target import Target
@@ -23,6 +24,11 @@ from edgekit.units import format_bytes, format_duration, format_rate
 # How far an uncalibrated estimate may be off. Six published rows of one phone and runtime lie
 # within 9 % of one effective bandwidth, four boards within 35 %.
 SPEED_UNCERTAINTY = 0.35
+_SPEED_FIGURES = {
+    "decode_bandwidth_bytes_per_s": "the bandwidth of decoding",
+    "prefill_flop_per_s": "the arithmetic of prompts",
+}
+_FOUR_BITS = 4.0
 TOKEN_OVERHEAD_S = 0.0002  # sampling and text, per token
 
 
@@ -35,6 +41,7 @@ class Choice:
     context_tokens: int | None = None  # how many the runner must hold; None: the budget's
     split_bytes: int | None = None  # the most that one file may take; None: one file
     variant: str | None = None  # consider only formats with this build
+    has_every_recipe: bool = False  # consider those too that a plan does not take by itself
     compiles: bool | None = None  # see `BuildRequest.compiles`
 
 
@@ -94,6 +101,18 @@ class Candidate:
         """``gguf Q4_K_M``."""
         return f"{self.format} {self.recipe.full_name}"
 
+    @property
+    def is_usual(self) -> bool:
+        """Whether a plan considers the recipe without being asked for it."""
+        return self.recipe.name in formats.get(self.format).DEFAULT_RECIPES
+
+    @property
+    def bits_per_weight(self) -> float:
+        """How many bits of the artifact are for one weight, on average; 0 without a layout."""
+        placements = self.layout.placements if self.layout else ()
+        parameters = sum(placement.parameters for placement in placements)
+        return 8 * sum(placement.size_bytes for placement in placements) / max(1, parameters)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -105,7 +124,9 @@ class Plan:
     layout: Layout
     estimate: Estimate
     rejected: tuple[Candidate, ...]
+    four_bit: Candidate | None = None  # what else fits, for what it saves
     notes: tuple[str, ...] = ()  # what a user should know: a shortened context, substitutions
+    quant_method: QuantMethod | None = None  # None: no weight is coarse enough for one
 
     @property
     def recipe(self) -> Recipe:
@@ -137,29 +158,47 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     chat_template: str | Path | None = None,
     template_variables: Mapping[str, Any] | None = None,
     calibrate: bool = True,
+    quant_method: str | None = None,
     tokenizer: str = "file",
     listener: Listener | None = None,
 ) -> Plan:
     """Return what `edgekit export` would make of a model; nothing is changed.
 
-    The arguments and errors are those of `edgekit.export`.
+    The arguments and errors are those of `edgekit.export`, but that the model may also be a
+    directory with a config.json and no weights, or the name of a published model. Such a model is
+    planned as it is, so that adapters and what is said about its text are refused.
+
+    Raises:
+        UsageError: As `edgekit.export`, and if a model without weights is given one of those.
+        BudgetError: If nothing fits.
     """
     target = load_target(target_name)
-    checkpoint = opening.open_checkpoint(
-        model,
-        adapters=adapters,
-        chat_template=chat_template,
-        template_variables=template_variables,
-        tokenizer=tokenizer,
-        listener=listener,
-    )
-    if calibrate:
-        checkpoint = announce(checkpoint)
+    method = recipes.method(quant_method, calibrate=calibrate)
+    checkpoint = opening.open_shape(model)
+    if checkpoint is None:
+        checkpoint = opening.open_checkpoint(
+            model,
+            adapters=adapters,
+            chat_template=chat_template,
+            template_variables=template_variables,
+            tokenizer=tokenizer,
+            listener=listener,
+        )
+    elif adapters or chat_template or template_variables or tokenizer != "file":
+        raise UsageError(
+            f"there are no weights of {checkpoint.name}: a plan of its shape takes neither "
+            "adapters nor anything about its text",
+            hint="a LoRA adapter that is merged changes nothing in a plan: leave it out",
+        )
+    checkpoint = announce(checkpoint, method=method)
     choice = Choice(
         format=format, quant=quant, context_tokens=context_tokens, split_bytes=split_bytes,
         variant=variant, compiles=compile,
     )  # fmt: skip
-    return make(checkpoint, target, choice)
+    made = make(checkpoint, target, choice)
+    if checkpoint.has_weights:
+        return made
+    return replace(made, layout=replace(made.layout, is_exact=False))
 
 
 def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -> Plan:
@@ -178,8 +217,31 @@ def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -
             the model itself cannot be converted, whatever the recipe.
         BudgetError: If nothing fits; the message lists every candidate with its numbers.
     """
+    found = candidates(checkpoint, target, choice)
+    chosen = first_fitting(found)
+    if chosen is None:
+        _refuse_bad_input(found)
+        raise BudgetError(
+            f"{checkpoint.name} does not fit {target.title}\n"
+            + "\n".join(f"  {c.name}: {'; '.join(c.misses)}" for c in found),
+            hint="take a smaller model, a shorter --context, or a target file with a wider budget",
+        )
+    made = _plan(chosen, found, target, notes=checkpoint.remarks)
+    return replace(made, quant_method=_quant_method(checkpoint, made.layout))
+
+
+def candidates(
+    checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE
+) -> list[Candidate]:
+    """Return everything that could be made, best first: by format, then by size.
+
+    The arguments are those of `make`.
+
+    Raises:
+        UsageError: As `make`.
+    """
     checkpoint.text.refuse_unreadable()
-    candidates: list[Candidate] = []
+    found: list[Candidate] = []
     for name in _format_names(target, choice):
         limit = formats.writing(name).context_limit(checkpoint, compiles=choice.compiles)
         context = _context(limit, target, asked=choice.context_tokens)
@@ -192,21 +254,20 @@ def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -
                 variant=choice.variant or next(iter(target.variants.get(name, ())), None),
                 compiles=choice.compiles,
             )
-            for recipe in _recipes(name, choice.quant, checkpoint.spec)
+            for recipe in _recipes(name, choice, checkpoint.spec)
         )
         assessed = [
             assess(checkpoint, request, target, format=name, held=held) for request in requests
         ]
-        candidates += sorted(assessed, key=_faithful_first)
-    chosen = _choose(candidates)
-    if chosen is None:
-        _refuse_bad_input(candidates)
-        raise BudgetError(
-            f"{checkpoint.name} does not fit {target.title}\n"
-            + "\n".join(f"  {c.name}: {'; '.join(c.misses)}" for c in candidates),
-            hint="take a smaller model, a shorter --context, or a target file with a wider budget",
-        )
-    return _plan(chosen, candidates, target, notes=checkpoint.remarks)
+        found += sorted(assessed, key=_faithful_first)
+    return found
+
+
+def _quant_method(checkpoint: Checkpoint, layout: Layout) -> QuantMethod | None:
+    """Return how coarse weights of layers find their codes; None if there are none."""
+    if not any(weight.is_calibrated for weight in layout.placements):
+        return None
+    return checkpoint.calibration.method if checkpoint.calibration else "native"
 
 
 def _faithful_first(candidate: Candidate) -> tuple[int, int]:
@@ -217,7 +278,7 @@ def _faithful_first(candidate: Candidate) -> tuple[int, int]:
     return -weights_bytes, candidate.estimate.memory.peak_bytes
 
 
-def _choose(candidates: Sequence[Candidate]) -> Candidate | None:
+def first_fitting(candidates: Sequence[Candidate]) -> Candidate | None:
     """Return the first that most likely fits, or else the first that may.
 
     One that runs as it is comes before one for which a user has to compile something.
@@ -243,8 +304,16 @@ def _plan(
         layout=chosen.layout,
         estimate=chosen.estimate,
         rejected=tuple(_passed_over(candidates[: candidates.index(chosen)])),
+        four_bit=_four_bit(chosen, candidates),
         notes=(*notes, *_notes(chosen, target)),
     )
+
+
+def _four_bit(chosen: Candidate, candidates: Sequence[Candidate]) -> Candidate | None:
+    """Return the smallest recipe of 4 bits and more that fits, if that is a smaller one."""
+    after = candidates[candidates.index(chosen) + 1 :]
+    fitting = [it for it in after if it.format == chosen.format and not it.misses]
+    return next((it for it in reversed(fitting) if it.bits_per_weight >= _FOUR_BITS), None)
 
 
 def _passed_over(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
@@ -323,11 +392,12 @@ def _taken(target: Target, names: list[str], variant: str | None) -> list[str]:
     return found
 
 
-def _recipes(format_name: str, quant: str | None, spec: DecoderSpec) -> list[Recipe]:
+def _recipes(format_name: str, choice: Choice, spec: DecoderSpec) -> list[Recipe]:
     fmt = formats.get(format_name)
-    if quant is None:
-        return [fmt.RECIPES[name] for name in fmt.DEFAULT_RECIPES]
-    found = recipes.find(format_name, quant)
+    if choice.quant is None:
+        usual = fmt.RECIPES if choice.has_every_recipe else fmt.DEFAULT_RECIPES
+        return [fmt.RECIPES[name] for name in usual]
+    found = recipes.find(format_name, choice.quant)
     recipes.refuse_misfits(found, spec, format=format_name)
     return [found]
 
@@ -383,19 +453,23 @@ def estimate(
         checkpoint, layout, context_tokens=context_tokens, by_app=target.by_app
     )
     types = formats.get(format).TENSOR_TYPES
-    streamed_bytes = sum(
-        placement.size_bytes * types[placement.tensor_type].decode_cost
+    weights_s = sum(
+        checkpoint.spec.share_read(placement.role)
+        * _weight_s(placement, types[placement.tensor_type], target)
         for placement in layout.placements
-        if placement.role not in checkpoint.spec.looked_up
     )
-    token_s = _token_s(
-        streamed_bytes + _overhead_bytes(checkpoint.spec, layout),
-        memory,
-        target,
-        context_tokens=context_tokens,
+    token_s = (
+        weights_s
+        + _overhead_bytes(checkpoint.spec, layout) / target.decode_bandwidth_bytes_per_s
+        + layout.overhead_s
+        + _cache_s(memory, target, context_tokens=context_tokens)
+        + TOKEN_OVERHEAD_S
     )
-    looked_up = checkpoint.spec.looked_up | {"token_embedding"}
-    flop = 2 * sum(p.parameters for p in layout.placements if p.role not in looked_up)
+    flop = 2 * sum(
+        checkpoint.spec.share_read(p.role) * p.parameters
+        for p in layout.placements
+        if p.role != "token_embedding"
+    )
     read_s = token_s if layout.reads_by_token else flop / target.prefill_flop_per_s
     return Estimate(
         artifact_bytes=layout.artifact_bytes,
@@ -410,17 +484,20 @@ def estimate(
 
 def _overhead_bytes(spec: DecoderSpec, layout: Layout) -> int:
     """Return what a token takes besides weights: what the format knows, or states, both ways."""
-    return layout.overhead_bytes or 2 * sum(4 * math.prod(shape) for _, _, shape in spec.states())
+    return layout.overhead_bytes or 2 * spec.states_bytes
 
 
-def _token_s(
-    streamed_bytes: float, memory: MemoryUse, target: Target, *, context_tokens: int
-) -> float:
-    """Return the time for one token: all weights are read, and the cache as far as filled."""
+def _weight_s(weight: PlannedWeight, stored_as: TensorType, target: Target) -> float:
+    """Return the time a token takes for one weight: to read it, or to unpack it if that is more."""
+    read_s = weight.size_bytes * stored_as.decode_cost / target.decode_bandwidth_bytes_per_s
+    return max(read_s, weight.parameters * stored_as.decode_flop / target.prefill_flop_per_s)
+
+
+def _cache_s(memory: MemoryUse, target: Target, *, context_tokens: int) -> float:
+    """Return the time a token takes to read the cache, in the middle of an answer."""
     budget = target.budget
     filled = min(context_tokens, budget.first_token[0].prompt_tokens + budget.answer_tokens // 2)
-    cache_bytes = memory.cache_bytes * filled / context_tokens
-    return (streamed_bytes + cache_bytes) / target.decode_bandwidth_bytes_per_s + TOKEN_OVERHEAD_S
+    return memory.cache_bytes * filled / context_tokens / target.decode_bandwidth_bytes_per_s
 
 
 def _beyond_gpu(layout: Layout, target: Target) -> Iterator[str]:
@@ -494,10 +571,31 @@ def _elsewhere(format: str, variant: str | None) -> Iterator[str]:
         yield f"not executed here: it needs {needed}; speeds are guessed from the target's figures"
 
 
+def grounds(target: Target) -> str:
+    """Say what the speeds of a plan rest on, and how far they may be off."""
+    parts = []
+    for name, meaning in _SPEED_FIGURES.items():
+        origin = target.origins[name]
+        parts.append(f"{meaning} is {origin.basis} ({origin.source}, {origin.date})")
+    return f"speeds may be {SPEED_UNCERTAINTY:.0%} off: {'; '.join(parts)}"
+
+
 def remarks(made: Plan) -> Iterator[str]:
     """Yield what a person should know besides the choice: what was rejected, and why; notes."""
     yield from (f"rejected {c.name}: {'; '.join(c.misses)}" for c in made.rejected)
+    if made.four_bit and made.four_bit.estimate:
+        yield f"or {made.four_bit.name}: {_savings(made.estimate, made.four_bit.estimate)}"
     yield from (f"note: {note}" for note in made.notes)
+
+
+def _savings(now: Estimate, then: Estimate) -> str:
+    """Say what another recipe would take, and what it would change."""
+    faster = then.decode_tokens_per_s.likely / now.decode_tokens_per_s.likely
+    return (
+        f"{format_bytes(then.artifact_bytes)} instead of {format_bytes(now.artifact_bytes)}, "
+        f"{format_bytes(then.memory.peak_bytes)} of memory instead of "
+        f"{format_bytes(now.memory.peak_bytes)}, {faster:.2g} times as fast, less faithful"
+    )
 
 
 def substitutions(layout: Layout) -> Iterator[str]:

@@ -6,6 +6,7 @@ keys, graph or module. Neither knows the other.
 Weights carry format-neutral role names: ``token_embedding``, ``layers.3.query``, ``final_norm``.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -39,11 +40,48 @@ class Multipliers:
     logits: float = 1.0
 
 
+# The weights that hold a matrix of each expert.
+EXPERT_MATRICES = ("expert_gate", "expert_up", "expert_down")
+# Added to the sum of the scores that a token's experts are weighted by: a constant of LFM2.
+EXPERT_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Many small MLPs, of which every token takes a few (LFM2 MoE).
+
+    With ``s = sigmoid(router x)``, a token takes the ``used`` experts with the largest
+    ``s + expert_bias``, which only chooses. What each computes is multiplied by its own s, divided
+    by the sum of all that are taken (`EXPERT_EPSILON` added), times ``scale``, which is folded into
+    ``expert_down`` when a checkpoint is read. Source: ``Lfm2MoeTopKRouter``, transformers 5.
+    """
+
+    count: int
+    used: int  # by each token
+    has_bias: bool = True
+    normalizes: bool = True  # else each s is taken as it is
+    scale: float = 1.0  # already in the weights
+
+    def weights(self, hidden_size: int, intermediate_size: int) -> Iterator[tuple[str, Shape]]:
+        """Yield the weights by role, in the order of use.
+
+        Those of all experts are one weight, ``(experts, rows out, columns in)``.
+        """
+        yield "router", (self.count, hidden_size)
+        if self.has_bias:
+            yield "expert_bias", (self.count,)
+        *first, last = EXPERT_MATRICES
+        for role in first:
+            yield role, (self.count, intermediate_size, hidden_size)
+        yield last, (self.count, hidden_size, intermediate_size)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mlp:
     """The second half of a layer, as far as it may change from one to the next."""
 
-    intermediate_size: int
+    intermediate_size: int  # of each expert, where there are some
+    experts: Experts | None = None  # which are gated and have no biases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +155,25 @@ class DecoderSpec:
         tables = {"layer_embedding"} if self.layer_embedding else set[str]()
         return frozenset(tables if self.is_tied else tables | {"token_embedding"})
 
+    def share_read(self, role: str) -> float:
+        """Return how much of a weight a token reads: all, nothing to speak of, or some experts."""
+        if role in self.looked_up:
+            return 0.0
+        experts = self._experts_of(role)
+        return experts.used / experts.count if experts else 1.0
+
+    def _experts_of(self, role: str) -> Experts | None:
+        """Return the experts that a weight holds matrices of."""
+        prefix, _, part = role.rpartition(".")
+        if part not in EXPERT_MATRICES:
+            return None
+        return self.mlp(int(prefix.removeprefix("layers."))).experts
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether tokens choose what computes them."""
+        return any(layer.mlp and layer.mlp.experts for layer in self.layers)
+
     def attentions(self) -> Iterator[tuple[int, Layer, Attention]]:
         """Yield every layer that attends: its index, itself, and how."""
         for index, layer in enumerate(self.layers):
@@ -132,6 +189,11 @@ class DecoderSpec:
         for index in range(len(self.layers)):
             for name, shape in self.mixer(index).states(self.hidden_size).items():
                 yield index, name, shape
+
+    @property
+    def states_bytes(self) -> int:
+        """The size of all states."""
+        return sum(4 * math.prod(shape) for _, _, shape in self.states())
 
     @property
     def has_states(self) -> bool:
@@ -208,8 +270,12 @@ class DecoderSpec:
         """
         part, by = role.rpartition(".")[2].removesuffix("_bias"), self.multipliers
         last = {"attention_post_norm", "mlp_post_norm"}
-        if part in (last if self.has_post_norms else {"attention_output", "down"}):
-            return by.residual
+        experts = self._experts_of(role) if part == "expert_down" else None
+        scale = experts.scale if experts else 1.0
+        if part in (last if self.has_post_norms else {"attention_output", "down", "expert_down"}):
+            return scale * by.residual
+        if experts:
+            return scale
         if self.scales_queries(role):
             return by.query
         if part == "token_embedding":
@@ -255,7 +321,7 @@ class DecoderSpec:
         return replace(self, attention=_plain(self.attention), norm=norm, layers=layers)
 
     def _layer_weights(self, index: int) -> Iterator[tuple[str, Shape]]:
-        hidden, wide = (self.hidden_size,), self.mlp(index).intermediate_size
+        hidden = (self.hidden_size,)
         if self.has_pre_norms:
             yield from norm_weights("attention_norm", self.norm, hidden)
         yield from self.mixer(index).weights(self.hidden_size)
@@ -263,11 +329,7 @@ class DecoderSpec:
             yield from norm_weights("attention_post_norm", self.norm, hidden)
         if self.has_pre_norms and self.residual == "serial":
             yield from norm_weights("mlp_norm", self.norm, hidden)
-        for role in ("gate", "up") if self.is_gated else ("up",):
-            yield from linear_weights(role, wide, self.hidden_size, self.has_mlp_bias)
-        if self.activation == "xielu":
-            yield from (("xielu_positive", (1,)), ("xielu_negative", (1,)))
-        yield from linear_weights("down", self.hidden_size, wide, self.has_mlp_bias)
+        yield from self._mlp_weights(self.mlp(index))
         if self.has_post_norms:
             yield from norm_weights("mlp_post_norm", self.norm, hidden)
         if own := self.layer_embedding:
@@ -276,6 +338,17 @@ class DecoderSpec:
             yield from norm_weights("layer_norm", self.norm, hidden)
         if self.has_layer_scales:
             yield "layer_scale", (1,)
+
+    def _mlp_weights(self, mlp: Mlp) -> Iterator[tuple[str, Shape]]:
+        hidden, wide = self.hidden_size, mlp.intermediate_size
+        if mlp.experts:
+            yield from mlp.experts.weights(hidden, wide)
+            return
+        for role in ("gate", "up") if self.is_gated else ("up",):
+            yield from linear_weights(role, wide, hidden, self.has_mlp_bias)
+        if self.activation == "xielu":
+            yield from (("xielu_positive", (1,)), ("xielu_negative", (1,)))
+        yield from linear_weights("down", hidden, wide, self.has_mlp_bias)
 
 
 def _plain(attention: Attention) -> Attention:

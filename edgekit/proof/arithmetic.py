@@ -32,13 +32,16 @@ class Weights:
             self._kept[role] = torch.from_numpy(self._model.weight(self._prefix + role))
         return self._kept[role]
 
-    def project(self, role: str, x: "torch.Tensor", *, has_bias: bool = False) -> "torch.Tensor":
+    def project(
+        self, role: str, x: "torch.Tensor", *, has_bias: bool = False, expert: int | None = None
+    ) -> "torch.Tensor":
         """Multiply with a matrix, and add its bias.
 
         Args:
             role: Of the matrix, without its layer.
             x: Float32 ``(tokens, columns)``.
             has_bias: Whether there is one.
+            expert: Which of several matrices, where a layer has experts.
 
         Returns:
             Of shape ``(tokens, rows)``, float32.
@@ -47,7 +50,8 @@ class Weights:
 
         if self._observe:
             self._observe(self._prefix + role, x)
-        return functional.linear(x, self[role], self[f"{role}_bias"] if has_bias else None)
+        matrix = self[role] if expert is None else self[role][expert]
+        return functional.linear(x, matrix, self[f"{role}_bias"] if has_bias else None)
 
 
 def normalize(norm: Norm, weights: Weights, role: str, x: "torch.Tensor") -> "torch.Tensor":

@@ -10,7 +10,7 @@ from edgekit import formats
 from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import BuildRequest, GpuBuffer
 from edgekit.formats.gguf import RECIPES, writing
-from edgekit.plan import Choice, estimate, make, substitutions
+from edgekit.plan import Choice, estimate, grounds, make, substitutions
 from edgekit.target import WebGpuLimits
 from edgekit.target import load as load_target
 from edgekit.tests.needs import needs
@@ -261,6 +261,35 @@ def test_a_token_takes_every_weight_and_the_cache_in_the_middle_of_an_answer(
     assert found.high == pytest.approx(1.35 / seconds, rel=1e-9)
 
 
+def test_a_token_takes_the_experts_it_uses_and_memory_holds_all_of_them(tmp_path, measured):
+    from edgekit.source.checkpoint import Checkpoint
+    from edgekit.tests.tiny import adapters
+    from edgekit.tests.tiny.checkpoints import write_text_files
+
+    fields = {
+        "model_type": "lfm2_moe", "num_dense_layers": 1, "num_experts": 16, "vocab_size": 600,
+        "moe_intermediate_size": 64, "layer_types": ["conv", "full_attention"],
+    }  # fmt: skip
+    paths = {
+        used: adapters.write_base(tmp_path / str(used), num_experts_per_tok=used, **fields)
+        for used in (2, 16)
+    }
+    for path in paths.values():
+        write_text_files(path, "llama3")
+    few, all_of_them = map(Checkpoint.open, paths.values())
+    weights = [writing.lay_out(it, F32).artifact_bytes for it in (few, all_of_them)]
+    assert weights[0] == weights[1]
+    found = [
+        estimate(it, writing.lay_out(it, F32), measured, format="gguf", context_tokens=64)
+        for it in (few, all_of_them)
+    ]
+    assert found[0].memory.weights_bytes == found[1].memory.weights_bytes
+    experts = 3 * 16 * 64 * few.spec.hidden_size
+    cost = formats.get("gguf").TENSOR_TYPES["F32"].decode_cost
+    longer_s = 1 / found[1].decode_tokens_per_s.likely - 1 / found[0].decode_tokens_per_s.likely
+    assert longer_s == pytest.approx(4 * cost * experts * 14 / 16 / 1e6, rel=1e-6)
+
+
 @pytest.mark.parametrize("by_token", [False, True])
 def test_the_first_token_takes_two_flop_a_weight_and_token_of_the_prompt(
     checkpoint, measured, by_token
@@ -335,3 +364,14 @@ def test_what_llama_cpp_cannot_read_goes_to_another_format(pi, tmp_path):
     made = make(model, pi)
     assert made.format == "onnx"
     assert "llama.cpp reads text otherwise" in made.rejected[0].misses[0]
+
+
+@pytest.mark.parametrize("name", ["raspberry-pi-5-8gb", "android-mid-8gb"])
+def test_a_plan_says_what_its_speeds_rest_on(name):
+    target = load_target(name)
+    said = grounds(target)
+    for figure in ("decode_bandwidth_bytes_per_s", "prefill_flop_per_s"):
+        origin = target.origins[figure]
+        assert origin.basis in said
+        assert origin.source in said
+        assert origin.date in said

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest, Layout
-from edgekit.formats.executorch import app_kit, backends
+from edgekit.formats.executorch import app_kit, backends, kinds
 from edgekit.formats.executorch.backends import Backend
 from edgekit.formats.executorch.planned import Job, ProgramWeight, shapes
 from edgekit.model.spec import DecoderSpec
@@ -52,6 +52,7 @@ def variant_of(spec: DecoderSpec, request: BuildRequest) -> str:
     """
     if request.split_bytes is not None:
         raise UsageError("an ExecuTorch program is one file, it cannot be split")
+    kinds.refuse_experts(spec)
     backend = backends.of(request.variant)
     variant = request.variant or next(iter(backend.builds))
     context = request.context_tokens or spec.context_tokens

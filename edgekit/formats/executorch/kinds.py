@@ -39,6 +39,22 @@ def refuse(spec: DecoderSpec, name: str, *, hint: str) -> None:
         raise UsageError(f"edgekit writes no {kind} for {name} in ExecuTorch{where}", hint=hint)
 
 
+def refuse_experts(spec: DecoderSpec) -> None:
+    """Check that no token chooses what computes it: no back-end has a product for that.
+
+    Raises:
+        UsageError: If one does.
+    """
+    for index in range(len(spec.layers)):
+        if spec.mlp(index).experts:
+            raise UsageError(
+                "ExecuTorch 1.5 has no product that takes other matrices for each token: its "
+                "kernels would copy all that a token takes, in float32, for every token of a "
+                f"prompt; so edgekit writes no layers with experts (the first is layer {index})",
+                hint="another format has them: --format gguf, or onnx",
+            )
+
+
 def kinds(spec: DecoderSpec) -> Iterator[tuple[str, int | None]]:
     """Yield what a decoder has, and the first layer that has it; None: all have."""
     found: dict[str, int] = {}

@@ -31,6 +31,7 @@ from edgekit.quant.recipe import split_role
 
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS in llama-hparams.h; more make it abort
+MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS, likewise
 YARN_TURNS = (32.0, 1.0)  # where YaRN's ramp ends: llama_hparams in llama-hparams.h
 CONTEXT_PADDING_TOKENS = 256  # n_ctx is rounded up to this: llama_context in llama-context.cpp
 
@@ -95,6 +96,7 @@ class Architecture:
     has_layer_embedding: bool = False
     has_layer_scales: bool = False
     mlp_widths_differ: bool = False
+    has_experts: bool = False  # in all layers but some of the first
     tensor_names: Mapping[str, str] = field(default_factory=dict)  # by role, where they are others
     ties: Literal["optional", "always", "never"] = "optional"
     note: str | None = None  # what a user of the file should know
@@ -207,7 +209,8 @@ class Architecture:
         }
         if len(kinds) > 1 and not (self.differs_by_window and len(by_window) == len(kinds) == 2):
             yield "attention that differs between layers"
-        widths = {spec.mlp(index).intermediate_size for index in range(len(spec.layers))}
+        mlps = [spec.mlp(index) for index in range(len(spec.layers))]
+        widths = {mlp.intermediate_size for mlp in mlps if not mlp.experts}
         if len(widths) > 1 and not self.mlp_widths_differ:
             yield "MLPs of several widths"
 
@@ -370,6 +373,10 @@ class Architecture:
         yield from _refuse_bias(self.mlp_bias, has_bias=spec.has_mlp_bias, where="in the MLP")
         if self.residual not in {spec.residual, "either"}:
             yield f"{spec.residual} residuals"
+        if spec.has_experts != self.has_experts:
+            yield f"{'' if spec.has_experts else 'no '}layers with experts"
+        elif spec.has_experts:
+            yield from _refuse_experts(spec)
 
     def _refuse_ends(self, spec: DecoderSpec) -> Iterator[str]:
         scale = math.sqrt(spec.hidden_size) if self.scales_embedding else 1.0
@@ -657,6 +664,14 @@ ARCHITECTURES = (  # of several that fit, the first is taken
         tensor_names={"final_norm": "token_embd_norm.weight"},
     ),
     Architecture(
+        name="lfm2moe",
+        model_types=("lfm2_moe",),
+        state_mixer=ShortConv,
+        head_norms="alike",
+        has_experts=True,
+        tensor_names={"final_norm": "token_embd_norm.weight"},
+    ),
+    Architecture(
         name="qwen35",
         model_types=("qwen3_5_text",),
         has_partial_rope=True,
@@ -808,6 +823,26 @@ def _refuse_bias(
         yield f"a bias {where}"
     if not has_bias and known == "always":
         yield f"no bias {where}"
+
+
+def _refuse_experts(spec: DecoderSpec) -> Iterator[str]:
+    mlps = [spec.mlp(index) for index in range(len(spec.layers))]
+    dense = dense_layers(spec)
+    if any(not mlp.experts for mlp in mlps[dense:]):
+        yield "a layer without experts after one with some"
+    if len(set(mlps[dense:])) > 1:
+        yield "experts that differ between layers"
+    experts = mlps[-1].experts
+    if experts and not experts.normalizes:
+        yield "experts whose shares of a token do not add up to one"
+    if experts and experts.count > MAX_EXPERTS:
+        yield f"{experts.count} experts, more than {MAX_EXPERTS}"
+
+
+def dense_layers(spec: DecoderSpec) -> int:
+    """Return how many layers come before the first with experts."""
+    has = [bool(spec.mlp(index).experts) for index in range(len(spec.layers))]
+    return has.index(True) if True in has else len(has)
 
 
 def _norm_name(norm: Norm) -> str:

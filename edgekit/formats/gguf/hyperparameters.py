@@ -29,6 +29,7 @@ from edgekit.model.spec import (
     XIELU_BETA,
     XIELU_EPSILON,
     DecoderSpec,
+    Experts,
     Layer,
     LayerEmbedding,
     Mlp,
@@ -50,7 +51,10 @@ def write(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Value"]:
         "embedding_length": ("uint32", spec.hidden_size),
         "block_count": ("uint32", len(spec.layers)),
         "feed_forward_length": _by_layer(
-            [spec.mlp(index).intermediate_size for index in range(len(spec.layers))]
+            [
+                spec.intermediate_size if mlp.experts else mlp.intermediate_size
+                for mlp in map(spec.mlp, range(len(spec.layers)))
+            ]
         ),
         "attention.head_count": ("uint32", a.heads),
         "attention.head_count_kv": _by_layer(_key_value_heads(spec, architecture)),
@@ -94,11 +98,31 @@ def _graph_keys(spec: DecoderSpec, architecture: Architecture) -> dict[str, "Val
     if architecture.has_layer_embedding:
         own = spec.layer_embedding
         keys["embedding_length_per_layer_input"] = ("uint32", own.width if own else 0)
+    if architecture.has_experts:
+        keys |= _expert_keys(spec)
     if architecture.shares_caches:
         keys["attention.shared_kv_layers"] = ("uint32", len(spec.layers) - len([*spec.caches()]))
     if architecture.differs_by_window:
         keys |= _local_keys(spec)
     return keys
+
+
+def _expert_keys(spec: DecoderSpec) -> dict[str, "Value"]:
+    """Return what says which layers have experts, how many, and how tokens choose."""
+    dense, mlp = architectures.dense_layers(spec), spec.mlp(len(spec.layers) - 1)
+    if mlp.experts is None:
+        return {}
+    return {
+        _DENSE_LAYERS: ("uint32", dense),
+        "expert_count": ("uint32", mlp.experts.count),
+        "expert_used_count": ("uint32", mlp.experts.used),
+        "expert_feed_forward_length": ("uint32", mlp.intermediate_size),
+        _GATING: ("uint32", _SIGMOID),
+    }
+
+
+_DENSE_LAYERS, _GATING = "leading_dense_block_count", "expert_gating_func"
+_SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID in llama-hparams.h
 
 
 def _global_attention(spec: DecoderSpec) -> Attention:
@@ -266,6 +290,9 @@ def made_tensors(spec: DecoderSpec, architecture: Architecture) -> dict[str, Seq
     if architecture.has_sinks:
         for index in range(len(spec.layers)):
             made[sinks_name(index)] = [NO_SINK] * spec.attention.heads
+    for index, experts in enumerate(spec.mlp(index).experts for index in range(len(spec.layers))):
+        if experts and not experts.has_bias:  # the graph cannot do without
+            made[f"blk.{index}.exp_probs_b.bias"] = [0.0] * experts.count
     return made
 
 
@@ -427,6 +454,7 @@ class _Mixers:
     states: list[Mixer | None]  # where a layer does not attend
     donors: list[int | None]  # whose keys and values are read
     mlp_widths: list[int]
+    experts: list[Mlp | None]  # where there are some
 
 
 def _read_mixers(facts: Facts, *, head_dim: int, epsilon: float) -> _Mixers:
@@ -469,7 +497,27 @@ def _read_mixers(facts: Facts, *, head_dim: int, epsilon: float) -> _Mixers:
         mlp_widths=facts.counts("feed_forward_length")
         if architecture.mlp_widths_differ
         else [facts.count("feed_forward_length")] * depth,
+        experts=_read_experts(facts),
     )
+
+
+def _read_experts(facts: Facts) -> list[Mlp | None]:
+    """Return what each layer has in the place of its MLP; llama.cpp reads no scale of it.
+
+    Raises:
+        UsageError: If tokens choose by another function, or take more experts than there are.
+    """
+    if not facts.architecture.has_experts:
+        return [None] * facts.depth
+    if (gating := facts.number(_GATING)) != _SIGMOID:
+        raise UsageError(
+            f"the GGUF file's {_GATING} = {gating}, expected {_SIGMOID}, a sigmoid of each score"
+        )
+    count = facts.count("expert_count")
+    experts = Experts(count=count, used=facts.count("expert_used_count", most=count))
+    mlp = Mlp(intermediate_size=facts.count("expert_feed_forward_length"), experts=experts)
+    dense = facts.number(_DENSE_LAYERS, 0)
+    return [mlp if index >= dense else None for index in range(facts.depth)]
 
 
 def _read_scale(facts: Facts, head_dim: int) -> float:
@@ -543,7 +591,7 @@ def _read_layers(facts: Facts, mixers: _Mixers, attention: Attention) -> tuple[L
     def layer(index: int) -> Layer:
         window, mixer = mixers.windows[index], mixers.states[index]
         mlp = Mlp(intermediate_size=mixers.mlp_widths[index])
-        own_mlp = mlp if mlp.intermediate_size != mixers.mlp_widths[0] else None
+        own_mlp = mlp if mlp.intermediate_size != mixers.mlp_widths[0] else mixers.experts[index]
         if mixer is not None:
             return Layer(mixer=mixer, mlp=own_mlp)
         has_window = window is not None

@@ -1,17 +1,15 @@
 """What llama.cpp holds in memory while it answers, by the sizes of its buffers."""
 
-import math
 from dataclasses import replace
 
 from edgekit.formats import Layout, MemoryUse
 from edgekit.formats.gguf.architectures import CONTEXT_PADDING_TOKENS
 from edgekit.formats.gguf.runtime import BATCH_TOKENS
 from edgekit.model.mixers import Attention, DeltaNet, Mixer, ShortConv
-from edgekit.model.spec import DecoderSpec, Layer
+from edgekit.model.spec import DecoderSpec, Layer, Mlp
 
 
 CACHE_ITEM_BYTES = 2  # float16 keys and values, llama.cpp's default
-STATE_ITEM_BYTES = 4  # float32, whatever the cache's type
 # An interpreter with numpy, the libraries and edgekit; what one entry of the vocabulary costs in
 # `tokenizers` and in llama.cpp together. Measured on x86-64 with SmolLM2-135M Q8_0: VmHWM was 233
 # MiB with a context of 512 and 314 MiB with 4096, where these sums give 236 and 317.
@@ -64,8 +62,7 @@ def cache_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
 
     A layer with a window keeps no more than it sees, one that reads those of another layer none.
     """
-    states = sum(math.prod(shape) * STATE_ITEM_BYTES for _, _, shape in spec.states())
-    return states + sum(
+    return spec.states_bytes + sum(
         2 * attention.key_value_width * CACHE_ITEM_BYTES * _cells(layer, context_tokens)
         for _, layer, attention in spec.caches()
     )
@@ -91,15 +88,23 @@ def compute_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     """Return the size of the buffer for one batch: activations, mask, and one row of logits."""
     batch = min(BATCH_TOKENS, context_tokens)
     layers = range(len(spec.layers))
-    mlp = (2 if spec.is_gated else 1) * max(spec.mlp(it).intermediate_size for it in layers)
     widest = max(
-        mlp + spec.hidden_size,
+        *(_mlp_width(spec, spec.mlp(it)) for it in layers),
         *(_mixer_width(spec.mixer(it), spec.hidden_size) for it in layers),
         # The embeddings of all layers, as they are read, projected, normalized and added.
         4 * len(spec.layers) * spec.layer_embedding.width if spec.layer_embedding else 0,
     )
     mask = _padded(context_tokens) * (4 + 2)  # float32, and its float16 copy for flash attention
     return batch * (4 * (widest + spec.hidden_size) + mask) + 4 * spec.vocab_size
+
+
+def _mlp_width(spec: DecoderSpec, mlp: Mlp) -> int:
+    """Return how many numbers a token takes in an MLP at once, in experts those of all it takes."""
+    gate_and_up = (2 if spec.is_gated else 1) * mlp.intermediate_size
+    if not mlp.experts:
+        return gate_and_up + spec.hidden_size
+    inside = mlp.experts.used * max(gate_and_up, mlp.intermediate_size + spec.hidden_size)
+    return inside + 2 * mlp.experts.count + spec.hidden_size
 
 
 def _mixer_width(mixer: Mixer, hidden_size: int) -> int:

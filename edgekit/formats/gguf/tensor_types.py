@@ -3,7 +3,7 @@
 Which weight gets which tensor type is decided here, from its role; the arithmetic of the quantized
 tensor types is ggml's own, called through the library that ships inside llama-cpp-python.
 Source: ``llama_tensor_get_type_impl`` and ``tensor_type_fallback`` in src/llama-quant.cpp of
-llama.cpp 0c1e57098. What concerns mixtures of experts, Falcon and 70B models is not reproduced.
+llama.cpp 0c1e57098. What concerns mixtures of 8 experts, Falcon and 70B models is not reproduced.
 """
 
 import ctypes
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     _Rows = npt.NDArray[np.float32]
     _Bytes = npt.NDArray[np.uint8]
+    _Encoded = npt.NDArray[np.generic]
     _Started = tuple[_Bytes, list[Future[None]]]
 
 
@@ -36,10 +37,14 @@ if TYPE_CHECKING:
 # the benchmark planner_error. The others are guessed from those of as many bits.
 _DECODE_COSTS = {
     "F32": 0.8, "F16": 0.8, "BF16": 0.8, "Q8_0": 0.8, "Q6_K": 1.3, "Q5_K": 1.3, "Q5_1": 1.3,
-    "Q5_0": 1.3, "Q4_K": 1.0, "Q4_1": 1.0, "Q4_0": 1.0, "IQ4_NL": 1.0, "Q3_K": 2.2, "Q2_K": 2.6,
+    "Q5_0": 1.3, "Q4_K": 1.0, "Q4_1": 1.0, "Q4_0": 1.0, "IQ4_NL": 1.0, "Q3_K": 1.0, "Q2_K": 1.0,
 }  # fmt: skip
+# What takes longer to unpack than to read, by the same fit: on each phone as much longer as its
+# bandwidth is greater beside the arithmetic with which it reads prompts.
+_DECODE_FLOP = {"Q3_K": 17.0, "Q2_K": 15.3}
 TENSOR_TYPES: Mapping[str, TensorType] = {
-    name: replace(ALL_TENSOR_TYPES[name], decode_cost=cost) for name, cost in _DECODE_COSTS.items()
+    name: replace(ALL_TENSOR_TYPES[name], decode_cost=cost, decode_flop=_DECODE_FLOP.get(name, 0.0))
+    for name, cost in _DECODE_COSTS.items()
 }
 
 # Coarse enough for importance weighting: how much an error counts, column by column.
@@ -52,9 +57,10 @@ FILE_TYPES: Mapping[str, int] = {  # general.file_type: enum llama_ftype in llam
 }  # fmt: skip
 
 # ggml adds biases, multiplies norms and convolves in float32, and they are small. So is what says
-# how long a delta net remembers, where every error counts again with the next token.
+# how long a delta net remembers, where every error counts again with the next token, and what
+# chooses the experts of a token, where a small one takes another.
 _EXACT = Rule(
-    pattern=".*(norm|bias)|.*_taps|delta_(decay|alpha|beta)|layer_scale", tensor_type="F32"
+    pattern=".*(norm|bias)|.*_taps|delta_(decay|alpha|beta)|layer_scale|router", tensor_type="F32"
 )
 # The matrix that makes the logits is the one where rounding hurts most.
 _HEAD = (
@@ -101,22 +107,27 @@ def notes(recipe: Recipe, spec: DecoderSpec) -> Iterator[str]:
 
 # What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.
 # Twice, and a tenth less than, what SmolLM2-135M-Instruct showed on edgekit's corpus, 3 152
-# positions, its weights dithered within a Q4_1 step since it was decoded from one: F32 8.6e-7 (most
-# of it flash attention in float16), F16 8.9e-6, BF16 4.8e-4, Q8_0 8.3e-3, Q6_K 0.023, Q5_K_M 0.084,
-# Q5_K_S 0.12, Q4_K_M 0.11, Q4_K_S 0.22, Q4_1 0.45, IQ4_NL 0.37, Q4_0 0.56, Q3_K_M 0.38, Q2_K 0.76;
-# 0.999 0.997 0.987 0.94 0.89 0.81 0.78 0.79 0.71 0.58 0.65 0.56 0.63 0.48 of the top tokens. The
-# smaller a model, the more it loses, and this is the smallest anybody ships. Random models have
-# more near ties: of F16, BF16 and Q8_0 the limits hold all tiny ones with 20 seeds (benchmark
-# false_alarms). Below 6 bits KL alone judges closely, and half of the demo's top tokens are enough:
-# of 44 tiny models and random texts the worst kept 0.58 of Q4_K_M's and 0.33 of Q4_0's. Their
-# rows fill no blocks of Q5_K and Q4_K, so mixtures of those may lose three times the demo's KL.
+# positions, its weights dithered within a Q4_1 step since it was decoded from one: _DEMO_KL_NATS
+# (of F32, most is flash attention in float16), and in the same order 0.999 0.997 0.987 0.94 0.89
+# 0.81 0.78 0.79 0.71 0.58 0.65 0.56 0.63 0.48 of the top tokens, rounded to nearest. The smaller a
+# model, the more it loses, and this is the smallest anybody ships. Random models have more near
+# ties: of F16, BF16 and Q8_0 the limits hold all tiny ones with 20 seeds (benchmark false_alarms).
+# Below 6 bits KL alone judges closely, and half of the demo's top tokens are enough: of 44 tiny
+# models and random texts the worst kept 0.58 of Q4_K_M's and 0.33 of Q4_0's, and with 20 seeds 0.31
+# of IQ4_NL's. Their rows fill no blocks of Q5_K and Q4_K, so mixtures of those may lose three times
+# the demo's KL.
+_DEMO_KL_NATS = {
+    "F32": 8.6e-7, "F16": 8.9e-6, "BF16": 4.8e-4, "Q8_0": 8.3e-3, "Q6_K": 0.023, "Q5_K_M": 0.084,
+    "Q5_K_S": 0.12, "Q4_K_M": 0.11, "Q4_K_S": 0.22, "Q4_1": 0.45, "IQ4_NL": 0.37, "Q4_0": 0.56,
+    "Q3_K_M": 0.38, "Q2_K": 0.76,
+}  # fmt: skip
 _LIMITS = {
     "F32": (1e-6, 0.99), "F16": (1e-4, 0.97), "BF16": (2e-3, 0.93), "Q8_0": (0.02, 0.86),
     "Q6_K": (0.05, 0.80), "Q5_K_M": (0.25, 0.40), "Q5_K_S": (0.36, 0.39), "Q4_K_M": (0.33, 0.39),
-    "Q4_K_S": (0.66, 0.35), "Q4_1": (0.9, 0.29), "IQ4_NL": (0.75, 0.32), "Q4_0": (1.1, 0.28),
+    "Q4_K_S": (0.66, 0.35), "Q4_1": (0.9, 0.29), "IQ4_NL": (0.75, 0.29), "Q4_0": (1.1, 0.28),
     "Q3_K_M": (0.8, 0.31), "Q2_K": (1.6, 0.24),
 }  # fmt: skip
-_recipe = with_limits(_LIMITS)
+_recipe = with_limits(_LIMITS, _DEMO_KL_NATS)
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -129,39 +140,39 @@ RECIPES: Mapping[str, Recipe] = {
         _recipe("Q6_K", "Q6_K", _EXACT, _PROJECTION),
         _recipe(
             "Q5_K_M", "Q5_K", _EXACT, _PROJECTION, *_HEAD,
-            Rule(pattern="value|delta_qkv|down", tensor_type="Q6_K", layers="sensitive"),
+            Rule(pattern="value|delta_qkv|(expert_)?down", tensor_type="Q6_K", layers="sensitive"),
         ),
         _recipe("Q5_K_S", "Q5_K", _EXACT, _PROJECTION, *_HEAD),
         _recipe(
             "Q4_K_M", "Q4_K", _EXACT, _PROJECTION, *_HEAD,
-            Rule(pattern="value|delta_qkv|down", tensor_type="Q6_K", layers="sensitive"),
+            Rule(pattern="value|delta_qkv|(expert_)?down", tensor_type="Q6_K", layers="sensitive"),
             _finer("Q4_K"),
         ),
         _recipe(
             "Q4_K_S", "Q4_K", _EXACT, _PROJECTION, *_HEAD,
             Rule(pattern="value", tensor_type="Q5_K", layers="first_four"),
-            Rule(pattern="down", tensor_type="Q5_K", layers="first_eighth"),
+            Rule(pattern="(expert_)?down", tensor_type="Q5_K", layers="first_eighth"),
             _finer("Q4_K"),
         ),
         _recipe("Q4_1", "Q4_1", _EXACT, _PROJECTION, *_HEAD, _finer("Q4_1")),
         _recipe(
             "IQ4_NL", "IQ4_NL", _EXACT, _PROJECTION, *_HEAD,
             Rule(pattern="value", tensor_type="Q5_K", decoders="grouped"),
-            Rule(pattern="down", tensor_type="Q5_K", layers="first_eighth"),
+            Rule(pattern="(expert_)?down", tensor_type="Q5_K", layers="first_eighth"),
             _finer("IQ4_NL"),
         ),
         _recipe("Q4_0", "Q4_0", _EXACT, _PROJECTION, *_HEAD, _finer("Q4_0")),
         _recipe(
             "Q3_K_M", "Q3_K", _EXACT, _PROJECTION, *_HEAD,
             Rule(pattern="value", tensor_type="Q5_K", layers="first_two"),
-            Rule(pattern="down", tensor_type="Q5_K", layers="first_sixteenth"),
-            Rule(pattern="value|down|attention_output", tensor_type="Q4_K"),
+            Rule(pattern="(expert_)?down", tensor_type="Q5_K", layers="first_sixteenth"),
+            Rule(pattern="value|(expert_)?down|attention_output", tensor_type="Q4_K"),
             _finer("Q3_K"),
         ),
         _recipe(
             "Q2_K", "Q2_K", _EXACT, _PROJECTION, *_HEAD,
             Rule(pattern="value", tensor_type="Q4_K", decoders="grouped"),
-            Rule(pattern="value|down|attention_output", tensor_type="Q3_K"),
+            Rule(pattern="value|(expert_)?down|attention_output", tensor_type="Q3_K"),
             _finer("Q2_K"),
         ),
     )
@@ -210,7 +221,9 @@ def quantize(
 
 
 def quantize_each(
-    blocks: "Iterable[tuple[str, _Rows, str]]", *, importance: "Mapping[str, _Rows] | None" = None
+    blocks: "Iterable[tuple[str, _Rows | _Encoded, str]]",
+    *,
+    importance: "Mapping[str, _Rows] | None" = None,
 ) -> "Iterator[tuple[str, _Bytes]]":
     """Encode one block of rows after another, as `quantize` does.
 
@@ -218,7 +231,8 @@ def quantize_each(
     that reading and writing cost no time of their own; two blocks are in memory at a time.
 
     Args:
-        blocks: A tensor's name, some of its rows, and their tensor type.
+        blocks: A tensor's name, some of its rows, and their tensor type. Rows of uint8 are encoded
+            already.
         importance: By name of the tensor, where it is known.
 
     Yields:
@@ -248,11 +262,16 @@ def _finish_named(name: str, started: "_Started") -> "tuple[str, _Bytes]":
 
 
 def _start(
-    pool: ThreadPoolExecutor, values: "_Rows", tensor_type: str, importance: "_Rows | None"
+    pool: ThreadPoolExecutor,
+    values: "_Rows | _Encoded",
+    tensor_type: str,
+    importance: "_Rows | None",
 ) -> "_Started":
     """Return where the bytes will be and what fills it; numpy and ggml let go of Python's lock."""
     import numpy as np
 
+    if values.dtype == np.uint8:
+        return values.view(np.uint8), []
     rows = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, values.shape[-1])
     count, columns = rows.shape
     block = TENSOR_TYPES[tensor_type]

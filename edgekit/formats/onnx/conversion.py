@@ -4,7 +4,7 @@ The graph and the place of every weight are made from headers alone, so a plan k
 the byte; converting writes the same and holds one block of rows at a time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest, GpuBuffer, Layout
-from edgekit.formats.onnx import clients, graph, model, tensor_types
+from edgekit.formats.onnx import clients, experts, graph, model, tensor_types
 from edgekit.formats.onnx.model import External
 from edgekit.formats.onnx.tensor_types import GraphBuild
 from edgekit.model.rope import Rope
-from edgekit.model.spec import DecoderSpec
+from edgekit.model.spec import EXPERT_MATRICES, DecoderSpec
 from edgekit.progress import Advance
-from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
+from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of, solved_of
 from edgekit.quant.recipe import Recipe
 from edgekit.units import format_bytes
 
@@ -78,10 +78,12 @@ def plan(checkpoint: "CheckpointProtocol", request: BuildRequest) -> OnnxPlan:
     spec, recipe = checkpoint.spec, request.recipe
     refuse(spec)
     weights = tuple(_weights(spec, recipe))
+    how = tensor_types.BUILDS[recipe.name]
+    if spec.has_experts:
+        _refuse_experts(spec, weights, is_half=how.is_half)
     frequencies = tuple(_frequency_tensors(spec))
     loose = [*frequencies, *(tensor for weight in weights for tensor in weight.tensors)]
     _refuse_split(loose, request.split_bytes)
-    how = tensor_types.BUILDS[recipe.name]
     placing = model.place(loose, stem=f"{how.file}_data", split_bytes=request.split_bytes)
     placed = {tensor.name: tensor for tensor in placing}
     stored = {weight.role: weight.tensor_type for weight in weights}
@@ -114,11 +116,35 @@ def refuse(spec: DecoderSpec) -> None:
         raise UsageError(f"longrope with several original contexts: {sorted(borders)}")
 
 
+def _refuse_experts(spec: DecoderSpec, weights: Sequence[OnnxWeight], *, is_half: bool) -> None:
+    """Check that the operators of experts take them as they are stored.
+
+    Raises:
+        UsageError: If they do not; the message says why.
+    """
+    if spec.activation != "silu":
+        raise UsageError(f"ONNX Runtime has no experts with the activation {spec.activation}")
+    if is_half:
+        raise UsageError(
+            "experts are computed in float32, on a CPU: edgekit writes none in float16",
+            hint="take --quant INT4 or F16",
+        )
+    for index in range(len(spec.layers)):
+        roles = {f"layers.{index}.{part}" for part in EXPERT_MATRICES}
+        found = [it.tensor_type for it in weights if it.role in roles]
+        if len(set(found)) > 1:
+            raise UsageError(
+                f"the experts of layer {index} have several tensor types, "
+                f"{', '.join(dict.fromkeys(found))}, and their operator takes one",
+                hint=f"give {', '.join(EXPERT_MATRICES)} the same",
+            )
+
+
 def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[OnnxWeight]:
     for role, shape in spec.weights():
         wanted = recipe.tensor_type_for(role, spec)
         parted = tensor_types.part_columns(role, shape, spec)
-        stored = tensor_types.stored_as(wanted, parted)
+        stored = tensor_types.stored_as(wanted, experts.stored_columns(role, spec, columns=parted))
         tables = tensor_types.tables(role, shape, stored, part_columns=parted)
         tensors = tuple(
             tensor
@@ -133,6 +159,7 @@ def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[OnnxWeight]:
             tensor_type=stored,
             size_bytes=sum(tensor.size_bytes for tensor in tensors),
             is_coarse=blocks is not None and blocks.is_coarse,
+            lattice=tensor_types.lattice(stored),
             table_columns=tuple(tables.values()),
             tensors=tensors,
         )
@@ -190,6 +217,12 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
 
 def _notes(checkpoint: "CheckpointProtocol", planned: OnnxPlan) -> Iterator[str]:
     yield from clients.notes(checkpoint)
+    if checkpoint.spec.has_experts:
+        stored = {weight.role: weight.tensor_type for weight in planned.weights}
+        yield (
+            "experts are computed on processors only, by operators of ONNX Runtime "
+            f"{experts.needed_version(checkpoint.spec, stored)} and later"
+        )
     if tensor_types.spares_delta_nets(planned.weights):
         yield tensor_types.DELTA_NOTE
     if any(weight.tensor_type in tensor_types.BLOCKS for weight in planned.weights):
@@ -241,6 +274,11 @@ def convert(
             files[name].truncate(size_bytes)
         _write_frequencies(checkpoint.spec, planned, files)
         for weight in planned.weights:
+            solved = solved_of(checkpoint.calibration, weight.role)
+            if solved is not None:
+                _write_tensors(files, weight.tensors, 0, solved)
+                progress(weight.parameters)
+                continue
             importance = importance_of(checkpoint.calibration, weight)
             for first, rows in checkpoint.blocks(weight.role):
                 _write_rows(files, weight, first, rows, importance)
@@ -273,9 +311,18 @@ def _write_rows(
             )
         except UsageError as error:
             raise UsageError(f"{weight.role}: {error}", hint=error.hint) from error
-        for tensor, part in zip(tensors, encoded, strict=True):
-            row_bytes = tensor.size_bytes // tensor.shape[0]
-            _write(files[tensor.file], tensor.offset + first * row_bytes, part)
+        _write_tensors(files, tensors, first, encoded)
+
+
+def _write_tensors(
+    files: Mapping[str, BinaryIO],
+    tensors: Sequence[External],
+    first: int,
+    encoded: "Sequence[npt.NDArray[np.generic]]",
+) -> None:
+    for tensor, part in zip(tensors, encoded, strict=True):
+        row_bytes = tensor.size_bytes // tensor.shape[0]
+        _write(files[tensor.file], tensor.offset + first * row_bytes, part)
 
 
 def _write(file: BinaryIO, offset: int, values: "npt.NDArray[np.generic]") -> None:

@@ -17,7 +17,8 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from edgekit.formats.onnx import recurrence, tensor_types
+from edgekit.formats.onnx import experts, recurrence, tensor_types
+from edgekit.formats.onnx.experts import ExpertsOfLayer
 from edgekit.formats.onnx.model import CONTRIB, Constant, Dtype, Node, OnnxGraph, Port
 from edgekit.formats.onnx.operators import FLOAT16, FLOAT32, INT32, TO_THE_END, Operators
 from edgekit.formats.onnx.recurrence import DeltaInputs, Recurrence, state_name
@@ -103,6 +104,8 @@ def build(
         found[ROPE_BORDER] = str(border)
     if spec.has_states:
         found[NEEDED_VERSION] = recurrence.FIRST_VERSION
+    if spec.has_experts:
+        found[NEEDED_VERSION] = experts.needed_version(spec, tensor_types)
     return OnnxGraph(
         nodes=tuple(graph.nodes),
         constants=tuple(graph.constants.values()),
@@ -586,6 +589,16 @@ class _Builder(Operators):
 
     def _apply_mlp(self, prefix: str, x: str, index: int) -> str:
         spec, wide = self.spec, self.spec.mlp(index).intermediate_size
+        if found := spec.mlp(index).experts:
+            logits = self._project(prefix + "router", x, found.count, spec.hidden_size, False)
+            mixing = ExpertsOfLayer(
+                graph=self,
+                experts=found,
+                hidden_size=spec.hidden_size,
+                intermediate_size=wide,
+                tensor_type=self.tensor_types[prefix + "expert_down"],
+            )
+            return mixing.mix(prefix, x, logits)
         narrow, has_bias = spec.hidden_size, spec.has_mlp_bias
         if spec.is_gated:
             gate = self._project(prefix + "gate", x, wide, narrow, has_bias)

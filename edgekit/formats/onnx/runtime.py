@@ -97,7 +97,7 @@ def _refuse_older(path: Path, metadata: Mapping[str, str], version: str) -> None
     if needed is not None and _numbers(version) < _numbers(needed):
         raise MissingDependencyError(
             f"ONNX Runtime {version} lacks operators that {path.name} needs, for layers with a "
-            f"state; {needed} has them",
+            f"state or with experts; {needed} has them",
             hint="pip install --upgrade 'edgekit[run-onnx]'",
         )
 

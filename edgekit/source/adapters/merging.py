@@ -18,7 +18,7 @@ from edgekit.encodings.json_files import read_object_if_there
 from edgekit.errors import UsageError
 from edgekit.model.checkpoint_protocol import Tensor
 from edgekit.model.shapes import Shape
-from edgekit.model.spec import DecoderSpec
+from edgekit.model.spec import EXPERT_MATRICES, DecoderSpec
 from edgekit.model.tokenizer_files import added_tokens
 from edgekit.source import families
 from edgekit.source.adapters import adapter_config, by_peft, mlx, names
@@ -315,6 +315,7 @@ def _parse(key: str, path: Path) -> tuple[str, str]:
 def _refuse_other_targets(fit: _Fit, tensors: Mapping[str, Tensor]) -> None:
     """Check that the file has low-rank updates for the modules of the config, and no others."""
     targeted = _targeted(fit, tensors)
+    _refuse_experts(fit)
     if fit.settings.is_merged_by_peft and not any(map(_is_updated, fit.parts.values())):
         return  # one vector for all modules
     embedding, head = (name.removesuffix(".weight") for name in (fit.embedding, fit.head))
@@ -339,8 +340,33 @@ def _targeted(fit: _Fit, tensors: Mapping[str, Tensor]) -> set[str]:
         for name, tensor in tensors.items()
         if name.endswith(".weight") and (len(tensor.shape) == 2 or fit.settings.is_merged_by_peft)
     }
+    modules -= _modules_of_experts(fit.base)
     is_embedding = fit.is_embedding
     return {it for it in modules if fit.settings.targets(it, is_embedding=is_embedding(it))}
+
+
+def _modules_of_experts(base: Checkpoint) -> set[str]:
+    """Return what files call modules and transformers does not: the router, and each expert's."""
+    family = families.get(base.architecture)
+    return {
+        tensor.removesuffix(".weight")
+        for role, _ in base.spec.weights()
+        if role.endswith((".router", *EXPERT_MATRICES))
+        for tensor in family.source(role, base.spec).tensors
+    }
+
+
+def _refuse_experts(fit: _Fit) -> None:
+    """Stop if experts, or what chooses them, are changed: by PEFT all of a layer at once."""
+    modules = _modules_of_experts(fit.base)
+    for changed in sorted(fit.parts):
+        whole = changed.removesuffix(".base_layer")
+        if any(f"{module}.".startswith(f"{whole}.") for module in modules):
+            raise UsageError(
+                f"{fit.path} changes {whole}: edgekit merges no update of experts, or of what "
+                "chooses them",
+                hint="merge it with PEFT, and pass the whole model",
+            )
 
 
 def _is_updated(parts: Parts) -> bool:

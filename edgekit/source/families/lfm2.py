@@ -36,7 +36,7 @@ def describe(config: Config) -> DecoderSpec:
     spec = _common.read_decoder(config, DEFAULTS, rope=rope)
     norm = Norm(kind="rms", epsilon=config.number("norm_eps", DEFAULTS.norm_epsilon))
     conv = read_conv(config, taps=3)
-    kinds = _read_kinds(config, len(spec.layers))
+    kinds = read_kinds(config, len(spec.layers))
     return replace(
         spec,
         norm=norm,
@@ -68,7 +68,7 @@ def write_conv(spec: DecoderSpec) -> dict[str, Any]:
     return {"conv_L_cache": conv.taps, "conv_bias": conv.has_bias} if conv else {}
 
 
-def _read_kinds(config: Config, layers: int) -> list[str]:
+def read_kinds(config: Config, layers: int) -> list[str]:
     """Return each layer's kind; the first configs said which layers attend, or none: all do."""
     attends = config.get("full_attn_idxs", list(range(layers)))
     usual = ["full_attention" if index in attends else "conv" for index in range(layers)]

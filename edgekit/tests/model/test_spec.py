@@ -7,7 +7,7 @@ import pytest
 from edgekit.model.mixers import Attention
 from edgekit.model.norm import Norm
 from edgekit.model.rope import LongRopeScaling, Rope
-from edgekit.model.spec import DecoderSpec, Layer, Multipliers
+from edgekit.model.spec import DecoderSpec, Experts, Layer, Mlp, Multipliers
 
 
 def long_rope(border):
@@ -47,6 +47,21 @@ def test_a_norm_that_adds_one_is_known_by_its_role(role, unit_offset):
     spec = replace(SPEC, attention=attention, norm=replace(SPEC.norm, unit_offset=True))
     assert spec.unit_offset(role) is unit_offset
     assert not spec.without_unit_offsets().unit_offset(role)
+
+
+def test_a_token_reads_the_experts_it_takes_and_all_of_the_rest():
+    mlp = Mlp(intermediate_size=32, experts=Experts(count=8, used=2, scale=2.5))
+    spec = replace(SPEC, layers=(*SPEC.layers, Layer(mlp=mlp)))
+    shapes = dict(spec.weights())
+    assert shapes["layers.1.expert_up"] == (8, 32, 64)
+    assert shapes["layers.1.expert_down"] == (8, 64, 32)
+    shares = {role: spec.share_read(role) for role in shapes}
+    assert {role for role, share in shares.items() if share == 0.25} == {
+        f"layers.1.{part}" for part in ("expert_gate", "expert_up", "expert_down")
+    }
+    assert shares["token_embedding"] == 0
+    assert shares["layers.1.router"] == shares["layers.0.up"] == 1
+    assert {role for role in shapes if spec.multiplier(role) == 2.5} == {"layers.1.expert_down"}
 
 
 MUP = Multipliers(embedding=12.0, query=0.5, residual=0.25, logits=0.125)

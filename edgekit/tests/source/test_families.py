@@ -262,6 +262,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_heads": 6, "pad_token_id": 0, "rope_theta": 1000000.0, "theta": 1000000.0,
         "tie_embedding": True, "use_cache": True, "use_pos_enc": True,
     },
+    "lfm2_moe": SIZES | {
+        "architectures": ["Lfm2MoeForCausalLM"], "bos_token_id": 1, "conv_L_cache": 3,
+        "conv_bias": False, "eos_token_id": 7, "hidden_act": "silu", "initializer_range": 0.02,
+        "layer_types": ["conv", "conv", "full_attention", "conv", "conv", "full_attention"],
+        "model_type": "lfm2_moe", "moe_intermediate_size": 24, "norm_eps": 1e-05,
+        "norm_topk_prob": True, "num_dense_layers": 2, "num_experts": 8,
+        "num_experts_per_tok": 4, "output_router_logits": False, "pad_token_id": 0,
+        "rope_theta": 1000000.0, "routed_scaling_factor": 1.0, "tie_embedding": True,
+        "use_cache": True, "use_expert_bias": True,
+    },
     "lfm3": SIZES | {
         "attention_bias": False, "attention_dropout": 0.0, "conv_L_cache": 7, "conv_bias": False,
         "head_dim": 8, "hidden_act": "silu", "model_type": "lfm3", "norm_eps": 1e-05,
@@ -336,6 +346,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4.5-bias": ("ernie4_5", {"use_bias": True}),
     "lfm2-all-attention": ("lfm2", {"full_attn_idxs": None, "block_auto_adjust_ff_dim": False}),
     "lfm2-bias": ("lfm2", {"conv_bias": True, "conv_L_cache": 5, "tie_embedding": False}),
+    "lfm2-moe-without-bias": ("lfm2_moe", {
+        "use_expert_bias": False, "norm_topk_prob": False, "routed_scaling_factor": 2.5,
+        "num_dense_layers": 0, "tie_embedding": False,
+    }),
     "lfm3-plain": ("lfm3", {
         "use_attention_gate": False, "use_sandwich_norm": False, "attention_bias": True,
         "rope_parameters": None, "layer_types": None,
@@ -534,6 +548,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "lfm2", {"layer_types": ["conv"] * 5 + ["mamba"]}, "layer_types has 'mamba'"
     ),
     "a convolution of one token": ("lfm2", {"conv_L_cache": 1}, "conv_L_cache = 1"),
+    "one expert": ("lfm2_moe", {"num_experts": 1}, "num_experts = 1, expected 2 or more"),
+    "more than there are": (
+        "lfm2_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9, expected 1 to num_experts"
+    ),
     "no gate in the MLP": ("lfm2", {"block_use_swiglu": False}, "block_use_swiglu = False"),
     "another gate": ("qwen3_5_text", {"output_gate_type": "relu"}, "output_gate_type = 'relu'"),
     "a layer of another model": (
@@ -992,7 +1010,8 @@ def test_transformers_reads_the_configs_that_families_write(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(families.get(model_type).config(spec)))
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     expected = [math.prod(shape) for _, shape in spec.weights()]
-    scales = [it for name, it in model.named_buffers() if name.endswith("layer_scalar")]
+    kept = ("layer_scalar", "expert_bias")
+    scales = [it for name, it in model.named_buffers() if name.endswith(kept)]
     assert sum(it.numel() for it in [*model.parameters(), *scales]) == sum(expected)
     read_back = json.loads(model.config.to_json_string())
     assert describe(model_type, read_back) == spec

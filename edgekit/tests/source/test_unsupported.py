@@ -26,7 +26,7 @@ REASONS: dict[str, tuple[dict[str, Any], str]] = {
         {"num_experts": None, "hidden_size_per_layer_input": 256},
         "embeddings of their own (hidden_size_per_layer_input = 256)",
     ),
-    "lfm2_moe": ({"num_experts": 32, "layer_types": ["conv"]}, "(num_experts = 32)"),
+    "qwen3_moe": ({"num_experts": 128, "layer_types": ["conv"]}, "(num_experts = 128)"),
     "qwen3_next": ({"linear_num_key_heads": 16, "num_experts": 512}, "(num_experts = 512)"),
     "bamba": ({"mamba_n_heads": 128}, "attention (mamba_n_heads = 128)"),
     "t5": ({"is_encoder_decoder": True}, "it has an encoder"),

@@ -88,8 +88,12 @@ def write_base(directory: Path, *, seed=0, dtype="F32", **config: Any) -> Path:
     shapes: dict[str, tuple[int, ...]] = {}
     for role, shape in spec.weights():
         source = family.source(role, spec)
-        rows = shapes[source.tensor][0] if source.tensor in shapes else 0
-        shapes[source.tensor] = (rows + shape[0], *shape[1:])
+        stored = shape[1:] if source.siblings else shape
+        if source.is_depthwise:
+            stored = (stored[0], 1, *stored[1:])
+        for name in source.tensors:
+            rows = shapes[name][0] if name in shapes else 0
+            shapes[name] = (rows + stored[0], *stored[1:])
     tensors = {
         families.stored_name(fields["model_type"], name): random.normal(
             1.0 if "norm" in name else 0.0, 0.3, shape

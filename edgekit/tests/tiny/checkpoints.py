@@ -300,6 +300,20 @@ TINY: dict[str, TinyCase] = {
         fields=_TIED | {"conv_bias": True, "block_auto_adjust_ff_dim": False,
                         "layer_types": ["conv", "full_attention", "conv"]},
     ),
+    "lfm2-moe": TinyCase(
+        model_type="lfm2_moe", voice="llama3",
+        fields=_TIED | {"num_hidden_layers": 5, "num_dense_layers": 2, "num_experts": 7,
+                        "num_experts_per_tok": 3, "moe_intermediate_size": 48,
+                        "layer_types": ["conv", "conv", "full_attention", "conv",
+                                        "full_attention"]},
+    ),
+    "lfm2-moe-scaled": TinyCase(  # no bias to choose by, one dense layer, five taps, whole blocks
+        model_type="lfm2_moe", voice="llama3",
+        fields={"num_dense_layers": 1, "num_experts": 6, "num_experts_per_tok": 4,
+                "moe_intermediate_size": 64, "use_expert_bias": False, "conv_L_cache": 5,
+                "routed_scaling_factor": 1.75, "norm_eps": 1e-3, "tie_word_embeddings": False,
+                "layer_types": ["full_attention", "conv", "full_attention"]},
+    ),
     "lfm3": TinyCase(
         model_type="lfm3", voice="llama3",
         fields=_TIED | {"num_hidden_layers": 6, "head_dim": 24, "sliding_window": WINDOW_TOKENS,
@@ -424,13 +438,15 @@ def _randomize(model: Any, model_type: str, *, seed: int) -> None:
         for name, scale in model.named_buffers():
             if name.endswith("layer_scalar"):
                 scale.uniform_(0.5, 1.5, generator=source)
+            if name.endswith("expert_bias"):
+                scale.normal_(std=0.3, generator=source)
 
 
 def _spread(name: str, weight: "torch.Tensor") -> float:
     if "embed" in name or "lm_head" in name:
         # Sharper logits than weights inside: then small errors inside move the answer.
         return 0.3
-    if weight.ndim == 3:  # taps, of which few are added up
+    if weight.ndim == 3 and "experts" not in name:  # taps, of which few are added up
         return 0.85 / math.sqrt(weight.shape[-1])
     return 0.3 if ".conv." in name else 0.15  # around convolutions three are multiplied
 

@@ -9,7 +9,7 @@ from edgekit.formats import BuildRequest
 from edgekit.formats.executorch import conversion, kinds, tensor_types
 from edgekit.model.mixers import Attention, DeltaNet, ShortConv
 from edgekit.model.norm import Norm
-from edgekit.model.spec import DecoderSpec, Layer, LayerEmbedding, Mlp
+from edgekit.model.spec import DecoderSpec, Experts, Layer, LayerEmbedding, Mlp
 
 
 NORM = Norm(kind="rms", epsilon=1e-6)
@@ -63,6 +63,18 @@ def test_a_kind_of_layer_that_a_back_end_lacks_is_named(kind, variant):
     with pytest.raises(UsageError, match=f"writes no {kind} for .* in ExecuTorch") as refusal:
         plan(SPECIAL[kind], variant)
     assert "--variant portable" in refusal.value.hint
+
+
+@pytest.mark.parametrize("variant", ["portable", "llm-ops", "vulkan", "coreml"])
+def test_experts_are_refused_for_every_back_end_with_the_reason(variant):
+    mlp = Mlp(intermediate_size=8, experts=Experts(count=4, used=2))
+    spec = replace(PLAIN, layers=(Layer(), Layer(mlp=mlp), Layer(mlp=mlp)))
+    with pytest.raises(
+        UsageError, match=r"no layers with experts \(the first is layer 1"
+    ) as refusal:
+        plan(spec, variant)
+    assert "other matrices for each token" in str(refusal.value)
+    assert "--format gguf" in refusal.value.hint
 
 
 def test_the_first_such_layer_is_named():

@@ -1,6 +1,7 @@
 """What convolutions and delta nets keep of a text, in ExecuTorch programs."""
 
 import json
+from contextlib import closing
 from itertools import pairwise
 
 import pytest
@@ -17,6 +18,7 @@ from edgekit.formats.executorch import (
 )
 from edgekit.formats.executorch.backends import xnnpack
 from edgekit.formats.executorch.backends.xnnpack import limits
+from edgekit.proof import transformers_logits
 from edgekit.source import opening
 from edgekit.tests.formats.executorch.test_families import (
     agreement,
@@ -43,6 +45,7 @@ pytestmark = [
 
 # Taps with a bias, and a convolution in the last layer; nets of four values a key, one the last.
 KINDS = ("lfm2-bias", "qwen3.5-pattern")
+LONG_TOKENS = 4000
 IDS = np.random.default_rng(3).integers(0, 500, 130).tolist()
 
 
@@ -81,6 +84,24 @@ def test_a_text_says_after_another_what_it_says_alone(session):
     session.prefill(IDS[::-1])
     session.reset()
     np.testing.assert_array_equal(session.prefill(IDS[:70]), alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_drifts_in_four_thousand_tokens(kind, tmp_path):
+    path = write_tiny_checkpoint(tmp_path / "model", kind, max_position_embeddings=LONG_TOKENS)
+    long = opening.open_checkpoint(path)
+    request = BuildRequest(recipe=tensor_types.RECIPES["F32"], context_tokens=LONG_TOKENS)
+    made = tmp_path / conversion.convert(long, request, tmp_path, progress=lambda _: None)
+    ids = np.random.default_rng(5).integers(0, long.spec.vocab_size, LONG_TOKENS).tolist()
+    (expected,) = transformers_logits.logits(long, [ids])
+    half = LONG_TOKENS // 2
+    with closing(running.load(made, context_tokens=LONG_TOKENS, threads=1)) as session:
+        said = [session.prefill(ids[:half]).copy()]  # in blocks, the rest token by token
+        said += [session.decode(id).copy() for id in ids[half:]]
+    for first in range(half, LONG_TOKENS, half // 4):  # no part of it is further off
+        rows = range(first, first + half // 4)
+        found = agreement(expected, said[first - half + 1 :][: len(rows)], rows, ids)
+        assert found.mean_kl_nats <= max_kl_nats(long.spec)
 
 
 @pytest.mark.parametrize("kind", KINDS)

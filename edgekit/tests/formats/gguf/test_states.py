@@ -17,7 +17,7 @@ from edgekit.formats.gguf import conversion, importance, layout
 from edgekit.formats.gguf.runtime import GgufSession
 from edgekit.model.checkpoint_protocol import Calibration
 from edgekit.proof import transformers_logits
-from edgekit.quant.planned import damped
+from edgekit.quant.damping import damped
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.formats.gguf.test_families import Made, make, open_tiny
@@ -29,7 +29,15 @@ pytestmark = [pytest.mark.toolchain, needs("torch", "tokenizers", "llama_cpp")]
 np = pytest.importorskip("numpy")
 
 RECIPES = formats.get("gguf").RECIPES
-TAPS = {"lfm2": 3, "lfm2-five-taps": 5, "qwen3.5": 4, "qwen3.5-tied": 4, "gemma4": 2}
+TAPS = {
+    "lfm2": 3,
+    "lfm2-five-taps": 5,
+    "lfm2-moe": 3,
+    "lfm2-moe-scaled": 5,
+    "qwen3.5": 4,
+    "qwen3.5-tied": 4,
+    "gemma4": 2,
+}
 MAX_KL_NATS = 1e-6
 STATUS = Path("/proc/self/status")
 
@@ -181,6 +189,7 @@ def held_bytes() -> int:
 
 WIDE = {
     "lfm2": {"hidden_size": 256, "block_auto_adjust_ff_dim": False, "intermediate_size": 512},
+    "lfm2-moe": {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256},
     "qwen3.5": {  # two heads of 128 to a block of 256 columns, and they change places
         "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "linear_key_head_dim": 128,
         "linear_value_head_dim": 128,
@@ -195,9 +204,9 @@ def calibrated(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint of which some columns count more than others, at random."""
     random = np.random.default_rng(5)
     columns = {
-        role: random.gamma(0.5, 1.0, shape[1]).astype(np.float32)
+        role: random.gamma(0.5, 1.0, shape[-1]).astype(np.float32)
         for role, shape in checkpoint.spec.weights()
-        if len(shape) == 2
+        if len(shape) > 1
     }
     calibration = Calibration(text_sha256="0" * 64, importance=columns)
     return replace(checkpoint, calibration=calibration)
@@ -205,8 +214,9 @@ def calibrated(checkpoint: Checkpoint) -> Checkpoint:
 
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    [("lfm2", "Q4_K_M"), ("qwen3.5", "Q4_K_M"), ("qwen3.5", "Q4_0"), ("gemma4", "Q4_K_M")],
-)
+    [("lfm2", "Q4_K_M"), ("lfm2-moe", "Q4_K_M"), ("qwen3.5", "Q4_K_M"), ("qwen3.5", "Q4_0"),
+     ("gemma4", "Q4_K_M")],
+)  # fmt: skip
 def test_a_rounded_file_says_in_llama_cpp_what_its_weights_say_in_transformers(
     name, recipe, tmp_path, monkeypatch
 ):
@@ -266,13 +276,15 @@ def test_the_columns_of_a_calibration_change_places_with_the_weights_they_are_fo
 # What is stored otherwise than llama-quantize would: what it leaves, or makes coarse.
 FINER = {
     "lfm2": {},
+    "lfm2-moe": {},
     "qwen3.5": {"ssm_alpha.weight": "F32", "ssm_beta.weight": "F32"},
     "gemma4": {"per_layer_model_proj.weight": "F16"},
 }
 
 
 @pytest.mark.parametrize(("name", "recipe"), [
-    ("lfm2", "Q4_K_M"), ("lfm2", "Q3_K_M"), ("qwen3.5", "Q5_K_M"), ("gemma4", "Q4_K_M"),
+    ("lfm2", "Q4_K_M"), ("lfm2", "Q3_K_M"), ("lfm2-moe", "Q4_K_M"), ("qwen3.5", "Q5_K_M"),
+    ("gemma4", "Q4_K_M"),
 ])  # fmt: skip
 def test_mixtures_are_those_of_llama_quantize_but_for_what_stays_fine(name, recipe, tmp_path):
     """A layer counts among those that have such a weight, as it does there."""
@@ -281,6 +293,7 @@ def test_mixtures_are_those_of_llama_quantize_but_for_what_stays_fine(name, reci
     of_kinds: dict[str, dict[str, Any]] = {
         "lfm2": {"num_hidden_layers": 8, "layer_types": [
             "conv", "full_attention", *["conv", "full_attention", "full_attention"] * 2]},
+        "lfm2-moe": {"num_hidden_layers": 16, "layer_types": ["conv", "full_attention"] * 8},
         "qwen3.5": {"num_hidden_layers": 8, "layer_types": None},
         "gemma4": {},
     }  # fmt: skip

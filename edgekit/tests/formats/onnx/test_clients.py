@@ -46,7 +46,9 @@ LLAMAS = (
     "olmo2", "phi",
 )  # fmt: skip
 HYBRIDS = [
-    name for name, case in TINY.items() if case.model_type in {"lfm2", "lfm3", "qwen3_5_text"}
+    name
+    for name, case in TINY.items()
+    if case.model_type in {"lfm2", "lfm2_moe", "lfm3", "qwen3_5_text"}
 ]
 KINDS = [
     name

@@ -143,6 +143,10 @@ def decoded(session, ids):
 @pytest.mark.parametrize("recipe", ["F16_GPU", "UINT4_GPU"])
 def test_half_precision_loses_no_more_than_its_digits(recipe, made, tmp_path):
     """Also where weights have four bits: held against the same weights in float32."""
+    if made.checkpoint.spec.has_experts:
+        with pytest.raises(UsageError, match="edgekit writes none in float16"):
+            conversion.plan(made.checkpoint, BuildRequest(recipe=tensor_types.RECIPES[recipe]))
+        return
     ids = next(made.chunks())
     chosen, single = tensor_types.RECIPES[recipe], {"F16_GPU": "F32", "UINT4_GPU": "UINT4"}[recipe]
     said = []
@@ -200,10 +204,10 @@ def test_the_onnx_package_reads_what_was_written(made):
     assert proto.SerializeToString() != b""
     for weight in proto.graph.initializer:
         values = onnx.numpy_helper.to_array(weight)
-        if weight.name == "layers.1.up":
-            np.testing.assert_array_equal(values, made.checkpoint.weight("layers.1.up"))
+        if weight.name == "layers.0.up":
+            np.testing.assert_array_equal(values, made.checkpoint.weight("layers.0.up"))
             return
-    pytest.fail("the gate of layer 1 is not there")
+    pytest.fail("the matrix up of layer 0 is not there")
 
 
 # Every tensor, once

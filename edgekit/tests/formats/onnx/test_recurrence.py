@@ -17,9 +17,10 @@ from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 pytestmark = [pytest.mark.toolchain, needs("torch", "onnxruntime")]
 np = pytest.importorskip("numpy")
 
-# Five taps, and three with one key head for four value heads, in uneven orders of layers.
-KINDS = ("lfm2-five-taps", "qwen3.5-pattern")
-TAPS = {"lfm2-five-taps": 5, "qwen3.5-pattern": 3}
+# Five taps, and three with one key head for four value heads, in uneven orders of layers; and
+# experts, which keep nothing of a token.
+KINDS = ("lfm2-five-taps", "qwen3.5-pattern", "lfm2-moe")
+TAPS = {"lfm2-five-taps": 5, "qwen3.5-pattern": 3, "lfm2-moe": 3}
 TEXT_TOKENS = 90
 LONG_TOKENS = 4000
 
@@ -82,7 +83,7 @@ def test_a_state_goes_back_to_the_begin_only(read):
     session.close()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[:2])
 def test_nothing_drifts_in_four_thousand_tokens(kind, tmp_path):
     made = make(tmp_path, kind, max_position_embeddings=LONG_TOKENS)
     ids = np.random.default_rng(5).integers(0, made.checkpoint.spec.vocab_size, LONG_TOKENS)
@@ -121,6 +122,8 @@ def test_memory_holds_keys_and_values_where_layers_attend_and_states_elsewhere(r
 @pytest.mark.parametrize("recipe", tensor_types.RECIPES)
 def test_every_recipe_computes_states_in_float32(recipe, read, tmp_path):
     made, (ids, _), _, _ = read
+    if made.checkpoint.spec.has_experts and tensor_types.BUILDS[recipe].is_half:
+        pytest.skip("experts are refused there")
     request = BuildRequest(recipe=tensor_types.RECIPES[recipe])
     entry = conversion.convert(made.checkpoint, request, tmp_path, progress=lambda _: None)
     held = {name: kind for name, _, kind in tensor_types.contents(tmp_path / entry)}

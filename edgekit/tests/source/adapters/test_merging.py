@@ -571,6 +571,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "xIELU": {"model_type": "apertus", "pad_token_id": 0},
     "one norm for all heads": {"model_type": "olmo2"},
     "a bias of the head": {"model_type": "phi", "num_key_value_heads": 2},
+    "linears beside experts": {
+        "model_type": "lfm2_moe", "num_dense_layers": 1, "num_experts": 4, "bos_token_id": 1,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 8, "pad_token_id": 0,
+        "layer_types": ["conv", "full_attention"], "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 # name: (base, what PEFT is asked for, whether the result is tied)
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
@@ -795,7 +800,11 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
 
 
 SHAPES |= {
-    f"all-linear, {name}": (base, {"target_modules": "all-linear"}, "tie_word_embeddings" in base)
+    f"all-linear, {name}": (
+        base,
+        {"target_modules": "all-linear"},
+        base.get("tie_word_embeddings", False),
+    )
     for name, base in FAMILIES.items()
 }
 
@@ -814,6 +823,21 @@ def test_a_merged_checkpoint_says_what_peft_says_unmerged(shape, tmp_path):
     assert np.abs(side_by_side - made.logits).max() <= 1e-5
     shared = made.base_logits.shape[-1]
     assert np.abs(made.logits[:, :shared] - made.base_logits).max() > 0.02
+
+
+@pytest.mark.parametrize("module", ["experts", "experts.base_layer", "experts.2.w1", "gate"])
+def test_an_update_of_experts_is_refused_whoever_made_it(module, tmp_path):
+    base = Checkpoint.open(tiny.write_base(tmp_path / "base", **FAMILIES["linears beside experts"]))
+    name = f"model.layers.1.feed_forward.{module}"
+    updates = {f"{name}.lora_A.weight": np.ones((4, 16)), f"{name}.lora_B.weight": np.ones((8, 4))}
+    adapter = tiny.write_adapter(
+        tmp_path / "adapter", updates, target_modules=["w1", "gate"],
+        target_parameters=["feed_forward.experts.gate_up_proj"],
+    )  # fmt: skip
+    with pytest.raises(UsageError, match=r"changes model\.layers\.1\.feed") as refusal:
+        merging.merge(base, adapter)
+    assert "edgekit merges no update of experts" in str(refusal.value)
+    assert "merge it with PEFT" in refusal.value.hint
 
 
 @pytest.mark.toolchain
