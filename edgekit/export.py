@@ -81,7 +81,7 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         variant: Which build of the format, where it has several for different programs on the
             device; None takes the one the target's program reads.
         compile: Whether to compile what the format's runtime wants besides weights: for MLC, the
-            library that WebLLM runs. None compiles it where none is prebuilt and the tools are here.
+            library that WebLLM runs. None does where none is prebuilt and the tools are here.
         chat_template: The name of one of the model's templates, or a file; None: the default one.
         template_variables: What the template reads, by name, fixed in the bundle: JSON values, as
             ``{"enable_thinking": False}``.

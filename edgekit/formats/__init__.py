@@ -113,8 +113,8 @@ class BuildRequest:
     context_tokens: int | None = None  # what a runner must hold; None: all that the format can
     split_bytes: int | None = None  # the most that one file may take; None: one file
     variant: str | None = None  # one of the format's `VARIANTS`; None: the usual one
-    # Whether to compile what the format's runtime wants besides weights; None: where none is offered
-    # already and the tools are there.
+    # Whether to compile what the format's runtime wants besides weights; None: where nobody offers
+    # it and the tools are there.
     compiles: bool | None = False
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import BundleError, ToolchainError
 from edgekit.formats.mlc import chat_config, decoder_file, shards
 from edgekit.formats.mlc.compiling import cpu
-from edgekit.formats.mlc.compiling.attention import PAGE_TOKENS
+from edgekit.formats.mlc.compiling.attention_kernels import PAGE_TOKENS
 from edgekit.formats.mlc.compiling.shape import LibraryShape
 from edgekit.formats.mlc.libraries import PREFILL_CHUNK_TOKENS
 from edgekit.runtime import reading

@@ -233,22 +233,28 @@ def table(name: str, measured: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield "|---" * (len(measured) + 1) + "|"
     base = measured.get("weighted", first)
     for kind in first["kl_nats"]:
-        cells = []
-        for found in measured.values():
-            values = found["kl_nats"][kind]
-            low, high = interval(values)
-            behind = [a - b for a, b in zip(values, base["kl_nats"][kind], strict=True)]
-            low_behind, high_behind = interval(behind)
-            mark = " worse" if low_behind > 0 else " better" if high_behind < 0 else ""
-            cells.append(
-                f"{np.mean(values):.3f} ({low:.3f}-{high:.3f}), {found['same_top'][kind]:.1%}{mark}"
-            )
-        yield f"| {kind} | " + " | ".join(cells) + " |"
+        cells = [
+            f"{cell(found['kl_nats'][kind], base['kl_nats'][kind])}, {found['same_top'][kind]:.1%}"
+            for found in measured.values()
+        ]
+        yield f"| {kind}, {len(first['kl_nats'][kind])} documents | " + " | ".join(cells) + " |"
     means = [np.mean([np.mean(v) for v in it["kl_nats"].values()]) for it in measured.values()]
     tops = [np.mean([*it["same_top"].values()]) for it in measured.values()]
     cells = [f"{kl:.3f}, {top:.1%}" for kl, top in zip(means, tops, strict=True)]
     yield "| mean of kinds | " + " | ".join(cells) + " |"
+    of_all = [[kl for parts in it["kl_nats"].values() for kl in parts] for it in measured.values()]
+    of_base = [kl for parts in base["kl_nats"].values() for kl in parts]
+    cells = [cell(values, of_base) for values in of_all]
+    yield f"| all {len(of_base)} documents | " + " | ".join(cells) + " |"
     yield "| seconds | " + " | ".join(f"{it['solve_s']:.0f}" for it in measured.values()) + " |"
+
+
+def cell(values: list[float], base: list[float]) -> str:
+    """Return a mean with its interval, and whether it is another than that of the base."""
+    low, high = interval(values)
+    behind = interval([a - b for a, b in zip(values, base, strict=True)])
+    mark = " worse" if behind[0] > 0 else " better" if behind[1] < 0 else ""
+    return f"{sum(values) / len(values):.3f} ({low:.3f}-{high:.3f}){mark}"
 
 
 if __name__ == "__main__":

@@ -274,3 +274,31 @@ def test_what_has_no_lattice_is_importance_weighted(tmp_path):
     assert left
     assert ready.calibration.importance is not None
     assert not {it.role for it in left} & ready.calibration.solved.keys()
+
+
+def test_feedback_brings_a_model_closer_than_importance_weighting_does(tmp_path):
+    """At equal bytes, in llama.cpp, on a text that neither has seen."""
+    from edgekit.proof.fidelity import Comparison
+
+    plain = Checkpoint.open(write_tiny_checkpoint(tmp_path / "m", "llama", hidden_size=256))
+    ids = plain.text.loaded().encode("Der Zug nach Süden hielt an jeder Station, und niemand fror.")
+    (exact,) = interpreter.logits(plain, [ids])
+    kl, sizes = {}, set()
+    for method in ("weighted", "feedback"):
+        announced = calibration.announce(plain, method=method)
+        request = BuildRequest(recipe=formats.get("gguf").RECIPES["Q4_0"], context_tokens=128)
+        layout = formats.writing("gguf").lay_out(announced, request)
+        ready = prepare(announced, layout.placements, listener=Silent())
+        out = tmp_path / method
+        out.mkdir()
+        entry = formats.writing("gguf").convert(ready, request, out, progress=lambda _: None)
+        session = formats.running("gguf").load(
+            out / entry, context_tokens=128, has_exact_cache=True
+        )
+        comparison = Comparison()
+        comparison.add(exact, session.all_logits(ids), np.array(ids))
+        session.close()
+        kl[method] = comparison.result().mean_kl_nats
+        sizes.add((out / entry).stat().st_size)
+    assert len(sizes) == 1
+    assert kl["feedback"] < 0.9 * kl["weighted"]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.formats.mlc.compiling import attention, cpu_attention_kernels, library, tools
+from edgekit.formats.mlc.compiling import attention_kernels, cpu_attention_kernels, library, tools
 from edgekit.formats.mlc.compiling.cpu_kernels import CpuKernels
 
 
@@ -38,7 +38,7 @@ def compile_to(path: Path, shape: "LibraryShape") -> None:
     where = target()
     with where:
         module = library.written(shape, CpuKernels(), where)
-        attention.replace_own(module, shape, cpu_attention_kernels.attend, suffix="_cpu")
+        attention_kernels.replace_own(module, shape, cpu_attention_kernels.attend, suffix="_cpu")
         with tvm.transform.PassContext(opt_level=3):
             module = kernels_of(module)
             built = relax.build(module, target=where, relax_pipeline="default_build")

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from edgekit.formats.mlc.compiling.attention import NEVER, PAGE_TOKENS
+from edgekit.formats.mlc.compiling.attention_kernels import NEVER, PAGE_TOKENS
 
 
 _MOST_LANES = 16
@@ -11,7 +11,7 @@ _LOG2_E = math.log2(math.e)
 
 
 def attend(heads: int, kv_heads: int, width: int, dtype: str) -> Any:
-    """Return what goes over the keys; an `attention.Attend`."""
+    """Return what goes over the keys; an `attention_kernels.Attend`."""
     from tvm.script import tirx as T
 
     lanes, group = math.gcd(width, _MOST_LANES), heads // kv_heads

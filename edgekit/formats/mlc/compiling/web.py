@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import UsageError
 from edgekit.formats.mlc.compiling import (
-    attention,
+    attention_kernels,
     cpu,
     tools,
     web_library,
@@ -59,17 +59,15 @@ def compile_to(path: Path, shape: "LibraryShape") -> None:
     where = target()
     with where:
         module = web_library.written(shape, WebGpuKernels(), where)
-        attention.replace_own(module, shape, webgpu_attention_kernels.attend)
+        attention_kernels.replace_own(module, shape, webgpu_attention_kernels.attend)
         for name in _UNUSED:
-            attention.put(module, name, attention.nothing())
+            attention_kernels.put(module, name, attention_kernels.nothing())
         with tvm.transform.PassContext(opt_level=3):
             schedule = dlight.ApplyDefaultSchedule(
                 dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback()
             )
             module = schedule(cpu.kernels_of(module))
-            built = relax.build(
-                module, target=where, relax_pipeline="default_build", system_lib=True
-            )
+            built = relax.build(module, target=where, relax_pipeline=_pipeline(), system_lib=True)
     built.export_library(str(path), fcompile=_linked)
 
 
@@ -79,3 +77,23 @@ def _linked(out: str, objects: Sequence[str], **options: Any) -> None:
 
 
 _linked.object_format = "o"  # type: ignore[attr-defined] # Emscripten cannot read a newer bitcode
+
+
+def _pipeline() -> Any:
+    """Return TVM's own last steps, and one that makes two libraries of a shape the same."""
+    import tvm
+    from tvm import relax
+
+    put_in_order = tvm.transform.module_pass(_with_sizes_in_order, opt_level=0)
+    return tvm.transform.Sequential([relax.get_pipeline("default_build"), put_in_order])
+
+
+def _with_sizes_in_order(module: Any, _context: Any) -> Any:
+    """Return a module that computes sizes in the order of their places: TVM's has no order."""
+    from tvm import tirx
+
+    for place, function in module.functions_items():
+        if place.name_hint.startswith("shape_func") and isinstance(function.body, tirx.SeqStmt):
+            steps = sorted(function.body.seq, key=lambda step: int(step.indices[0]))
+            module[place] = function.with_body(tirx.SeqStmt(steps))
+    return module

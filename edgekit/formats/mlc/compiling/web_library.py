@@ -6,7 +6,7 @@ Source: ``LLMChatPipeline`` of @mlc-ai/web-llm 0.2.86, which also runs it in 0.2
 import json
 from typing import TYPE_CHECKING, Any
 
-from edgekit.formats.mlc.compiling import library, webgpu_sampling
+from edgekit.formats.mlc.compiling import library, webgpu_sampling_kernels
 from edgekit.formats.mlc.compiling.model import Kernels
 from edgekit.formats.mlc.libraries import PREFILL_CHUNK_TOKENS
 
@@ -100,16 +100,16 @@ def _model(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
 
         def softmax_with_temperature(self, logits: Any, temperature: Any) -> Any:
             return op.tensor_ir_op(
-                webgpu_sampling.softmax(vocabulary),
+                webgpu_sampling_kernels.softmax(vocabulary),
                 "softmax",
                 [logits, temperature],
                 out=Tensor.placeholder(logits.shape, "float32"),
             )
 
         def argsort_probs(self, probs: Any) -> Any:
-            padded = [webgpu_sampling.padded(vocabulary)]
+            padded = [webgpu_sampling_kernels.padded(vocabulary)]
             out = [Tensor.placeholder(padded, dtype) for dtype in ("float32", "int32")]
-            sort = webgpu_sampling.sort(vocabulary)
+            sort = webgpu_sampling_kernels.sort(vocabulary)
             found = op.tensor_ir_op(sort, "sort", [probs], out=tuple(out))
             return tuple(_first(it, vocabulary) for it in found)
 
@@ -117,24 +117,24 @@ def _model(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
             self, probs: Any, ids: Any, uniform: Any, rows: Any, top_p: Any
         ) -> Any:
             return op.tensor_ir_op(
-                webgpu_sampling.sample(vocabulary),
+                webgpu_sampling_kernels.sample(vocabulary),
                 "sample",
                 [probs, ids, uniform, rows, top_p],
                 out=Tensor.placeholder([1], "int32"),
             )
 
         def apply_bitmask_inplace(self, logits: Any, rows: Any, bits: Any) -> Any:
-            return in_place(webgpu_sampling.mask(vocabulary), "mask", [logits, rows, bits])
+            return in_place(webgpu_sampling_kernels.mask(vocabulary), "mask", [logits, rows, bits])
 
         def apply_logit_bias_inplace(self, logits: Any, rows: Any, tokens: Any, bias: Any) -> Any:
-            add = webgpu_sampling.add_bias(vocabulary)
+            add = webgpu_sampling_kernels.add_bias(vocabulary)
             return in_place(add, "add_bias", [logits, rows, tokens, bias])
 
-        def apply_penalty_inplace(
+        def apply_penalty_inplace(  # noqa: PLR0913, PLR0917 - as WebLLM calls it
             self, logits: Any, sequences: Any, rows: Any, tokens: Any, times: Any, penalties: Any
         ) -> Any:
             given = [logits, sequences, rows, tokens, times, penalties]
-            return in_place(webgpu_sampling.penalize(vocabulary), "penalize", given)
+            return in_place(webgpu_sampling_kernels.penalize(vocabulary), "penalize", given)
 
     return WebModel()
 

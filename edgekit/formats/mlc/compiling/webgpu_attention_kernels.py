@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from edgekit.formats.mlc.compiling.attention import NEVER
+from edgekit.formats.mlc.compiling.attention_kernels import NEVER
 
 
 _THREADS = 64  # and keys whose scores are in the workgroup's memory at once
@@ -11,7 +11,7 @@ _LOG2_E = math.log2(math.e)
 
 
 def attend(heads: int, kv_heads: int, width: int, dtype: str) -> Any:
-    """Return what goes over the keys; an `attention.Attend`. Sums are in float32."""
+    """Return what goes over the keys; an `attention_kernels.Attend`. Sums are in float32."""
     from tvm.script import tirx as T
 
     group, parts = heads // kv_heads, -(-width // _THREADS)

@@ -160,7 +160,6 @@ def test_webllm_chooses_tokens_as_it_is_told(tmp_path):
     answers = visit(tmp_path.parent, {tmp_path.name: {"chats": chats}}, timeout_s=100)
 
     said = [it["choices"][0]["message"]["content"] for it in answers[tmp_path.name]["answers"]]
-    print(said)
     assert len(set(said[0])) == 1
     assert len(set(said[1])) == 2
     assert said[2] == "abc"

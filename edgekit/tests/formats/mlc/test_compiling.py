@@ -1,4 +1,4 @@
-"""Which library a plan chooses: a prebuilt one, one that is compiled, or none; without compiling."""
+"""Which library a plan chooses: a prebuilt one, one that it compiles, or none."""
 
 from dataclasses import replace
 

@@ -140,9 +140,9 @@ def sort(count: int) -> Any:
                     for level in T.serial(_BLOCK_LEVELS):
                         sort_block(keys, ids, bx * _BLOCK, level + 1, level + 1, tx)
                     for half in T.serial(2):
-                        at: T.let[T.int32] = half * _THREADS + tx
-                        out_keys[bx * _BLOCK + at] = keys[at]
-                        out_ids[bx * _BLOCK + at] = ids[at]
+                        sorted_at: T.let[T.int32] = half * _THREADS + tx
+                        out_keys[bx * _BLOCK + sorted_at] = keys[sorted_at]
+                        out_ids[bx * _BLOCK + sorted_at] = ids[sorted_at]
         for above in T.serial(levels - _BLOCK_LEVELS):
             for d in T.serial(above + 1):
                 for bx in T.thread_binding(whole // _BLOCK, thread="blockIdx.x"):
@@ -167,9 +167,9 @@ def sort(count: int) -> Any:
                         keys = T.sblock_alloc_buffer((_BLOCK,), "float32", scope="shared")
                         ids = T.sblock_alloc_buffer((_BLOCK,), "int32", scope="shared")
                         for half in T.serial(2):
-                            at: T.let[T.int32] = half * _THREADS + tx
-                            keys[at] = out_keys[bx * _BLOCK + at]
-                            ids[at] = out_ids[bx * _BLOCK + at]
+                            loaded_at: T.let[T.int32] = half * _THREADS + tx
+                            keys[loaded_at] = out_keys[bx * _BLOCK + loaded_at]
+                            ids[loaded_at] = out_ids[bx * _BLOCK + loaded_at]
                         T.tvm_storage_sync("shared")
                         sort_block(
                             keys,
@@ -180,9 +180,9 @@ def sort(count: int) -> Any:
                             tx,
                         )
                         for half in T.serial(2):
-                            at: T.let[T.int32] = half * _THREADS + tx
-                            out_keys[bx * _BLOCK + at] = keys[at]
-                            out_ids[bx * _BLOCK + at] = ids[at]
+                            merged_at: T.let[T.int32] = half * _THREADS + tx
+                            out_keys[bx * _BLOCK + merged_at] = keys[merged_at]
+                            out_ids[bx * _BLOCK + merged_at] = ids[merged_at]
 
     return function
 
@@ -264,9 +264,9 @@ def mask(count: int) -> Any:
             for tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
                 with T.sblock("mask"):
                     at: T.let[T.int32] = bx * _THREADS + tx
-                    if at < count:
-                        if T.bitwise_and(T.shift_right(bits[0, at // 32], at % 32), 1) == 0:
-                            logits[0, at] = T.float32(_NEVER)
+                    word: T.let[T.int32] = bits[0, T.min(at, count - 1) // 32]
+                    if T.And(at < count, T.bitwise_and(T.shift_right(word, at % 32), 1) == 0):
+                        logits[0, at] = T.float32(_NEVER)
 
     return function
 

@@ -9,16 +9,17 @@ of a token is its own.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+
 if TYPE_CHECKING:
+    from edgekit.formats.mlc.compiling.shape import LibraryShape
     from edgekit.model.mixers import Attention
     from edgekit.model.spec import Layer
-    from edgekit.formats.mlc.compiling.shape import LibraryShape
 
 PAGE_TOKENS = 16
 NEVER = -5e4  # the logarithm of nothing, as TVM's own kernels write it
 
 # From heads, heads of keys, their width and what they are stored in to a macro of TVMScript:
-#     attend(query, key, value, out, lse, count, first, last, scale)
+# `attend(query, key, value, out, lse, count, first, last, scale)`. It
 # writes, for each of ``count`` tokens and each head, what attention makes of the keys from
 # ``first(token)`` to ``last(token)``, and the logarithm of the sum of weights, to base 2. ``key``
 # and ``value`` give one number of a place, a head and a channel, and are expanded where they stand.
