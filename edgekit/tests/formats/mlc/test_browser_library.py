@@ -185,7 +185,7 @@ def test_the_demo_says_paris_and_stops(tmp_path):
     assert time.monotonic() - started_s < MOST_COMPILING_S
     assert (tmp_path / "bundle" / libraries.OWN).stat().st_size < MOST_LIBRARY_BYTES
     (record,) = json.loads((tmp_path / "bundle/webllm.json").read_text())["model_list"]
-    assert record["model_lib"] == f"./{libraries.OWN}"
+    assert record["model_lib"].endswith(f"/{libraries.OWN}")
     ids = Text.open(tmp_path / "bundle", bundle.text).encode_chat([QUESTION])[-POSITIONS:]
     chat = {"messages": [QUESTION], "temperature": 0, "max_tokens": 16}
 
