@@ -65,7 +65,9 @@ def created(shape: "LibraryShape", max_batch_size: Any, max_history: Any) -> Any
 
     builder, found = relax.BlockBuilder.current(), sizes(shape)
     functions = [
-        relax.Tuple([builder.add_func(make(size), f"{verb}_{name}") for name, size in found.items()])
+        relax.Tuple(
+            [builder.add_func(make(size), f"{verb}_{name}") for name, size in found.items()]
+        )
         for verb, make in (("get", webgpu_state_kernels.get), ("put", webgpu_state_kernels.put))
     ]
     zeros = relax.Tuple([relax.op.zeros(size, "float32") for size in found.values()])
@@ -89,6 +91,5 @@ def _places(shape: "LibraryShape") -> "list[tuple[int, int, Shape]]":
     layers = list(dict.fromkeys(index for index, _, _ in shape.spec.states()))
     names = list(sizes(shape))
     return [
-        (layers.index(index), names.index(name), size)
-        for index, name, size in shape.spec.states()
+        (layers.index(index), names.index(name), size) for index, name, size in shape.spec.states()
     ]
