@@ -21,12 +21,12 @@ from typing import Any
 import pytest
 
 import edgekit.target
-from edgekit import formats
 from edgekit.bundle.goldens import Goldens
 from edgekit.bundle.manifest import Bundle
 from edgekit.errors import EdgekitError, ToolchainError
 from edgekit.measuring.devices import Device, connect
 from edgekit.measuring.measure import DEFAULT_REPETITIONS
+from edgekit.measuring.verdict import largest_mean_kl_nats
 from edgekit.run import Runner
 from edgekit.target import Target
 from edgekit.text.tokenizer import Text
@@ -36,17 +36,6 @@ MARKERS = (
     "latency: judges a time or a rate; meaningless on a machine that has other work",
     "slow: reads as many tokens as the context holds",
 )
-
-# How far a device's logits may be from the workstation's, mean KL in nats. The criterion is not
-# the same words: one artifact on two instruction sets chose another word at 2 of 5 positions, and
-# differed by at most 0.13 nats (int4, ONNX Runtime, Cortex-A76 against x86). So 0.2 at the most;
-# and never more than a proof lets this recipe differ from its checkpoint, for a device that adds
-# as much again halves what was proven. For scale: the same build differs from itself by 1e-10 if it
-# reads a text in a batch as long as before, and by 0.002 to 0.003 if in one of 256 tokens instead
-# of 48, where other kernels work (Q8_0, SmolLM2-135M, 0.02 allowed).
-LARGEST_MEAN_KL_NATS = 0.2
-# Weights kept in floats: half-precision arithmetic is one processor's way and not another's.
-LEAST_MEAN_KL_NATS = 1e-3
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -214,7 +203,5 @@ def runner(on_this_machine: None, bundle: Bundle, threads: int | None) -> Iterat
 
 @pytest.fixture(scope="session")
 def mean_kl_limit_nats(bundle: Bundle) -> float:
-    """How far the logits may be from the goldens, see `LARGEST_MEAN_KL_NATS`."""
-    recipe = formats.get(bundle.artifact.format).RECIPES.get(bundle.artifact.recipe)
-    proven = recipe.max_mean_kl_nats if recipe else LARGEST_MEAN_KL_NATS
-    return min(max(proven, LEAST_MEAN_KL_NATS), LARGEST_MEAN_KL_NATS)
+    """How far the logits may be from the goldens, see `edgekit.measuring.verdict`."""
+    return largest_mean_kl_nats(bundle)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgekit.bundle.manifest import Bundle as Bundle
+    from edgekit.calibrate_target import calibrate_target as calibrate_target
+    from edgekit.compare import compare as compare
     from edgekit.doctor import doctor as doctor
     from edgekit.errors import EdgekitError as EdgekitError
     from edgekit.export import export as export
@@ -39,7 +41,8 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "Bundle": "bundle.manifest", "Chat": "run", "EdgekitError": "errors", "Runner": "run",
-    "Sampling": "runtime.generate", "Target": "target", "doctor": "doctor", "export": "export",
+    "Sampling": "runtime.generate", "Target": "target", "calibrate_target": "calibrate_target",
+    "compare": "compare", "doctor": "doctor", "export": "export",
     "inspect": "inspect", "load_target": "target", "merge": "merge",
     "open_checkpoint": "source.opening", "plan": "plan", "run": "run", "serve": "serve",
     "validate": "validate", "verify": "verify", "__version__": "versions",

@@ -28,6 +28,7 @@ from edgekit.errors import BudgetError, EdgekitError, ToolchainError, UnstableEr
 
 
 if TYPE_CHECKING:
+    from edgekit.compare import Row
     from edgekit.formats import Layout
     from edgekit.plan import Plan
     from edgekit.progress import Advance
@@ -183,12 +184,19 @@ def choice_options(command: Decorated) -> Decorated:
     return adapter_option(command)
 
 
-def no_calibration_option(command: Decorated) -> Decorated:
-    """Add ``--no-calibration``."""
-    return click.option(
-        "--no-calibration", is_flag=True,
-        help="Round to nearest, without weighting errors by the size of the inputs.",
-    )(command)  # fmt: skip
+def quant_method_options(command: Decorated) -> Decorated:
+    """Add ``--quant-method`` and ``--no-calibration``."""
+    for option in (
+        click.option("--no-calibration", is_flag=True,
+                     help="Round to nearest, without weighting errors by the size of the inputs: "
+                     "--quant-method native."),
+        click.option("--quant-method", type=click.Choice(["native", "weighted", "feedback"]),
+                     help="How weights of few bits find their codes: as the format's own tool "
+                     "rounds, with errors weighted by the size of the inputs (the default), or so "
+                     "that codes make up for each other's errors: the closest, and the slowest."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 def split_option(command: Decorated) -> Decorated:
@@ -209,6 +217,15 @@ def variant_option(command: Decorated) -> Decorated:
         "--variant", metavar="NAME",
         help="Build of the format for a particular program on the device (`edgekit formats`); "
              "default: the target's.",
+    )(command)  # fmt: skip
+
+
+def compile_option(command: Decorated) -> Decorated:
+    """Add ``--compile`` and ``--no-compile``."""
+    return click.option(
+        "--compile/--no-compile", "compiles", default=None,
+        help="Compile the library with which WebLLM runs an MLC bundle; default: where none is "
+             "prebuilt, and TVM and Emscripten are installed.",
     )(command)  # fmt: skip
 
 
@@ -245,11 +262,12 @@ def json_option(command: Decorated) -> Decorated:
 @trained_on_option
 @split_option
 @variant_option
+@compile_option
 @click.option("--calibration", type=DIRECTORY, metavar="FILE",
               help="Text like what the model will read, to calibrate on in addition to edgekit's "
                    "own.",
               )  # fmt: skip
-@no_calibration_option
+@quant_method_options
 @tokenizer_option
 @click.option("-o", "--out", type=DIRECTORY, help="Bundle directory to create.")
 @click.option(
@@ -267,8 +285,9 @@ def export_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
     quant: str | None, context_tokens: int | None, chat_template: str | None,
     template_variables: dict[str, Any], trained_on: Path | None,
-    split_bytes: int | None, variant: str | None, calibration: Path | None,
-    no_calibration: bool, tokenizer: str, out: Path | None,
+    split_bytes: int | None, variant: str | None, compiles: bool | None,
+    calibration: Path | None, no_calibration: bool, quant_method: str | None, tokenizer: str,
+    out: Path | None,
     replace: bool, no_verify: bool, sign: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Export MODEL for a device, and prove that the artifact says what MODEL says.
@@ -289,9 +308,10 @@ def export_command(
 
     bundle = export(
         model, target_name, adapters=adapters, format=format, quant=quant,
-        context_tokens=context_tokens, split_bytes=split_bytes, variant=variant,
+        context_tokens=context_tokens, split_bytes=split_bytes, variant=variant, compile=compiles,
         chat_template=chat_template, template_variables=template_variables,
         trained_on=trained_on, calibration=calibration, calibrate=not no_calibration,
+        quant_method=quant_method,
         tokenizer=tokenizer, out=out, replace=replace, verify=not no_verify, sign=sign,
         listener=Terminal(),
     )  # fmt: skip
@@ -307,24 +327,37 @@ def export_command(
 @chat_template_option
 @template_variables_option
 @variant_option
-@no_calibration_option
+@compile_option
+@quant_method_options
 @tokenizer_option
 @json_option
 def plan_command(
     model: str, target_name: str, adapters: tuple[Path, ...], format: str | None,
     quant: str | None, context_tokens: int | None, chat_template: str | None,
-    template_variables: dict[str, Any], variant: str | None, no_calibration: bool,
-    tokenizer: str, as_json: bool,
+    template_variables: dict[str, Any], variant: str | None, compiles: bool | None,
+    no_calibration: bool, quant_method: str | None, tokenizer: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Show what `export` would make of MODEL, what it would cost, and why the rest is rejected."""
+    """Show what `export` would make of MODEL, what it would cost, and why the rest is rejected.
+
+    MODEL may also be a directory with nothing but a config.json, the name of a published model
+    (Qwen2.5-1.5B), or a size (3b): then all published models of that size are compared.
+    """
+    from edgekit.compare import compare, is_size
     from edgekit.plan import plan
     from edgekit.target import load
 
     target = load(target_name)
+    if is_size(model):
+        rows = compare([model], [target], format=format, quant=quant,
+                       context_tokens=context_tokens, calibrate=not no_calibration,
+                       quant_method=quant_method)  # fmt: skip
+        print_rows(rows, as_json=as_json)
+        return
     made = plan(
         model, target, adapters=adapters, format=format, quant=quant,
         context_tokens=context_tokens, chat_template=chat_template,
-        template_variables=template_variables, variant=variant, calibrate=not no_calibration,
+        template_variables=template_variables, variant=variant, compile=compiles,
+        calibrate=not no_calibration, quant_method=quant_method,
         tokenizer=tokenizer, listener=Terminal(),
     )  # fmt: skip
     if as_json:
@@ -342,6 +375,7 @@ def plan_document(made: "Plan") -> dict[str, Any]:
         "context_tokens": made.context_tokens,
         "layout": _layout_document(made.layout),
         "estimate": made.estimate,
+        "quant_method": made.quant_method,
         "rejected": [
             {
                 "format": candidate.format,
@@ -392,12 +426,14 @@ def _layout_document(layout: "Layout") -> dict[str, Any]:
 
 def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
     """Yield a plan as a table: each limit of the target next to what is expected."""
-    from edgekit.plan import remarks
+    from edgekit.plan import grounds, remarks
     from edgekit.units import format_bytes, format_duration, format_rate
 
     estimate, budget, memory = made.estimate, target.budget, made.estimate.memory
     exact = "exactly" if made.layout.is_exact else "about"
     yield f"{made.format} {made.recipe.full_name} for {target.title}, {made.context_tokens} tokens"
+    if made.quant_method:
+        yield f"quant method: {made.quant_method}"
     yield f"{'':<24}{'expected':<34}limit"
     yield (
         f"{'to download':<24}{exact + ' ' + format_bytes(estimate.artifact_bytes):<34}"
@@ -419,7 +455,126 @@ def plan_lines(made: "Plan", target: "Target") -> Iterator[str]:
         name = f"first token after {limit.prompt_tokens}"
         between = f"{format_duration(first.low)} to {format_duration(first.high)}"
         yield f"{name:<24}{between:<34}{format_duration(limit.limit_s)}"
+    yield grounds(target)
     yield from remarks(made)
+
+
+@cli.command("compare")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--target", "target_names", multiple=True, metavar="NAME|FILE.toml",
+              help=f"{TARGET_HELP} May be given several times.")  # fmt: skip
+@click.option("--all-targets", is_flag=True, help="Every target that edgekit knows.")
+@click.option("--all-quants", is_flag=True,
+              help="A row for each recipe of each format, instead of the one that a plan takes.",
+              )  # fmt: skip
+@click.option("--format", metavar="F", help="Consider only this artifact format.")
+@click.option("--quant", metavar="Q", help="Consider only this recipe.")
+@click.option("--context", "context_tokens", type=int, metavar="N",
+              help="Context length in tokens; default: each target's.")  # fmt: skip
+@quant_method_options
+@click.option("--csv", "as_csv", is_flag=True, help="Print one table as CSV, in plain units.")
+@click.option("--html", type=DIRECTORY, metavar="FILE", help="Also write a page with a picture.")
+@json_option
+def compare_command(
+    models: tuple[str, ...], target_names: tuple[str, ...], all_targets: bool, all_quants: bool,
+    format: str | None, quant: str | None, context_tokens: int | None, no_calibration: bool,
+    quant_method: str | None,
+    as_csv: bool, html: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Compare what could be made of each MODEL for each target.
+
+    MODEL is what `plan` takes: weights are not needed.
+
+    \b
+    Examples:
+      edgekit compare 3b --target raspberry-pi-5-8gb
+      edgekit compare Qwen3-1.7B SmolLM2-1.7B --target android-mid-8gb --all-quants
+      edgekit compare ./my-model --all-targets --csv
+    """
+    from edgekit import target
+    from edgekit.compare import compare
+
+    if bool(target_names) == all_targets:
+        raise UsageError("say which targets: --target NAME, or --all-targets")
+    names = target.names() if all_targets else target_names
+    rows = compare(
+        models, names, format=format, quant=quant, context_tokens=context_tokens,
+        every_recipe=all_quants, calibrate=not no_calibration, quant_method=quant_method,
+        listener=Terminal(),
+    )  # fmt: skip
+    print_rows(rows, as_json=as_json, as_csv=as_csv)
+    if html is not None:
+        from edgekit.comparison_page import as_html
+
+        write_report(html, as_html(rows))
+
+
+def print_rows(rows: "Sequence[Row]", *, as_json: bool, as_csv: bool = False) -> None:
+    """Print a comparison: for people, or for programs, where every number has a plain unit."""
+    if as_json:
+        print_json([row_document(row) for row in rows])
+    elif as_csv:
+        import csv
+
+        writer = csv.DictWriter(sys.stdout, row_document(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row_document(row) for row in rows)
+    else:
+        for line in comparison_lines(rows):
+            echo(line)
+
+
+def row_document(row: "Row") -> dict[str, Any]:
+    """Return one row of a comparison for programs."""
+    estimate = row.estimate
+    rate = estimate.decode_tokens_per_s if estimate else None
+    first = next(iter(estimate.first_token_s.items())) if estimate else None
+    return {
+        "model": row.model,
+        "parameters": row.parameters,
+        "target": row.target,
+        "format": row.format,
+        "recipe": row.recipe,
+        "bits_per_weight": round(row.bits_per_weight, 2),
+        "demo_kl_nats": row.demo_kl_nats,
+        "context_tokens": row.context_tokens,
+        "artifact_bytes": estimate and estimate.artifact_bytes,
+        "memory_bytes": estimate and estimate.memory.peak_bytes,
+        "decode_tokens_per_s": rate and round(rate.likely, 2),
+        "first_token_prompt_tokens": first and first[0],
+        "first_token_s": first and round(first[1].likely, 3),
+        "fits": row.fits,
+        "is_chosen": row.is_chosen,
+        "misses": "; ".join(row.misses),
+    }
+
+
+def comparison_lines(rows: "Sequence[Row]") -> Iterator[str]:
+    """Yield a comparison as a table: what a plan would choose has a star."""
+    from edgekit.units import format_bytes, format_duration, format_rate
+
+    head = ("model", "target", "recipe", "to download", "memory", "decode", "first token", "fits")
+    table = [head]
+    for row in rows:
+        costs = ("", "", "", "")
+        if estimate := row.estimate:
+            costs = (
+                format_bytes(estimate.artifact_bytes),
+                format_bytes(estimate.memory.peak_bytes),
+                format_rate(estimate.decode_tokens_per_s.likely),
+                format_duration(next(iter(estimate.first_token_s.values())).likely),
+            )
+        star = " *" if row.is_chosen else ""
+        fits = "; ".join((row.fits, *row.misses))
+        table.append(
+            (row.model, row.target, f"{row.format} {row.recipe}{star}".strip(), *costs, fits)
+        )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        padded = (f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
+        yield "  ".join(padded).rstrip()
+    if any(row.is_chosen for row in rows):
+        yield "* what a plan takes"
 
 
 def piped_prompt() -> str:
@@ -462,13 +617,16 @@ def piped_prompt() -> str:
 @template_variables_option
 @click.option("--context", "context_tokens", type=int, metavar="N", help=CONTEXT_HELP)
 @click.option("--threads", type=int, metavar="N", help=THREADS_HELP)
+@click.option("--device", default="this", show_default=True, metavar="this|browser",
+              help="What computes; browser?backend=wasm does without its GPU.")  # fmt: skip
 @trusted_option
 @json_option
 def run_command(
     bundle: Path, prompt: str | None, system: str | None, max_tokens: int, temperature: float,
     top_k: int, top_p: float, min_p: float, repetition_penalty: float, seed: int | None,
     stop: tuple[str, ...], raw: bool, no_reasoning: bool, template_variables: dict[str, Any],
-    context_tokens: int | None, threads: int | None, trusted: Path | None, as_json: bool,
+    context_tokens: int | None, threads: int | None, device: str, trusted: Path | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Answer PROMPT with BUNDLE; without PROMPT, chat.
 
@@ -477,6 +635,7 @@ def run_command(
       edgekit run out "Name the capital of France."
       echo "Translate: good morning" | edgekit run out --json
       edgekit run out --temperature 0.7 --top-p 0.9
+      edgekit run out "Hi" --device browser
     """
     from edgekit.run import Runner, answer
     from edgekit.runtime.generate import Sampling
@@ -491,7 +650,7 @@ def run_command(
         prompt = piped_prompt()
     with Runner.open(
         bundle, context_tokens=context_tokens, threads=threads, trusted=trusted,
-        template_variables=template_variables,
+        template_variables=template_variables, device=device,
     ) as runner:  # fmt: skip
         if prompt is None:
             chat(runner, system=system, max_tokens=max_tokens, sampling=sampling, stop=stop,
@@ -508,6 +667,8 @@ def run_command(
             print_json(reply.answer)
         else:
             print_stream(iter(reply.next_part, None), shows_reasoning=not no_reasoning)
+        for note in runner.device_notes():
+            echo(f"note: {note}", err=True)
 
 
 def print_stream(parts: Iterable["Part"], *, shows_reasoning: bool = True) -> None:
@@ -563,7 +724,7 @@ def say(reply: "Reply", *, shows_reasoning: bool = True) -> None:
 @click.argument("bundle", type=DIRECTORY)
 @click.option("--target", "target_name", metavar="NAME|FILE.toml",
               help="Whose budget to enforce; default: the target it was exported for.")  # fmt: skip
-@click.option("--device", default="this", show_default=True, metavar="this|ssh://USER@HOST",
+@click.option("--device", default="this", show_default=True, metavar="this|browser|ssh://USER@HOST",
               help="Where to measure.")  # fmt: skip
 @click.option("--repetitions", type=int, default=5, show_default=True,
               help="Fresh processes to start with; doubled while more may decide.")  # fmt: skip
@@ -589,6 +750,7 @@ def validate_command(
     Examples:
       edgekit validate out
       edgekit validate out --device ssh://pi@raspberrypi.local --html report.html
+      edgekit validate out --device browser
       edgekit validate out --measurement phone.json
     """
     from edgekit.bundle.manifest import Bundle
@@ -780,6 +942,33 @@ def targets_command(name: str | None, schema: bool, as_json: bool) -> None:
     else:
         for line in target_lines(target.load(name)):
             echo(line)
+
+
+@cli.command("calibrate-target")
+@click.argument("reports", nargs=-1, required=True, type=DIRECTORY, metavar="REPORT.json...")
+@click.option("--target", "target_name", metavar="NAME|FILE.toml",
+              help="What they were measured as, if that is a file of your own.")  # fmt: skip
+@click.option("--title", metavar="TEXT", help="What the device is called.")
+def calibrate_target_command(
+    reports: tuple[Path, ...], target_name: str | None, title: str | None
+) -> None:
+    """Print a target file with the speeds that a device was measured at.
+
+    Each REPORT.json is what `validate BUNDLE --json` printed on the device, for a bundle that was
+    exported for the target nearest to it. Bundles of different sizes and recipes make the fit
+    better; how far it is from each of them is told.
+
+    \b
+    Examples:
+      edgekit calibrate-target q8.json q4.json --title "My board" > my-board.toml
+    """
+    from edgekit.calibrate_target import calibrate_target
+
+    fit = calibrate_target(reports, target=target_name, title=title)
+    for bundle, error in fit.decode_errors.items():
+        faster = "faster" if error >= 0 else "slower"
+        echo(f"{bundle}: a plan is {abs(error):.0%} {faster} than what was measured", err=True)
+    echo_lines(fit.text.rstrip("\n"))
 
 
 def target_table() -> Iterator[str]:

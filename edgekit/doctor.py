@@ -3,12 +3,15 @@
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from edgekit import formats, installed, scratch
+from edgekit.browser import chromium
+from edgekit.browser.packages import npm
 from edgekit.errors import EdgekitError, MissingDependencyError
 from edgekit.formats import BuildRequest
 from edgekit.model.mixers import Attention
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from edgekit.model.checkpoint_protocol import Tensor
 
 
+_VERSION_S = 20  # for a program to say its version
 State = Literal["ok", "missing", "broken"]
 
 
@@ -70,6 +74,35 @@ def _system() -> Iterator[Finding]:
         found=compiler or "none; llama.cpp is compiled when installed, ExecuTorch's shim when used",
         way_out="" if compiler else "apt install g++ (Debian), xcode-select --install (macOS)",
     )
+    emscripten = shutil.which("em++")
+    yield Finding(
+        name="Emscripten",
+        state="ok" if emscripten else "missing",
+        found=emscripten or "none; it links the libraries that WebLLM runs MLC bundles with",
+        way_out=""
+        if emscripten
+        else "apt install emscripten (Debian), brew install emscripten (macOS)",
+    )
+    yield _program("browser", chromium.find, "for `--device browser`")
+    yield _program("npm", npm, "for what runs in browsers")
+
+
+def _program(name: str, find: Callable[[], str | Path], purpose: str) -> Finding:
+    """Return where a program is and which version, or what installs it."""
+    try:
+        path = str(find())
+    except MissingDependencyError as error:
+        return Finding(name=name, state="missing", found=f"{error}; {purpose}", way_out=error.hint)
+    try:
+        done = subprocess.run(
+            [path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            check=False, timeout=_VERSION_S,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding(
+            name=name, state="broken", found=f"{path}: {error}", way_out="install it again"
+        )
+    return Finding(name=name, state="ok", found=f"{path}, {done.stdout.strip() or 'no version'}")
 
 
 def _packages() -> Iterator[Finding]:

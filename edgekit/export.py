@@ -5,17 +5,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgekit import formats, installed, target
+from edgekit import formats, installed, recipes, target
+from edgekit.browser import web_page
 from edgekit.bundle import workdir
 from edgekit.bundle.manifest import MANIFEST, Agreement, Artifact, Bundle, ModelRecord
 from edgekit.bundle.signature import require_signing
 from edgekit.errors import UsageError
+from edgekit.model.checkpoint_protocol import QuantMethod
 from edgekit.plan import FREE_CHOICE, Choice, Plan, remarks, substitutions
 from edgekit.plan import make as make_plan
 from edgekit.progress import Listener, Silent
-from edgekit.proof import qlora, transformers_logits
-from edgekit.proof.calibration import announce, measure, read_own_text, require
+from edgekit.proof import calibration, qlora, transformers_logits
 from edgekit.proof.gates import Subject, check
+from edgekit.solver.methods import prepare
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.target import Target
@@ -34,7 +36,7 @@ class Request:
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     trained_on: Path | None = None
     calibration: Path | None = None
-    is_calibrated: bool = True
+    quant_method: QuantMethod = "weighted"
     tokenizer: str = "file"
     out: Path | None = None
     replaces: bool = False
@@ -52,11 +54,13 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
     context_tokens: int | None = None,
     split_bytes: int | None = None,
     variant: str | None = None,
+    compile: bool | None = None,
     chat_template: str | Path | None = None,
     template_variables: Mapping[str, Any] | None = None,
     trained_on: str | Path | None = None,
     calibration: str | Path | None = None,
     calibrate: bool = True,
+    quant_method: str | None = None,
     tokenizer: str = "file",
     out: str | Path | None = None,
     replace: bool = False,
@@ -76,6 +80,8 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         split_bytes: The most that one file of the artifact may take; None makes one file.
         variant: Which build of the format, where it has several for different programs on the
             device; None takes the one the target's program reads.
+        compile: Whether to compile what the format's runtime wants besides weights: for MLC, the
+            library that WebLLM runs. None does where none is prebuilt and the tools are here.
         chat_template: The name of one of the model's templates, or a file; None: the default one.
         template_variables: What the template reads, by name, fixed in the bundle: JSON values, as
             ``{"enable_thinking": False}``.
@@ -84,6 +90,10 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
         calibration: A text like those the model will be used on, to join edgekit's own.
         calibrate: False rounds weights with an error in every column counting the same. Otherwise
             one pass of a text through the model measures how large the inputs of each column are.
+        quant_method: How coarse weights find their codes: ``"native"`` as the format's own tool
+            rounds, which is ``calibrate=False``; ``"weighted"`` with errors weighted by the size of
+            the inputs; ``"feedback"`` so that codes make up for each other's errors, the slowest.
+            None takes ``"weighted"``.
         tokenizer: ``"file"`` reads text as tokenizer.json says, ``"transformers"`` as AutoTokenizer
             does, which rebuilds some tokenizers: for a model that was trained with that.
         out: The bundle directory to create; None names it after model, target and recipe.
@@ -109,12 +119,13 @@ def export(  # noqa: PLR0913 - the request, spelled out for Python users
             context_tokens=context_tokens,
             split_bytes=split_bytes,
             variant=variant,
+            compiles=compile,
         ),
         chat_template=chat_template,
         template_variables=template_variables or {},
         trained_on=None if trained_on is None else Path(trained_on),
         calibration=None if calibration is None else Path(calibration),
-        is_calibrated=calibrate,
+        quant_method=recipes.method(quant_method, calibrate=calibrate),
         tokenizer=tokenizer,
         out=None if out is None else Path(out),
         replaces=replace,
@@ -144,10 +155,9 @@ def make(request: Request, *, listener: Listener) -> Bundle:
     )
     if request.is_verified:
         transformers_logits.require_for(checkpoint)
-    if request.is_calibrated:
-        checkpoint = announce(checkpoint, own_text=own_text)
+    checkpoint = calibration.announce(checkpoint, own_text=own_text, method=request.quant_method)
     chosen = make_plan(checkpoint, request.target, request.choice)
-    _refuse_unused(own_text, chosen)
+    _refuse_unused(request, chosen)
     out = request.out or default_out(checkpoint, chosen, request.target)
     workdir.refuse_existing(out, replaces=replaces)
     checkpoint = qlora.with_score(
@@ -155,8 +165,13 @@ def make(request: Request, *, listener: Listener) -> Bundle:
     )
     for line in describe(checkpoint, chosen, request.target):
         listener.say(line)
+    short = calibration.note(checkpoint, own_text)
+    if short:
+        listener.say(f"note: {short}")
     if chosen.layout.calibration:
-        checkpoint = measure(checkpoint, own_text=own_text, listener=listener)
+        checkpoint = prepare(
+            checkpoint, chosen.layout.placements, own_text=own_text, listener=listener
+        )
     with workdir.new_directory(out, replaces=replaces) as work:
         bundle = _fill(work, checkpoint, chosen, request, listener)
         bundle.save()
@@ -168,18 +183,25 @@ def make(request: Request, *, listener: Listener) -> Bundle:
 def _own_text(request: Request) -> str | None:
     if request.calibration is None:
         return None
-    if not request.is_calibrated:
-        raise UsageError("--calibration and --no-calibration exclude each other")
-    return read_own_text(request.calibration)
+    if request.quant_method == "native":
+        raise UsageError(
+            "--calibration and --no-calibration, or --quant-method native, exclude each other"
+        )
+    return calibration.read_own_text(request.calibration)
 
 
-def _refuse_unused(own_text: str | None, chosen: Plan) -> None:
+def _refuse_unused(request: Request, chosen: Plan) -> None:
     if chosen.layout.calibration:
-        require()
-    elif own_text is not None:
+        calibration.require()
+    elif request.calibration is not None:
         raise UsageError(
             f"--calibration has no effect on {chosen.recipe.name}, which rounds finely",
             hint="leave out the text, or choose a coarser --quant",
+        )
+    elif request.quant_method == "feedback":
+        raise UsageError(
+            f"--quant-method feedback has no effect on {chosen.recipe.name}, which rounds finely",
+            hint="leave it out, or choose a coarser --quant",
         )
 
 
@@ -204,6 +226,11 @@ def _fill(
             context_tokens=chosen.context_tokens,
         )
         agreement = _prove(subject, listener)
+    if request.target.webgpu:
+        web_page.write(
+            work, entry, chosen.format, context_tokens=chosen.context_tokens,
+            stop_ids=rules.stop_ids,
+        )  # fmt: skip
     bundle = Bundle(
         directory=work,
         model=_record(checkpoint),
@@ -273,6 +300,7 @@ def _artifact(work: Path, entry: str, chosen: Plan) -> Artifact:
         split_bytes=chosen.split_bytes,
         calibration=chosen.layout.calibration,
         variant=chosen.variant,
+        quant_method=chosen.quant_method,
     )
 
 

@@ -102,6 +102,8 @@ def _bundle_lines(bundle: Bundle) -> Iterator[str]:
     if text.thoughts is not None:
         yield f"thoughts: between {text.thoughts.opens!r} and {text.thoughts.closes!r}"
     yield from (f"substituted: {line}" for line in bundle.artifact.substitutions)
+    if bundle.artifact.quant_method:
+        yield f"quant method: {bundle.artifact.quant_method}"
     if bundle.artifact.calibration:
         yield f"calibrated on a text with SHA-256 {bundle.artifact.calibration[:16]}…"
     if bundle.agreement is None:

@@ -1,14 +1,14 @@
 """Plans: what to make for a target, decided by arithmetic before anything slow starts."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from edgekit import formats, recipes
 from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse, ReadableRunning
+from edgekit.model.checkpoint_protocol import QuantMethod
 from edgekit.model.spec import DecoderSpec
 from edgekit.progress import Listener
 from edgekit.proof.calibration import announce
@@ -24,6 +24,11 @@ from edgekit.units import format_bytes, format_duration, format_rate
 # How far an uncalibrated estimate may be off. Six published rows of one phone and runtime lie
 # within 9 % of one effective bandwidth, four boards within 35 %.
 SPEED_UNCERTAINTY = 0.35
+_SPEED_FIGURES = {
+    "decode_bandwidth_bytes_per_s": "the bandwidth of decoding",
+    "prefill_flop_per_s": "the arithmetic of prompts",
+}
+_FOUR_BITS = 4.0
 TOKEN_OVERHEAD_S = 0.0002  # sampling and text, per token
 
 
@@ -36,6 +41,8 @@ class Choice:
     context_tokens: int | None = None  # how many the runner must hold; None: the budget's
     split_bytes: int | None = None  # the most that one file may take; None: one file
     variant: str | None = None  # consider only formats with this build
+    has_every_recipe: bool = False  # consider those too that a plan does not take by itself
+    compiles: bool | None = None  # see `BuildRequest.compiles`
 
 
 FREE_CHOICE = Choice()
@@ -94,6 +101,18 @@ class Candidate:
         """``gguf Q4_K_M``."""
         return f"{self.format} {self.recipe.full_name}"
 
+    @property
+    def is_usual(self) -> bool:
+        """Whether a plan considers the recipe without being asked for it."""
+        return self.recipe.name in formats.get(self.format).DEFAULT_RECIPES
+
+    @property
+    def bits_per_weight(self) -> float:
+        """How many bits of the artifact are for one weight, on average; 0 without a layout."""
+        placements = self.layout.placements if self.layout else ()
+        parameters = sum(placement.parameters for placement in placements)
+        return 8 * sum(placement.size_bytes for placement in placements) / max(1, parameters)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -105,7 +124,9 @@ class Plan:
     layout: Layout
     estimate: Estimate
     rejected: tuple[Candidate, ...]
+    four_bit: Candidate | None = None  # what else fits, for what it saves
     notes: tuple[str, ...] = ()  # what a user should know: a shortened context, substitutions
+    quant_method: QuantMethod | None = None  # None: no weight is coarse enough for one
 
     @property
     def recipe(self) -> Recipe:
@@ -133,32 +154,51 @@ def plan(  # noqa: PLR0913 - the request, spelled out for Python users
     context_tokens: int | None = None,
     split_bytes: int | None = None,
     variant: str | None = None,
+    compile: bool | None = None,
     chat_template: str | Path | None = None,
     template_variables: Mapping[str, Any] | None = None,
     calibrate: bool = True,
+    quant_method: str | None = None,
     tokenizer: str = "file",
     listener: Listener | None = None,
 ) -> Plan:
     """Return what `edgekit export` would make of a model; nothing is changed.
 
-    The arguments and errors are those of `edgekit.export`.
+    The arguments and errors are those of `edgekit.export`, but that the model may also be a
+    directory with a config.json and no weights, or the name of a published model. Such a model is
+    planned as it is, so that adapters and what is said about its text are refused.
+
+    Raises:
+        UsageError: As `edgekit.export`, and if a model without weights is given one of those.
+        BudgetError: If nothing fits.
     """
     target = load_target(target_name)
-    checkpoint = opening.open_checkpoint(
-        model,
-        adapters=adapters,
-        chat_template=chat_template,
-        template_variables=template_variables,
-        tokenizer=tokenizer,
-        listener=listener,
-    )
-    if calibrate:
-        checkpoint = announce(checkpoint)
+    method = recipes.method(quant_method, calibrate=calibrate)
+    checkpoint = opening.open_shape(model)
+    if checkpoint is None:
+        checkpoint = opening.open_checkpoint(
+            model,
+            adapters=adapters,
+            chat_template=chat_template,
+            template_variables=template_variables,
+            tokenizer=tokenizer,
+            listener=listener,
+        )
+    elif adapters or chat_template or template_variables or tokenizer != "file":
+        raise UsageError(
+            f"there are no weights of {checkpoint.name}: a plan of its shape takes neither "
+            "adapters nor anything about its text",
+            hint="a LoRA adapter that is merged changes nothing in a plan: leave it out",
+        )
+    checkpoint = announce(checkpoint, method=method)
     choice = Choice(
         format=format, quant=quant, context_tokens=context_tokens, split_bytes=split_bytes,
-        variant=variant,
+        variant=variant, compiles=compile,
     )  # fmt: skip
-    return make(checkpoint, target, choice)
+    made = make(checkpoint, target, choice)
+    if checkpoint.has_weights:
+        return made
+    return replace(made, layout=replace(made.layout, is_exact=False))
 
 
 def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -> Plan:
@@ -177,10 +217,33 @@ def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -
             the model itself cannot be converted, whatever the recipe.
         BudgetError: If nothing fits; the message lists every candidate with its numbers.
     """
+    found = candidates(checkpoint, target, choice)
+    chosen = first_fitting(found)
+    if chosen is None:
+        _refuse_bad_input(found)
+        raise BudgetError(
+            f"{checkpoint.name} does not fit {target.title}\n"
+            + "\n".join(f"  {c.name}: {'; '.join(c.misses)}" for c in found),
+            hint="take a smaller model, a shorter --context, or a target file with a wider budget",
+        )
+    made = _plan(chosen, found, target, notes=checkpoint.remarks)
+    return replace(made, quant_method=_quant_method(checkpoint, made.layout))
+
+
+def candidates(
+    checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE
+) -> list[Candidate]:
+    """Return everything that could be made, best first: by format, then by size.
+
+    The arguments are those of `make`.
+
+    Raises:
+        UsageError: As `make`.
+    """
     checkpoint.text.refuse_unreadable()
-    candidates: list[Candidate] = []
+    found: list[Candidate] = []
     for name in _format_names(target, choice):
-        limit = formats.writing(name).context_limit(checkpoint)
+        limit = formats.writing(name).context_limit(checkpoint, compiles=choice.compiles)
         context = _context(limit, target, asked=choice.context_tokens)
         held = ContextLimit(tokens=context, reason=limit.reason if context == limit.tokens else "")
         requests = (
@@ -189,22 +252,22 @@ def make(checkpoint: Checkpoint, target: Target, choice: Choice = FREE_CHOICE) -
                 context_tokens=context,
                 split_bytes=choice.split_bytes,
                 variant=choice.variant or next(iter(target.variants.get(name, ())), None),
+                compiles=choice.compiles,
             )
-            for recipe in _recipes(name, choice.quant, checkpoint.spec)
+            for recipe in _recipes(name, choice, checkpoint.spec)
         )
         assessed = [
             assess(checkpoint, request, target, format=name, held=held) for request in requests
         ]
-        candidates += sorted(assessed, key=_faithful_first)
-    chosen = _choose(candidates)
-    if chosen is None:
-        _refuse_bad_input(candidates)
-        raise BudgetError(
-            f"{checkpoint.name} does not fit {target.title}\n"
-            + "\n".join(f"  {c.name}: {'; '.join(c.misses)}" for c in candidates),
-            hint="take a smaller model, a shorter --context, or a target file with a wider budget",
-        )
-    return _plan(chosen, candidates, target, notes=checkpoint.remarks)
+        found += sorted(assessed, key=_faithful_first)
+    return found
+
+
+def _quant_method(checkpoint: Checkpoint, layout: Layout) -> QuantMethod | None:
+    """Return how coarse weights of layers find their codes; None if there are none."""
+    if not any(weight.is_calibrated for weight in layout.placements):
+        return None
+    return checkpoint.calibration.method if checkpoint.calibration else "native"
 
 
 def _faithful_first(candidate: Candidate) -> tuple[int, int]:
@@ -215,12 +278,18 @@ def _faithful_first(candidate: Candidate) -> tuple[int, int]:
     return -weights_bytes, candidate.estimate.memory.peak_bytes
 
 
-def _choose(candidates: Sequence[Candidate]) -> Candidate | None:
-    """Return the first that most likely fits, or else the first that may."""
-    for candidate in candidates:
-        if not candidate.misses:
+def first_fitting(candidates: Sequence[Candidate]) -> Candidate | None:
+    """Return the first that most likely fits, or else the first that may.
+
+    One that runs as it is comes before one for which a user has to compile something.
+    """
+    likely = [candidate for candidate in candidates if not candidate.misses]
+    possible = [candidate for candidate in candidates if not candidate.certain_misses]
+    for fitting in (likely, possible):
+        ready = (it for it in fitting if it.layout and not it.layout.lacks_library)
+        for candidate in (*ready, *fitting):
             return candidate
-    return next((candidate for candidate in candidates if not candidate.certain_misses), None)
+    return None
 
 
 def _plan(
@@ -234,9 +303,26 @@ def _plan(
         context_tokens=chosen.context.tokens,
         layout=chosen.layout,
         estimate=chosen.estimate,
-        rejected=tuple(candidates[: candidates.index(chosen)]),
+        rejected=tuple(_passed_over(candidates[: candidates.index(chosen)])),
+        four_bit=_four_bit(chosen, candidates),
         notes=(*notes, *_notes(chosen, target)),
     )
+
+
+def _four_bit(chosen: Candidate, candidates: Sequence[Candidate]) -> Candidate | None:
+    """Return the smallest recipe of 4 bits and more that fits, if that is a smaller one."""
+    after = candidates[candidates.index(chosen) + 1 :]
+    fitting = [it for it in after if it.format == chosen.format and not it.misses]
+    return next((it for it in reversed(fitting) if it.bits_per_weight >= _FOUR_BITS), None)
+
+
+def _passed_over(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+    """Yield what another was preferred to, with the reason where it fits."""
+    for candidate in candidates:
+        if candidate.misses:
+            yield candidate
+        else:
+            yield replace(candidate, misses=("nothing runs it before a library is compiled",))
 
 
 def _refuse_bad_input(rejected: Sequence[Candidate]) -> None:
@@ -251,9 +337,12 @@ def _format_names(target: Target, choice: Choice) -> list[str]:
     format, quant, variant = choice.format, choice.quant, choice.variant
     if format is not None:
         formats.get(format)  # refuses an unknown name
-        return _taken(target, _with_variant([format], variant), variant)
+        named = _taken(target, _with_variant([format], variant), variant)
+        return _compiled(named) if choice.compiles else named
     usable: list[str] = [name for name in target.formats if name in formats.names()]
     usable = _taken(target, _with_variant(usable, variant), variant)
+    if choice.compiles:
+        usable = _compiled(usable)
     if quant is not None:
         with_recipe = [name for name in usable if recipes.has(name, quant)]
         usable = with_recipe or usable[:1]  # which then says what it has
@@ -264,6 +353,18 @@ def _format_names(target: Target, choice: Choice) -> list[str]:
             hint="choose one with --format",
         )
     return usable
+
+
+def _compiled(names: list[str]) -> list[str]:
+    """Return the formats that have something to compile."""
+    found = [name for name in names if formats.get(name).COMPILES]
+    if not found:
+        known = [f"{name} has {fmt.COMPILES}" for name, fmt in formats.get_all() if fmt.COMPILES]
+        raise UsageError(
+            f"nothing is compiled for {' or '.join(names)}",
+            hint=f"leave out --compile: {'; '.join(known)}",
+        )
+    return found
 
 
 def _with_variant(names: list[str], variant: str | None) -> list[str]:
@@ -291,11 +392,12 @@ def _taken(target: Target, names: list[str], variant: str | None) -> list[str]:
     return found
 
 
-def _recipes(format_name: str, quant: str | None, spec: DecoderSpec) -> list[Recipe]:
+def _recipes(format_name: str, choice: Choice, spec: DecoderSpec) -> list[Recipe]:
     fmt = formats.get(format_name)
-    if quant is None:
-        return [fmt.RECIPES[name] for name in fmt.DEFAULT_RECIPES]
-    found = recipes.find(format_name, quant)
+    if choice.quant is None:
+        usual = fmt.RECIPES if choice.has_every_recipe else fmt.DEFAULT_RECIPES
+        return [fmt.RECIPES[name] for name in usual]
+    found = recipes.find(format_name, choice.quant)
     recipes.refuse_misfits(found, spec, format=format_name)
     return [found]
 
@@ -382,7 +484,7 @@ def estimate(
 
 def _overhead_bytes(spec: DecoderSpec, layout: Layout) -> int:
     """Return what a token takes besides weights: what the format knows, or states, both ways."""
-    return layout.overhead_bytes or 2 * sum(4 * math.prod(shape) for _, _, shape in spec.states())
+    return layout.overhead_bytes or 2 * spec.states_bytes
 
 
 def _weight_s(weight: PlannedWeight, stored_as: TensorType, target: Target) -> float:
@@ -469,10 +571,31 @@ def _elsewhere(format: str, variant: str | None) -> Iterator[str]:
         yield f"not executed here: it needs {needed}; speeds are guessed from the target's figures"
 
 
+def grounds(target: Target) -> str:
+    """Say what the speeds of a plan rest on, and how far they may be off."""
+    parts = []
+    for name, meaning in _SPEED_FIGURES.items():
+        origin = target.origins[name]
+        parts.append(f"{meaning} is {origin.basis} ({origin.source}, {origin.date})")
+    return f"speeds may be {SPEED_UNCERTAINTY:.0%} off: {'; '.join(parts)}"
+
+
 def remarks(made: Plan) -> Iterator[str]:
     """Yield what a person should know besides the choice: what was rejected, and why; notes."""
     yield from (f"rejected {c.name}: {'; '.join(c.misses)}" for c in made.rejected)
+    if made.four_bit and made.four_bit.estimate:
+        yield f"or {made.four_bit.name}: {_savings(made.estimate, made.four_bit.estimate)}"
     yield from (f"note: {note}" for note in made.notes)
+
+
+def _savings(now: Estimate, then: Estimate) -> str:
+    """Say what another recipe would take, and what it would change."""
+    faster = then.decode_tokens_per_s.likely / now.decode_tokens_per_s.likely
+    return (
+        f"{format_bytes(then.artifact_bytes)} instead of {format_bytes(now.artifact_bytes)}, "
+        f"{format_bytes(then.memory.peak_bytes)} of memory instead of "
+        f"{format_bytes(now.memory.peak_bytes)}, {faster:.2g} times as fast, less faithful"
+    )
 
 
 def substitutions(layout: Layout) -> Iterator[str]:

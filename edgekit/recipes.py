@@ -1,14 +1,17 @@
-"""The recipe that ``--quant`` names: one of a format's, and what is changed of it, role by role.
+"""What ``--quant`` and ``--quant-method`` name: a recipe, and how weights find their codes.
 
+A recipe is one of a format's, with what is changed of it, role by role:
 ``Q4_K_M,delta_output=Q8_0,value=Q6_K`` is Q4_K_M but for two roles in every layer.
 """
 
 import difflib
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import get_args
 
 from edgekit import formats
 from edgekit.errors import UsageError
+from edgekit.model.checkpoint_protocol import QuantMethod
 from edgekit.model.spec import DecoderSpec
 from edgekit.quant.recipe import Change, Recipe, split_role
 
@@ -27,7 +30,32 @@ def find(format_name: str, text: str) -> Recipe:
             f"{format_name} has one tensor type for each recipe, so no role can have another",
             hint=f"--quant {recipe.name}",
         )
-    return replace(recipe, changes=tuple(_change(format_name, change) for change in changes))
+    changed = tuple(_change(format_name, change) for change in changes)
+    return replace(recipe, changes=changed, demo_kl_nats=None) if changed else recipe
+
+
+def method(name: str | None, *, calibrate: bool = True) -> QuantMethod:
+    """Return how weights find their codes.
+
+    Args:
+        name: What a user asks for; None takes ``weighted``, or what needs no calibration.
+        calibrate: Whether a calibration is wanted.
+
+    Raises:
+        UsageError: If there is no such method, or it needs the calibration that is not wanted.
+    """
+    methods: tuple[QuantMethod, ...] = get_args(QuantMethod)
+    if name is None:
+        return "weighted" if calibrate else "native"
+    for known in methods:
+        if name == known:
+            if known != "native" and not calibrate:
+                raise UsageError(
+                    f"--no-calibration and --quant-method {name} exclude each other",
+                    hint=f"{name} needs a calibration",
+                )
+            return known
+    raise UsageError(f"no quant method {name!r}", hint=f"methods: {', '.join(methods)}")
 
 
 def has(format_name: str, text: str) -> bool:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from edgekit import formats
+from edgekit.browser.options import BrowserOptions, is_browser
+from edgekit.browser.session import BrowserSession
 from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
 from edgekit.progress import Listener, Silent
@@ -174,6 +176,7 @@ class Runner:
         check_hashes: bool = True,
         trusted: str | Path | None = None,
         template_variables: Mapping[str, Any] | None = None,
+        device: str = "this",
     ) -> Self:
         """Load a bundle.
 
@@ -185,12 +188,14 @@ class Runner:
             trusted: Public keys, or a list of allowed signers, one of whom must have signed the
                 bundle (see `Bundle.load`); None: anybody may have made it.
             template_variables: What the chat template reads, by name, for every conversation.
+            device: ``"this"``, or ``"browser"``: a page of the system's Chromium computes.
 
         Raises:
             BundleError: If the bundle is damaged, or not signed as it must be.
-            MissingDependencyError: If its runtime is not installed.
-            UsageError: If the context would be longer than what the bundle was proven for, the
-                machine cannot run that many threads, or the template does not read a variable.
+            MissingDependencyError: If its runtime, or the browser, is not installed.
+            UsageError: If the device is neither, the context would be longer than what the bundle
+                was proven for, the machine cannot run that many threads, or the template does not
+                read a variable.
         """
         check_threads(threads)
         guarded.start()
@@ -203,8 +208,10 @@ class Runner:
             )
         text = Text.open(bundle.directory, bundle.text)  # cheap, so that its refusals come first
         text.check_variables(template_variables or {})
-        session = formats.running(bundle.artifact.format).load(
-            bundle.artifact_path,
+        session = _load(
+            bundle,
+            text,
+            device,
             context_tokens=context_tokens or bundle.context_tokens,
             threads=threads,
         )
@@ -278,6 +285,11 @@ class Runner:
             )
         return text
 
+    def device_notes(self) -> tuple[str, ...]:
+        """Return what is known by now of where the answers were computed, if not by Python."""
+        session = self.session
+        return tuple(session.notes()) if isinstance(session, BrowserSession) else ()
+
     def close(self) -> None:
         """Free the session's memory."""
         self.session.close()
@@ -306,6 +318,24 @@ class Runner:
             cached_ids=self._cached_ids,
         )
         return Reply(generation=generation, reader=reader)
+
+
+def _load(
+    bundle: Bundle, text: Text, device: str, *, context_tokens: int, threads: int | None
+) -> Session:
+    artifact = bundle.artifact
+    if is_browser(device):
+        return BrowserSession.open(
+            bundle.artifact_path, artifact.format, BrowserOptions.parse(device), text=text,
+            context_tokens=context_tokens, threads=threads,
+        )  # fmt: skip
+    if device != "this":
+        raise UsageError(
+            f"bundles do not run on {device!r} from here", hint="devices: this, browser"
+        )
+    return formats.running(artifact.format).load(
+        bundle.artifact_path, context_tokens=context_tokens, threads=threads
+    )
 
 
 def answer(  # noqa: PLR0913 - a request in full
@@ -361,13 +391,14 @@ def run(  # noqa: PLR0913 - a request in full
     template_variables: Mapping[str, Any] | None = None,
     trusted: str | Path | None = None,
     listener: Listener | None = None,
+    device: str = "this",
 ) -> Generator[str]:
     """Load a bundle, yield the pieces of one answer, and close it; see `Runner.open`, `answer`.
 
     ``listener`` is told the notes: what a reader of the answer should know.
     """
     with Runner.open(
-        bundle_directory, template_variables=template_variables, trusted=trusted
+        bundle_directory, template_variables=template_variables, trusted=trusted, device=device
     ) as runner:
         reply = answer(
             runner,

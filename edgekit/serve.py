@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgekit import installed
+from edgekit.browser import web_page
+from edgekit.browser.server import TYPES, Site, SiteServer
+from edgekit.bundle.manifest import Bundle
 from edgekit.encodings.visible import visible
-from edgekit.errors import EdgekitError, UsageError
+from edgekit.errors import EdgekitError, MissingDependencyError, ToolchainError, UsageError
 from edgekit.progress import Listener
 from edgekit.run import Answer, Reply, Runner
 from edgekit.runtime.generate import Sampling
@@ -59,6 +62,7 @@ class Service:
     sampling: Sampling
     api_key: str | None
     hosts: Collection[str] | None  # names in lower case; None: any
+    page: Site | None = None  # of a bundle for browsers
     takes_addresses: bool = False  # whether any IP address will do for a name
     started: int = field(default_factory=lambda: int(time.time()))
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # held for one answer
@@ -89,6 +93,22 @@ class Service:
     async def completions(self, request: "Request") -> "Response":
         """POST /v1/completions."""
         return await self._complete(request, Ask.text)
+
+    async def file(self, request: "Request") -> "Response":
+        """GET / and what the page asks for."""
+        from starlette.responses import FileResponse, Response
+
+        page = self.page
+        assert page is not None  # noqa: S101 - else there is no such route
+        path = request.url.path
+        if path in page.pages:
+            kind, body = page.pages[path]
+            return Response(body, media_type=kind, headers=page.headers)
+        found = page.file(path)
+        if found is None:
+            raise ApiError(f"there is no {path}", status=404)
+        kind = TYPES.get(found.suffix, "application/octet-stream")
+        return FileResponse(found, media_type=kind, headers=page.headers)
 
     async def _complete(self, request: "Request", read: Callable[..., Ask]) -> "Response":
         from starlette.responses import JSONResponse
@@ -360,6 +380,8 @@ def _application(service: Service) -> "Starlette":
         Route("/v1/chat/completions", service.admits(service.chat_completions), methods=["POST"]),
         Route("/v1/completions", service.admits(service.completions), methods=["POST"]),
     ]
+    if service.page is not None:
+        routes.append(Route("/{path:path}", service.admits(service.file)))
     handlers = dict.fromkeys((ApiError, EdgekitError, HTTPException, ClientDisconnect), refuse)
     return Starlette(routes=routes, exception_handlers=handlers)
 
@@ -414,7 +436,6 @@ def serve(  # noqa: PLR0913 - a request in full
         BundleError: If the bundle is damaged, or not signed as it must be.
         MissingDependencyError: If the extra ``serve`` or the bundle's runtime is not installed.
     """
-    check_installed()
     is_local = _is_loopback(host)
     if not is_local and not allow_remote:
         raise UsageError(
@@ -422,19 +443,33 @@ def serve(  # noqa: PLR0913 - a request in full
             hint="add --allow-remote if that is intended",
         )
     _check_key_policy(api_key, is_local=is_local, no_key=no_key)
+    has_page = (Path(bundle_directory) / web_page.INDEX).is_file()
+    if not has_page:
+        check_installed()
     say = listener.say if listener else say or (lambda line: sys.stderr.write(f"{visible(line)}\n"))
-    with (
-        _listen(host, port) as listening,
-        Runner.open(
-            bundle_directory,
-            context_tokens=context_tokens,
-            threads=threads,
-            template_variables=template_variables,
-            trusted=trusted,
-        ) as runner,
-    ):
+    with ExitStack() as stack:
+        listening = stack.enter_context(_listen(host, port))
+        page = _page(Path(bundle_directory), trusted, say) if has_page else None
+        try:
+            check_installed()
+            runner = stack.enter_context(
+                Runner.open(
+                    bundle_directory,
+                    context_tokens=context_tokens,
+                    threads=threads,
+                    template_variables=template_variables,
+                    trusted=trusted,
+                )
+            )
+        except MissingDependencyError as error:
+            if page is None or not is_local:
+                raise
+            listening.close()
+            _serve_page(page, host, port, say, f"the page alone: {error}")
+            return
         service = Service(
             runner=runner,
+            page=page,
             sampling=Sampling(),
             api_key=api_key or None,
             hosts={name.lower() for name in (*_names(host, is_local=is_local), *host_names)},
@@ -443,6 +478,32 @@ def serve(  # noqa: PLR0913 - a request in full
         for line in _greeting(service, host, listening.getsockname()[1], is_local=is_local):
             say(line)
         _run_server(service, listening)
+
+
+def _page(directory: Path, trusted: str | Path | None, say: Callable[[str], object]) -> Site | None:
+    """Return what shows the page of a bundle for browsers, None where its runtime is not to be had.
+
+    It is as what made the manifest said, since a browser executes it.
+    """
+    bundle = Bundle.load(directory, trusted=trusted)
+    try:
+        return web_page.site(bundle.directory, bundle.artifact.format)
+    except (MissingDependencyError, ToolchainError) as error:
+        say(f"note: served without its page: {error}" + (f" ({error.hint})" if error.hint else ""))
+        return None
+
+
+def _serve_page(
+    page: Site, host: str, port: int, say: Callable[[str], object], reason: str
+) -> None:
+    try:
+        server = SiteServer(page, host=host, port=port)
+    except (OSError, OverflowError) as error:
+        raise _taken(host, port, error) from error
+    with server:
+        say(f"serving {reason}")
+        say(f"its page is http://{_bracketed(host)}:{server.server_port}/; Ctrl-C stops it")
+        server.serve_forever(poll_interval=0.1)
 
 
 def _check_key_policy(api_key: str | None, *, is_local: bool, no_key: bool) -> None:
@@ -472,12 +533,18 @@ def _is_address(name: str) -> bool:
 
 
 def _greeting(service: Service, host: str, port: int, *, is_local: bool) -> list[str]:
-    name = f"[{host}]" if ":" in host else host
+    name = _bracketed(host)
     lines = [f"serving {service.model} on http://{name}:{port}/v1; Ctrl-C stops it"]
+    if service.page is not None:
+        lines.append(f"its page is http://{name}:{port}/")
     if not is_local:
         limits = "with the API key" if service.api_key else "and no API key is needed"
         lines.append(f"warning: other machines can reach it, {limits}")
     return lines
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _run_server(service: Service, listening: socket.socket) -> None:
@@ -584,6 +651,10 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"cannot listen on {host}, port {port}: {error}", hint="--port 0 takes a free port"
-        ) from error
+        raise _taken(host, port, error) from error
+
+
+def _taken(host: str, port: int, error: Exception) -> UsageError:
+    return UsageError(
+        f"cannot listen on {host}, port {port}: {error}", hint="--port 0 takes a free port"
+    )

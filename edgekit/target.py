@@ -13,6 +13,7 @@ import os
 import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast, get_args
@@ -104,6 +105,7 @@ class Target:
 
     name: str
     title: str
+    aliases: tuple[str, ...] = ()  # devices of this kind, as people call them
     soc: str
     cpu_features: tuple[str, ...]  # as Linux writes them; empty where no CPU code of ours runs
     memory_bytes: int
@@ -149,6 +151,7 @@ class Target:
         return cls(
             name=name,
             title=root.text("title"),
+            aliases=root.aliases(),
             formats=cast("tuple[FormatName, ...]", root.choices("formats", FORMATS)),
             soc=cpu.text("soc"),
             cpu_features=cpu.words("features"),
@@ -215,8 +218,8 @@ _EXTRA_KEYS = {
     "budget": ("first_token",),
     "webgpu": ("shader_f16",),
 }
-_TOP = ("title", "formats", "variants", "runner")
-_OPTIONAL = ("webgpu", "variants", "runner")
+_TOP = ("title", "aliases", "formats", "variants", "runner")
+_OPTIONAL = ("aliases", "webgpu", "variants", "runner")
 _TABLES = {
     table: (
         *(number.key for number in _NUMBERS.values() if number.table == table),
@@ -241,7 +244,7 @@ def titles() -> dict[str, str]:
 
 
 def load(name_or_path: str | Path | Target) -> Target:
-    """Return the target of that name, or the one in that file if it ends in ``.toml``.
+    """Return the target of that name or alias, or the one in that file if it ends in ``.toml``.
 
     A `Target` is returned as it is, so that whoever takes a target takes all three.
 
@@ -250,17 +253,27 @@ def load(name_or_path: str | Path | Target) -> Target:
     """
     if isinstance(name_or_path, Target):
         return name_or_path
+    return Target.from_file(path_of(name_or_path))
+
+
+def path_of(name_or_path: str | Path) -> Path:
+    """Return the file of the target of that name or alias, or the path if it ends in ``.toml``.
+
+    Raises:
+        UsageError: If there is no target of that name.
+    """
     name = str(name_or_path)
     if name.endswith(".toml"):
-        return Target.from_file(name)
+        return Path(name)
     files = _files()
-    if name not in files:
+    path = files.get(name) or _file_with_alias(name, files)
+    if path is None:
         raise UsageError(
             f"no target named {shown(name)!r}",
             hint=f"{_near_names(name, sorted(files))}`edgekit targets` lists all; "
             "a file of your own ends in .toml",
         )
-    return Target.from_file(files[name])
+    return path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,6 +318,7 @@ def json_schema() -> dict[str, Any]:
         **_closed(
             {
                 "title": _TEXT,
+                "aliases": _list_of(_TEXT),
                 "formats": _list_of({"enum": list(FORMATS)}) | {"minItems": 1},
                 "runner": {"enum": list(RUNNERS), "default": RUNNERS[0]},
                 "variants": _closed(
@@ -334,6 +348,15 @@ def _files() -> dict[str, Path]:
     return {
         path.stem: path for directory in directories for path in sorted(directory.glob("*.toml"))
     }
+
+
+def _file_with_alias(name: str, files: Mapping[str, Path]) -> Path | None:
+    """Return the target file that says it is also called so; the user's own come first."""
+    for path in reversed(list(files.values())):
+        with suppress(UsageError):  # another file that is wrong
+            if name in _Table(path, "", _parse(path), known=(*_TOP, *_TABLES)).aliases():
+                return path
+    return None
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -398,6 +421,10 @@ class _Table:
         if not all(isinstance(word, str) for word in words) or len(set(words)) != len(words):
             raise self.refusal(key, f"= {words!r} is not a list of different texts")
         return tuple(words)
+
+    def aliases(self) -> tuple[str, ...]:
+        """Read the other names of the target: devices that people have."""
+        return self.words("aliases") if self.has("aliases") else ()
 
     def choices(self, key: str, allowed: Collection[str]) -> tuple[str, ...]:
         """Read one or more of the allowed words."""

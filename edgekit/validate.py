@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from edgekit import formats
+from edgekit.browser.options import Limits, is_browser
 from edgekit.bundle.manifest import Bundle
 from edgekit.encodings.files import require_file
 from edgekit.encodings.limits import SETTINGS_BYTES, check_size
@@ -24,6 +25,7 @@ from edgekit.target import load as load_target
 if TYPE_CHECKING:
     from edgekit.formats import ReadableRunning
 
+UNJUDGED_TOKENS = 4  # of an answer whose speed says nothing
 MOST_SAMPLES = 40  # of a time or a rate; what is inconclusive then stays unstable
 
 
@@ -46,7 +48,8 @@ def validate(  # noqa: PLR0913  # the options of the verb
     Args:
         bundle_directory: The bundle.
         target: Whose budget is enforced: a name, a TOML file, or a `Target`.
-        device: ``"this"`` or ``"ssh://user@host"``, see `edgekit.measuring.devices.connect`.
+        device: ``"this"``, ``"browser"`` or ``"ssh://user@host"``, see
+            `edgekit.measuring.devices.connect`.
         repetitions: Fresh processes to start with.
         threads: From 1 to the device's cores; None: the target's decode threads, or the device's
             cores if they are fewer.
@@ -68,8 +71,11 @@ def validate(  # noqa: PLR0913  # the options of the verb
         )
     target, listener = load_target(target), listener or Silent()
     bundle = Bundle.load(bundle_directory, trusted=trusted)
-    _refuse_elsewhere(bundle, target)
-    with connect(device) as place:
+    if is_browser(device):
+        formats.browsing(bundle.artifact.format)
+    else:
+        _refuse_elsewhere(bundle, target)
+    with connect(device, limits=_gpu_limits(target)) as place:
 
         def add(measurement: Measurement, count: int) -> Measurement:
             listener.say(f"not decided yet: {count} more repetitions")
@@ -90,6 +96,20 @@ def validate(  # noqa: PLR0913  # the options of the verb
         measurement = _until_clear(measurement, bundle, target, add)
     verdict = judge(measurement, bundle, target)
     return Result(bundle=bundle, target=target, measurement=measurement, verdict=verdict)
+
+
+def _gpu_limits(target: Target) -> Limits:
+    """Return what a browser on the target grants, which one here is then held to."""
+    granted = target.webgpu
+    if granted is None:
+        return Limits()
+    return Limits(
+        at_most={
+            "maxBufferSize": granted.max_buffer_bytes,
+            "maxStorageBufferBindingSize": granted.max_binding_bytes,
+        },
+        hidden=() if granted.has_shader_f16 else ("shader-f16",),
+    )
 
 
 def _refuse_elsewhere(bundle: Bundle, target: Target) -> None:
@@ -164,9 +184,14 @@ def plan_workload(
             f"the bundle's context of {bundle.context_tokens} tokens is too short for the budget",
             hint=f"export with --context {budget.context_tokens}",
         )
+    is_slow = environment.browser is not None and environment.browser.is_software
     return Workload(
         prompt_lengths_tokens=lengths,
-        answer_tokens=budget.answer_tokens,
+        # Speed is not judged there, and would take an hour.
+        answer_tokens=min(budget.answer_tokens, UNJUDGED_TOKENS)
+        if is_slow
+        else budget.answer_tokens,
+        generations=1 if is_slow else 2,
         context_tokens=bundle.context_tokens,
         threads=threads or min(target.decode_threads, environment.cores or target.decode_threads),
     )

@@ -47,6 +47,7 @@ class Artifact:
     split_bytes: int | None = None  # the most that one of its files may take, where that was asked
     calibration: str | None = None  # SHA-256 of the calibration text, where one was used
     variant: str | None = None  # which of the format's builds, where it has several
+    quant_method: str | None = None  # how coarse weights found their codes, where there are any
 
     @property
     def size_bytes(self) -> int:
@@ -65,6 +66,7 @@ class Artifact:
         split_bytes: int | None = None,
         calibration: str | None = None,
         variant: str | None = None,
+        quant_method: str | None = None,
     ) -> Self:
         """Describe what lies in ``directory``: every file but the manifest."""
         return cls(
@@ -76,6 +78,7 @@ class Artifact:
             split_bytes=split_bytes,
             calibration=calibration,
             variant=variant,
+            quant_method=quant_method,
         )
 
 

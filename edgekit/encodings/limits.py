@@ -27,6 +27,7 @@ CALIBRATION_BYTES = 8 * _MIB  # of text that a user names; 16,384 tokens of it a
 NESTING = 200  # levels of JSON; Python has 1,000 frames for what walks them
 SETTINGS_MEMORY_BYTES = 192 * _MIB  # of Python, for JSON; that of 80,000 tensors takes 130
 VOCABULARY_MEMORY_BYTES = 512 * _MIB  # for a tokenizer.json; Gemma's takes 340
+VOCABULARY = 1 << 20  # tokens for which one is made up, for a plan; the largest known have 262,208
 IDS_BEYOND = 65_536  # how far ids of added tokens may go beyond a model's rows; usual: some dozens
 TENSORS = 100_000  # of a model; one of 80 layers in 4 bits has 5,000
 TEXT_GROWTH = 16  # how many times as long a tokenizer may make a text; usual ones: at most 3

@@ -8,11 +8,12 @@ here and it is a choice of ``--format``, a line of ``edgekit formats``, and a ca
 """
 
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from edgekit.errors import UsageError
 from edgekit.progress import Advance
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
     from edgekit.model.checkpoint_protocol import CheckpointProtocol
     from edgekit.model.spec import DecoderSpec
+
+
+PAGE = Path(__file__).parent / "page"  # what pages of all formats have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,7 @@ class Layout:
     overhead_bytes: int = 0  # as many weights take as long as the states that a token changes
     overhead_s: float = 0.0  # the rest of a token's work, which no processor shortens
     reads_by_token: bool = False  # whether a prompt takes a call of the program for each token
+    lacks_library: bool = False  # whether a user has to compile something before anything runs it
 
     @property
     def substituted(self) -> tuple[PlannedWeight, ...]:
@@ -108,6 +113,48 @@ class BuildRequest:
     context_tokens: int | None = None  # what a runner must hold; None: all that the format can
     split_bytes: int | None = None  # the most that one file may take; None: one file
     variant: str | None = None  # one of the format's `VARIANTS`; None: the usual one
+    # Whether to compile what the format's runtime wants besides weights; None: where nobody offers
+    # it and the tools are there.
+    compiles: bool | None = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class NpmPackage:
+    """One version of a package, as npm's registry has it."""
+
+    name: str
+    version: str
+    integrity: str  # of its tarball: "sha512-…", in base64
+
+    def __str__(self) -> str:
+        """Return it as npm names it: ``onnxruntime-web@1.31.0``."""
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrowserRequest:
+    """What a page must open, and what it needs of the browser's GPU."""
+
+    entry: str  # the file that the runtime opens
+    files: tuple[str, ...]  # all that it reads, from the directory of the entry
+    features: tuple[str, ...] = ()  # of WebGPU
+    largest_buffer: GpuBuffer | None = None  # what the GPU must bind at once
+    runs_in_wasm: bool = True  # whether the runtime can do without a GPU
+    reads_text: bool = False  # whether the runtime takes text, and not ids
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what the format's own module reads
+    connects_to: tuple[str, ...] = ()  # other origins that it fetches from
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrowserMemory:
+    """What all processes of a browser hold at most while a page answers."""
+
+    base_bytes: int  # with a model of a few layers
+    copies: float  # of the artifact's bytes, beyond that
+
+    def peak_bytes(self, artifact_bytes: int) -> int:
+        """Return what it takes with an artifact of this size."""
+        return round(self.base_bytes + self.copies * artifact_bytes)
 
 
 class Format(Protocol):
@@ -119,6 +166,7 @@ class Format(Protocol):
     MIXES_TENSOR_TYPES: bool  # whether any matrix may have any of them
     ENDING: str  # of the name of the file that `Running.load` opens
     VARIANTS: tuple[str, ...]  # builds for different programs on the device, the usual one first
+    COMPILES: str  # what `BuildRequest.compiles` is about; empty where there is no such thing
     RUNTIME: str  # what opens the artifacts, as people call it
     EXTRA: str  # `pip install 'edgekit[EXTRA]'` makes and proves artifacts
     RUN_EXTRA: str  # `pip install 'edgekit[RUN_EXTRA]'` runs them
@@ -135,8 +183,13 @@ class Writing(Protocol):
         """
         ...
 
-    def context_limit(self, checkpoint: "CheckpointProtocol") -> ContextLimit:
-        """Return the longest context in which the runtime says what the checkpoint says."""
+    def context_limit(
+        self, checkpoint: "CheckpointProtocol", *, compiles: bool | None = False
+    ) -> ContextLimit:
+        """Return the longest context in which the runtime says what the checkpoint says.
+
+        ``compiles`` is that of `BuildRequest`: what is compiled for a model may hold more of it.
+        """
         ...
 
     def memory_use(
@@ -263,6 +316,32 @@ class ReadableRunning(Running, Protocol):
         ...
 
 
+class Browsing(Protocol):
+    """What the module ``browsing`` of a format offers, where a browser opens its artifacts."""
+
+    RUNTIME: str  # as people call it
+    PACKAGES: tuple[NpmPackage, ...]  # the runtime first
+    IMPORTS: Mapping[str, str]  # what JavaScript imports by name, and which file of a package it is
+    MODULE: Path  # JavaScript that opens an artifact; see ``browser/page/device.mjs``
+    CHAT: Path | None  # JavaScript of a bundle's page; see ``page/app.mjs``. None: it has its own
+
+    # By back-end, in Chromium 156; on WebGPU with an adapter of software, whose memory is counted.
+    MEMORY: Mapping[str, BrowserMemory]
+
+    def request(self, path: Path, *, context_tokens: int) -> BrowserRequest:
+        """Return what the page is told to open.
+
+        Args:
+            path: The file that `Writing.convert` named.
+            context_tokens: How many tokens the cache must hold.
+
+        Raises:
+            BundleError: If the artifact is damaged.
+            UsageError: If no browser can open this one.
+        """
+        ...
+
+
 def names() -> list[str]:
     """Return the names of all formats, without importing them."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
@@ -289,6 +368,23 @@ def running(name: str) -> Running:
     """Import what runs artifacts of a format; the errors are those of `get`."""
     get(name)
     return cast("Running", importlib.import_module(f"{__name__}.{name}.running"))
+
+
+def browsing(name: str) -> Browsing:
+    """Import what opens artifacts of a format in a browser.
+
+    Raises:
+        UsageError: If there is no such format, or no browser opens it.
+    """
+    get(name)
+    if importlib.util.find_spec(f"{__name__}.{name}.browsing") is None:
+        known = [
+            each for each in names() if importlib.util.find_spec(f"{__name__}.{each}.browsing")
+        ]
+        raise UsageError(
+            f"no browser opens {name} bundles", hint=f"browsers open {', '.join(known)}"
+        )
+    return cast("Browsing", importlib.import_module(f"{__name__}.{name}.browsing"))
 
 
 def of_file(path: Path) -> str | None:

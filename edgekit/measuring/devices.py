@@ -1,4 +1,4 @@
-"""Devices: where a bundle is measured. This machine, or one that the system's ssh reaches.
+"""Devices: where a bundle is measured. This machine, a browser, or what the system's ssh reaches.
 
 A device takes a bundle and runs a module of edgekit. Over ssh it gets edgekit's own sources as one
 zip, so that both ends are always the same version; of the device it needs Python and the runtime.
@@ -8,8 +8,10 @@ The system's ssh is used because it honours ``~/.ssh/config``, agents and jump h
 reports its own status on its last line.
 """
 
+import dataclasses
 import hashlib
 import io
+import json
 import os
 import re
 import shlex
@@ -19,13 +21,15 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 from urllib.parse import parse_qs, urlsplit
 
 from edgekit import scratch
+from edgekit.browser import chromium
+from edgekit.browser.options import BrowserOptions, Limits, is_browser
 from edgekit.bundle.manifest import MANIFEST
 from edgekit.bundle.signature import signature_path
 from edgekit.encodings.hashing import sha256_of_all
@@ -36,6 +40,8 @@ from edgekit.runtime.child import death_of, environment, shell_status
 SSH_CONFIG_VARIABLE = "EDGEKIT_SSH_CONFIG"  # a file for `ssh -F`, instead of ~/.ssh/config
 OLDEST_PYTHON = (3, 11)
 
+_IN_BROWSER = "edgekit.measuring.in_browser"
+_ENDING_S = 10  # for a child to end what it started
 _REMOTE_CACHE = ".cache/edgekit"  # relative to the home directory, where ssh starts
 _STATUS = re.compile(r"\n?__RC=(\d+)\s*$")
 _CONNECT_TIMEOUT_S = 10
@@ -75,6 +81,7 @@ class Device(Protocol):
 
     label: str
     python: str  # the interpreter, as one types it there
+    is_browser: bool  # whether pages run the bundle, not Python
 
     def push(self, bundle: Path) -> str:
         """Copy a bundle there, unless it is there already; return its directory there."""
@@ -98,20 +105,26 @@ class Device(Protocol):
     ) -> None: ...
 
 
-def connect(text: str, *, ssh_config: Path | None = None) -> Device:
-    """Return the device that ``text`` names: ``"this"`` or ``"ssh://user@host:port"``.
+def connect(text: str, *, ssh_config: Path | None = None, limits: Limits | None = None) -> Device:
+    """Return the device that ``text`` names: ``"this"``, ``"browser"`` or ``"ssh://user@host:port"``.
 
     Args:
-        text: The device. ``ssh://pi@pi5?python=/opt/venv/bin/python`` chooses the interpreter.
+        text: The device. ``ssh://pi@pi5?python=/opt/venv/bin/python`` chooses the interpreter,
+            ``browser?backend=wasm`` what computes in the page.
         ssh_config: For `ssh -F`; by default the file that `SSH_CONFIG_VARIABLE` names, if any.
+        limits: What a browser's GPU is held to; None: nothing.
 
     Raises:
         UsageError: If ``text`` is neither.
         ToolchainError: If it cannot be reached.
-        MissingDependencyError: If ssh is not installed here, or no suitable Python there.
+        MissingDependencyError: If ssh or a browser is not installed here, or no suitable Python
+            there.
     """
     if text == "this":
         return ThisMachine()
+    if is_browser(text):
+        options = replace(BrowserOptions.parse(text), limits=limits or Limits())
+        return BrowserDevice(options)
     if text.startswith("ssh://"):
         named = os.environ.get(SSH_CONFIG_VARIABLE)
         device = SshDevice.parse(text, config=ssh_config or (Path(named) if named else None))
@@ -122,7 +135,8 @@ def connect(text: str, *, ssh_config: Path | None = None) -> Device:
             raise
         return device
     raise UsageError(
-        f"{text!r} is not a device", hint="devices: this, ssh://user@host, ssh://user@host:port"
+        f"{text!r} is not a device",
+        hint="devices: this, browser, ssh://user@host, ssh://user@host:port",
     )
 
 
@@ -150,6 +164,7 @@ class ThisMachine(_Closing):
 
     label = "this machine"
     python = sys.executable
+    is_browser = False
 
     def push(self, bundle: Path) -> str:
         """Return the bundle's own directory: it is here."""
@@ -157,23 +172,50 @@ class ThisMachine(_Closing):
 
     def run_module(self, module: str, arguments: Sequence[str]) -> Finished:
         """Run ``python -m module`` with this interpreter and these sources."""
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             env=environment(),
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            check=False,
         )
-        return Finished(status=shell_status(done.returncode), output=done.stdout, log=done.stderr)
+        with process:
+            try:
+                output, log = process.communicate()
+            except BaseException:  # Ctrl-C: let it put away what it started
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_ENDING_S)
+                process.kill()
+                raise
+        return Finished(status=shell_status(process.returncode), output=output, log=log)
 
     def close(self) -> None:
         """Do nothing: there is no connection."""
 
 
+class BrowserDevice(ThisMachine):
+    """A browser of this machine's, started anew where another device starts a process."""
+
+    is_browser = True
+
+    def __init__(self, options: BrowserOptions) -> None:
+        self.label = f"{chromium.find().name} on this machine"
+        self._options = options
+
+    def run_module(self, module: str, arguments: Sequence[str]) -> Finished:
+        """Run the module's counterpart, which starts a browser."""
+        del module  # `measure`, always
+        told = json.dumps(dataclasses.asdict(self._options))
+        return super().run_module(_IN_BROWSER, [*arguments, "--browser", told])
+
+
 class SshDevice(_Closing):
     """A machine behind ssh, with one connection for all commands."""
+
+    is_browser = False
 
     def __init__(
         self, host: str, *, port: int | None, python: str = "python3", config: Path | None = None

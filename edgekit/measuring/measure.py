@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import formats, installed
+from edgekit.browser.devtools import KilledError
 from edgekit.bundle.manifest import Artifact, Bundle
 from edgekit.encodings.json_files import parse
 from edgekit.errors import (
+    BudgetError,
     BundleError,
     EdgekitError,
     MissingDependencyError,
@@ -169,12 +171,12 @@ def _answer(finished: Finished, name: str, device: Device, bundle: Bundle) -> ob
 
 def _refusal(error: dict[str, Any], device: Device, bundle: Bundle) -> EdgekitError:
     message = f"{device.label}: {error['message']}"
-    if error["exit_status"] == MissingDependencyError.exit_status:
+    if error["exit_status"] == MissingDependencyError.exit_status and not device.is_browser:
         extra = formats.get(bundle.artifact.format).RUN_EXTRA
         line = " ".join(f"'{requirement}'" for requirement in installed.requirements_of(extra))
         hint = f"run there: {device.python} -m pip install {line}"
         return MissingDependencyError(message, hint=hint)
-    for kind in (UsageError, BundleError):
+    for kind in (UsageError, BundleError, BudgetError, MissingDependencyError):
         if error["exit_status"] == kind.exit_status:
             return kind(message, hint=error["hint"])
     return ToolchainError(message, hint=error["hint"], log=error["log"])
@@ -192,7 +194,7 @@ def repeat(directory: Path, workload: Workload, machine: Machine) -> Repetition:
     """
     started = time.perf_counter()
     bundle = Bundle.load(directory, check_hashes=False)
-    cached = _cached_share(bundle)
+    cached = cached_share_of(bundle)
     with Watch(machine, started=started) as watch:
         session, load_s = _load(bundle, workload)
         warm_up = _warm_up(session, workload)
@@ -216,7 +218,7 @@ def start_cold(directory: Path, workload: Workload) -> ColdStart:
     bundle = Bundle.load(directory, check_hashes=False)
     for name in bundle.artifact.files:
         forget(bundle.directory / name)
-    cached = _cached_share(bundle)
+    cached = cached_share_of(bundle)
     session, load_s = _load(bundle, workload)
     generation = _warm_up(session, workload)
     session.close()
@@ -294,8 +296,8 @@ def _difference(
     return after[0] - before[0], after[1] - before[1]
 
 
-def _cached_share(bundle: Bundle) -> float | None:
-    """Return the share of the artifact's bytes that is in memory before it is loaded."""
+def cached_share_of(bundle: Bundle) -> float | None:
+    """Return the share of the artifact's bytes that is in memory."""
     cached_bytes = 0.0
     for name, record in bundle.artifact.files.items():
         share = cached_share(bundle.directory / name) if record.size_bytes else 0.0
@@ -310,7 +312,8 @@ def _describe(directory: Path, machine: Machine) -> Environment:
     return machine.environment(["numpy", *bundle.tools])
 
 
-def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
+def arguments_of(words: Sequence[str] | None) -> argparse.Namespace:
+    """Return what a process is asked to do."""
     parser = argparse.ArgumentParser(prog=f"python -m {_MODULE}", description=__doc__)
     parser.add_argument("bundle", type=Path)
     task = parser.add_mutually_exclusive_group(required=True)
@@ -335,8 +338,15 @@ def _perform(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Perform one task on the device; print its result, or its refusal, as one line of JSON."""
+    return report(lambda: _perform(arguments_of(words)))
+
+
+def report(perform: Callable[[], dict[str, Any]]) -> int:
+    """Perform a task and print its result, or its refusal, as one line; return its status."""
     try:
-        answer, status = _perform(_arguments(words)), 0
+        answer, status = perform(), 0
+    except KilledError:
+        raise
     except EdgekitError as error:
         status = error.exit_status
         fields = {"message": str(error), "hint": error.hint, "log": getattr(error, "log", "")}

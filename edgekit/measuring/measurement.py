@@ -10,9 +10,12 @@ import re
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from edgekit.browser.gpu import Gpu
+from edgekit.browser.options import Backend
 from edgekit.encodings.json_files import parse_object
 from edgekit.encodings.typed_json import FieldReader, check_version
 from edgekit.errors import UsageError
+from edgekit.formats import GpuBuffer
 
 
 SCHEMA_VERSION = 1
@@ -86,6 +89,16 @@ class Conditions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a device said where a bundle's goldens say what was proven."""
+
+    positions: int  # at which distributions were compared
+    mean_kl_nats: float  # the workstation's against the device's
+    expected_ids: tuple[int, ...]  # the workstation's greedy answer
+    said_ids: tuple[int, ...]  # the device's
+
+
+@dataclass(frozen=True, kw_only=True)
 class ColdStart:
     """A process that found the artifact in storage only, as after a boot."""
 
@@ -93,6 +106,18 @@ class ColdStart:
     first_token_s: float
     prompt_tokens: int
     cached_before_load: float | None  # share of the artifact that was in memory all the same
+    answers: Answers | None = None  # None: they were not compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrowserRun:
+    """How a page computed."""
+
+    backend: Backend  # that did the work: what was handed to the GPU is counted
+    gpu_submits: int
+    threads: int | None  # of WebAssembly
+    fell_back: str | None = None  # why not on the GPU
+    note: str | None = None  # what was done about a fault of the runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +131,23 @@ class Repetition:
     memory_peaks_bytes: dict[MemoryMetric, int]
     memory_over_time: tuple[MemoryPoint, ...]
     conditions: Conditions
+    browser: BrowserRun | None = None  # None: not a browser's
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrowserEnvironment:
+    """The browser, and what a model needs of it."""
+
+    agent: str  # "Chrome/140.0.7339.80"
+    runtime: str  # "ONNX Runtime Web 1.31.0"
+    gpu: Gpu | None  # None: no WebGPU, or WebAssembly was asked for
+    features_needed: tuple[str, ...] = ()
+    buffer_needed: GpuBuffer | None = None  # what the GPU must bind at once
+
+    @property
+    def is_software(self) -> bool:
+        """Whether a WebGPU of the processor's stands in for a GPU."""
+        return self.gpu is not None and self.gpu.is_software
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +165,7 @@ class Environment:
     has_swap: bool | None
     python: str | None
     versions: dict[str, str]  # of edgekit and of the runtime
+    browser: BrowserEnvironment | None = None  # None: not in a browser
 
 
 @dataclass(frozen=True, kw_only=True)

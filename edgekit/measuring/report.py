@@ -95,6 +95,7 @@ def as_json(result: Result) -> str:
             "model": bundle.model.name,
             "format": bundle.artifact.format,
             "recipe": bundle.artifact.recipe,
+            "target": bundle.target,
             "predicted": bundle.predicted,
         },
         "target": {"name": result.target.name, "budget": dataclasses.asdict(result.target.budget)},
@@ -202,7 +203,15 @@ def format_value(value: float | None, unit: Unit) -> str:
     """Return a measured number or a limit for people."""
     if value is None:
         return "n/a"
-    return format_quantity(value, "seconds" if unit == "s" else unit)
+    match unit:
+        case "s":
+            return format_duration(value)
+        case "nats":
+            return f"{value:.1e} nats"
+        case "features":
+            return "yes" if value else "no"
+        case _:
+            return format_quantity(value, unit)
 
 
 def budget_used(check: Check, value: float | None) -> float | None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from edgekit import formats
 from edgekit.bundle.manifest import Bundle
 from edgekit.measuring.machine import THROTTLED_NOW, THROTTLED_SINCE_BOOT
 from edgekit.measuring.measurement import JUDGED_METRICS, Generation, Measurement, MemoryMetric
@@ -21,11 +22,12 @@ from edgekit.measuring.statistics import (
     drift,
 )
 from edgekit.target import Budget, Target
+from edgekit.units import format_bytes
 
 
 Outcome = Literal["pass", "fail", "unstable"]
 CheckOutcome = Literal["pass", "fail", "inconclusive"]
-Unit = Literal["bytes", "s", "tokens/s", "tokens"]
+Unit = Literal["bytes", "s", "tokens/s", "tokens", "nats", "features"]
 Direction = Literal["at most", "at least"]
 
 EXIT_STATUSES: dict[Outcome, int] = {"pass": 0, "fail": 3, "unstable": 4}  # as in errors.py
@@ -43,6 +45,17 @@ LARGEST_RUN_DELAY = 0.05
 # It also counts those who waited for us, so it is allowed more.
 LARGEST_CPU_PRESSURE = 0.25
 LARGEST_MEMORY_PRESSURE = 0.01  # any steady wait for memory means that it does not suffice
+SOFTWARE_ADAPTER = "not judged: software adapter"
+# How far a device's logits may be from the workstation's, mean KL in nats. The criterion is not
+# the same words: one artifact on two instruction sets chose another word at 2 of 5 positions, and
+# differed by at most 0.13 nats (int4, ONNX Runtime, Cortex-A76 against x86). So 0.2 at the most;
+# and never more than a proof lets this recipe differ from its checkpoint, for a device that adds
+# as much again halves what was proven. For scale: the same build differs from itself by 1e-10 if it
+# reads a text in a batch as long as before, and by 0.002 to 0.003 if in one of 256 tokens instead
+# of 48, where other kernels work (Q8_0, SmolLM2-135M, 0.02 allowed).
+LARGEST_MEAN_KL_NATS = 0.2
+# Weights kept in floats: half-precision arithmetic is one processor's way and not another's.
+LEAST_MEAN_KL_NATS = 1e-3
 # All weights are read for every token: a fault for each means that they do not stay in memory.
 THRASHING_FAULTS_PER_TOKEN = 1.0
 
@@ -103,6 +116,8 @@ def judge(measurement: Measurement, bundle: Bundle, target: Target) -> Verdict:
         _check_artifact(bundle, target.budget),
         _check_context(bundle, target.budget),
         _check_memory(measurement, target.budget),
+        *_check_gpu(measurement),
+        *_check_answers(measurement, bundle),
         *_check_speed(measurement, target, is_void=bool(void)),
     )
     doubts = (*void, *_other_doubts(measurement, bundle))
@@ -159,6 +174,50 @@ def _check_memory(measurement: Measurement, budget: Budget) -> Check:
         samples=tuple(float(peak) for peak in peaks),
         more_samples_may_help=outcome == "inconclusive" and len(peaks) < LEAST_PROCESSES,
     )
+
+
+def _check_gpu(measurement: Measurement) -> Iterator[Check]:
+    """Yield what a model needs of a browser's GPU, and whether it has that."""
+    browser = measurement.environment.browser
+    if browser is None or browser.gpu is None or not _ran_on_gpu(measurement):
+        return
+    gpu, buffer = browser.gpu, browser.buffer_needed
+    if buffer is not None:
+        for limit in ("maxStorageBufferBindingSize", "maxBufferSize"):
+            granted = gpu.limits.get(limit, 0)
+            yield Check(
+                name=limit, unit="bytes", direction="at least", limit=buffer.size_bytes,
+                measured=granted, judged=granted,
+                outcome="pass" if granted >= buffer.size_bytes else "fail",
+                basis=f"exact: {buffer.name} is bound as a whole",
+            )  # fmt: skip
+    for feature in browser.features_needed:
+        has = int(feature in gpu.features)
+        yield Check(
+            name=feature, unit="features", direction="at least", limit=1, measured=has, judged=has,
+            outcome="pass" if has else "fail", basis="exact: a feature of the GPU",
+        )  # fmt: skip
+
+
+def _check_answers(measurement: Measurement, bundle: Bundle) -> Iterator[Check]:
+    """Yield how far the device's distributions are from those that were proven."""
+    answers = measurement.cold_start and measurement.cold_start.answers
+    if not answers or not answers.positions:
+        return
+    limit = largest_mean_kl_nats(bundle)
+    yield Check(
+        name="answers", unit="nats", direction="at most", limit=limit,
+        measured=answers.mean_kl_nats, judged=answers.mean_kl_nats,
+        outcome="pass" if answers.mean_kl_nats <= limit else "fail",
+        basis=f"mean KL from the bundle's goldens over {counted(answers.positions, 'position')}",
+    )  # fmt: skip
+
+
+def largest_mean_kl_nats(bundle: Bundle) -> float:
+    """Return how far a device's logits may be from a bundle's goldens."""
+    recipe = formats.get(bundle.artifact.format).RECIPES.get(bundle.artifact.recipe)
+    proven = recipe.max_mean_kl_nats if recipe else LARGEST_MEAN_KL_NATS
+    return min(max(proven, LEAST_MEAN_KL_NATS), LARGEST_MEAN_KL_NATS)
 
 
 def judged_metric(measurement: Measurement) -> MemoryMetric | None:
@@ -334,6 +393,20 @@ def _reasons_to_ignore_speed(measurement: Measurement) -> Iterator[str]:
             f"{LARGEST_CPU_PRESSURE:.0%} allowed"
         )
 
+    if _is_software(measurement):
+        yield f"speeds are {SOFTWARE_ADAPTER}"
+
+
+def _is_software(measurement: Measurement) -> bool:
+    """Tell whether a WebGPU of the processor's did the work."""
+    browser = measurement.environment.browser
+    return browser is not None and browser.is_software and _ran_on_gpu(measurement)
+
+
+def _ran_on_gpu(measurement: Measurement) -> bool:
+    runs = [repetition.browser for repetition in measurement.repetitions]
+    return any(run is not None and run.backend == "webgpu" for run in runs)
+
 
 def throttling_in_words(bits: int) -> str:
     """Return what the low four bits of get_throttled mean."""
@@ -343,6 +416,11 @@ def throttling_in_words(bits: int) -> str:
 
 def _other_doubts(measurement: Measurement, bundle: Bundle) -> Iterator[str]:
     yield from measurement.doubts
+    yield from dict.fromkeys(
+        f"the page computed in WebAssembly, not on the GPU: {repetition.browser.fell_back}"
+        for repetition in measurement.repetitions
+        if repetition.browser is not None and repetition.browser.fell_back
+    )
     if bundle.agreement is None:
         yield "the bundle was exported without verification: its outputs are unproven"
     elif not bundle.agreement.passed:
@@ -361,6 +439,7 @@ def _notes(measurement: Measurement, bundle: Bundle, target: Target) -> Iterator
             f"not a {target.title} (it lacks {foreign[0]}): the verdict holds for the machine "
             "measured"
         )
+    yield from _browser_notes(measurement, bundle)
     if bundle.target != target.name:
         yield f"the bundle was exported for {bundle.target}"
     if bundle.context_tokens != budget.context_tokens:
@@ -377,6 +456,39 @@ def _notes(measurement: Measurement, bundle: Bundle, target: Target) -> Iterator
     cached = [repetition.cached_before_load for repetition in measurement.repetitions]
     if any(share is not None and share < 0.9 for share in cached):
         yield "parts of the artifact were not in the page cache and were read from storage on load"
+
+
+def _browser_memory(measurement: Measurement, bundle: Bundle, backend: str) -> Iterator[str]:
+    """Yield what was to be expected of the browser's processes, where that is known."""
+    known = formats.browsing(bundle.artifact.format).MEMORY.get(backend)
+    peak = max(measurement.memory_peaks_bytes("process_tree_pss"), default=None)
+    browser = measurement.environment.browser
+    is_as_known = backend == "wasm" or (browser is not None and browser.is_software)
+    if known is not None and peak is not None and is_as_known:
+        predicted = known.peak_bytes(bundle.artifact.size_bytes)
+        yield (
+            f"{format_bytes(predicted)} of memory was predicted for this browser, "
+            f"{format_bytes(peak)} measured: {peak / predicted:.2f} of it"
+        )
+
+
+def _browser_notes(measurement: Measurement, bundle: Bundle) -> Iterator[str]:
+    """Yield what computed in a browser, and what its runtime had to be helped with."""
+    browser = measurement.environment.browser
+    runs = [it.browser for it in measurement.repetitions if it.browser is not None]
+    if browser is None or not runs:
+        return
+    gpu = browser.gpu
+    where = gpu.name if runs[0].backend == "webgpu" and gpu else "WebAssembly"
+    yield f"computed by {browser.runtime} in {where}, {browser.agent}"
+    yield from dict.fromkeys(run.note for run in runs if run.note)
+    yield from _browser_memory(measurement, bundle, runs[0].backend)
+    answers = measurement.cold_start and measurement.cold_start.answers
+    if answers and answers.said_ids != answers.expected_ids:
+        yield (
+            f"its greedy answer is {list(answers.said_ids)}, the workstation's "
+            f"{list(answers.expected_ids)}: a near tie may fall otherwise"
+        )
 
 
 def foreign_features(measurement: Measurement, target: Target) -> list[str]:

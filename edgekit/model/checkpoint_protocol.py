@@ -1,10 +1,10 @@
 """What a format may ask of a checkpoint: known from headers, read some rows at a time."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from edgekit.model.card import ModelCard, SamplingDefaults
 from edgekit.model.shapes import Shape
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
+# How coarse weights find their codes: as the format's own tool rounds, with errors weighted by the
+# size of the inputs, or so that the codes of a matrix make up for each other's errors.
+QuantMethod = Literal["native", "weighted", "feedback"]
 BLOCK_WEIGHTS = 2**22  # 16 MiB of float32 are read, rounded and written at once
 
 
@@ -56,11 +59,16 @@ class Tensor(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What the rounding of weights is weighted with: how large their inputs are, on some text."""
+    """What leads the rounding of weights: what their inputs are like, on some text."""
 
     text_sha256: str
+    method: QuantMethod = "weighted"
     # The mean of squares, by role, of shape (columns,); None until it is measured.
     importance: Mapping[str, "npt.NDArray[np.float32]"] | None = None
+
+    # What an artifact stores of weights that are solved already, by role: the arrays of its own
+    # encoding, rows first. Rows may change places on the way into a file, columns may not.
+    solved: "Mapping[str, Sequence[npt.NDArray[np.generic]]]" = field(default_factory=dict)
 
     def of(self, role: str) -> "npt.NDArray[np.float32]":
         """Return how large the inputs of a weight of a layer are: float32, shape ``(columns,)``.

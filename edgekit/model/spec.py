@@ -6,6 +6,7 @@ keys, graph or module. Neither knows the other.
 Weights carry format-neutral role names: ``token_embedding``, ``layers.3.query``, ``final_norm``.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -188,6 +189,11 @@ class DecoderSpec:
         for index in range(len(self.layers)):
             for name, shape in self.mixer(index).states(self.hidden_size).items():
                 yield index, name, shape
+
+    @property
+    def states_bytes(self) -> int:
+        """The size of all states."""
+        return sum(4 * math.prod(shape) for _, _, shape in self.states())
 
     @property
     def has_states(self) -> bool:

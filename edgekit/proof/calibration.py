@@ -22,7 +22,8 @@ from edgekit.cache import cache_directory
 from edgekit.encodings.files import readable, require_file
 from edgekit.encodings.limits import CALIBRATION_BYTES, check_size
 from edgekit.errors import EdgekitError, UsageError
-from edgekit.model.checkpoint_protocol import Calibration
+from edgekit.model.checkpoint_protocol import Calibration, QuantMethod
+from edgekit.model.spec import DecoderSpec
 from edgekit.progress import Listener, Silent
 from edgekit.proof import interpreter
 from edgekit.quant.recipe import split_role
@@ -43,6 +44,7 @@ CHAT = "chat"  # this text is turns of a user and a model, pair by pair
 TURN = "\n----\n"
 PIECE_TOKENS = 512  # as many as llama-imatrix takes
 MAX_OWN_TOKENS = 16384  # of a user's text: some minutes for a model of a billion weights
+FEW_OWN_TOKENS = 1024  # of a user's text: less than a tenth of all is hardly heard
 _FILE = "importance.npz"
 VERSION = 1  # counts up when the same text would give other numbers
 
@@ -65,9 +67,17 @@ _SHARING = {
 }
 
 
-def announce(checkpoint: Checkpoint, *, own_text: str | None = None) -> Checkpoint:
-    """Return the checkpoint, to be calibrated on a known text: all that a plan needs."""
-    return replace(checkpoint, calibration=Calibration(text_sha256=text_sha256(own_text)))
+def announce(
+    checkpoint: Checkpoint, *, own_text: str | None = None, method: QuantMethod = "weighted"
+) -> Checkpoint:
+    """Return the checkpoint, to be calibrated on a known text: all that a plan needs.
+
+    ``native`` leaves it without a calibration.
+    """
+    if method == "native":
+        return checkpoint
+    announced = Calibration(text_sha256=text_sha256(own_text), method=method)
+    return replace(checkpoint, calibration=announced)
 
 
 def measure(
@@ -75,8 +85,9 @@ def measure(
 ) -> Checkpoint:
     """Return the checkpoint with the importance of its columns; arguments are `importance`'s."""
     found = importance(checkpoint, own_text=own_text, listener=listener)
-    calibration = Calibration(text_sha256=text_sha256(own_text), importance=found)
-    return replace(checkpoint, calibration=calibration)
+    known = checkpoint.calibration or Calibration(text_sha256="")
+    measured = replace(known, text_sha256=text_sha256(own_text), importance=found)
+    return replace(checkpoint, calibration=measured)
 
 
 def require() -> None:
@@ -119,6 +130,18 @@ def importance(
     return dict(_spread(found, checkpoint))
 
 
+def reads_as(role: str, spec: DecoderSpec) -> str:
+    """Return the first of the roles that are multiplied with the same inputs as one of a layer."""
+    prefix, dot, part = role.rpartition(".")
+    first = next(first for first in _measured(spec) if part in _SHARING[first])
+    return f"{prefix}{dot}{first}"
+
+
+def _measured(spec: DecoderSpec) -> list[str]:
+    """Return what stands for all that read the same: ``up`` does without a gate only."""
+    return [first for first in _SHARING if first != ("up" if spec.is_gated else "gate")]
+
+
 def text_sha256(own_text: str | None = None) -> str:
     """Return the hash of all text that `importance` would read."""
     digest = hashlib.sha256()
@@ -145,6 +168,20 @@ def read_own_text(path: Path) -> str:
     if not text.strip():
         raise UsageError(f"{path} holds no text to calibrate on")
     return text
+
+
+def note(checkpoint: Checkpoint, own_text: str | None) -> str | None:
+    """Return what a user should know of a text that is too short to lead anything; else None."""
+    if own_text is None:
+        return None
+    own = len(checkpoint.text.loaded().encode(own_text))
+    if own >= FEW_OWN_TOKENS:
+        return None
+    built_in = sum(map(len, pieces(checkpoint)))
+    return (
+        f"--calibration has {own} tokens next to the {built_in} of edgekit's own text, so it "
+        f"changes little: {FEW_OWN_TOKENS} or more lead the rounding"
+    )
 
 
 def built_in_texts() -> list[tuple[str, str]]:
@@ -199,7 +236,7 @@ def _measure(
     """Return the means, those that several weights share under the role of the first."""
     tokens = sum(map(len, texts))
     sums: dict[str, torch.Tensor] = {}
-    measured = _SHARING.keys() - ({"up"} if checkpoint.spec.is_gated else {"gate"})
+    measured = {*_measured(checkpoint.spec)}
 
     def observe(role: str, x: "torch.Tensor") -> None:
         if split_role(role)[1] in measured:
@@ -249,7 +286,7 @@ def _read(out: Path, checkpoint: Checkpoint) -> "dict[str, Columns] | None":
         return None
     shapes_found = {role: columns.shape for role, columns in _spread(found, checkpoint)}
     shapes = dict(checkpoint.spec.weights())
-    is_whole = all(shapes.get(role, (0,))[-1:] == shape for role, shape in shapes_found.items())
+    is_whole = all(shapes[role][-1:] == shape for role, shape in shapes_found.items())
     return found if is_whole and _head(checkpoint) in shapes_found else None
 
 

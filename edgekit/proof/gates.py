@@ -275,16 +275,15 @@ def _check_logits(
             cache_kl_nats.append(golden.mean_kl_nats(said[: len(golden.ids)]))
     fidelity, limits = comparison.result(), subject.recipe
     max_mean_kl_nats = max_logit_kl_nats(limits, subject.layout)
-    least = limits.min_same_top_token
     max_cache_kl_nats = max(limits.max_mean_kl_nats, MAX_CACHE_KL_NATS)
     found.add(
         "logits",
         f"mean KL {fidelity.mean_kl_nats:.2e} nats (<= {max_mean_kl_nats:g}), same top "
-        f"token {fidelity.same_top_token:.1%} (>= {least:.0%}) over "
+        f"token {fidelity.same_top_token:.1%} (>= {limits.min_same_top_token:.0%}) over "
         f"{fidelity.positions} positions; a device's cache adds {max(cache_kl_nats):.0e} nats "
         f"(<= {max_cache_kl_nats:g})",
         passed=fidelity.mean_kl_nats <= max_mean_kl_nats
-        and fidelity.same_top_token >= least
+        and fidelity.same_top_token >= limits.min_same_top_token
         and max(cache_kl_nats) <= max_cache_kl_nats,
     )
     return fidelity

@@ -69,22 +69,64 @@ def hidden_states(
     Raises:
         UsageError: As `logits`.
     """
-    import torch
+    stream = Stream(model, texts)
+    for index in range(len(model.spec.layers)):
+        stream.pass_through(index, observe=observe, advance=advance)
+    return stream.end()
 
-    for text in texts:
-        _refuse_text(model.spec, text)
-    with torch.inference_mode():
-        states = [_embed(model, text) for text in texts]
-        embedded = [_embed_layers(model, text, x) for text, x in zip(texts, states, strict=True)]
-        caches: list[Caches] = [{} for _ in texts]
-        for index in range(len(model.spec.layers)):
-            weights = Weights(model, prefix=f"layers.{index}.", observe=observe)
-            for at, read in enumerate(states):
-                x = _apply_layer(model.spec, index, weights, read, caches[at])
-                states[at] = _end_layer(model.spec, index, weights, x, embedded[at])
-                advance(len(x))
-        final = Weights(model, prefix="")
-        return [normalize(model.spec.norm, final, "final_norm", x) for x in states]
+
+class Stream:
+    """All texts on their way through a decoder, layer by layer, in float32.
+
+    Raises:
+        UsageError: As `logits`.
+    """
+
+    def __init__(self, model: DecoderWeights, texts: Sequence[Sequence[int]]) -> None:
+        import torch
+
+        for text in texts:
+            _refuse_text(model.spec, text)
+        self._model = model
+        with torch.inference_mode():
+            self._states = [_embed(model, text) for text in texts]
+            self._embedded = _embed_layers(model, texts, self._states)
+        self._caches: list[Caches] = [{} for _ in texts]
+
+    def pass_through(
+        self, index: int, *, observe: "Observer | None" = None, advance: Advance = lambda _: None
+    ) -> None:
+        """Take all texts through a layer; the arguments are those of `hidden_states`."""
+        for at, x in enumerate(self.layer(index, observe=observe)):
+            self._states[at] = x
+            advance(len(x))
+
+    def look_through(
+        self, index: int, *, observe: "Observer", advance: Advance = lambda _: None
+    ) -> None:
+        """Observe a layer at work, and leave all texts before it."""
+        for x in self.layer(index, observe=observe):
+            advance(len(x))
+
+    def layer(self, index: int, *, observe: "Observer | None" = None) -> "Iterator[torch.Tensor]":
+        """Yield what a layer makes of each text: float32 ``(tokens, hidden_size)``."""
+        import torch
+
+        spec = self._model.spec
+        weights = Weights(self._model, prefix=f"layers.{index}.", observe=observe)
+        for x, embedded, caches in zip(self._states, self._embedded, self._caches, strict=True):
+            with torch.inference_mode():
+                mixed = _apply_layer(spec, index, weights, x, caches)
+                found = _end_layer(spec, index, weights, mixed, embedded)
+            yield found
+
+    def end(self) -> "list[torch.Tensor]":
+        """Return what the output head reads: for each text float32 ``(tokens, hidden_size)``."""
+        import torch
+
+        final = Weights(self._model, prefix="")
+        with torch.inference_mode():
+            return [normalize(self._model.spec.norm, final, "final_norm", x) for x in self._states]
 
 
 class InterpreterSession:
@@ -167,12 +209,15 @@ def _refuse_text(spec: DecoderSpec, ids: Sequence[int]) -> None:
 
 
 def _embed(model: DecoderWeights, ids: Sequence[int]) -> "torch.Tensor":
-    """Return the rows of the embedding that a text needs, and read no others."""
+    return _look_up(model, "token_embedding", ids) * model.spec.embedding_scale
+
+
+def _look_up(model: DecoderWeights, role: str, ids: Sequence[int]) -> "torch.Tensor":
+    """Return the rows of a table that a text needs, and read no others."""
     import torch
 
-    rows = {id: model.weight("token_embedding", id, 1)[0] for id in set(ids)}
-    found = torch.stack([torch.from_numpy(rows[id]) for id in ids])
-    return found * model.spec.embedding_scale
+    rows = {id: model.weight(role, id, 1)[0] for id in set(ids)}
+    return torch.stack([torch.from_numpy(rows[id]) for id in ids])
 
 
 def apply_head(model: DecoderWeights, states: "torch.Tensor") -> "torch.Tensor":
@@ -193,22 +238,21 @@ def apply_head(model: DecoderWeights, states: "torch.Tensor") -> "torch.Tensor":
 
 
 def _embed_layers(
-    model: DecoderWeights, ids: Sequence[int], x: "torch.Tensor"
-) -> "torch.Tensor | None":
-    """Return what each layer is given of its own embedding: ``(tokens, layers, width)``."""
-    import torch
+    model: DecoderWeights, texts: Sequence[Sequence[int]], states: "Sequence[torch.Tensor]"
+) -> "Sequence[torch.Tensor | None]":
+    """Return what layers are given of their own embedding, by text: ``(tokens, layers, width)``."""
     from torch.nn import functional
 
     spec, own = model.spec, model.spec.layer_embedding
     if own is None:
-        return None
-    rows = {id: model.weight("layer_embedding", id, 1)[0] for id in set(ids)}
-    looked_up = torch.stack([torch.from_numpy(rows[id]) for id in ids]) * own.scale
-    weights = Weights(model, prefix="")
-    seen = functional.linear(x, weights["layer_embedding_projection"]) * own.projection_scale
-    by_layer = (len(spec.layers), own.width)
-    seen = normalize(spec.norm, weights, "layer_embedding_norm", seen.unflatten(-1, by_layer))
-    return (seen + looked_up.unflatten(-1, by_layer)) * own.sum_scale
+        return [None] * len(texts)
+    weights, by_layer, found = Weights(model, prefix=""), (len(spec.layers), own.width), []
+    for ids, x in zip(texts, states, strict=True):
+        looked_up = _look_up(model, "layer_embedding", ids) * own.scale
+        seen = functional.linear(x, weights["layer_embedding_projection"]) * own.projection_scale
+        seen = normalize(spec.norm, weights, "layer_embedding_norm", seen.unflatten(-1, by_layer))
+        found.append((seen + looked_up.unflatten(-1, by_layer)) * own.sum_scale)
+    return found
 
 
 def _apply_layer(

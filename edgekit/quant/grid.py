@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias, assert_never
 
 from edgekit.errors import UsageError
-from edgekit.quant.planned import damped
+from edgekit.quant.damping import damped
 from edgekit.quant.rounding import bfloat16, from_bfloat16
 
 
@@ -101,8 +101,14 @@ def fit(values: "Rows", importance: "Rows | None", grid: Grid) -> Fitted:
     Raises:
         UsageError: If a weight is too large for the scales.
     """
-    weights = _weights(importance, grid)
-    return _by_parts(lambda blocks: _fit_part(blocks, weights, grid), values, grid)
+    weights = None if importance is None else damped(importance, share=DAMPING)
+    return fit_weighted(values, weights, grid)
+
+
+def fit_weighted(values: "Rows", weights: "Rows | None", grid: Grid) -> Fitted:
+    """Do as `fit`, with weights that are taken as they are: none may be negative."""
+    by_block = None if weights is None else weights.reshape(-1, grid.block_weights)
+    return _by_parts(lambda blocks: _fit_part(blocks, by_block, grid), values, grid)
 
 
 def _by_parts(fit_part: "Callable[[Blocks], Fitted]", values: "Rows", grid: Grid) -> Fitted:
@@ -146,12 +152,6 @@ def _joined(parts: list[Fitted]) -> Fitted:
         scales=np.concatenate([part.scales for part in parts]),
         zeros=np.concatenate([part.zeros for part in parts]),
     )
-
-
-def _weights(importance: "Rows | None", grid: Grid) -> "Rows | None":
-    """Return how much each weight of a block counts; None: all alike."""
-    weights = None if importance is None else damped(importance, share=DAMPING)
-    return None if weights is None else weights.reshape(-1, grid.block_weights)
 
 
 def _nearest_part(blocks: "Blocks", grid: Grid) -> Fitted:
@@ -266,13 +266,14 @@ def _fitted(blocks: "Blocks", scales: "Rows", zeros: "Rows", grid: Grid) -> Fitt
     _centre(codes, zeros, grid, out=codes)
     codes += zeros[:, None]
     return Fitted(
-        codes=np.moveaxis(_whole(codes, grid), -1, 0).copy(),
+        codes=np.moveaxis(whole(codes, grid), -1, 0).copy(),
         scales=scales.T.copy(),
-        zeros=_whole(zeros, grid).T.copy(),
+        zeros=whole(zeros, grid).T.copy(),
     )
 
 
-def _whole(codes: "Rows", grid: Grid) -> "Codes":
+def whole(codes: "npt.NDArray[np.floating] | npt.NDArray[np.int16]", grid: Grid) -> "Codes":
+    """Return codes, whole numbers already, in the type of a grid's codes; the shape is kept."""
     import numpy as np
 
     return codes.astype(np.int8) if grid.bottom < 0 else codes.astype(np.uint8)

@@ -1,11 +1,12 @@
 """The weight of a plan: how it is stored, and whether a calibration weights its rounding."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgekit.model.shapes import Shape
+from edgekit.quant.lattice import Lattice
 from edgekit.quant.recipe import split_role
 
 
@@ -28,6 +29,9 @@ class PlannedWeight:
     tensor_type: str  # the one it gets
     size_bytes: int
     is_coarse: bool  # whether its grid is coarse enough for a calibration to matter
+    # What a solver can round it to; None: only its format can, as columns change places, say.
+    lattice: Lattice | None = None
+    roles: tuple[str, ...] = ()  # of several weights that fill it one after another; else `role`
 
     @property
     def parameters(self) -> int:
@@ -43,6 +47,26 @@ class PlannedWeight:
         return self.is_coarse and split_role(self.role)[0] is not None
 
 
+def lattices(weights: Iterable[PlannedWeight]) -> dict[str, Lattice]:
+    """Return what a solver can round weights of layers to, by role."""
+    return {
+        role: weight.lattice
+        for weight in weights
+        if weight.is_calibrated and weight.lattice is not None
+        for role in weight.roles or (weight.role,)
+    }
+
+
+def solved_of(
+    calibration: "Calibration | None", role: str
+) -> "Sequence[npt.NDArray[np.generic]] | None":
+    """Return what is stored of a weight that is solved already; None: it is not.
+
+    The arrays of its format's own encoding, shapes ``(rows, …)``.
+    """
+    return None if calibration is None else calibration.solved.get(role)
+
+
 def calibration_sha256(
     calibration: "Calibration | None", weights: Iterable[PlannedWeight]
 ) -> str | None:
@@ -54,26 +78,8 @@ def calibration_sha256(
 def importance_of(calibration: "Calibration | None", weight: PlannedWeight) -> "Columns | None":
     """Return how much an error counts in each column: float32, shape ``(columns,)``.
 
-    None where all count alike.
+    None where all count alike, or where its codes are known.
     """
-    is_used = calibration is not None and weight.is_calibrated
-    return calibration.of(weight.role) if calibration is not None and is_used else None
-
-
-def damped(importance: "npt.NDArray[np.floating]", *, share: float) -> "Columns | None":
-    """Return importance over its mean, plus a share of that, so that no column is free to err.
-
-    Args:
-        importance: The mean of the squared inputs, shape ``(columns,)``; its precision is that of
-            the division.
-        share: Of the mean, that is added.
-
-    Returns:
-        float32 of the same shape; None if nothing ever passed here: all columns count alike.
-    """
-    import numpy as np
-
-    mean = float(importance.mean(dtype=np.float64))
-    if mean == 0:
+    if calibration is None or not weight.is_calibrated:
         return None
-    return (importance / mean + share).astype(np.float32, copy=False)
+    return None if weight.role in calibration.solved else calibration.of(weight.role)

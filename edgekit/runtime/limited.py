@@ -21,7 +21,9 @@ from edgekit.runtime.child import death_of, environment, shell_status
 
 
 _OUT_OF_MEMORY = 3  # the exit status of a child that was refused memory
-_CLOCK_PER_CPU = 5  # how much longer than its processor time a question may take on a busy machine
+# How much longer than its processor time a question may take on a busy machine. Where the system
+# limits that time the clock is only for a child that does nothing at all.
+_CLOCK_PER_CPU = 5 if sys.platform == "win32" else 30
 _MAPPED_BYTES = 1 << 30  # of programs and libraries, over what they write to: address space only
 # Threads take memory each, and nobody reads a backtrace, which takes longer than many a question.
 _SETTINGS = {

@@ -36,7 +36,7 @@ from edgekit.source import (
     wrapped,
 )
 from edgekit.source.config import Config
-from edgekit.source.made_tensors import PairOrder, Taps
+from edgekit.source.made_tensors import PairOrder, Taps, Zeros
 from edgekit.source.names import USUAL, Naming, listed
 
 
@@ -168,25 +168,27 @@ class Checkpoint:
     stored_names: Naming = USUAL  # how the names in the files differ from those of `tensors`
     wrapper: str | None = None  # the model_type of the model around the decoder
     notes: tuple[str, ...] = ()  # what was decided where the files disagree, one sentence each
+    has_weights: bool = True  # False: only its shape is known, and every weight reads as zeros
 
     @classmethod
-    def open(cls, directory: Path) -> Self:
+    def open(cls, directory: Path, *, has_weights: bool = True) -> Self:
         """Read the config, the tokenizer's files and the tensor headers; no weight is loaded.
+
+        Args:
+            directory: Of the model.
+            has_weights: Whether they are there; else what the config asks for is taken for there,
+                so that the model can be planned, and reading one gives zeros.
 
         Raises:
             UsageError: If this is not a checkpoint, is damaged, or is one edgekit does not know.
         """
-        path = directory / "config.json"
-        text = wrapped.text_model(_read_config(directory), origin=str(path))
-        origin = f"{path}: {text.section}" if text.section else str(path)
-        architecture = _architecture(text.fields, origin=origin)
-        family, config = families.get(architecture), Config(text.fields, origin=origin)
-        is_four_bit = bitsandbytes_tensors.is_four_bit(text.fields, origin=config.origin)
-        config.ignore(bitsandbytes_tensors.FIELD)  # each tensor says it again, and more
-        spec = family.describe(config)
-        unknown = config.unread_strings()
-        config.refuse_unread()
-        stored, quantization = _read_headers(directory, is_four_bit=is_four_bit)
+        said = describe(_read_config(directory), origin=str(directory / "config.json"))
+        text, architecture, spec = said.text, said.architecture, said.spec
+        family = families.get(architecture)
+        if has_weights:
+            stored, quantization = _read_headers(directory, is_four_bit=said.is_four_bit)
+        else:
+            stored, quantization = dict(_asked_for(architecture, spec)), None
         decoder = decoder_tensors.find(
             stored, spec, architecture=architecture, directory=directory, wrapper=text.wrapper
         )
@@ -201,7 +203,8 @@ class Checkpoint:
             quantization=quantization,
             stored_names=decoder.naming,
             wrapper=text.wrapper,
-            notes=(*_family_notes(architecture, spec, text.wrapper), *unknown, *decoder.notes),
+            has_weights=has_weights,
+            notes=(*_family_notes(architecture, spec, text.wrapper), *said.unknown, *decoder.notes),
         )
         checkpoint.refuse_mismatch()
         return checkpoint
@@ -306,7 +309,7 @@ class Checkpoint:
         if source.siblings:
             tensor = StackedTensors(tuple(self.tensors[name] for name in source.tensors))
         if source.is_depthwise:
-            return Taps(tensor)
+            return Taps(base=tensor)
         if source.neighbours is None:
             return tensor
         return PairOrder(base=tensor, pairs=source.neighbours, to="halves")
@@ -376,6 +379,41 @@ class Checkpoint:
                     f"{name} in {self.directory} has {tensor.shape[0]} rows, "
                     f"the config uses {used_rows[name]}"
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """What a config.json says."""
+
+    text: wrapped.TextModel
+    architecture: str  # the model_type of the decoder
+    spec: DecoderSpec
+    is_four_bit: bool  # as bitsandbytes stores it
+    unknown: tuple[str, ...]  # fields that nobody knows and that change nothing, one sentence each
+
+
+def describe(fields: dict[str, Any], *, origin: str) -> Described:
+    """Return what the fields of a config.json say.
+
+    Raises:
+        UsageError: If it is of a model that edgekit does not know.
+    """
+    text = wrapped.text_model(fields, origin=origin)
+    origin = f"{origin}: {text.section}" if text.section else origin
+    architecture = _architecture(text.fields, origin=origin)
+    config = Config(text.fields, origin=origin)
+    is_four_bit = bitsandbytes_tensors.is_four_bit(text.fields, origin=config.origin)
+    config.ignore(bitsandbytes_tensors.FIELD)  # each tensor says it again, and more
+    spec = families.get(architecture).describe(config)
+    unknown = config.unread_strings()
+    config.refuse_unread()
+    return Described(
+        text=text,
+        architecture=architecture,
+        spec=spec,
+        is_four_bit=is_four_bit,
+        unknown=unknown,
+    )
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -497,6 +535,20 @@ def _read_headers(directory: Path, *, is_four_bit: bool) -> tuple[Mapping[str, T
     if is_four_bit:
         return bitsandbytes_tensors.dequantized(tensors, origin=directory)
     return tensors, None
+
+
+def _asked_for(architecture: str, spec: DecoderSpec) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that a config asks for, by their stored names, as if they were there."""
+    family = families.get(architecture)
+    shapes: dict[str, Shape] = {}
+    for role, shape in spec.weights():
+        source = family.source(role, spec)
+        for name in source.tensors:
+            own = shape[1:] if source.siblings else shape
+            rows = max(source.first_row + own[0], shapes.get(name, own)[0])
+            shapes[name] = (rows, 1, *own[1:]) if source.is_depthwise else (rows, *own[1:])
+    for name, shape in shapes.items():
+        yield families.stored_name(architecture, name), Zeros(shape=shape, dtype="BF16")
 
 
 def read_safetensors(

@@ -29,7 +29,7 @@ def stored_dtype(tensor: Tensor) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class MergedTensor(ABC):
-    """A change to a tensor; the result has the shape of its base."""
+    """A change to a tensor; if nothing else is said the result has the shape of its base."""
 
     base: Tensor
 
@@ -116,8 +116,8 @@ class PairOrder(MergedTensor):
         return np.array(self.pairs.order(self.to))
 
 
-@dataclass(frozen=True)
-class Taps:
+@dataclass(frozen=True, kw_only=True)
+class Taps(MergedTensor):
     """The taps of a convolution that sees each channel by itself, without the axis that says so."""
 
     base: Tensor  # (channels, 1, taps)
@@ -127,18 +127,7 @@ class Taps:
         """Channels and taps."""
         return self.base.shape[0], self.base.shape[2]
 
-    @property
-    def size_bytes(self) -> int:
-        """How much of the file they take."""
-        return self.base.size_bytes
-
-    @property
-    def dtype(self) -> str:
-        """The type they are stored in."""
-        return stored_dtype(self.base)
-
-    def read(self, first_row: int = 0, rows: int | None = None) -> "Values":
-        """Return some channels, or all, in float32."""
+    def _merged(self, first_row: int, rows: int) -> "Values":
         return self.base.read(first_row, rows)[:, 0]
 
 

@@ -1,5 +1,9 @@
-"""What MODEL may be: a Hugging Face directory, a GGUF file, or ``demo``."""
+"""What MODEL may be: a Hugging Face directory, a GGUF file, or ``demo``.
 
+And what it may be for a plan besides: the name of a published model, or a config.json alone.
+"""
+
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,12 +15,14 @@ from edgekit.bundle import kept
 from edgekit.cache import cache_directory
 from edgekit.encodings.files import is_directory, is_file, readable
 from edgekit.encodings.hashing import sha256_of
+from edgekit.encodings.json_files import read_object
+from edgekit.encodings.limits import VOCABULARY
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.model import chat_templates, template_fit, thinking
 from edgekit.model.tokenizer_files import TokenizerFiles
 from edgekit.progress import Listener, Silent
-from edgekit.source import transformers_tokenizer
-from edgekit.source.checkpoint import Checkpoint
+from edgekit.source import published, stand_in, transformers_tokenizer
+from edgekit.source.checkpoint import Checkpoint, describe, weight_files
 from edgekit.text import guarded
 from edgekit.text.rules import TextRules
 from edgekit.text.template import ChatTemplate, TemplateCall
@@ -97,10 +103,75 @@ def _directory(model: str, listener: Listener) -> Path:
             f"{model} is neither a model directory nor a GGUF file",
             hint="pass the directory that holds config.json",
         )
+    if published.find(model):
+        raise UsageError(
+            f"there is no {model} here",
+            hint="edgekit reads local models only: download it and pass its directory. "
+            f"`edgekit plan {model}` knows its shape already",
+        )
+    near = ", ".join(published.like(model))
     raise UsageError(
         f"there is no {model}",
-        hint="edgekit reads local models only: a directory, a .gguf file, or `demo`",
+        hint="edgekit reads local models only: a directory, a .gguf file, or `demo`"
+        + (f"; plans also know published models by name, such as {near}" if near else ""),
     )
+
+
+def open_shape(model: str | Path) -> Checkpoint | None:
+    """Return what a plan needs of a model without weights; None if MODEL is not one.
+
+    That is a directory with a config.json and no weights, or the name of a published model. Its
+    text is a stand-in of the right size where the directory has no tokenizer.json.
+
+    Raises:
+        UsageError: If the config is one that edgekit does not understand.
+    """
+    path = Path(model)
+    if is_directory(path):
+        if not is_file(path / "config.json") or weight_files(path) or _has_pickles(path):
+            return None
+        fields = read_object(path / "config.json")
+        directory = path if is_file(path / "tokenizer.json") else _with_text(fields, path.name)
+        seen = f"{path} holds no weights: this is planned from its config.json"
+    else:
+        known = None if path.exists() else published.find(str(model))
+        if known is None:
+            return None
+        directory = _with_text(known.config_json, known.name.rpartition("/")[2])
+        seen = f"planned from the shape of {known.name} ({known.source}; {known.date})"
+        seen += f"; licence: {known.licence}" if known.licence else ""
+    checkpoint = Checkpoint.open(directory, has_weights=False)
+    if directory != path:
+        seen += "; a tokenizer's size is guessed, and what its text says is not known"
+    return replace(
+        checkpoint,
+        notes=(*checkpoint.notes, seen),
+        text=checkpoint.text.within(checkpoint.spec.vocab_size),
+    )
+
+
+def _has_pickles(directory: Path) -> bool:
+    return any(next(directory.glob(kind), None) for kind in ("*.bin", "*.pt", "*.pth"))
+
+
+def _with_text(fields: Mapping[str, Any], name: str) -> Path:
+    """Return a directory of the cache with a config and text files of its size."""
+    rows = describe(dict(fields), origin=f"{name}: config.json").spec.vocab_size
+    if rows > VOCABULARY:
+        raise UsageError(
+            f"{name}: config.json: vocab_size = {rows}, a plan without a tokenizer takes "
+            f"{VOCABULARY} at most",
+            hint="put the model's tokenizer.json next to it",
+        )
+    said = {key: it for key, it in fields.items() if not key.endswith("_token_id")}
+    digest = sha256(json.dumps([stand_in.VERSION, name, said]).encode()).hexdigest()[:16]
+
+    def write(work: Path) -> None:
+        (work / name).mkdir()
+        (work / name / "config.json").write_text(json.dumps(said), encoding="utf-8")
+        stand_in.write_text_files(work / name, vocab_size=rows)
+
+    return kept.directory(cache_directory() / "shapes" / digest, write) / name
 
 
 def _refuse_parts(file: Path) -> None:

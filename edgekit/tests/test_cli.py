@@ -491,7 +491,7 @@ def test_a_plan_for_programs_keeps_the_keys_it_was_first_written_with(tmp_path, 
     document = json.loads(json.dumps(cli_module.plain(cli_module.plan_document(made))))
     assert document.keys() == {
         "format", "recipe", "context_tokens", "layout", "estimate", "rejected", "notes",
-        "split_bytes",
+        "split_bytes", "quant_method",
     }  # fmt: skip
     assert document["recipe"].keys() == {
         "name", "default", "rules", "changes", "max_mean_kl_nats", "min_same_top_token",

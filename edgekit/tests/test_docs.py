@@ -42,7 +42,8 @@ def whole_commands(blocks: str) -> Iterator[list[str]]:
     for line in blocks.replace("\\\n", " ").splitlines():
         for part in re.split(r"&&|\|", line.strip().removeprefix("$ ")):
             if re.match(r"(\.venv/bin/)?edgekit [a-z]", part.strip()):
-                yield shlex.split(part, comments=True)[1:]
+                words = shlex.split(part, comments=True)[1:]
+                yield list(itertools.takewhile(lambda word: word != ">", words))
 
 
 def mentioned_commands(text: str) -> Iterator[list[str]]:

@@ -10,6 +10,7 @@ import pytest
 from edgekit.bundle.manifest import Bundle
 from edgekit.errors import UsageError
 from edgekit.export import export
+from edgekit.formats.mlc.compiling import tools
 from edgekit.plan import plan
 
 
@@ -19,6 +20,7 @@ BUILDS = {
     "gguf": "raspberry-pi-5-8gb",
     "onnx": "webgpu-desktop-integrated",
     "executorch": "android-mid-8gb",
+    "mlc": "webgpu-desktop-integrated",
 }
 
 
@@ -30,6 +32,8 @@ def gemma3(tmp_path_factory):
 
 @pytest.mark.parametrize("format", BUILDS)
 def test_a_real_gemma_says_the_same_in_every_runtime(gemma3, tmp_path, format):
+    if format == "mlc" and not (tools.are_here() and tools.are_here_for_browsers()):
+        pytest.skip(f"pip install 'edgekit[mlc-compile]' and {tools.INSTALL_LINKER}")
     out = tmp_path / format
     export(gemma3, BUILDS[format], format=format, context_tokens=1024, out=out)
     bundle = Bundle.load(out)
@@ -38,6 +42,7 @@ def test_a_real_gemma_says_the_same_in_every_runtime(gemma3, tmp_path, format):
     assert bundle.agreement.positions > 1000
 
 
-def test_mlc_says_in_the_plan_why_it_cannot_run_gemma3(gemma3):
-    with pytest.raises(UsageError, match="MLC"):
-        plan(gemma3, "webgpu-desktop-integrated", format="mlc")
+def test_no_prebuilt_library_runs_gemma3(gemma3):
+    with pytest.raises(UsageError, match="MLC has one rope for all layers") as refusal:
+        plan(gemma3, "webgpu-desktop-integrated", format="mlc", compile=False)
+    assert "--compile" in refusal.value.hint

@@ -12,12 +12,13 @@ HEAVY = {
     "safetensors", "starlette", "tokenizers", "torch", "transformers", "uvicorn",
 }  # fmt: skip
 ON_A_DEVICE = [
-    "bundle.goldens", "bundle.manifest", "errors", "formats", "formats.gguf", "inspect",
+    "bundle.goldens", "bundle.manifest", "calibrate_target",
+    "errors", "formats", "formats.gguf", "inspect",
     "measuring.measure", "measuring.verdict", "run", "runtime.generate", "runtime.session", "serve",
     "target", "text.template", "text.tokenizer", "validate",
 ]  # fmt: skip
 ON_A_WORKSTATION = [
-    "doctor", "export", "merge", "plan", "proof.gates", "source.adapters.merging",
+    "compare", "doctor", "export", "merge", "plan", "proof.gates", "source.adapters.merging",
     "source.checkpoint", "source.families", "source.gguf", "source.opening",
 ]  # fmt: skip
 NEVER_ON_A_DEVICE = {

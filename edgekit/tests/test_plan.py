@@ -10,7 +10,7 @@ from edgekit import formats
 from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import BuildRequest, GpuBuffer
 from edgekit.formats.gguf import RECIPES, writing
-from edgekit.plan import Choice, estimate, make, substitutions
+from edgekit.plan import Choice, estimate, grounds, make, substitutions
 from edgekit.target import WebGpuLimits
 from edgekit.target import load as load_target
 from edgekit.tests.needs import needs
@@ -364,3 +364,14 @@ def test_what_llama_cpp_cannot_read_goes_to_another_format(pi, tmp_path):
     made = make(model, pi)
     assert made.format == "onnx"
     assert "llama.cpp reads text otherwise" in made.rejected[0].misses[0]
+
+
+@pytest.mark.parametrize("name", ["raspberry-pi-5-8gb", "android-mid-8gb"])
+def test_a_plan_says_what_its_speeds_rest_on(name):
+    target = load_target(name)
+    said = grounds(target)
+    for figure in ("decode_bandwidth_bytes_per_s", "prefill_flop_per_s"):
+        origin = target.origins[figure]
+        assert origin.basis in said
+        assert origin.source in said
+        assert origin.date in said

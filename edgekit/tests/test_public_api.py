@@ -14,7 +14,18 @@ from edgekit.progress import Listener
 from edgekit.target import Target
 
 
-VERBS = ["doctor", "export", "inspect", "merge", "plan", "run", "serve", "validate", "verify"]
+VERBS = [
+    "compare",
+    "doctor",
+    "export",
+    "inspect",
+    "merge",
+    "plan",
+    "run",
+    "serve",
+    "validate",
+    "verify",
+]
 
 
 def run_python(*lines):

@@ -7,14 +7,13 @@ import pytest
 from edgekit import formats, recipes
 from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest
-from edgekit.source import families
+from edgekit.source import families, published
 from edgekit.source.config import Config
-from edgekit.tests.source.published_models import PUBLISHED
 from edgekit.tests.tiny.random_checkpoints import random_checkpoint
 
 
 def spec_of(name):
-    model = PUBLISHED[name]
+    model = published.models()[name]
     config = Config(dict(model.config), origin="published")
     return families.get(model.model_type).describe(config)
 

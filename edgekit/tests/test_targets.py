@@ -155,7 +155,7 @@ def test_the_schema_refuses_what_the_reader_refuses(place, value, schema, tmp_pa
                 tmp_path / "board.toml",
                 "",
                 broken,
-                known=("title", "formats", "variants", *target._TABLES),
+                known=("title", "aliases", "formats", "variants", *target._TABLES),
             ),
         )
 
@@ -216,7 +216,7 @@ def test_a_name_unlike_any_says_how_to_list_them_in_one_line():
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
-        ("pi4", ["raspberry-pi-4-2gb", "raspberry-pi-4-4gb", "raspberry-pi-4-8gb"]),
+        ("pi-4", ["raspberry-pi-4-2gb", "raspberry-pi-4-4gb", "raspberry-pi-4-8gb"]),
         ("iPad", ["ipad-m-16gb", "ipad-m-8gb"]),
         ("rasberry-pi-5-8gb", ["raspberry-pi-5-8gb"]),
     ],
@@ -466,3 +466,22 @@ def test_the_variants_that_a_target_takes_exist(name):
 def test_a_variant_that_cannot_be_is_refused(edited, line, finding):
     title = line_of("title")
     assert finding in str(refusal(edited(title, f"{title}\n{line}")))
+
+
+def test_a_target_is_found_by_the_name_of_a_device():
+    assert target.load("pi5").name == "raspberry-pi-5-8gb"
+    assert target.load("galaxy-s23").name == "snapdragon-8-gen-2"
+
+
+def test_no_two_shipped_targets_are_called_alike():
+    known = [target.load(name) for name in target.names()]
+    called = [name for it in known for name in (it.name, *it.aliases)]
+    assert len(set(called)) == len(called)
+
+
+def test_an_alias_of_ones_own_comes_before_a_shipped_one(tmp_path, monkeypatch):
+    text = PI5.read_text("utf-8").replace('aliases = ["pi5"]', 'aliases = ["galaxy-s23"]')
+    (tmp_path / "board.toml").write_text(text, "utf-8")
+    (tmp_path / "broken.toml").write_text("title = ")
+    monkeypatch.setenv("EDGEKIT_TARGETS", str(tmp_path))
+    assert target.load("galaxy-s23").name == "board"

@@ -6,6 +6,7 @@ from edgekit.formats.executorch import backends, tensor_types
 TENSOR_TYPES, RECIPES = tensor_types.TENSOR_TYPES, tensor_types.RECIPES
 MIXES_TENSOR_TYPES = True
 VARIANTS = backends.variants()
+COMPILES = ""
 RUNTIME = "ExecuTorch"
 EXTRA = "executorch"
 RUN_EXTRA = "run-executorch"

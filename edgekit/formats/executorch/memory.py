@@ -62,8 +62,7 @@ def use(
 def cache_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
     """Return the size of all keys and values, and of the states that layers keep instead."""
     widths = sum(2 * attention.key_value_width for _, _, attention in spec.caches())
-    states = sum(math.prod(shape) for _, _, shape in spec.states())
-    return CACHE_ITEM_BYTES * (widths * context_tokens + states)
+    return CACHE_ITEM_BYTES * widths * context_tokens + spec.states_bytes
 
 
 def planned_bytes(spec: DecoderSpec, *, context_tokens: int, call_tokens: int) -> int:

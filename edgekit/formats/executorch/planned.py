@@ -8,7 +8,7 @@ from edgekit.errors import UsageError
 from edgekit.formats.executorch import slopes, tensor_types
 from edgekit.model.shapes import Shape
 from edgekit.progress import Advance
-from edgekit.quant.planned import PlannedWeight, importance_of
+from edgekit.quant.planned import PlannedWeight, importance_of, solved_of
 
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class ProgramWeight(PlannedWeight):
             tensor_type=stored,
             size_bytes=sum(sizes),
             is_coarse=stored in tensor_types.COARSE,
+            lattice=tensor_types.lattice(stored),
         )
 
     @property
@@ -99,6 +100,11 @@ class Job:
         Raises:
             UsageError: If a weight is too large for its tensor type; it is named.
         """
+        solved = solved_of(self.checkpoint.calibration, weight.role)
+        if solved is not None:
+            yield 0, [*solved]
+            self.progress(weight.parameters)
+            return
         importance = importance_of(self.checkpoint.calibration, weight)
         for first, rows in self.blocks(weight):
             try:

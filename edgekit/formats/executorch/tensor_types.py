@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from edgekit.model.shapes import Shape
 from edgekit.model.spec import DecoderSpec
 from edgekit.quant import grid, rounding
-from edgekit.quant.grid import Fitted, Grid, Precision
+from edgekit.quant.grid import Fitted, Grid
+from edgekit.quant.lattice import GridLattice, Lattice
 from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits
 
 
@@ -69,16 +70,20 @@ _EIGHT_BIT_NETS = Rule(pattern="delta_(qkv|gate|output)", tensor_type="INT8")
 _EIGHT_BITS = (_EIGHT_BIT_PROJECTION, _EIGHT_BIT_NETS)
 
 # What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.
-# Measured over 3152 positions of SmolLM2-135M with weights that lie on no grid: F32 6e-11, 100 %;
-# F16 5e-6, 99.7; 8da8w 0.040, 86.0; 8da4w 0.72, 51.3, or importance-weighted 0.38,
-# 63.1; 8da4w_g64 0.82, 47.7; 8da4w_g128 (64 where rows have 576 weights) 0.95, 44.6; 8da4w_all
-# 0.97, 42.3, or with a calibration of the layers 0.62, 50.5. Random models have more near ties:
-# of four bits KL judges closely, and half of these top tokens are enough.
+# Measured over 3152 positions of SmolLM2-135M with weights that lie on no grid: _DEMO_KL_NATS, and
+# F32 100 %; F16 99.7; 8da8w 86.0; 8da4w 51.3, or importance-weighted 0.38, 63.1; 8da4w_g64 47.7;
+# 8da4w_g128 (64 where rows have 576 weights) 44.6; 8da4w_all 42.3, or with a calibration of the
+# layers 0.62, 50.5. Random models have more near ties: of four bits KL judges closely, and half of
+# these top tokens are enough.
 _LIMITS = {
     "F32": (1e-9, 0.999), "F16": (1e-4, 0.97), "8da8w": (0.06, 0.83), "8da4w": (0.8, 0.25),
     "8da4w_g64": (0.9, 0.23), "8da4w_g128": (1.05, 0.22), "8da4w_all": (1.1, 0.21),
 }  # fmt: skip
-_recipe = with_limits(_LIMITS)
+_DEMO_KL_NATS = {
+    "F32": 6e-11, "F16": 5e-6, "8da8w": 0.040, "8da4w": 0.72, "8da4w_g64": 0.82, "8da4w_g128": 0.95,
+    "8da4w_all": 0.97,
+}  # fmt: skip
+_recipe = with_limits(_LIMITS, _DEMO_KL_NATS)
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
@@ -172,11 +177,16 @@ def encode(
         return [rounding.float16(values, hint="take F32 or 8da8w")]
     if tensor_type == "INT8":
         return _to_int8(values)
-    group_weights = TENSOR_TYPES[tensor_type].block_weights
-    if tensor_type in VULKAN_FOUR_BITS:
-        return _to_four_bits(values, group_weights, importance, "float32")
-    codes, scales = _to_four_bits(values, group_weights, importance, "bfloat16")
-    return [codes, (scales.view("<u4") >> 16).astype("<u2")]
+    return _four_bits(grid.fit(values, importance, _grid(tensor_type)), tensor_type)
+
+
+def lattice(tensor_type: str) -> Lattice | None:
+    """Return what a solver can round a weight to; None where rounding is fine as it is."""
+    if tensor_type not in COARSE:
+        return None
+    return GridLattice(
+        grid=_grid(tensor_type), write=lambda found, _: _four_bits(found, tensor_type)
+    )
 
 
 def decode(parts: "list[npt.NDArray[Any]]", stored: str) -> "Rows":
@@ -207,23 +217,23 @@ def _to_int8(values: "Rows") -> "list[npt.NDArray[np.generic]]":
     return [codes[:, 0], scales[:, 0]]
 
 
-def _to_four_bits(
-    values: "Rows", group_weights: int, importance: "Rows | None", precision: Precision
-) -> "list[npt.NDArray[np.generic]]":
+def _grid(tensor_type: str) -> Grid:
+    return Grid(
+        block_weights=TENSOR_TYPES[tensor_type].block_weights, bottom=-8, top=7, zero=0,
+        scales="float32" if tensor_type in VULKAN_FOUR_BITS else "bfloat16",
+        has_negative_scales=False,
+    )  # fmt: skip
+
+
+def _four_bits(fitted: Fitted, tensor_type: str) -> "list[npt.NDArray[np.generic]]":
     """Return codes plus 8, the first of a pair in a byte's lower half, and scales."""
     import numpy as np
 
-    fitted = grid.fit(
-        values,
-        importance,
-        Grid(
-            block_weights=group_weights, bottom=-8, top=7, zero=0, scales=precision,
-            has_negative_scales=False,
-        ),
-    )  # fmt: skip
     codes, scales = _regular(fitted)
-    raised = (codes.reshape(values.shape) + 8).astype(np.uint8)
-    return [rounding.packed_pairs(raised), scales]
+    packed = rounding.packed_pairs((codes.reshape(len(codes), -1) + 8).astype(np.uint8))
+    if tensor_type in VULKAN_FOUR_BITS:
+        return [packed, scales]
+    return [packed, (scales.view("<u4") >> 16).astype("<u2")]
 
 
 def _regular(fitted: Fitted) -> "tuple[npt.NDArray[np.int8], Rows]":

@@ -20,12 +20,15 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     return conversion.lay_out(checkpoint, replace(request, context_tokens=context))
 
 
-def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
+def context_limit(
+    checkpoint: "CheckpointProtocol", *, compiles: bool | None = False
+) -> ContextLimit:
     """Return the model's own limit, or with a longrope where its other factors begin.
 
     A program has those too, and edgekit's session reads a text again when it gets there; programs
     of others do not.
     """
+    del compiles  # nothing is
     border = checkpoint.spec.original_max_position_embeddings
     if border is not None and border < checkpoint.spec.context_tokens:
         return ContextLimit(

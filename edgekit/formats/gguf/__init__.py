@@ -7,6 +7,7 @@ TENSOR_TYPES, RECIPES = tensor_types.TENSOR_TYPES, tensor_types.RECIPES
 MIXES_TENSOR_TYPES = True
 ENDING = ".gguf"
 VARIANTS = ()
+COMPILES = ""
 RUNTIME = "llama.cpp"
 EXTRA = "gguf"
 RUN_EXTRA = "run-gguf"

@@ -34,7 +34,7 @@ from edgekit.formats.gguf.value_heads import ValueHeads
 from edgekit.model.checkpoint_protocol import row_chunks
 from edgekit.model.spec import DecoderSpec, Pairs
 from edgekit.progress import Advance
-from edgekit.quant.planned import calibration_sha256
+from edgekit.quant.planned import calibration_sha256, solved_of
 from edgekit.quant.recipe import Recipe, split_role
 from edgekit.text import corpus
 
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from edgekit.model.tokenizer_files import TokenizerFiles
 
     Rows = npt.NDArray[np.float32]
-    Block = tuple[str, Rows, str]  # tensor, some of its rows, tensor type
+    Encoded = npt.NDArray[np.generic]
+    Block = tuple[str, Rows | Encoded, str]  # tensor, some of its rows, tensor type
 
 
 STEM = "model"
@@ -233,9 +234,11 @@ def convert(
 
 def counted(blocks: "Iterator[Block]", progress: Advance) -> "Iterator[Block]":
     """Tell the progress as blocks are taken."""
-    for block in blocks:
-        yield block
-        progress(block[1].size)
+    for name, rows, tensor_type in blocks:
+        yield name, rows, tensor_type
+        is_encoded = rows.dtype == "uint8"
+        kind = tensor_types.TENSOR_TYPES[tensor_type]
+        progress(rows.size // kind.block_bytes * kind.block_weights if is_encoded else rows.size)
 
 
 def _write_made(writer: FilesWriter, spec: DecoderSpec, architecture: Architecture) -> None:
@@ -247,12 +250,21 @@ def _write_made(writer: FilesWriter, spec: DecoderSpec, architecture: Architectu
 
 def _blocks(
     checkpoint: "CheckpointProtocol", part: FileTensor, architecture: Architecture
-) -> Iterator["Rows"]:
-    """Yield the rows of a part as llama.cpp wants them, some million weights at a time."""
+) -> Iterator["Rows | Encoded"]:
+    """Yield the rows of a part as llama.cpp wants them, some million weights at a time.
+
+    Those that are solved already are bytes.
+    """
     import numpy as np
 
     spec = checkpoint.spec
     for role in part.roles:
+        solved = solved_of(checkpoint.calibration, role)
+        if solved is not None:
+            pairs = spec.rotated_pairs(role) if architecture.rope_pairs == "neighbours" else None
+            (encoded,) = solved
+            yield encoded.take(_order(pairs, len(encoded)), axis=0) if pairs else encoded
+            continue
         heads = value_heads.value_heads(role, spec)
         if heads is not None or split_role(role)[1] == "delta_decay":
             yield from _delta_blocks(checkpoint, role, heads)
@@ -305,9 +317,14 @@ def interleave_halves(rows: "Rows", pairs: Pairs) -> "Rows":
     Returns:
         The same shape, the two of each pair side by side.
     """
+    ordered: Rows = rows.take(_order(pairs, rows.shape[pairs.axis]), axis=pairs.axis)
+    return ordered
+
+
+def _order(pairs: Pairs, channels: int) -> "npt.NDArray[np.intp]":
+    """Return where each channel of a file stands in a checkpoint."""
     import numpy as np
 
-    order, heads = np.array(pairs.order("neighbours")), rows.shape[pairs.axis] // pairs.head_dim
-    starts = np.arange(heads)[:, None] * pairs.head_dim
-    ordered: Rows = rows.take((starts + order).ravel(), axis=pairs.axis)
-    return ordered
+    starts = np.arange(channels // pairs.head_dim)[:, None] * pairs.head_dim
+    found: npt.NDArray[np.intp] = (starts + np.array(pairs.order("neighbours"))).ravel()
+    return found

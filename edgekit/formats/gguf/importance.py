@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from edgekit.formats.gguf.value_heads import value_heads
 from edgekit.model.spec import DecoderSpec
-from edgekit.quant.planned import PlannedWeight, calibration_sha256, damped, importance_of
+from edgekit.quant.damping import damped
+from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
 
 
 if TYPE_CHECKING:

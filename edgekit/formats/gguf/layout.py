@@ -171,7 +171,7 @@ def _value_bytes(value: Value) -> int:
     item = word.removeprefix("array[").removesuffix("]")
     items, prefix = (content, 4 + 8) if item != word else ([content], 0)
     if item == "string":
-        return prefix + sum(8 + len(text.encode()) for text in items)
+        return prefix + 8 * len(items) + len("".join(items).encode())
     return prefix + len(items) * struct.calcsize(f"<{_CODES[item]}")
 
 

@@ -1,6 +1,5 @@
 """What llama.cpp holds in memory while it answers, by the sizes of its buffers."""
 
-import math
 from dataclasses import replace
 
 from edgekit.formats import Layout, MemoryUse
@@ -11,7 +10,6 @@ from edgekit.model.spec import DecoderSpec, Layer, Mlp
 
 
 CACHE_ITEM_BYTES = 2  # float16 keys and values, llama.cpp's default
-STATE_ITEM_BYTES = 4  # float32, whatever the cache's type
 # An interpreter with numpy, the libraries and edgekit; what one entry of the vocabulary costs in
 # `tokenizers` and in llama.cpp together. Measured on x86-64 with SmolLM2-135M Q8_0: VmHWM was 233
 # MiB with a context of 512 and 314 MiB with 4096, where these sums give 236 and 317.
@@ -64,8 +62,7 @@ def cache_bytes(spec: DecoderSpec, *, context_tokens: int) -> int:
 
     A layer with a window keeps no more than it sees, one that reads those of another layer none.
     """
-    states = sum(math.prod(shape) * STATE_ITEM_BYTES for _, _, shape in spec.states())
-    return states + sum(
+    return spec.states_bytes + sum(
         2 * attention.key_value_width * CACHE_ITEM_BYTES * _cells(layer, context_tokens)
         for _, layer, attention in spec.caches()
     )

@@ -1,11 +1,13 @@
 """The parts of a GGUF file that are made from weights: llama.cpp's names, and what each holds."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgekit.formats.gguf import tensor_types
 from edgekit.formats.gguf.architectures import Architecture
+from edgekit.formats.gguf.lattices import LATTICES
 from edgekit.formats.gguf.layout import TensorEntry
+from edgekit.formats.gguf.value_heads import value_heads
 from edgekit.model.shapes import Shape
 from edgekit.model.spec import DecoderSpec
 from edgekit.quant.planned import PlannedWeight
@@ -95,11 +97,23 @@ class FileTensor(PlannedWeight):
 def of(spec: DecoderSpec, recipe: Recipe, architecture: Architecture) -> Iterator[FileTensor]:
     """Yield every tensor made from weights, in the order of the file."""
     for roles, shape in _stacked(spec, architecture):
-        yield _part(_stacked_name(roles, architecture), roles, shape, recipe, spec)
+        part = _part(_stacked_name(roles, architecture), roles, shape, recipe, spec)
+        is_kept = all(_keeps_columns(role, spec, architecture) for role in roles)
+        yield replace(part, lattice=LATTICES.get(part.tensor_type)) if is_kept else part
     if architecture.ties == "never" and spec.is_tied:
         shape = (spec.vocab_size, spec.hidden_size)
         name = tensor_name("output_head", architecture)
         yield _part(name, ("token_embedding",), shape, recipe, spec)
+
+
+def _keeps_columns(role: str, spec: DecoderSpec, architecture: Architecture) -> bool:
+    """Tell whether a weight is in the file as a decoder multiplies with it, but for its rows."""
+    pairs, heads = spec.rotated_pairs(role), value_heads(role, spec)
+    return (
+        architecture.multiplier(role, spec) == 1
+        and (pairs is None or pairs.axis == 0)
+        and heads is None
+    )
 
 
 def _stacked(

@@ -1,7 +1,5 @@
 """What llama.cpp does for a token besides reading weights."""
 
-import math
-
 from edgekit.model.spec import DecoderSpec
 
 
@@ -14,7 +12,7 @@ CAPPED_LOGIT_S = 46e-9
 
 def overhead_bytes(spec: DecoderSpec) -> int:
     """Return the bytes that states move for one token."""
-    return _STATE_PASSES * sum(4 * math.prod(shape) for _, _, shape in spec.states())
+    return _STATE_PASSES * spec.states_bytes
 
 
 def overhead_s(spec: DecoderSpec) -> float:

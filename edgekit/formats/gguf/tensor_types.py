@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     _Rows = npt.NDArray[np.float32]
     _Bytes = npt.NDArray[np.uint8]
+    _Encoded = npt.NDArray[np.generic]
     _Started = tuple[_Bytes, list[Future[None]]]
 
 
@@ -106,22 +107,27 @@ def notes(recipe: Recipe, spec: DecoderSpec) -> Iterator[str]:
 
 # What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.
 # Twice, and a tenth less than, what SmolLM2-135M-Instruct showed on edgekit's corpus, 3 152
-# positions, its weights dithered within a Q4_1 step since it was decoded from one: F32 8.6e-7 (most
-# of it flash attention in float16), F16 8.9e-6, BF16 4.8e-4, Q8_0 8.3e-3, Q6_K 0.023, Q5_K_M 0.084,
-# Q5_K_S 0.12, Q4_K_M 0.11, Q4_K_S 0.22, Q4_1 0.45, IQ4_NL 0.37, Q4_0 0.56, Q3_K_M 0.38, Q2_K 0.76;
-# 0.999 0.997 0.987 0.94 0.89 0.81 0.78 0.79 0.71 0.58 0.65 0.56 0.63 0.48 of the top tokens. The
-# smaller a model, the more it loses, and this is the smallest anybody ships. Random models have
-# more near ties: of F16, BF16 and Q8_0 the limits hold all tiny ones with 20 seeds (benchmark
-# false_alarms). Below 6 bits KL alone judges closely, and half of the demo's top tokens are enough:
-# of 44 tiny models and random texts the worst kept 0.58 of Q4_K_M's and 0.33 of Q4_0's. Their
-# rows fill no blocks of Q5_K and Q4_K, so mixtures of those may lose three times the demo's KL.
+# positions, its weights dithered within a Q4_1 step since it was decoded from one: _DEMO_KL_NATS
+# (of F32, most is flash attention in float16), and in the same order 0.999 0.997 0.987 0.94 0.89
+# 0.81 0.78 0.79 0.71 0.58 0.65 0.56 0.63 0.48 of the top tokens, rounded to nearest. The smaller a
+# model, the more it loses, and this is the smallest anybody ships. Random models have more near
+# ties: of F16, BF16 and Q8_0 the limits hold all tiny ones with 20 seeds (benchmark false_alarms).
+# Below 6 bits KL alone judges closely, and half of the demo's top tokens are enough: of 44 tiny
+# models and random texts the worst kept 0.58 of Q4_K_M's and 0.33 of Q4_0's, and with 20 seeds 0.31
+# of IQ4_NL's. Their rows fill no blocks of Q5_K and Q4_K, so mixtures of those may lose three times
+# the demo's KL.
+_DEMO_KL_NATS = {
+    "F32": 8.6e-7, "F16": 8.9e-6, "BF16": 4.8e-4, "Q8_0": 8.3e-3, "Q6_K": 0.023, "Q5_K_M": 0.084,
+    "Q5_K_S": 0.12, "Q4_K_M": 0.11, "Q4_K_S": 0.22, "Q4_1": 0.45, "IQ4_NL": 0.37, "Q4_0": 0.56,
+    "Q3_K_M": 0.38, "Q2_K": 0.76,
+}  # fmt: skip
 _LIMITS = {
     "F32": (1e-6, 0.99), "F16": (1e-4, 0.97), "BF16": (2e-3, 0.93), "Q8_0": (0.02, 0.86),
     "Q6_K": (0.05, 0.80), "Q5_K_M": (0.25, 0.40), "Q5_K_S": (0.36, 0.39), "Q4_K_M": (0.33, 0.39),
-    "Q4_K_S": (0.66, 0.35), "Q4_1": (0.9, 0.29), "IQ4_NL": (0.75, 0.32), "Q4_0": (1.1, 0.28),
+    "Q4_K_S": (0.66, 0.35), "Q4_1": (0.9, 0.29), "IQ4_NL": (0.75, 0.29), "Q4_0": (1.1, 0.28),
     "Q3_K_M": (0.8, 0.31), "Q2_K": (1.6, 0.24),
 }  # fmt: skip
-_recipe = with_limits(_LIMITS)
+_recipe = with_limits(_LIMITS, _DEMO_KL_NATS)
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -215,7 +221,9 @@ def quantize(
 
 
 def quantize_each(
-    blocks: "Iterable[tuple[str, _Rows, str]]", *, importance: "Mapping[str, _Rows] | None" = None
+    blocks: "Iterable[tuple[str, _Rows | _Encoded, str]]",
+    *,
+    importance: "Mapping[str, _Rows] | None" = None,
 ) -> "Iterator[tuple[str, _Bytes]]":
     """Encode one block of rows after another, as `quantize` does.
 
@@ -223,7 +231,8 @@ def quantize_each(
     that reading and writing cost no time of their own; two blocks are in memory at a time.
 
     Args:
-        blocks: A tensor's name, some of its rows, and their tensor type.
+        blocks: A tensor's name, some of its rows, and their tensor type. Rows of uint8 are encoded
+            already.
         importance: By name of the tensor, where it is known.
 
     Yields:
@@ -253,11 +262,16 @@ def _finish_named(name: str, started: "_Started") -> "tuple[str, _Bytes]":
 
 
 def _start(
-    pool: ThreadPoolExecutor, values: "_Rows", tensor_type: str, importance: "_Rows | None"
+    pool: ThreadPoolExecutor,
+    values: "_Rows | _Encoded",
+    tensor_type: str,
+    importance: "_Rows | None",
 ) -> "_Started":
     """Return where the bytes will be and what fills it; numpy and ggml let go of Python's lock."""
     import numpy as np
 
+    if values.dtype == np.uint8:
+        return values.view(np.uint8), []
     rows = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, values.shape[-1])
     count, columns = rows.shape
     block = TENSOR_TYPES[tensor_type]

@@ -24,8 +24,11 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     return conversion.lay_out(checkpoint, request)
 
 
-def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
+def context_limit(
+    checkpoint: "CheckpointProtocol", *, compiles: bool | None = False
+) -> ContextLimit:
     """Return how far llama.cpp agrees with the checkpoint."""
+    del compiles  # nothing is
     graph = architectures.choose(checkpoint.spec, family=checkpoint.architecture)
     return architectures.context_limit(checkpoint.spec, graph)
 

@@ -2,24 +2,29 @@
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekit.errors import UsageError
 from edgekit.formats import BuildRequest, Layout
 from edgekit.formats.mlc import (
     chat_config,
     conversation,
     conversion,
     decoder_file,
+    decoders,
     libraries,
     memory,
     tokenizer_info,
     web_app,
 )
+from edgekit.formats.mlc.compiling import tools, web
+from edgekit.formats.mlc.compiling.shape import LibraryShape
+from edgekit.formats.mlc.libraries import Library
 from edgekit.progress import Advance
-from edgekit.quant.recipe import Recipe
 
 
 if TYPE_CHECKING:
@@ -41,10 +46,54 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
             the tokenizer.
     """
     _tokenizer_info(checkpoint.text)
-    layout = conversion.lay_out(checkpoint, request)
+    own = own_library(checkpoint, request)
+    layout = conversion.lay_out(checkpoint, request, has_own=own is not None)
+    prebuilt = _prebuilt(checkpoint, request)
     said = _conversation(checkpoint, request.variant)
-    notes = (*layout.notes, *said.notes, *_library_notes(checkpoint, request.recipe))
-    return replace(layout, notes=notes, variant=RAW_PROMPT if said.is_raw else CHAT)
+    return replace(
+        layout,
+        notes=(*layout.notes, *said.notes, _library_note(checkpoint, request, own, prebuilt)),
+        variant=RAW_PROMPT if said.is_raw else CHAT,
+        lacks_library=own is None and prebuilt is None,
+    )
+
+
+def own_library(checkpoint: "CheckpointProtocol", request: BuildRequest) -> LibraryShape | None:
+    """Return what the library is bound to that is compiled for a model; None if none is.
+
+    Raises:
+        UsageError: If a library was asked for that cannot hold the model.
+        MissingDependencyError: If one was asked for, and what compiles it is not installed.
+    """
+    if request.compiles is False:
+        return None
+    if request.compiles is None and (
+        _prebuilt(checkpoint, request) or not tools.are_here_for_browsers()
+    ):
+        return None
+    tools.require_for_browsers("compiling a library for browsers")
+    spec = checkpoint.spec
+    try:
+        shape = LibraryShape.of(
+            decoders.model_type(checkpoint.architecture, spec),
+            spec,
+            request.recipe.name,
+            context_tokens=request.context_tokens or spec.context_tokens,
+        )
+        web.refuse(shape)
+    except UsageError:
+        if request.compiles:
+            raise
+        return None
+    return shape
+
+
+def _prebuilt(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Library | None:
+    """Return the library that somebody offers, if it computes as long a context."""
+    limit = decoders.context_limit(checkpoint.architecture, checkpoint.spec)
+    if (request.context_tokens or 0) > limit.tokens:
+        return None
+    return libraries.find(checkpoint, request.recipe.name)
 
 
 @functools.lru_cache(maxsize=1)
@@ -56,15 +105,24 @@ def _conversation(checkpoint: "CheckpointProtocol", variant: str | None) -> "Con
     return conversation.derive(checkpoint, raw_prompt=variant == RAW_PROMPT)
 
 
-def _library_notes(checkpoint: "CheckpointProtocol", recipe: Recipe) -> Iterator[str]:
-    library = libraries.find(checkpoint, recipe.name)
-    if library:
-        yield f"it runs with {library.name}, prebuilt for WebLLM {library.webllm_version}"
-    else:
-        yield (
-            f"{libraries.missing(checkpoint, recipe.name)}; in the bundle, "
-            f"`{libraries.compile_command()}` makes one"
+def _library_note(
+    checkpoint: "CheckpointProtocol",
+    request: BuildRequest,
+    own: LibraryShape | None,
+    prebuilt: Library | None,
+) -> str:
+    """Say which WebGPU library runs it: one that somebody offers, or one of its own."""
+    if own:
+        return (
+            f"a WebGPU library is compiled for it here, {libraries.OWN} in the bundle, unless an "
+            f"earlier model of its shape left one; it runs in WebLLM {web_app.PREBUILT_FOR}"
         )
+    if prebuilt:
+        return f"it runs with {prebuilt.name}, prebuilt for WebLLM {prebuilt.webllm_version}"
+    return (
+        f"{libraries.missing(checkpoint, request.recipe.name)}; `edgekit export --compile` makes "
+        f"one, with `pip install 'edgekit[{tools.EXTRA}]'` and Emscripten: {tools.INSTALL_LINKER}"
+    )
 
 
 def convert(
@@ -77,6 +135,9 @@ def convert(
 ) -> str:
     """Write everything but the tokenizer; return the name of the tensor cache."""
     layout, recipe = lay_out(checkpoint, request), request.recipe
+    own, prebuilt = own_library(checkpoint, request), _prebuilt(checkpoint, request)
+    if own:
+        shutil.copyfile(web.compiled(own), directory / libraries.OWN)
     entry = conversion.write(checkpoint, recipe, directory, progress=progress)
     said = _conversation(checkpoint, layout.variant)
     config = chat_config.build(
@@ -90,7 +151,7 @@ def convert(
     web_app.write(
         directory,
         config=config,
-        library=libraries.find(checkpoint, recipe.name),
+        library=None if own else prebuilt,
         vram_bytes=memory.vram_bytes(used),
         conversation=said,
         model_id=model_id,

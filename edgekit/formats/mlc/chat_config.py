@@ -156,8 +156,9 @@ _ACTIVATIONS: Mapping[str, str] = {"silu": "silu", "gelu_tanh": "gelu_pytorch_ta
 
 
 def _positions(spec: DecoderSpec, *, context_tokens: int) -> dict[str, Any]:
-    rope = next(layer.rope for _, layer, _ in spec.attentions())
-    assert rope is not None  # noqa: S101 - `decoders.refuse` was asked
+    # Where layers have several, or none, a library of the model's own knows better.
+    ropes = (layer.rope for _, layer, _ in spec.attentions() if layer.rope)
+    rope = next(ropes, Rope(width=spec.attention.head_dim, theta=10_000.0))
     scaling = _scaling(rope, spec)
     original = scaling["original_max_position_embeddings"] if scaling else spec.context_tokens
     windows = [layer.window_tokens for layer in spec.layers if layer.window_tokens]
@@ -248,6 +249,8 @@ _FIELDS: Mapping[str, str] = {
     ),
     "gemma2": f"""{_GEMMA} attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar
         sliding_window""",
+    # MLC's own has them below "text_config"; what runs it here is a library of the model's own.
+    "gemma3_text": f"{_GEMMA} query_pre_attn_scalar sliding_window",
     "olmo2": """vocab_size hidden_size num_attention_heads num_key_value_heads head_dim
         position_embedding_base rope_scaling intermediate_size hidden_act num_hidden_layers
         rms_norm_eps tie_word_embeddings context_window_size prefill_chunk_size

@@ -18,7 +18,7 @@ from edgekit.formats.mlc.packing import PackedTensor, Scheme
 from edgekit.formats.mlc.shards import Record, Shard
 from edgekit.progress import Advance
 from edgekit.quant import rounding
-from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
+from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of, solved_of
 from edgekit.quant.recipe import Recipe
 
 
@@ -121,6 +121,7 @@ def _weight(
                 tensor_type=tensor_type,
                 size_bytes=rows * row_bytes,
                 is_coarse=tensor_type in packing.GROUPS,
+                lattice=packing.lattice(tensor_type),
             )
             for role, _, rows in parameter.parts()
         },
@@ -134,13 +135,20 @@ def _stored_parameters(checkpoint: "CheckpointProtocol") -> int:
     return checkpoint.parameters + (spec.vocab_size * spec.hidden_size if is_extra else 0)
 
 
-def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
+def lay_out(
+    checkpoint: "CheckpointProtocol", request: BuildRequest, *, has_own: bool = False
+) -> Layout:
     """Return what the files will hold and their exact size, from headers alone.
+
+    Args:
+        checkpoint: The model.
+        request: How it is stored.
+        has_own: Whether a library is compiled for it.
 
     Raises:
         UsageError: If MLC has no model for this decoder, or files of a size were asked for.
     """
-    decoders.refuse(checkpoint.architecture, checkpoint.spec)
+    decoders.refuse(checkpoint.architecture, checkpoint.spec, has_own=has_own)
     if request.split_bytes is not None:
         raise UsageError(
             f"MLC's files are {shards.SHARD_BYTES // 2**20} MiB each, or one tensor",
@@ -232,22 +240,38 @@ class _Writer:
     def write(self, checkpoint: "CheckpointProtocol", weight: MlcWeight, progress: Advance) -> None:
         """Write the tensors of a parameter."""
         whole: list[list[Stored]] = []
-        for first, values, importance in _blocks(checkpoint, weight):
-            self._refuse_overflow(weight, values)
-            encoded = packing.encode(
-                values,
-                weight.tensor_type,
-                is_calibrated=checkpoint.calibration is not None,
-                importance=importance,
-            )
+        for first, encoded in self._encoded(checkpoint, weight):
             if weight.is_transposed:
                 whole.append(encoded)
             else:
                 self._write_rows(weight, first, encoded)
             if not weight.parameter.is_copy:
-                progress(values.size)
+                progress(len(encoded[0]) * math.prod(weight.parameter.shape[1:]))
         if whole:
             self._write_transposed(weight, whole)
+
+    def _encoded(
+        self, checkpoint: "CheckpointProtocol", weight: MlcWeight
+    ) -> "Iterator[tuple[int, list[Stored]]]":
+        """Yield some rows of a parameter as they are stored, and the number of the first."""
+        for role, start, _ in weight.parameter.parts():
+            solved = solved_of(checkpoint.calibration, role)
+            if solved is not None:
+                yield start, [*solved]
+                continue
+            importance = importance_of(checkpoint.calibration, weight.placements[role])
+            blocks = [(0, checkpoint.weight(role))] if weight.is_raw else checkpoint.blocks(role)
+            for first, values in blocks:
+                self._refuse_overflow(weight, values)
+                yield (
+                    start + first,
+                    packing.encode(
+                        values,
+                        weight.tensor_type,
+                        is_calibrated=checkpoint.calibration is not None,
+                        importance=importance,
+                    ),
+                )
 
     def _refuse_overflow(self, weight: MlcWeight, values: "Rows") -> None:
         found = max(float(values.max(initial=0)), -float(values.min(initial=0)))
@@ -274,14 +298,3 @@ class _Writer:
         with (self.directory / place.file).open("r+b") as file:
             file.seek(place.offset + offset)
             file.write(values.tobytes())
-
-
-def _blocks(
-    checkpoint: "CheckpointProtocol", weight: MlcWeight
-) -> "Iterator[tuple[int, Rows, Rows | None]]":
-    """Yield some rows of a parameter, the number of the first, and how much its columns count."""
-    for role, start, _ in weight.parameter.parts():
-        importance = importance_of(checkpoint.calibration, weight.placements[role])
-        blocks = [(0, checkpoint.weight(role))] if weight.is_raw else checkpoint.blocks(role)
-        for first, values in blocks:
-            yield start + first, values, importance

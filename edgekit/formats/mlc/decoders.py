@@ -117,64 +117,124 @@ _HINT = "another format has it: --format gguf"
 def model_type(architecture: str, spec: DecoderSpec) -> str:
     """Return which of MLC's models a decoder becomes: its own, or another that computes it.
 
-    What none computes becomes the one that comes nearest; `refuse` says what that has otherwise.
+    What none computes becomes the one whose weights are named alike, or else the one that comes
+    nearest; `refuse` says what that has otherwise.
     """
-    is_known = architecture in MODELS
-    own = [architecture] if is_known else []
+    own = [architecture] if architecture in MODELS else []
     for name in (*own, *MODELS):
         if not any(_problems(name, spec)):
             return name
-    return architecture if is_known else min(MODELS, key=lambda name: len([*_problems(name, spec)]))
+    for name in (*own, *MODELS):
+        if not any(_problems(name, _as_stored(spec), has_own=True)):
+            return name
+    return _nearest(architecture, spec)
 
 
-def refuse(architecture: str, spec: DecoderSpec) -> None:
+def _nearest(architecture: str, spec: DecoderSpec) -> str:
+    if architecture in MODELS:
+        return architecture
+    return min(MODELS, key=lambda name: len([*_problems(name, spec)]))
+
+
+def refuse(architecture: str, spec: DecoderSpec, *, has_own: bool = False) -> None:
     """Check that MLC computes what the decoder says, within its `context_limit`.
+
+    Args:
+        architecture: The checkpoint's model type.
+        spec: What it computes.
+        has_own: Whether a library is compiled for it. It computes what the decoder says, so that
+            one of MLC's models has to name its weights, and no more.
 
     Raises:
         UsageError: If it does not; the message says what it would compute.
     """
-    for problem in _beyond_all(architecture, spec):
-        raise UsageError(f"MLC {problem}", hint=_HINT)
+    in_any_case = [*_beyond_all(architecture, spec), *_named_otherwise(architecture, spec)]
+    problems = in_any_case if has_own else _found(architecture, spec)
+    for problem in problems:
+        hint = _HINT if in_any_case else f"--compile, or {_HINT}"
+        raise UsageError(f"MLC{problem}", hint=hint)
+
+
+def is_computed(architecture: str, spec: DecoderSpec) -> bool:
+    """Tell whether one of MLC's own models computes what the decoder says."""
+    return not any(_found(architecture, spec))
+
+
+def _found(architecture: str, spec: DecoderSpec) -> Iterator[str]:
+    """Yield what MLC's own models compute otherwise."""
+    yield from _beyond_all(architecture, spec)
+    yield from _beyond_prebuilt(spec)
     name = model_type(architecture, spec)
-    nearest = "" if name == architecture else f", the nearest to {architecture},"
+    if any(_problems(name, spec)):
+        name = _nearest(architecture, spec)
     for problem in _problems(name, spec):
-        raise UsageError(f"MLC's {name} model{nearest} {problem}", hint=_HINT)
+        yield _of(name, architecture, problem)
+
+
+def _named_otherwise(architecture: str, spec: DecoderSpec) -> Iterator[str]:
+    """Yield why none of MLC's models has the weights, however they are computed with."""
+    name = model_type(architecture, spec)
+    for problem in _problems(name, _as_stored(spec), has_own=True):
+        yield _of(name, architecture, problem)
+
+
+def _of(name: str, architecture: str, problem: str) -> str:
+    nearest = "" if name == architecture else f", the nearest to {architecture},"
+    return f"'s {name} model{nearest} {problem}"
+
+
+def _as_stored(spec: DecoderSpec) -> DecoderSpec:
+    """Return a decoder with the same weights, all of whose layers attend in the simplest way."""
+    plain = Rope(width=spec.attention.head_dim, theta=10_000.0)
+    return replace(
+        spec,
+        attention=replace(spec.attention, normalizes_after_rope=False),
+        layers=tuple(
+            layer if layer.mixer else replace(layer, rope=plain, window_tokens=None)
+            for layer in spec.layers
+        ),
+    )
 
 
 def _beyond_all(architecture: str, spec: DecoderSpec) -> Iterator[str]:
     """Yield what no model of MLC's computes."""
     if any(isinstance(layer.mixer, ShortConv) for layer in spec.layers):
-        yield f"has no model of {architecture}: none has short convolutions"
+        yield f" has no model of {architecture}: none has short convolutions"
     if (
         any(isinstance(layer.mixer, Attention) or layer.mlp for layer in spec.layers)
         or spec.layer_embedding
         or spec.has_layer_scales
     ):
         yield (
-            f"has no model of {architecture} whose weights can be written: none has layers of "
+            f" has no model of {architecture} whose weights can be written: none has layers of "
             "different shapes, and WebLLM's Gemma 4 takes tensors that only its library names"
         )
+    if not set(_ropes(spec)):
+        yield " has no model without attention"
+    if spec.activation == "xielu":
+        yield " has no model whose MLP computes xIELU"
+    if spec.attention.has_head_gate:
+        yield " has no model with one gate for all channels of a head"
+
+
+def _beyond_prebuilt(spec: DecoderSpec) -> Iterator[str]:
+    """Yield what no model of MLC's computes, and a library of the model's own does."""
     ropes = set(_ropes(spec))
-    if not ropes:
-        yield "has no model without attention"
-    elif None in ropes:
-        yield "has no model with layers that have no positions"
+    if None in ropes:
+        yield " has no model with layers that have no positions"
     elif len(ropes) > 1:
-        yield f"has one rope for all layers in a browser, the checkpoint has {len(ropes)}"
+        yield f" has one rope for all layers in a browser, the checkpoint has {len(ropes)}"
     if any(rope and isinstance(rope.scaling, YarnScaling) for rope in ropes):
         # rope_freq_yarn counts the frequencies of the second half of a head on from the first.
-        yield "rotates the two halves of a head by different angles where YaRN stretches the rope"
-    if spec.activation == "xielu":
-        yield "has no model whose MLP computes xIELU"
+        yield " rotates the two halves of a head by different angles where YaRN stretches the rope"
     if spec.attention.normalizes_after_rope:
-        yield "has no model that normalizes queries and keys after their rotation"
-    if spec.attention.has_head_gate:
-        yield "has no model with one gate for all channels of a head"
+        yield " has no model that normalizes queries and keys after their rotation"
 
 
-def _problems(name: str, spec: DecoderSpec) -> Iterator[str]:
+def _problems(name: str, spec: DecoderSpec, *, has_own: bool = False) -> Iterator[str]:
+    """Yield what one of MLC's models has otherwise; ``has_own`` counts the weights alone."""
     model, ropes = MODELS[name], set(_ropes(spec))
-    if model.lacks:
+    if model.lacks and not has_own:
         yield model.lacks
     rope = ropes.pop() if len(ropes) == 1 else None
     if rope is None:
@@ -354,14 +414,14 @@ def notes(spec: DecoderSpec) -> Iterator[str]:
         )
 
 
-def context_limit(architecture: str, spec: DecoderSpec) -> ContextLimit:
-    """Return how far MLC computes what the checkpoint says."""
+def context_limit(architecture: str, spec: DecoderSpec, *, has_own: bool = False) -> ContextLimit:
+    """Return how far MLC computes what the checkpoint says; a library of its own has windows."""
     limits = [ContextLimit(tokens=spec.context_tokens, reason="the model was made for no more")]
     name = model_type(architecture, spec)
     limits += [
         ContextLimit(tokens=layer.window_tokens, reason=f"MLC's {name} model leaves the window out")
         for layer in spec.layers
-        if layer.window_tokens is not None
+        if layer.window_tokens is not None and not has_own
     ]
     if growth := spec.attention.query_growth:
         limits.append(

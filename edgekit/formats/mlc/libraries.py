@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 TABLE = Path(__file__).with_name("libraries.toml")
-OWN = "model-webgpu.wasm"  # a library compiled by the user, where the bundle's page looks for it
+OWN = "model-webgpu.wasm"  # a library compiled for the model, where the bundle's page looks for it
 MOST_DIFFERENCES = 2  # with more, a library is not a near miss
 PREFILL_CHUNK_TOKENS = 1024  # of the prebuilt libraries: the "cs1k" in their names
 
@@ -169,6 +169,8 @@ def _shape(entry: Mapping[str, Any]) -> Shape:
 
 def find(checkpoint: "CheckpointProtocol", scheme: str) -> Library | None:
     """Return the prebuilt library that runs a model as this scheme; None if there is none."""
+    if not decoders.is_computed(checkpoint.architecture, checkpoint.spec):
+        return None
     shape = _shape_of(checkpoint)
     fitting = (
         library for library in prebuilt() if (library.scheme, library.shape) == (scheme, shape)
@@ -200,8 +202,3 @@ def missing(checkpoint: "CheckpointProtocol", scheme: str) -> str:
         f"no WebGPU library is prebuilt for this shape: {nearest.name} has "
         f"{' and '.join(differences)}"
     )
-
-
-def compile_command() -> str:
-    """Return what compiles a library inside a bundle, where mlc_llm and emscripten are."""
-    return f"mlc_llm compile mlc-chat-config.json --device webgpu -o {OWN}"

@@ -15,6 +15,7 @@ from edgekit.formats.mlc.names import Parameter
 from edgekit.model.shapes import Shape
 from edgekit.model.spec import DecoderSpec
 from edgekit.quant import grid, rounding
+from edgekit.quant.lattice import GridLattice, Lattice
 from edgekit.quant.recipe import Recipe, Rule, TensorType, with_limits
 
 
@@ -103,11 +104,11 @@ _FORGETTING = Rule(pattern="delta_decay|delta_decay_bias", tensor_type="BF16")
 _EMBEDDING_AND_HEAD = "token_embedding|output_head"
 
 # What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.
-# Measured over 3152 positions of SmolLM2-135M, as MLC rounds and importance-weighted:
-# q0f16 4e-6, 99.9 %; q0f32 9e-5, 99.2; q4f16_2 0.49, 57.6, or weighted 0.28, 66.3; q4f32_1 0.64,
-# 51.0, or 0.52, 55.2; q4f16_1 0.64, 51.2, or 0.52, 55.9; q3f16_1 3.2, 12.3, or 2.7, 17.7.
-# q4f16_0 holds the numbers of q4f16_1. Random models have more near ties: of four bits and less KL
-# judges closely, and half of these top tokens are enough.
+# Measured over 3152 positions of SmolLM2-135M, as MLC rounds (_DEMO_KL_NATS) and
+# importance-weighted: q0f16 99.9 %; q0f32 99.2; q4f16_2 57.6, or weighted 0.28, 66.3; q4f32_1 51.0,
+# or 0.52, 55.2; q4f16_1 51.2, or 0.52, 55.9; q3f16_1 12.3, or 2.7, 17.7. q4f16_0 holds the numbers
+# of q4f16_1. Random models have more near ties: of four bits and less KL judges closely, and half
+# of these top tokens are enough.
 _LIMITS = {
     "q0f16": (1e-4, 0.97), "q0f32": (1e-3, 0.97), "q4f16_2": (0.6, 0.29), "q4f32_1": (0.8, 0.22),
     "q4f16_1": (0.8, 0.22), "q4f16_0": (0.8, 0.22), "q3f16_1": (4.0, 0.06),
@@ -116,7 +117,11 @@ _LIMITS = {
 # what it forgets: two tiny ones had 1.3 with four bits, and 1.1e-3 as q0f32.
 _LIBRARY_KL_NATS = {"q0f16": 0.0, "q0f32": 1e-3}
 _PACKED_LIBRARY_KL_NATS = 0.8
-_recipe = with_limits(_LIMITS, _FORGETTING)
+_DEMO_KL_NATS = {
+    "q0f16": 4e-6, "q0f32": 9e-5, "q4f16_2": 0.49, "q4f32_1": 0.64, "q4f16_1": 0.64,
+    "q4f16_0": 0.64, "q3f16_1": 3.2,
+}  # fmt: skip
+_recipe = with_limits(_LIMITS, _DEMO_KL_NATS, _FORGETTING)
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
@@ -219,8 +224,36 @@ def encode(
         codes, scales = _fitted(values, groups, importance, is_half=is_half)
     else:
         codes, scales = _rounded(values, groups, is_half=is_half)
-    codes[:, values.shape[1] :] = 0  # what fills the last group up is not a weight of 0
+    return _stored(codes, scales, groups, columns=values.shape[1], is_half=is_half)
+
+
+def _stored(
+    codes: "npt.NDArray[np.uint8]", scales: "Rows", groups: Groups, *, columns: int, is_half: bool
+) -> "list[Stored]":
+    codes[:, columns:] = 0  # what fills the last group up is not a weight of 0
     return [_packed(codes, groups), _to_f16(scales) if is_half else to_bf16(scales)]
+
+
+def lattice(tensor_type: str) -> Lattice | None:
+    """Return what a solver can round a weight to; None where rounding is fine as it is."""
+    groups, is_half = GROUPS.get(tensor_type), tensor_type.endswith("_F16")
+    if groups is None:
+        return None
+
+    def write(found: grid.Fitted, columns: int) -> "list[Stored]":
+        codes = found.codes.astype(np.uint8).reshape(len(found.codes), -1)
+        return _stored(codes, found.scales, groups, columns=columns, is_half=is_half)
+
+    import numpy as np
+
+    return GridLattice(grid=_grid(groups, is_half=is_half), write=write)
+
+
+def _grid(groups: Groups, *, is_half: bool) -> grid.Grid:
+    return grid.Grid(
+        block_weights=groups.weights, bottom=0, top=2 * groups.zero, zero=groups.zero,
+        scales="float16" if is_half else "bfloat16", has_negative_scales=False,
+    )  # fmt: skip
 
 
 def _to_f16(values: "Rows") -> "npt.NDArray[np.float16]":
@@ -271,10 +304,7 @@ def _fitted(
 ) -> "tuple[npt.NDArray[np.uint8], Rows]":
     import numpy as np
 
-    ours = grid.Grid(
-        block_weights=groups.weights, bottom=0, top=2 * groups.zero, zero=groups.zero,
-        scales="float16" if is_half else "bfloat16", has_negative_scales=False,
-    )  # fmt: skip
+    ours = _grid(groups, is_half=is_half)
     counted = None if importance is None else _padded(importance[None], groups)[0]
     found = grid.fit(_padded(values, groups), counted, ours)
     return found.codes.astype(np.uint8).reshape(len(values), -1), found.scales

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import BundleError, ToolchainError
 from edgekit.formats.mlc import chat_config, decoder_file, shards
 from edgekit.formats.mlc.compiling import cpu
-from edgekit.formats.mlc.compiling.model import PAGE_TOKENS
+from edgekit.formats.mlc.compiling.attention_kernels import PAGE_TOKENS
 from edgekit.formats.mlc.compiling.shape import LibraryShape
+from edgekit.formats.mlc.libraries import PREFILL_CHUNK_TOKENS
 from edgekit.runtime import reading
 from edgekit.runtime.processors import chosen_threads, usable_cores
 
@@ -57,7 +58,7 @@ class MlcSession:
         count = chosen_threads(threads)
         _prepare_threads()
         shape = shape_of(path)
-        self._chunk_tokens = shape.chunk_tokens
+        self._chunk_tokens = PREFILL_CHUNK_TOKENS
         self._state_sizes = [size for _, _, size in shape.spec.states()]
         self._device = tvm.cpu()
         self.vocabulary_tokens, self.context_tokens = shape.spec.vocab_size, context_tokens

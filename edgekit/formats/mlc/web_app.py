@@ -1,6 +1,8 @@
 """The part of a bundle that an app in a browser takes: what WebLLM is told, and a page that chats.
 
 ``webllm.json`` is WebLLM's ``appConfig``, with what an app must know besides it under ``edgekit``.
+WebLLM takes whole addresses only, so it has those at which `edgekit serve` shows a bundle, for an
+app that is served from there; ``webllm.mjs`` puts its own in their place.
 ``webllm.mjs`` loads it and says in a sentence what is missing; ``index.html`` is a page around it.
 """
 
@@ -10,13 +12,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgekit.formats import GpuBuffer
+from edgekit.formats import PAGE, GpuBuffer
 from edgekit.formats.mlc.conversation import WITH_SYSTEM, Conversation, keeps_cache
 
 
 SETTINGS = "webllm.json"
 PAGE_DIRECTORY = Path(__file__).parent
-PAGE_FILES = ("webllm.mjs", "index.html")
+PAGE_FILES = (
+    PAGE_DIRECTORY / "webllm.mjs", PAGE_DIRECTORY / "index.html", PAGE / "storage.mjs",
+)  # fmt: skip
+ADDRESS = "http://localhost:8080/"  # where `edgekit serve` shows a bundle by default
+# WebLLM adds "resolve/main/" to an address that has none, which ".." takes away again.
+_MODEL = f"{ADDRESS}resolve/main/../../"
 OWN_LIBRARY = "model-webgpu.wasm"  # where the page looks for a library that the user compiled
 PREBUILT_FOR = "0.2.86"  # the version of WebLLM that the page was tested with
 # Which models WebLLM's own list offers to phones; it has no sharp bound, half of them are below.
@@ -68,9 +75,9 @@ def write(  # noqa: PLR0913 - what the page has to know
         has_states: Whether layers keep a state, of which WebLLM then holds the current one alone.
     """
     record: dict[str, Any] = {
-        "model": "./",
+        "model": _MODEL,
         "model_id": model_id,
-        "model_lib": f"./{OWN_LIBRARY}" if library is None else library.url,
+        "model_lib": ADDRESS + OWN_LIBRARY if library is None else library.url,
         "vram_required_MB": round(vram_bytes / (1 << 20), 2),
         "low_resource_required": vram_bytes <= LOW_RESOURCE_BYTES,
         "required_features": ["shader-f16"] if needs_shader_f16 else [],
@@ -83,6 +90,7 @@ def write(  # noqa: PLR0913 - what the page has to know
     settings = {
         "model_list": list(_records(record, conversation)),
         "edgekit": {
+            "address": ADDRESS,
             "webllm_version": PREBUILT_FOR if library is None else library.webllm_version,
             "quantization": config["quantization"],
             "largest_buffer": largest_buffer and largest_buffer.name,
@@ -91,8 +99,8 @@ def write(  # noqa: PLR0913 - what the page has to know
     }
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (directory / SETTINGS).write_text(text, encoding="utf-8")
-    for name in PAGE_FILES:
-        shutil.copyfile(PAGE_DIRECTORY / name, directory / name)
+    for path in PAGE_FILES:
+        shutil.copyfile(path, directory / path.name)
 
 
 def _records(record: dict[str, Any], conversation: Conversation) -> Iterator[dict[str, Any]]:

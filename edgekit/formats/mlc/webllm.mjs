@@ -8,6 +8,7 @@
  * "@mlc-ai/web-llm" comes from the app: its bundler, or the import map in index.html.
  */
 import * as webllm from "@mlc-ai/web-llm";
+import { askForRoom } from "./storage.mjs";
 
 const MiB = 1 << 20;
 const here = new URL(".", import.meta.url).href;
@@ -15,10 +16,9 @@ const here = new URL(".", import.meta.url).href;
 /** webllm.json, with the address of this directory for WebLLM. */
 export async function readSettings() {
   const settings = await (await fetch(`${here}webllm.json`, { cache: "no-cache" })).json();
+  const { address } = settings.edgekit;
   for (const record of settings.model_list) {
-    // WebLLM adds "resolve/main/" to an address that has none; ".." takes it away again.
-    record.model = `${here}resolve/main/../../`;
-    record.model_lib = new URL(record.model_lib, here).href;
+    for (const name of ["model", "model_lib"]) record[name] = record[name].replace(address, here);
   }
   return settings;
 }
@@ -37,11 +37,18 @@ export async function load({ hasSystem = false, onProgress } = {}) {
   const missing = await whatIsMissing(record, settings.edgekit);
   if (missing !== null) throw new Error(missing);
   await forgetOlder(record, settings);
+  if (!(await webllm.hasModelInCache(record.model_id, settings))) await askForRoom(await sizeOf());
   const engine = await webllm.CreateMLCEngine(record.model_id, {
     appConfig: settings,
     initProgressCallback: onProgress,
   });
   return new Model(engine, chat, hasSystem);
+}
+
+/** What WebLLM will fetch and keep of the weights, in bytes. */
+async function sizeOf() {
+  const { records } = await (await fetch(`${here}tensor-cache.json`)).json();
+  return records.reduce((sum, { nbytes }) => sum + nbytes, 0);
 }
 
 export class Model {
@@ -166,10 +173,7 @@ async function missingOfLibrary(record, known) {
   }
   const response = await fetch(url, { cache: "no-cache" });
   if (!response.ok) {
-    return (
-      `There is no library at ${url}: compile one with \`mlc_llm compile mlc-chat-config.json ` +
-      `--device webgpu -o ${url.split("/").at(-1)}\` and put it there.`
-    );
+    return `There is no library at ${url}: WebLLM needs one that was compiled for this model's shape.`;
   }
   const bytes = new Uint8Array(await response.arrayBuffer());
   if (String.fromCharCode(...bytes.subarray(0, 4)) !== "\0asm") {

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from edgekit.formats import BuildRequest, ContextLimit, Layout, MemoryUse
 from edgekit.formats.mlc import artifact, decoders, memory
+from edgekit.formats.mlc.compiling import tools
 from edgekit.progress import Advance
 
 
@@ -17,9 +18,12 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     return artifact.lay_out(checkpoint, request)
 
 
-def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
-    """Return how far MLC computes what the checkpoint says."""
-    return decoders.context_limit(checkpoint.architecture, checkpoint.spec)
+def context_limit(
+    checkpoint: "CheckpointProtocol", *, compiles: bool | None = False
+) -> ContextLimit:
+    """Return how far MLC, or a library of the model's own, computes what the checkpoint says."""
+    has_own = compiles or (compiles is None and tools.are_here_for_browsers())
+    return decoders.context_limit(checkpoint.architecture, checkpoint.spec, has_own=has_own)
 
 
 def memory_use(
@@ -40,7 +44,7 @@ def convert(
     progress: Advance,
 ) -> str:
     """Write the weights, the settings, and what an app pastes."""
-    context = request.context_tokens or context_limit(checkpoint).tokens
+    context = request.context_tokens or context_limit(checkpoint, compiles=request.compiles).tokens
     return artifact.convert(
         checkpoint, request, directory, progress=progress, context_tokens=context
     )

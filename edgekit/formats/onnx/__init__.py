@@ -17,6 +17,7 @@ TENSOR_TYPES, RECIPES = tensor_types.TENSOR_TYPES, tensor_types.RECIPES
 MIXES_TENSOR_TYPES = True
 ENDING = ".onnx"
 VARIANTS = ()
+COMPILES = ""
 RUNTIME = "ONNX Runtime"
 EXTRA = "onnx"
 RUN_EXTRA = "run-onnx"

@@ -18,7 +18,7 @@ from edgekit.formats.onnx.tensor_types import GraphBuild
 from edgekit.model.rope import Rope
 from edgekit.model.spec import EXPERT_MATRICES, DecoderSpec
 from edgekit.progress import Advance
-from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of
+from edgekit.quant.planned import PlannedWeight, calibration_sha256, importance_of, solved_of
 from edgekit.quant.recipe import Recipe
 from edgekit.units import format_bytes
 
@@ -159,6 +159,7 @@ def _weights(spec: DecoderSpec, recipe: Recipe) -> Iterator[OnnxWeight]:
             tensor_type=stored,
             size_bytes=sum(tensor.size_bytes for tensor in tensors),
             is_coarse=blocks is not None and blocks.is_coarse,
+            lattice=tensor_types.lattice(stored),
             table_columns=tuple(tables.values()),
             tensors=tensors,
         )
@@ -273,6 +274,11 @@ def convert(
             files[name].truncate(size_bytes)
         _write_frequencies(checkpoint.spec, planned, files)
         for weight in planned.weights:
+            solved = solved_of(checkpoint.calibration, weight.role)
+            if solved is not None:
+                _write_tensors(files, weight.tensors, 0, solved)
+                progress(weight.parameters)
+                continue
             importance = importance_of(checkpoint.calibration, weight)
             for first, rows in checkpoint.blocks(weight.role):
                 _write_rows(files, weight, first, rows, importance)
@@ -305,9 +311,18 @@ def _write_rows(
             )
         except UsageError as error:
             raise UsageError(f"{weight.role}: {error}", hint=error.hint) from error
-        for tensor, part in zip(tensors, encoded, strict=True):
-            row_bytes = tensor.size_bytes // tensor.shape[0]
-            _write(files[tensor.file], tensor.offset + first * row_bytes, part)
+        _write_tensors(files, tensors, first, encoded)
+
+
+def _write_tensors(
+    files: Mapping[str, BinaryIO],
+    tensors: Sequence[External],
+    first: int,
+    encoded: "Sequence[npt.NDArray[np.generic]]",
+) -> None:
+    for tensor, part in zip(tensors, encoded, strict=True):
+        row_bytes = tensor.size_bytes // tensor.shape[0]
+        _write(files[tensor.file], tensor.offset + first * row_bytes, part)
 
 
 def _write(file: BinaryIO, offset: int, values: "npt.NDArray[np.generic]") -> None:

@@ -1,7 +1,5 @@
 """What ONNX Runtime holds in memory while it answers."""
 
-import math
-
 from edgekit.formats import Layout, MemoryUse
 from edgekit.formats.onnx.graph import cache_width
 from edgekit.formats.onnx.runtime import BATCH_TOKENS
@@ -65,8 +63,7 @@ def cache_bytes(spec: DecoderSpec, *, context_tokens: int, is_half: bool) -> int
     """Return the size of all keys and values, and of states, which are written beside the last."""
     item_bytes = 2 if is_half else 4
     token_bytes = sum(_key_value_width(a) for _, _, a in spec.caches()) * item_bytes
-    states_bytes = sum(2 * 4 * math.prod(shape) for _, _, shape in spec.states())
-    return token_bytes * context_tokens + states_bytes
+    return token_bytes * context_tokens + 2 * spec.states_bytes
 
 
 def _key_value_width(attention: Attention) -> int:

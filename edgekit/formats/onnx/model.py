@@ -332,3 +332,14 @@ def file_sizes(tensors: Sequence[External]) -> dict[str, int]:
         end = tensor.offset + tensor.size_bytes
         sizes[tensor.file] = max(sizes.get(tensor.file, 0), end)
     return sizes
+
+
+def outputs(path: Path) -> list[str]:
+    """Return the names of what a model keeps for the next token.
+
+    Raises:
+        BundleError: If the file is damaged.
+    """
+    graph = ProtobufMessage.whole(_read_bytes(path), origin=str(path)).message(7)
+    ports = graph.messages(12) if graph is not None else []
+    return [name for port in ports if (name := port.text(1)).startswith("present")]

@@ -18,6 +18,7 @@ from edgekit.model.shapes import Shape
 from edgekit.model.spec import DecoderSpec
 from edgekit.quant import grid, rounding
 from edgekit.quant.grid import Grid
+from edgekit.quant.lattice import GridLattice, Lattice
 from edgekit.quant.planned import PlannedWeight
 from edgekit.quant.recipe import Recipe, Rule, TensorType, split_role, with_limits
 
@@ -232,20 +233,24 @@ def spares_delta_nets(weights: Sequence[PlannedWeight]) -> bool:
 
 
 # What an artifact may differ from its checkpoint: mean KL in nats, share of equal top tokens.
-# Measured over 3152 positions of SmolLM2-135M with weights that lie on no grid: F32 2e-11, 100 %;
-# F16 5e-6, 99.7; F16_GPU 2e-5, 99.6; INT8 0.007, 93.9; UINT4 and UINT4_GPU 0.40 to 0.44, 59.6, or
-# or importance-weighted 0.24 to 0.28, 67; INT4 0.54, 55.0, or 0.28, 67; UINT4_128 0.67,
-# 50.8, or 0.41, 59.8; INT4_128 0.88, 43.9, or 0.44, 58.1; UINT4_ALL 0.58, 50.4. Those of blocks of
-# 128 are of the rounding alone: rows of 576 do not fill them, and get finer ones in an artifact.
-# Random models have more near ties: of F16, F16_GPU and INT8 the limits hold all tiny ones with 20
-# seeds (benchmark false_alarms). Below 8 bits KL alone judges closely, and half of the demo's top
-# tokens are enough: of 50 tiny models and random texts the worst kept 0.40 of UINT4's, 0.60 nats.
+# Measured over 3152 positions of SmolLM2-135M with weights that lie on no grid: _DEMO_KL_NATS, and
+# F32 100 %; F16 99.7; F16_GPU 99.6; INT8 93.9; UINT4 and UINT4_GPU 59.6, or importance-weighted
+# 0.24 to 0.28, 67; INT4 55.0, or 0.28, 67; UINT4_128 50.8, or 0.41, 59.8; INT4_128 43.9, or 0.44,
+# 58.1; UINT4_ALL 50.4. Those of blocks of 128 are of the rounding alone: rows of 576 do not fill
+# them, and get finer ones in an artifact. Random models have more near ties: of F16, F16_GPU and
+# INT8 the limits hold all tiny ones with 20 seeds (benchmark false_alarms). Below 8 bits KL alone
+# judges closely, and half of the demo's top tokens are enough: of 50 tiny models and random texts
+# the worst kept 0.40 of UINT4's, 0.60 nats.
 _LIMITS = {
     "F32": (1e-9, 0.999), "F16": (1e-4, 0.97), "F16_GPU": (1e-4, 0.97), "INT8": (0.02, 0.86),
     "UINT4": (0.75, 0.3), "INT4": (0.85, 0.27), "UINT4_GPU": (0.75, 0.3), "UINT4_128": (1.0, 0.25),
     "INT4_128": (1.3, 0.22), "UINT4_ALL": (0.9, 0.25),
 }  # fmt: skip
-_recipe = with_limits(_LIMITS, _FINE)
+_DEMO_KL_NATS = {
+    "F32": 2e-11, "F16": 5e-6, "F16_GPU": 2e-5, "INT8": 0.007, "UINT4": 0.40, "UINT4_GPU": 0.44,
+    "INT4": 0.54, "UINT4_128": 0.67, "INT4_128": 0.88, "UINT4_ALL": 0.58,
+}  # fmt: skip
+_recipe = with_limits(_LIMITS, _DEMO_KL_NATS, _FINE)
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -370,6 +375,14 @@ def encode(
     else:
         found = grid.nearest(values, blocks.grid)
     return [*_parts(found, blocks)]
+
+
+def lattice(tensor_type: str) -> Lattice | None:
+    """Return what a solver can round a weight to; None where rounding is fine as it is."""
+    blocks = BLOCKS.get(tensor_type)
+    if blocks is None or not blocks.is_coarse:
+        return None
+    return GridLattice(grid=blocks.grid, write=lambda found, _: [*_parts(found, blocks)])
 
 
 def _parts(found: grid.Fitted, blocks: Blocks) -> "Iterator[npt.NDArray[np.generic]]":

@@ -17,8 +17,11 @@ def lay_out(checkpoint: "CheckpointProtocol", request: BuildRequest) -> Layout:
     return conversion.lay_out(checkpoint, request)
 
 
-def context_limit(checkpoint: "CheckpointProtocol") -> ContextLimit:
+def context_limit(
+    checkpoint: "CheckpointProtocol", *, compiles: bool | None = False
+) -> ContextLimit:
     """Return the model's own limit: the graph computes every position."""
+    del compiles  # nothing is
     return ContextLimit(
         tokens=checkpoint.spec.context_tokens, reason="the model was made for no more"
     )

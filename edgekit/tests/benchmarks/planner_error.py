@@ -30,61 +30,26 @@ from edgekit import formats
 from edgekit.formats import BuildRequest
 from edgekit.model.spec import DecoderSpec
 from edgekit.plan import TOKEN_OVERHEAD_S, Estimate, estimate
+from edgekit.source import published
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.target import Target
 from edgekit.target import load as load_target
-from edgekit.tests.source.published_models import PUBLISHED, Published
-from edgekit.tests.source.test_published_models import write_headers
+from edgekit.tests.source.test_published import write_headers
 from edgekit.tests.tiny.checkpoints import write_text_files
 
 
 CELLS = Path(__file__).with_name("pocketpal_cpu.csv")
 CONTEXT_TOKENS, PROMPT_TOKENS, ANSWER_TOKENS = 2048, 256, 64
-MODELS: Mapping[str, tuple[Published, str]] = {  # and the voice of a tokenizer that each takes
-    "deepseek-r1-distill-qwen-1.5b": (
-        PUBLISHED["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"], "qwen2"
-    ),
-    "gemma-4-e2b": (
-        Published(
-            model_type="gemma4_text",
-            parameters="4.6B",
-            sizes=(262144, 1536, 6144, 35, 8, 1, 131072),
-            fields={
-                "final_logit_softcapping": 30.0,
-                "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 7,
-                "num_kv_shared_layers": 20,
-                "use_double_wide_mlp": True,
-            },
-        ),
-        "gemma",
-    ),
-    "lfm2.5-1.2b-instruct": (PUBLISHED["LiquidAI/LFM2.5-1.2B-Instruct"], "llama3"),
-    "phi-3.5-mini": (PUBLISHED["microsoft/Phi-3-mini-4k-instruct"], "phi3"),
-    "phi-4-mini": (
-        Published(
-            model_type="phi3",
-            parameters="3.8B",
-            sizes=(200064, 3072, 8192, 32, 24, 8, 4096),
-            fields={
-                "original_max_position_embeddings": 4096,
-                "partial_rotary_factor": 0.75,
-                "tie_word_embeddings": True,
-            },
-        ),
-        "phi4",
-    ),
-    "qwen3-1.7b": (PUBLISHED["Qwen/Qwen3-1.7B"], "qwen3"),
-    "qwen3.5-0.8b": (PUBLISHED["Qwen/Qwen3.5-0.8B"], "qwen3"),
-    "smollm2-1.7b": (
-        Published(
-            model_type="llama",
-            parameters="1.71B",
-            sizes=(49152, 2048, 8192, 24, 32, 32, 8192),
-            fields={"rope_theta": 130_000.0, "tie_word_embeddings": True},
-        ),
-        "smollm",
-    ),
-}  # fmt: skip
+MODELS = {  # the published name of each, and the voice of a tokenizer that it takes
+    "deepseek-r1-distill-qwen-1.5b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "qwen2"),
+    "gemma-4-e2b": ("google/gemma-4-E2B", "gemma"),
+    "lfm2.5-1.2b-instruct": ("LiquidAI/LFM2.5-1.2B-Instruct", "llama3"),
+    "phi-3.5-mini": ("microsoft/Phi-3-mini-4k-instruct", "phi3"),
+    "phi-4-mini": ("microsoft/Phi-4-mini-instruct", "phi4"),
+    "qwen3-1.7b": ("Qwen/Qwen3-1.7B", "qwen3"),
+    "qwen3.5-0.8b": ("Qwen/Qwen3.5-0.8B", "qwen3"),
+    "smollm2-1.7b": ("HuggingFaceTB/SmolLM2-1.7B", "smollm"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +167,7 @@ def _checkpoint(directory: Path, name: str) -> Checkpoint:
     """Return a published model as its config and the headers of its files."""
     model, voice = MODELS[name]
     directory.mkdir()
-    write_headers(directory, model)
+    write_headers(directory, published.models()[model])
     write_text_files(directory, voice)
     return Checkpoint.open(directory)
 

@@ -1,8 +1,12 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
-from edgekit.measuring.measurement import Conditions
+from edgekit import formats
+from edgekit.browser.gpu import Gpu
+from edgekit.formats import BrowserMemory, GpuBuffer
+from edgekit.measuring.measurement import Answers, BrowserEnvironment, BrowserRun, Conditions
 from edgekit.measuring.verdict import judge
 from edgekit.target import FirstTokenLimit
 from edgekit.tests.tiny.measurements import ENVIRONMENT, QUIET, STEADY_S, make_measurement
@@ -256,3 +260,86 @@ def test_a_governor_that_saves_power_is_noted(bundle):
     verdict = verdict_of(bundle, make_measurement(environment=thrifty, conditions=QUIET))
 
     assert any("'ondemand'" in note for note in verdict.notes)
+
+
+# In a browser
+
+
+GPU = Gpu(
+    vendor="google", architecture="swiftshader", device="", description="", is_software=True,
+    features=(), limits={"maxStorageBufferBindingSize": 128, "maxBufferSize": 256},
+)  # fmt: skip
+
+
+def in_browser(*, gpu=GPU, answers=None, needs=(), buffer_bytes=100, **run):
+    """Return a steady measurement, as a page would give it."""
+    found = make_measurement(metric="process_tree_pss")
+    browser = BrowserEnvironment(
+        agent="Chrome/1", runtime="Runtime 1", gpu=gpu, features_needed=needs,
+        buffer_needed=GpuBuffer(name="embedding", size_bytes=buffer_bytes),
+    )  # fmt: skip
+    ran = BrowserRun(**{"backend": "webgpu", "gpu_submits": 9, "threads": 1} | run)
+    assert found.cold_start
+    return dataclasses.replace(
+        found,
+        environment=dataclasses.replace(ENVIRONMENT, browser=browser),
+        repetitions=tuple(dataclasses.replace(it, browser=ran) for it in found.repetitions),
+        cold_start=dataclasses.replace(found.cold_start, answers=answers),
+    )
+
+
+@pytest.fixture
+def browser_bundle(bundle, monkeypatch):
+    """Of a format that a browser opens."""
+    known = BrowserMemory(base_bytes=90_000_000, copies=0)
+    face = SimpleNamespace(MEMORY={"webgpu": known, "wasm": known}, RECIPES={})
+    monkeypatch.setattr(formats, "browsing", lambda _: face)
+    monkeypatch.setattr(formats, "get", lambda _: face)
+    return bundle
+
+
+def test_speeds_on_a_software_adapter_are_not_judged_and_all_else_is(browser_bundle):
+    verdict = verdict_of(browser_bundle, in_browser())
+    assert verdict.outcome == "unstable"
+    assert "speeds are not judged: software adapter" in verdict.doubts
+    assert check(verdict, "decoding").is_void
+    assert check(verdict, "peak memory").outcome == "pass"
+    assert verdict_of(browser_bundle, in_browser(), peak_memory_bytes=1).outcome == "fail"
+
+
+def test_speeds_of_a_gpu_and_of_webassembly_are_judged(browser_bundle):
+    real = in_browser(gpu=dataclasses.replace(GPU, is_software=False))
+    assert verdict_of(browser_bundle, real).outcome == "pass"
+    assert verdict_of(browser_bundle, in_browser(backend="wasm")).outcome == "pass"
+
+
+def test_a_fall_back_to_webassembly_forbids_a_pass_and_says_why(browser_bundle):
+    fallen = in_browser(backend="wasm", fell_back="this GPU has no shader-f16")
+    (doubt,) = verdict_of(browser_bundle, fallen).doubts
+    assert doubt.endswith("in WebAssembly, not on the GPU: this GPU has no shader-f16")
+
+
+@pytest.mark.parametrize(
+    ("needs", "buffer_bytes", "missed"),
+    [
+        ((), 129, ["maxStorageBufferBindingSize"]),
+        ((), 257, ["maxStorageBufferBindingSize", "maxBufferSize"]),
+        (("shader-f16",), 128, ["shader-f16"]),
+    ],
+)
+def test_what_a_gpu_does_not_grant_is_missed_by_name(browser_bundle, needs, buffer_bytes, missed):
+    verdict = verdict_of(browser_bundle, in_browser(needs=needs, buffer_bytes=buffer_bytes))
+    assert [each.name for each in verdict.checks if each.outcome == "fail"] == missed
+
+
+@pytest.mark.parametrize(("kl", "outcome"), [(0.19, "pass"), (0.21, "fail")])
+def test_answers_are_held_to_the_goldens(browser_bundle, kl, outcome):
+    answers = Answers(positions=9, mean_kl_nats=kl, expected_ids=(1,), said_ids=(2,))
+    verdict = verdict_of(browser_bundle, in_browser(answers=answers))
+    assert check(verdict, "answers").outcome == outcome
+    assert any("greedy answer is [2], the workstation's [1]" in note for note in verdict.notes)
+
+
+def test_what_the_processes_were_to_hold_stands_next_to_what_they_held(browser_bundle):
+    notes = verdict_of(browser_bundle, in_browser()).notes
+    assert any("85.8 MiB of memory was predicted" in it and "1.11 of it" in it for it in notes)

@@ -1,5 +1,6 @@
 """What a calibration finds, against hooks on transformers' own layers, and what it is good for."""
 
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -18,9 +19,10 @@ from edgekit.plan import plan
 from edgekit.progress import Silent
 from edgekit.proof import calibration
 from edgekit.proof.fidelity import Comparison
-from edgekit.quant.planned import damped
+from edgekit.quant.damping import damped
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
+from edgekit.tests.benchmarks import quant_methods
 from edgekit.tests.tiny.checkpoints import write_tiny_checkpoint
 from edgekit.tests.tiny.random_checkpoints import random_checkpoint
 from edgekit.text import corpus
@@ -210,6 +212,25 @@ def test_the_text_has_no_line_in_common_with_the_corpus_of_the_gate():
     assert shared == set()
 
 
+def test_the_text_shares_no_sentence_with_what_judges():
+    """Not with the gate's corpus, the questions of a proof, or the documents of a benchmark."""
+    ours = sentences(text for _, text in calibration.built_in_texts())
+    judging = sentences(text for _, text in quant_methods.kinds())
+    judging |= sentences(turn["content"] for turns in corpus.CONVERSATIONS for turn in turns)
+    assert len(ours) > 400
+    assert len(judging) > 400
+    assert ours & judging == set()
+
+
+ENDS = r"[.!?;\n\u3002\uff01\uff1f\u061f\u0964]+"  # of sentences, in some scripts
+
+
+def sentences(texts):
+    """Return what stands between ends of sentences and lines, but for words alone."""
+    parts = {part.strip() for text in texts for part in re.split(ENDS, text)}
+    return {part for part in parts if len(part) >= 12}
+
+
 def test_the_text_is_as_broad_as_use():
     letters = Counter(
         unicodedata.name(char, "?").split()[0]
@@ -217,10 +238,29 @@ def test_the_text_is_as_broad_as_use():
         for char in text
         if char.isalpha()
     )
-    for script in ("LATIN", "HANGUL", "CJK", "HIRAGANA", "ARABIC", "CYRILLIC"):
+    for script in ("LATIN", "HANGUL", "CJK", "HIRAGANA", "ARABIC", "CYRILLIC", "DEVANAGARI",
+                   "THAI", "HEBREW", "GREEK"):  # fmt: skip
         assert letters[script] > 50, script
-    names = {name for name, _ in calibration.built_in_texts()}
-    assert {"chat", "code_c", "code_python", "code_shell", "code_web", "tables"} <= names
+    texts = dict(calibration.built_in_texts())
+    assert {"code_c", "code_python", "code_shell", "code_web", "json_and_tools", "tables"} <= {
+        *texts
+    }
+    languages = {"german", "french", "spanish", "portuguese", "russian", "arabic", "chinese",
+                 "japanese", "korean", "turkish_vietnamese_indonesian", "italian_dutch_polish",
+                 "hindi_thai_hebrew_greek"}  # fmt: skip
+    assert languages <= {*texts}
+    assert "<tool_call>" in texts["json_and_tools"]
+
+
+def test_a_text_too_short_to_lead_anything_is_noted(tmp_path):
+    pytest.importorskip("tokenizers")
+    checkpoint = random_checkpoint(tmp_path)  # a byte is a token
+    built_in = sum(map(len, calibration.pieces(checkpoint)))
+    found = calibration.note(checkpoint, "Bring tea and a hat.")
+    assert found
+    assert f"has 20 tokens next to the {built_in} of" in found
+    assert calibration.note(checkpoint, "Bring tea and a hat. " * 100) is None
+    assert calibration.note(checkpoint, None) is None
 
 
 def test_the_chats_are_questions_with_answers():

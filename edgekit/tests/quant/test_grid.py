@@ -142,8 +142,11 @@ def test_of_starts_as_good_as_each_other_the_first_stays(weights):
         assert (found.codes[0] == GRIDS[name].bottom).all()
 
 
-def test_no_column_is_free_to_err():
+def test_no_column_is_free_to_err(weights):
     """A tenth of the mean is added to all."""
     importance = np.tile(np.array([0, 2], np.float32), COLUMNS // 2)
-    found = grid._weights(importance, GRIDS["unsigned"])
-    np.testing.assert_allclose(found, np.tile(np.float32([0.1, 2.1]), (4, 16)), rtol=1e-6)
+    added = np.tile(np.float32([0.1, 2.1]), COLUMNS // 2)
+    found = grid.fit(weights, importance, GRIDS["unsigned"])
+    expected = grid.fit_weighted(weights, added, GRIDS["unsigned"])
+    assert np.array_equal(found.codes, expected.codes)
+    assert np.array_equal(found.scales, expected.scales)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.formats.mlc.compiling import cpu_attention_kernels, library, tools
+from edgekit.formats.mlc.compiling import attention_kernels, cpu_attention_kernels, library, tools
 from edgekit.formats.mlc.compiling.cpu_kernels import CpuKernels
 
 
@@ -38,30 +38,19 @@ def compile_to(path: Path, shape: "LibraryShape") -> None:
     where = target()
     with where:
         module = library.written(shape, CpuKernels(), where)
-        module = with_own_attention(module, shape)
+        attention_kernels.replace_own(module, shape, cpu_attention_kernels.attend, suffix="_cpu")
         with tvm.transform.PassContext(opt_level=3):
-            built = relax.build(module, target=where, relax_pipeline=pipeline())
+            module = kernels_of(module)
+            built = relax.build(module, target=where, relax_pipeline="default_build")
     built.export_library(str(path))
 
 
-def with_own_attention(module: Any, shape: "LibraryShape") -> Any:
-    """Put edgekit's attention in the place of TVM's functions of the same names."""
-    a = shape.spec.attention
-    own = cpu_attention_kernels.replacements(
-        a.heads, a.num_kv_heads, a.head_dim, shape.dtype, shape.window_tokens or 1024
-    )
-    for name, function in own.items():
-        place = module.get_global_var(name)
-        module[place] = function.with_attr("global_symbol", name)
-    return module
-
-
-def pipeline() -> Any:
-    """Return what makes calls of kernels of the operations of a module."""
+def kernels_of(module: Any) -> Any:
+    """Return a module whose operations are calls of kernels, those next to each other fused."""
     import tvm
     from tvm import relax
 
-    return tvm.transform.Sequential(
+    fuse = tvm.transform.Sequential(
         [
             relax.transform.LegalizeOps(),
             relax.transform.AnnotateTIROpPattern(),
@@ -69,6 +58,6 @@ def pipeline() -> Any:
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
             relax.transform.DeadCodeElimination(),
-            relax.get_pipeline("default_build"),
         ]
     )
+    return fuse(module)

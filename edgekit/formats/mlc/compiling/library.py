@@ -9,63 +9,75 @@ if TYPE_CHECKING:
     from edgekit.formats.mlc.compiling.shape import LibraryShape
 
 
+CREATES_CACHE = "create_tir_paged_kv_cache"
+PACKED = {"param_mode": "packed", "effect_mode": "none"}  # takes the weights, as its last argument
+PLAIN = {"param_mode": "none", "effect_mode": "none"}
+
+
 def written(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
-    """Return the functions of a library as a module of TVM, not compiled yet."""
-    from tvm.relax.frontend.nn import spec as nn_spec
-    from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
+    """Return the functions of a session's library as a module of TVM, not compiled yet."""
+    from tvm.relax.frontend.nn import spec
 
-    model = _module(shape, kernels, target)
-    packed = {"param_mode": "packed", "effect_mode": "none"}
-    plain = {"param_mode": "none", "effect_mode": "none"}
-    hidden, cache = shape.spec.hidden_size, nn_spec.Object(object_type=PagedKVCache)
-    states = [nn_spec.Tensor(list(size), "float32") for _, _, size in shape.spec.states()]
+    states = [spec.Tensor(list(size), "float32") for _, _, size in shape.spec.states()]
 
-    def embeds(tokens: Any) -> Any:
-        return nn_spec.Tensor([1, tokens, hidden], shape.dtype)
+    def takes(tokens: Any) -> dict[str, Any]:
+        embedded = spec.Tensor([1, tokens, shape.spec.hidden_size], shape.dtype)
+        return {"x": embedded, "cache": cache_spec(), "states": states, "$": PACKED}
 
     methods = {
-        "embed": {"ids": nn_spec.Tensor(["tokens"], "int32"), "$": packed},
-        "prefill": {"x": embeds("tokens"), "cache": cache, "states": states, "$": packed},
-        "decode": {"x": embeds(1), "cache": cache, "states": states, "$": packed},
-        "all_logits": {"x": embeds("tokens"), "cache": cache, "states": states, "$": packed},
-        "create_tir_paged_kv_cache": {
-            "max_batch_size": int,
-            "max_total_seq_len": int,
-            "prefill_chunk_size": int,
-            "page_size": int,
-            "support_sliding_window": int,
-            "$": plain,
-        },
+        "embed": {"ids": spec.Tensor(["tokens"], "int32"), "$": PACKED},
+        "prefill": takes("tokens"),
+        "decode": takes(1),
+        "all_logits": takes("tokens"),
     }
-    module, found, _ = model.export_tvm(spec=methods, allow_extern=True)
+    return exported(model_class(shape, kernels, target)(), methods, shape)
+
+
+def cache_spec() -> Any:
+    """Return what says that an argument is a cache."""
+    from tvm.relax.frontend.nn import spec
+    from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
+
+    return spec.Object(object_type=PagedKVCache)
+
+
+def exported(model: Any, methods: dict[str, Any], shape: "LibraryShape") -> Any:
+    """Return the methods of a model, and what creates its cache, as a module of TVM."""
+    sizes = (
+        "max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size",
+        "support_sliding_window",
+    )  # fmt: skip
+    creates = dict.fromkeys(sizes, int) | {"$": PLAIN}
+    module, found, _ = model.export_tvm(spec=methods | {CREATES_CACHE: creates}, allow_extern=True)
     assert [name for name, _ in found] == [tensor.name for tensor in shape.tensors]  # noqa: S101
     return module
 
 
-def _module(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
+def model_class(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
+    """Return the class of a model, whose methods are functions of a library."""
     from tvm.relax.frontend import nn
     from tvm.relax.frontend.nn.llm import kv_cache
 
     class Model(nn.Module):  # type: ignore[misc]  # untyped
-        """The functions of a library, by the names that WebLLM calls."""
+        """The functions of a session's library."""
 
         def __init__(self) -> None:
             for tensor in shape.tensors:
                 setattr(self, tensor.name, nn.Parameter(tensor.shape, tensor.dtype))
 
-        def _decoder(self) -> Decoder:
+        def decoder(self) -> Decoder:
             return Decoder(shape, vars(self), kernels)
 
         def embed(self, ids: Any) -> Any:
-            return self._decoder().embed(ids)
+            return self.decoder().embed(ids)
 
         def prefill(self, x: Any, cache: Any, states: Any) -> Any:
-            said, states = self._decoder().hidden(x, cache, states)
-            return self._decoder().logits(_last(said)), cache, states
+            said, states = self.decoder().hidden(x, cache, states)
+            return self.decoder().logits(last_token(said)), cache, states
 
         def decode(self, x: Any, cache: Any, states: Any) -> Any:
-            said, states = self._decoder().hidden(x, cache, states)
-            return self._decoder().logits(said), cache, states
+            said, states = self.decoder().hidden(x, cache, states)
+            return self.decoder().logits(said), cache, states
 
         all_logits = decode  # of any number of tokens
 
@@ -79,19 +91,16 @@ def _module(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
         ) -> Any:
             from tvm import relax
 
-            a, caches = shape.spec.attention, shape.spec.caches()
-            kinds = ["mha_sliding" if layer.window_tokens else "mha" for _, layer, _ in caches]
-            if "mha" not in kinds:  # TVM 0.27 makes room for queries only where a layer sees all
-                kinds.append("mha")
+            a, layers = shape.spec.attention, len(list(shape.spec.caches()))
             return kv_cache.TIRPagedKVCache(
-                attn_kind=kinds,
+                attn_kind="mha",
                 max_batch_size=max_batch_size,
                 max_total_seq_len=max_total_seq_len,
                 prefill_chunk_size=prefill_chunk_size,
                 page_size=page_size,
                 support_sliding_window=support_sliding_window,
-                layer_partition=relax.ShapeExpr([0, len(kinds)]),
-                num_hidden_layers=len(kinds),
+                layer_partition=relax.ShapeExpr([0, layers]),
+                num_hidden_layers=layers,
                 num_attention_heads=a.heads,
                 num_key_value_heads=a.num_kv_heads,
                 qk_head_dim=a.head_dim,
@@ -107,13 +116,12 @@ def _module(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
                 enable_disaggregation=False,
                 dtype=shape.dtype,
                 target=target,
-                layer_sliding_window_size=shape.window_tokens or 1024,
             )
 
-    return Model()
+    return Model
 
 
-def _last(x: Any) -> Any:
+def last_token(x: Any) -> Any:
     """Return the last token of ``(1, tokens, width)``."""
     from tvm import te
     from tvm.relax.frontend.nn import op

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, assert_never
 
 from edgekit.errors import UsageError
-from edgekit.formats.mlc.compiling import delta_net
+from edgekit.formats.mlc.compiling import attention_kernels, delta_net
 from edgekit.model.mixers import Attention, DeltaNet, ShortConv
 from edgekit.model.norm import Norm
 from edgekit.model.rope import Rope
@@ -17,8 +17,6 @@ from edgekit.model.rope import Rope
 if TYPE_CHECKING:
     from edgekit.formats.mlc.compiling.shape import LibraryShape, StoredWeight
     from edgekit.model.spec import DecoderSpec
-
-PAGE_TOKENS = 16
 
 
 class Kernels:
@@ -168,7 +166,9 @@ class Decoder:
         if a.query_key_norm and a.normalizes_after_rope:
             qkv = self._head_norms(qkv, a.query_key_norm, at)
         place = [at for at, _, _ in self.spec.caches()].index(index)
-        said = cache.attention_with_fused_qkv(place, qkv, a.heads, a.softmax_scale)
+        said = cache.attention_with_fused_qkv(
+            place, qkv, a.heads, attention_kernels.scale_of(a, layer)
+        )
         said = op.reshape(said, (batch, tokens, a.query_width))
         if gate is not None:
             said = said * op.sigmoid(gate)

@@ -8,7 +8,6 @@ from functools import cached_property
 
 from edgekit.errors import UsageError
 from edgekit.formats.mlc import decoder_file, decoders, names, packing
-from edgekit.formats.mlc.libraries import PREFILL_CHUNK_TOKENS
 from edgekit.formats.mlc.packing import PackedTensor, Scheme
 from edgekit.model.shapes import Shape
 from edgekit.model.spec import DecoderSpec
@@ -81,11 +80,6 @@ class LibraryShape:
         """How far its windowed layers look back; the cache has one such length."""
         windows = (layer.window_tokens for layer in self.spec.layers)
         return next(filter(None, windows), None)
-
-    @property
-    def chunk_tokens(self) -> int:
-        """How many tokens of a prompt are read at once: no more than a window holds."""
-        return min(PREFILL_CHUNK_TOKENS, self.window_tokens or PREFILL_CHUNK_TOKENS)
 
     @cached_property
     def weights(self) -> Mapping[str, StoredWeight]:

@@ -14,10 +14,9 @@ from edgekit.formats.gguf.facts import Facts
 from edgekit.model.norm import Norm
 from edgekit.model.rope import LinearScaling, LongRopeScaling, Rope
 from edgekit.model.spec import Multipliers, Pairs
-from edgekit.source import families
+from edgekit.source import families, published
 from edgekit.source.config import Config
 from edgekit.source.made_tensors import PairOrder
-from edgekit.tests.source.published_models import PUBLISHED
 from edgekit.tests.tiny import checkpoints
 from edgekit.tests.tiny.adapters import Given
 from edgekit.tests.tiny.checkpoints import TINY, find_case
@@ -113,7 +112,7 @@ def test_a_decoder_that_no_graph_computes_is_refused(name):
 
 def test_every_published_model_but_one_has_a_graph_and_its_whole_context():
     refused, limits = [], {}
-    for name, model in PUBLISHED.items():
+    for name, model in published.models().items():
         config = Config(dict(model.config), origin=name)
         spec = families.get(model.model_type).describe(config)
         try:
@@ -128,6 +127,7 @@ def test_every_published_model_but_one_has_a_graph_and_its_whole_context():
     assert limits == {
         "mistralai/Mistral-7B-v0.1": 4096,
         "microsoft/Phi-3-mini-4k-instruct": 2047,
+        "microsoft/Phi-3.5-mini-instruct": 4096,
         "bigcode/starcoder2-3b": 4096,
         "bigcode/starcoder2-7b": 4096,
     }

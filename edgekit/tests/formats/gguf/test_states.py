@@ -17,7 +17,7 @@ from edgekit.formats.gguf import conversion, importance, layout
 from edgekit.formats.gguf.runtime import GgufSession
 from edgekit.model.checkpoint_protocol import Calibration
 from edgekit.proof import transformers_logits
-from edgekit.quant.planned import damped
+from edgekit.quant.damping import damped
 from edgekit.source import opening
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.tests.formats.gguf.test_families import Made, make, open_tiny

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from edgekit.formats import GpuBuffer
-from edgekit.formats.mlc import clients, conversation, web_app
+from edgekit.formats.mlc import browsing, clients, conversation, web_app
 from edgekit.tests.tiny.voices import speak
 from edgekit.tests.witnesses import javascript_clients
 
@@ -39,7 +39,8 @@ def write_app(directory, voice="smollm", *, raw_prompt=False, **changes):
     fields = {"model_id": "tiny", "library": None, "vram_bytes": 300 * MIB} | changes
     web_app.write(bundle, config=config, conversation=said, **fields)
     (bundle / "mlc-chat-config.json").write_text(json.dumps(config))
-    cache = {"records": [{"records": [EMBEDDING]}]}
+    shard = {"dataPath": "params_shard_0.bin", "nbytes": 8, "records": [EMBEDDING]}
+    cache = {"records": [shard]}
     (bundle / "tensor-cache.json").write_text(json.dumps(cache))
     return bundle
 
@@ -53,9 +54,9 @@ def test_webllm_json_is_an_app_config_with_one_model(tmp_path):
 
     assert settings_of(bundle)["model_list"] == [
         {
-            "model": "./",
+            "model": "http://localhost:8080/resolve/main/../../",
             "model_id": "tiny",
-            "model_lib": "./model-webgpu.wasm",
+            "model_lib": "http://localhost:8080/model-webgpu.wasm",
             "vram_required_MB": 300.0,
             "low_resource_required": True,
             "required_features": [],
@@ -87,6 +88,8 @@ def test_the_page_names_the_version_of_webllm_that_it_is_tested_with():
     tested = package["dependencies"]["@mlc-ai/web-llm"]
     assert tested == web_app.PREBUILT_FOR
     assert f"@mlc-ai/web-llm@{tested} " in page.replace("\n", " ")
+    (package,) = browsing.PACKAGES
+    assert package.version == tested
 
 
 def visit(bundle, **request):
@@ -97,7 +100,9 @@ def visit_page(bundle, *, gpus=(), talks=(), ends=(), has_webllm=True):
     javascript_clients.need_browser()
     if has_webllm:
         packages = javascript_clients.installed_packages()
-        shutil.copyfile(packages / "@mlc-ai/web-llm/lib/index.js", bundle / "web-llm.js")
+        library = bundle / "node_modules/@mlc-ai/web-llm/lib/index.js"
+        library.parent.mkdir(parents=True)
+        shutil.copyfile(packages / "@mlc-ai/web-llm/lib/index.js", library)
     request = {"gpus": list(gpus), "talks": list(talks), "ends": list(ends)}
     seen = javascript_clients.run_page("mlc_page.mjs", request, directory=bundle)
     assert seen.foreign == ()
@@ -138,11 +143,11 @@ def test_a_scheme_in_16_bits_is_refused_by_a_gpu_without_them(tmp_path):
 
 
 @pytest.mark.toolchain
-def test_a_library_that_is_not_there_is_missed_with_the_command_that_makes_it(tmp_path):
+def test_a_library_that_is_not_there_is_missed(tmp_path):
     found = visit(write_app(tmp_path), gpus=["this"])
 
     assert found["missing"] == [found["page"]]
-    assert "/files/model-webgpu.wasm: compile one with `mlc_llm compile " in found["page"]
+    assert "/files/model-webgpu.wasm: WebLLM needs one that was compiled" in found["page"]
 
 
 @pytest.mark.toolchain
@@ -173,7 +178,7 @@ def test_a_chat_goes_on_from_the_cache_only_after_an_answer_that_ended_by_itself
     found = visit(write_app(tmp_path), ends=ends, has_webllm=False)
 
     assert found["resets"] == [[True, False, True, False]] * 2
-    assert found["page"] == "web-llm.js is missing: this page's source says how to put it here."
+    assert found["page"] == "WebLLM is missing: this page's source says how to put it here."
 
 
 @pytest.mark.toolchain

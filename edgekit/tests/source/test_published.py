@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from edgekit.errors import UsageError
-from edgekit.source import families
+from edgekit.source import families, published
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.source.config import Config
-from edgekit.tests.source.published_models import PUBLISHED, Published
+from edgekit.source.published import Published
 
 
+PUBLISHED = published.models()
 TOKENIZER = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
 
 
@@ -43,12 +44,7 @@ def write_headers(
     with (directory / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    whole = (
-        {"model_type": model.wrapper, "text_config": model.config}
-        if model.wrapper
-        else model.config
-    )
-    (directory / "config.json").write_text(json.dumps(whole))
+    (directory / "config.json").write_text(json.dumps(model.config_json))
     (directory / "tokenizer.json").write_text(json.dumps(TOKENIZER))
 
 
@@ -59,6 +55,17 @@ def test_a_published_model_has_as_many_parameters_as_its_makers_say(name, tmp_pa
     checkpoint = Checkpoint.open(tmp_path)
     assert checkpoint.architecture == model.model_type
     assert model.has(checkpoint.parameters), f"{checkpoint.parameters:,}"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_without_weights_those_that_the_config_asks_for_are_taken_for_there(name, tmp_path):
+    write_headers(tmp_path, replace(PUBLISHED[name], wrapper=None))
+    stored = Checkpoint.open(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    asked = Checkpoint.open(tmp_path, has_weights=False)
+    assert (asked.spec, asked.parameters) == (stored.spec, stored.parameters)
+    sizes = {name: math.prod(it.shape) for name, it in asked.tensors.items()}
+    assert sizes == {name: math.prod(it.shape) for name, it in stored.tensors.items()}
 
 
 def test_there_are_many_and_of_almost_every_family():
@@ -137,10 +144,10 @@ def test_a_missing_part_of_a_delta_net_is_named(tmp_path, name):
 def test_keys_and_values_of_layers_that_read_others_are_left_out(tmp_path):
     model = PUBLISHED["google/gemma-4-31B"]
     unshared = {"num_kv_shared_layers": 0, "attention_k_eq_v": False, "global_head_dim": 512}
-    model = replace(model, fields=model.fields | unshared)
+    model = replace(model, config={**model.config, **unshared})
     write_headers(tmp_path, model)
     path = tmp_path / "config.json"
-    text = model.config | {"num_kv_shared_layers": 6}
+    text = {**model.config, "num_kv_shared_layers": 6}
     path.write_text(json.dumps({"model_type": "gemma4", "text_config": text}))
     checkpoint = Checkpoint.open(tmp_path)
     assert [index for index, _, it in checkpoint.spec.attentions() if not it.has_cache] == [

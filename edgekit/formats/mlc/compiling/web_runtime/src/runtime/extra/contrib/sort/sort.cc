@@ -1,0 +1,1 @@
+// Left out: a library of a model sorts on the GPU.

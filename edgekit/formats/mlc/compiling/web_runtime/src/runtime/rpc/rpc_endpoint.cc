@@ -1,0 +1,1 @@
+// Left out: a library of a model answers nobody over a network.

@@ -1,0 +1,1 @@
+"""How weights are solved: codes that make up for each other's errors, for any format's lattice."""

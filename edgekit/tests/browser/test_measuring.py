@@ -1,0 +1,102 @@
+"""A tiny bundle is measured in a real Chromium, as the command line does it."""
+
+import dataclasses
+import json
+from importlib import resources
+
+import jsonschema
+import pytest
+
+from edgekit import target
+from edgekit.browser.options import BrowserOptions, Limits
+from edgekit.errors import BudgetError
+from edgekit.formats import GpuBuffer
+from edgekit.measuring import in_browser
+from edgekit.measuring.measurement import Measurement
+from edgekit.target import FirstTokenLimit
+from edgekit.validate import plan_workload, validate
+
+
+pytestmark = [pytest.mark.toolchain, pytest.mark.usefixtures("needs_browser")]
+
+
+@pytest.fixture
+def browser_target():
+    found = target.load("webgpu-desktop-integrated")
+    budget = dataclasses.replace(
+        found.budget, answer_tokens=4, context_tokens=128,
+        first_token=(FirstTokenLimit(prompt_tokens=40, limit_s=60.0),),
+    )  # fmt: skip
+    return dataclasses.replace(found, budget=budget)
+
+
+def check(result, name):
+    return next(check for check in result.verdict.checks if check.name.startswith(name))
+
+
+@pytest.fixture(params=["browser?adapter=software", "browser?backend=wasm"])
+def measured(request, onnx_bundle, browser_target):
+    device = request.param
+    return device, validate(onnx_bundle.directory, browser_target, device=device, repetitions=1)
+
+
+def test_a_browser_is_measured_like_any_device(measured):
+    device, result = measured
+    (repetition,) = result.measurement.repetitions
+    is_wasm = "wasm" in device
+
+    assert repetition.browser.backend == ("wasm" if is_wasm else "webgpu")
+    assert check(result, "peak memory").measured > 200 << 20
+    assert "process tree pss" in check(result, "peak memory").basis
+    answers = check(result, "answers")
+    assert answers.outcome == "pass"
+    assert answers.measured < 1e-4
+    assert result.measurement.cold_start.answers.said_ids
+    assert check(result, "decoding").is_void == (not is_wasm) or result.verdict.doubts
+    assert any("of memory was predicted" in note for note in result.verdict.notes)
+    assert any("not judged: software adapter" in doubt for doubt in result.verdict.doubts) == (
+        not is_wasm
+    )
+    if not is_wasm:
+        assert check(result, "maxStorageBufferBindingSize").measured == 128 << 20  # the target's
+        assert any("subgroups" in note for note in result.verdict.notes)
+
+    text = (resources.files("edgekit") / "schemas/measurement.schema.json").read_text("utf-8")
+    document = result.measurement.to_json()
+    jsonschema.validate(json.loads(document), json.loads(text))
+    assert Measurement.from_json(document) == result.measurement
+
+
+def test_what_the_target_does_not_grant_is_over_budget(
+    onnx_bundle,
+    browser_target,
+    monkeypatch,
+):
+    """Seen in the page, whose GPU is held to the target's limits."""
+    from edgekit.formats.onnx import browsing
+
+    request = browsing.request(onnx_bundle.artifact_path, context_tokens=128)
+    greedy = dataclasses.replace(
+        request, largest_buffer=GpuBuffer(name="big", size_bytes=200 << 20)
+    )
+    monkeypatch.setattr(browsing, "request", lambda *_, **__: greedy)
+    options = BrowserOptions.parse("browser?backend=webgpu&adapter=software")
+    limits = Limits(at_most={"maxStorageBufferBindingSize": 128 << 20})
+    workload = plan_workload(
+        onnx_bundle, browser_target, in_browser.describe(onnx_bundle.directory, options)
+    )
+    with pytest.raises(BudgetError, match=r"big needs 200 MiB of maxStorageBufferBindingSize"):
+        in_browser.repeat(
+            onnx_bundle.directory, workload, dataclasses.replace(options, limits=limits)
+        )
+
+
+def test_a_software_adapter_is_given_little_to_do(onnx_bundle, browser_target):
+    environment = in_browser.describe(
+        onnx_bundle.directory, BrowserOptions.parse("browser?adapter=software")
+    )
+    workload = plan_workload(onnx_bundle, browser_target, environment)
+    assert environment.browser is not None
+    assert environment.browser.is_software
+    assert (workload.generations, workload.answer_tokens) == (1, 4)
+    assert environment.versions["onnxruntime-web"]
