@@ -44,6 +44,7 @@ class AppKit:
     text: Text
     prepare: Preparation
     context_tokens: int
+    call_tokens: int  # what one call of the program reads at most
     variant: str
     has_runner_copy: bool
     stop_texts: tuple[str, ...]
@@ -73,6 +74,9 @@ def write(
     ``runner_tokenizer.json``.
     """
     text, copy = checkpoint.text.loaded(), _runner_copy(checkpoint.text)
+    constants = backends.of(variant).writing.constants(
+        checkpoint.spec, variant, context_tokens=context_tokens
+    )
     if copy is not None:
         (directory / tokenizer.RUNNER_COPY).write_bytes(copy)
     app_kit = AppKit(
@@ -80,6 +84,7 @@ def write(
         text=text,
         prepare=_preparation(checkpoint.text),
         context_tokens=context_tokens,
+        call_tokens=constants.get("get_max_seq_len", context_tokens),
         variant=variant,
         has_runner_copy=copy is not None,
         stop_texts=tuple(filter(None, map(text.tokenizer.id_to_token, text.rules.stop_ids))),
@@ -177,7 +182,25 @@ def _head(app_kit: AppKit) -> str:
 | to check an app with | `{PROMPTS}`: prompts, and the ids they must become |
 
 {f"It {here}." if device else f"{here} this directory."}
+{_limit_note(app_kit)}"""
+
+
+def _limit_note(app_kit: AppKit) -> str:
+    """Return what an app must set where a call reads less than the context: runners err there."""
+    if app_kit.call_tokens >= app_kit.context_tokens:
+        return ""
+    return f"""
+A call of the program reads {app_kit.call_tokens} tokens at most. ExecuTorch's text runners take
+that for a cache that overwrites itself, count no token of the prompt, and let an answer outgrow the
+context, where the program fails. So tell them the largest number of new tokens, as the lines below
+do: no more than {app_kit.context_tokens} less the tokens of the prompt, and of the turns before it.
 """
+
+
+def _new_tokens(app_kit: AppKit) -> int | None:
+    """Return a number of new tokens that leaves as much for the prompt, where one is needed."""
+    is_needed = app_kit.call_tokens < app_kit.context_tokens
+    return max(1, app_kit.context_tokens // 2) if is_needed else None
 
 
 def _thoughts_row(app_kit: AppKit) -> str:
@@ -248,6 +271,7 @@ def _kotlin(app_kit: AppKit, *, libraries: str) -> str:
     before, _, after = _around(app_kit.text)
     message = "message.trim()" if _trims(app_kit.text) else "message"
     changes = _kotlin_preparation(app_kit.prepare)
+    limit = f".maxNewTokens({count})" if (count := _new_tokens(app_kit)) else ""
     return f"""\
 ## Android, Kotlin
 
@@ -267,7 +291,7 @@ module.load()
     {_kotlin_string(before)} +
     {message} + {_kotlin_string(after)}
 {changes}val config = LlmGenerationConfig.create()
-    .seqLen({app_kit.context_tokens}).temperature(0.0f).echo(false).numBos(0).numEos(0).build()
+    .seqLen({app_kit.context_tokens}){limit}.temperature(0.0f).echo(false).numBos(0).numEos(0).build()
 val stops = setOf({", ".join(map(_kotlin_string, app_kit.stop_texts))})
 module.resetContext()  // begin again; without it the prompt goes on after the last answer
 module.generate(prompt, config, object : LlmCallback {{
@@ -318,6 +342,7 @@ def _swift(app_kit: AppKit, *, products: Sequence[str]) -> str:
     before, _, after = _around(app_kit.text)
     trims = ".trimmingCharacters(in: .whitespacesAndNewlines)" if _trims(app_kit.text) else ""
     changes = _swift_preparation(app_kit.prepare)
+    limit = f"  $0.maximumNewTokens = {count}\n" if (count := _new_tokens(app_kit)) else ""
     return f"""\
 ## iOS, Swift
 
@@ -340,7 +365,7 @@ try runner.load()
 runner.reset()  // begin again; without it the prompt goes on after the last answer
 try runner.generate(prompt, Config {{
   $0.sequenceLength = {app_kit.context_tokens}
-  $0.temperature = 0
+{limit}  $0.temperature = 0
   $0.isEchoEnabled = false
   $0.bosCount = 0
   $0.eosCount = 0

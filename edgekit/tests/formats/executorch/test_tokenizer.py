@@ -143,6 +143,18 @@ def test_the_readme_has_lines_for_exactly_this_bundle(checkpoint, tmp_path):
     assert "not compiled there" in readme
 
 
+@pytest.mark.parametrize(("kind", "is_limited"), [("lfm2", False), ("qwen3.5", True)])
+def test_the_readme_limits_answers_where_a_call_reads_less_than_the_context(
+    kind, is_limited, tmp_path
+):
+    """Which a stock runner takes for a cache that overwrites itself, and writes past its end."""
+    checkpoint = opening.open_checkpoint(write_tiny_checkpoint(tmp_path / "model", kind))
+    readme = hand_over(checkpoint, tmp_path)
+    assert ("reads 64 tokens at most" in readme) == is_limited
+    assert (".seqLen(256).maxNewTokens(128)" in readme) == is_limited
+    assert ("$0.sequenceLength = 256\n  $0.maximumNewTokens = 128\n" in readme) == is_limited
+
+
 def test_the_lines_for_kotlin_and_swift_prepare_a_prompt_as_edgekit_does(checkpoint, tmp_path):
     readme = hand_over(checkpoint, tmp_path)
     text = "<|system|>\n\nA <|user|> \u2003\tB<|end|>\x85C <s> D"
