@@ -202,7 +202,7 @@ def test_the_demo_says_paris_and_stops(tmp_path):
 
 @pytest.mark.parametrize(
     ("healthy", "broken", "says"),
-    [(b"@compute", b"@comqute", "WGSL"), (b"\0asm", b"\0wrm", "WebAssembly")],
+    [(b"@compute", b"@comqute", "ShaderModule"), (b"\0asm", b"\0wrm", "WebAssembly")],
     ids=["a shader", "the file"],
 )
 def test_a_damaged_library_is_a_failure_with_its_cause_and_not_a_hang(
