@@ -147,7 +147,7 @@ def running(
         if os.geteuid() == 0:
             command.append("--no-sandbox")  # it refuses to start as root otherwise
         log = profile / "log"
-        process, writing, reading = _start(command, log)
+        process, writing, reading = _start(command, log, temporary=profile)
         tools = None
         try:
             tools = DevTools(writing, reading, on_event)
@@ -159,8 +159,13 @@ def running(
                 tools.close()
 
 
-def _start(command: Sequence[str], log: Path) -> tuple[subprocess.Popen[bytes], int, int]:
-    """Start it with pipes at descriptors 3 and 4, where it looks for them."""
+def _start(
+    command: Sequence[str], log: Path, *, temporary: Path
+) -> tuple[subprocess.Popen[bytes], int, int]:
+    """Start it with pipes at descriptors 3 and 4, where it looks for them.
+
+    It leaves a directory with a socket among temporary files, so it gets a place of its own.
+    """
     its_input, writing = os.pipe()
     reading, its_output = os.pipe()
     words = [*command, "--remote-debugging-pipe", "about:blank"]
@@ -169,6 +174,7 @@ def _start(command: Sequence[str], log: Path) -> tuple[subprocess.Popen[bytes], 
         with log.open("wb") as out:
             process = subprocess.Popen(
                 [*placing, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                env=os.environ | {"TMPDIR": str(temporary)},
                 pass_fds=(its_input, its_output), start_new_session=True,
             )  # fmt: skip
     finally:

@@ -7,8 +7,10 @@ processes, from outside.
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 _LOOK_S = 0.25  # between two looks at a tree of processes, which take milliseconds each
 _GOLDEN_TOKENS = 40  # of a text; runtimes that read them one by one take up to a second for each
 _GOLDEN_ANSWER_TOKENS = 8
+_ORPHAN_S = 1.0  # between two looks whether the parent is still there
 _SHIFTS = 64  # places of a text at which a prompt is tried to begin
 
 
@@ -89,28 +92,28 @@ def repeat(directory: Path, workload: Workload, options: BrowserOptions) -> Repe
     started = time.perf_counter()
     bundle = Bundle.load(directory, check_hashes=False)
     cached = measure.cached_share_of(bundle)
-    with _Watching(started) as watching:
-        with _open(bundle, workload, options, on_start=watching.begin) as session:
-            warm_up = _warm_up(session, workload)
-            watching.watch.begin()
-            generations = tuple(
-                _generation(
-                    session.generate(_prompt(session, length), workload.answer_tokens), length
-                )
-                for length in workload.prompt_lengths_tokens
-                for _ in range(workload.generations)
-            )
-            watch = watching.end()
-            return Repetition(
-                load_s=session.loaded.load_s,
-                cached_before_load=cached,
-                warm_up=warm_up,
-                generations=generations,
-                memory_peaks_bytes=watch.peaks_bytes(),
-                memory_over_time=watch.points,
-                conditions=watch.conditions,
-                browser=_run_of(session),
-            )
+    with (
+        _Watching(started) as watching,
+        _open(bundle, workload, options, on_start=watching.begin) as session,
+    ):
+        warm_up = _warm_up(session, workload)
+        watching.watch.begin()
+        generations = tuple(
+            _generation(session.generate(_prompt(session, length), workload.answer_tokens), length)
+            for length in workload.prompt_lengths_tokens
+            for _ in range(workload.generations)
+        )
+        watch = watching.end()
+        return Repetition(
+            load_s=session.loaded.load_s,
+            cached_before_load=cached,
+            warm_up=warm_up,
+            generations=generations,
+            memory_peaks_bytes=watch.peaks_bytes(),
+            memory_over_time=watch.points,
+            conditions=watch.conditions,
+            browser=_run_of(session),
+        )
 
 
 class _Watching:
@@ -312,11 +315,19 @@ def _perform(words: Sequence[str] | None) -> Callable[[], dict[str, Any]]:
     return perform
 
 
+def _end_with(parent: int) -> None:
+    """End this process when whoever wanted the measurement was killed."""
+    while os.getppid() == parent:
+        time.sleep(_ORPHAN_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Perform one task; print its result, or its refusal, as one line of JSON."""
     for name in ("SIGTERM", "SIGHUP"):  # so that the browser is ended with it
         with suppress(AttributeError, ValueError):
             signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         return measure.report(_perform(words))
     except KilledError:

@@ -495,6 +495,7 @@ def test_a_plan_for_programs_keeps_the_keys_it_was_first_written_with(tmp_path, 
     }  # fmt: skip
     assert document["recipe"].keys() == {
         "name", "default", "rules", "changes", "max_mean_kl_nats", "min_same_top_token",
+        "demo_kl_nats",
     }  # fmt: skip
     assert {key for rule in document["recipe"]["rules"] for key in rule} == {
         "pattern", "storage", "layers", "decoders",

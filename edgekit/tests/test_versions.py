@@ -35,7 +35,7 @@ PRIVATE = {
     "backends.vulkan.serialization": f"{EXECUTORCH}/backends/vulkan/graph.py",
     "backends.xnnpack.serialization": f"{EXECUTORCH}/backends/xnnpack/delegates.py",
     "xnnpack.operators.node_visitor": f"{EXECUTORCH}/backends/xnnpack/delegates.py",
-    "batch_prefill_ragged_kv": "formats/mlc/compiling/cpu_attention_kernels.py",  # TVM's own names
+    "batch_prefill_ragged_kv": "formats/mlc/compiling/attention_kernels.py",  # TVM's own names
     "uvicorn.protocols.http.h11_impl": "serve.py",  # its connection has no clock before a request
 }
 

@@ -85,6 +85,6 @@ def _origin(path: Path, library: str, version: str) -> str | None:
         raise UsageError(
             f"{path.parent} has no library for WebLLM: {name} is not there, and none that is "
             "prebuilt fits the model",
-            hint="run it without --device browser, or export it as onnx or gguf for a browser",
+            hint="export it again with --compile, or as onnx or gguf for a browser",
         )
     return None

@@ -2,18 +2,28 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 from importlib import resources
+from pathlib import Path
 
 import jsonschema
 import pytest
 
+import edgekit
 from edgekit import target
+from edgekit.browser import chromium
 from edgekit.browser.options import BrowserOptions, Limits
 from edgekit.errors import BudgetError
 from edgekit.formats import GpuBuffer
 from edgekit.measuring import in_browser
 from edgekit.measuring.measurement import Measurement
 from edgekit.target import FirstTokenLimit
+from edgekit.tests.browser.test_chromium import wait_for_end
 from edgekit.validate import plan_workload, validate
 
 
@@ -89,6 +99,53 @@ def test_what_the_target_does_not_grant_is_over_budget(
         in_browser.repeat(
             onnx_bundle.directory, workload, dataclasses.replace(options, limits=limits)
         )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_measurement_that_is_ended_leaves_no_browser_and_no_profile(
+    onnx_bundle, short_place, number
+):
+    command = [
+        sys.executable, "-m", "edgekit", "validate", str(onnx_bundle.directory),
+        "--device", "browser?backend=wasm",
+    ]  # fmt: skip
+    environment = os.environ | {"TMPDIR": str(short_place)}
+    root = Path(edgekit.__file__).parents[1]
+    with subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        browsers = wait_for_browser(process.pid)
+        process.send_signal(number)
+    wait_for_end(browsers)
+    if number == signal.SIGTERM:
+        assert [*short_place.iterdir()] == []
+    scratch_of(short_place)
+    assert [*short_place.iterdir()] == []  # at the latest with what edgekit does next
+
+
+@pytest.fixture
+def short_place():
+    """A path that leaves room for the name of a socket."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        yield Path(name)
+
+
+def wait_for_browser(pid):
+    limit, found = time.monotonic() + 60, []
+    while time.monotonic() < limit:
+        found = chromium.tree(pid)
+        if len(found) > 5:  # edgekit, its child, and some of the browser's
+            return found[1:]
+        time.sleep(0.05)
+    raise AssertionError(found)
+
+
+def scratch_of(place):
+    """Start something that needs a directory for a while, there."""
+    script = "from edgekit import scratch; scratch.remove_orphans()"
+    root = Path(edgekit.__file__).parents[1]
+    environment = os.environ | {"TMPDIR": str(place)}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=root, env=environment)
 
 
 def test_a_software_adapter_is_given_little_to_do(onnx_bundle, browser_target):

@@ -27,6 +27,7 @@ PACKAGE = Path(edgekit.__file__).parent
 TWICE = '{"a": 1, "b": {"eos_token_id": 1, "eos_token_id": 2}}'
 # Where a module reads what no file holds: its own children, and a library's state.
 ELSEWHERE = {
+    "browser/devtools.py",  # from a browser of our own
     "cache.py",  # what it wrote itself
     "encodings/json_files.py",
     "formats/executorch/tokenizer.py",  # to and from a child of our own

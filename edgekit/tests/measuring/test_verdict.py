@@ -278,7 +278,8 @@ def in_browser(*, gpu=GPU, answers=None, needs=(), buffer_bytes=100, **run):
         agent="Chrome/1", runtime="Runtime 1", gpu=gpu, features_needed=needs,
         buffer_needed=GpuBuffer(name="embedding", size_bytes=buffer_bytes),
     )  # fmt: skip
-    ran = BrowserRun(**{"backend": "webgpu", "gpu_submits": 9, "threads": 1} | run)
+    usual = BrowserRun(backend="webgpu", gpu_submits=9, threads=1)
+    ran = dataclasses.replace(usual, **run)
     assert found.cold_start
     return dataclasses.replace(
         found,

@@ -14,6 +14,7 @@ from edgekit.formats.mlc.compiling import (
     webgpu_attention_kernels,
 )
 from edgekit.formats.mlc.compiling.webgpu_kernels import WebGpuKernels
+from edgekit.model.mixers import DeltaNet
 
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # As few instructions as every browser, and Debian's linker, knows.
 HOST = {"kind": "llvm", "mtriple": "wasm32-unknown-unknown-wasm", "mcpu": "mvp"}
 # What WebLLM never asks of a cache: several continuations of a text at once, and latent attention.
+MOST_THREADS = 256  # of a workgroup, which WebGPU has everywhere
 _UNUSED = ("batch_tree_attn", "tree_attn_paged_kv", "tir_kv_cache_transpose_append_mla")
 
 
@@ -43,11 +45,14 @@ def refuse(shape: "LibraryShape") -> None:
     Raises:
         UsageError: If it cannot.
     """
-    if shape.spec.has_states:
-        raise UsageError(
-            "a library for browsers has no states of delta nets yet",
-            hint="another format has them: --format gguf",
-        )
+    for layer in shape.spec.layers:
+        net = layer.mixer
+        if isinstance(net, DeltaNet) and net.value_head_dim > MOST_THREADS:
+            raise UsageError(
+                f"a library for browsers has {MOST_THREADS} threads for the values of a head, the "
+                f"checkpoint's are {net.value_head_dim} wide",
+                hint="another format has them: --format gguf",
+            )
 
 
 def compile_to(path: Path, shape: "LibraryShape") -> None:

@@ -6,7 +6,7 @@ Source: ``LLMChatPipeline`` of @mlc-ai/web-llm 0.2.86, which also runs it in 0.2
 import json
 from typing import TYPE_CHECKING, Any
 
-from edgekit.formats.mlc.compiling import library, webgpu_sampling_kernels
+from edgekit.formats.mlc.compiling import library, web_states, webgpu_sampling_kernels
 from edgekit.formats.mlc.compiling.model import Kernels
 from edgekit.formats.mlc.libraries import PREFILL_CHUNK_TOKENS
 
@@ -23,9 +23,14 @@ def written(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
 
     vocabulary, width = shape.spec.vocab_size, shape.spec.hidden_size
 
-    def takes(tokens: Any) -> dict[str, Any]:
+    def takes(tokens: Any, **more: Any) -> dict[str, Any]:
         embedded = spec.Tensor([1, tokens, width], shape.dtype)
-        return {"x": embedded, "cache": library.cache_spec(), "$": library.PACKED}
+        return {"x": embedded, **more, "cache": library.cache_spec(), "$": library.PACKED}
+
+    def with_states(tokens: Any, **more: Any) -> dict[str, Any]:
+        given = takes(tokens, **more)
+        weights = given.pop("$")
+        return {**given, "states": web_states.spec(), "$": weights}
 
     def plain(**tensors: tuple[list[Any], str]) -> dict[str, Any]:
         found = {name: spec.Tensor(*tensor) for name, tensor in tensors.items()}
@@ -33,10 +38,16 @@ def written(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
 
     row, named = ([1, vocabulary], "float32"), (["named"], "int32")
     one = ([1], "int32")
-    methods = {
+    reads = {"prefill": takes("tokens"), "decode": takes(1)}
+    if shape.spec.has_states:
+        sizes = dict.fromkeys(("max_batch_size", "max_history"), int)
+        reads = {
+            "batch_prefill": with_states("tokens", positions=spec.Tensor([1], "int32")),
+            "batch_decode": with_states(1),
+            "create_rnn_state": sizes | {"$": library.PLAIN},
+        }
+    methods = reads | {
         "embed": {"ids": spec.Tensor(["tokens"], "int32"), "$": library.PACKED},
-        "prefill": takes("tokens"),
-        "decode": takes(1),
         "softmax_with_temperature": plain(
             logits=([1, 1, vocabulary], "float32"), temperature=([1], "float32")
         ),
@@ -74,11 +85,11 @@ def metadata(shape: "LibraryShape") -> dict[str, Any]:
             for tensor in shape.tensors
         ],
         "prefill_chunk_size": PREFILL_CHUNK_TOKENS,
-        "kv_state_kind": "kv_cache",
+        "kv_state_kind": "hybrid" if shape.spec.has_states else "kv_cache",
     }
 
 
-def _model(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
+def _model(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:  # noqa: C901 - one class
     from tvm.relax.frontend.nn import Tensor, op
 
     vocabulary = shape.spec.vocab_size
@@ -97,6 +108,22 @@ def _model(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
         def decode(self, x: Any, cache: Any) -> Any:
             said, _ = self.decoder().hidden(x, cache, [])
             return self.decoder().logits(said), cache
+
+        def batch_prefill(self, x: Any, positions: Any, cache: Any, states: Any) -> Any:
+            del positions  # of the one text, the last
+            said, states = self._read(x, cache, states)
+            return self.decoder().logits(library.last_token(said)), cache, states
+
+        def batch_decode(self, x: Any, cache: Any, states: Any) -> Any:
+            said, states = self._read(x, cache, states)
+            return self.decoder().logits(said), cache, states
+
+        def _read(self, x: Any, cache: Any, states: Any) -> tuple[Any, Any]:
+            said, new = self.decoder().hidden(x, cache, web_states.read(shape, states))
+            return said, web_states.written(shape, states, new)
+
+        def create_rnn_state(self, max_batch_size: Any, max_history: Any) -> Any:
+            return web_states.created(shape, max_batch_size, max_history)
 
         def softmax_with_temperature(self, logits: Any, temperature: Any) -> Any:
             return op.tensor_ir_op(
