@@ -89,7 +89,7 @@ def metadata(shape: "LibraryShape") -> dict[str, Any]:
     }
 
 
-def _model(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:
+def _model(shape: "LibraryShape", kernels: Kernels, target: Any) -> Any:  # noqa: C901 - one class
     from tvm.relax.frontend.nn import Tensor, op
 
     vocabulary = shape.spec.vocab_size

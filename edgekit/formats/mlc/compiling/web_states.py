@@ -1,4 +1,4 @@
-"""The states of delta nets as WebLLM keeps them: in an object of TVM's runtime, beside the cache."""
+"""The states of delta nets as WebLLM keeps them: in an object of TVM, beside the cache."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -198,3 +198,18 @@ def test_the_demo_says_paris_and_stops(tmp_path):
     path = tmp_path / "bundle" / bundle.artifact.entry
     spec = decoder_file.read(path.with_name(decoder_file.NAME))
     assert_says(answers["bundle"], expected(path, spec, ids), "the demo")
+
+
+@pytest.mark.parametrize(
+    ("healthy", "broken", "says"),
+    [(b"@compute", b"@comqute", "WGSL"), (b"\0asm", b"\0wrm", "WebAssembly")],
+    ids=["a shader", "the file"],
+)
+def test_a_damaged_library_is_a_failure_with_its_cause_and_not_a_hang(
+    tmp_path, healthy, broken, says
+):
+    path, _ = write_tiny(tmp_path)
+    library = web.compiled(runtime.shape_of(path)).read_bytes()
+    (tmp_path / libraries.OWN).write_bytes(library.replace(healthy, broken))
+    with pytest.raises(javascript_clients.ClientError, match=says):
+        visit(tmp_path.parent, {tmp_path.name: {}}, timeout_s=60)
