@@ -47,15 +47,18 @@ def test_a_browser_is_measured_like_any_device(onnx_bundle, browser_target):
     result = validate(
         onnx_bundle.directory, browser_target, device="browser?adapter=software", repetitions=1
     )
-    (repetition,) = result.measurement.repetitions
+    (repetition,), cold = result.measurement.repetitions, result.measurement.cold_start
 
+    assert repetition.browser is not None
+    assert cold is not None
+    assert cold.answers is not None
     assert repetition.browser.backend == "webgpu"
     assert check(result, "peak memory").measured > 200 << 20
     assert "process tree pss" in check(result, "peak memory").basis
     answers = check(result, "answers")
     assert answers.outcome == "pass"
     assert answers.measured < 1e-4
-    assert result.measurement.cold_start.answers.said_ids
+    assert cold.answers.said_ids
     assert check(result, "decoding").is_void
     assert any("not judged: software adapter" in doubt for doubt in result.verdict.doubts)
     assert any("of memory was predicted" in note for note in result.verdict.notes)
