@@ -190,7 +190,7 @@ def test_the_demo_says_paris_and_stops(tmp_path):
     ids = Text.open(tmp_path / "bundle", bundle.text).encode_chat([QUESTION])[-POSITIONS:]
     chat = {"messages": [QUESTION], "temperature": 0, "max_tokens": 16}
 
-    answers = visit(tmp_path, {"bundle": {"chats": [chat], "ids": [ids]}}, timeout_s=240)
+    answers = visit(tmp_path, {"bundle": {"chats": [chat], "ids": [ids]}}, timeout_s=400)
 
     (said,) = answers["bundle"]["answers"][0]["choices"]
     assert said["message"]["content"] == "The capital of France is Paris."
