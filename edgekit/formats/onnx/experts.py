@@ -108,11 +108,12 @@ class ExpertsOfLayer:
         """Return rows of both in turn, of one of the tensors that hold them."""
         axis = self.graph.constant(2)
         both = [
-            self.graph.op("Unsqueeze", self._float(f"{prefix}{role}{part}"), axis)
+            self.graph.op("Unsqueeze", f"{prefix}{role}{part}", axis)
             for role in EXPERT_MATRICES[:2]
         ]
         rows = self.graph.constant(self.experts.count, 2 * self.intermediate_size, -1)
-        return self.graph.op("Reshape", self.graph.op("Concat", *both, axis=2), rows)
+        made = self.graph.op("Reshape", self.graph.op("Concat", *both, axis=2), rows)
+        return self._float(made)
 
     def _float(self, name: str) -> str:
         is_half = self.tensor_type == "F16"

@@ -1,6 +1,8 @@
 """A tiny ONNX bundle, and what a browser needs to open it."""
 
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +44,10 @@ def onnx_bundle(needs_browser, tiny_checkpoint, tmp_path_factory):
 @pytest.fixture(scope="session")
 def onnx_text(onnx_bundle):
     return Text.open(onnx_bundle.directory, onnx_bundle.text)
+
+
+@pytest.fixture
+def short_place():
+    """A path that leaves room for the name of a socket."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        yield Path(name)

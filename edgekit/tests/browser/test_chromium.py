@@ -60,18 +60,18 @@ def test_a_program_that_is_no_browser_does_not_start(monkeypatch):
 
 @pytest.mark.toolchain
 @pytest.mark.usefixtures("needs_browser")
-def test_a_browser_leaves_no_process_and_no_profile(monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_a_browser_leaves_no_process_and_no_profile(monkeypatch, short_place):
+    monkeypatch.setattr(tempfile, "tempdir", str(short_place))
     with chromium.running(on_event=ignore) as browser:
         processes = chromium.tree(browser.process.pid)
         held = browser.held()
         assert browser.version().startswith("Chrome/")
-        assert [*tmp_path.iterdir()]
+        assert [*short_place.iterdir()]
     assert len(processes) > 2
     assert held is not None
     assert held.pss_bytes > 50 << 20
     wait_for_end(processes)
-    assert not [*tmp_path.iterdir()]
+    assert not [*short_place.iterdir()]
 
 
 @pytest.mark.toolchain

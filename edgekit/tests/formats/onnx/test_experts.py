@@ -7,7 +7,7 @@ import pytest
 from edgekit import recipes
 from edgekit.errors import MissingDependencyError, UsageError
 from edgekit.formats import BuildRequest
-from edgekit.formats.onnx import conversion
+from edgekit.formats.onnx import conversion, memory
 from edgekit.formats.onnx.runtime import OnnxSession
 from edgekit.model.spec import EXPERT_MATRICES
 from edgekit.proof import transformers_logits
@@ -101,3 +101,16 @@ def test_clients_are_told_of_layers_they_know(tmp_path):
     assert json.dumps(settings["model"]["decoder"]["layer_types"]) == json.dumps(
         ["full_attention", "conv", "full_attention"]
     )
+
+
+@pytest.mark.parametrize(("recipe", "item_bytes"), [("F32", 8), ("F16", 8), ("INT8", 2.375)])
+def test_a_plan_holds_experts_twice_while_they_are_put_together(recipe, item_bytes, tmp_path):
+    """Codes and scales in the file, and again in what the operator takes; and packed scales."""
+    checkpoint = open_tiny(tmp_path, KIND)
+    planned = conversion.lay_out(checkpoint, BuildRequest(recipe=recipes.find("onnx", recipe)))
+    held = {
+        it.role: memory.weight_bytes(checkpoint.spec, it, is_half=False) / it.parameters
+        for it in planned.placements
+    }
+    assert held["layers.1.expert_down"] == held["layers.1.expert_gate"] == item_bytes
+    assert held["layers.1.router"] == 4

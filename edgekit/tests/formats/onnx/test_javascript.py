@@ -38,8 +38,8 @@ ANSWER_TOKENS = 20
 BATCH = [QUESTION, "Rain.", "The keeper fed a gull while the tide came in."]
 TIMEOUT_S = 400  # where many share the processor
 
-# Two of each kind of states are enough here.
-KINDS = [kind for kind in OPENED if kind not in {"lfm2-bias", "qwen3.5-tied"}]
+# Two of each kind of states are enough here, and one with experts.
+KINDS = [kind for kind in OPENED if kind not in {"lfm2-bias", "lfm2-moe", "qwen3.5-tied"}]
 WIDE = "llama-wide"  # whose rows fill every block, so that a recipe is what it says
 SIZES = {
     WIDE: {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32},
