@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # As few instructions as every browser, and Debian's linker, knows.
 HOST = {"kind": "llvm", "mtriple": "wasm32-unknown-unknown-wasm", "mcpu": "mvp"}
-# What WebLLM never asks of a cache: several continuations of a text at once, and latent attention.
 MOST_THREADS = 256  # of a workgroup, which WebGPU has everywhere
+# What WebLLM never asks of a cache: several continuations of a text at once, and latent attention.
 _UNUSED = ("batch_tree_attn", "tree_attn_paged_kv", "tir_kv_cache_transpose_append_mla")
 
 
