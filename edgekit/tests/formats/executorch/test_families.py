@@ -59,6 +59,7 @@ NETS_MAX_KL_NATS = 1e-9  # transformers differs as much from itself in float64
 UNSCALED_MAX_KL_NATS = {"gemma4-31b": 1e-8}
 MIN_POSITIONS = 300
 SMALL = {"num_hidden_layers": 2}
+HELD = [name for name, case in TINY.items() if "num_experts" not in case.fields]  # others: refused
 executorch = formats.get("executorch")
 
 
@@ -381,7 +382,7 @@ def eager(checkpoint: Checkpoint) -> "XnnpackDecoder":
     )
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", HELD)
 def test_the_module_says_what_transformers_says(name, tmp_path):
     import torch
 
