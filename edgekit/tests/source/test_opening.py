@@ -227,9 +227,13 @@ def test_every_kind_of_model_comes_back_from_gguf_with_the_same_weights(name, tm
     kept = as_the_graph_sees_it(written.spec, graph)
     assert back.spec == kept
     assert dict(back.spec.weights()) == dict(kept.weights())
+    own = dict(written.spec.weights())
     for role, shape in kept.weights():
-        expected = written.weight(role)[: shape[0]] * graph.multiplier(role, written.spec)
         found = back.weight(role)
+        if role not in own:  # the graph cannot do without
+            assert not found.any(), role
+            continue
+        expected = written.weight(role)[: shape[0]] * graph.multiplier(role, written.spec)
         is_sum = written.spec.norm.unit_offset and role.endswith("norm")
         # Of the first 1 + w is stored, of the second its exponential; both are rounded there.
         if is_sum or role.endswith("delta_decay"):
