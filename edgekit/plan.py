@@ -274,8 +274,12 @@ def _faithful_first(candidate: Candidate) -> tuple[int, int]:
     """Order by falling size of the weights, and where that is equal, by memory."""
     if candidate.layout is None or candidate.estimate is None:
         return 0, 0
-    weights_bytes = sum(placement.size_bytes for placement in candidate.layout.placements)
-    return -weights_bytes, candidate.estimate.memory.peak_bytes
+    return -_weights_bytes(candidate), candidate.estimate.memory.peak_bytes
+
+
+def _weights_bytes(candidate: Candidate) -> int:
+    placements = candidate.layout.placements if candidate.layout else ()
+    return sum(placement.size_bytes for placement in placements)
 
 
 def first_fitting(candidates: Sequence[Candidate]) -> Candidate | None:
@@ -313,7 +317,10 @@ def _four_bit(chosen: Candidate, candidates: Sequence[Candidate]) -> Candidate |
     """Return the smallest recipe of 4 bits and more that fits, if that is a smaller one."""
     after = candidates[candidates.index(chosen) + 1 :]
     fitting = [it for it in after if it.format == chosen.format and not it.misses]
-    return next((it for it in reversed(fitting) if it.bits_per_weight >= _FOUR_BITS), None)
+    types = formats.get(chosen.format).TENSOR_TYPES
+    bits = [types[it.recipe.default].bits_per_weight for it in fitting]
+    four_bit = (it for it, wanted in zip(fitting, bits, strict=True) if wanted >= _FOUR_BITS)
+    return min(four_bit, key=_weights_bytes, default=None)
 
 
 def _passed_over(candidates: Sequence[Candidate]) -> Iterator[Candidate]:

@@ -10,7 +10,7 @@ from edgekit import formats
 from edgekit.errors import BudgetError, UsageError
 from edgekit.formats import BuildRequest, GpuBuffer
 from edgekit.formats.gguf import RECIPES, writing
-from edgekit.plan import Choice, estimate, grounds, make, substitutions
+from edgekit.plan import Choice, estimate, grounds, make, remarks, substitutions
 from edgekit.target import WebGpuLimits
 from edgekit.target import load as load_target
 from edgekit.tests.needs import needs
@@ -32,6 +32,16 @@ def with_budget(target, **limits):
 
 def test_the_most_faithful_recipe_that_fits_is_chosen(checkpoint, pi):
     assert make(checkpoint, pi).recipe.name == "Q8_0"
+
+
+def test_a_plan_of_eight_bits_says_what_four_would_save(checkpoint, pi):
+    made = make(checkpoint, pi, Choice(format="gguf"))
+    assert made.recipe.name == "Q8_0"
+    assert made.four_bit is not None
+    assert made.four_bit.recipe.name == "Q4_0"  # and not Q2_K, whatever its rows fall back to
+    (said,) = [line for line in remarks(made) if line.startswith("or gguf Q4_0: ")]
+    assert "less faithful" in said
+    assert make(checkpoint, pi, Choice(format="gguf", quant="Q4_0")).four_bit is None
 
 
 def test_what_does_not_fit_is_listed_with_its_reason(checkpoint, pi):
