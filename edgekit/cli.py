@@ -551,24 +551,12 @@ def row_document(row: "Row") -> dict[str, Any]:
 
 def comparison_lines(rows: "Sequence[Row]") -> Iterator[str]:
     """Yield a comparison as a table: what a plan would choose has a star."""
-    from edgekit.units import format_bytes, format_duration, format_rate
-
     head = ("model", "target", "recipe", "to download", "memory", "decode", "first token", "fits")
     table = [head]
     for row in rows:
-        costs = ("", "", "", "")
-        if estimate := row.estimate:
-            costs = (
-                format_bytes(estimate.artifact_bytes),
-                format_bytes(estimate.memory.peak_bytes),
-                format_rate(estimate.decode_tokens_per_s.likely),
-                format_duration(next(iter(estimate.first_token_s.values())).likely),
-            )
         star = " *" if row.is_chosen else ""
-        fits = "; ".join((row.fits, *row.misses))
-        table.append(
-            (row.model, row.target, f"{row.format} {row.recipe}{star}".strip(), *costs, fits)
-        )
+        name = f"{row.format} {row.recipe}{star}".strip()
+        table.append((row.model, row.target, name, *row.costs, row.verdict))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         padded = (f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))

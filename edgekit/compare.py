@@ -14,6 +14,7 @@ from edgekit.source import opening, published
 from edgekit.source.checkpoint import Checkpoint
 from edgekit.target import Budget, Target
 from edgekit.target import load as load_target
+from edgekit.units import format_bytes, format_duration, format_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,24 @@ class Row:
     misses: tuple[str, ...]  # limits of the target that it most likely misses, or that reason
     fits: Literal["yes", "maybe", "no"]  # maybe: if the estimate is as far off as it may be
     is_chosen: bool  # whether a plan would take it
+
+    @property
+    def costs(self) -> tuple[str, str, str, str]:
+        """Bytes to download, memory, decoding and the first token, for people."""
+        if self.estimate is None:
+            return "", "", "", ""
+        shortest = next(iter(self.estimate.first_token_s.values()))
+        return (
+            format_bytes(self.estimate.artifact_bytes),
+            format_bytes(self.estimate.memory.peak_bytes),
+            format_rate(self.estimate.decode_tokens_per_s.likely),
+            format_duration(shortest.likely),
+        )
+
+    @property
+    def verdict(self) -> str:
+        """Whether it fits, and what it misses."""
+        return "; ".join((self.fits, *self.misses))
 
 
 def compare(  # noqa: PLR0913 - the request, spelled out for Python users

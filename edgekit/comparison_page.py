@@ -6,6 +6,7 @@ text is escaped.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +15,7 @@ from string import Template
 from edgekit import versions
 from edgekit.compare import Row
 from edgekit.encodings.visible import visible
-from edgekit.units import format_bytes, format_duration, format_rate
+from edgekit.units import format_bytes
 
 
 _TEMPLATE = Path(__file__).with_name("comparison_page.html")
@@ -51,21 +52,13 @@ def _section(target: str, rows: Sequence[Row], models: Sequence[str]) -> str:
 
 
 def _table_row(row: Row) -> str:
-    sizes = ("", "", "", "")
-    if found := row.estimate:
-        sizes = (
-            format_bytes(found.artifact_bytes),
-            format_bytes(found.memory.peak_bytes),
-            format_rate(found.decode_tokens_per_s.likely),
-            format_duration(next(iter(found.first_token_s.values())).likely),
-        )
     cells = (
         row.model,
         f"{row.format} {row.recipe}",
         f"{row.bits_per_weight:.2f}",
-        *sizes,
+        *row.costs,
         "" if row.demo_kl_nats is None else f"{row.demo_kl_nats:.2g} nats",
-        "; ".join((row.fits, *row.misses)),
+        row.verdict,
     )
     chosen = " chosen" if row.is_chosen else ""
     return f'<tr class="{row.fits}{chosen}">{"".join(f"<td>{_text(it)}</td>" for it in cells)}</tr>'
@@ -73,21 +66,32 @@ def _table_row(row: Row) -> str:
 
 def _picture(target: str, rows: Sequence[Row], models: Sequence[str]) -> str:
     """Draw each row as a dot: memory from left to right, the cost of rounding upwards."""
-    shown = [row for row in rows if row.estimate and (row.demo_kl_nats or 0) >= _LEAST_NATS]
-    if not shown:
+    dots = [
+        _Dot(
+            row=row, memory_bytes=row.estimate.memory.peak_bytes, cost=math.log10(row.demo_kl_nats)
+        )
+        for row in rows
+        if row.estimate and row.demo_kl_nats and row.demo_kl_nats >= _LEAST_NATS
+    ]
+    if not dots:
         return ""
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"><title>'
         f"{_text(target)}: memory and what rounding costs</title>"
-        f"{''.join(_drawing(shown, models))}</svg>"
+        f"{''.join(_drawing(dots, models))}</svg>"
     )
 
 
-def _drawing(rows: Sequence[Row], models: Sequence[str]) -> Iterator[str]:
-    limits = rows[0].limits
-    sizes = [row.estimate.memory.peak_bytes for row in rows if row.estimate]
-    costs = [math.log10(row.demo_kl_nats) for row in rows if row.demo_kl_nats]
-    widest = max(sizes)
+@dataclass(frozen=True, kw_only=True)
+class _Dot:
+    row: Row
+    memory_bytes: int
+    cost: float  # the logarithm of nats
+
+
+def _drawing(dots: Sequence[_Dot], models: Sequence[str]) -> Iterator[str]:
+    limits, costs = dots[0].row.limits, [dot.cost for dot in dots]
+    widest = max(dot.memory_bytes for dot in dots)
     if limits.peak_memory_bytes <= 3 * widest:  # else it would squeeze the dots
         widest = max(widest, limits.peak_memory_bytes)
     low, high = math.floor(min(costs)), math.ceil(max(costs))
@@ -117,22 +121,20 @@ def _drawing(rows: Sequence[Row], models: Sequence[str]) -> Iterator[str]:
         yield f'<path class="limit" d="M{x:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>'
         yield f'<text class="end limit-name" x="{x - 5:.1f}" y="{_TOP + 10}">memory limit</text>'
     named: list[tuple[float, float]] = []
-    for row in sorted(rows, key=lambda row: not row.is_chosen):
-        if row.estimate and row.demo_kl_nats:
-            x, y = across(row.estimate.memory.peak_bytes), down(math.log10(row.demo_kl_nats))
-            style = f"m{models.index(row.model) % _STYLES} {row.fits}"
-            radius = 7 if row.is_chosen else 5
+    for dot in sorted(dots, key=lambda dot: not dot.row.is_chosen):
+        row, x, y = dot.row, across(dot.memory_bytes), down(dot.cost)
+        style = f"m{models.index(row.model) % _STYLES} {row.fits}"
+        radius = 7 if row.is_chosen else 5
+        yield (
+            f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
+            f"<title>{_text(f'{row.model}, {row.format} {row.recipe}: {row.fits}')}</title>"
+            "</circle>"
+        )
+        if not any(abs(x - a) < _NAME_WIDTH and abs(y - b) < _NAME_HEIGHT for a, b in named):
+            named.append((x, y))
             yield (
-                f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
-                f"<title>{_text(f'{row.model}, {row.format} {row.recipe}: {row.fits}')}</title>"
-                "</circle>"
+                f'<text class="dot-name" x="{x + 9:.1f}" y="{y + 4:.1f}">{_text(row.recipe)}</text>'
             )
-            if not any(abs(x - a) < _NAME_WIDTH and abs(y - b) < _NAME_HEIGHT for a, b in named):
-                named.append((x, y))
-                yield (
-                    f'<text class="dot-name" x="{x + 9:.1f}" y="{y + 4:.1f}">'
-                    f"{_text(row.recipe)}</text>"
-                )
 
 
 def _text(text: str) -> str:
